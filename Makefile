@@ -1,0 +1,114 @@
+# `make` lists what there is to do.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory --warn-undefined-variables
+
+PYTHON ?= python3
+OVERLAY ?= manifests/
+IMAGE ?=
+ARGS ?=
+BREAK ?=
+KEEP ?=
+UV := uv==0.13.9
+KIND := gitops-hook
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+BIN := $(VENV)/bin
+KUBECTL ?= $(shell command -v kubectl || echo $(BIN)/kubectl)
+HAS_KUBECTL = $(if $(filter $(BIN)/kubectl,$(KUBECTL)),$(INSTALLED))
+LOCAL_IMAGE = $(or $(IMAGE),gitops-hook:dev)
+die = { echo "make $@: $(1)" >&2; exit 2; }
+
+export BREAK KEEP
+
+.PHONY: help venv demo test lint types check bench fuzz image apply delete kind lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(INSTALLED) ## Make the virtual environment from the hash-locked requirements
+
+$(INSTALLED): requirements-dev.txt
+	@command -v git >/dev/null || $(call die,git is missing; install it first)
+	command -v $(PYTHON) >/dev/null || $(call die,$(PYTHON) is missing; Python 3.11 or newer is needed)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		$(call die,$(PYTHON) is $$($(PYTHON) -V); 3.11 or newer is needed (make PYTHON=python3.12 …))
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		$(call die,$(PYTHON) has no venv module; on Debian and Ubuntu install python3-venv)
+	echo "making $(VENV) from $<"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--require-hashes --only-binary :all: -r $<
+	touch $@
+
+demo: $(INSTALLED) ## Watch pushes being tested, built, switched and switched back (KEEP=1 leaves it running)
+	@$(BIN)/python -m tests.demo
+
+test: $(INSTALLED) ## Run the tests (ARGS='-k webhook -x')
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## Check style and common mistakes
+	@$(BIN)/ruff check .
+
+types: $(INSTALLED) ## Check the types
+	@$(BIN)/mypy
+
+check: lint types test ## Everything that must pass before a commit
+
+bench: $(INSTALLED) ## Measure, print a table, write bench.json
+	@$(BIN)/python -m tests.bench $(ARGS)
+
+fuzz: $(INSTALLED) ## Feed the parsers what nobody would send
+	@$(BIN)/python -m tests.fuzz $(ARGS)
+
+image: ## Build the image (IMAGE=registry/name:tag, else gitops-hook:dev)
+	@command -v docker >/dev/null || $(call die,docker is missing; it builds the image)
+	docker info >/dev/null 2>&1 || $(call die,the docker command is here but reaches no docker engine; start one)
+	docker build --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" --tag "$(LOCAL_IMAGE)" .
+
+# The same input gives the same objects, and the second run changes nothing. The digest in the
+# Deployment restarts the daemon when anything that was applied changed, its configuration above all.
+apply: $(HAS_KUBECTL) ## Install or update (IMAGE=registry/name:tag, OVERLAY=path/to/overlay)
+	@[[ '$(IMAGE)' =~ ^[a-zA-Z0-9][a-zA-Z0-9._/:@-]*[:@][a-zA-Z0-9._:-]+$$ ]] || \
+		$(call die,say which image: make apply IMAGE=registry.example.com/tools/gitops-hook:1.0.0)
+	rendered=$$($(KUBECTL) kustomize '$(OVERLAY)' | \
+		sed -E "s#(^|[^a-zA-Z0-9._/-])gitops-hook:dev($$|[^a-zA-Z0-9._-])#\1$(IMAGE)\2#g")
+	digest=$$(sha256sum <<<"$$rendered" | cut -c 1-16)
+	$(KUBECTL) apply -f - <<<"$${rendered//digest-of-what-was-applied/$$digest}"
+	$(KUBECTL) -n orchestration get secret gitops-hook-secrets -o name >/dev/null || \
+		$(call die,everything is applied; the daemon waits for its Secret: see manifests/example/secrets.example)
+	$(KUBECTL) -n orchestration rollout status deployment/gitops-hook --timeout=180s
+
+delete: $(HAS_KUBECTL) ## Uninstall; staging and production keep running, without the daemon (OVERLAY= as applied)
+	@echo "deleting the namespaces orchestration, test and build and the daemon's permissions elsewhere"
+	$(KUBECTL) kustomize '$(OVERLAY)' | \
+		$(KUBECTL) delete -f - --selector 'gitops-hook/uninstall!=keep' --ignore-not-found
+
+kind: ## Try it on a kind cluster: make one, load the image, apply
+	@missing=$$(for tool in docker kind; do command -v $$tool >/dev/null || echo -n " $$tool"; done)
+	[[ -z $$missing ]] || $(call die,missing here:$$missing (https://kind.sigs.k8s.io tells how to install them))
+	docker info >/dev/null 2>&1 || $(call die,the docker command is here but reaches no docker engine; start one)
+	kind get clusters | grep -qx $(KIND) || kind create cluster --name $(KIND) --wait 120s
+	$(MAKE) image IMAGE='$(LOCAL_IMAGE)'
+	kind load docker-image '$(LOCAL_IMAGE)' --name $(KIND)
+	kubectl='$(KUBECTL) --context kind-$(KIND)'
+	$$kubectl create namespace orchestration --dry-run=client -o yaml | $$kubectl apply -f -
+	$$kubectl -n orchestration get secret gitops-hook-secrets -o name || \
+		printf 'whsec_%s\n' "$$(head -c 32 /dev/urandom | base64)" | $$kubectl -n orchestration \
+			create secret generic gitops-hook-secrets --from-file=webhook-signing-tokens=/dev/stdin
+	$(MAKE) apply IMAGE='$(LOCAL_IMAGE)' KUBECTL="$$kubectl"
+
+lock: $(INSTALLED) ## Pin what *.in asks for, with hashes (ARGS=--upgrade for newer versions)
+	@$(BIN)/uv --version 2>/dev/null | grep -q '^uv $(UV:uv==%=%)' || \
+		$(BIN)/python -m pip install --quiet --only-binary :all: '$(UV)'
+	for name in requirements requirements-dev; do
+		$(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes \
+			--custom-compile-command 'make lock' $(ARGS) $$name.in --output-file $$name.txt
+	done
+
+clean: ## Remove what the other targets made
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage bench.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
