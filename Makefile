@@ -94,6 +94,7 @@ kind: ## Try it on a kind cluster: make one, load the image, apply
 	kind get clusters | grep -qx $(KIND) || kind create cluster --name $(KIND) --wait 120s
 	$(MAKE) image IMAGE='$(LOCAL_IMAGE)'
 	kind load docker-image '$(LOCAL_IMAGE)' --name $(KIND)
+	$(if $(HAS_KUBECTL),$(MAKE) venv)
 	kubectl='$(KUBECTL) --context kind-$(KIND)'
 	$$kubectl create namespace orchestration --dry-run=client -o yaml | $$kubectl apply -f -
 	$$kubectl -n orchestration get secret gitops-hook-secrets -o name || \

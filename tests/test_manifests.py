@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import os
 import re
@@ -519,6 +520,44 @@ def test_the_example_configures_one_application_and_the_base_none() -> None:
     assert [app["name"] for app in example["apps"]] == ["shop"]
 
 
+SIGNING_TOKEN = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+
+
+def checked(directory: Path, config: str) -> subprocess.CompletedProcess[str]:
+    """What `serve --check` says about a configuration, with a secret that is fine."""
+    (directory / "config.yaml").write_text(config, "utf-8")
+    for name in ("secrets", "spool"):
+        (directory / name).mkdir()
+    (directory / "secrets" / "webhook-signing-tokens").write_text(f"{SIGNING_TOKEN}\n", "utf-8")
+    return subprocess.run(
+        [sys.executable, str(ROOT / "gitops_hook.py"), "serve", "--check"],
+        env={
+            "PATH": os.environ["PATH"],
+            "GITOPS_HOOK_CONFIG": str(directory / "config.yaml"),
+            "GITOPS_HOOK_SECRETS": str(directory / "secrets"),
+            "GITOPS_HOOK_SPOOL": str(directory / "spool"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_program_accepts_the_configuration_that_is_shipped(
+    installed: Installed, tmp_path: Path
+) -> None:
+    config = installed.one("ConfigMap", "gitops-hook", "orchestration")["data"]["config.yaml"]
+    done = checked(tmp_path, config)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_program_would_refuse_another(base: Installed, tmp_path: Path) -> None:
+    config = base.one("ConfigMap", "gitops-hook", "orchestration")["data"]["config.yaml"]
+    done = checked(tmp_path, config.replace("hook:", "hok:"))
+    assert done.returncode == 2
+    assert "images.hok" in done.stderr
+
+
 def dockerfile() -> list[tuple[str, str]]:
     """The instructions of the Dockerfile, continuation lines joined."""
     text = re.sub(r"\\\n\s*", " ", (ROOT / "Dockerfile").read_text("utf-8"))
@@ -749,3 +788,18 @@ def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
     assert "Python 3.9.2" in done.stderr
     assert "3.11 or newer" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+# === CI ===
+
+
+def test_ci_runs_targets_that_exist_and_the_tests_last() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text("utf-8")
+    targets = re.findall(r"(?m)^make (\w+)", text)
+    assert set(targets) <= TARGETS
+    assert {"lint", "types", "test"} <= set(targets)
+    assert targets[-1] == "test", "pytest's closing line is to be the last of the output"
+    assert "set -euo pipefail" in text
