@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tests.standin.defaults import apply_defaults
+from tests.standin.errors import invalid
+
 if TYPE_CHECKING:
     from tests.standin.store import Store
 
@@ -15,6 +18,7 @@ class ClusterHooks:
         self, store: Store, resource: str, new: dict[str, Any], old: dict[str, Any] | None
     ) -> None:
         """Fill defaults and what admission sets, in place."""
+        apply_defaults(resource, new)
 
     def check(
         self, store: Store, resource: str, new: dict[str, Any], old: dict[str, Any] | None
@@ -29,3 +33,16 @@ class ClusterHooks:
         old: dict[str, Any] | None,
     ) -> None:
         """Keep what follows from a change."""
+
+
+def refuse_nameless(resource: str) -> None:
+    """Raise what an object without a name gets."""
+    text = "name or generateName is required"
+    raise invalid(
+        resource, "", [("metadata.name", "FieldValueRequired", f"Required value: {text}")]
+    )
+
+
+def warnings(store: Store, resource: str, obj: dict[str, Any]) -> list[str]:
+    """What the server says about an object that it has stored all the same."""
+    return []
