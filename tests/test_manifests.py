@@ -9,12 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+
+from tests.standin.api import Api
+from tests.standin.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "manifests" / "base"
@@ -759,6 +763,45 @@ def test_make_delete_leaves_the_applications_namespaces(fake_kubectl: Path) -> N
         if thing["metadata"].get("labels", {}).get("gitops-hook/uninstall") == "keep"
     ]
     assert sorted(kept) == [("Namespace", "production"), ("Namespace", "staging")]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """The kubectl command for an empty stand-in cluster, without controllers."""
+    api = Api(Store()).start()
+    try:
+        kubeconfig = api.kubeconfig(tmp_path / "kubeconfig")
+        yield f"{kubectl()} --kubeconfig {kubeconfig} --cache-dir {tmp_path / 'cache'}"
+    finally:
+        api.stop()
+
+
+def test_installing_twice_changes_nothing_and_uninstalling_keeps_the_applications(
+    cluster: str,
+) -> None:
+    first = make("apply", KUBECTL=cluster, IMAGE=IMAGE)
+    assert len(re.findall(" created$", first.stdout, re.MULTILINE)) == len(
+        rendered(ROOT / "manifests")
+    )
+    assert "secrets.example" in first.stderr
+    second = make("apply", KUBECTL=cluster, IMAGE=IMAGE)
+    assert {line.split()[-1] for line in second.stdout.splitlines()} == {"unchanged"}
+    ours = ["get", "roles,rolebindings,services", "-A", "-o", "name"]
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "shop", "namespace": "production"},
+        "spec": {"selector": {"app": "shop"}, "ports": [{"port": 80}]},
+    }
+    create = [*cluster.split(), "create", "-f", "-"]
+    subprocess.run(create, input=yaml.safe_dump(service).encode(), check=True, capture_output=True)
+    assert make("delete", KUBECTL=cluster).returncode == 0
+    left, names = (
+        subprocess.run([*cluster.split(), *what], check=True, capture_output=True, text=True).stdout
+        for what in (ours, ["get", "namespaces", "-o", "name"])
+    )
+    assert left.split() == ["service/shop"]
+    assert names.split() == ["namespace/production", "namespace/staging"]
 
 
 @pytest.mark.parametrize(("target", "tool"), [("image", "docker"), ("kind", "kind")])
