@@ -74,7 +74,9 @@ class Sandbox:
         """A fresh file system for one start of a container."""
         place = self.directory / "containers" / spec["name"]
         root = place / str(attempt)
-        shutil.rmtree(root, ignore_errors=True)
+        # What the start before has left is not kept, but for its output and message.
+        for old in (root, place / str(attempt - 1)):
+            shutil.rmtree(old, ignore_errors=True)
         if image.root is not None:
             shutil.copytree(image.root, root, symlinks=True)
         root.mkdir(parents=True, exist_ok=True)
