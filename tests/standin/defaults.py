@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from typing import Any
 
@@ -234,6 +235,8 @@ def _networkpolicy(obj: Object) -> None:
 
 
 def _secret(obj: Object) -> None:
+    for key, value in (obj.pop("stringData", None) or {}).items():
+        obj.setdefault("data", {})[key] = base64.b64encode(value.encode()).decode()
     _set(obj, type="Opaque")
 
 

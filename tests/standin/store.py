@@ -178,6 +178,8 @@ class Store:
         if hooks is None:
             hooks = ClusterHooks()
         self.hooks = hooks
+        for name in ("default", "kube-system"):
+            self.create("namespaces", {"metadata": {"name": name}})
 
     # Reading
 
