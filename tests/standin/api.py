@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trustme
 
-from tests.standin import discovery, writing
+from tests.standin import discovery, protobuf, writing
 from tests.standin.asked import Asked, refusal, reply, understand
 from tests.standin.authz import Attributes, Authorizer, Tokens, User, user_named
 from tests.standin.errors import ApiError, conflict, forbidden
@@ -232,6 +232,8 @@ class Api:
     def _described(path: str) -> Response:
         if path == "/openapi/v3":
             return reply(discovery.openapi_index())
+        if path == "/openapi/v2":
+            return Response(200, protobuf.openapi_v2(), protobuf.OPENAPI_V2)
         steps = path.strip("/").split("/")
         found: dict[str, object] | None = None
         if path.startswith("/openapi/v3/"):

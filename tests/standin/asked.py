@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from tests.standin import protobuf
 from tests.standin.authz import Attributes, User
 from tests.standin.errors import ApiError, bad_request
 from tests.standin.faults import Request
@@ -98,6 +99,8 @@ class Asked:
         """The JSON object that was sent ({} when nothing was)."""
         if not self.http.body:
             return {}
+        if self.http.headers.get("content-type", "").startswith(protobuf.MEDIA_TYPE):
+            return protobuf.read_object(self.http.body)
         try:
             value = json.loads(self.http.body)
         except ValueError as error:
@@ -141,7 +144,7 @@ def reply(
     """An answer with a JSON object, and warnings that kubectl prints."""
     body = value if isinstance(value, bytes) else json.dumps(value, separators=(",", ":")).encode()
     headers = tuple(("Warning", f"299 - {json.dumps(text)}") for text in warnings)
-    return Response(code, body, headers=headers)
+    return Response(code, body + b"\n", headers=headers)
 
 
 def refusal(error: ApiError) -> Response:
@@ -149,4 +152,4 @@ def refusal(error: ApiError) -> Response:
     headers: tuple[tuple[str, str], ...] = ()
     if error.details.get("retryAfterSeconds"):
         headers = (("Retry-After", str(error.details["retryAfterSeconds"])),)
-    return Response(error.code, json.dumps(error.status()).encode(), headers=headers)
+    return Response(error.code, json.dumps(error.status()).encode() + b"\n", headers=headers)

@@ -74,6 +74,11 @@ def type_name(resource: str) -> str:
     return name
 
 
+def all_types() -> list[str]:
+    """The names of all types."""
+    return list(_file()["types"])
+
+
 class _Decoder:
     """Reads an object as the API server would: types checked, unknown fields noted and left out."""
 
