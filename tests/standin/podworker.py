@@ -466,8 +466,11 @@ class PodWorker:
         self._pause_real(self.node.clock.tick)
         self._network = False
         self._finished = True
+        prepared = all(
+            item.shown.initialized for item in self.containers if item.shown.kind == "init"
+        )
         for item in self.containers:
-            if item.shown.kind == "main" and "waiting" in item.shown.state:
+            if prepared and item.shown.kind == "main" and "waiting" in item.shown.state:
                 item.shown.state = {"terminated": dict(UNKNOWN_END)}
         self._publish()
         self._delete()

@@ -27,6 +27,10 @@ PR_SET_CHILD_SUBREAPER = 36
 MEMORY_POLL_SECONDS = 0.5
 # What a process needs besides its own pages; a container's cgroup does not count all of it.
 SHARED_ALLOWANCE = 24 << 20
+# A container that was started a moment ago gets the chance to say that it handles a signal: on a
+# real node its start alone takes longer than an interpreter needs to get there.
+YOUNG_SECONDS = 1.5
+SIGNAL_POLL_SECONDS = 0.02
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -36,6 +40,7 @@ class Supervisor:
     def __init__(self) -> None:
         self.running: dict[int, dict[str, Any]] = {}
         self.pids: dict[int, int] = {}
+        self.unsent: list[tuple[int, int]] = []
         self.unread = b""
         self.next_poll = 0.0
 
@@ -56,9 +61,14 @@ class Supervisor:
             if 0 in ready and not self._read():
                 break
             self._watch_memory()
+            unsent, self.unsent = self.unsent, []
+            for number, sent in unsent:
+                self._signal(number, sent)
         self._end()
 
     def _patience(self) -> float | None:
+        if self.unsent:
+            return SIGNAL_POLL_SECONDS
         limited = any(item["memory"] for item in self.running.values())
         return MEMORY_POLL_SECONDS if limited else None
 
@@ -97,7 +107,8 @@ class Supervisor:
             return
         finally:
             os.chdir("/")
-        self.running[number] = {"pid": pid, "memory": request["memory"], "killed": False}
+        item = {"pid": pid, "memory": request["memory"], "killed": False}
+        self.running[number] = {**item, "since": time.monotonic()}
         self.pids[pid] = number
         self._answer({"id": number, "pid": pid})
 
@@ -109,6 +120,8 @@ class Supervisor:
             _kill_group(item["pid"])
         elif _catches(item["pid"], sent):
             os.kill(item["pid"], sent)
+        elif time.monotonic() - item["since"] < YOUNG_SECONDS:
+            self.unsent.append((number, sent))
 
     def _reap(self) -> None:
         while True:
