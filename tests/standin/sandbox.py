@@ -221,7 +221,14 @@ def rewriter(mounts: Mapping[str, str]) -> Callable[[str], str]:
     paths = "|".join(re.escape(path) for path in sorted(mounts, key=len, reverse=True))
     # Not in the middle of a path or a name; "dir:///workspace" begins one, "https://" does not.
     pattern = re.compile(rf"(?:(?<=://)|(?<![\w.\-/}})*~$]))(?:{paths})(?=/|$|[^\w.\-])")
-    return lambda text: pattern.sub(lambda found: mounts[found[0]], text)
+
+    def rewrite(text: str) -> str:
+        # What lies below a mount path on this machine, a repository say, is not the pod's.
+        if text not in mounts and text.startswith("/") and os.path.exists(text):
+            return text
+        return pattern.sub(lambda found: mounts[found[0]], text)
+
+    return rewrite
 
 
 def expand(text: str, env: Mapping[str, str]) -> str:
