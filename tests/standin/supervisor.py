@@ -184,12 +184,14 @@ def _end_group(pid: int) -> None:
 
 
 def _catches(pid: int, number: int) -> bool:
-    """Whether the process has a handler of its own for this signal."""
+    """Whether the process has a handler of its own for this signal, or blocks it to wait for it."""
     try:
         with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
             for line in status:
-                if line.startswith("SigCgt:"):
-                    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+                if line.startswith(("SigBlk:", "SigCgt:")) and (
+                    int(line.split()[1], 16) >> (number - 1) & 1
+                ):
+                    return True
     except OSError:
         return False
     return False
