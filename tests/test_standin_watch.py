@@ -60,6 +60,7 @@ SERIES = {
     ),
 }
 NOT_MODELLED: dict[str, str] = {}
+SET_NAME = re.compile(r"\b([a-z-]+-(?:blue|green))-[a-z0-9]{7,10}(-[a-z0-9]{5})?(?![a-z0-9])")
 SELECTORS: tuple[dict[str, str], ...] = (
     {"gitops-hook/app": "shop", "version": "green", "gitops-hook/run": "r2"},
     {"gitops-hook/app": "shop", "version": "blue", "gitops-hook/run": "r9"},
@@ -115,7 +116,9 @@ class Recorder:
         with self._changed:
             return len(self._entries)
 
-    def read(self, namespace: str, kind: str, start: int = 0, end: int | None = None) -> list[Entry]:
+    def read(
+        self, namespace: str, kind: str, start: int = 0, end: int | None = None
+    ) -> list[Entry]:
         """What was told of one kind in one namespace."""
         with self._changed:
             return [
@@ -144,7 +147,7 @@ def masked(text: str) -> str:
     text = text.removeprefix("(combined from similar events): ")
     text = re.sub(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22}", "UID", text)
     text = re.sub(r"\d+\.\d+\.\d+\.\d+", "IP", text)
-    text = re.sub(r"\b([a-z-]+-(?:blue|green))-[a-z0-9]{7,10}(-[a-z0-9]{5})?(?![a-z0-9])", r"\1-*", text)
+    text = SET_NAME.sub(r"\1-*", text)
     text = re.sub(r"\b(test-[a-z0-9]+)-[a-z0-9]{5}(?![a-z0-9])", r"\1-*", text)
     text = re.sub(r"\b(assigned|for pod) [a-z-]+/", r"\1 NS/", text)
     return re.sub(r"(-\*)_[a-z-]+\(", r"\1_NS(", text)
@@ -169,7 +172,7 @@ def conditions(obj: Object) -> tuple[tuple[str, ...], ...]:
 def container(item: Object) -> tuple[Any, ...]:
     """What is compared of a container status."""
     kind, state = next(iter(item["state"].items()))
-    last = next(iter(item["lastState"].values()), {})
+    last: Object = next(iter(item["lastState"].values()), {})
     return (
         item["name"],
         kind,
@@ -392,9 +395,9 @@ class Theatre:
         for text in (green, blue):
             self.kubectl("shop", "apply", "-f", "-", text=text)
         ports = [{"port": 80, "targetPort": 8080}]
-        service = {"metadata": {"name": "shop", "namespace": "shop"}, "spec": {"ports": ports}}
-        service["spec"]["selector"] = SELECTORS[-1]  # type: ignore[assignment]
-        self.cluster.store.create("services", service)
+        spec = {"ports": ports, "selector": SELECTORS[-1]}
+        meta = {"name": "shop", "namespace": "shop"}
+        self.cluster.store.create("services", {"metadata": meta, "spec": spec})
         for colour in ("blue", "green"):
             self.kubectl("shop", "rollout", "status", f"deployment/shop-{colour}", "--timeout=20s")
         self.recorder.wait(lambda: self._ready_endpoints() == 2)
@@ -414,7 +417,8 @@ class Theatre:
             self.cluster.store.update("services", place, "shop", change)
             self.recorder.wait(
                 lambda number=number: any(  # type: ignore[misc]
-                    len(story) >= number for story in self.ours("service-switched", "endpointslices")
+                    len(story) >= number
+                    for story in self.ours("service-switched", "endpointslices")
                 )
             )
 
@@ -423,7 +427,8 @@ class Theatre:
         config = str(self.cluster.kubeconfig())
         cache = str(self.cluster.directory / "cache")
         subprocess.run(
-            [str(KUBECTL), "--kubeconfig", config, "--cache-dir", cache, "-n", namespace, *arguments],
+            [str(KUBECTL), "--kubeconfig", config, "--cache-dir", cache, "-n", namespace]
+            + list(arguments),
             input=text,
             text=True,
             check=True,

@@ -98,11 +98,14 @@ def apply(stage: Stage, word: str, rest: str) -> None:
         _env(stage, rest)
     elif word in ("CMD", "ENTRYPOINT"):
         setattr(stage, word.lower(), _exec_form(rest))
-    elif word == "RUN" and rest in ("true", ":"):
-        return
-    elif word == "RUN":
+    else:
+        _demand_harmless(word, rest)
+
+
+def _demand_harmless(word: str, rest: str) -> None:
+    if word == "RUN" and rest not in ("true", ":"):
         raise BuildError(f"RUN is not carried out by the stand-in builder: {rest}")
-    elif word not in IGNORED:
+    if word not in (*IGNORED, "RUN"):
         raise BuildError(f"unknown instruction: {word}")
 
 
@@ -167,9 +170,7 @@ def _find(context: Path, source: str) -> list[Path]:
         raise BuildError("nothing is downloaded by the stand-in builder")
     relative = source.strip("/") or "."
     found = sorted(context.glob(relative)) if relative != "." else [context]
-    if not found or any(
-        not path.resolve().is_relative_to(context.resolve()) for path in found
-    ):
+    if not found or any(not path.resolve().is_relative_to(context.resolve()) for path in found):
         raise BuildError(f"failed to get fileinfo for {source}: no such file in the context")
     return found
 

@@ -46,7 +46,7 @@ class Cluster:
         self.faults = Faults()
         self.images = Images(directory / "images")
         self.api = Api(self.store, self.faults)
-        context = Context(self.store, self._token, lambda: self.api.ca_pem.decode())
+        context = Context(self.store, self._token, self.api.ca_pem.decode)
         self.kubelet = Kubelet(
             directory / "pods", context, self.images, self._addresses, self.clock
         )

@@ -163,7 +163,9 @@ def _matters(pod: Object, before: Object) -> bool:
 
     def view(obj: Object) -> tuple[Any, ...]:
         status, meta = obj.get("status", {}), obj["metadata"]
-        ready = [item["status"] for item in status.get("conditions") or [] if item["type"] == "Ready"]
+        ready = [
+            item["status"] for item in status.get("conditions") or [] if item["type"] == "Ready"
+        ]
         deleted = "deletionTimestamp" in meta
         return status.get("podIP"), status.get("phase"), ready, deleted, meta.get("labels")
 

@@ -305,9 +305,7 @@ class _Rollout:
             if stored["metadata"]["uid"] == self.meta["uid"]:
                 stored["status"] = status
 
-        self.store.update_status(
-            "deployments", self.meta["namespace"], self.meta["name"], change
-        )
+        self.store.update_status("deployments", self.meta["namespace"], self.meta["name"], change)
         return again
 
     def _numbers(self, old: Object) -> Object:
@@ -326,9 +324,7 @@ class _Rollout:
             "updatedReplicas": updated,
         }
         status = {name: value for name, value in status.items() if value}
-        status["terminatingReplicas"] = sum(
-            item.get("terminatingReplicas", 0) for item in statuses
-        )
+        status["terminatingReplicas"] = sum(item.get("terminatingReplicas", 0) for item in statuses)
         return status
 
     def _availability(self, status: Object) -> None:
@@ -385,9 +381,7 @@ class _Rollout:
         return None
 
     def _tell(self, text: str) -> None:
-        self.store.record_event(
-            self.deployment, "Normal", "ScalingReplicaSet", text, COMPONENT
-        )
+        self.store.record_event(self.deployment, "Normal", "ScalingReplicaSet", text, COMPONENT)
 
 
 def _same(one: Object, other: Object) -> bool:
@@ -448,7 +442,7 @@ def _set(
 
 def _complete(deployment: Object, status: Object) -> bool:
     wanted = deployment["spec"].get("replicas", 1)
-    return (
+    return bool(
         status.get("updatedReplicas", 0) == wanted
         and status.get("replicas", 0) == wanted
         and status.get("availableReplicas", 0) == wanted
@@ -466,5 +460,3 @@ def _advanced(old: Object, new: Object) -> bool:
         or new.get("readyReplicas", 0) > old.get("readyReplicas", 0)
         or new.get("availableReplicas", 0) > old.get("availableReplicas", 0)
     )
-
-

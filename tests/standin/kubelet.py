@@ -15,7 +15,7 @@ from tests.standin.podstatus import set_condition
 from tests.standin.podworker import Node, PodWorker
 from tests.standin.processes import Processes
 from tests.standin.sandbox import Context, Sandbox, parse_bytes
-from tests.standin.store import Store, now
+from tests.standin.store import now
 
 log = logging.getLogger(__name__)
 

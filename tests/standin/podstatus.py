@@ -126,9 +126,7 @@ def pod_status(view: PodView, old: Object) -> Object:
     if resources := _total(view, "requests"):
         status["allocatedResources"] = resources
     status["conditions"] = _conditions(view, phase, old.get("conditions") or [])
-    status["containerStatuses"] = [
-        item.shown() for item in view.containers if item.kind == "main"
-    ]
+    status["containerStatuses"] = [item.shown() for item in view.containers if item.kind == "main"]
     status["hostIP"], status["hostIPs"] = view.host_ip, [{"ip": view.host_ip}]
     inits = [item.shown() for item in view.containers if item.kind != "main"]
     if inits:
@@ -218,15 +216,11 @@ def _states(view: PodView, phase: str) -> dict[str, tuple[str, str, str]]:
 
 def _were_initialized(view: PodView) -> bool:
     """Once a main container has run, side-cars that ended do not undo it."""
-    return any(
-        item.kind == "main" and (item.container_id or item.last) for item in view.containers
-    )
+    return any(item.kind == "main" and (item.container_id or item.last) for item in view.containers)
 
 
 def _mount(mount: Object) -> Object:
-    shown = {
-        name: mount[name] for name in ("mountPath", "name", "readOnly") if mount.get(name)
-    }
+    shown = {name: mount[name] for name in ("mountPath", "name", "readOnly") if mount.get(name)}
     if mount.get("readOnly"):
         shown["recursiveReadOnly"] = "Disabled"
     return shown

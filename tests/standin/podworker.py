@@ -419,16 +419,12 @@ class PodWorker:
 
     def _mains_ended(self) -> bool:
         mains = [item for item in self.containers if item.shown.kind == "main"]
-        return all(
-            item.shown.exit_code is not None and not self._wanted(item) for item in mains
-        )
+        return all(item.shown.exit_code is not None and not self._wanted(item) for item in mains)
 
     def _is_done(self) -> bool:
         """Whether nothing is left to run; ends the side-cars when only they are."""
         never = self.pod["spec"].get("restartPolicy", "Always") == "Never"
-        failed = any(
-            item.shown.kind == "init" and item.shown.exit_code for item in self.containers
-        )
+        failed = any(item.shown.kind == "init" and item.shown.exit_code for item in self.containers)
         if not (self._mains_ended() or (never and failed)):
             return False
         helpers = [item for item in self.containers if item.shown.kind == "sidecar"]
@@ -511,6 +507,7 @@ class PodWorker:
                 self.node.processes.signal(process, signal.SIGKILL)
         except StartError:
             log.debug("the cluster stopped while %s was ending", item.name)
+
     def _left(self, deadline: float) -> float:
         """The rest of a grace period, which a second delete may have shortened."""
         limits = [deadline] if self._deadline is None else [deadline, self._deadline]
@@ -593,9 +590,7 @@ class PodWorker:
         while True:
             self._handle(None)
 
-    def _record(
-        self, kind: str, reason: str, message: str, item: Container | None = None
-    ) -> None:
+    def _record(self, kind: str, reason: str, message: str, item: Container | None = None) -> None:
         path = None
         if item is not None:
             group = "containers" if item.shown.kind == "main" else "initContainers"

@@ -107,7 +107,7 @@ def _http(spec: Object, target: Target, timeout: float) -> tuple[bool, str]:
     connection: http.client.HTTPConnection
     if scheme == "https":
         # The kubelet does not verify certificates of probed pods either.
-        unverified = ssl._create_unverified_context()  # noqa: SLF001, S323
+        unverified = ssl._create_unverified_context()  # noqa: S323
         connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=unverified)
     else:
         connection = http.client.HTTPConnection(host, port, timeout=timeout)
@@ -115,9 +115,8 @@ def _http(spec: Object, target: Target, timeout: float) -> tuple[bool, str]:
         connection.request("GET", path, headers=headers)
         status = connection.getresponse().status
     except TimeoutError:
-        return False, f'Get "{url}": context deadline exceeded (Client.Timeout exceeded ' + (
-            "while awaiting headers)"
-        )
+        late = "context deadline exceeded (Client.Timeout exceeded while awaiting headers)"
+        return False, f'Get "{url}": {late}'
     except (OSError, http.client.HTTPException) as error:
         return False, f'Get "{url}": {_reason(error, host, port)}'
     finally:

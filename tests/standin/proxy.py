@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import random
 import socket
@@ -102,9 +103,7 @@ class Proxy:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
 
-    async def _apply(
-        self, service: tuple[str, str], wanted: dict[Address, list[Address]]
-    ) -> None:
+    async def _apply(self, service: tuple[str, str], wanted: dict[Address, list[Address]]) -> None:
         for address in self._owned.pop(service, set()) - wanted.keys():
             self._targets.pop(address, None)
             if server := self._servers.pop(address, None):
@@ -114,11 +113,8 @@ class Proxy:
         for address, targets in wanted.items():
             self._targets[address] = targets
             if address not in self._servers:
-                self._servers[address] = await asyncio.start_server(
-                    lambda reader, writer, address=address: self._accept(address, reader, writer),
-                    *address,
-                    backlog=512,
-                )
+                accept = functools.partial(self._accept, address)
+                self._servers[address] = await asyncio.start_server(accept, *address, backlog=512)
 
     async def _accept(
         self, address: Address, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -84,9 +84,7 @@ class ReplicaSetController:
         available, wait = self._available(wanted, active)
         labels = (wanted["spec"]["template"].get("metadata") or {}).get("labels") or {}
         full = [
-            pod
-            for pod in active
-            if labels.items() <= (pod["metadata"].get("labels") or {}).items()
+            pod for pod in active if labels.items() <= (pod["metadata"].get("labels") or {}).items()
         ]
         status: Object = {
             "availableReplicas": available,
