@@ -79,7 +79,7 @@ def _check_namespace(store: Store, resource: str, new: Object) -> None:
     stored = store.find_stored("namespaces", None, namespace)
     if stored is None:
         raise not_found("namespaces", namespace)
-    if "deletionTimestamp" in stored.object["metadata"] and resource != "events":
+    if "deletionTimestamp" in stored.object["metadata"]:
         text = f"unable to create new content in namespace {namespace} {_NOT_WHILE_TERMINATING}"
         raise forbidden(resource, new["metadata"].get("name", ""), text)
 

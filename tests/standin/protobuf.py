@@ -248,9 +248,14 @@ def _extension(name: str, value: str) -> bytes:
     return _part(_EXTENSION, _part(1, name) + _part(2, _part(2, value)))
 
 
+def _full_name(name: str) -> str:
+    start = "io.k8s.apimachinery.pkg." if name.startswith(("apis.", "runtime.")) else "io.k8s.api."
+    return start + name
+
+
 def _schema(word: str) -> bytes:
     if word.startswith("@"):
-        return _part(_REF, f"#/definitions/{word[1:]}")
+        return _part(_REF, f"#/definitions/{_full_name(word[1:])}")
     if word.startswith("["):
         items = _part(_ITEMS, _part(1, _schema(word[1:])))
         return _part(_TYPE, _part(1, "array")) + items
@@ -288,5 +293,5 @@ def openapi_v2() -> bytes:
         schema = _part(_TYPE, _part(1, "object")) + _part(_PROPERTIES, fields)
         if name in kinds:
             schema += _extension("x-kubernetes-group-version-kind", kinds[name])
-        definitions += _named(name, schema)
+        definitions += _named(_full_name(name), schema)
     return _part(1, "2.0") + _part(9, definitions)

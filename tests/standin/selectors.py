@@ -128,10 +128,7 @@ def field_test(resource: str, text: str) -> Test:
     wanted = field_requirements(text)
     for key, _, _ in wanted:
         if key not in known:
-            raise bad_request(
-                f'Unable to find "{{}}" that match label selector "", field selector "{text}": '
-                f"field label not supported: {key}"
-            )
+            raise bad_request(f"field label not supported: {key}")
 
     def test(obj: Object) -> bool:
         return all(

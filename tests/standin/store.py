@@ -37,6 +37,8 @@ Change = Callable[[Object], Object | None]
 
 # What the API server uses for generated names: no vowels, nothing that reads like another letter.
 NAME_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"
+# How long the content of a namespace outlives its deletion.
+NAMESPACE_LASTS = 0.3
 FOREGROUND = "foregroundDeletion"
 # Fields that no writer may change once the object exists.
 FIXED_METADATA = (
@@ -395,6 +397,7 @@ class Store:
     ) -> None:
         """Store a v1 Event about an object; the same again only raises its count.
 
+        Nothing is stored in a namespace that is going or gone.
         `field_path` is for a container (`spec.containers{name}`), `host` for the kubelet's node.
         """
         reference = _reference(involved, field_path)
@@ -408,6 +411,9 @@ class Store:
         )
         namespace = reference.get("namespace") or "default"
         with self.lock:
+            place = self.find_stored("namespaces", None, namespace)
+            if place is None or "deletionTimestamp" in place.object["metadata"]:
+                return
             name = self._event_names.get(same)
             if name and self.find_stored("events", namespace, name):
                 self.update("events", namespace, name, _count_once_more)
@@ -605,22 +611,27 @@ class Store:
         ]
 
     def _end_namespace(self, old: Object) -> Object | None:
+        """Mark it; its content goes a moment later, as the namespace controller does it."""
         name = old["metadata"]["name"]
         if "deletionTimestamp" not in old["metadata"]:
             new = copy_json(old)
             new["metadata"]["deletionTimestamp"] = now()
             new["status"] = {"phase": "Terminating"}
             self._put("MODIFIED", "namespaces", new, old)
-        for resource, stored in self._all():
-            meta = stored.object["metadata"]
-            if meta.get("namespace") == name and self.find_stored(resource, name, meta["name"]):
-                self.delete(resource, name, meta["name"])
-        left = self.find_stored("namespaces", None, name)
-        return (
-            None
-            if left is None or self._drop_empty_namespace(left.object)
-            else self.find("namespaces", None, name)
-        )
+            later = threading.Timer(NAMESPACE_LASTS, self._empty_namespace, (name,))
+            later.daemon = True
+            later.start()
+        return self.find("namespaces", None, name)
+
+    def _empty_namespace(self, name: str) -> None:
+        with self.lock:
+            for resource, stored in self._all():
+                meta = stored.object["metadata"]
+                if meta.get("namespace") == name and self.find_stored(resource, name, meta["name"]):
+                    self.delete(resource, name, meta["name"])
+            left = self.find_stored("namespaces", None, name)
+            if left is not None:
+                self._drop_empty_namespace(left.object)
 
     def _drop_empty_namespace(self, namespace: Object) -> bool:
         name = namespace["metadata"]["name"]
