@@ -427,8 +427,13 @@ class Theatre:
         config = str(self.cluster.kubeconfig())
         cache = str(self.cluster.directory / "cache")
         subprocess.run(
-            [str(KUBECTL), "--kubeconfig", config, "--cache-dir", cache, "-n", namespace]
-            + list(arguments),
+            [
+                str(KUBECTL),
+                f"--kubeconfig={config}",
+                f"--cache-dir={cache}",
+                f"-n={namespace}",
+                *arguments,
+            ],
             input=text,
             text=True,
             check=True,

@@ -62,8 +62,8 @@ class Supervisor:
                 break
             self._watch_memory()
             unsent, self.unsent = self.unsent, []
-            for number, sent in unsent:
-                self._signal(number, sent)
+            for container, sent in unsent:
+                self._signal(container, sent)
         self._end()
 
     def _patience(self) -> float | None:
