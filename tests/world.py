@@ -1,0 +1,341 @@
+"""A small world for tests: a stand-in cluster, a git repository, the real daemon, a signed push.
+
+Everything lies in one temporary directory; what is started here is ended here.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import requests
+import yaml
+
+from tests.standin.cluster import Cluster
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "gitops_hook.py"
+BIN = Path(sys.executable).parent
+TOKEN = b"whsec_" + base64.b64encode(b"t" * 32)
+Object = dict[str, Any]
+
+APP = '''
+import http.server, json, os, signal, threading, time
+VERSION = open("version").read().strip()
+SICK = [float("inf")]
+MODES = set(open("modes").read().split())
+if "crash-at-start" in MODES:
+    raise SystemExit("cannot read settings: password=hunter2")
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        if self.path == "/":
+            if "sick-later" in MODES and SICK[0] == float("inf"):
+                SICK[0] = time.monotonic() + 1.0
+            if "crash-later" in MODES:
+                threading.Timer(0.5, os._exit, (3,)).start()
+        sick = self.path == "/ready" and (time.monotonic() > SICK[0] or "never-ready" in MODES)
+        if "smoke-fails" in MODES and self.path == "/ready" and "kube-probe" not in self.headers.get("User-Agent", ""):
+            sick = True
+        body = json.dumps({"version": VERSION, "greeting": os.environ.get("GREETING", "")}).encode()
+        self.send_response(503 if sick else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if stopping.is_set():
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+stopping = threading.Event()
+server = http.server.ThreadingHTTPServer((os.environ.get("POD_IP", "0.0.0.0"), 8080), Handler)
+server.daemon_threads = True
+
+def leave(*_):
+    stopping.set()
+    threading.Timer(0.3, os._exit, (0,)).start()
+
+signal.signal(signal.SIGTERM, leave)
+print("listening as", VERSION, flush=True)
+server.serve_forever()
+'''
+
+DEPLOYMENT = {
+    "apiVersion": "apps/v1",
+    "kind": "Deployment",
+    "metadata": {"name": "shop", "labels": {"app": "shop"}},
+    "spec": {
+        "replicas": 2,
+        "minReadySeconds": 0,
+        "selector": {"matchLabels": {"app": "shop"}},
+        "template": {
+            "metadata": {"labels": {"app": "shop"}},
+            "spec": {
+                "terminationGracePeriodSeconds": 2,
+                "containers": [
+                    {
+                        "name": "web",
+                        "image": "registry.example.com/demo/shop",
+                        "ports": [{"name": "http", "containerPort": 8080}],
+                        "envFrom": [{"configMapRef": {"name": "shop-settings"}}],
+                        "readinessProbe": {
+                            "httpGet": {"path": "/ready", "port": "http"},
+                            "periodSeconds": 1,
+                            "failureThreshold": 10,
+                        },
+                        "lifecycle": {"preStop": {"sleep": {"seconds": 1}}},
+                    }
+                ],
+            },
+        },
+    },
+}
+SERVICE = {
+    "apiVersion": "v1",
+    "kind": "Service",
+    "metadata": {"name": "shop"},
+    "spec": {"selector": {"app": "shop"}, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]},
+}
+DOCKERFILE = """FROM python:3.12-slim
+WORKDIR /app
+COPY app.py version modes /app/
+CMD ["python", "app.py"]
+"""
+
+
+def eventually(check: Callable[[], Any], seconds: float = 30.0, what: str = "") -> Any:
+    """Return the first true result of a check within a deadline; fails with the last result."""
+    until = time.monotonic() + seconds
+    while True:
+        result = check()
+        if result:
+            return result
+        if time.monotonic() > until:
+            raise AssertionError(f"not within {seconds} s: {what or check} (last: {result!r})")
+        time.sleep(0.05)
+
+
+class Repository:
+    """A git repository with the sample application, pushed to like an owner would."""
+
+    def __init__(self, directory: Path) -> None:
+        self.bare, self.work = directory / "shop.git", directory / "shop"
+        self.git("init", "-q", "--bare", "-b", "main", str(self.bare), where=directory)
+        self.git("clone", "-q", str(self.bare), str(self.work), where=directory)
+        self.git("checkout", "-q", "-B", "main")
+
+    def git(self, *args: str, where: Path | None = None) -> str:
+        """Run git as the application's owner."""
+        environ = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_CONFIG_NOSYSTEM": "1",
+            **{f"GIT_{who}_{what}": "owner@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+        }
+        argv = ["git", "-C", str(where or self.work), *args]
+        done = subprocess.run(argv, check=True, capture_output=True, text=True, env=environ)
+        return done.stdout.strip()
+
+    def write(self, files: dict[str, str]) -> None:
+        """Put files into the work tree."""
+        for name, content in files.items():
+            path = self.work / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+
+    def release(
+        self, version: str, *, modes: str = "", branch: str = "main", tests: bool = True, **more: str
+    ) -> str:
+        """Commit and push a version of the sample application; return its commit."""
+        objects = [DEPLOYMENT, SERVICE, settings_map(version)]
+        files = {
+            "app.py": APP,
+            "version": version,
+            "modes": modes,
+            "Dockerfile": DOCKERFILE,
+            "tests/test_app.py": f"def test_it():\n    assert {tests}\n",
+            "deploy/app.yaml": yaml.safe_dump_all(objects),
+            **{name.replace("__", "/"): content for name, content in more.items()},
+        }
+        self.git("checkout", "-q", "-B", branch)
+        self.write(files)
+        self.git("add", "-A")
+        self.git("commit", "-q", "--allow-empty", "-m", f"Version {version}")
+        self.git("push", "-q", "-f", "origin", branch)
+        return self.git("rev-parse", "HEAD")
+
+
+def settings_map(version: str) -> Object:
+    """The sample application's settings: each version has its own."""
+    data = {"GREETING": f"hello from {version}"}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "shop-settings"}, "data": data}
+
+
+def daemon_config(repository: Path, **deploy: Any) -> Object:
+    """A configuration with short times."""
+    settings = {"bake": "3s", "drain": "1s", "rollout_timeout": "30s", "health": {"path": "/ready", "successes": 2}}
+    return {
+        "apps": [
+            {
+                "name": "shop",
+                "repository": str(repository),
+                "test": {"command": "python -m pytest -q -p no:cacheprovider tests/ --junitxml=$JUNIT_XML"},
+                "build": {"image": "registry.example.com/demo/shop"},
+                "deploy": {**settings, **deploy},
+            }
+        ],
+        "catch_up": "10m",
+    }
+
+
+class World:
+    """One directory with a cluster that has our manifests, a repository and a daemon."""
+
+    def __init__(self, directory: Path, cluster: Cluster, config: Callable[[Path], Object] = daemon_config) -> None:
+        self.directory, self.cluster = directory, cluster
+        self.repository = Repository(directory)
+        self.config = config(self.repository.bare)
+        self.secrets, self.spool = directory / "secrets", directory / "spool"
+        self.secrets.mkdir()
+        (self.secrets / "webhook-signing-tokens").write_bytes(TOKEN + b"\n")
+        self.log = directory / "daemon.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.url = self.admin_url = ""
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The environment of the daemon and of commands."""
+        config = self.directory / "config.yaml"
+        config.write_text(yaml.safe_dump(self.config))
+        home = self.directory / "home"
+        home.mkdir(exist_ok=True)
+        kept = {k: v for k, v in os.environ.items() if k in ("LANG", "LD_LIBRARY_PATH")}
+        return {
+            **kept,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "HOME": str(home),
+            "KUBECONFIG": str(self.cluster.kubeconfig("orchestration/orchestration-sa")),
+            "GITOPS_HOOK_CONFIG": str(config),
+            "GITOPS_HOOK_SECRETS": str(self.secrets),
+            "GITOPS_HOOK_SPOOL": str(self.spool),
+            "GITOPS_HOOK_LISTEN": "127.0.0.1:0",
+            "GITOPS_HOOK_ADMIN_LISTEN": "127.0.0.1:0",
+        }
+
+    def start(self, seconds: float = 20.0) -> None:
+        """Start the daemon and wait until it serves."""
+        offset = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("ab") as log:
+            argv = [sys.executable, str(PROGRAM), "serve"]
+            self.process = subprocess.Popen(argv, env=self.environ, stderr=log, start_new_session=True)
+
+        def serving() -> Object | None:
+            if self.process is None or self.process.poll() is not None:
+                raise AssertionError(f"the daemon ended: {self.log.read_text()[offset:][-2000:]}")
+            return next((e for e in self.logged(offset) if e["msg"] == "serving"), None)
+
+        line = eventually(serving, seconds, "the daemon serves")
+        self.url = f"http://127.0.0.1:{line['port']}"
+        self.admin_url = f"http://127.0.0.1:{line['admin_port']}"
+
+    def logged(self, offset: int = 0) -> list[Object]:
+        """The daemon's log lines so far."""
+        if not self.log.exists():
+            return []
+        lines = self.log.read_bytes()[offset:].decode().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def kill(self) -> None:
+        """Kill the daemon and its kubectl processes at once, as a lost node would."""
+        if self.process:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def stop(self, seconds: float = 50.0) -> int:
+        """End the daemon as a kubelet would; return its exit status."""
+        if self.process is None:
+            return 0
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.kill()
+
+    def command(self, *args: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """Run one of the program's commands."""
+        argv = [sys.executable, str(PROGRAM), *args]
+        return subprocess.run(argv, env=self.environ, capture_output=True, text=True, timeout=timeout, check=False)
+
+    def push(self, commit: str, ref: str = "main") -> str:
+        """Announce a commit by a signed delivery; return the first run's id."""
+        done = self.command("push", "--app", "shop", "--ref", ref, "--sha", commit, "--url", f"{self.url}/webhook")
+        assert done.returncode == 0, done
+        return str(json.loads(done.stdout.partition(" ")[2])["runs"][0])
+
+    def status(self) -> Object:
+        """What `status` says."""
+        done = self.command("status", "--output", "json")
+        assert done.returncode == 0, done
+        found: Object = json.loads(done.stdout)
+        return found
+
+    def ended(self, run: str, seconds: float = 90.0) -> Object:
+        """Wait for the log line that a run ended; return it."""
+
+        def line() -> Object | None:
+            found = [e for e in self.logged() if e["msg"] == "run ended" and e.get("run") == run]
+            return found[-1] if found else None
+
+        return dict(eventually(line, seconds, f"{run} ends"))
+
+    def deployed(self, version: str, **release: Any) -> Object:
+        """Release, push and wait for the end."""
+        return self.ended(self.push(self.repository.release(version, **release)))
+
+    def service(self, environment: str = "production", name: str = "shop") -> Object | None:
+        """A Service as it is in the cluster."""
+        return self.cluster.store.find("services", environment, name)
+
+    def answer(self, environment: str = "production", path: str = "/") -> Object:
+        """Ask the application through its live Service."""
+        service = self.service(environment)
+        assert service is not None
+        answer = requests.get(f"http://{service['spec']['clusterIP']}:80{path}", timeout=5)
+        return {"status": answer.status_code, **answer.json()}
+
+
+def install(cluster: Cluster) -> None:
+    """Put the shipped manifests, as `make apply` would, and the daemon's image into a cluster."""
+    kubectl = ["kubectl", "kustomize", str(ROOT / "manifests")]
+    environ = {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(cluster.directory)}
+    rendered = subprocess.run(kubectl, check=True, capture_output=True, text=True, env=environ).stdout
+    kept = [o for o in yaml.safe_load_all(rendered) if o["kind"] not in ("Deployment", "Ingress")]
+    cluster.load(*kept)
+    cluster.images.add("gitops-hook:dev", entrypoint=[sys.executable, str(PROGRAM)])
+
+
+@contextmanager
+def world(directory: Path, config: Callable[[Path], Object] = daemon_config, *, speed: float = 1.0) -> Iterator[World]:
+    """A world with everything but a started daemon; ended with all its processes."""
+    with Cluster(directory / "cluster", speed=speed) as cluster:
+        install(cluster)
+        made = World(directory, cluster, config)
+        try:
+            yield made
+        finally:
+            made.kill()
