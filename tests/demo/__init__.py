@@ -1,0 +1,1 @@
+"""The demo: pushes of a sample application on a stand-in cluster, told as they happen."""

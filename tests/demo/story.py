@@ -1,0 +1,214 @@
+"""The story: four pushes, what is expected of each, and what was seen."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tests.demo.load import Answer, Load
+from tests.demo.observer import Observer, Say, Sight, finished, noted
+from tests.demo.owner import Commit, Owner
+from tests.demo.processes import Broken
+from tests.demo.setting import Daemon, ask, wait_until
+from tests.standin.kubectl import Kubectl
+
+STEP_SECONDS = 60.0
+SABOTAGED_SECONDS = 15.0
+QUIET_SECONDS = 2.0
+MINIMUM_RATE = 50.0
+LAST = "production"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One expectation, and whether it was met."""
+
+    text: str
+    met: bool
+
+
+@dataclass
+class Story:
+    """Plays the pushes; every verdict is kubectl's or the load generator's."""
+
+    owner: Owner
+    daemon: Daemon
+    kubectl: Kubectl
+    say: Say
+    sabotage: bool
+    load: Load | None = None
+    commits: dict[int, Commit] = field(default_factory=dict)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.observer = Observer(self.kubectl, self.say)
+
+    def play(self) -> None:
+        """Tell it to its end, or until something expected does not happen: Broken."""
+        self._push(self.owner.push_first())
+        self._first_version()
+        self._push(self.owner.push_change(2))
+        self._next_version()
+        self._push(self.owner.push_change(3))
+        self._sick_version()
+        self._push(self.owner.push_change(4))
+        self._untested_version()
+
+    def stop(self) -> None:
+        """Let the visitors go."""
+        if self.load is not None:
+            self.load.stop()
+
+    # The pushes
+
+    def _push(self, commit: Commit) -> None:
+        self.commits[commit.version] = commit
+        self.observer.expect(commit)
+        answer = self.daemon.push(commit.sha)
+        what = f"version {commit.version}, {commit.sha[:8]} “{commit.title}”"
+        self.say("push", f"{what}: the webhook answers {answer}")
+
+    def _first_version(self) -> None:
+        commit = self.commits[1]
+        self._until("version 1 is live", lambda sight: sight.ready(LAST) == 2)
+        service = self.observer.sight.live(LAST)
+        assert service is not None
+        host, port = service["spec"]["clusterIP"], service["spec"]["ports"][0]["port"]
+        self.load = Load(host, port)
+        wait_until(self.load.reachable, "the first version answers")
+        self.load.start()
+        self.say("load", f"visitors ask http://{host}:{port}/ from now on")
+        self._until("version 1 stays", lambda sight: _outcome(sight, commit) == "deployed")
+
+    def _next_version(self) -> None:
+        commit = self.commits[2]
+        self._until("version 2 is live", lambda sight: sight.is_live(LAST, commit))
+        self._until_answered(2)
+        self._until("version 2 stays", lambda sight: _outcome(sight, commit) == "deployed")
+
+    def _sick_version(self) -> None:
+        commit, seconds = self.commits[3], STEP_SECONDS
+        self._until_answered(3)
+        if self.sabotage:
+            self._forbid_switching()
+            seconds = SABOTAGED_SECONDS
+        self._until(
+            "version 3 is switched back",
+            lambda sight: _outcome(sight, commit) == "switched-back",
+            seconds,
+        )
+        self._until("nobody gets version 3 any more", lambda _: self._quiet(3))
+        gone = self.visits.of_version(3)[-1].at - self.visits.of_version(3)[0].at
+        self.say("load", f"version 3 answered for {gone:.1f} s, and nobody since")
+
+    def _untested_version(self) -> None:
+        commit = self.commits[4]
+        self._until("version 4 ends red", lambda sight: bool(_reason(sight, commit)))
+        self._until("version 4 is not deployed", lambda _: self._quiet(4))
+
+    def _forbid_switching(self) -> None:
+        """From outside: the daemon goes on and may do everything but move the traffic."""
+        role = ("--namespace", LAST, "{}", "role", "production-deployer")
+        get, patch = ([word.format(verb) for word in role] for verb in ("get", "patch"))
+        rules = json.loads(ask(self.kubectl, *get, "-o", "json"))["rules"]
+        for rule in rules:
+            if "services" in rule["resources"]:
+                rule["verbs"].remove("patch")
+        ask(self.kubectl, *patch, "--type=merge", "-p", json.dumps({"rules": rules}))
+        self.say("sabotage", "the daemon may not patch Services in production any more")
+
+    # Waiting
+
+    @property
+    def visits(self) -> Load:
+        """The load, once it has begun."""
+        if self.load is None:
+            raise Broken("the load never began")
+        return self.load
+
+    def _until(
+        self, what: str, true: Callable[[Sight], bool], seconds: float = STEP_SECONDS
+    ) -> None:
+        until = time.monotonic() + seconds
+        while not true(self.observer.look()):
+            self.daemon.ready()
+            if time.monotonic() > until:
+                raise Broken(f"not within {seconds:.0f} s: {what}")
+
+    def _until_answered(self, version: int) -> None:
+        self._until(f"version {version} answers", lambda _: bool(self.visits.of_version(version)))
+        self.say("load", f"first visitors get version {version}")
+
+    def _quiet(self, version: int) -> bool:
+        found = self.visits.of_version(version)
+        last = found[-1].at if found else self.visits.began
+        return time.monotonic() - last > QUIET_SECONDS
+
+    # Verdicts
+
+    def judge(self) -> list[Verdict]:
+        """What was expected and whether it was seen, by kubectl and by the load."""
+        try:
+            sight = self.observer.look()
+        except Broken:
+            sight = self.observer.sight
+        return [*self._live_verdicts(sight), *self._red_verdicts(sight), *self._load_verdicts()]
+
+    def _live_verdicts(self, sight: Sight) -> list[Verdict]:
+        first, second, third = (self._answers(version) for version in (1, 2, 3))
+        back = [answer for answer in second if third and answer.at > third[-1].at]
+        only_back = bool(back) and back[-1].at - back[0].at >= QUIET_SECONDS / 2
+        order = bool(first and second and third) and first[0].at < second[0].at < third[0].at
+        return [
+            Verdict("version 1 went live", bool(first) and self._ended(sight, 1) == "deployed"),
+            Verdict("version 2 went live", bool(second) and self._ended(sight, 2) == "deployed"),
+            Verdict("version 3 went live after it", order),
+            Verdict("version 3 was switched back", self._ended(sight, 3) == "switched-back"),
+            Verdict("then only version 2 answered", only_back and self._last_is(2)),
+            Verdict(
+                "version 2 is live", 2 in self.commits and sight.is_live(LAST, self.commits[2])
+            ),
+        ]
+
+    def _red_verdicts(self, sight: Sight) -> list[Verdict]:
+        commit = self.commits.get(4)
+        job = sight.job("test", commit) if commit else None
+        red = (
+            job is not None and finished(job) == "Failed" and noted(job, "reason") == "TestsFailed"
+        )
+        unseen = commit is not None and not self._answers(4) and not sight.job("build", commit)
+        return [
+            Verdict("version 4 ended as TestsFailed", red),
+            Verdict("version 4 was not built and never answered", unseen),
+        ]
+
+    def _load_verdicts(self) -> list[Verdict]:
+        rate = self.load.rate() if self.load else 0.0
+        failures = self.load.failures() if self.load else []
+        first = f" ({failures[0].failure})" if failures else ""
+        return [
+            Verdict(f"visitors asked {rate:.0f} times a second", rate >= MINIMUM_RATE),
+            Verdict(f"every visitor got an answer{first}", bool(self.load) and not failures),
+        ]
+
+    def _answers(self, version: int) -> list[Answer]:
+        return self.load.of_version(version) if self.load else []
+
+    def _last_is(self, version: int) -> bool:
+        answers = self.visits.answers()
+        return answers[-1].version == version
+
+    def _ended(self, sight: Sight, version: int) -> str:
+        commit = self.commits.get(version)
+        return _outcome(sight, commit) if commit else ""
+
+
+def _outcome(sight: Sight, commit: Commit) -> str:
+    return str(sight.entry(LAST, commit).get("outcome", ""))
+
+
+def _reason(sight: Sight, commit: Commit) -> str:
+    job = sight.job("test", commit)
+    return noted(job, "reason") if job else ""
