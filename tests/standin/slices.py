@@ -54,7 +54,10 @@ class EndpointSliceController:
             if stored.get("endpoints") == endpoints and stored.get("ports") == ports:
                 return
             stored["endpoints"], stored["ports"] = endpoints, ports
-            stored["metadata"]["annotations"] = _trigger()
+            # Only pods (and the Service's birth) trigger a change, so none is noted without them.
+            stored["metadata"].pop("annotations", None)
+            if endpoints:
+                stored["metadata"]["annotations"] = _trigger()
 
         found = slices[0]["metadata"]
         self._store.update("endpointslices", found["namespace"], found["name"], change)
