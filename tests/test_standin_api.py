@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 
 from tests.standin.api import Api
+from tests.standin.cluster import Cluster
 from tests.standin.kubectl import Kubectl, Result
 from tests.standin.store import Store, copy_json, now
 
 Object = dict[str, Any]
 DATA = Path(__file__).with_name("data") / "transcripts.jsonl"
 RECORDED: list[Object] = [json.loads(line) for line in DATA.read_text().splitlines()]
-ARTICLE = "system:serviceaccount:orchestration:orchestration-sa"
+PATIENCE = 20.0
 
 # Which recorded calls (by their line in the file, from 0) are replayed, and where.
 # Each created Job: the call that created it, then what `get job -o json` said of it.
@@ -50,6 +52,7 @@ SERVICE = (54, 55, 58, 59, 61, 77)
 ARTICLE_ACCOUNT = (78, 79, 80, 81, 82, 83, 84, 85, 86, 91)
 OUTSIDE = (87, 88, 89, 90, 112)
 RELEASE = (92, 93, 94, 95, 96, 97, 98, 113, 114)
+ENDPOINTS = (123, 125)
 SWITCH = (115, 116, 117, 118, 119, 120, 121, 122, 124, 126, 127, 128, 129)
 COPIES = (130, 131, 132, 133)
 AFTER = (134, 135, 136, 137, 138, 140, 142, 143, 144, 145)
@@ -68,6 +71,7 @@ COVERED = [
     *OUTSIDE,
     *RELEASE,
     *SWITCH,
+    *ENDPOINTS,
     *COPIES,
     *AFTER,
 ]
@@ -76,8 +80,6 @@ NOT_REPLAYED = {
     60: f"the EndpointSlice of two colours {_OVER_TIME} (service-switched)",
     65: f"the pods of a bad image: their status {_OVER_TIME} (deploy-bad-image)",
     68: f"the pods in a crash loop: their status {_OVER_TIME} (deploy-crash-loop)",
-    123: f"the EndpointSlice after a switch {_OVER_TIME} (service-switched)",
-    125: f"the EndpointSlice of a run without pods {_OVER_TIME} (service-switched)",
     139: f"the pods without their ConfigMap {_OVER_TIME} (deploy-missing-configmap)",
     141: f"the pods whose init container fails {_OVER_TIME} (deploy-init-fails)",
 }
@@ -90,6 +92,9 @@ MASKS = (
     (r"kube-api-access-\w{5}", "kube-api-access-XXXXX"),
     (r"E\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (\w+\.go):\d+\]", r"KLOG \1]"),
     (r"\b\d+s( +)\d+s\b", "SECONDS SECONDS"),
+    (r"-[0-9a-f]{7,10}-[a-z0-9]{5}\b", "-HASH-XXXXX"),
+    (r"\bshop-[a-z0-9]{5}\b(?!-)", "shop-XXXXX"),
+    (r"\b(10\.88|127\.\d+)\.\d+\.\d+\b", "POD-IP"),
 )
 
 
@@ -239,6 +244,26 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
         store.create("namespaces", {"metadata": {"name": name}})
     with Api(store) as api:
         yield Stage(tmp_path, store, api)
+
+
+def switched(store: Store, at: int) -> bool:
+    """Whether the endpoints of the shop are of the colour that was recorded, all of them."""
+    slices = store.list("endpointslices", "production")
+    wanted = RECORDED[at]["json"]["items"]
+    return targets(slices) == targets(wanted)
+
+
+def targets(slices: list[Object]) -> list[tuple[str, bool]]:
+    found = [end for item in slices for end in item["endpoints"] or ()]
+    colours = [end["targetRef"]["name"].rsplit("-", 2)[0] for end in found]
+    return [(name, end["conditions"]["ready"]) for name, end in zip(colours, found, strict=True)]
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {PATIENCE} s: {what}"
+        time.sleep(0.02)
 
 
 def job_name(at: int) -> str:
@@ -522,6 +547,22 @@ def test_traffic_is_switched_as_recorded(stage: Stage) -> None:
     for at in (127, 128, 129):
         stage.replay(at)
     assert stage.replayed == set(SWITCH)
+
+
+def test_endpoints_follow_a_switch_as_recorded(tmp_path: Path) -> None:
+    with Cluster(tmp_path, speed=10) as cluster:
+        cluster.store.create("namespaces", {"metadata": {"name": "production"}})
+        stage = Stage(tmp_path, cluster.store, cluster.api)
+        for at, name in ((115, "shop-blue"), (118, "shop-green")):
+            stage.replay(at)
+            stage.kubectl.run("-n", "production", "rollout", "status", f"deployment/{name}")
+        stage.replay(117)
+        blue = [("shop-blue", True)] * 2
+        until(lambda: targets(cluster.store.list("endpointslices")) == blue, "blue endpoints")
+        for switch, stale, seen in ((122, "7764", 123), (124, "7765", 125)):
+            stage.replay(switch, {stale: stage.version("services", "shop")})
+            until(lambda at=seen: switched(cluster.store, at), f"the endpoints of call {seen}")
+            stage.replay(seen)
 
 
 def test_an_immutable_copy_stays_what_it_is(stage: Stage) -> None:

@@ -167,7 +167,10 @@ subjects: [{kind: ServiceAccount, name: worker, namespace: base}]
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 metadata: {name: deny, namespace: base}
-spec: {podSelector: {}, policyTypes: [Ingress, Egress], egress: [{ports: [{port: 53, protocol: UDP}]}]}
+spec:
+  podSelector: {}
+  policyTypes: [Ingress, Egress]
+  egress: [{ports: [{port: 53, protocol: UDP}]}]
 ---
 apiVersion: apps/v1
 kind: Deployment
@@ -786,8 +789,9 @@ CHECKS: dict[str, tuple[str, Object, str]] = {
         pod(),
         (
             'violates PodSecurity "restricted:latest": allowPrivilegeEscalation != false ('
-            'container "main" must set securityContext.allowPrivilegeEscalation=false), unrestricted '
-            'capabilities (container "main" must set securityContext.capabilities.drop=["ALL"]), '
+            'container "main" must set securityContext.allowPrivilegeEscalation=false), '
+            'unrestricted capabilities (container "main" must set '
+            'securityContext.capabilities.drop=["ALL"]), '
             'runAsNonRoot != true (pod or container "main" must set '
             'securityContext.runAsNonRoot=true), seccompProfile (pod or container "main" must set '
             'securityContext.seccompProfile.type to "RuntimeDefault" or "Localhost")'
