@@ -380,6 +380,8 @@ def test_tables_have_the_columns_of_a_real_server(world: World) -> None:
         "pods": ["NAME", "READY", "STATUS", "RESTARTS", "AGE"],
         "cm": ["NAME", "DATA", "AGE"],
     }
+    wide = world.run("get", "pods", "-n", "demo", "-o", "wide").splitlines()[0].split()
+    assert wide == [*heads["pods"], "IP", "NODE", "NOMINATED", "NODE", "READINESS", "GATES"]
     line = world.run("get", "events", "-n", "demo").splitlines()[1].split()
     assert line[1:] == ["Warning", "Failed", "pod/one", "Error:", "gone"]
 
@@ -442,7 +444,9 @@ def test_a_watch_from_a_forgotten_version_is_gone(world: World) -> None:
     world.store.compact()
     path = "/api/v1/namespaces/demo/configmaps?watch=1&timeoutSeconds=1&resourceVersion="
     code, body = world.request("GET", f"{path}{old}")
-    assert (code, json.loads(body)["reason"]) == (410, "Expired")
+    told = json.loads(body)
+    assert (code, told["type"], told["object"]["code"]) == (200, "ERROR", 410)
+    assert told["object"]["reason"] == "Expired"
     assert world.request("GET", f"{path}{world.store.version}") == (200, "")
 
 
@@ -665,6 +669,24 @@ MISREAD: dict[str, tuple[Object, str]] = {
         config(dataa={}, more={}),
         'strict decoding error: unknown field "dataa", unknown field "more"',
     ),
+    "a time to the second where microseconds belong": (
+        {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {"name": "lease", "namespace": "demo"},
+            "spec": {"renewTime": "2026-01-01T00:00:00Z"},
+        },
+        'parsing time "2026-01-01T00:00:00Z" as "2006-01-02T15:04:05.000000Z07:00"',
+    ),
+    "a secret that is not base64": (
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": "secret", "namespace": "demo"},
+            "data": {"a": "b!"},
+        },
+        "illegal base64 data at input byte 1",
+    ),
     "no quantity": (
         deployment(container(resources={"limits": {"cpu": "fast"}})),
         "quantities must match the regular expression",
@@ -848,6 +870,8 @@ def test_pod_security_warns_about_workloads_whose_pods_it_would_refuse(world: Wo
     done = world.kubectl.run("apply", "-f", "-", stdin=json.dumps(deployment()))
     assert done.code == 0
     assert done.err.startswith('Warning: would violate PodSecurity "restricted:latest": allowPriv')
+    scaled = world.kubectl.run("scale", "-n", "demo", "deployment/shop", "--replicas=2")
+    assert (scaled.code, scaled.err) == (0, "")
 
 
 def test_pods_need_their_namespace_and_their_account(world: World) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.standin import tables
 from tests.standin.asked import TRUE, Asked, reply
-from tests.standin.errors import bad_request, not_found
+from tests.standin.errors import ApiError, bad_request, not_found
 from tests.standin.faults import Fault, Faults
 from tests.standin.httpd import Closed, Response
 from tests.standin.resources import Resource
@@ -107,9 +107,13 @@ class Watch:
         from_version = _version(asked)
         initial = asked.query.get("sendInitialEvents") in TRUE
         state = None if initial or not from_version else from_version
-        with self.store.lock:
-            subscription = self.store.subscribe(asked.plural, state)
-            first = self.store.version
+        try:
+            with self.store.lock:
+                subscription = self.store.subscribe(asked.plural, state)
+                first = self.store.version
+        except ApiError as error:
+            self._refuse(error)
+            return
         try:
             connection.on_gone(subscription.close)
             connection.begin_stream()
@@ -120,6 +124,15 @@ class Watch:
         finally:
             connection.stop_watching()
             subscription.close()
+        connection.end_stream()
+
+    def _refuse(self, error: ApiError) -> None:
+        """A version that is forgotten is told inside of the stream, as a real server does."""
+        connection = self.asked.http.connection
+        connection.begin_stream()
+        connection.stop_watching()
+        self.faults.note(self.asked.logged(error.code))
+        self._send("ERROR", json.dumps(error.status(), separators=(",", ":")).encode())
         connection.end_stream()
 
     def _pump(self, subscription: Subscription, initial: int | None) -> None:

@@ -17,6 +17,10 @@ FIELDS_FILE = Path(__file__).with_name("fields.json")
 # Timestamps that are written as null when they are not set.
 KEPT_NULLS = frozenset({"lastProbeTime", "eventTime", "firstTimestamp", "lastTimestamp"})
 _JSON_NAMES = {bool: "bool", int: "number", float: "number", str: "string", list: "array"}
+# Written to the microsecond, and refused when they are not.
+MICRO_TIMES = frozenset({"renewTime", "acquireTime"})
+_MICRO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|[+-]\d\d:\d\d)")
+_MICRO_LAYOUT = "2006-01-02T15:04:05.000000Z07:00"
 _INTEGERS = {"int32": (-(2**31), 2**31 - 1), "int64": (-(2**63), 2**63 - 1)}
 
 
@@ -98,6 +102,7 @@ class _Decoder:
                     result[key] = None
             else:
                 result[key] = self.value(item, found.type, here, kind)
+                _check_spelling(kind, key, result[key])
         return result
 
     def value(self, value: Any, word: str, path: str, owner: str) -> Any:
@@ -152,6 +157,20 @@ class _Decoder:
             f"json: cannot unmarshal {got} into Go struct field {struct}.{field} "
             f"of type {_go_type(word)}"
         )
+
+
+def _check_spelling(kind: str, field: str, value: Any) -> None:
+    """ApiError 400 for texts that the server parses while it decodes."""
+    if field in MICRO_TIMES and not _MICRO.fullmatch(value):
+        raise bad_request(
+            f'parsing time "{value}" as "{_MICRO_LAYOUT}": cannot parse "{value[19:]}" as ".000000"'
+        )
+    if kind == "core.v1.Secret" and field == "data":
+        for text in value.values():
+            wrong = re.search(r"[^A-Za-z0-9+/=\r\n]", text)
+            if wrong or len(text) % 4:
+                at = wrong.start() if wrong else len(text) - len(text) % 4
+                raise bad_request(f"illegal base64 data at input byte {at}")
 
 
 def _go_type(word: str) -> str:

@@ -239,8 +239,7 @@ def _binding(obj: Object) -> list[Cell]:
 
 def _netpol(obj: Object) -> list[Cell]:
     labels = (obj.get("spec", {}).get("podSelector") or {}).get("matchLabels") or {}
-    shown = ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
-    return [shown or "<none>", age(obj)]
+    return [_pairs(labels), age(obj)]
 
 
 def _node(obj: Object) -> list[Cell]:
@@ -252,6 +251,32 @@ def _node(obj: Object) -> list[Cell]:
     return ["Ready" if ready else "NotReady", "<none>", age(obj), version]
 
 
+def _images(obj: Object) -> list[Cell]:
+    spec = obj["spec"]
+    containers = spec["template"]["spec"]["containers"]
+    names = ",".join(item["name"] for item in containers)
+    images = ",".join(item["image"] for item in containers)
+    labels = (spec.get("selector") or {}).get("matchLabels") or {}
+    return [names, images, _pairs(labels)]
+
+
+def _pairs(labels: Object) -> str:
+    return ",".join(f"{key}={value}" for key, value in sorted(labels.items())) or "<none>"
+
+
+def _where(pod: Object) -> list[Cell]:
+    address = pod.get("status", {}).get("podIP") or "<none>"
+    return [address, pod["spec"].get("nodeName") or "<none>", "<none>", "<none>"]
+
+
+# What `-o wide` adds.
+_WIDE: dict[str, tuple[tuple[str, ...], Rows]] = {
+    "pods": (("IP", "Node", "Nominated Node", "Readiness Gates"), _where),
+    "jobs": (("Containers", "Images", "Selector"), _images),
+    "deployments": (("Containers", "Images", "Selector"), _images),
+    "replicasets": (("Containers", "Images", "Selector"), _images),
+    "services": (("Selector",), lambda obj: [_pairs(obj["spec"].get("selector") or {})]),
+}
 _WITHOUT_NAME = frozenset({"events"})
 _TABLES: dict[str, tuple[tuple[str, ...], Rows]] = {
     "pods": (("Ready", "Status", "Restarts", "Age"), _pod),
@@ -300,11 +325,13 @@ def _count(obj: Object, *fields: str) -> int:
 def table(resource: str, objects: list[Object], version: str, *, whole: bool) -> Object:
     """A meta.k8s.io/v1 Table of the objects; `whole` puts the objects themselves in the rows."""
     columns, cells = _TABLES.get(resource, (("Age",), lambda obj: [age(obj)]))
+    more, extra = _WIDE.get(resource, ((), lambda _: []))
     named = resource not in _WITHOUT_NAME
     definitions = [_column(name) for name in (("Name", *columns) if named else columns)]
+    definitions += [{**_column(name), "priority": 1} for name in more]
     rows = []
     for obj in objects:
-        values = cells(obj)
+        values = [*cells(obj), *extra(obj)]
         shown = obj if whole else _partial(obj)
         row = [obj["metadata"]["name"], *values] if named else values
         rows.append({"cells": row, "object": shown})

@@ -82,7 +82,7 @@ def create(store: Store, asked: Asked, resource: Resource) -> Response:
         apply_defaults(asked.plural, new)
     note_manager(asked.plural, _without_status(new), None, asked.manager)
     created = store.create(asked.plural, new, dry_run=asked.dry_run)
-    warnings += admission.warnings(store, asked.plural, created)
+    warnings += _admission_warnings(store, asked, created)
     return reply(created, 201, warnings)
 
 
@@ -114,6 +114,10 @@ def _write(store: Store, asked: Asked, change: Callable[[Object], Object]) -> Ob
     return write(asked.plural, asked.namespace, asked.name, change, dry_run=asked.dry_run)
 
 
+def _admission_warnings(store: Store, asked: Asked, obj: Object) -> list[str]:
+    return [] if asked.subresource else admission.warnings(store, asked.plural, obj)
+
+
 def update(store: Store, asked: Asked, resource: Resource) -> Response:
     """PUT: the whole object anew."""
     body = asked.body()
@@ -127,7 +131,7 @@ def update(store: Store, asked: Asked, resource: Resource) -> Response:
         return _settle(asked, resource, copy_json(new), old)
 
     updated = _write(store, asked, change)
-    return reply(updated, 200, [*warnings, *admission.warnings(store, asked.plural, updated)])
+    return reply(updated, 200, [*warnings, *_admission_warnings(store, asked, updated)])
 
 
 def _patcher(asked: Asked) -> Callable[[Object], Object]:
@@ -168,7 +172,7 @@ def patch(store: Store, asked: Asked, resource: Resource) -> Response:
         return _settle(asked, resource, clean, old)
 
     patched = _write(store, asked, change)
-    return reply(patched, 200, [*warnings, *admission.warnings(store, asked.plural, patched)])
+    return reply(patched, 200, [*warnings, *_admission_warnings(store, asked, patched)])
 
 
 def _strict_patch_error(asked: Asked, unknown: list[str]) -> ApiError:
