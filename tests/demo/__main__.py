@@ -51,7 +51,7 @@ def introduce(teller: Teller) -> None:
     """What is not as it would be on a cluster."""
     teller.say(
         "demo",
-        "the cluster is a stand-in (API server and kubelet in Python, pods are local processes);"
+        "the cluster is a stand-in, its pods are local processes;"
         f" shortened: bake {BAKE} s, drain {DRAIN} s, minReadySeconds 1, probe period 1 s",
     )
 
@@ -75,14 +75,18 @@ def perform(directory: Path, stack: ExitStack, say: Say, sabotage: bool) -> Stor
     return story
 
 
+def show_end(log: Path) -> None:
+    """The last lines of a log, and where the rest of it is."""
+    print(f"\nthe end of {log}:")
+    print("\n".join(log.read_text("utf-8").splitlines()[-LAST_LINES:]))
+
+
 def report(story: Story) -> bool:
     """Print every verdict and, last, how the visitors fared; whether all is as expected."""
     verdicts = story.judge()
     good = all(verdict.met for verdict in verdicts)
     if not good:
-        log = story.daemon.program.log
-        print(f"\nthe end of the daemon's log, {log}:")
-        print("\n".join(log.read_text("utf-8").splitlines()[-LAST_LINES:]))
+        show_end(story.daemon.program.log)
     print()
     for verdict in verdicts:
         print(f"{'ok' if verdict.met else 'FAILED':<8}{verdict.text}")
@@ -149,6 +153,8 @@ def main(environ: Mapping[str, str]) -> int:
                     keep(story)
             except Broken as broken:
                 code = 1
+                for log in directory.glob("*.log"):
+                    show_end(log)
                 print(f"the demo did not begin: {broken}", file=sys.stderr)
             finally:
                 # What was started is ended, however impatient somebody is.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.demo.owner import Commit
-from tests.demo.setting import APP, ask
+from tests.demo.setting import APP, BAKE, ask
 from tests.standin.kubectl import Kubectl
 
 Object = dict[str, Any]
@@ -188,7 +188,7 @@ class Observer:
             text = f"{before[0]} → {colour}: {self.version(run)} is live{why}"
             self._say(environment, text)
         if until := noted(service, "bake-until"):
-            self._once(environment, f"{self.version(run)} bakes", run, until)
+            self._once(environment, f"{self.version(run)} bakes for {BAKE} s", run, until)
         for entry in parsed(service, "history") or []:
             if entry.get("outcome") == "deployed":
                 run = str(entry["run"])

@@ -11,7 +11,7 @@ from tests.demo.load import Answer, Load
 from tests.demo.observer import Observer, Say, Sight, finished, noted
 from tests.demo.owner import Commit, Owner
 from tests.demo.processes import Broken
-from tests.demo.setting import Daemon, ask, wait_until
+from tests.demo.setting import APP, Daemon, ask, wait_until
 from tests.standin.kubectl import Kubectl
 
 STEP_SECONDS = 60.0
@@ -66,9 +66,9 @@ class Story:
     def _push(self, commit: Commit) -> None:
         self.commits[commit.version] = commit
         self.observer.expect(commit)
-        answer = self.daemon.push(commit.sha)
+        code, _, body = self.daemon.push(commit.sha).partition(" ")
         what = f"version {commit.version}, {commit.sha[:8]} “{commit.title}”"
-        self.say("push", f"{what}: the webhook answers {answer}")
+        self.say("push", f"{what}: the webhook answers {code} {json.loads(body)['status']}")
 
     def _first_version(self) -> None:
         commit = self.commits[1]
@@ -109,15 +109,21 @@ class Story:
         self._until("version 4 is not deployed", lambda _: self._quiet(4))
 
     def _forbid_switching(self) -> None:
-        """From outside: the daemon goes on and may do everything but move the traffic."""
+        """From outside: the daemon goes on and may do everything but move the live traffic."""
         role = ("--namespace", LAST, "{}", "role", "production-deployer")
         get, patch = ([word.format(verb) for word in role] for verb in ("get", "patch"))
         rules = json.loads(ask(self.kubectl, *get, "-o", "json"))["rules"]
         for rule in rules:
             if "services" in rule["resources"]:
                 rule["verbs"].remove("patch")
+        preview = {
+            "apiGroups": [""],
+            "resources": ["services"],
+            "resourceNames": [f"{APP}-preview"],
+        }
+        rules.append({**preview, "verbs": ["patch"]})
         ask(self.kubectl, *patch, "--type=merge", "-p", json.dumps({"rules": rules}))
-        self.say("sabotage", "the daemon may not patch Services in production any more")
+        self.say("sabotage", f"the daemon may not patch Service {APP} in production any more")
 
     # Waiting
 
@@ -158,15 +164,15 @@ class Story:
 
     def _live_verdicts(self, sight: Sight) -> list[Verdict]:
         first, second, third = (self._answers(version) for version in (1, 2, 3))
-        back = [answer for answer in second if third and answer.at > third[-1].at]
-        only_back = bool(back) and back[-1].at - back[0].at >= QUIET_SECONDS / 2
         order = bool(first and second and third) and first[0].at < second[0].at < third[0].at
+        moved = any(answer.kept for answer in second)
         return [
             Verdict("version 1 went live", bool(first) and self._ended(sight, 1) == "deployed"),
             Verdict("version 2 went live", bool(second) and self._ended(sight, 2) == "deployed"),
+            Verdict("connections that visitors kept moved to it as well", moved),
             Verdict("version 3 went live after it", order),
             Verdict("version 3 was switched back", self._ended(sight, 3) == "switched-back"),
-            Verdict("then only version 2 answered", only_back and self._last_is(2)),
+            Verdict("then only version 2 answered", self._only_since(2, third)),
             Verdict(
                 "version 2 is live", 2 in self.commits and sight.is_live(LAST, self.commits[2])
             ),
@@ -196,9 +202,14 @@ class Story:
     def _answers(self, version: int) -> list[Answer]:
         return self.load.of_version(version) if self.load else []
 
-    def _last_is(self, version: int) -> bool:
-        answers = self.visits.answers()
-        return answers[-1].version == version
+    def _only_since(self, version: int, before: list[Answer]) -> bool:
+        """Whether after those answers all visitors, new and kept ones, got this version."""
+        if not before:
+            return False
+        after = [answer for answer in self.visits.answers() if answer.at > before[-1].at]
+        new = [answer.at for answer in after if not answer.kept]
+        long = bool(new) and new[-1] - new[0] > QUIET_SECONDS / 2
+        return long and {answer.version for answer in after} == {version}
 
     def _ended(self, sight: Sight, version: int) -> str:
         commit = self.commits.get(version)
