@@ -23,7 +23,7 @@ import yaml
 from tests.standin.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = ROOT / "gitops_hook.py"
+PROGRAM = Path(os.environ.get("HOOK_PROGRAM") or ROOT / "gitops_hook.py")
 BIN = Path(sys.executable).parent
 TOKEN = b"whsec_" + base64.b64encode(b"t" * 32)
 Object = dict[str, Any]
