@@ -24,10 +24,10 @@ die = { echo "make $@: $(1)" >&2; exit 2; }
 
 export BREAK KEEP
 
-.PHONY: help venv demo test lint types check bench fuzz image apply delete kind lock clean
+.PHONY: help venv demo test e2e lint types check bench fuzz image apply delete kind lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(INSTALLED) ## Make the virtual environment from the hash-locked requirements
 
@@ -49,6 +49,9 @@ demo: $(INSTALLED) ## Watch pushes being tested, built, switched and switched ba
 
 test: $(INSTALLED) ## Run the tests (ARGS='-k webhook -x')
 	@$(BIN)/python -m pytest $(ARGS)
+
+e2e: $(INSTALLED) ## Run the demo as its users do: side by side, sabotaged, interrupted
+	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 lint: $(INSTALLED) ## Check style and common mistakes
 	@$(BIN)/ruff check .
