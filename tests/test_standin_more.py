@@ -259,6 +259,14 @@ def test_apply_merges_containers_ports_env_and_volumes_by_their_keys(world: Worl
     ]
 
 
+def test_apply_that_only_reorders_containers_reorders_them(world: World) -> None:
+    for first, second in (("one", "two"), ("two", "one")):
+        wanted = deployment(container(first), container(second))
+        world.run("apply", "-f", "-", stdin=wanted)
+        spec = world.store.get("deployments", "demo", "shop")["spec"]["template"]["spec"]
+        assert [item["name"] for item in spec["containers"]] == [first, second]
+
+
 def test_directives_of_strategic_patches_are_followed(world: World) -> None:
     world.run("create", "-f", "-", stdin=deployment(container(), container("side")))
     place = ("patch", "-n", "demo", "deployment", "shop", "-p")
@@ -632,6 +640,16 @@ WRONG: dict[str, tuple[Object, str]] = {
     "a node port out of range": (
         service(type="NodePort", ports=[{"port": 80, "nodePort": 80}]),
         "spec.ports[0].nodePort: Invalid value: 80: provided port is not in the valid range",
+    ),
+    "a node port twice": (
+        service(
+            type="NodePort",
+            ports=[
+                {"name": "a", "port": 80, "nodePort": 30123},
+                {"name": "b", "port": 81, "nodePort": 30123},
+            ],
+        ),
+        "spec.ports[1].nodePort: ",
     ),
     "a Deployment without selector": (
         {**deployment(), "spec": {"template": deployment()["spec"]["template"]}},
