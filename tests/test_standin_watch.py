@@ -30,7 +30,7 @@ Entry = tuple[str, Object]
 
 DATA = Path(__file__).parent / "data" / "watch"
 SPEED = 10
-PATIENCE = 12.0
+PATIENCE = 30.0
 RESOURCES = ("jobs", "pods", "deployments", "replicasets", "events", "endpointslices")
 KUBECTL = Path(sys.executable).with_name("kubectl")
 QUOTA = {
@@ -191,6 +191,12 @@ def pod_view(obj: Object) -> tuple[Any, ...]:
     return status.get("phase"), *(container(item) for group in groups for item in group)
 
 
+def ending_view(obj: Object) -> tuple[Any, ...]:
+    """The same without how often its containers were restarted."""
+    phase, *containers = pod_view(obj)
+    return phase, *(item[:-1] for item in containers)
+
+
 def stories(entries: list[Entry], view: Callable[[Object], Any]) -> list[list[Any]]:
     """What each object went through, objects in the order in which they appear."""
     found: dict[str, list[Any]] = {}
@@ -202,36 +208,34 @@ def stories(entries: list[Entry], view: Callable[[Object], Any]) -> list[list[An
 
 def pod_stories(entries: list[Entry]) -> list[list[Any]]:
     """The stories of pods that are new, and of those whose deletion begins here."""
-    first: dict[str, tuple[str, Object]] = {}
-    for kind, obj in entries:
-        first.setdefault(obj["metadata"]["name"], (kind, obj))
-    new = {name for name, (kind, _) in first.items() if kind == "ADDED"}
+    new = {obj["metadata"]["name"] for kind, obj in entries if kind == "ADDED"}
     ending = {
-        name
-        for name, (_, obj) in first.items()
-        if name not in new
-        and "deletionTimestamp" in obj["metadata"]
-        and obj["status"].get("observedGeneration") == 1
-    }
-    # What a pod was doing when it was deleted depends on the moment.
-    rest = [
+        obj["metadata"]["name"]
+        for _, obj in entries
+        if "deletionTimestamp" in obj["metadata"] and obj["status"].get("observedGeneration") == 1
+    } - new
+    # What a pod was doing, and how often, when it was deleted depends on the moment.
+    last = [
         (kind, obj)
         for kind, obj in entries
-        if obj["metadata"]["name"] in new
-        or (obj["metadata"]["name"] in ending and obj["status"].get("observedGeneration") == 2)
+        if obj["metadata"]["name"] in ending and obj["status"].get("observedGeneration") == 2
     ]
-    return sorted(stories(rest, pod_view), key=str)
+    begun = [(kind, obj) for kind, obj in entries if obj["metadata"]["name"] in new]
+    return sorted(stories(begun, pod_view) + stories(last, ending_view), key=str)
 
 
 def event_stories(entries: list[Entry]) -> list[list[Any]]:
     """What was told about each object, in the order of first appearance.
 
     A probe that fails while a server starts is a matter of milliseconds: `Unhealthy` is left out.
+    Of pods that were there before, only their end belongs to the scenario.
     """
     found: dict[str, list[Any]] = {}
+    new = {item["involvedObject"]["name"] for _, item in entries if item["reason"] == "Scheduled"}
     for _, event in entries:
         about = event["involvedObject"]
-        if event["reason"] == "Unhealthy":
+        former = about["kind"] == "Pod" and about["name"] not in new
+        if event["reason"] == "Unhealthy" or (former and event["reason"] != "Killing"):
             continue
         told = (event["type"], event["reason"], about.get("fieldPath"), masked(event["message"]))
         story = found.setdefault(f"{about['kind']}/{about['name']}", [])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import random
 import socket
@@ -24,6 +23,7 @@ log = logging.getLogger(__name__)
 Object = dict[str, Any]
 Address = tuple[str, int]
 CHUNK = 1 << 16
+BACKLOG = 512
 RESET = struct.pack("ii", 1, 0)
 
 
@@ -35,7 +35,7 @@ class Proxy:
         self._subscription = store.subscribe(("services", "endpointslices"))
         self._loop = asyncio.new_event_loop()
         self._targets: dict[Address, list[Address]] = {}
-        self._servers: dict[Address, asyncio.Server] = {}
+        self._listeners: dict[Address, socket.socket] = {}
         self._owned: dict[tuple[str, str], set[Address]] = {}
         self._connections: set[asyncio.Task[None]] = set()
         self._serving = threading.Thread(target=self._serve, name="proxy", daemon=True)
@@ -106,39 +106,53 @@ class Proxy:
     async def _apply(self, service: tuple[str, str], wanted: dict[Address, list[Address]]) -> None:
         for address in self._owned.pop(service, set()) - wanted.keys():
             self._targets.pop(address, None)
-            if server := self._servers.pop(address, None):
-                server.close()
+            if listener := self._listeners.pop(address, None):
+                self._close_listener(listener)
         if wanted:
             self._owned[service] = set(wanted)
         for address, targets in wanted.items():
             self._targets[address] = targets
-            if address not in self._servers:
-                accept = functools.partial(self._accept, address)
-                self._servers[address] = await asyncio.start_server(accept, *address, backlog=512)
+            if address not in self._listeners:
+                self._listeners[address] = self._listen(address)
 
-    async def _accept(
-        self, address: Address, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
+    def _listen(self, address: Address) -> socket.socket:
+        listener = socket.socket()
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            await self._connect(address, reader, writer)
-        finally:
-            self._connections.discard(task)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        self._loop.add_reader(listener, self._accept, address, listener)
+        return listener
 
-    async def _connect(
-        self, address: Address, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        targets = self._targets.get(address)
-        if not targets:
-            _reset(writer)
+    def _close_listener(self, listener: socket.socket) -> None:
+        self._loop.remove_reader(listener)
+        listener.close()
+
+    def _accept(self, address: Address, listener: socket.socket) -> None:
+        try:
+            near, _ = listener.accept()
+        except OSError:
+            # Whoever knocked is gone again.
             return
+        task = self._loop.create_task(self._carry(address, near))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _carry(self, address: Address, near: socket.socket) -> None:
+        """Serve one connection to its end."""
+        reader, writer = await asyncio.open_connection(sock=near)
         try:
-            far_reader, far_writer = await asyncio.open_connection(*random.choice(targets))
+            far_reader, far_writer = await asyncio.open_connection(*self._choose(address))
         except OSError:
             _reset(writer)
             return
+        except asyncio.CancelledError:
+            writer.transport.abort()
+            raise
         try:
             await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
         except OSError:
@@ -148,13 +162,22 @@ class Proxy:
             writer.close()
             far_writer.close()
 
+    def _choose(self, address: Address) -> Address:
+        """A ready endpoint; ConnectionError when there is none any more."""
+        targets = self._targets.get(address)
+        if not targets:
+            raise ConnectionRefusedError(address)
+        return random.choice(targets)
+
     async def _close(self) -> None:
-        for server in self._servers.values():
-            server.close()
+        for listener in self._listeners.values():
+            self._close_listener(listener)
         tasks = list(self._connections)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # Transports close in the loop's next round.
+        await asyncio.sleep(0)
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
