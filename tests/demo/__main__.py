@@ -153,7 +153,7 @@ def main(environ: Mapping[str, str]) -> int:
                     keep(story)
             except Broken as broken:
                 code = 1
-                for log in directory.glob("*.log"):
+                for log in (path for path in directory.glob("*.log") if path.stat().st_size):
                     show_end(log)
                 print(f"the demo did not begin: {broken}", file=sys.stderr)
             finally:
