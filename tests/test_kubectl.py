@@ -1,0 +1,397 @@
+"""kubectl as the program calls it: the real one on the stand-in cluster, and its recorded words."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gitops_hook import ConfigError, Kubectl, KubectlError, Metrics, execute
+from tests.standin.cluster import Cluster
+from tests.standin.faults import Fault
+from tests.standin.kubectl import find_kubectl
+
+Object = dict[str, Any]
+SPACE = "production"
+DATA = Path(__file__).with_name("data") / "transcripts.jsonl"
+RECORDED = {e["note"]: e for e in map(json.loads, DATA.read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    home = tmp_path_factory.mktemp("kubectl")
+    with Cluster(home / "cluster") as running, pytest.MonkeyPatch.context() as patch:
+        running.load({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SPACE}})
+        patch.setenv("KUBECONFIG", str(running.kubeconfig()))
+        patch.setenv("HOME", str(home))
+        yield running
+
+
+@pytest.fixture
+def kubectl(cluster: Cluster) -> Iterator[Kubectl]:
+    yield Kubectl(Metrics(), program=find_kubectl())
+    cluster.faults.clear()
+
+
+def configmap(name: str, **data: str) -> Object:
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data}
+
+
+def names(kubectl: Kubectl, *filters: str) -> set[str]:
+    return {o["metadata"]["name"] for o in kubectl.list("configmaps", SPACE, *filters)}
+
+
+def script(directory: Path, body: str) -> str:
+    """A program that takes kubectl's place."""
+    program = directory / "program"
+    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+def saying(directory: Path, code: int, stdout: str = "", stderr: str = "") -> Kubectl:
+    """kubectl that prints this and ends so."""
+    for name, text in (("out", stdout), ("err", stderr)):
+        (directory / name).write_text(text)
+    body = f"cat > {directory}/in; cat {directory}/out; cat {directory}/err >&2; exit {code}"
+    return Kubectl(Metrics(), program=script(directory, body))
+
+
+# === What kubectl's words mean ===
+
+
+@pytest.mark.parametrize(
+    ("note", "kind"),
+    [
+        ("job-exists: create again", "AlreadyExists"),
+        ("create the copy again", "AlreadyExists"),
+        ("patch with a stale resourceVersion: conflict", "Conflict"),
+        ("cut over with a resourceVersion that an annotation moved", "Conflict"),
+        ("patch: no such service", "NotFound"),
+        ("release two in one call, one missing", "NotFound"),
+        ("as the article's account: get a job", "Forbidden"),
+        ("as the article's account: apply a new deployment", "Forbidden"),
+        ("unknown field, strict by default", "BadRequest"),
+        ("invalid name", "Invalid"),
+        ("immutable selector changed", "Invalid"),
+        ("change an immutable copy", "Invalid"),
+        ("a copy with the same nodePort", "Invalid"),
+        ("json patch whose test fails", "Invalid"),
+        ("API server down: connection refused", "Unreachable"),
+        ("bad token", "Unreachable"),
+        ("the article's command line", "Unknown"),
+        ("rollout status, times out", "Unknown"),
+    ],
+)
+def test_a_recorded_failure_is_told_by_its_kind(tmp_path: Path, note: str, kind: str) -> None:
+    entry = RECORDED[note]
+    stdout = entry.get("stdout", "")
+    kubectl = saying(tmp_path, entry["exit"], stdout, entry["stderr"])
+    with pytest.raises(KubectlError) as failed:
+        kubectl.run("get", "jobs")
+    assert (failed.value.kind, failed.value.stdout) == (kind, stdout)
+    assert kubectl.metrics.kubectl.labels("get", kind)._value.get() == 1
+
+
+def test_a_call_that_went_well_is_counted_by_its_verb(kubectl: Kubectl) -> None:
+    kubectl.list("configmaps", SPACE)
+    assert kubectl.metrics.kubectl.labels("get", "ok")._value.get() == 1
+
+
+def test_nobody_listening_is_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kubectl = Kubectl(Metrics(), program=find_kubectl())
+    with pytest.raises(KubectlError) as failed:
+        kubectl.run("get", "jobs", "--server=https://127.0.0.1:1")
+    assert failed.value.kind == "Unreachable"
+
+
+def test_a_server_that_accepts_and_says_nothing_is_unreachable_in_time(
+    kubectl: Kubectl, cluster: Cluster
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        server = f"--server=https://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(KubectlError) as failed:
+            kubectl.run("get", "configmaps", server, namespace=SPACE, timeout=2.0)
+    assert failed.value.kind == "Unreachable"
+    assert time.monotonic() - began < 10
+
+
+def test_a_missing_kubectl_is_a_fault_of_the_surroundings(tmp_path: Path) -> None:
+    kubectl = Kubectl(Metrics(), program=str(tmp_path / "kubectl"))
+    for call in (lambda: kubectl.run("version"), lambda: kubectl.stream("get", namespace=SPACE)):
+        with pytest.raises(ConfigError, match="kubectl cannot be started: No such file"):
+            call()
+
+
+# === Processes ===
+
+
+def test_a_call_that_does_not_end_is_ended_with_everything_it_started(tmp_path: Path) -> None:
+    body = f"sleep 600 & echo $! > {tmp_path}/pid; echo early; echo late >&2; wait"
+    program = script(tmp_path, body)
+    began = time.monotonic()
+    with pytest.raises(KubectlError) as failed:
+        Kubectl(Metrics(), program=program).run("get", "jobs", timeout=1.0)
+    assert time.monotonic() - began < 10
+    assert (failed.value.code, failed.value.kind) == (None, "Unreachable")
+    assert (failed.value.stdout, failed.value.stderr) == ("early\n", "late\n")
+    helper = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    until = time.monotonic() + 10
+    while helper.exists() and helper.read_text().split()[2] != "Z":
+        assert time.monotonic() < until, "the helper goes on"
+        time.sleep(0.02)
+
+
+def test_input_that_nobody_reads_does_no_harm() -> None:
+    assert execute(("true",), 10.0, stdin="x" * 1_000_000)[0] == 0
+
+
+def test_output_that_is_not_utf8_is_still_text(tmp_path: Path) -> None:
+    program = script(tmp_path, r"printf '\377 out'; printf '\377 err' >&2")
+    assert execute((program,), 10.0) == (0, "\ufffd out", "\ufffd err")
+
+
+def test_kubectl_is_told_to_give_up_before_it_is_ended(tmp_path: Path) -> None:
+    kubectl = Kubectl(Metrics(), program=script(tmp_path, 'echo "$@"'))
+    assert kubectl.run("get", "x", timeout=10).split()[-1] == "--request-timeout=8s"
+    assert kubectl.run("get", "x", timeout=0.5).split()[-1] == "--request-timeout=1s"
+
+
+def test_only_so_many_run_at_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = script(tmp_path, f"echo + >> {log}; sleep 0.1; echo - >> {log}")
+    kubectl = Kubectl(Metrics(), at_once=2, program=program)
+    threads = [threading.Thread(target=kubectl.run, args=("get",)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    running, most = 0, 0
+    for line in log.read_text().split():
+        running += 1 if line == "+" else -1
+        most = max(most, running)
+    assert (running, most) == (0, 2)
+
+
+def test_what_is_sent_is_in_no_argument(tmp_path: Path) -> None:
+    program = script(tmp_path, f'echo "$@" >> {tmp_path}/argv; cat > {tmp_path}/in; echo "{{}}"')
+    kubectl = Kubectl(Metrics(), program=program)
+    kubectl.create([configmap("a", key="hunter2")], SPACE)
+    kubectl.apply([configmap("a", key="hunter2")], SPACE)
+    kubectl.patch("configmap", "a", SPACE, {"data": {"key": "hunter2"}})
+    assert "hunter2" in (tmp_path / "in").read_text()
+    assert "hunter2" not in (tmp_path / "argv").read_text()
+
+
+# === Reading and writing ===
+
+
+def test_an_object_is_read_or_known_not_to_be_there(kubectl: Kubectl) -> None:
+    kubectl.create([configmap("there", a="b")], SPACE)
+    found = kubectl.get("configmap", "there", SPACE)
+    assert found is not None
+    assert found["data"] == {"a": "b"}
+    assert kubectl.get("configmap", "nowhere", SPACE) is None
+
+
+@pytest.mark.parametrize("name", ["-h", "--kubeconfig=nowhere", "--all", "--raw=version"])
+def test_a_name_that_looks_like_an_option_is_a_name(kubectl: Kubectl, name: str) -> None:
+    kubectl.create([configmap("bystander")], SPACE)
+    assert kubectl.get("configmap", name, SPACE) is None
+    kubectl.delete("configmap", [name], SPACE)
+    assert "bystander" in names(kubectl)
+
+
+def test_a_patch_of_400_kilobytes_is_merged(kubectl: Kubectl) -> None:
+    kubectl.create([configmap("large", kept="yes", gone="soon")], SPACE)
+    change = {"data": {"gone": None, **{f"ref-{i}": "x" * 200 for i in range(2000)}}}
+    patched = kubectl.patch("configmap", "large", SPACE, change)
+    assert len(patched["data"]) == 2001
+    assert patched["data"]["kept"] == "yes"
+
+
+def test_a_patch_with_a_version_changes_only_what_is_as_it_was_seen(kubectl: Kubectl) -> None:
+    kubectl.create([configmap("raced", a="1")], SPACE)
+    seen = kubectl.patch("configmap", "raced", SPACE, {"data": {"a": "2"}})["metadata"]
+    kubectl.patch("configmap", "raced", SPACE, {"data": {"a": "3"}})
+    stale = {"metadata": {"resourceVersion": seen["resourceVersion"]}, "data": {"a": "4"}}
+    with pytest.raises(KubectlError) as failed:
+        kubectl.patch("configmap", "raced", SPACE, stale)
+    assert failed.value.kind == "Conflict"
+    assert (kubectl.get("configmap", "raced", SPACE) or {})["data"] == {"a": "3"}
+
+
+def test_a_patch_that_was_done_but_never_answered_is_of_unknown_effect(
+    kubectl: Kubectl, cluster: Cluster
+) -> None:
+    kubectl.create([configmap("answered", a="1")], SPACE)
+    cluster.faults.add(Fault("hang-after", verb="patch", resource="configmaps"))
+    args = ("patch", "configmap/answered", "--type=merge", "--patch-file=/dev/stdin")
+    with pytest.raises(KubectlError) as failed:
+        kubectl.run(*args, namespace=SPACE, stdin='{"data":{"a":"2"}}', timeout=2.0)
+    assert failed.value.kind == "Unreachable"
+    assert (kubectl.get("configmap", "answered", SPACE) or {})["data"] == {"a": "2"}
+
+
+def test_objects_are_applied_and_an_unknown_field_is_refused(kubectl: Kubectl) -> None:
+    kubectl.apply([configmap("applied", a="1", b="1")], SPACE)
+    kubectl.apply([configmap("applied", a="2")], SPACE)
+    assert (kubectl.get("configmap", "applied", SPACE) or {})["data"] == {"a": "2"}
+    for name, kind in (("applied", "Invalid"), ("applied-anew", "BadRequest")):
+        with pytest.raises(KubectlError) as failed:
+            kubectl.apply([{**configmap(name), "dataa": {}}], SPACE)
+        assert failed.value.kind == kind
+        assert 'unknown field "dataa"' in failed.value.stderr
+
+
+def test_deleting_takes_what_is_there_and_leaves_the_rest(kubectl: Kubectl) -> None:
+    kubectl.create([configmap("old-1"), configmap("old-10")], SPACE)
+    kubectl.delete("configmap", ["old-1", "never-there"], SPACE)
+    assert names(kubectl) & {"old-1", "old-10"} == {"old-10"}
+
+
+def test_deleting_nothing_calls_nothing(tmp_path: Path) -> None:
+    Kubectl(Metrics(), program=str(tmp_path / "missing")).delete("job", [], SPACE)
+
+
+def test_a_list_can_be_filtered(kubectl: Kubectl) -> None:
+    marked = configmap("marked")
+    marked["metadata"]["labels"] = {"mark": "yes"}
+    kubectl.create([marked, configmap("unmarked")], SPACE)
+    assert names(kubectl, "-l", "mark=yes") == {"marked"}
+
+
+# === Creating several ===
+
+
+def test_each_refusal_belongs_to_its_object_even_when_names_begin_alike(kubectl: Kubectl) -> None:
+    kubectl.create([configmap("shop"), configmap("shop-blue")], SPACE)
+    asked = [configmap(n) for n in ("shop", "shop-b", "shop-blue", "shop-blue-1", "Shop_Bad")]
+    refused = kubectl.create_each(asked, SPACE)
+    assert set(refused) == {"shop", "shop-blue", "Shop_Bad"}
+    assert "AlreadyExists" in refused["shop-blue"]
+    assert '"shop-blue"' in refused["shop-blue"]
+    assert "RFC 1123" in refused["Shop_Bad"]
+    assert {"shop-b", "shop-blue-1"} <= names(kubectl)
+
+
+def test_creating_again_is_done_already_and_leaves_what_is_there(kubectl: Kubectl) -> None:
+    kubectl.create([configmap("first", by="us")], SPACE)
+    kubectl.create([configmap("first", by="them"), configmap("second")], SPACE)
+    assert (kubectl.get("configmap", "first", SPACE) or {})["data"] == {"by": "us"}
+    assert "second" in names(kubectl)
+
+
+def test_creating_what_the_server_refuses_raises_its_reason(kubectl: Kubectl) -> None:
+    with pytest.raises(KubectlError) as failed:
+        kubectl.create([configmap("Bad_Name")], SPACE)
+    assert failed.value.kind == "Invalid"
+
+
+def test_a_missing_namespace_is_an_error_of_the_whole_call(kubectl: Kubectl) -> None:
+    with pytest.raises(KubectlError) as failed:
+        kubectl.create_each([configmap("a"), configmap("b")], "nowhere")
+    assert failed.value.kind == "NotFound"
+
+
+def test_a_recorded_list_of_which_one_exists_is_read_from_both_streams(tmp_path: Path) -> None:
+    entry = RECORDED["list-create: one of three exists already"]
+    kubectl = saying(tmp_path, entry["exit"], entry["stdout"], entry["stderr"])
+    refused = kubectl.create_each(json.loads(entry["stdin"])["items"], "test")
+    assert refused == {"test-ok": entry["stderr"].strip()}
+
+
+CREATING = 'error when creating "STDIN": '
+EXISTS = f'Error from server (AlreadyExists): {CREATING}jobs.batch "{{}}" already exists\n'
+DENIED = (
+    f'Error from server (Forbidden): {CREATING}admission webhook "policy.example.com" '
+    "denied the request: images must be signed\n"
+)
+GONE = f'{CREATING}Post "https://10.0.0.1/apis": dial tcp: connect: connection refused\n'
+BUSY = f"Error from server (TooManyRequests): {CREATING}the server has received too many requests"
+INVALID = 'The Job "{}" is invalid: \n* spec: Required value\n* metadata.labels: Invalid: "b"\n'
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "expected"),
+    [
+        ("job.batch/a\n", EXISTS.format("b") + EXISTS.format("c"), {"b": "exists", "c": "exists"}),
+        ("job.batch/a\njob.batch/b\n", DENIED, {"c": "must be signed"}),
+        ("job.batch/b\n", DENIED + EXISTS.format("c"), {"a": "must be signed", "c": "exists"}),
+        ("job.batch/b\n", DENIED + DENIED, {"a": "must be signed", "c": "must be signed"}),
+        ("", INVALID.format("a") + EXISTS.format("b") + EXISTS.format("c"),
+         {"a": "metadata.labels", "b": "exists", "c": "exists"}),
+        ("job.batch/a\n", GONE + GONE, None),
+        ("job.batch/a\n", BUSY + "\n" + BUSY, None),
+        ("job.batch/a\n", EXISTS.format("b"), None),
+        ("", DENIED * 3, None),
+        ("", "error: You must be logged in to the server (Unauthorized)\n", None),
+    ],
+    ids=["exist", "denied-last", "denied-first", "denied-twice", "several-lines", "server-gone",
+         "server-busy", "one-unmentioned", "all-denied", "nobody-asked"],
+)  # fmt: skip
+def test_what_was_not_created_is_told_object_by_object_or_not_at_all(
+    tmp_path: Path, stdout: str, stderr: str, expected: dict[str, str] | None
+) -> None:
+    kubectl = saying(tmp_path, 1, stdout, stderr)
+    objects = [configmap(n) for n in "abc"]
+    if expected is None:
+        with pytest.raises(KubectlError):
+            kubectl.create_each(objects, SPACE)
+        return
+    refused = kubectl.create_each(objects, SPACE)
+    assert refused.keys() == expected.keys()
+    assert all(word in refused[name] for name, word in expected.items())
+
+
+def test_a_server_that_fails_for_one_object_only_is_asked_again(
+    kubectl: Kubectl, cluster: Cluster
+) -> None:
+    cluster.faults.add(Fault("500", verb="create", resource="configmaps", after=1))
+    objects = [configmap(f"half-{i}") for i in range(3)]
+    with pytest.raises(KubectlError):
+        kubectl.create_each(objects, SPACE)
+    refused = kubectl.create_each(objects, SPACE)
+    assert all("AlreadyExists" in said for said in refused.values())
+    assert {"half-0", "half-1", "half-2"} <= names(kubectl)
+
+
+# === Logs ===
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "expected"),
+    [("now", "before", "now"), ("", "before", "before"), ("", "", "")],
+    ids=["this-life", "last-life", "none"],
+)
+def test_the_log_of_the_last_life_stands_in_for_an_empty_one(
+    tmp_path: Path, now: str, before: str, expected: str
+) -> None:
+    body = f'case "$*" in *--previous*) printf "{before}";; *) printf "{now}";; esac'
+    kubectl = Kubectl(Metrics(), program=script(tmp_path, body))
+    assert kubectl.logs("pod", "web", SPACE) == expected
+
+
+def test_logs_that_cannot_be_had_are_empty(kubectl: Kubectl) -> None:
+    assert kubectl.logs("none", "web", SPACE) == ""
+
+
+def test_a_stream_goes_on_until_its_caller_ends_it(kubectl: Kubectl) -> None:
+    kubectl.create([configmap("streamed")], SPACE)
+    process = kubectl.stream("get", "configmaps", "--watch", "-o", "name", namespace=SPACE)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith(b"configmap/")
+    assert process.poll() is None
+    assert os.getpgid(process.pid) == os.getpgid(0), "Ctrl-C reaches it"
+    process.kill()
+    process.communicate()
