@@ -3,12 +3,12 @@
 
 The way of a push, and where to read about it:
 
-    GitLab -> POST /webhook -> verify, parse, spool (fsync), 202          signatures, pushes, spool, HTTP
-      intake     everything spooled becomes suspended Jobs in one create  job manifests, controller
-      controller released newest first; tests, then the image build       cluster mirror, decide
-      worker     claim, render, apply, rollout status, preview, switch,   app manifests, deploy
-                 verify, bake; sick: one patch takes the traffic back
-      catch-up   `git ls-remote` finds what GitLab failed to deliver      git, controller
+    GitLab -> POST /webhook -> verify, parse, spool (fsync), 202        pushes, spool, HTTP
+      intake     all that is spooled: suspended Jobs in one create      job manifests, controller
+      controller released newest first; tests, then the image build     cluster mirror, decide
+      worker     claim, render, apply, rollout status, preview,         app manifests, deploy
+                 switch, verify, bake; sick: one patch takes the traffic back
+      catch-up   `git ls-remote` finds what GitLab failed to deliver    git, controller
 
 The cluster's own objects are the state: a Job's conditions, a Deployment's status, a Service's
 selector. Annotations are intents and history; where they disagree with the object, the object wins.
@@ -30,19 +30,19 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
-import calendar
 import codecs
 import copy
-import gzip
 import hashlib
 import hmac
 import http
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -52,20 +52,25 @@ import threading
 import time
 import traceback
 import uuid
-from collections import OrderedDict
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
-from urllib.parse import urlsplit
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, get_type_hints
+from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
 import prometheus_client
 import requests
+import waitress.channel
 import waitress.server
+import waitress.task
 import yaml
 
 if TYPE_CHECKING:
@@ -192,7 +197,7 @@ class Phase(StrEnum):
     PREPARING = "preparing"
     BAKING = "baking"
     SWITCHED_BACK = "switched-back"
-    HEALING = "healing"
+    ROLLBACK = "rollback"
     DRAINING = "draining"
 
 
@@ -204,8 +209,7 @@ class Phase(StrEnum):
 
 def clip(text: str, limit: int = 300) -> str:
     """Return foreign text fit for a log line: printable, one line, at most limit characters."""
-    flat = "".join(c if c.isprintable() else " " for c in text)
-    flat = " ".join(flat.split())
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."
 
 
@@ -221,6 +225,10 @@ class ConfigError(HookError):
         self.faults = tuple(faults)
 
 
+class SpoolError(HookError):
+    """A push cannot be stored now: the spool is full or the disk refuses."""
+
+
 class DeliveryError(HookError):
     """A request is refused with an HTTP status, a reason code and a sentence for its sender."""
 
@@ -230,7 +238,7 @@ class DeliveryError(HookError):
 
 
 class ProcessError(HookError):
-    """A program did not do what it was started for: kubectl or git."""
+    """A program failed; with code None it was ended by its time limit, its effect unknown."""
 
     def __init__(
         self, argv: Sequence[str], code: int | None, stderr: str, stdout: str = ""
@@ -239,280 +247,211 @@ class ProcessError(HookError):
         super().__init__(f"{Path(argv[0]).name} {clip(' '.join(argv[1:4]), 80)}: {clip(text)}")
         self.code, self.stderr, self.stdout = code, stderr, stdout
 
-    @property
-    def timed_out(self) -> bool:
-        """Whether it was ended by its time limit, so that its effect is unknown."""
-        return self.code is None
-
-
-class KubectlError(ProcessError):
-    """kubectl failed. `kind` is the API server's word for it, or Unreachable, or Unknown."""
-
-    @property
-    def kind(self) -> str:
-        """Return AlreadyExists, Conflict, NotFound, Forbidden, Invalid, Unreachable or Unknown."""
-        if found := re.search(r"Error from server \((\w+)\)", self.stderr):
-            word = found[1]
-            gone = {"InternalError", "ServiceUnavailable", "Timeout", "TooManyRequests"}
-            return "Unreachable" if word in gone else word
-        if re.search(r"^The \w+ .* is invalid", self.stderr, re.MULTILINE):
-            return "Invalid"
-        if re.search(UNREACHABLE, self.stderr) or self.timed_out:
-            return "Unreachable"
-        return "Unknown"
-
-
-UNREACHABLE = (
-    r"connection refused|connection reset|no route to host|i/o timeout|TLS handshake timeout"
-    r"|Client\.Timeout exceeded|context deadline exceeded|was refused - did you specify"
-    r"|no such host|unexpected EOF|EOF$|http2: |server is currently unable|etcdserver"
-    r"|no configuration has been provided|Unauthorized|the server has received too many requests"
-)
-
 
 class GitError(ProcessError):
     """git failed: no access, no such commit, no answer in time."""
 
 
-class StageError(HookError):
-    """A run cannot go on: it ends red with this reason; live traffic is as it was."""
+UNREACHABLE = re.compile(
+    r"connection refused|connection reset|no route to host|i/o timeout|TLS handshake timeout"
+    r"|Client\.Timeout exceeded|context deadline exceeded|was refused - did you specify"
+    r"|no such host|unexpected EOF|EOF$|http2: |server is currently unable|etcdserver"
+    r"|no configuration has been provided|Unauthorized|the server has received too many requests"
+    r"|context .* does not exist"
+)
+OVERLOADED = ("InternalError", "ServiceUnavailable", "Timeout", "TooManyRequests")
+
+
+class KubectlError(ProcessError):
+    """kubectl failed."""
+
+    @property
+    def kind(self) -> str:
+        """The API server's word, such as Conflict; or Unreachable, Invalid, Unknown."""
+        if found := re.search(r"Error from server \((\w+)\)", self.stderr):
+            return "Unreachable" if found[1] in OVERLOADED else found[1]
+        if re.search(r"^The \w+ (.* )?is invalid", self.stderr, re.MULTILINE):
+            return "Invalid"
+        return "Unreachable" if self.code is None or UNREACHABLE.search(self.stderr) else "Unknown"
+
+
+class RunError(HookError):
+    """A run cannot go on, for a reason of the closed list."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
 
-class SupersededError(HookError):
-    """A run stops because something newer, or someone, took its place."""
+class StageError(RunError):
+    """It ends red; live traffic is as it was, or was taken back."""
 
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+
+class SupersededError(RunError):
+    """It ends because something newer, or someone, took its place."""
 
 
 class RefusedError(HookError):
     """A command was not carried out, for a reason that trying again does not mend: exit 3."""
 
 
-class SpoolError(HookError):
-    """A push cannot be stored now: the spool is full or the disk refuses."""
-
-
 # === configuration ================================================================================
 
 T = TypeVar("T")
 Object = dict[str, Any]
-REQUIRED = object()
+Parser = Callable[[Any], Any]
+REQUIRED = ""  # instead of a default
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """The declaration of one setting: parser, default as written in YAML, one line of prose."""
-
-    parse: Callable[[Any], Any] | Section
-    default: Any
-    doc: str
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A parser for a nested mapping, or for a list of them."""
-
-    cls: type[Any]
-    many: bool = False
-
-
-def setting(parse: Callable[[Any], Any] | Section, default: Any, doc: str) -> Any:
-    """Declare a dataclass field as a setting; default REQUIRED makes it mandatory."""
-    return field(metadata={"setting": Setting(parse, default, doc)})
-
-
-def text(value: Any) -> str:
-    """Parse a non-empty string."""
-    if not isinstance(value, str) or not value.strip() or "\x00" in value:
-        raise ValueError("is not a text")
-    return value
-
-
-def matching(pattern: str, what: str, limit: int = 255) -> Callable[[Any], str]:
+def matching(pattern: str, what: str, limit: int = 255) -> Parser:
     """Return a parser for a string that matches the whole pattern."""
 
     def parse(value: Any) -> str:
-        if not isinstance(value, str) or len(value) > limit or not re.fullmatch(pattern, value):
-            raise ValueError(f"is not {what}")
-        return value
+        if isinstance(value, str) and len(value) <= limit and re.fullmatch(pattern, value):
+            return value
+        raise ValueError(f"is not {what}")
 
     return parse
 
 
-def one_of(*words: str) -> Callable[[Any], str]:
-    """Return a parser that accepts only these words."""
-    return matching("|".join(words), "one of " + ", ".join(words))
-
-
-def number(low: int, high: int) -> Callable[[Any], int]:
+def number(low: int, high: int) -> Parser:
     """Return a parser for a whole number within bounds."""
 
     def parse(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"is not a whole number from {low} to {high}")
-        return value
+        if type(value) is int and low <= value <= high:
+            return value
+        raise ValueError(f"is not a whole number from {low} to {high}")
 
     return parse
 
 
-def duration(value: Any) -> float:
-    """Parse 500ms, 90s, 15m or 2h into seconds."""
-    found = re.fullmatch(r"([0-9]{1,7})(ms|s|m|h)", value) if isinstance(value, str) else None
-    if not found:
-        raise ValueError("is not a duration (e.g. 90s, 15m, 2h)")
-    return int(found[1]) * {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}[found[2]]
+def amount(units: Mapping[str, float], what: str, low: float = 1) -> Parser:
+    """Return a parser for a whole number with a unit; the result is at least low."""
+
+    def parse(value: Any) -> float:
+        found = re.fullmatch(r"([0-9]{1,5})([a-zA-Z]+)", value) if isinstance(value, str) else None
+        result = int(found[1]) * units.get(found[2], -1) if found else -1
+        if result >= low:
+            return result
+        raise ValueError(f"is not {what}")
+
+    return parse
 
 
-def size(value: Any) -> int:
-    """Parse 512KiB or 5MiB into bytes."""
-    found = re.fullmatch(r"([0-9]{1,6})(KiB|MiB)", value) if isinstance(value, str) else None
-    if not found or int(found[1]) == 0:
-        raise ValueError("is not a size (e.g. 512KiB, 5MiB)")
-    return int(found[1]) * {"KiB": 1024, "MiB": 1024 * 1024}[found[2]]
-
-
-def listing(parse: Callable[[Any], T]) -> Callable[[Any], tuple[T, ...]]:
+def listing(parse: Parser) -> Parser:
     """Return a parser for a list, each entry parsed alike."""
 
-    def parse_all(value: Any) -> tuple[T, ...]:
-        if not isinstance(value, list):
-            raise ValueError("is not a list")
-        return tuple(parse(v) for v in value)
+    def parse_all(value: Any) -> tuple[Any, ...]:
+        if isinstance(value, list):
+            return tuple(parse(v) for v in value)
+        raise ValueError("is not a list")
 
     return parse_all
 
 
-def repository_url(value: Any) -> str:
-    """Parse an http(s) URL without user and query, or an absolute path (also file://)."""
-    local = isinstance(value, str) and re.fullmatch(r"(file://)?/[^\s\x00]+", value)
-    if not local and not re.fullmatch(r"https?://[A-Za-z0-9._:\[\]-]+/[^\s@?#\x00]+", text(value)):
-        raise ValueError("is not an http(s) URL without user, query and fragment")
-    return str(value)
+def mapping(parse_key: Parser, parse: Parser) -> Parser:
+    """Return a parser for a mapping, its keys parsed alike and its values parsed alike."""
+
+    def parse_all(value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {parse_key(k): parse(v) for k, v in value.items()}
+        raise ValueError("is not a mapping")
+
+    return parse_all
 
 
-def folder(value: Any) -> str:
-    """Parse a relative path that stays below its root."""
-    path = PurePosixPath(text(value))
-    if path.is_absolute() or ".." in path.parts or str(value).startswith("-"):
-        raise ValueError("is not a relative path within the repository")
-    return str(path)
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+TEXT = matching(r"(?s)(?=.*\S)[^\x00]+", "a text", 10_000)
+NAME = matching(DNS_LABEL.pattern, "a DNS label of at most 30 characters", 30)
+LABEL = matching(DNS_LABEL.pattern, "a map of DNS labels", 63)
+BRANCH = matching(r"(?!refs/)[^\s~^:?*\[\\]+", "a branch name (without refs/heads/)")
+FOLDER = matching(r"(?![/-])(?!(.*/)?\.\.(/|$))[^\x00]+", "a relative path within the repository")
+REPOSITORY = matching(
+    r"(file://)?/[^\s\x00]+|https?://[A-Za-z0-9._:\[\]-]+/[^\s@?#\x00]+",
+    "an http(s) URL without user, query and fragment",
+)
+IMAGE_NAME = matching(IMAGE.pattern, "an image reference", 400)
+TARGET_NAME = matching(f"({IMAGE.pattern})?", "an image reference", 400)
+REPLICAS = number(0, 1000)
+MODE = matching("signature|token|hmac", "signature, token or hmac")
+PART = matching("requests|limits", "a map of requests and limits")
+QUANTITY = matching(
+    r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "made of quantities like 250m, 1Gi"
+)
+# A setting is a type with its parser, its default as YAML text, and its meaning.
+Texts = Annotated[tuple[str, ...], listing(TEXT)]
+Resources = Annotated[Object, mapping(PART, mapping(TEXT, lambda v: QUANTITY(str(v))))]
+Count = Annotated[int, number(1, 1000)]
+Seconds = Annotated[float, amount(UNITS, "a duration (e.g. 90s, 15m, 2h)")]
+Pause = Annotated[float, amount(UNITS, "a duration (e.g. 0s, 90s, 15m)", 0)]
+Bytes = Annotated[int, amount({"KiB": 2**10, "MiB": 2**20}, "a size (e.g. 512KiB, 5MiB)")]
 
-
-def resources(value: Any) -> dict[str, dict[str, str]]:
-    """Parse a container's resources: requests and limits of cpu and memory."""
-    quantity = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?")
-    if not isinstance(value, dict) or not value.keys() <= {"requests", "limits"}:
-        raise ValueError("is not {requests: {cpu, memory}, limits: {cpu, memory}}")
-    for part in value.values():
-        ok = isinstance(part, dict) and all(quantity.fullmatch(str(q)) for q in part.values())
-        if not ok:
-            raise ValueError("holds something that is not a quantity (e.g. 250m, 512Mi)")
-    return {k: {n: str(q) for n, q in part.items()} for k, part in value.items()}
-
-
-def retained(value: Any) -> int | None:
-    """Parse `full` (None) or a number of replicas."""
-    return None if value == "full" else number(0, 1000)(value)
-
-
-def namespace_map(value: Any) -> dict[str, str]:
-    """Parse the map of stage or environment to namespace: test, build, and one environment each."""
-    parse = matching(DNS_LABEL.pattern, "a map of DNS labels", 63)
-    if not isinstance(value, dict) or not {"test", "build"} <= value.keys():
-        raise ValueError("is not a map with test, build and the environments")
-    spaces = {parse(k): parse(v) for k, v in value.items()}
-    if len(set(spaces.values())) < len(spaces) or ORCHESTRATION in spaces.values():
-        raise ValueError("uses a namespace twice, or the daemon's own")
-    return spaces
-
-
-image_name = matching(IMAGE.pattern, "an image reference", 400)
+TESTS = "pip install -r requirements.txt && python -m pytest tests/ -v --junitxml=$JUNIT_XML"
+TEST_POD = "{requests: {cpu: 250m, memory: 256Mi}, limits: {cpu: 500m, memory: 512Mi}}"
+BUILD_POD = "{requests: {cpu: 500m, memory: 1Gi}, limits: {cpu: 2, memory: 4Gi}}"
+NAMESPACES = "{test: test, build: build, staging: staging, production: production}"
+KANIKO = "ghcr.io/osscontainertools/kaniko:v1.28.3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TestSettings:
     """How the tests of an app are run."""
 
-    image: str = setting(image_name, "python:3.12-slim", "image the tests run in")
-    command: str = setting(
-        text,
-        "pip install -r requirements.txt && python -m pytest tests/ -v --junitxml=$JUNIT_XML",
-        "run under `sh -ec` in the checked-out commit; $JUNIT_XML is where a report is read from",
-    )
-    timeout: float = setting(duration, "15m", "from the pod's start")
-    resources: dict[str, dict[str, str]] = setting(
-        resources,
-        {
-            "requests": {"cpu": "250m", "memory": "256Mi"},
-            "limits": {"cpu": "500m", "memory": "512Mi"},
-        },
-        "of the test container",
-    )
+    image: Annotated[str, IMAGE_NAME, "python:3.12-slim", "image the tests run in"]
+    command: Annotated[str, TEXT, TESTS, "run under `sh -ec`; $JUNIT_XML is where a report goes"]
+    timeout: Annotated[Seconds, "15m", "from the pod's start"]
+    resources: Annotated[Resources, TEST_POD, "of the test container"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildSettings:
     """How the image of an app is built."""
 
-    builder: str = setting(one_of("kaniko", "none"), "kaniko", "none: manifests name digests")
-    image: str = setting(
-        lambda v: v and image_name(v), "", "repository the image is pushed to, without a tag"
-    )
-    dockerfile: str = setting(folder, "Dockerfile", "path in the repository")
-    args: tuple[str, ...] = setting(
-        listing(matching(r"--[^\s\x00][^\x00]*", "an option")), [], "more options for kaniko"
-    )
-    timeout: float = setting(duration, "20m", "from the pod's start")
-    resources: dict[str, dict[str, str]] = setting(
-        resources,
-        {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "2", "memory": "4Gi"}},
-        "of the build container",
-    )
+    builder: Annotated[str, matching("kaniko|none", "kaniko or none"), "kaniko", "none: digests"]
+    image: Annotated[str, TARGET_NAME, "''", "where to push it, without a tag"]
+    dockerfile: Annotated[str, FOLDER, "Dockerfile", "path in the repository"]
+    args: Annotated[Texts, "[]", "more options for kaniko"]
+    timeout: Annotated[Seconds, "20m", "from the pod's start"]
+    resources: Annotated[Resources, BUILD_POD, "of the build container"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Health:
     """What makes a version healthy before and after the switch."""
 
-    path: str = setting(matching(r"/[\x21-\x7e]*", "a path"), "/ready", "answers 2xx when healthy")
-    successes: int = setting(number(1, 100), 3, "answers in a row that let a version pass")
-    failures: int = setting(number(1, 100), 3, "failures in a row that make it sick")
-    timeout: float = setting(duration, "30s", "for the smoke test before the switch")
+    path: Annotated[str, matching(r"/[\x21-\x7e]*", "a path"), "/ready", "2xx when healthy"]
+    successes: Annotated[Count, "3", "answers in a row that let a version pass"]
+    failures: Annotated[Count, "3", "failures in a row that make it sick"]
+    timeout: Annotated[Seconds, "30s", "for the smoke test before the switch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeploySettings:
     """How an app is deployed."""
 
-    manifests: str = setting(folder, "deploy", "folder in the repository: YAML or a kustomization")
-    ignore_kinds: tuple[str, ...] = setting(listing(text), [], "kinds someone else applies")
-    environments: tuple[str, ...] = setting(
-        listing(text), ["staging", "production"], "in this order; the last one bakes; []: only test"
-    )
-    health: Health = setting(Section(Health), {}, "")
-    rollout_timeout: float = setting(duration, "300s", "at least; 20 s a replica if that is more")
-    bake: float = setting(duration, "60s", "sickness after the switch takes the traffic back")
-    drain: float = setting(duration, "60s", "before the old colour is restarted or scaled down")
-    retain: int | None = setting(retained, "full", "replicas of the old colour after the drain")
+    manifests: Annotated[str, FOLDER, "deploy", "folder of plain YAML or of a kustomization"]
+    ignore_kinds: Annotated[Texts, "[]", "kinds in there that someone else applies"]
+    environments: Annotated[Texts, "[staging, production]", "in order; the last bakes; []: none"]
+    health: Health
+    rollout_timeout: Annotated[Seconds, "300s", "at least; 20 s a replica if that is more"]
+    bake: Annotated[Pause, "60s", "sickness so long after the switch takes the traffic back"]
+    drain: Annotated[Pause, "60s", "until the old colour is restarted or scaled down"]
+    retain: Annotated[
+        int | None, lambda v: None if v == "full" else REPLICAS(v), "full", "or a number: replicas"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class App:
     """One repository and what becomes of its pushes."""
 
-    name: str = setting(matching(DNS_LABEL.pattern, "a DNS label of at most 30", 30), REQUIRED, "")
-    repository: str = setting(repository_url, REQUIRED, "clone URL; its ssh forms match too")
-    branch: str = setting(text, "main", "pushes here are tested, built, deployed")
-    test_branches: tuple[str, ...] = setting(listing(text), ["*"], "pushes here are only tested")
-    test: TestSettings = setting(Section(TestSettings), {}, "")
-    build: BuildSettings = setting(Section(BuildSettings), {}, "")
-    deploy: DeploySettings = setting(Section(DeploySettings), {}, "")
+    name: Annotated[str, NAME, REQUIRED, "of Deployments, Services and Jobs, with a suffix"]
+    repository: Annotated[str, REPOSITORY, REQUIRED, "clone URL; its ssh forms match as well"]
+    branch: Annotated[str, BRANCH, "main", "pushes here are tested, built, deployed"]
+    test_branches: Annotated[Texts, "['*']", "pushes here are only tested"]
+    test: TestSettings
+    build: BuildSettings
+    deploy: DeploySettings
 
     @property
     def deploy_ref(self) -> str:
@@ -524,184 +463,188 @@ class App:
 class Images:
     """The images of Job pods."""
 
-    hook: str = setting(image_name, "gitops-hook:dev", "this program; `make apply` sets it")
-    kaniko: str = setting(image_name, "ghcr.io/osscontainertools/kaniko:v1.28.3", "the builder")
+    hook: Annotated[str, IMAGE_NAME, "gitops-hook:dev", "this program; `make apply` sets it"]
+    kaniko: Annotated[str, IMAGE_NAME, KANIKO, "the builder"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Webhook:
     """How deliveries are judged."""
 
-    verify: str = setting(
-        one_of("signature", "token", "hmac"), "signature", "exactly this is required, see Routes"
-    )
-    max_body: int = setting(size, "5MiB", "larger bodies get a 413")
+    verify: Annotated[str, MODE, "signature", "signature, token or hmac: what is required"]
+    max_body: Annotated[Bytes, "5MiB", "larger bodies get a 413"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     """Bounds on what runs at once."""
 
-    max_running: int = setting(number(1, 1000), 4, "Jobs released at once")
-    queue_timeout: float = setting(duration, "1h", "wait for quota or a free place")
-    spool_files: int = setting(number(1, 1_000_000), 10_000, "pushes stored, then 503")
-    kubectl: int = setting(number(1, 64), 8, "kubectl processes at once, watches apart")
+    max_running: Annotated[Count, "4", "Jobs released at once"]
+    queue_timeout: Annotated[Seconds, "1h", "wait for quota or a free place"]
+    spool_files: Annotated[int, number(1, 10**6), "10000", "pushes stored, 16 KiB each; then 503"]
+    kubectl: Annotated[int, number(1, 64), "8", "kubectl processes at once, watches apart"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """The whole configuration, valid."""
 
-    apps: tuple[App, ...] = setting(Section(App, many=True), REQUIRED, "")
-    namespaces: dict[str, str] = setting(
-        namespace_map,
-        {"test": "test", "build": "build", "staging": "staging", "production": "production"},
-        "of the stages and the environments",
-    )
-    images: Images = setting(Section(Images), {}, "")
-    webhook: Webhook = setting(Section(Webhook), {}, "")
-    limits: Limits = setting(Section(Limits), {}, "")
-    catch_up: float = setting(duration, "5m", "between looks at the heads of all repositories")
+    apps: Annotated[tuple[App, ...], [App], REQUIRED, ""]
+    namespaces: Annotated[
+        dict[str, str], mapping(LABEL, LABEL), NAMESPACES, "of stages, environments"
+    ]
+    images: Images
+    webhook: Webhook
+    limits: Limits
+    catch_up: Annotated[Seconds, "5m", "between looks at the heads of all repositories"]
 
     def app(self, name: str) -> App:
         """Return the app of that name; raises RefusedError when there is none."""
-        for app in self.apps:
-            if app.name == name:
-                return app
-        raise RefusedError(
-            f"no app {clip(name, 60)!r}; known: {', '.join(a.name for a in self.apps)}"
-        )
+        apps = {app.name: app for app in self.apps}
+        if name not in apps:
+            raise RefusedError(f"no app {clip(name, 60)!r}; known: {', '.join(apps)}")
+        return apps[name]
 
     def environments(self) -> dict[str, str]:
-        """Return the namespaces that apps are deployed to, by environment, in order of first use."""
+        """Return the namespace of each environment that apps are deployed to, in order of use."""
         names = dict.fromkeys(e for app in self.apps for e in app.deploy.environments)
         return {name: self.namespaces[name] for name in names}
 
 
-def load_section(section: Section, data: Any, path: str, faults: list[str]) -> Any:
+def settings_of(section: type[Any]) -> dict[str, tuple[Any, str, str]]:
+    """Return (parser or section or list of a section, default as YAML text, meaning) by key."""
+    hints = get_type_hints(section, include_extras=True)
+    return {k: getattr(hint, "__metadata__", (hint, "{}", "")) for k, hint in hints.items()}
+
+
+def load_section(section: type[Any], data: Any, path: str, faults: list[str]) -> Any:
     """Build a dataclass from YAML data, adding every fault found with its path."""
-    if section.many:
-        if not isinstance(data, list):
-            faults.append(f"{path}: is not a list")
-            return ()
-        one = Section(section.cls)
-        return tuple(load_section(one, d, f"{path}[{i}]", faults) for i, d in enumerate(data))
     if not isinstance(data, dict):
         faults.append(f"{path or 'configuration'}: is not a mapping")
-        return None
-    known: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(section.cls)}
-    prefix = f"{path}." if path else ""
-    faults += [
-        f"{prefix}{k}: unknown key (known: {', '.join(known)})" for k in data if k not in known
-    ]
-    values = {
-        n: load_value(s, data.get(n, s.default), prefix + n, faults) for n, s in known.items()
-    }
-    return section.cls(**values)
+        data = {}
+    known, prefix = settings_of(section), f"{path}." if path else ""
+    unknown = [clip(str(k), 60) for k in data if k not in known]
+    faults += [f"{prefix}{k}: unknown key (known: {', '.join(known)})" for k in unknown]
+    return section(**{k: load(s, data.get(k), prefix + k, faults) for k, s in known.items()})
 
 
-def load_value(declared: Setting, raw: Any, where: str, faults: list[str]) -> Any:
-    """Parse one setting; a fault is added and None returned when it is missing or wrong."""
-    if raw is REQUIRED:
+def load(setting: tuple[Any, str, str], raw: Any, where: str, faults: list[str]) -> Any:
+    """Parse one setting; a wrong one adds a fault, and its default stands in for it."""
+    parse, default, _ = setting
+    if raw is None and default == REQUIRED:
         faults.append(f"{where}: is required")
-    elif isinstance(declared.parse, Section):
-        return load_section(declared.parse, raw, where, faults)
-    else:
-        try:
-            return declared.parse(raw)
-        except (ValueError, TypeError) as error:
-            faults.append(f"{where}: {clip(repr(raw), 80)} {error}")
-    return None
+        return ""
+    raw = yaml.safe_load(default) if raw is None else raw
+    if isinstance(parse, list):
+        items = load((listing(lambda item: item), "[]", ""), raw, where, faults)
+        return tuple(
+            load_section(parse[0], x, f"{where}[{i}]", faults) for i, x in enumerate(items)
+        )
+    if isinstance(parse, type):
+        return load_section(parse, raw, where, faults)
+    try:
+        return parse(raw)
+    except ValueError as wrong:
+        faults.append(f"{where}: {clip(repr(raw), 80)} {wrong}")
+        return "" if default == REQUIRED else parse(yaml.safe_load(default))
 
 
 def cross_faults(config: Config) -> Iterator[str]:
     """Yield what is wrong between settings that are each right."""
-    names = [a.name for a in config.apps]
-    if any(names.count(n) > 1 for n in names):
-        yield "apps: two apps have the same name"
+    names, spaces = [a.name for a in config.apps], config.namespaces
+    distinct = {*spaces.values()} - {ORCHESTRATION}
+    if not {"test", "build"} <= spaces.keys() or len(distinct) < len(spaces):
+        yield "namespaces: needs test, build and others, all different, none the daemon's own"
     taken = {f"{n}-{suffix}" for n in names for suffix in (*COLOURS, "preview")}
     for i, app in enumerate(config.apps):
+        environments, image = app.deploy.environments, app.build.image
+        where = f"apps[{i}].deploy.environments"
+        if app.name and app.name in names[:i]:
+            yield f"apps[{i}].name: {app.name!r} is the name of two apps"
         if app.name in taken:
             yield f"apps[{i}].name: {app.name!r} is the name of another app's Deployment or Service"
-        for e in app.deploy.environments:
-            if e in ("test", "build") or e not in config.namespaces:
-                yield f"apps[{i}].deploy.environments: {e!r} is not an environment in namespaces"
-        if app.build.builder == "kaniko" and app.deploy.environments and not app.build.image:
+        if len(set(environments)) < len(environments):
+            yield f"{where}: names one of them twice"
+        for e in sorted({*environments} - (spaces.keys() - {"test", "build"})):
+            yield f"{where}: {e!r} is not an environment in namespaces"
+        if app.build.builder == "kaniko" and environments and not image:
             yield f"apps[{i}].build.image: is required with builder kaniko"
-        if re.search(r"@|:[^/]*$", app.build.image.partition("/")[2]):
-            yield f"apps[{i}].build.image: {app.build.image!r} must not carry a tag or digest"
+        if re.search(r"@|:[^/]*$", image):
+            yield f"apps[{i}].build.image: {image!r} must not carry a tag or digest"
 
 
 def load_config(document: str) -> Config:
     """Parse and check the YAML text of the configuration; raises ConfigError with all faults."""
     try:
         data = yaml.safe_load(document)
-    except yaml.YAMLError as error:
-        raise ConfigError([f"configuration: not YAML: {clip(str(error))}"]) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as wrong:
+        raise ConfigError([f"configuration: not YAML: {clip(str(wrong))}"]) from wrong
     faults: list[str] = []
-    config = load_section(Section(Config), data, "", faults)
-    if not faults:
-        faults += cross_faults(config)
-    if faults:
+    config: Config = load_section(Config, data, "", faults)
+    if faults := [*faults, *cross_faults(config)]:
         raise ConfigError(faults)
-    return config  # type: ignore[no-any-return]  # load_section builds what its Section names
+    return config
 
 
-def settings_table(section: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def settings_table(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (key, default, meaning) of every setting, for the README."""
-    for f in fields(section):
-        declared: Setting = f.metadata["setting"]
-        name = prefix + f.name
-        if isinstance(declared.parse, Section):
-            yield from settings_table(
-                declared.parse.cls, name + ("[]." if declared.parse.many else ".")
-            )
+    for key, (parse, default, meaning) in settings_of(section).items():
+        inner, suffix = (parse[0], "[].") if isinstance(parse, list) else (parse, ".")
+        if isinstance(inner, type):
+            yield from settings_table(inner, prefix + key + suffix)
         else:
-            default = "required" if declared.default is REQUIRED else json.dumps(declared.default)
-            yield name, default, declared.doc
+            yield prefix + key, "required" if default == REQUIRED else default, meaning
 
 
-PROCESS_SETTINGS = {
-    "GITOPS_HOOK_CONFIG": "/etc/gitops-hook/config.yaml",
-    "GITOPS_HOOK_SECRETS": "/etc/gitops-hook/secrets",
-    "GITOPS_HOOK_SPOOL": "/var/spool/gitops-hook",
-    "GITOPS_HOOK_LISTEN": "0.0.0.0:8080",
-    "GITOPS_HOOK_ADMIN_LISTEN": "127.0.0.1:8081",
-}
+# What a kubelet sets in a pod beside a Service whose name begins with gitops-hook.
+INJECTED = re.compile(r"GITOPS_HOOK(_\w+)?_(SERVICE_(HOST|PORT\w*)|PORT\w*)")
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """What the environment variables say: files, folders and addresses."""
+    """What the environment variables GITOPS_HOOK_* say: files, folders and addresses."""
 
-    config: Path
-    secrets: Path
-    spool: Path
-    listen: str
-    admin_listen: str
+    config: Path = Path("/etc/gitops-hook/config.yaml")
+    secrets: Path = Path("/etc/gitops-hook/secrets")
+    spool: Path = Path("/var/spool/gitops-hook")
+    listen: str = "0.0.0.0:8080"
+    admin_listen: str = "127.0.0.1:8081"
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Process:
         """Read GITOPS_HOOK_*; raises ConfigError for unknown names but those a kubelet injects."""
-        ours = [k for k in environ if k.startswith("GITOPS_HOOK_") and k not in PROCESS_SETTINGS]
-        injected = re.compile(r"GITOPS_HOOK(_\w+)?_(SERVICE_(HOST|PORT\w*)|PORT\w*)")
-        faults = [f"{k}: unknown variable" for k in ours if not injected.fullmatch(k)]
-        value = {k: environ.get(k) or default for k, default in PROCESS_SETTINGS.items()}
-        for key in ("GITOPS_HOOK_LISTEN", "GITOPS_HOOK_ADMIN_LISTEN"):
-            if not re.fullmatch(r"[^\s/]+:[0-9]{1,5}", value[key]):
-                faults.append(f"{key}: {value[key]!r} is not host:port")
+        keys = {f"GITOPS_HOOK_{f.name.upper()}": f.name for f in fields(cls)}
+        ours = [k for k in environ if k.startswith("GITOPS_HOOK_") and not INJECTED.fullmatch(k)]
+        faults = [
+            f"{k}: unknown variable (known: {', '.join(keys)})" for k in ours if k not in keys
+        ]
+        given: Object = {keys[k]: environ[k] for k in ours if k in keys and environ[k]}
+        for key in ("listen", "admin_listen"):
+            found = re.fullmatch(r"[^\s/]+:([0-9]{1,5})", given.get(key, ":0"))
+            if key in given and not (found and int(found[1]) < 2**16):
+                faults.append(
+                    f"GITOPS_HOOK_{key.upper()}: {clip(given[key], 80)!r} is not host:port"
+                )
         if faults:
             raise ConfigError(faults)
-        config, secrets, spool, listen, admin = value.values()
-        return cls(Path(config), Path(secrets), Path(spool), listen, admin)
+        values: Object = {k: v if "listen" in k else Path(v) for k, v in given.items()}
+        return cls(**values)
 
 
-SECRET_OF_MODE = {
-    "signature": "webhook-signing-tokens",
-    "token": "webhook-tokens",
-    "hmac": "webhook-tokens",
-}
+SIGNING_TOKENS, PLAIN_TOKENS = "webhook-signing-tokens", "webhook-tokens"
+SECRET_OF_MODE = {"signature": SIGNING_TOKENS, "token": PLAIN_TOKENS, "hmac": PLAIN_TOKENS}
 GIT_CREDENTIALS = "git-credentials"
+SECRET_FILES = (SIGNING_TOKENS, PLAIN_TOKENS, GIT_CREDENTIALS, "gitlab-token")
+KEY_BYTES = 32
+SHORTEST_MASKED = 4  # what is shorter occurs in innocent words
+# Bounded repetitions only: the logs of tests are searched with these, whatever is in them.
+SECRET_SHAPE = re.compile(
+    r"(?<=://)[^/\s@]+(?=@)|\b(glpat-|ghp_|whsec_)[\w+/=.-]{8,}"
+    r"|(?<![\w-])eyJ[\w-]+\.[\w.-]{8,}|(?i:\b(bearer|basic)\s[\w+/=.~-]{16,})"
+)
+SECRET_VALUE = re.compile(
+    r"(?i)((?:password|passwd|secret|token|api[_-]?key)[\w-]{0,30}[\"']?\s{0,3}[=:]\s{0,3})\S+"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -711,7 +654,7 @@ class Secrets:
     directory: Path
 
     def lines(self, name: str) -> list[bytes]:
-        """Return the secrets in a file, newest or oldest first as written; none when it is absent."""
+        """Return the secrets in a file, ends of lines dropped; none when it is absent."""
         try:
             content = (self.directory / name).read_bytes()
         except OSError:
@@ -719,38 +662,46 @@ class Secrets:
         return [line for raw in content.split(b"\n") if (line := raw.strip(b" \t\r"))]
 
     def keys(self, mode: str) -> list[bytes]:
-        """Return the keys that deliveries are verified with; raises ConfigError if there are none."""
+        """Return the keys to verify deliveries with; raises ConfigError if one is unusable."""
         name = SECRET_OF_MODE[mode]
-        keys = self.lines(name)
-        if not keys:
-            raise ConfigError([f"secret {name}: missing or empty in {self.directory}"])
-        if mode == "signature":
-            return [decode_signing_token(k, i + 1) for i, k in enumerate(keys)]
-        return keys
+        found = self.lines(name)
+        if not found:
+            raise ConfigError([f"secret file {self.directory / name} is missing or empty"])
+        if name == SIGNING_TOKENS:
+            return [decode_signing_token(token, i + 1) for i, token in enumerate(found)]
+        return found
 
-    def mask(self, text: str) -> str:
-        """Return text without secrets: known values, credentials in URLs, the usual token shapes."""
-        for name in (*SECRET_OF_MODE.values(), GIT_CREDENTIALS):
-            for line in self.lines(name):
-                known = line.decode("utf-8", "replace")
-                parts = [known, *([p] if (p := urlsplit(known).password) else [])]
-                for part in parts:
-                    text = text.replace(part, "***") if len(part) > 3 else text
-        text = re.sub(r"(\w+://)[^/\s:@]*:?[^/\s@]*@", r"\1***@", text)
-        text = re.sub(r"\b(glpat-|ghp_|whsec_|eyJ[\w-]+\.)[\w+/=.-]{8,}", "***", text)
-        pattern = r"(?i)\b([\w-]*(?:password|passwd|secret|token|api_?key)[\w-]*\s*[=:]\s*)\S+"
-        return re.sub(pattern, r"\1***", text)
+    def mask(self, value: T) -> T:
+        """Return a text, or all texts within a value, without what is or looks like a secret."""
+        known = {x.decode("utf-8", "replace") for f in SECRET_FILES for x in self.lines(f)}
+        users = [u for k in known for u in re.findall(r"://([^/\s@]+)@", k)]
+        known |= {unquote(u.rpartition(":")[2]) for u in users}
+        long = sorted((k for k in known if len(k) >= SHORTEST_MASKED), key=len, reverse=True)
+        masked: T = without(value, long)
+        return masked
+
+
+def without(value: Any, known: Sequence[str]) -> Any:
+    """Return a value as JSON has them, its texts without known secrets and what looks like one."""
+    if isinstance(value, dict):
+        return {str(k): without(v, known) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without(v, known) for v in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = str(value)
+    for secret in known:
+        text = text.replace(secret, "***")
+    return SECRET_VALUE.sub(r"\1***", SECRET_SHAPE.sub("***", text))
 
 
 def decode_signing_token(token: bytes, line: int) -> bytes:
     """Return the 32 key bytes of `whsec_` + base64; raises ConfigError naming only the line."""
-    try:
+    with suppress(binascii.Error):
         key = base64.b64decode(token.removeprefix(b"whsec_"), validate=True)
-    except binascii.Error:
-        key = b""
-    if not token.startswith(b"whsec_") or len(key) != 32:
-        raise ConfigError([f"secret webhook-signing-tokens: line {line} is not whsec_ + 32 bytes"])
-    return key
+        if token.startswith(b"whsec_") and len(key) == KEY_BYTES:
+            return key
+    raise ConfigError([f"secret file {SIGNING_TOKENS}, line {line}: not whsec_ and 32 bytes"])
 
 
 # === logging ======================================================================================
@@ -760,34 +711,32 @@ LOG_FIRST = ("run", "app", "environment", "delivery")
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: ts, level, msg, then run, app, environment, delivery, then the rest."""
+    """One JSON object a line: ts, level, msg, run, app, environment, delivery, then the rest."""
 
-    def __init__(self, mask: Callable[[str], str]) -> None:
+    def __init__(self, mask: Callable[[Object], Object]) -> None:
         super().__init__()
         self.mask = mask
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line for one record, secrets masked."""
-        given: dict[str, Any] = getattr(record, "fields", {})
+        given: Object = getattr(record, "fields", {})
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {
-            "ts": f"{stamp}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "msg": record.getMessage(),
-        }
-        line |= {k: str(given[k]) for k in LOG_FIRST if given.get(k)}
-        line |= {k: v for k, v in given.items() if k not in LOG_FIRST and v is not None}
+        line: Object = {"ts": f"{stamp}.{int(record.msecs):03d}Z"}
+        line |= {"level": record.levelname.lower(), "msg": record.getMessage()}
+        line |= {k: given[k] for k in LOG_FIRST if given.get(k)}
+        line |= {k: v for k, v in given.items() if k not in line and v is not None}
         if record.exc_info:
             line["exc"] = "".join(traceback.format_exception(*record.exc_info))[-4000:]
-        return self.mask(json.dumps(line, default=str))
+        return json.dumps(self.mask(line))
 
 
-def setup_logging(mask: Callable[[str], str]) -> None:
+def setup_logging(mask: Callable[[Object], Object]) -> None:
     """Send every log record of the program to stderr as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(mask))
     logging.root.handlers = [handler]
     logging.root.setLevel(logging.WARNING)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a burst of pushes is no news
     LOG.setLevel(logging.INFO)
 
 
@@ -801,8 +750,9 @@ def warn(msg: str, **given: Any) -> None:
     LOG.warning(msg, extra={"fields": given})
 
 
-def error(msg: str, *, exc: bool = False, **given: Any) -> None:
-    """Log something that a person must look at; exc adds the traceback being handled."""
+def error(msg: str, **given: Any) -> None:
+    """Log something that a person must look at; exc=True adds the traceback being handled."""
+    exc = given.pop("exc", False)
     LOG.error(msg, extra={"fields": given}, exc_info=exc)
 
 
@@ -812,40 +762,28 @@ STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)
 
 
 class Metrics:
-    """Every metric of the daemon, in a registry of its own."""
+    """Every metric of the daemon, in a registry of its own; labels hold words of ours only."""
 
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
-
-        def counter(name: str, doc: str, *labels: str) -> prometheus_client.Counter:
-            return prometheus_client.Counter(
-                name, doc, labels, namespace="gitops_hook", registry=self.registry
-            )
-
-        def gauge(name: str, doc: str, *labels: str) -> prometheus_client.Gauge:
-            return prometheus_client.Gauge(
-                name, doc, labels, namespace="gitops_hook", registry=self.registry
-            )
-
-        self.deliveries = counter("deliveries", "Webhook requests by result.", "result")
-        self.runs = counter("runs", "Ended runs.", "app", "outcome", "stage", "reason")
-        self.switches = counter("switches", "Switched traffic.", "app", "environment", "direction")
-        self.kubectl = counter("kubectl_calls", "kubectl processes ended.", "verb", "result")
-        self.errors = counter("errors", "Errors that a person should look at.", "where")
-        self.drift = counter(
-            "selector_drift", "Services changed by someone else.", "app", "environment"
+        ours: Object = {"namespace": "gitops_hook", "registry": self.registry}
+        counter: Callable[..., prometheus_client.Counter] = partial(
+            prometheus_client.Counter, **ours
         )
-        self.catch_up = counter("catch_up_runs", "Runs GitLab failed to announce.", "app")
+        gauge: Callable[..., prometheus_client.Gauge] = partial(prometheus_client.Gauge, **ours)
+        place = ("app", "environment")
+        self.deliveries = counter("deliveries", "Webhook requests by result.", ["result"])
+        self.runs = counter("runs", "Ended runs.", ["app", "outcome", "stage", "reason"])
+        self.switches = counter("switches", "Switched traffic.", [*place, "direction"])
+        self.kubectl = counter("kubectl_calls", "kubectl processes ended.", ["verb", "result"])
+        self.errors = counter("errors", "Errors that a person should look at.", ["where"])
+        self.drift = counter("selector_drift", "Services changed by someone else.", place)
+        self.catch_up = counter("catch_up_runs", "Runs GitLab failed to announce.", ["app"])
         self.spool = gauge("spool_files", "Pushes stored and not yet in the cluster.")
-        self.waiting = gauge("waiting", "1 while the daemon waits for something outside.", "what")
-        self.queue = gauge("jobs", "Unfinished Jobs by state.", "state")
+        self.waiting = gauge("waiting", "1 while it waits for something outside.", ["what"])
+        self.queue = gauge("jobs", "Unfinished Jobs by state.", ["state"])
         self.stage_seconds = prometheus_client.Histogram(
-            "stage_seconds",
-            "Duration of stages.",
-            ("app", "stage", "result"),
-            namespace="gitops_hook",
-            registry=self.registry,
-            buckets=STAGE_BUCKETS,
+            "stage_seconds", "Stages.", ("app", "stage", "result"), buckets=STAGE_BUCKETS, **ours
         )
 
     def render(self) -> bytes:
@@ -857,7 +795,7 @@ class Metrics:
 
 
 def verify_delivery(
-    mode: str, keys: list[bytes], headers: Mapping[str, str], body: bytes, now: float
+    mode: str, keys: Sequence[bytes], headers: Mapping[str, str], body: bytes, now: float
 ) -> None:
     """Check that a delivery is authentic; raises DeliveryError 401, which says what was missing.
 
@@ -870,6 +808,7 @@ def verify_delivery(
     else:
         given = header_bytes(headers, "x-gitlab-token")
         expected = keys if mode == "token" else [hex_hmac(k, body) for k in keys]
+        # Digests have one length, so that the time of a comparison tells nothing about lengths.
         matches = [hmac.compare_digest(sha256(e), sha256(given)) for e in expected]
         refusal = None if given and any(matches) else "X-Gitlab-Token does not match"
     if refusal:
@@ -877,24 +816,22 @@ def verify_delivery(
 
 
 def signature_refusal(
-    keys: list[bytes], headers: Mapping[str, str], body: bytes, now: float
+    keys: Sequence[bytes], headers: Mapping[str, str], body: bytes, now: float
 ) -> str | None:
     """Return why a signed delivery is refused, or None: Standard Webhooks v1, HMAC-SHA256."""
-    stamp, given = headers.get("webhook-timestamp", ""), header_bytes(headers, "webhook-signature")
-    message_id = header_bytes(headers, "webhook-id")
-    if not (stamp and given and message_id):
-        return "webhook-id, webhook-timestamp and webhook-signature are required"
-    if not re.fullmatch(r"[0-9]{1,12}", stamp, re.ASCII):
+    names = ("webhook-id", "webhook-timestamp", "webhook-signature")
+    message_id, stamp, given = (header_bytes(headers, n) for n in names)
+    if not (message_id and stamp and given):
+        return f"{', '.join(names)} are required"
+    if not re.fullmatch(rb"[0-9]{1,12}", stamp):
         return "webhook-timestamp is not a Unix time"
-    signed = b".".join((message_id, stamp.encode(), body))
-    expected = [base64.b64encode(hmac.digest(k, signed, "sha256")) for k in keys]
-    entries = [e.removeprefix(b"v1,") for e in given.split(b" ") if e.startswith(b"v1,")]
-    matches = [hmac.compare_digest(e, x) for e in entries[:20] for x in expected]
+    signed = b".".join((message_id, stamp, body))
+    expected = [b"v1," + base64.b64encode(hmac.digest(k, signed, "sha256")) for k in keys]
+    matches = [hmac.compare_digest(e, x) for e in given.split(b" ")[:20] for x in expected]
     if not any(matches):
         return "webhook-signature does not match"
-    if abs(now - int(stamp)) > SIGNATURE_TOLERANCE:
-        return "webhook-timestamp is not recent"
-    return None
+    recent = abs(now - int(stamp)) <= SIGNATURE_TOLERANCE
+    return None if recent else "webhook-timestamp is not recent"
 
 
 def header_bytes(headers: Mapping[str, str], name: str) -> bytes:
@@ -908,7 +845,7 @@ def hex_hmac(key: bytes, body: bytes) -> bytes:
 
 
 def sha256(value: bytes) -> bytes:
-    """Return a digest of fixed length, so that a comparison tells nothing about lengths."""
+    """Return the SHA-256 digest."""
     return hashlib.sha256(value).digest()
 
 
@@ -920,6 +857,8 @@ def sign(token: bytes, message_id: str, stamp: int, body: bytes) -> str:
 
 
 # === pushes =======================================================================================
+
+REF_LENGTH = 500  # characters; file systems hold 255 bytes between two slashes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -941,16 +880,21 @@ class Ignored:
     reason: str
 
 
+def deny(status: int, code: str, text: str) -> NoReturn:
+    """Refuse a request with an HTTP status, a reason code and a sentence for its sender."""
+    raise DeliveryError(http.HTTPStatus(status), code, text)
+
+
 def bad(text: str) -> NoReturn:
     """Refuse a delivery as malformed."""
-    raise DeliveryError(http.HTTPStatus.BAD_REQUEST, "Malformed", text)
+    deny(400, "Malformed", text)
 
 
-def typed(data: Mapping[str, Any], key: str, kind: type[T], where: str = "") -> T:
+def typed(data: Mapping[str, Any], key: str, kind: type[T]) -> T:
     """Return a field of a payload; a 400 that names it when it is missing or of another type."""
     value = data.get(key)
     if not isinstance(value, kind):
-        bad(f"{where}{key}: {'missing' if value is None else 'not a ' + kind.__name__}")
+        bad(f"{key}: {'missing' if value is None else f'not a {kind.__name__}'}")
     return value
 
 
@@ -966,9 +910,9 @@ def parse_delivery(body: bytes, delivery: str) -> Push | Ignored:
         bad(f"the body is not JSON: {clip(str(wrong), 80)}")
     if not isinstance(data, dict):
         bad("the body is not a JSON object")
-    kind = data.get("object_kind", data.get("event_name"))
-    if not isinstance(kind, str):
-        bad("object_kind: missing or not a text")
+    # Of system hooks, some have only the second.
+    key = next((k for k in ("object_kind", "event_name") if k in data), "object_kind")
+    kind = typed(data, key, str)
     if kind != "push":
         return Ignored("TagPush" if kind == "tag_push" else "OtherEvent")
     ref, after = typed(data, "ref", str), typed(data, "after", str)
@@ -982,31 +926,22 @@ def parse_delivery(body: bytes, delivery: str) -> Push | Ignored:
         bad("ref: not a branch name that git allows")
     before = data.get("before")
     before = before if isinstance(before, str) and SHA.fullmatch(before) else ""
-    urls = project_urls(data)
     title = commit_title(data.get("commits"), after)
+    urls = project_urls(data)
     return Push(urls=urls, ref=ref, commit=after, before=before, title=title, delivery=delivery)
 
 
 def valid_ref(ref: str) -> bool:
     """Whether git would accept the name: https://git-scm.com/docs/git-check-ref-format."""
-    parts = ref.split("/")
-    return (
-        len(ref) <= 250
-        and ref.isprintable()
-        and not re.search(r"[ ~^:?*\[\\\x7f]|\.\.|@\{|\.$", ref)
-        and all(p and not p.startswith(".") and not p.endswith(".lock") for p in parts)
-    )
+    forbidden = r"[\x00-\x20~^:?*\[\\\x7f\ud800-\udfff]|\.\.|@\{|\.$|(^|/)(\.|/|$)|\.lock(/|$)"
+    return len(ref) <= REF_LENGTH and not re.search(forbidden, ref)
 
 
 def project_urls(data: Mapping[str, Any]) -> tuple[str, ...]:
     """Return every address by which a payload names its project; a 400 when there is none."""
-    project = typed(data, "project", dict)
-    repository = data.get("repository")
-    named = [
-        project.get(k) for k in ("git_http_url", "git_ssh_url", "http_url", "ssh_url", "web_url")
-    ]
-    if isinstance(repository, dict):
-        named += [repository.get(k) for k in ("git_http_url", "git_ssh_url")]
+    keys = ("git_http_url", "git_ssh_url", "http_url", "ssh_url", "web_url")
+    places = (typed(data, "project", dict), data.get("repository"))
+    named = [place.get(k) for place in places if isinstance(place, dict) for k in keys]
     urls = tuple(dict.fromkeys(u for u in named if isinstance(u, str) and u))
     return urls or bad("project: names no git_http_url, git_ssh_url or web_url")
 
@@ -1015,28 +950,29 @@ def commit_title(commits: Any, after: str) -> str:
     """Return the first line of the pushed commit's message where the payload has it, clipped."""
     for commit in commits if isinstance(commits, list) else []:
         if isinstance(commit, dict) and commit.get("id") == after:
-            lines = str(commit.get("message") or commit.get("title") or "").strip().splitlines()
+            texts = (commit.get("message"), commit.get("title"))
+            lines = [t.strip().split("\n")[0] for t in texts if isinstance(t, str) and t.strip()]
             return clip(lines[0], 120) if lines else ""
     return ""
 
 
-def normalise_url(url: str) -> tuple[str, str]:
-    """Return (host, path) by which two addresses of one repository are equal.
+def normalise_url(url: str) -> tuple[str, str] | None:
+    """Return (host, path) by which two addresses of one repository are equal, None if it is none.
 
     Scheme, user, port, case and `.git` do not count; `git@host:path` is read as ssh. A local path
     is compared as it is, with an empty host.
     """
     if url.startswith(("/", "file://")):
-        return "", url.removeprefix("file://").rstrip("/").removesuffix(".git")
-    if "://" not in url and (scp := re.fullmatch(r"(?:[^@/:]+@)?([^/:]+):/?(.+)", url)):
-        host, path = scp[1], scp[2]
-    else:
-        try:
-            split = urlsplit(url)
-            host, path = split.hostname or "", split.path
-        except ValueError:
-            return "", ""
-    return host.casefold(), path.strip("/").removesuffix(".git").strip("/").casefold()
+        local = url.removeprefix("file://").rstrip("/").removesuffix(".git")
+        return ("", local) if local else None
+    if "://" not in url:
+        url = "ssh://" + url.replace(":", "/", 1)
+    try:
+        split = urlsplit(url)
+    except ValueError:
+        return None
+    path = split.path.strip("/").removesuffix(".git").strip("/")
+    return (split.hostname.casefold(), path.casefold()) if split.hostname and path else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1065,201 +1001,179 @@ def run_id(app: str, ref: str, commit: str) -> str:
 
 def runs_of_push(config: Config, push: Push, now: float) -> list[Run] | Ignored:
     """Return the runs that a push asks for, one for each app that it concerns."""
-    named = {normalise_url(u) for u in push.urls}
+    named = {normalise_url(u) for u in push.urls} - {None}
     apps = [a for a in config.apps if normalise_url(a.repository) in named]
-    if not apps:
-        return Ignored("UnknownProject")
     branch = push.ref.removeprefix("refs/heads/")
-    wanted = [
-        a
-        for a in apps
-        if branch == a.branch or any(fnmatchcase(branch, p) for p in a.test_branches)
-    ]
+    wanted = [a for a in apps if any(fnmatchcase(branch, p) for p in (*a.test_branches, a.branch))]
     if not wanted:
-        return Ignored("OtherBranch")
-    return [
-        Run(
-            id=run_id(a.name, push.ref, push.commit),
-            app=a.name,
-            ref=push.ref,
-            commit=push.commit,
-            before=push.before,
-            title=push.title,
-            delivery=push.delivery,
-            received=now,
-        )
-        for a in wanted
-    ]
+        return Ignored("OtherBranch" if apps else "UnknownProject")
+    known: Object = {f.name: getattr(push, f.name) for f in fields(push) if f.name != "urls"}
+    ids = {a.name: run_id(a.name, push.ref, push.commit) for a in wanted}
+    return [Run(id=ids[name], app=name, received=now, **known) for name in ids]
 
 
 class Deliveries:
     """The ids of recent deliveries, bounded in number and age; safe to share between threads."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[str, float] = OrderedDict()
+        self._seen: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def known(self, delivery: str, now: float) -> bool:
-        """Whether this id was remembered lately; forgets what is too old."""
+        """Whether this id was remembered lately."""
         with self._lock:
-            while self._seen and now - next(iter(self._seen.values())) > DEDUPE_SECONDS:
-                self._seen.popitem(last=False)
-            return delivery in self._seen
+            return delivery in self._seen and now - self._seen[delivery] <= DEDUPE_SECONDS
 
     def remember(self, delivery: str, now: float) -> None:
-        """Remember an id whose push is stored."""
+        """Remember an id whose push is stored, and forget the oldest beyond the bound."""
         with self._lock:
+            self._seen.pop(delivery, None)
             self._seen[delivery] = now
             if len(self._seen) > DEDUPE_ENTRIES:
-                self._seen.popitem(last=False)
+                del self._seen[next(iter(self._seen))]
 
 
 # === spool ========================================================================================
+
+SPOOL_RECORD = 16384  # bytes a stored push has at most; times limits.spool_files the spool's bound
 
 
 class Spool:
     """Accepted pushes on disk, one file a run, until the cluster has them.
 
-    A file is there after a crash once `store` has returned. What cannot be read is moved aside to
-    `bad/`, never deleted.
+    A file is there after a crash once `store` has returned. What is no stored push is moved aside
+    to `bad/`, never deleted. Threads may share it: each file belongs to who wrote it until `store`
+    returns, and what another thread took away meanwhile is passed over.
     """
 
     def __init__(self, directory: Path, max_files: int) -> None:
         self.directory, self.max_files = directory, max_files
         self._lock = threading.Lock()
-        self._count = 0
+        self._names: set[str] = set()  # what is stored or being stored: a count would drift
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     def prepare(self) -> None:
-        """Create the folder, count what is there, prove it writable; raises SpoolError."""
+        """Create the folder, take stock, prove it writable; raises SpoolError."""
         try:
             (self.directory / "bad").mkdir(parents=True, exist_ok=True)
-            self._count = sum(1 for _ in self.directory.glob("*.json"))
             for leftover in self.directory.glob("*.tmp"):
-                leftover.unlink()
+                self._set_aside(leftover, "half-written, its push was not accepted")
             self.probe()
         except OSError as refused:
             raise SpoolError(f"spool {self.directory}: {refused.strerror}") from refused
+        self._names = {path.name for path, _ in self.read()}
 
     def probe(self) -> None:
         """Prove that a file can be written; raises OSError."""
         with tempfile.TemporaryFile(dir=self.directory) as file:
             file.write(b"x")
 
-    def __len__(self) -> int:
-        return self._count
-
     def store(self, runs: Sequence[Run]) -> None:
-        """Write the runs of one push durably; raises SpoolError when full or refused by the disk."""
+        """Write the runs of one push durably, all or none; raises SpoolError with why not."""
+        records = {f"{time.time_ns():020d}-{run.id}.json": run for run in runs}
         with self._lock:
-            if self._count + len(runs) > self.max_files:
-                raise SpoolError(f"{self._count} pushes are waiting already")
-            self._count += len(runs)
-        written = 0
+            if len(self._names) + len(records) > self.max_files:
+                raise SpoolError(f"{len(self._names)} pushes are waiting already")
+            self._names |= records.keys()
         try:
-            for run in runs:
-                self._write(run)
-                written += 1
-            self._sync_directory()
+            for name, run in records.items():
+                self._write(self.directory / name, json.dumps(asdict(run)).encode())
+            handle = os.open(self.directory, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
         except OSError as refused:
-            with self._lock:
-                self._count -= len(runs) - written
+            for name in records:
+                with suppress(OSError):
+                    self.done(self.directory / name)
             raise SpoolError(f"the disk refuses: {refused.strerror}") from refused
 
-    def _write(self, run: Run) -> None:
-        name = f"{time.time_ns():020d}-{run.id}.json"
-        part = self.directory / f"{name}.{uuid.uuid4().hex}.tmp"
-        record = {f.name: getattr(run, f.name) for f in fields(run)}
-        with part.open("xb") as file:
-            file.write(json.dumps(record).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(self.directory / name)
-
-    def _sync_directory(self) -> None:
-        handle = os.open(self.directory, os.O_RDONLY)
+    def _write(self, path: Path, content: bytes) -> None:
+        part = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
-            os.fsync(handle)
+            with part.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(path)
         finally:
-            os.close(handle)
+            part.unlink(missing_ok=True)
 
     def read(self) -> list[tuple[Path, Run]]:
         """Return everything stored, oldest first."""
         found = []
         for path in sorted(self.directory.glob("*.json")):
             try:
-                found.append((path, parse_run(path.read_bytes())))
+                with path.open("rb") as file:
+                    found.append((path, parse_run(file.read(SPOOL_RECORD + 1))))
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError) as wrong:
-                error("spool file moved aside", file=path.name, detail=clip(str(wrong)))
-                path.rename(self.directory / "bad" / path.name)
-        with self._lock:
-            self._count = max(len(found), 0)
+            except (ValueError, IsADirectoryError) as wrong:
+                self._set_aside(path, str(wrong))
+            except OSError as refused:
+                error("spool file cannot be read", file=path.name, detail=refused.strerror)
         return found
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        error("spool file moved aside", file=clip(path.name), detail=clip(why))
+        with suppress(OSError):
+            path.rename(self.directory / "bad" / path.name)
 
     def done(self, path: Path) -> None:
         """Forget a push that the cluster has or that needs nothing more."""
         path.unlink(missing_ok=True)
         with self._lock:
-            self._count = max(self._count - 1, 0)
+            self._names.discard(path.name)
 
 
 def parse_run(content: bytes) -> Run:
     """Return the run in a spool file; raises ValueError for anything that is not one."""
-    data = json.loads(content)
-    if not isinstance(data, dict) or data.keys() != {f.name for f in fields(Run)}:
-        raise ValueError("not a stored push")
-    texts = {k: v for k, v in data.items() if k != "received"}
-    if not all(isinstance(v, str) for v in texts.values()) or not isinstance(
-        data["received"], float
-    ):
+    try:
+        run = Run(**json.loads(content))
+    except (TypeError, RecursionError) as wrong:
+        raise ValueError("not a stored push") from wrong
+    kinds = {f.name: float if f.name == "received" else str for f in fields(run)}
+    if not all(type(getattr(run, name)) is kind for name, kind in kinds.items()):
         raise ValueError("a field has another type")
-    if not SHA.fullmatch(data["commit"]) or not valid_ref(data["ref"]):
+    if not SHA.fullmatch(run.commit) or not valid_ref(run.ref) or not math.isfinite(run.received):
         raise ValueError("not a commit of a branch")
-    if data["id"] != run_id(data["app"], data["ref"], data["commit"]) or not DNS_LABEL.fullmatch(
-        data["id"]
-    ):
+    if run.id != run_id(run.app, run.ref, run.commit) or not DNS_LABEL.fullmatch(run.id):
         raise ValueError("its id is not that of its commit")
-    return Run(**data)
+    return run
 
 
 # === kubectl ======================================================================================
 
 
-def execute(
-    argv: Sequence[str],
-    *,
-    timeout: float,
-    stdin: str = "",
-    environ: Mapping[str, str] | None = None,
-) -> tuple[int | None, str, str]:
-    """Run a program to its end; return (exit code, stdout, stderr), the code None on a time-out.
-
-    The one door to programs that end by themselves. Never a shell; what the program prints is text
-    of unknown origin. A program that is not there raises ConfigError.
-    """
+def start(
+    argv: Sequence[str], environ: Mapping[str, str] | None = None, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """Start a program, never in a shell; raises ConfigError when it cannot be. The one door."""
+    # whoever gets input runs to its end, as the leader of a group: its helpers end with it
+    group, pipe = 0 if stdin == subprocess.PIPE else None, subprocess.PIPE
     try:
-        done = subprocess.run(  # noqa: S603 - argv is a list made here, no shell
-            argv,
-            input=stdin.encode(),
-            capture_output=True,
-            timeout=timeout,
-            env=None if environ is None else dict(environ),
-            check=False,
-        )
-    except subprocess.TimeoutExpired as late:
-        return (
-            None,
-            (late.stdout or b"").decode(errors="replace"),
-            (late.stderr or b"").decode(errors="replace"),
+        return subprocess.Popen(  # noqa: S603 - a list made here, no shell
+            argv, stdin=stdin, stdout=pipe, stderr=pipe, env=environ, process_group=group
         )
     except OSError as missing:
         raise ConfigError([f"{argv[0]} cannot be started: {missing.strerror}"]) from missing
-    return (
-        done.returncode,
-        done.stdout.decode(errors="replace"),
-        done.stderr.decode(errors="replace"),
-    )
+
+
+def execute(
+    argv: Sequence[str], timeout: float, stdin: str = "", environ: Mapping[str, str] | None = None
+) -> tuple[int | None, str, str]:
+    """Run a program to its end; return (exit code, stdout, stderr), the code None on a time-out."""
+    with start(argv, environ, subprocess.PIPE) as process:
+        try:
+            printed, code = process.communicate(stdin.encode(), timeout), process.returncode
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            printed, code = process.communicate(), None
+    return code, printed[0].decode(errors="replace"), printed[1].decode(errors="replace")
 
 
 class Kubectl:
@@ -1272,11 +1186,11 @@ class Kubectl:
     def run(
         self, *args: str, namespace: str = "", stdin: str = "", timeout: float = KUBECTL_TIMEOUT
     ) -> str:
-        """Return what one call prints; raises KubectlError, whose effect is unknown on a time-out."""
-        where = ["-n", namespace] if namespace else []
-        argv = [self.program, *where, *args, f"--request-timeout={int(timeout * 0.8) or 1}s"]
+        """Return what one call prints; raises KubectlError, after a time-out of unknown effect."""
+        where = ("-n", namespace) if namespace else ()
+        argv = (self.program, *where, *args, f"--request-timeout={int(timeout * 0.8) or 1}s")
         with self._places:
-            code, stdout, stderr = execute(argv, timeout=timeout, stdin=stdin)
+            code, stdout, stderr = execute(argv, timeout, stdin)
         failure = None if code == 0 else KubectlError([self.program, *args], code, stderr, stdout)
         self.metrics.kubectl.labels(args[0], failure.kind if failure else "ok").inc()
         if failure:
@@ -1285,95 +1199,82 @@ class Kubectl:
 
     def stream(self, *args: str, namespace: str) -> subprocess.Popen[bytes]:
         """Start a call that goes on: a watch, a rollout status. The caller ends it."""
-        argv = [self.program, "-n", namespace, *args]
-        try:
-            return subprocess.Popen(  # noqa: S603 - argv is a list made here, no shell
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-        except OSError as missing:
-            raise ConfigError(
-                [f"{self.program} cannot be started: {missing.strerror}"]
-            ) from missing
+        return start((self.program, "-n", namespace, *args))
 
-    def get(self, resource: str, name: str, namespace: str) -> dict[str, Any] | None:
+    def get(self, resource: str, name: str, namespace: str) -> Object | None:
         """Return one object, or None when there is none."""
-        args = ("get", resource, name, "-o", "json", "--ignore-not-found")
-        printed = self.run(*args, namespace=namespace)
-        return json.loads(printed) if printed.strip() else None
+        args = ("get", f"{resource}/{name}", "-o", "json", "--ignore-not-found")
+        found: Object | None = json.loads(self.run(*args, namespace=namespace).strip() or "null")
+        return found
 
-    def list(self, resource: str, namespace: str, *filters: str) -> list[dict[str, Any]]:
+    def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
         """Return the objects that match, e.g. `-l`, "a=b" or `--field-selector`, "a=b"."""
         found = json.loads(self.run("get", resource, *filters, "-o", "json", namespace=namespace))
-        items: list[dict[str, Any]] = found["items"]
-        return items
+        return [*found["items"]]
 
-    def create(self, objects: Sequence[Mapping[str, Any]], namespace: str) -> None:
+    def create(self, objects: Sequence[Object], namespace: str) -> None:
         """Create what is not there yet; what exists under the same name is left as it is."""
-        refused = self.create_each(objects, namespace)
-        if left := {k: e for k, e in refused.items() if "(AlreadyExists)" not in e}:
-            raise KubectlError([self.program, "create"], 1, next(iter(left.values())))
+        for said in self.create_each(objects, namespace).values():
+            if "(AlreadyExists)" not in said:
+                raise KubectlError([self.program, "create"], 1, said)
 
-    def create_each(self, objects: Sequence[Mapping[str, Any]], namespace: str) -> dict[str, str]:
+    def create_each(self, objects: Sequence[Object], namespace: str) -> dict[str, str]:
         """Create objects in one call; return the refusal of each that was not created, by name.
 
         Exit 1 is not "nothing happened": kubectl creates what it can, prints the created names and
-        one line for every other. What neither stream mentions raises the KubectlError itself.
+        a message for every other. What neither stream mentions raises the KubectlError itself.
         """
-        stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
-        names = {o["metadata"]["name"] for o in objects}
+        stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
         args = ("create", "-f", "-", "-o", "name", "--validate=false")
         try:
-            self.run(*args, namespace=namespace, stdin=stdin, timeout=KUBECTL_TIMEOUT * 2)
+            self.run(*args, namespace=namespace, stdin=stdin, timeout=2 * KUBECTL_TIMEOUT)
         except KubectlError as partly:
             made = {line.rpartition("/")[2] for line in partly.stdout.split()}
-            refused = dict(refusals(partly.stderr, names - made))
-            if names - made - refused.keys():
+            names = [n for o in objects if (n := o["metadata"]["name"]) not in made]
+            refused, unnamed = refusals(partly.stderr, names)
+            left = [n for n in names if n not in refused]
+            # kubectl goes on in order: as many messages without a name as names without a message
+            if left and (len(left) != len(unnamed) or len(left) == len(objects)):
                 raise
-            return refused
+            return refused | dict(zip(left, unnamed, strict=False))
         return {}
 
-    def apply(self, objects: Sequence[Mapping[str, Any]], namespace: str) -> None:
+    def apply(self, objects: Sequence[Object], namespace: str) -> None:
         """Apply objects as a person would; the server refuses unknown fields."""
-        stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
-        self.run("apply", "-f", "-", namespace=namespace, stdin=stdin)
+        self.run("apply", "-f", "-", namespace=namespace, stdin="\n".join(map(json.dumps, objects)))
 
-    def patch(
-        self, resource: str, name: str, namespace: str, change: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Merge a change into an object and return it; with a resourceVersion it is a compare-and-set."""
-        args = ("patch", resource, name, "--type=merge", "-p", json.dumps(change), "-o", "json")
-        patched: dict[str, Any] = json.loads(self.run(*args, namespace=namespace))
-        return patched
+    def patch(self, resource: str, name: str, namespace: str, change: Object) -> Object:
+        """Merge a change into an object, return it; with a resourceVersion it compares and sets."""
+        # by stdin: one argument may not be larger than 128 KiB
+        args = ("patch", f"{resource}/{name}", "--type=merge", "--patch-file=/dev/stdin", "-o=json")
+        return dict(json.loads(self.run(*args, namespace=namespace, stdin=json.dumps(change))))
 
     def delete(self, resource: str, names: Iterable[str], namespace: str) -> None:
         """Delete objects by name without waiting; what is not there is fine."""
-        if listed := sorted(names):
-            args = ("delete", resource, *listed, "--wait=false", "--ignore-not-found")
-            self.run(*args, namespace=namespace)
+        if listed := [f"{resource}/{n}" for n in sorted(names)]:
+            self.run("delete", *listed, "--wait=false", "--ignore-not-found", namespace=namespace)
 
     def logs(self, pod: str, container: str, namespace: str) -> str:
         """Return the last lines of a container, also of its last life; "" when there are none."""
+        args = ("logs", pod, "-c", container, "--tail=20", "--limit-bytes=65536")
         for more in ((), ("--previous",)):
             with suppress(KubectlError):
-                args = ("logs", pod, "-c", container, "--tail=20", *more)
-                if printed := self.run(*args, namespace=namespace, timeout=10.0).strip():
+                if printed := self.run(*args, *more, namespace=namespace, timeout=10.0).strip():
                     return printed
         return ""
 
 
-def refusals(stderr: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (name, line) for every object that kubectl says it could not create."""
-    lines = [
-        line for line in stderr.splitlines() if re.match(r"Error from server|The \w+ \"", line)
-    ]
-    for name in names:
-        for line in lines:
-            if not re.search(UNREACHABLE, line) and f'"{name}"' in line:
-                yield name, line
-                break
+def refusals(stderr: str, names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return what kubectl says of objects that the server did not take: by name, and without."""
+    named, unnamed = {}, []
+    parts = re.split(r"^(?=Error from server|The \w+ \")", stderr, flags=re.MULTILINE)[1:]
+    for part in (p.strip() for p in parts if KubectlError(["kubectl"], 1, p).kind != "Unreachable"):
+        first = next((q for q in re.findall(r'"([^"]*)"', part) if q != "STDIN"), "")
+        if first in names:
+            named[first] = part
+        else:
+            unnamed.append(part)
+    return named, unnamed
 
 
 # === git ==========================================================================================
@@ -1382,19 +1283,16 @@ CREDENTIAL_HELPER = (
     '!f() { test "$1" = get && test -r "$CREDENTIALS_FILE"'
     ' && git credential-store --file "$CREDENTIALS_FILE" get; }; f'
 )
-GIT_OPTIONS = (
-    *("-c", "core.hooksPath=/dev/null", "-c", "protocol.allow=never"),
-    *("-c", "protocol.https.allow=always", "-c", "protocol.http.allow=always"),
-    *("-c", "protocol.file.allow=always", "-c", "credential.helper="),
-    *(
-        "-c",
-        f"credential.helper={CREDENTIAL_HELPER}",
-        "-c",
-        "gc.auto=0",
-        "-c",
-        "init.defaultBranch=main",
-    ),
-)
+GIT_SETTINGS = {
+    "core.hooksPath": os.devnull,
+    "credential.helper": CREDENTIAL_HELPER,
+    "http.lowSpeedLimit": "1000",  # bytes a second; slower than that for so long is no answer
+    "http.lowSpeedTime": "60",
+    "maintenance.auto": "false",
+    "protocol.allow": "never",
+    **{f"protocol.{name}.allow": "always" for name in ("https", "http", "file")},
+}
+GIT_FORMATS = {40: "sha1", 64: "sha256"}  # by the length of a commit id
 
 
 class Git:
@@ -1403,123 +1301,88 @@ class Git:
     Credentials are read by git's own helper from a file, so they are in no URL, argv or log.
     """
 
-    def __init__(self, credentials: Path) -> None:
-        self.credentials = credentials
+    def __init__(self, credentials: Path, timeout: float = GIT_TIMEOUT) -> None:
+        self.credentials, self.timeout = credentials, timeout
 
-    def run(self, *args: str, directory: Path | None = None) -> str:
+    def run(self, *args: str, directory: Path | None = None, patience: int = 1) -> str:
         """Return what one git call prints; raises GitError."""
-        environ = {
-            **os.environ,
-            "CREDENTIALS_FILE": str(self.credentials),
-            "GIT_CONFIG_GLOBAL": os.devnull,
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_TERMINAL_PROMPT": "0",
-            "LC_ALL": "C",
-        }
+        environ = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
+        environ |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+        environ |= {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": ""}
+        environ["CREDENTIALS_FILE"] = str(self.credentials)
+        settings = (part for kv in GIT_SETTINGS.items() for part in ("-c", "=".join(kv)))
         where = ("-C", str(directory)) if directory else ()
-        argv = ("git", *where, *GIT_OPTIONS, *args)
-        code, stdout, stderr = execute(argv, timeout=GIT_TIMEOUT, environ=environ)
+        argv = ("git", *where, *settings, *args)
+        code, stdout, stderr = execute(argv, patience * self.timeout, environ=environ)
         if code != 0:
             raise GitError(("git", *args), code, stderr, stdout)
         return stdout
 
     def heads(self, url: str) -> dict[str, str]:
         """Return the commit of every branch, by full ref name."""
-        found = {}
-        for line in self.run("ls-remote", "--heads", "--", url).splitlines():
-            commit, _, ref = line.partition("\t")
-            if SHA.fullmatch(commit) and valid_ref(ref):
-                found[ref] = commit
-        return found
+        lines = self.run("ls-remote", "--heads", "--", url).splitlines()
+        found = (line.partition("\t") for line in lines)
+        return {ref: sha for sha, _, ref in found if SHA.fullmatch(sha) and valid_ref(ref)}
 
     def checkout(self, url: str, commit: str, directory: Path, *, symlinks: bool) -> None:
-        """Put exactly this commit into a new directory; without symlinks they become plain files."""
-        self.run("init", "--quiet", str(directory))
-        self.run(
-            "fetch", "--quiet", "--depth=1", "--no-tags", "--", url, commit, directory=directory
-        )
+        """Put exactly this commit into a new directory; symlinks may become plain files."""
+        if not SHA.fullmatch(commit):
+            raise GitError(("git", "fetch"), 1, f"{commit!r} is not a commit id")
         links = f"core.symlinks={'true' if symlinks else 'false'}"
+        form = f"--object-format={GIT_FORMATS[len(commit)]}"
+        self.run("init", "--quiet", form, "--", str(directory))
+        fetch = ("fetch", "--quiet", "--depth=1", "--no-tags", "--", url, commit)
+        # a large one takes its time; a server that does not send is cut off by lowSpeedTime
+        self.run(*fetch, directory=directory, patience=10)
         self.run("-c", links, "checkout", "--quiet", "--detach", "FETCH_HEAD", directory=directory)
 
 
 # === job manifests ================================================================================
 
-RUN_NOTES = {
-    "ref": NOTE_REF,
-    "commit": NOTE_COMMIT,
-    "before": NOTE_BEFORE,
-    "title": NOTE_TITLE,
-    "delivery": NOTE_DELIVERY,
-}
+RUN_FIELDS = ("ref", "commit", "before", "title", "delivery")  # each an annotation of the Job
 TEST_CONTAINER, BUILD_CONTAINER, RESULTS_CONTAINER = "test-runner", "kaniko", "results"
-TERMINATION_LOG = "/dev/termination-log"
-CREDENTIALS_MOUNT = "/var/run/gitops-hook"
+TERMINATION_LOG, CREDENTIALS_MOUNT = "/dev/termination-log", "/var/run/gitops-hook"
+TMP = "/tmp"  # noqa: S108 - an emptyDir of the pod
+SOURCE, REPORT = "/workspace/src", "/workspace/results/junit.xml"
 SMALL = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "500m", "memory": "256Mi"}}
-LOCKED = {
-    "allowPrivilegeEscalation": False,
-    "readOnlyRootFilesystem": True,
-    "capabilities": {"drop": ["ALL"]},
-}
+SECCOMP = {"seccompProfile": {"type": "RuntimeDefault"}}
+NO_RIGHTS: Object = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+LOCKED = {**NO_RIGHTS, "readOnlyRootFilesystem": True}
 KANIKO_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "SETFCAP"]
+JUNIT_BYTES = 20 * 1024 * 1024
+JUNIT_KINDS = {"failure": "failures", "error": "errors", "skipped": "skipped"}
 
 
-def environment(**values: str) -> list[dict[str, str]]:
-    """Return a container's env list."""
-    return [{"name": k, "value": v} for k, v in values.items()]
+def container(name: str, image: str, args: Sequence[str], **more: Any) -> Object:
+    """Return a container that may write to the workspace and /tmp only, unless told otherwise.
+
+    `env` and `mounts` are mappings. Kubernetes expands $(NAME) and $$ in texts: they are escaped.
+    """
+    env = [{"name": k, "value": v.replace("$", "$$")} for k, v in more.pop("env", {}).items()]
+    paths = {"workspace": "/workspace", **more.pop("mounts", {"tmp": TMP})}
+    mounts = [{"name": k, "mountPath": v} for k, v in paths.items()]
+    made = {"name": name, "image": image, "args": [a.replace("$", "$$") for a in args], "env": env}
+    return {**made, "resources": SMALL, "securityContext": LOCKED, "volumeMounts": mounts, **more}
 
 
-def mounts(**paths: str) -> list[dict[str, Any]]:
-    """Return volumeMounts by volume name."""
-    return [{"name": k, "mountPath": v} for k, v in paths.items()]
-
-
-def clone_container(config: Config, app: App, run: Run) -> dict[str, Any]:
+def clone_container(config: Config, app: App, run: Run) -> Object:
     """Return the init container that checks out exactly the pushed commit."""
-    return {
-        "name": "clone",
-        "image": config.images.hook,
-        "args": ["clone"],
-        "env": environment(
-            CLONE_URL=app.repository,
-            CLONE_COMMIT=run.commit,
-            CLONE_DIRECTORY="/workspace/src",
-            CREDENTIALS_FILE=f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}",
-            TERMINATION_LOG=TERMINATION_LOG,
-            HOME="/tmp",  # noqa: S108 - an emptyDir of this pod
-        ),
-        "resources": SMALL,
-        "securityContext": {**LOCKED, "runAsNonRoot": True, "runAsUser": POD_UID},
-        "volumeMounts": [
-            *mounts(workspace="/workspace", tmp="/tmp"),  # noqa: S108 - an emptyDir of this pod
-            {"name": "git", "mountPath": CREDENTIALS_MOUNT, "readOnly": True},
-        ],
-    }
+    credentials = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
+    env = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
+    env |= {"CREDENTIALS_FILE": credentials, "TERMINATION_LOG": TERMINATION_LOG, "HOME": TMP}
+    user = {**LOCKED, "runAsNonRoot": True, "runAsUser": POD_UID}
+    mounts = {"tmp": TMP, "git": CREDENTIALS_MOUNT}
+    image = config.images.hook
+    return container("clone", image, ["clone"], env=env, securityContext=user, mounts=mounts)
 
 
-def results_container(config: Config) -> dict[str, Any]:
-    """Return the side-car that reads the JUnit report when the tests have ended."""
-    return {
-        "name": RESULTS_CONTAINER,
-        "image": config.images.hook,
-        "args": ["collect"],
-        "restartPolicy": "Always",
-        "env": environment(
-            JUNIT_XML="/workspace/results/junit.xml", TERMINATION_LOG=TERMINATION_LOG
-        ),
-        "resources": SMALL,
-        "securityContext": LOCKED,
-        "volumeMounts": mounts(workspace="/workspace", tmp="/tmp"),  # noqa: S108 - an emptyDir
-    }
-
-
-def secret_volume(name: str, secret: str, key: str, path: str) -> dict[str, Any]:
+def secret_volume(name: str, secret: str, key: str, path: str) -> Object:
     """Return a volume of one optional Secret, readable by its pod's group only."""
-    items = [{"key": key, "path": path}]
-    source = {"secretName": secret, "optional": True, "defaultMode": 0o400, "items": items}
-    return {"name": name, "secret": source}
+    source = {"secretName": secret, "optional": True, "defaultMode": 0o400}
+    return {"name": name, "secret": {**source, "items": [{"key": key, "path": path}]}}
 
 
-def job(config: Config, app: App, run: Run, stage: str, pod: dict[str, Any]) -> dict[str, Any]:
+def job(config: Config, app: App, run: Run, stage: str, pod: Object) -> Object:
     """Return a suspended Job of one stage around its pod.
 
     Suspended, so that the queue is in the cluster. Its deadline is only the backstop of a daemon
@@ -1527,121 +1390,74 @@ def job(config: Config, app: App, run: Run, stage: str, pod: dict[str, Any]) -> 
     """
     timeout = app.test.timeout if stage == "test" else app.build.timeout
     labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name, LABEL_RUN: run.id, LABEL_STAGE: stage}
-    notes = {note: getattr(run, name) for name, note in RUN_NOTES.items()}
+    notes = {f"{MANAGER}/{name}": getattr(run, name) for name in RUN_FIELDS}
     notes |= {NOTE_REPOSITORY: app.repository, NOTE_RECEIVED: f"{run.received:.3f}"}
-    main = pod["containers"][0]["name"]
     volumes: list[Object] = [{"name": n, "emptyDir": {}} for n in ("workspace", "tmp")]
-    volumes.append(secret_volume("git", GIT_CREDENTIALS, GIT_CREDENTIALS, GIT_CREDENTIALS))
-    pod_spec = {
-        "restartPolicy": "Never",
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        **pod,
-        "volumes": [*volumes, *pod.get("volumes", [])],
+    volumes += [secret_volume("git", *[GIT_CREDENTIALS] * 3), *pod.get("volumes", ())]
+    common: Object = {"restartPolicy": "Never", "serviceAccountName": f"{stage}-runner-sa"}
+    common |= {"automountServiceAccountToken": False, "enableServiceLinks": False}
+    # in this order: an evicted test has an exit code too
+    disrupted = {"type": "DisruptionTarget", "status": "True"}
+    exits = {"containerName": pod["containers"][0]["name"], "operator": "NotIn", "values": [0]}
+    ignored = {"action": "Ignore", "onPodConditions": [disrupted]}
+    spec = {
+        "suspend": True,
+        "backoffLimit": 2,
+        "activeDeadlineSeconds": int(timeout + config.limits.queue_timeout),
+        "podFailurePolicy": {"rules": [ignored, {"action": "FailJob", "onExitCodes": exits}]},
+        "template": {"metadata": {"labels": labels}, "spec": {**common, **pod, "volumes": volumes}},
     }
-    rules = [
-        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {
-            "action": "FailJob",
-            "onExitCodes": {"containerName": main, "operator": "NotIn", "values": [0]},
-        },
-    ]
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {
-            "name": f"{stage}-{run.id}",
-            "namespace": config.namespaces[stage],
-            "labels": labels,
-            "annotations": notes,
-        },
-        "spec": {
-            "suspend": True,
-            "backoffLimit": 2,
-            "activeDeadlineSeconds": int(timeout + config.limits.queue_timeout),
-            "podFailurePolicy": {"rules": rules},
-            "template": {"metadata": {"labels": labels}, "spec": pod_spec},
-        },
-    }
+    meta: Object = {"name": f"{stage}-{run.id}", "namespace": config.namespaces[stage]}
+    meta |= {"labels": labels, "annotations": notes}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": spec}
 
 
-def test_job(config: Config, app: App, run: Run) -> dict[str, Any]:
+def test_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that checks out the commit and runs its tests, fit for `restricted`."""
-    tests = {
-        "name": TEST_CONTAINER,
-        "image": app.test.image,
-        "command": ["sh", "-ec"],
-        "args": [app.test.command],
-        "workingDir": "/workspace/src",
-        "env": environment(
-            CI="true",
-            JUNIT_XML="/workspace/results/junit.xml",
-            GIT_BRANCH=run.branch,
-            GIT_COMMIT=run.commit,
-            HOME="/tmp",  # noqa: S108 - an emptyDir of this pod
-        ),
-        "resources": app.test.resources,
-        "securityContext": LOCKED,
-        "volumeMounts": mounts(workspace="/workspace", tmp="/tmp"),  # noqa: S108 - an emptyDir
-    }
+    env = {"JUNIT_XML": REPORT, "TERMINATION_LOG": TERMINATION_LOG}
+    results = container(RESULTS_CONTAINER, config.images.hook, ["collect"], env=env)
+    results["restartPolicy"] = "Always"
+    env = {"CI": "true", "JUNIT_XML": REPORT, "HOME": TMP}
+    env |= {"GIT_BRANCH": run.branch, "GIT_COMMIT": run.commit}
+    tests = container(TEST_CONTAINER, app.test.image, [app.test.command], env=env)
+    tests |= {"command": ["sh", "-ec"], "workingDir": SOURCE, "resources": app.test.resources}
     user = {"runAsUser": POD_UID, "runAsGroup": POD_UID, "fsGroup": POD_UID}
     pod = {
-        "serviceAccountName": "test-runner-sa",
-        "securityContext": {
-            "runAsNonRoot": True,
-            **user,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": {"runAsNonRoot": True, **user, **SECCOMP},
         # the side-car first: it is listening long before the tests can end
-        "initContainers": [results_container(config), clone_container(config, app, run)],
+        "initContainers": [results, clone_container(config, app, run)],
         "containers": [tests],
     }
     return job(config, app, run, "test", pod)
 
 
-def build_job(config: Config, app: App, run: Run) -> dict[str, Any]:
+def build_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that builds and pushes the image, fit for `baseline`; it leaves the digest."""
-    context = "/workspace/src"
-    security = {"allowPrivilegeEscalation": False, "runAsUser": 0}
-    build = {
-        "name": BUILD_CONTAINER,
-        "image": config.images.kaniko,
-        "args": [
-            f"--context=dir://{context}",
-            f"--dockerfile={app.build.dockerfile}",
-            f"--destination={app.build.image}:{run.commit[:8]}",
-            f"--digest-file={TERMINATION_LOG}",
-            *app.build.args,
-        ],
-        "resources": app.build.resources,
-        "securityContext": {
-            **security,
-            "capabilities": {"drop": ["ALL"], "add": KANIKO_CAPABILITIES},
-        },
-        "volumeMounts": mounts(workspace="/workspace", registry="/kaniko/.docker"),
-    }
-    registry = secret_volume("registry", "registry-credentials", ".dockerconfigjson", "config.json")
+    options = [f"--context=dir://{SOURCE}", f"--dockerfile={app.build.dockerfile}"]
+    options += [f"--destination={app.build.image}:{run.commit[:8]}", *app.build.args]
+    options += [f"--digest-file={TERMINATION_LOG}"]
+    mounts = {"registry": "/kaniko/.docker"}
+    build = container(BUILD_CONTAINER, config.images.kaniko, options, mounts=mounts)
+    rights = {"drop": ["ALL"], "add": KANIKO_CAPABILITIES}
+    root = {**NO_RIGHTS, "runAsUser": 0, "capabilities": rights}
+    build |= {"resources": app.build.resources, "securityContext": root}
     pod = {
-        "serviceAccountName": "build-runner-sa",
-        "securityContext": {"fsGroup": POD_UID, "seccompProfile": {"type": "RuntimeDefault"}},
+        "securityContext": {"fsGroup": POD_UID, **SECCOMP},
         "initContainers": [clone_container(config, app, run)],
         "containers": [build],
-        "volumes": [registry],
+        "volumes": [
+            secret_volume("registry", "registry-credentials", ".dockerconfigjson", "config.json")
+        ],
     }
     return job(config, app, run, "build", pod)
 
 
-def run_of_job(found: Mapping[str, Any]) -> Run:
+def run_of_job(found: Object) -> Run:
     """Return the run that a Job of ours belongs to."""
-    meta = found["metadata"]
-    notes, labels = meta.get("annotations") or {}, meta.get("labels") or {}
-    given = {name: str(notes.get(note, "")) for name, note in RUN_NOTES.items()}
-    return Run(
-        id=labels.get(LABEL_RUN, ""),
-        app=labels.get(LABEL_APP, ""),
-        received=seconds_of(notes.get(NOTE_RECEIVED, "0")),
-        **given,
-    )
+    notes, labels = (found["metadata"].get(k) or {} for k in ("annotations", "labels"))
+    given = {name: str(notes.get(f"{MANAGER}/{name}", "")) for name in RUN_FIELDS}
+    known = {"id": labels.get(LABEL_RUN, ""), "app": labels.get(LABEL_APP, "")}
+    return Run(**known, **given, received=seconds_of(notes.get(NOTE_RECEIVED)))
 
 
 def seconds_of(value: Any) -> float:
@@ -1653,27 +1469,32 @@ def seconds_of(value: Any) -> float:
 
 
 def junit_summary(report: Path) -> str:
-    """Return counts and the names of failures of a JUnit report, at most 4096 bytes of JSON.
+    """Return counts and the first failures of a JUnit report, at most 4096 bytes of JSON.
 
-    "" when there is no report that can be read. The report is the tests' own, so it is read as a
-    stream, up to 20 MB, and entity declarations are refused.
+    "" when there is no report that can be read. It is the tests' own: it is read up to a limit, and
+    a document type, which could declare entities, is refused.
     """
-    counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     failed: list[str] = []
-    kinds = {"failure": "failures", "error": "errors", "skipped": "skipped"}
+    parser: Any = ElementTree.XMLPullParser(("end",))
     try:
-        content = report.read_bytes()[: 20 * 1024 * 1024]
-        if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
-            return ""
-        for case in ElementTree.fromstring(content).iter("testcase"):  # noqa: S314 - no entities
-            counts["tests"] += 1
-            for kind in {kinds[c.tag] for c in case if c.tag in kinds}:
-                counts[kind] += 1
-                if kind != "skipped" and len(failed) < 20:
-                    failed.append(clip(f"{case.get('classname', '')}.{case.get('name', '')}", 120))
-    except (OSError, ElementTree.ParseError):
+        with report.open("rb") as file:
+            content = file.read(JUNIT_BYTES)
+        parser.feed(b"" if b"<!DOCTYPE" in content else content)
+        parser.close()
+        cases = [case for _, case in parser.read_events() if case.tag == "testcase"]
+    except (OSError, ValueError, LookupError, ElementTree.ParseError):
         return ""
-    return json.dumps({**counts, "failed": failed})[:TERMINATION_LENGTH]
+    for case in cases:
+        kinds = {JUNIT_KINDS[c.tag] for c in case if c.tag in JUNIT_KINDS}
+        for kind in ("tests", *kinds):
+            counts[kind] += 1
+        if kinds - {"skipped"}:
+            failed.append(clip(f"{case.get('classname', '')}.{case.get('name', '')}", 120))
+    del failed[20:]
+    while len(found := json.dumps({**counts, "failed": failed})) > TERMINATION_LENGTH:
+        failed.pop()
+    return found
 
 
 def summary_text(summary: str) -> str:
@@ -1683,35 +1504,33 @@ def summary_text(summary: str) -> str:
         bad_ones = found["failures"] + found["errors"]
         names = ": " + ", ".join(map(str, found["failed"][:5])) if found["failed"] else ""
         return f"{found['tests'] - bad_ones - found['skipped']} passed, {bad_ones} failed{names}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
 # === app manifests ================================================================================
 
-
-class ManifestLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML as kubectl reads it: what looks like a date stays a text."""
-
-
-ManifestLoader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in rules if tag != "tag:yaml.org,2002:timestamp"]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+MANIFEST_BYTES = 2 * 1024 * 1024  # of one file, or of what kustomize prints
+MANIFEST_DEPTH = 60
+RELEASE_BYTES = 1_000_000  # of a ConfigMap, which may hold 1 MiB
+KINDS = {"Deployment": "apps/v1", "Service": "v1", "ConfigMap": "v1"}
+TEXTS = {"labels", "annotations", "data", "binaryData", "matchLabels", "nodeSelector"}
+SHAPES: dict[str, type] = {  # of what is read here, wherever it stands
+    **dict.fromkeys(("metadata", "spec", "template", "configMap", "projected", "valueFrom"), dict),
+    **dict.fromkeys(("lifecycle", "configMapKeyRef", "configMapRef", *TEXTS), dict),
+    **dict.fromkeys(("containers", "initContainers", "volumes", "sources"), list),
+    **dict.fromkeys(("env", "envFrom", "ports"), list),
+    **dict.fromkeys(("replicas", "minReadySeconds", "terminationGracePeriodSeconds"), int),
+    **dict.fromkeys(("name", "image", "namespace", "value"), str),
 }
-
-REMOTE = re.compile(r"([\w.-]+=)?([A-Za-z][\w+.-]*:(//|:)|[\w.-]+@[\w.-]+:)")
-LOCAL_LISTS = (
-    "resources",
-    "bases",
-    "components",
-    "crds",
-    "configurations",
-    "transformers",
-    "generators",
-    "validators",
-)
+SHAPE_NAMES = {dict: "a mapping", list: "a list", int: "a whole number", str: "a text (quote it)"}
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
-MANIFEST_NODES = 100_000
+KUSTOMIZE_PATHS = {  # the keys under which kustomize reads, or fetches, what is named there
+    *("resources", "bases", "components", "crds", "configurations", "patchesstrategicmerge"),
+    *("path", "files", "envs", "env"),
+}
+KUSTOMIZE_TEXTS = {"commonlabels", "commonannotations", "labels", "annotations", "pairs", "target"}
+KUSTOMIZE_REFUSED = {"generators", "transformers", "validators", "helmcharts", "helmglobals"}
 
 
 def invalid(detail: str) -> NoReturn:
@@ -1724,106 +1543,144 @@ def refuse(detail: str) -> NoReturn:
     raise StageError(Reason.MANIFEST_REFUSED, detail)
 
 
-def count_nodes(value: Any, left: int = MANIFEST_NODES) -> int:
-    """Return how many nodes are left of a budget; a document that expands beyond it is refused."""
-    if left <= 0:
-        invalid("a document expands to too much; its anchors multiply")
-    if isinstance(value, dict):
-        for k, v in value.items():
-            if not isinstance(k, str):
-                invalid(f"key {clip(repr(k), 40)} is not a text")
-            left = count_nodes(v, left - 1)
-    elif isinstance(value, list):
-        for v in value:
-            left = count_nodes(v, left - 1)
-    return left - 1
+class ManifestLoader(yaml.SafeLoader):
+    """YAML as kubectl reads it: a date and a time of day stay texts.
+
+    In Python: the loader in C ends the whole process on a text that is nested too deeply.
+    """
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        """Return a number, or the text of what only looks like one."""
+        if ":" in node.value or node.tag.endswith((":timestamp", ":value")):
+            return node.value
+        whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
 
 
-def parse_documents(text: str, source: str) -> list[tuple[str, Object]]:
-    """Return the objects in one YAML text with where each came from; faults name file and line."""
-    found = []
+for _tag in ("int", "float", "timestamp", "value"):
+    ManifestLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", ManifestLoader.construct_number)
+
+
+def without_nulls(found: Object) -> Object:
+    """Return a mapping without its nulls, which mean for Kubernetes that nothing is said."""
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def parse_documents(text: str, source: str) -> list[Object]:
+    """Return the documents of a YAML or JSON text, nothing but JSON values, nulls left out.
+
+    Faults name the file and, where it is known, the line.
+    """
+    chunks, left = [], 10 * len(text) + 4096
     try:
-        for document in yaml.load_all(text, Loader=ManifestLoader):  # noqa: S506 - a safe loader
-            count_nodes(document)
-            if document is None:
-                continue
-            if not isinstance(document, dict) or not isinstance(document.get("kind"), str):
-                invalid(f"{source}: a document is not a Kubernetes object (links are not followed)")
-            items = document.get("items") if document["kind"].endswith("List") else [document]
-            found += [(source, item) for item in items or [] if isinstance(item, dict)]
-    except yaml.YAMLError as wrong:
+        read = (
+            [json.loads(text)] if source.endswith(".json") else yaml.load_all(text, ManifestLoader)
+        )
+        for chunk in json.JSONEncoder(allow_nan=False, ensure_ascii=False).iterencode([*read]):
+            chunks.append(chunk)
+            left -= len(chunk)
+            if left < 0:
+                invalid(f"{source}: expands to too much; its anchors multiply")
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError) as wrong:
         mark = getattr(wrong, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        invalid(f"{source}{line}: {clip(str(getattr(wrong, 'problem', None) or wrong), 120)}")
-    except RecursionError:
-        invalid(f"{source}: nested too deeply")
-    return found
+        line = mark.line + 1 if mark else getattr(wrong, "lineno", 0)
+        said = getattr(wrong, "problem", None) or wrong
+        invalid(f"{source}{f':{line}' if line else ''}: {clip(str(said), 120)}")
+    found = json.loads("".join(chunks), object_hook=without_nulls)
+    documents = [d for d in found if d is not None]
+    if not all(isinstance(d, dict) for d in documents):
+        invalid(f"{source}: a document is not a mapping (links are not followed)")
+    return documents
+
+
+def parse_objects(text: str, source: str) -> list[tuple[str, Object]]:
+    """Return the Kubernetes objects in a text, those in Lists too, each with its source."""
+    found: list[Any] = []
+    for document in parse_documents(text, source):
+        items, kind = document.get("items"), str(document.get("kind"))
+        found += items if isinstance(items, list) and kind.endswith("List") else [document]
+    if not all(isinstance(o, dict) and isinstance(o.get("kind"), str) for o in found):
+        invalid(f"{source}: not a Kubernetes object, it has no kind")
+    return [(source, o) for o in found]
+
+
+def read_text(file: Path, source: str) -> str:
+    """Return the text of a file of the commit."""
+    if file.is_symlink() or not file.is_file() or file.stat().st_size > MANIFEST_BYTES:
+        invalid(f"{source}: not a plain file of at most {MANIFEST_BYTES >> 20} MiB")
+    try:
+        return file.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        invalid(f"{source}: not UTF-8")
 
 
 def read_manifests(root: Path, path: str) -> list[tuple[str, Object]]:
-    """Return the objects of an app's manifests folder, plain or built by kustomize, with sources."""
-    directory = root / path
-    if not directory.is_dir():
+    """Return the objects of an app's manifests folder, plain or built by kustomize."""
+    root, directory = root.resolve(), (root / path).resolve()
+    if not directory.is_dir() or not directory.is_relative_to(root):
         invalid(f"there is no folder {path!r} in the commit")
-    if any((directory / k).is_file() for k in KUSTOMIZATIONS):
-        check_kustomization(root, directory)
-        return parse_documents(kustomize(directory), f"{path}/kustomization")
-    found = []
-    for file in sorted(p for p in directory.iterdir() if p.suffix in (".yaml", ".yml", ".json")):
-        if file.stat().st_size > 2 * 1024 * 1024:
-            invalid(f"{path}/{file.name}: larger than 2 MiB")
-        try:
-            found += parse_documents(file.read_text("utf-8-sig"), f"{path}/{file.name}")
-        except UnicodeDecodeError:
-            invalid(f"{path}/{file.name}: not UTF-8")
-    return found
+    if any((directory / k).exists() for k in KUSTOMIZATIONS):
+        check_kustomization(root, directory, set())
+        return parse_objects(kustomize(directory), f"{path}/kustomization")
+    files = [f for f in sorted(directory.iterdir()) if f.suffix in (".yaml", ".yml", ".json")]
+    sources = {f"{path}/{f.name}": f for f in files if not f.name.startswith(".")}
+    return [o for source, f in sources.items() for o in parse_objects(read_text(f, source), source)]
 
 
-def check_kustomization(root: Path, directory: Path, depth: int = 0) -> None:
-    """Refuse a kustomization that reaches outside of the commit, before kubectl sees it."""
-    inside = directory.resolve()
-    if depth > 20 or not inside.is_relative_to(root.resolve()):
-        refuse("a kustomization reaches outside of the repository")
-    for file in (inside / k for k in KUSTOMIZATIONS if (inside / k).is_file()):
-        where = str(file.relative_to(root.resolve()))
-        for _, document in parse_documents(
-            "kind: Kustomization\n" + file.read_text("utf-8"), where
-        ):
-            if "helmCharts" in document or "helmGlobals" in document:
+# Kustomizations. kubectl would fetch what is remote, so each is looked through before.
+
+
+def check_kustomization(root: Path, directory: Path, seen: set[Path]) -> None:
+    """Refuse a kustomization that names anything but files and folders of the commit."""
+    files = [directory / k for k in KUSTOMIZATIONS if (directory / k).exists()]
+    for file in files if directory not in seen else ():
+        seen.add(directory)
+        where = str(file.relative_to(root))
+        for path in kustomize_paths(parse_documents(read_text(file, where), where), where):
+            # kustomize takes a URL for one, and github.com too, even where a file has that name
+            named = re.fullmatch(r"(?!github\.com)[\w./ +=~-]{1,200}", path, re.IGNORECASE)
+            target = (directory / path).resolve() if named else root.parent
+            if not target.is_relative_to(root) or not target.exists():
                 refuse(
-                    f"{where}: helmCharts are not supported; render the chart into the repository"
+                    f"{where}: {clip(path, 80)!r} is not in the commit; copy what is remote there"
                 )
-            check_strings(document, where)
-            for entry in itertools.chain.from_iterable(document.get(k) or [] for k in LOCAL_LISTS):
-                if not isinstance(entry, str) or not (inside / entry).exists():
-                    refuse(
-                        f"{where}: {clip(str(entry), 80)!r} is not a file or folder of the commit"
-                    )
-                if (inside / entry).is_dir():
-                    check_kustomization(root, inside / entry, depth + 1)
+            if target.is_dir():
+                check_kustomization(root, target, seen)
 
 
-def check_strings(value: Any, where: str) -> None:
-    """Refuse any text in a kustomization that names something remote."""
-    if isinstance(value, str) and REMOTE.match(value):
-        refuse(f"{where}: {clip(value, 80)!r} is remote; copy it into the repository")
-    for inner in (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    ):
-        check_strings(inner, where)
+def kustomize_paths(value: Any, where: str, key: str = "") -> Iterator[str]:
+    """Yield every text in a kustomization that kustomize takes for a path."""
+    if key in KUSTOMIZE_REFUSED:
+        refuse(f"{where}: {key} is not supported; put what it makes into the repository")
+    if isinstance(value, list):
+        for inner in value:
+            yield from kustomize_paths(inner, where, key)
+    elif isinstance(value, dict):
+        # kustomize does not tell upper from lower case in keys
+        for name, inner in ((k.casefold(), v) for k, v in value.items()):
+            if name not in KUSTOMIZE_TEXTS:
+                yield from kustomize_paths(inner, where, name)
+    elif key in KUSTOMIZE_PATHS and isinstance(value, str):
+        if key == "files":
+            yield value.rpartition("=")[2]
+        elif key != "patchesstrategicmerge" or "\n" not in value:
+            yield value
 
 
 def kustomize(directory: Path) -> str:
-    """Return what `kubectl kustomize` makes of a folder, with an empty HOME and a time limit."""
+    """Return what `kubectl kustomize` makes of a folder, without git, network and home."""
     with tempfile.TemporaryDirectory() as home:
-        environ = {"PATH": os.environ.get("PATH", os.defpath), "HOME": home}
-        argv = ("kubectl", "kustomize", str(directory))
+        closed = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+        argv = (shutil.which("kubectl") or "kubectl", "kustomize", str(directory))
+        environ = {"PATH": home, "HOME": home, **closed}
         code, stdout, stderr = execute(argv, timeout=KUBECTL_TIMEOUT, environ=environ)
-    if code != 0:
-        invalid(
-            f"kustomize: {clip(stderr.replace(str(directory), ''), 300) or 'no answer in time'}"
-        )
+    if code != 0 or len(stdout) > MANIFEST_BYTES:
+        said = "no answer in time" if code is None else "it makes too much" if code == 0 else stderr
+        invalid(f"kustomize: {clip(said.replace(str(directory), ''))}")
     return stdout
+
+
+# Checking.
 
 
 @dataclass(frozen=True, slots=True)
@@ -1838,66 +1695,71 @@ class AppObjects:
 
 def check_objects(app: App, namespace: str, found: Sequence[tuple[str, Object]]) -> AppObjects:
     """Return the objects of an app, or end the run before anything changes, saying what to do."""
-    kept: dict[str, list[Object]] = {"Deployment": [], "Service": [], "ConfigMap": []}
+    kept: dict[str, dict[str, Object]] = {kind: {} for kind in KINDS}
     ignored = []
     for source, item in found:
         kind, meta = item["kind"], item.get("metadata")
-        if not isinstance(meta, dict) or not isinstance(meta.get("name"), str):
-            invalid(f"{source}: a {clip(kind, 40)} without metadata.name")
-        name = f"{clip(kind, 40)} {clip(meta['name'], 60)}"
+        name = meta.get("name") if isinstance(meta, dict) else None
+        where = f"{source}: {clip(kind, 40)} {clip(str(name), 60)}"
         if kind in app.deploy.ignore_kinds:
-            ignored.append(name)
-        elif kind not in kept:
-            refuse(
-                f"{source}: {name}: this kind is not deployed; apply it yourself and list it in ignore_kinds"
-            )
-        elif meta.get("namespace") not in (None, namespace):
-            refuse(
-                f"{source}: {name} names namespace {clip(str(meta['namespace']), 63)!r}; leave it out"
-            )
-        else:
-            kept[kind].append(item)
-    if len(kept["Deployment"]) != 1 or len(kept["Service"]) != 1:
-        counts = f"{len(kept['Deployment'])} and {len(kept['Service'])}"
-        refuse(
-            f"{app.deploy.manifests}: exactly one Deployment and one Service are needed, found {counts}"
-        )
-    deployment, service = kept["Deployment"][0], kept["Service"][0]
-    if service["metadata"]["name"] != app.name:
-        refuse(f"the Service must be named like the app, {app.name!r}")
-    check_pod(deployment)
-    if not isinstance(service.get("spec"), dict) or not service["spec"].get("ports"):
-        invalid("the Service has no ports")
-    return AppObjects(deployment, service, tuple(kept["ConfigMap"]), tuple(ignored))
+            ignored.append(f"{clip(kind, 40)} {clip(str(name), 60)}")
+            continue
+        if KINDS.get(kind, "") != item.get("apiVersion"):
+            version = clip(str(item.get("apiVersion")), 40)
+            refuse(f"{where} of {version} is not deployed; apply it, list its kind in ignore_kinds")
+        check_shape(item, where)
+        if not name or name in kept[kind]:
+            invalid(f"{where} is there twice" if name else f"{where} has no metadata.name")
+        if item["metadata"].get("namespace", namespace) != namespace:
+            refuse(f"{where} names a namespace that is not {namespace!r}; leave it out")
+        check_spec(item, where)
+        kept[kind][name] = item
+    if [len(kept["Deployment"]), list(kept["Service"])] != [1, [app.name]]:
+        counts = f"{len(kept['Deployment'])} and {', '.join(kept['Service']) or 'none'}"
+        refuse(f"needed are one Deployment and one Service {app.name!r}, found {clip(counts)}")
+    (deployment,), (service,) = kept["Deployment"].values(), kept["Service"].values()
+    return AppObjects(deployment, service, tuple(kept["ConfigMap"].values()), tuple(ignored))
 
 
-def check_pod(deployment: Object) -> None:
-    """End the run if a Deployment has no usable pod template or names a service account."""
-    pod = pod_spec(deployment)
-    containers = pod.get("containers") if isinstance(pod, dict) else None
-    if not isinstance(containers, list) or not all(
-        isinstance(c, dict) and c.get("image") for c in containers
-    ):
-        invalid("the Deployment has no containers with images")
-    if pod.get("serviceAccountName") or pod.get("serviceAccount"):
-        refuse("the Deployment names a service account; pods run with the namespace's default one")
+def check_shape(value: Any, where: str, field: str = "", depth: int = 0) -> None:
+    """End the run unless every field that is read here has the type that Kubernetes gives it."""
+    wanted = SHAPES.get(field)
+    if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
+        invalid(f"{where} is not {SHAPE_NAMES[wanted]}")
+    if depth > MANIFEST_DEPTH:
+        invalid(f"{where}: nested too deeply")
+    inner = value.items() if isinstance(value, dict) else ()
+    for key, each in enumerate(value) if isinstance(value, list) else inner:
+        # entries of these lists are mappings, and what stands in these mappings is text
+        kind = "spec" if wanted is list else "value" if field in TEXTS else str(key)
+        if kind != "selector":  # ours takes its place
+            check_shape(each, f"{where}.{clip(str(key), 60)}", kind, depth + 1)
 
 
-def pod_spec(deployment: Object) -> Any:
-    """Return the pod spec of a Deployment, or None where it has none."""
-    with suppress(KeyError, TypeError):
-        return deployment["spec"]["template"]["spec"]
-    return None
+def check_spec(item: Object, where: str) -> None:
+    """End the run if a Deployment has no usable pods or a Service no usable ports."""
+    spec = item.get("spec", {})
+    if item["kind"] == "Deployment":
+        pod = spec.get("template", {}).get("spec", {})
+        if not pod.get("containers"):
+            invalid(f"{where} has no containers")
+        if not all(c.get("name") and c.get("image") for c in all_containers(pod)):
+            invalid(f"{where}: a container has no name or no image")
+        if pod.get("serviceAccountName") or pod.get("serviceAccount"):
+            refuse(f"{where} names a service account; pods run with the namespace's default one")
+    if item["kind"] == "Service":
+        if not spec.get("ports") or not all(isinstance(p.get("port"), int) for p in spec["ports"]):
+            invalid(f"{where} has no ports")
+        if spec.get("type") == "ExternalName":
+            refuse(f"{where} is an ExternalName, which selects no pods")
 
 
 def all_containers(pod: Object) -> list[Object]:
     """Return the containers and init containers of a pod spec."""
-    return [*pod["containers"], *(pod.get("initContainers") or [])]
+    return [*pod["containers"], *pod.get("initContainers", ())]
 
 
-def repository_of(image: str) -> str:
-    """Return an image reference without tag and digest."""
-    return re.sub(r":[^/:]*$", "", image.partition("@")[0])
+# Rendering. Pure.
 
 
 def set_images(app: App, pod: Object, image: str) -> None:
@@ -1907,35 +1769,19 @@ def set_images(app: App, pod: Object, image: str) -> None:
     """
     containers = all_containers(pod)
     if app.build.builder == "none":
-        if loose := [
-            c["image"]
-            for c in containers
-            if not re.search(r"@sha256:[0-9a-f]{64}$", str(c["image"]))
-        ]:
-            refuse(f"builder none: image {clip(str(loose[0]), 120)!r} is not named by digest")
+        for loose in (
+            c["image"] for c in containers if not re.search(rf"@{DIGEST.pattern}$", c["image"])
+        ):
+            refuse(f"builder none: image {clip(loose, 120)!r} is not named by digest")
         return
-    ours = [c for c in containers if repository_of(str(c["image"])) in (app.build.image, app.name)]
+    names = {app.build.image, app.name}
+    ours = [
+        c for c in containers if re.sub(r"(:[^/:@]*)?(@.*)?$", "", c["image"], count=1) in names
+    ]
     if not ours:
         refuse(f"no container's image is {app.build.image!r} (or {app.name!r}): nothing to set")
     for container in ours:
         container["image"] = image
-
-
-def configmap_copies(app: App, maps: Iterable[Object]) -> dict[str, Object]:
-    """Return immutable copies of ConfigMaps by their original name, named by their content."""
-    copies = {}
-    for original in maps:
-        content = {k: original[k] for k in ("data", "binaryData") if original.get(k)}
-        name = f"{original['metadata']['name']}-{short_hash(content)}"
-        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name}
-        copies[original["metadata"]["name"]] = {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {"name": name, "labels": labels},
-            "immutable": True,
-            **content,
-        }
-    return copies
 
 
 def short_hash(value: Any) -> str:
@@ -1943,15 +1789,32 @@ def short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def immutable(name: str, labels: Mapping[str, str], content: Mapping[str, Any]) -> Object:
+    """Return an immutable ConfigMap that is named by its content."""
+    meta = {"name": name, "labels": {LABEL_MANAGED: MANAGER, **labels}}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "immutable": True, **content}
+
+
+def configmap_copies(app: App, maps: Iterable[Object]) -> dict[str, Object]:
+    """Return immutable copies of ConfigMaps by their original name, named by their content."""
+    copies = {}
+    for original in maps:
+        name = original["metadata"]["name"]
+        content = {k: original[k] for k in ("data", "binaryData") if original.get(k)}
+        copies[name] = immutable(f"{name}-{short_hash(content)}", {LABEL_APP: app.name}, content)
+    return copies
+
+
 def rewrite_references(pod: Object, copies: Mapping[str, Object]) -> None:
     """Point every reference to a ConfigMap at its copy: volumes, projected, env, envFrom."""
-    volumes = pod.get("volumes") or []
-    sources = [s for v in volumes for s in (v.get("projected") or {}).get("sources") or []]
-    named = [holder.get("configMap") for holder in [*volumes, *sources]]
-    for container in all_containers(pod):
-        env = [e.get("valueFrom") or {} for e in container.get("env") or []]
-        named += [e.get("configMapKeyRef") for e in env]
-        named += [e.get("configMapRef") for e in container.get("envFrom") or []]
+    volumes, containers = pod.get("volumes", []), all_containers(pod)
+    sources = [s for v in volumes for s in v.get("projected", {}).get("sources", ())]
+    values = [e.get("valueFrom", {}) for c in containers for e in c.get("env", ())]
+    named = [
+        *(holder.get("configMap") for holder in (*volumes, *sources)),
+        *(value.get("configMapKeyRef") for value in values),
+        *(each.get("configMapRef") for c in containers for each in c.get("envFrom", ())),
+    ]
     for reference in named:
         if reference and reference.get("name") in copies:
             reference["name"] = copies[reference["name"]]["metadata"]["name"]
@@ -1969,11 +1832,6 @@ class Placement:
     live_replicas: int
 
     @property
-    def name(self) -> str:
-        """The name of the Deployment."""
-        return f"{self.app.name}-{self.colour}"
-
-    @property
     def selector(self) -> dict[str, str]:
         """What a Service selects to reach exactly this run: always the same three keys."""
         return {LABEL_APP: self.app.name, LABEL_VERSION: self.colour, LABEL_RUN: self.run.id}
@@ -1982,53 +1840,56 @@ class Placement:
 def render_deployment(
     place: Placement, objects: AppObjects, copies: Mapping[str, Object]
 ) -> Object:
-    """Return the coloured Deployment of a run; pure. What the app says stays, but names and labels."""
-    deployment = copy.deepcopy(objects.deployment)
-    meta, spec = deployment["metadata"], deployment["spec"]
-    ours = {LABEL_MANAGED: MANAGER, **place.selector}
-    deployment["metadata"] = {
-        "name": place.name,
-        "labels": {**(meta.get("labels") or {}), **ours},
-        "annotations": {**(meta.get("annotations") or {}), NOTE_COMMIT: place.run.commit},
-    }
-    deployment.pop("status", None)
-    pod = pod_spec(deployment)
-    template_meta = spec["template"].get("metadata") or {}
-    labels = {**(template_meta.get("labels") or {}), **ours}
-    spec["template"]["metadata"] = {**template_meta, "labels": labels}
-    spec["selector"] = {"matchLabels": {LABEL_APP: place.app.name, LABEL_VERSION: place.colour}}
-    wanted = spec.get("replicas")
-    wanted = wanted if isinstance(wanted, int) and not isinstance(wanted, bool) else 1
-    spec["replicas"] = max(wanted, place.live_replicas, 1)
+    """Return the coloured Deployment of a run. What the app says stays, but names and labels."""
+    given = copy.deepcopy(objects.deployment)
+    meta, spec, template = given["metadata"], given["spec"], given["spec"]["template"]
+    inner, ours = template.get("metadata", {}), {LABEL_MANAGED: MANAGER, **place.selector}
+    template["metadata"] = {**inner, "labels": {**inner.get("labels", {}), **ours}}
+    set_images(place.app, template["spec"], place.image)
+    rewrite_references(template["spec"], copies)
+    set_probes(place.app, template["spec"], objects.service)
+    replicas = max(spec.get("replicas", 1), place.live_replicas, 1)
+    calm = spec.get("minReadySeconds", 10)
+    longest = max(place.app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, calm + 10))
     rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
-    for key, value in {
-        "minReadySeconds": 10,
-        "revisionHistoryLimit": 3,
-        "strategy": rolling,
-    }.items():
-        spec.setdefault(key, value)
-    longest = max(place.app.deploy.rollout_timeout, ROLLOUT_PER_REPLICA * spec["replicas"])
-    spec["progressDeadlineSeconds"] = max(int(longest), int(spec["minReadySeconds"]) + 1)
-    set_images(place.app, pod, place.image)
-    rewrite_references(pod, copies)
-    set_probes(place.app, pod, objects.service)
-    return deployment
+    defaults = {"minReadySeconds": 10, "revisionHistoryLimit": 3, "strategy": rolling}
+    fixed = {
+        "replicas": replicas,
+        "paused": False,
+        "progressDeadlineSeconds": max(int(longest), calm + 1),
+        "selector": {"matchLabels": {LABEL_APP: place.app.name, LABEL_VERSION: place.colour}},
+    }
+    notes = {**meta.get("annotations", {}), NOTE_COMMIT: place.run.commit}
+    labels = {**meta.get("labels", {}), **ours}
+    name = f"{place.app.name}-{place.colour}"
+    return {
+        "apiVersion": KINDS["Deployment"],
+        "kind": "Deployment",
+        "metadata": {"name": name, "labels": labels, "annotations": notes},
+        "spec": {**defaults, **spec, **fixed},
+    }
 
 
 def set_probes(app: App, pod: Object, service: Object) -> None:
-    """Add a readiness probe and a preStop sleep where the app says nothing; never a liveness probe."""
-    port = service["spec"]["ports"][0]
-    target = port.get("targetPort", port.get("port"))
-    probe = {"httpGet": {"path": app.deploy.health.path, "port": target}}
-    if not any(c.get("readinessProbe") for c in pod["containers"]):
-        pod["containers"][0]["readinessProbe"] = {
-            **probe,
-            "initialDelaySeconds": 5,
-            "periodSeconds": 5,
-        }
-    for container in pod["containers"]:
-        lifecycle = container.setdefault("lifecycle", {})
-        lifecycle.setdefault("preStop", {"sleep": {"seconds": 5}})
+    """Add a readiness probe and a preStop sleep where the app says nothing; never a liveness."""
+    port, containers = service["spec"]["ports"][0], pod["containers"]
+    target = port.get("targetPort", port["port"])
+    serving = [
+        c
+        for c in containers
+        if any(target in (p.get("name"), p.get("containerPort")) for p in c.get("ports", ()))
+    ]
+    if not serving and not isinstance(target, int):
+        invalid(f"the Service's targetPort {clip(str(target), 60)!r} is no port of a container")
+    if not any(c.get("readinessProbe") for c in containers):
+        probe = {"httpGet": {"path": app.deploy.health.path, "port": target}}
+        times = {"initialDelaySeconds": 5, "periodSeconds": 5}
+        (serving or containers)[0]["readinessProbe"] = {**probe, **times}
+    # Kubernetes refuses a sleep that is longer than the grace period
+    if seconds := min(5, pod.get("terminationGracePeriodSeconds", 30)):
+        for container in containers:
+            hooks = container.get("lifecycle", {})
+            container["lifecycle"] = {"preStop": {"sleep": {"seconds": seconds}}, **hooks}
 
 
 def service_object(
@@ -2037,12 +1898,8 @@ def service_object(
     """Return a Service of ours; stage tells the live one from the preview."""
     labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name, LABEL_STAGE: stage}
     meta = {"name": name, "labels": labels}
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": meta,
-        "spec": {**spec, "selector": dict(selector)},
-    }
+    spec = {**spec, "selector": dict(selector)}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec}
 
 
 def plain_ports(ports: Iterable[Object]) -> list[Object]:
@@ -2051,18 +1908,17 @@ def plain_ports(ports: Iterable[Object]) -> list[Object]:
 
 
 def ports_like(ports: Iterable[Object], live: Iterable[Object]) -> list[Object]:
-    """Return ports that keep the node ports which a live Service already has for them."""
+    """Return ports with the node ports that a live Service has for them; none where it has none."""
     nodes = {
         (p.get("protocol", "TCP"), p["port"]): p["nodePort"] for p in live if p.get("nodePort")
     }
-    kept = []
-    for port in ports:
-        node = nodes.get((port.get("protocol", "TCP"), port["port"]))
-        kept.append({**port, "nodePort": node} if node and "nodePort" not in port else dict(port))
-    return kept
+    if not nodes:
+        return plain_ports(ports)
+    known = [(p, nodes.get((p.get("protocol", "TCP"), p["port"]))) for p in ports]
+    return [{"nodePort": node, **p} if node else dict(p) for p, node in known]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Release:
     """The rendered objects of one run in one environment: what applying it again needs."""
 
@@ -2075,6 +1931,7 @@ class Release:
     deployment: Object
     configmaps: tuple[Object, ...]
     service: Object
+    service_meta: Object
 
     @property
     def ports(self) -> list[Object]:
@@ -2086,50 +1943,60 @@ class Release:
         """How many replicas the run was rendered with."""
         return int(self.deployment["spec"]["replicas"])
 
+    def live_service(self, app: App) -> Object:
+        """Return the live Service of a first deployment, with the labels and notes of the app."""
+        made = service_object(app, app.name, self.service, self.selector, "live")
+        labels = {**self.service_meta.get("labels", {}), **made["metadata"]["labels"]}
+        made["metadata"] = {**made["metadata"], **self.service_meta, "labels": labels}
+        return made
+
     def configmap(self, app: str) -> Object:
         """Return the immutable ConfigMap that records the release."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
-        packed = gzip.compress(json.dumps(content, sort_keys=True).encode(), mtime=0)
-        name = f"{app}-release-{short_hash(content)}"
-        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app, LABEL_STAGE: "release"}
-        data = {"release": base64.b64encode(packed).decode()}
-        meta = {"name": name, "labels": labels}
-        return {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": meta,
-            "immutable": True,
-            "binaryData": data,
-        }
+        packed = base64.b64encode(zlib.compress(json.dumps(content, sort_keys=True).encode()))
+        if len(packed) > RELEASE_BYTES:
+            refuse(f"what is rendered fills {len(packed)} bytes, a release holds {RELEASE_BYTES}")
+        labels, data = {LABEL_APP: app, LABEL_STAGE: "release"}, {"release": packed.decode()}
+        return immutable(f"{app}-release-{short_hash(content)}", labels, {"binaryData": data})
 
     @classmethod
     def from_configmap(cls, found: Object) -> Release:
         """Return the release that a ConfigMap records; raises StageError when it cannot be read."""
         try:
-            packed = base64.b64decode(found["binaryData"]["release"])
-            content = json.loads(gzip.decompress(packed))
+            content = json.loads(zlib.decompress(base64.b64decode(found["binaryData"]["release"])))
             return cls(**{**content, "configmaps": tuple(content["configmaps"])})
-        except (KeyError, TypeError, ValueError, OSError, EOFError) as wrong:
+        except (KeyError, TypeError, ValueError, zlib.error) as wrong:
             raise StageError(Reason.MANIFEST_INVALID, "a release record cannot be read") from wrong
 
 
 def render(place: Placement, objects: AppObjects) -> Release:
-    """Return everything that a run puts into an environment; pure."""
+    """Return everything that a run puts into an environment."""
     copies = configmap_copies(place.app, objects.configmaps)
+    service, run = objects.service, place.run
+    meta = {k: v for k, v in service["metadata"].items() if k in ("labels", "annotations")}
     return Release(
-        run=place.run.id,
-        commit=place.run.commit,
-        ref=place.run.ref,
+        run=run.id,
+        commit=run.commit,
+        ref=run.ref,
         image=place.image,
         colour=place.colour,
         selector=place.selector,
         deployment=render_deployment(place, objects, copies),
         configmaps=tuple(copies.values()),
-        service={k: v for k, v in objects.service["spec"].items() if k != "selector"},
+        service={k: v for k, v in service["spec"].items() if k != "selector"},
+        service_meta=meta,
     )
 
 
 # === cluster mirror ===============================================================================
+
+FIRST_OUTPUT = 0.5  # seconds in which a watch of an empty namespace is believed to have begun
+SHORT_WATCH = 5.0  # a watch that ends so soon did not work
+FAILING = ("Failed", "FailureTarget")
+NODE_LOST = (
+    "ContainerStatusUnknown",
+    "Unknown",
+)  # exit reasons that tell nothing about the program
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -2139,20 +2006,13 @@ class Container:
     name: str
     kind: str  # init, sidecar or app
     ready: bool
-    restarts: int
     running: bool
     waiting: str  # reason
     text: str  # the message beside a waiting reason, or the termination message
-    exit_code: int | None  # of the last life that ended
+    exits: int  # how often it has ended
+    exit_code: int | None  # of the last life that ended by itself
     exit_reason: str
     ended: float  # seconds since the epoch
-
-    @property
-    def exits(self) -> int:
-        """How often it has ended."""
-        return self.restarts + (
-            1 if self.exit_code is not None and not self.running and not self.waiting else 0
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -2164,13 +2024,11 @@ class Pod:
     run: str
     job: str
     labels: Mapping[str, str]
-    phase: str
     ready: bool
-    deleting: bool
-    disrupted: bool
+    seen_ready: bool  # now or at some time before
+    leaving: bool  # evicted, disrupted or deleted: the cluster replaces it
     created: float
     started: float
-    ip: str
     unschedulable: str
     containers: tuple[Container, ...]
 
@@ -2189,153 +2047,26 @@ class Job:
     stage: str
     run: Run
     notes: Mapping[str, str]
+    outcome: str  # of the run, if it has ended and this is its last Job
     state: str  # suspended, active, succeeded or failed
     deleting: bool
     reason: str
+    created: float
     released: float
-
-    @property
-    def outcome(self) -> str:
-        """The outcome of the run, if it has ended and this is its last Job."""
-        return self.notes.get(NOTE_OUTCOME, "")
+    finished: float
 
 
-def epoch(stamp: Any) -> float:
-    """Return a Kubernetes time in seconds since the epoch, 0 for none."""
-    with suppress(TypeError, ValueError):
-        return float(calendar.timegm(time.strptime(stamp[:19], "%Y-%m-%dT%H:%M:%S")))
-    return 0.0
-
-
-def true_condition(status: Mapping[str, Any], *kinds: str) -> dict[str, Any] | None:
-    """Return the first condition of one of these types that is True."""
-    found = [
-        c for c in status.get("conditions") or [] if c["type"] in kinds and c["status"] == "True"
-    ]
-    return found[0] if found else None
-
-
-def view_job(found: Object) -> Job:
-    """Reduce a Job to what matters."""
-    meta, spec, status = found["metadata"], found["spec"], found.get("status") or {}
-    failed = true_condition(status, "Failed", "FailureTarget")
-    state = "suspended" if spec.get("suspend") else "active"
-    if true_condition(status, "Complete"):
-        state = "succeeded"
-    elif failed:
-        state = "failed"
-    return Job(
-        name=meta["name"],
-        version=int(meta["resourceVersion"]),
-        namespace=meta["namespace"],
-        stage=(meta.get("labels") or {}).get(LABEL_STAGE, ""),
-        run=run_of_job(found),
-        notes={
-            k: v for k, v in (meta.get("annotations") or {}).items() if k.startswith("gitops-hook/")
-        },
-        state=state,
-        deleting="deletionTimestamp" in meta,
-        reason=(failed or {}).get("reason", ""),
-        released=epoch(status.get("startTime")),
-    )
-
-
-def view_containers(found: Object) -> Iterator[Container]:
-    """Yield what the status of a pod says about its containers, init containers first."""
-    spec, status = found["spec"], found.get("status") or {}
-    sidecars = {
-        c["name"] for c in spec.get("initContainers") or [] if c.get("restartPolicy") == "Always"
-    }
-    for key, kind in (("initContainerStatuses", "init"), ("containerStatuses", "app")):
-        for entry in status.get(key) or []:
-            state = entry.get("state") or {}
-            waiting, now = state.get("waiting") or {}, state.get("terminated")
-            ended = now or (entry.get("lastState") or {}).get("terminated") or {}
-            yield Container(
-                name=entry["name"],
-                kind="sidecar" if entry["name"] in sidecars else kind,
-                ready=bool(entry.get("ready")),
-                restarts=int(entry.get("restartCount") or 0),
-                running="running" in state,
-                waiting=waiting.get("reason", ""),
-                text=str(
-                    waiting.get("message")
-                    or (now or {}).get("message")
-                    or ended.get("message")
-                    or ""
-                ),
-                exit_code=ended.get("exitCode"),
-                exit_reason=ended.get("reason", ""),
-                ended=epoch(ended.get("finishedAt")),
-            )
-
-
-def view_pod(found: Object) -> Pod:
-    """Reduce a pod to what matters."""
-    meta, status = found["metadata"], found.get("status") or {}
-    conditions = {c["type"]: c for c in status.get("conditions") or []}
-    scheduled = conditions.get("PodScheduled", {})
-    stuck = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
-    labels = meta.get("labels") or {}
-    return Pod(
-        name=meta["name"],
-        version=int(meta["resourceVersion"]),
-        run=labels.get(LABEL_RUN, ""),
-        job=labels.get("batch.kubernetes.io/job-name", ""),
-        labels=labels,
-        phase=status.get("phase", ""),
-        ready=bool(true_condition(status, "Ready")) and "deletionTimestamp" not in meta,
-        deleting="deletionTimestamp" in meta,
-        disrupted=bool(true_condition(status, "DisruptionTarget"))
-        or status.get("reason") == "Evicted",
-        created=epoch(meta.get("creationTimestamp")),
-        started=epoch(status.get("startTime")),
-        ip=status.get("podIP", ""),
-        unschedulable=str(scheduled.get("message", "")) if stuck else "",
-        containers=tuple(view_containers(found)),
-    )
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Service:
-    """The live Service of an app, with what our annotations on it say."""
+    """The live Service of an app, with what our annotations on it say as far as it can be read."""
 
     name: str
     version: int
     found: Object
-
-    @property
-    def selector(self) -> dict[str, str]:
-        """What it selects now: the truth about which version is live."""
-        return dict(self.found["spec"].get("selector") or {})
-
-    def note(self, key: str, empty: Any) -> Any:
-        """Return the JSON in an annotation; empty when it is missing, broken or of another type."""
-        try:
-            value = json.loads((self.found["metadata"].get("annotations") or {})[key])
-        except (KeyError, ValueError, TypeError):
-            return empty
-        return value if isinstance(value, type(empty)) else empty
-
-    @property
-    def history(self) -> list[Object]:
-        """The switches, newest first, as far as they can be read."""
-        return [
-            e
-            for e in self.note(NOTE_HISTORY, [])
-            if isinstance(e, dict) and isinstance(e.get("selector"), dict)
-        ]
-
-    @property
-    def claim(self) -> Object:
-        """Who is changing this environment; empty when nobody is."""
-        claim: Object = self.note(NOTE_CLAIM, {})
-        return claim
-
-    @property
-    def live(self) -> Object:
-        """The history entry of what is live by the selector; empty when it is not ours."""
-        return next((e for e in self.history if e["selector"] == self.selector), {})
+    selector: dict[str, str]  # the truth about which version is live
+    claim: Object  # who is changing this environment; empty when nobody is
+    history: list[Object]  # the switches, newest first
+    live: Object  # the entry of what is live by the selector; empty when it is not ours
 
     @property
     def run(self) -> str:
@@ -2347,37 +2078,142 @@ class Service:
         """Whether the selector is one that this program sets."""
         return self.selector.keys() == {LABEL_APP, LABEL_VERSION, LABEL_RUN}
 
+    def note(self, key: str, empty: Any) -> Any:
+        """Return the JSON in an annotation; empty when it is missing, broken or of another type."""
+        return read_note(self.found, key, empty)
+
     def entry(self, run: str, since: float = 0.0) -> Object:
         """Return the newest history entry of a run made at or after a time; empty when none."""
-        return next(
-            (e for e in self.history if e.get("run") == run and seconds_of(e.get("at")) >= since),
-            {},
-        )
+        ours = (e for e in self.history if e.get("run") == run)
+        return next((e for e in ours if seconds_of(e.get("at")) >= since), {})
 
     def target(self, back: int = 1) -> Object:
         """Return the entry that a rollback goes to: the back-th proven one before the live one."""
-        entries = self.history
-        place = next((i for i, e in enumerate(entries) if e["selector"] == self.selector), -1)
-        good = [
-            e for e in entries[place + 1 :] if e.get("outcome") in (Outcome.DEPLOYED, "adopted")
-        ]
-        good = [e for e in good if e["selector"] != self.selector]
+        place = self.history.index(self.live) + 1 if self.live else 0
+        older = [e for e in self.history[place:] if e["selector"] != self.selector]
+        good = [e for e in older if e.get("outcome") in (Outcome.DEPLOYED, "adopted")]
         return good[back - 1] if 0 < back <= len(good) else {}
+
+
+def epoch(stamp: str | None) -> float:
+    """Return a Kubernetes time in seconds since the epoch, 0 for none."""
+    with suppress(ValueError):
+        return datetime.fromisoformat(stamp or "").timestamp()
+    return 0.0
+
+
+def true_condition(status: Object, *kinds: str) -> Object | None:
+    """Return the first condition of one of these types that is True."""
+    found: list[Object] = status.get("conditions") or []
+    return next((c for c in found if c["type"] in kinds and c["status"] == "True"), None)
+
+
+def read_note(found: Object, key: str, empty: Any) -> Any:
+    """Return the JSON in an annotation; empty when it is missing, broken or of another type."""
+    with suppress(KeyError, ValueError, TypeError):
+        value = json.loads((found["metadata"].get("annotations") or {})[key])
+        return value if isinstance(value, type(empty)) else empty
+    return empty
+
+
+def interned(texts: Mapping[str, str] | None) -> dict[str, str]:
+    """Return labels as strings that a thousand objects share."""
+    return {sys.intern(k): sys.intern(v) for k, v in (texts or {}).items()}
+
+
+def view_job(found: Object) -> Job:
+    """Reduce a Job to what matters."""
+    meta, status = found["metadata"], found.get("status") or {}
+    done, failed = true_condition(status, "Complete"), true_condition(status, *FAILING)
+    waiting = "suspended" if found["spec"].get("suspend") else "active"
+    notes = {k: v for k, v in (meta.get("annotations") or {}).items() if k.startswith(MANAGER)}
+    return Job(
+        name=meta["name"],
+        version=int(meta["resourceVersion"]),
+        namespace=sys.intern(meta["namespace"]),
+        stage=interned(meta.get("labels")).get(LABEL_STAGE, ""),
+        run=run_of_job(found),
+        notes=notes,
+        outcome=notes.get(NOTE_OUTCOME, ""),
+        state="succeeded" if done else "failed" if failed else waiting,
+        deleting="deletionTimestamp" in meta,
+        reason=(failed or {}).get("reason", ""),
+        created=epoch(meta.get("creationTimestamp")),
+        released=epoch(status.get("startTime")),
+        finished=epoch((done or failed or {}).get("lastTransitionTime")),
+    )
+
+
+def view_container(entry: Object, kind: str) -> Container:
+    """Reduce an entry of a pod's container statuses to what matters."""
+    state, last = entry.get("state") or {}, entry.get("lastState") or {}
+    waiting = state.get("waiting") or {}
+    ended = state.get("terminated") or last.get("terminated") or {}
+    ended = {} if ended.get("reason") in NODE_LOST else ended
+    return Container(
+        name=sys.intern(entry["name"]),
+        kind=kind,
+        ready=bool(entry.get("ready")),
+        running="running" in state,
+        waiting=sys.intern(waiting.get("reason", "")),
+        text=waiting.get("message") or ended.get("message") or "",
+        exits=(entry.get("restartCount") or 0) + (bool(ended) and "running" not in state),
+        exit_code=ended.get("exitCode"),
+        exit_reason=sys.intern(ended.get("reason", "")),
+        ended=epoch(ended.get("finishedAt")),
+    )
+
+
+def view_pod(found: Object) -> Pod:
+    """Reduce a pod to what matters."""
+    meta, spec, status = found["metadata"], found["spec"], found.get("status") or {}
+    conditions = {c["type"]: c for c in status.get("conditions") or []}
+    scheduled, ready = conditions.get("PodScheduled", {}), conditions.get("Ready", {})
+    is_ready, started = ready.get("status") == "True", epoch(status.get("startTime"))
+    lost = status.get("reason") == "Evicted" or true_condition(status, "DisruptionTarget")
+    deleting, labels = "deletionTimestamp" in meta, interned(meta.get("labels"))
+    always = [c["name"] for c in spec.get("initContainers") or [] if "restartPolicy" in c]
+    inits, apps = (status.get(f"{k}tatuses") or [] for k in ("initContainerS", "containerS"))
+    containers = [view_container(e, "sidecar" if e["name"] in always else "init") for e in inits]
+    return Pod(
+        name=meta["name"],
+        version=int(meta["resourceVersion"]),
+        run=labels.get(LABEL_RUN, ""),
+        job=labels.get("batch.kubernetes.io/job-name", ""),
+        labels=labels,
+        ready=is_ready and not deleting,
+        # a condition that was never True is as old as the pod's start
+        seen_ready=is_ready or epoch(ready.get("lastTransitionTime")) > started + 1,
+        leaving=deleting or bool(lost),
+        created=epoch(meta.get("creationTimestamp")),
+        started=started,
+        unschedulable=scheduled.get("reason") == "Unschedulable" and scheduled["message"] or "",
+        containers=(*containers, *(view_container(e, "app") for e in apps)),
+    )
 
 
 def view_service(found: Object) -> Service:
     """Reduce a Service to what matters."""
-    meta, spec = found["metadata"], found["spec"]
-    kept = {
-        k: meta[k]
-        for k in ("name", "namespace", "resourceVersion", "labels", "annotations")
-        if k in meta
-    }
-    return Service(meta["name"], int(meta["resourceVersion"]), {"metadata": kept, "spec": spec})
+    meta, kept = (
+        found["metadata"],
+        ("name", "namespace", "resourceVersion", "labels", "annotations"),
+    )
+    selector = dict(found["spec"].get("selector") or {})
+    history = [e for e in read_note(found, NOTE_HISTORY, []) if isinstance(e, dict)]
+    history = [e for e in history if isinstance(e.get("selector"), dict)]
+    return Service(
+        name=meta["name"],
+        version=int(meta["resourceVersion"]),
+        found={"metadata": {k: meta[k] for k in kept if k in meta}, "spec": found["spec"]},
+        selector=selector,
+        claim=read_note(found, NOTE_CLAIM, {}),
+        history=history,
+        live=next((e for e in history if e["selector"] == selector), {}),
+    )
 
 
 def decode_stream(chunks: Iterable[bytes]) -> Iterator[Object]:
-    """Yield the JSON objects in a stream of bytes as each is complete.
+    """Yield the JSON objects in a stream of bytes as each is complete; ends at what is none.
 
     kubectl's watch output is indented, several lines an object, flushed an event at a time.
     """
@@ -2386,6 +2222,8 @@ def decode_stream(chunks: Iterable[bytes]) -> Iterator[Object]:
     for chunk in chunks:
         buffer = (buffer + incremental.decode(chunk)).lstrip()
         while buffer:
+            if buffer[0] != "{":
+                return
             try:
                 value, end = decode(buffer)
             except ValueError:
@@ -2398,10 +2236,11 @@ V = TypeVar("V", Job, Pod, Service)
 
 
 class Watch(Generic[V]):
-    """A mirror of one resource type in one namespace, kept by list and `kubectl get --watch`.
+    """A mirror of one resource type in one namespace, kept by `kubectl get --watch`.
 
-    A watch's exit code says nothing and a silent one may be dead, so each ends after WATCH_SECONDS
-    and the next begins with a list. `gone` collects what disappeared, as it was last seen.
+    kubectl tells what is there, then what changes, but not where the one ends and the other begins,
+    nor what is gone: a list of names tells that, taken once kubectl has begun. Its exit code says
+    nothing, and a silent watch may be dead: each ends after WATCH_SECONDS and begins anew.
     """
 
     def __init__(
@@ -2413,14 +2252,11 @@ class Watch(Generic[V]):
         selector: str,
     ) -> None:
         self.kubectl, self.resource, self.namespace = kubectl, resource, namespace
-        self.view, self.selector = view, selector
-        self.changed = threading.Event()
-        self.synced = threading.Event()
-        self.trouble = ""
-        self.stopped = threading.Event()
+        self.view, self.query = view, ("get", resource, "-l", selector, "-o")
+        self.changed, self.synced, self.stopped = (threading.Event() for _ in range(3))
+        self.trouble, self._lock = "", threading.Lock()
         self._items: dict[str, V] = {}
         self._gone: list[V] = []
-        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def items(self) -> list[V]:
@@ -2429,7 +2265,7 @@ class Watch(Generic[V]):
             return list(self._items.values())
 
     def take_gone(self) -> list[V]:
-        """Return what disappeared since the last call."""
+        """Return what disappeared since the last call, as it was last seen."""
         with self._lock:
             gone, self._gone = self._gone, []
             return gone
@@ -2444,74 +2280,86 @@ class Watch(Generic[V]):
         self, pulse: Callable[[], None] = lambda: None, changed: threading.Event | None = None
     ) -> None:
         """Keep the mirror until stopped; back off while the API server does not answer."""
-        if changed:
-            self.changed = changed
-        failures = 0
+        self.changed, failures = changed or self.changed, 0
         while not self.stopped.is_set():
             pulse()
             try:
-                self._cycle(pulse)
-                failures, pause = 0, 0.2
-            except (KubectlError, ConfigError) as lost:
-                pause = backoff(failures)
-                if failures == 0:
-                    warn(
-                        "watch lost",
-                        resource=self.resource,
-                        namespace=self.namespace,
-                        detail=str(lost),
-                    )
-                failures += 1
-                self.trouble = str(lost)
-                self.changed.set()
-            self.stopped.wait(pause)
-
-    def _cycle(self, pulse: Callable[[], None]) -> None:
-        """List once and follow the watch to its end."""
-        args = ("get", self.resource, "-l", self.selector, "-o", "json")
-        seconds = f"--request-timeout={WATCH_SECONDS + random.randrange(30)}s"  # noqa: S311 - jitter
-        watch = (*args, "--watch", "--output-watch-events", seconds)
-        process = self._process = self.kubectl.stream(*watch, namespace=self.namespace)
-        try:
-            listed = self.kubectl.list(self.resource, self.namespace, "-l", self.selector)
-            self._replace([self.view(o) for o in listed])
-            self.trouble = ""
+                lost = self._follow(pulse)
+            except (KubectlError, ConfigError) as failed:
+                lost = str(failed)
             if self.stopped.is_set():
                 return
-            for event in decode_stream(read_chunks(process)):
+            if lost and not failures:
+                warn("watch lost", resource=self.resource, namespace=self.namespace, detail=lost)
+            self.trouble, failures = lost, failures + 1 if lost else 0
+            self.stopped.wait(backoff(failures - 1) if lost else 0.1)
+
+    def _follow(self, pulse: Callable[[], None]) -> str:
+        """Follow one watch to its end; return why that was not a good one."""
+        began = time.monotonic()
+        until = began + WATCH_SECONDS + backoff(len(DELAYS))  # not all of them at the same time
+        limit = f"--request-timeout={until - began:.0f}s"
+        args = (*self.query, "json", "--watch", "--output-watch-events", limit)
+        process = self._process = self.kubectl.stream(*args, namespace=self.namespace)
+        try:
+            awaited = self._begin(process)
+            for event in decode_stream(read_chunks(process, until + 10)):
                 pulse()
-                self._event(event)
+                awaited.discard(self._take(event))
+                if not awaited:
+                    self.synced.set()
+                self.changed.set()
         finally:
-            end_process(process)
+            _, stderr = end_process(process)
+        return (clip(stderr) or "ended at once") if time.monotonic() - began < SHORT_WATCH else ""
 
-    def _replace(self, views: list[V]) -> None:
+    def _begin(self, process: subprocess.Popen[bytes]) -> set[str]:
+        """Forget what is not there any more; return the names of what is not known yet."""
+        names, begun, patience = {""}, False, FIRST_OUTPUT
+        while names and not begun:  # what goes between the list and a late watch is never told
+            begun = readable(process, patience) or patience > FIRST_OUTPUT
+            if self.stopped.is_set():
+                return set()
+            listed = self.kubectl.run(*self.query, "name", namespace=self.namespace)
+            names, patience = {n.rpartition("/")[2] for n in listed.split()}, KUBECTL_TIMEOUT
         with self._lock:
-            fresh = {v.name: v for v in views}
-            self._gone += [v for name, v in self._items.items() if name not in fresh]
-            self._items = fresh
-        self.synced.set()
+            self._gone += [self._items.pop(n) for n in self._items.keys() - names]
+            names -= self._items.keys()
+        self.trouble = ""
+        if not names:
+            self.synced.set()
         self.changed.set()
+        return names
 
-    def _event(self, event: Object) -> None:
-        kind, found = event.get("type"), event.get("object") or {}
-        if kind not in ("ADDED", "MODIFIED", "DELETED") or "metadata" not in found:
-            return
-        seen = self.view(found)
+    def _take(self, event: Object) -> str:
+        """Let an event change the mirror; return the name of its object."""
+        if event["type"] not in ("ADDED", "MODIFIED", "DELETED"):
+            return ""
+        seen = self.view(event["object"])
         with self._lock:
             known = self._items.get(seen.name)
             if known and known.version > seen.version:
-                return
-            if kind != "DELETED":
+                return seen.name
+            if event["type"] != "DELETED":
                 self._items[seen.name] = seen
             elif self._items.pop(seen.name, None):
                 self._gone.append(seen)
-        self.changed.set()
+        return seen.name
 
 
-def read_chunks(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
-    """Yield what a process prints as it comes, until it ends."""
-    assert process.stdout is not None  # noqa: S101 - stream() always pipes it
-    while chunk := os.read(process.stdout.fileno(), 1 << 16):
+def readable(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Wait until a process has printed something, or has ended; False if it did neither in time."""
+    poll = select.poll()
+    if process.stdout:
+        poll.register(process.stdout, select.POLLIN)
+    return bool(poll.poll(max(0.0, seconds) * 1000))
+
+
+def read_chunks(process: subprocess.Popen[bytes], until: float) -> Iterator[bytes]:
+    """Yield what a process prints as it comes, until it ends or the time is over."""
+    while readable(process, until - time.monotonic()) and process.stdout:
+        if not (chunk := os.read(process.stdout.fileno(), 1 << 16)):
+            return
         yield chunk
 
 
@@ -2530,55 +2378,65 @@ def backoff(failures: int) -> float:
 # === decide =======================================================================================
 # Pure: observed state in, what to do next out. Nothing here calls a program, a clock or the network.
 
+LAG = 10.0  # seconds that the pods' watch may be behind the Jobs'
+NEVER = float("inf")
+PULL_REASONS = frozenset(
+    {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "InspectFailed"}
+    | {"RegistryUnavailable", "ImageInspectError", "SignatureValidationFailed"}
+)
+HOPELESS_PULL = re.compile(
+    r"not found|manifest unknown|denied|unauthorized|forbidden|authentication required"
+    r"|no basic auth|insufficient_scope|authorization failed|invalid reference"
+    r"|couldn't parse image|does not exist|no match for platform",
+    re.IGNORECASE,
+)
+START_REASONS = frozenset(
+    {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+    | {"StartError", "ContainerCannotRun"}
+)
+UNHEALTHY = frozenset({Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED})
+
 
 @dataclass(frozen=True, slots=True)
 class Symptom:
-    """Something wrong with a pod that cannot heal once it has lasted for `grace` seconds."""
+    """Something wrong with a pod that cannot heal once it lasts for `grace` seconds, or recurs."""
 
     key: str
     reason: Reason
     detail: str
     grace: float = 0.0
+    times: int = 0
 
 
-HOPELESS_PULL = re.compile(
-    r"not found|manifest unknown|denied|unauthorized|authentication required|no basic auth"
-    r"|invalid reference|couldn't parse image|does not exist|no match for platform",
-    re.IGNORECASE,
-)
-PULL_REASONS = (
-    "ErrImagePull",
-    "ImagePullBackOff",
-    "InvalidImageName",
-    "ErrImageNeverPull",
-    "RegistryUnavailable",
-)
-CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
-
-
-def container_symptom(container: Container, pod: str) -> Symptom | None:
+def container_symptom(container: Container, pod: Pod) -> Symptom | None:
     """Return what is wrong with a container, by the texts a real cluster gives."""
-    name = f"container {container.name} of {pod}"
+    key, name = f"{pod.name}/{container.name}", f"container {container.name} of {pod.name}"
+    said = f"{name}: {clip(container.text)}"
     if container.waiting in PULL_REASONS:
-        hopeless = container.waiting == "InvalidImageName" or HOPELESS_PULL.search(container.text)
+        unquoted = re.sub(r'"[^"]*"', "", container.text)  # an image may be called what it likes
+        hopeless = container.waiting == "InvalidImageName" or HOPELESS_PULL.search(unquoted)
         reason = Reason.IMAGE_NOT_FOUND if hopeless else Reason.IMAGE_PULL_FAILED
-        return Symptom(
-            f"{pod}/{container.name}/pull",
-            reason,
-            f"{name}: {clip(container.text)}",
-            0 if hopeless else 60,
-        )
-    if container.waiting in CONFIG_REASONS:
-        detail = f"{name}: {clip(container.text)}"
-        return Symptom(f"{pod}/{container.name}/config", Reason.CONTAINER_CONFIG, detail, 30)
-    exits = container.restarts + (0 if container.running else 1)
-    if container.exit_code and exits >= 2:
-        end = f"{name} ended {exits} times, last with exit code {container.exit_code} ({container.exit_reason})"
-        if container.exit_reason == "OOMKilled":
-            return Symptom(f"{pod}/{container.name}/oom", Reason.OUT_OF_MEMORY, end)
-        reason = Reason.INIT_FAILED if container.kind == "init" else Reason.CRASH_LOOP
-        return Symptom(f"{pod}/{container.name}/crash", reason, end)
-    return None
+        return Symptom(f"{key}/pull", reason, said, 0.0 if hopeless else 60.0)
+    if not container.running and START_REASONS & {container.waiting, container.exit_reason}:
+        syncing = "failed to sync" in container.text  # the kubelet's own cache, not the object
+        return None if syncing else Symptom(f"{key}/start", Reason.CONTAINER_CONFIG, said, 30.0)
+    return exit_symptom(container, pod, key, name)
+
+
+def exit_symptom(container: Container, pod: Pod, key: str, name: str) -> Symptom | None:
+    """Return that a container ends again and again; one that was ready before is given its time."""
+    code, why, exits = container.exit_code, container.exit_reason, container.exits
+    harmless = code is None or (code == 0 and container.kind != "app")
+    if harmless or (pod.job and container.kind == "sidecar"):
+        return None
+    worked = pod.seen_ready or container.ready
+    if worked and why != "OOMKilled":
+        return None
+    reason = Reason.INIT_FAILED if container.kind == "init" else Reason.CRASH_LOOP
+    reason = Reason.OUT_OF_MEMORY if why == "OOMKilled" else reason
+    detail = f"{name} ended {exits} times, last with exit code {code} ({why})"
+    grace = NEVER if worked or exits < 3 else 0.0
+    return Symptom(f"{key}/exit {code} {why}", reason, detail, grace, exits)
 
 
 def pod_symptoms(pod: Pod) -> Iterator[Symptom]:
@@ -2586,31 +2444,35 @@ def pod_symptoms(pod: Pod) -> Iterator[Symptom]:
     if pod.disrupted or pod.deleting:
         return
     if pod.unschedulable:
-        yield Symptom(f"{pod.name}/schedule", Reason.UNSCHEDULABLE, clip(pod.unschedulable), 120)
+        detail = clip(f"{pod.name}: {pod.unschedulable}")
+        yield Symptom(f"{pod.name}/schedule", Reason.UNSCHEDULABLE, detail, 120.0)
     for container in pod.containers:
-        if not container.ready and (found := container_symptom(container, pod.name)):
+        if found := container_symptom(container, pod):
             yield found
 
 
 def creation_symptom(message: str, key: str) -> Symptom:
     """Return why pods cannot be created, from a FailedCreate event or ReplicaFailure condition."""
     if "exceeded quota" in message:
-        return Symptom(f"{key}/quota", Reason.QUOTA_EXCEEDED, clip(message), 15)
-    return Symptom(f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 3)
+        return Symptom(f"{key}/quota", Reason.QUOTA_EXCEEDED, clip(message), 15.0)
+    return Symptom(f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 3.0)
 
 
 class Doom:
-    """Remembers since when each symptom lasts, and so tells which one has lasted too long."""
+    """Remembers since when each symptom is there, and so tells which one will not heal."""
 
     def __init__(self) -> None:
-        self._since: dict[str, float] = {}
+        self._first: dict[str, tuple[float, int]] = {}
 
     def verdict(self, symptoms: Iterable[Symptom], now: float) -> Symptom | None:
-        """Return a symptom whose time is over; those that are gone are forgotten."""
+        """Return a symptom that has lasted too long or come again; those gone are forgotten."""
         present = {s.key: s for s in symptoms}
-        self._since = {k: self._since.get(k, now) for k in present}
-        late = [s for k, s in present.items() if now - self._since[k] >= s.grace]
-        return late[0] if late else None
+        self._first = {k: self._first.get(k, (now, s.times)) for k, s in present.items()}
+        for key, symptom in present.items():
+            since, times = self._first[key]
+            if now - since >= symptom.grace or symptom.times > times:
+                return symptom
+        return None
 
 
 class Do(StrEnum):
@@ -2669,17 +2531,17 @@ def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
 def decide(view: View) -> Action:
     """Return the next step of a run from what is observed; every call could be the first."""
     jobs = view.jobs
-    if any(j.outcome for j in jobs.values()) or not jobs:
+    if not jobs or any(j.outcome for j in jobs.values()):
         return Action(do=Do.NOTHING)
     if view.recorded:
         return view.recorded
     if any(j.deleting for j in jobs.values()):
         return waits(Reason.OK, "a Job is being deleted")
     test, build = jobs.get("test"), jobs.get("build")
-    if test and not build and (action := decide_job(view, test)):
+    if test and (action := decide_job(view, test)):
         return action
     if view.run.ref != view.app.deploy_ref or not view.app.deploy.environments:
-        return ends(Outcome.TESTED, Reason.OK, test_detail(test), "test")
+        return ends(Outcome.TESTED, Reason.OK, test_detail(view), "test")
     if view.app.build.builder != "none":
         if not build:
             return decide_start(view, Do.BUILD, "build")
@@ -2688,21 +2550,17 @@ def decide(view: View) -> Action:
     return decide_deploy(view)
 
 
-def test_detail(test: Job | None) -> str:
-    """Return the sentence of the test report."""
-    return summary_text(test.notes.get(NOTE_SUMMARY, "")) if test else ""
-
-
 def decide_start(view: View, do: Do, stage: str) -> Action:
     """Return whether a Job may start: newest of its ref, head of a deploy branch, a free place."""
-    deploys = view.run.ref == view.app.deploy_ref
-    if view.newer and not deploys:
+    deploys, waited = view.run.ref == view.app.deploy_ref, view.now - view.run.received
+    if (view.head == "moved") if deploys else view.newer:
         return ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", stage)
-    if deploys and view.head == "moved":
-        return ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch has another head", stage)
-    if view.now - view.run.received > view.queue_timeout and do is Do.RELEASE:
-        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, "no free place in time", stage)
     if view.places <= 0:
+        if (
+            do is Do.RELEASE
+            and min(waited, view.now - view.jobs[stage].created) > view.queue_timeout
+        ):
+            return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, "no free place in time", stage)
         return waits(Reason.OK, "for a free place", stage)
     if deploys and view.head == "unknown":
         return waits(Reason.GIT_ERROR, "for the head of the branch", stage)
@@ -2711,63 +2569,51 @@ def decide_start(view: View, do: Do, stage: str) -> Action:
 
 def decide_job(view: View, found: Job) -> Action | None:
     """Return what a Job needs, or None when it has succeeded and said what it had to."""
-    stage = found.stage
+    stage, fails = found.stage, partial(ends, Outcome.FAILED, stage=found.stage)
     if found.state == "suspended":
         return decide_start(view, Do.RELEASE, stage)
-    if found.state == "failed":
-        reason, detail = failure_of(view, found)
-        return ends(Outcome.FAILED, reason, detail, stage)
-    if (
-        stage == "test"
-        and NOTE_SUMMARY not in found.notes
-        and (said := last_words(view, found, RESULTS_CONTAINER))
-    ):
-        return Action(do=Do.NOTE, stage=stage, detail=said)
+    if stage == "test" and NOTE_SUMMARY not in found.notes:
+        if said := last_words(view, found, RESULTS_CONTAINER):
+            return Action(do=Do.NOTE, stage=stage, detail=said)
     if found.state == "succeeded":
         return None
     if view.doomed:
-        return ends(Outcome.FAILED, view.doomed.reason, view.doomed.detail, stage)
-    started = max((p.started for p in view.pods if p.job == found.name), default=0.0)
+        return fails(view.doomed.reason, view.doomed.detail)
+    if found.state == "failed":
+        return decide_failure(view, found)
+    started = max((p.started for p in pods_of(view, found)), default=0.0)
     limit = view.app.test.timeout if stage == "test" else view.app.build.timeout
     if started and view.now - started > limit:
-        return ends(Outcome.FAILED, Reason.TIMEOUT, f"no result within {limit:.0f} s", stage)
+        return fails(Reason.TIMEOUT, f"no result within {limit:.0f} s")
+    why = found.notes.get(NOTE_DETAIL, "")
     if not started and found.released and view.now - found.released > view.queue_timeout:
-        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, "no pod could start in time", stage)
-    return waits(Reason.OK, "its pod runs" if started else "for its pod", stage)
+        return fails(Reason.QUEUE_TIMEOUT, f"no pod could start in time; {why}".rstrip("; "))
+    return waits(Reason.OK, "its pod runs" if started else why or "for its pod", stage)
 
 
-def last_words(view: View, found: Job, container: str) -> str:
-    """Return the termination message of a container of a Job's newest pod that ended."""
-    for pod in sorted(view.pods, key=lambda p: -p.created):
-        ended = pod.container(container) if pod.job == found.name else None
-        if ended and ended.exit_code is not None and not ended.running and ended.text:
-            return ended.text[:TERMINATION_LENGTH]
-    return ""
-
-
-def failure_of(view: View, found: Job) -> tuple[Reason, str]:
+def decide_failure(view: View, found: Job) -> Action:
     """Return why a Job failed, from its pods first and its own condition second."""
-    main = TEST_CONTAINER if found.stage == "test" else BUILD_CONTAINER
-    if view.doomed:
-        return view.doomed.reason, view.doomed.detail
-    for pod in sorted((p for p in view.pods if p.job == found.name), key=lambda p: -p.created):
+    fails = partial(ends, Outcome.FAILED, stage=found.stage)
+    main, red = BUILD_CONTAINER, Reason.BUILD_FAILED
+    if found.stage == "test":
+        main, red = TEST_CONTAINER, Reason.TESTS_FAILED
+    for pod in pods_of(view, found):
         clone, container = pod.container("clone"), pod.container(main)
         if clone and clone.exit_code:
-            return Reason.CLONE_FAILED, clip(
-                clone.text
-            ) or f"clone ended with exit code {clone.exit_code}"
+            said = clip(clone.text) or f"clone ended with exit code {clone.exit_code}"
+            return fails(Reason.CLONE_FAILED, said)
         if container and container.exit_reason == "OOMKilled":
-            return Reason.OUT_OF_MEMORY, f"the {found.stage} was killed for its memory"
+            return fails(Reason.OUT_OF_MEMORY, f"the {found.stage} was killed for its memory")
         if container and container.exit_code:
-            said = test_detail(found) or clip(container.text)
-            reason = Reason.TESTS_FAILED if found.stage == "test" else Reason.BUILD_FAILED
-            return reason, said or f"exit code {container.exit_code}"
+            said = test_detail(view) if found.stage == "test" else clip(container.text)
+            return fails(red, said or f"exit code {container.exit_code}")
     if found.reason == "DeadlineExceeded":
-        return Reason.TIMEOUT, "the Job's deadline passed"
+        return fails(Reason.TIMEOUT, "the Job's deadline passed")
+    if view.now - found.finished < LAG:
+        return waits(Reason.OK, "for its pod's last words", found.stage)
     if found.reason == "PodFailurePolicy":
-        reason = Reason.TESTS_FAILED if found.stage == "test" else Reason.BUILD_FAILED
-        return reason, test_detail(found) or "its pod is gone"
-    return Reason.VANISHED, f"its pods left no result ({clip(found.reason, 60)})"
+        return fails(red, test_detail(view) or "its pod is gone")
+    return fails(Reason.VANISHED, f"its pods left no result ({clip(found.reason, 60)})")
 
 
 def decide_digest(view: View, build: Job) -> Action | None:
@@ -2776,40 +2622,53 @@ def decide_digest(view: View, build: Job) -> Action | None:
         return None
     if DIGEST.fullmatch(said := last_words(view, build, BUILD_CONTAINER).strip()):
         return Action(do=Do.NOTE, stage="build", detail=said)
+    if view.now - build.finished < LAG:
+        return waits(Reason.OK, "for the digest", "build")
     if build.notes.get(NOTE_REMADE):
         return ends(Outcome.FAILED, Reason.NO_DIGEST, "the build left no digest, twice", "build")
-    return Action(do=Do.REMAKE, stage="build")
+    return decide_start(view, Do.REMAKE, "build")
+
+
+def pods_of(view: View, found: Job) -> list[Pod]:
+    """Return the pods of a Job that the cluster did not take away, newest first."""
+    ours = (p for p in view.pods if p.job == found.name and not p.disrupted)
+    return sorted(ours, key=lambda p: -p.created)
+
+
+def last_words(view: View, found: Job, name: str) -> str:
+    """Return the termination message of a container of a Job's newest pod that left one."""
+    containers = (p.container(name) for p in pods_of(view, found))
+    ended = (c for c in containers if c and c.exit_code is not None and not c.running)
+    return next((c.text[:TERMINATION_LENGTH] for c in ended if c.text), "")
+
+
+def test_detail(view: View) -> str:
+    """Return the sentence of the test report."""
+    test = view.jobs.get("test")
+    return summary_text(test.notes.get(NOTE_SUMMARY, "")) if test else ""
 
 
 def decide_deploy(view: View) -> Action:
     """Return which environment comes next, or how the run ended there."""
+    name = ""
     for name in view.app.deploy.environments:
+        service = view.services.get(name)
+        live = service.live if service and service.run == view.run.id else None
+        if live and live.get("outcome") == Outcome.DEPLOYED:
+            continue
         if name in view.busy:
             return waits(Reason.OK, f"{name} is being changed", name)
-        service = view.services.get(name)
         entry = service.entry(view.run.id, view.run.received) if service else {}
-        outcome, reason = entry.get("outcome", ""), entry.get("reason", "")
-        if outcome in (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED):
-            known = Reason(reason) if reason in list(Reason) else Reason.SICK_AFTER_SWITCH
-            return ends(Outcome(outcome), known, str(entry.get("detail", "")), name)
-        if (
-            service
-            and service.run == view.run.id
-            and service.live.get("outcome") == Outcome.DEPLOYED
-        ):
-            continue
-        switched = bool(service and service.run == view.run.id)
-        if view.head == "moved" and not switched:
-            return ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch has another head", name)
-        if view.head == "unknown" and not switched:
+        if entry.get("outcome") in UNHEALTHY:
+            told = entry.get("reason") in [*Reason]
+            reason = Reason(entry["reason"]) if told else Reason.SICK_AFTER_SWITCH
+            return ends(Outcome(entry["outcome"]), reason, str(entry.get("detail", "")), name)
+        if live is None and view.head == "moved":
+            return ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", name)
+        if live is None and view.head == "unknown":
             return waits(Reason.GIT_ERROR, "for the head of the branch", name)
         return Action(do=Do.DEPLOY, stage=name)
-    return ends(
-        Outcome.DEPLOYED,
-        Reason.OK,
-        test_detail(view.jobs.get("test")),
-        view.app.deploy.environments[-1],
-    )
+    return ends(Outcome.DEPLOYED, Reason.OK, test_detail(view), name)
 
 
 def head_word(run: Run, heads: Mapping[str, str] | None, age: float, now: float) -> str:
@@ -2828,49 +2687,47 @@ def head_word(run: Run, heads: Mapping[str, str] | None, age: float, now: float)
 
 def sickness(pods: Iterable[Pod], run: str, since: float) -> str:
     """Return how an app container of a switched-to run failed on its own since a time, or ""."""
-    for pod in pods:
-        if pod.run != run or pod.disrupted or pod.deleting:
-            continue
-        for container in pod.containers:
-            if container.kind == "app" and container.exit_code and container.ended >= int(since):
-                return f"container {container.name} of {pod.name} ended with exit code {container.exit_code}"
+    for pod in (p for p in pods if p.run == run and not (p.disrupted or p.deleting)):
+        for found in (c for c in pod.containers if c.kind == "app" and c.exit_code):
+            if found.ended >= int(since):
+                return (
+                    f"container {found.name} of {pod.name} ended with exit code {found.exit_code}"
+                )
     return ""
 
 
 def unready(pods: Iterable[Pod], run: str, since: float) -> list[str]:
     """Return the pods that were ready at the switch and are not now by their own containers' word.
 
-    The Ready condition also falls with a node; what the containers say does not, so that a lost node
-    is not sickness.
+    The Ready condition also falls with a node; what the containers say does not, so that a lost
+    node is not sickness.
     """
-    ours = [
-        p for p in pods if p.run == run and not (p.disrupted or p.deleting) and p.created <= since
-    ]
-    return [p.name for p in ours if not all(c.ready for c in p.containers if c.kind == "app")]
+    ours = (p for p in pods if p.run == run and p.created <= since)
+    kept = (p for p in ours if not (p.disrupted or p.deleting))
+    return [p.name for p in kept if not all(c.ready for c in p.containers if c.kind == "app")]
 
 
 def disturbed(pods: Sequence[Pod], run: str, wanted: int) -> bool:
     """Whether the cluster took pods of a run away: eviction, a lost node, a deletion."""
     ours = [p for p in pods if p.run == run]
-    lost = [p for p in ours if p.disrupted or p.deleting]
-    asleep = [
+    asleep = (
         p for p in ours if not p.ready and p.containers and all(c.ready for c in p.containers)
-    ]
-    return bool(lost or asleep or len(ours) < wanted)
+    )
+    lost = any(p.disrupted or p.deleting for p in ours)
+    return lost or any(asleep) or len(ours) < wanted
 
 
 def narrowed(
     selector: Mapping[str, str], pods: Sequence[Pod], new: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """Return a selector that matches exactly today's pods and never the new ones; None if there is none."""
+    """Return a selector that matches exactly today's pods, never the new ones; None if none does."""
     if any(new.get(k) != v for k, v in selector.items()):
         return dict(selector)
     shared = set.intersection(*(set(p.labels.items()) for p in pods)) if pods else set()
+    apart = [(k, v) for k, v in shared if new.get(k) != v]
     order = {"version": 0, "pod-template-hash": 1}
-    for key, value in sorted(shared, key=lambda kv: (order.get(kv[0], 2), kv)):
-        if new.get(key) != value:
-            return {**selector, key: value}
-    return None
+    best = min(apart, key=lambda label: (order.get(label[0], 2), label), default=None)
+    return {**selector, best[0]: best[1]} if best else None
 
 
 # === deploy =======================================================================================
@@ -2896,7 +2753,7 @@ def health_refusal(url: str) -> str | None:
 
 
 class Ledger:
-    """Per app, in a ConfigMap: the last seen commit of each ref with its outcome, and what is rejected.
+    """Per app, in a ConfigMap: the last seen commit of each ref, and which commits are rejected.
 
     Each entry has its own key, so that concurrent writers merge instead of overwriting each other.
     """
@@ -2905,88 +2762,105 @@ class Ledger:
         self.kubectl, self.clock = kubectl, clock
 
     def read(self, app: str) -> tuple[dict[str, Object], dict[str, Object]]:
-        """Return (last seen by ref, rejected by commit); raises KubectlError."""
+        """Return (last seen by ref, rejected by commit)."""
         found = self.kubectl.get("configmap", f"{MANAGER}-{app}", ORCHESTRATION) or {}
-        refs, rejected = {}, {}
+        entries: dict[str, dict[str, Object]] = {"ref": {}, "rejected": {}}
         for key, value in (found.get("data") or {}).items():
+            kind, name = key.partition("-")[0], {"ref": "ref", "rejected": "commit"}
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(value)
-                if key.startswith("ref-"):
-                    refs[entry["ref"]] = entry
-                elif key.startswith("rejected-"):
-                    rejected[entry["commit"]] = entry
-        return refs, rejected
+                entries[kind][entry[name[kind]]] = entry
+        return entries["ref"], entries["rejected"]
 
     def write(self, app: str, data: Mapping[str, Object | None]) -> None:
-        """Merge entries into the ConfigMap, creating it first if need be; None removes one."""
-        if not data:
-            return
-        name = f"{MANAGER}-{app}"
-        change = {"data": {k: v and json.dumps(v) for k, v in data.items()}}
-        try:
-            self.kubectl.patch("configmap", name, ORCHESTRATION, change)
-        except KubectlError as missing:
-            if missing.kind != "NotFound":
-                raise
-            meta = {"name": name, "labels": {LABEL_MANAGED: MANAGER, LABEL_APP: app}}
-            self.kubectl.create(
-                [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta}], ORCHESTRATION
-            )
-            self.kubectl.patch("configmap", name, ORCHESTRATION, change)
+        """Merge entries into the ConfigMap, creating it first if need be; None removes one.
 
-    def seen(
-        self, run: Run, outcome: str | None, reason: str = "", stage: str = ""
-    ) -> dict[str, Object | None]:
-        """Return the entry that a run is the last seen of its ref."""
-        key = "ref-" + hashlib.sha256(run.ref.encode()).hexdigest()[:16]
-        entry = {"ref": run.ref, "commit": run.commit, "run": run.id, "at": self.clock.now()}
-        return {key: {**entry, "outcome": outcome, "reason": reason, "stage": stage}}
+        In parts: a patch is one argument of kubectl, and the kernel takes 128 KiB for one.
+        """
+        name, texts = f"{MANAGER}-{app}", [(k, v and json.dumps(v)) for k, v in data.items()]
+        parts = [dict(texts[i : i + 200]) for i in range(0, len(texts), 200)]
+        for part in parts:
+            try:
+                self.kubectl.patch("configmap", name, ORCHESTRATION, {"data": part})
+            except KubectlError as missing:
+                if missing.kind != "NotFound":
+                    raise
+                meta = {"name": name, "labels": {LABEL_MANAGED: MANAGER, LABEL_APP: app}}
+                empty = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta}
+                self.kubectl.create([empty], ORCHESTRATION)
+                self.kubectl.patch("configmap", name, ORCHESTRATION, {"data": part})
+
+    def seen(self, run: Run, outcome: str | None, reason: str = "") -> dict[str, Object | None]:
+        """Return the entry that a run is the last seen of its ref, with its outcome if it ended."""
+        entry = {"ref": run.ref, "commit": run.commit, "outcome": outcome, "reason": reason}
+        return {self.key(run.ref): entry}
+
+    def key(self, ref: str) -> str:
+        """Return the key of a ref's entry."""
+        return "ref-" + hashlib.sha256(ref.encode()).hexdigest()[:16]
 
     def rejection(self, app: str, commit: str, reason: str) -> dict[str, Object | None]:
-        """Return the entry that rejects a commit until `rerun`, and drop the oldest of too many."""
-        _, known = self.read(app)
-        oldest = sorted(known.values(), key=lambda e: seconds_of(e.get("at")))
-        drop = oldest[: max(0, len(oldest) + 1 - REJECTED_LENGTH)]
+        """Return the entry that rejects a commit until `rerun`; the oldest of too many is dropped."""
+        known = sorted(self.read(app)[1].values(), key=lambda e: seconds_of(e.get("at")))
+        drop = known[: max(0, len(known) + 1 - REJECTED_LENGTH)]
         entry: Object = {"commit": commit, "reason": reason, "at": self.clock.now()}
         return {**{f"rejected-{e['commit']}": None for e in drop}, f"rejected-{commit}": entry}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One run of one app on its way into one environment."""
+    """One app in one environment, and the run that is on its way there."""
 
     app: App
-    run: Run
     environment: str
     namespace: str
-    image: str
+    run: Run
+    image: str = ""
 
     @property
-    def last(self) -> bool:
-        """Whether this is the environment that bakes."""
-        return self.environment == self.app.deploy.environments[-1]
-
-    @property
-    def words(self) -> dict[str, str]:
+    def words(self) -> dict[str, Any]:
         """The fields of its log lines."""
         return {"run": self.run.id, "app": self.app.name, "environment": self.environment}
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """The labels of its metrics."""
+        return self.app.name, self.environment
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A change of the live Service: annotations (None removes), selector, ports, in one patch."""
+
+    notes: Mapping[str, Any]
+    selector: Mapping[str, str] | None = None
+    ports: Sequence[Object] = ()
+
+    def patch(self, service: Service) -> Object:
+        """Return the compare-and-set merge patch that makes this change to what was read."""
+        notes = {k: None if v is None else json.dumps(v) for k, v in self.notes.items()}
+        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: service.name, LABEL_STAGE: "live"}
+        meta = {"resourceVersion": str(service.version), "annotations": notes, "labels": labels}
+        spec: Object = {}
+        if self.selector is not None and self.selector != service.selector:
+            # a merge keeps keys that are not named: those that must go are set to null
+            spec["selector"] = {**dict.fromkeys(service.selector), **self.selector}
+        if self.ports:
+            spec["ports"] = ports_like(self.ports, service.found["spec"].get("ports") or [])
+        return {"metadata": meta, **({"spec": spec} if spec else {})}
 
 
 class Deployer:
     """Brings runs into environments, and takes traffic back. Every step looks before it acts.
 
-    `holder` tells this process from another in a claim; `stop` ends waiting.
+    `holder` tells this process from another in a claim; `stop` ends all waiting.
     """
 
-    def __init__(
-        self, kubectl: Kubectl, git: Git, secrets: Secrets, metrics: Metrics, clock: Clock
-    ) -> None:
-        self.kubectl, self.git, self.secrets = kubectl, git, secrets
-        self.metrics, self.clock = metrics, clock
+    def __init__(self, kubectl: Kubectl, git: Git, secrets: Secrets, clock: Clock) -> None:
+        self.kubectl, self.git, self.secrets, self.clock = kubectl, git, secrets, clock
+        self.metrics = kubectl.metrics
         self.holder = uuid.uuid4().hex[:12]
         self.stop = threading.Event()
-
-    # The way of a deployment.
 
     def deploy(self, task: Task) -> None:
         """Bring a run into an environment, through its bake in the last one.
@@ -2994,248 +2868,178 @@ class Deployer:
         Raises StageError when it cannot (live traffic is as before, or was taken back) and
         SupersededError when something newer, or someone, took its place.
         """
-        with self.watched_pods(task.app.name, task.namespace) as pods:
+        with self.watched_pods(task) as pods:
             service = self.service(task)
             if not (service and service.run == task.run.id):
-                release = self.prepare(task, pods)
-                self.switch(task, release)
+                self.switch(task, *self.prepare(task, pods))
             self.settle(task, pods)
 
-    def prepare(self, task: Task, pods: Watch[Pod]) -> Release:
-        """Do everything before the switch; return what traffic may be switched to."""
+    def prepare(self, task: Task, pods: Watch[Pod]) -> tuple[Release, Service | None]:
+        """Do everything before the switch; return what may go live, and the Service as claimed."""
         with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
-            self.git.checkout(task.app.repository, task.run.commit, Path(folder), symlinks=False)
-            found = read_manifests(Path(folder), task.app.deploy.manifests)
+            checkout = Path(folder) / "src"
+            self.git.checkout(task.app.repository, task.run.commit, checkout, symlinks=False)
+            found = read_manifests(checkout, task.app.deploy.manifests)
         objects = check_objects(task.app, task.namespace, found)
-        place = self.place(task, objects)
-        release = render(place, objects)
-        service = self.claim(task, release)
+        release = render(self.place(task), objects)
+        claimed = self.claim(task, release)
         info("claimed", colour=release.colour, ignored=objects.ignored or None, **task.words)
-        record = release.configmap(task.app.name)
-        self.kubectl.create([*release.configmaps, record], task.namespace)
-        self.check_claim(task, service)
+        self.kubectl.create([*release.configmaps, release.configmap(task.app.name)], task.namespace)
+        self.check_claim(task, claimed, self.service(task))
         self.roll_out(task, release, pods)
-        self.check_claim(task, service)
-        self.preview(task, release)
-        return release
+        self.check_claim(task, claimed, self.service(task))
+        self.smoke_test(task, release)
+        return release, claimed
+
+    # What is there, and who may change it.
 
     def service(self, task: Task) -> Service | None:
         """Return the live Service as it is now."""
         found = self.kubectl.get("service", task.app.name, task.namespace)
         return view_service(found) if found else None
 
-    def place(self, task: Task, objects: AppObjects) -> Placement:
+    def edit(self, task: Task, change: Callable[[Service], Edit | None]) -> Service | None:
+        """Compare-and-set the live Service; return it, None where there is none.
+
+        Reads, lets `change` decide (None: nothing to do), patches. On a conflict, and where no
+        answer came, so that the effect is unknown, it looks again. Ends only by success, by what
+        `change` raises, or by an error that another try does not mend.
+        """
+        for failures in itertools.count():
+            with self.again("service", task, failures):
+                service = self.service(task)
+                wanted = change(service) if service else None
+                if service is None or wanted is None:
+                    return service
+                patch = wanted.patch(service)
+                return view_service(
+                    self.kubectl.patch("service", service.name, task.namespace, patch)
+                )
+        raise AssertionError("unreachable")
+
+    @contextmanager
+    def again(self, what: str, task: Task, failures: int) -> Iterator[None]:
+        """Let the loop around a conflicting or unanswered call look again, after a pause."""
+        try:
+            yield
+        except KubectlError as failed:
+            if failed.kind not in ("Conflict", "AlreadyExists", "Unreachable"):
+                raise
+            warn("will look again", what=what, detail=str(failed), **task.words)
+            pause = 0.05 if failed.kind != "Unreachable" else min(backoff(failures), 2.0)
+            if self.stop.wait(pause):
+                raise InterruptedError from failed
+
+    def place(self, task: Task) -> Placement:
         """Choose the idle colour, and see how large the live one is."""
-        service = self.service(task)
+        service, name = self.service(task), task.app.name
         live = service.selector.get(LABEL_VERSION, "") if service and service.ours else ""
-        free = [c for c in COLOURS if c != live]
-        replicas = 0
+        replicas, free = 0, [c for c in COLOURS if c != live]
         for colour in COLOURS:
-            found = self.kubectl.get("deployment", f"{task.app.name}-{colour}", task.namespace)
-            if colour == live and found:
+            found = self.kubectl.get("deployment", f"{name}-{colour}", task.namespace)
+            if found and colour == live:
                 replicas = int(found["spec"].get("replicas", 1))
             elif found and LABEL_APP not in found["spec"]["selector"].get("matchLabels", {}):
                 free.remove(colour)
         if not free:
-            names = " and ".join(f"{task.app.name}-{c}" for c in COLOURS)
-            raise StageError(
-                Reason.ADOPTION_REFUSED, f"Deployments {names} belong to someone else; rename one"
-            )
+            detail = f"Deployments {name}-blue and {name}-green belong to someone else; rename one"
+            raise StageError(Reason.ADOPTION_REFUSED, detail)
         return Placement(
-            app=task.app, run=task.run, namespace=task.namespace, colour=free[0],
-            image=task.image, live_replicas=replicas,
-        )  # fmt: skip
+            app=task.app,
+            run=task.run,
+            namespace=task.namespace,
+            colour=free[0],
+            image=task.image,
+            live_replicas=replicas,
+        )
+
+    def note(self, run: str, colour: str, phase: str, heal: str = "") -> Object:
+        """Return the claim of this process."""
+        since = round(self.clock.now(), 3)
+        known = {"run": run, "colour": colour, "phase": phase, "since": since}
+        return {**known, "holder": self.holder, "heal": heal}
 
     def claim(self, task: Task, release: Release) -> Service | None:
         """Say on the live Service that this run is changing the environment; None if there is none.
 
-        A compare-and-set that also marks what stands in the idle colour as overwritten and remembers
-        its release, so that it can be healed. A foreign selector is narrowed in the same patch.
+        The same patch marks what stands in the idle colour as overwritten and remembers its release
+        if it was a rollback target, so that it can be healed, and narrows a foreign selector.
         """
-        for _ in range(5):
-            service = self.service(task)
-            if service is None:
-                return None
+
+        def change(service: Service) -> Edit:
             claim, history = service.claim, service.history
             fresh = self.clock.now() - seconds_of(claim.get("since")) < CLAIM_SECONDS
-            if fresh and claim.get("phase") == "rollback":
-                raise SupersededError(
-                    Reason.CLAIM_LOST, f"a rollback to {claim.get('run')} is under way"
-                )
-            stood = [
-                e for e in history if e.get("colour") == release.colour and not e.get("overwritten")
-            ]
-            heal = stood[0].get("release", "") if stood else ""
-            if not stood and claim.get("colour") == release.colour:
-                heal = claim.get("heal", "")
-            notes: Object = {
-                NOTE_CLAIM: self.claim_note(task.run.id, release.colour, Phase.PREPARING, heal)
-            }
-            selector = service.selector if service.ours else self.adopted(task, release, service)
-            if not history:
-                first = {
-                    "run": "",
-                    "colour": "",
-                    "selector": selector,
-                    "outcome": "adopted",
-                    "at": self.clock.now(),
-                }
-                history = [{**first, "ports": service.found["spec"].get("ports") or []}]
+            if fresh and claim.get("phase") == Phase.ROLLBACK:
+                raise SupersededError(Reason.CLAIM_LOST, "a rollback is under way")
+            colour = release.colour
+            stood = [e for e in history if e.get("colour") == colour and not e.get("overwritten")]
+            if stood:
+                heal = stood[0]["release"] if stood[0].get("outcome") == Outcome.DEPLOYED else ""
+            else:
+                heal = claim.get("heal", "") if claim.get("colour") == colour else ""
+            notes: Object = {NOTE_CLAIM: self.note(task.run.id, colour, Phase.PREPARING, heal)}
+            selector = None if service.ours else self.adopted(task, release, service)
+            if selector and not history:
+                first = {"run": "", "colour": "", "outcome": "adopted", "selector": selector}
+                ports = service.found["spec"].get("ports") or []
+                history = [{**first, "ports": ports, "at": self.clock.now()}]
                 notes[NOTE_PREVIOUS] = selector
             notes[NOTE_HISTORY] = [{**e, "overwritten": True} if e in stood else e for e in history]
-            with self.retried("claim"):
-                return self.patch_service(task.namespace, service, notes, selector=selector)
-        raise StageError(
-            Reason.CLUSTER_ERROR, "the Service changes all the time; no claim possible"
-        )
+            return Edit(notes, selector)
 
-    @contextmanager
-    def retried(self, what: str) -> Iterator[None]:
-        """Let a conflicting or unanswered write be looked at again by the loop around it."""
-        try:
-            yield
-        except KubectlError as failed:
-            if failed.kind not in ("Conflict", "Unreachable", "AlreadyExists"):
-                raise
-            warn("write to be looked at again", what=what, detail=str(failed))
-            self.stop.wait(0.2 if failed.kind == "Conflict" else 1.0)
+        return self.edit(task, change)
 
     def adopted(self, task: Task, release: Release, service: Service) -> dict[str, str]:
         """Return the selector that keeps a foreign Service on exactly today's pods."""
-        selector = service.selector
-        terms = ",".join(f"{k}={v}" for k, v in selector.items())
-        pods = (
-            [view_pod(p) for p in self.kubectl.list("pods", task.namespace, "-l", terms)]
-            if terms
-            else []
-        )
+        terms, name = selector_text(service.selector), task.app.name
+        pods = self.kubectl.list("pods", task.namespace, "-l", terms) if terms else []
         labels = release.deployment["spec"]["template"]["metadata"]["labels"]
-        found = narrowed(selector, pods, labels) if terms else None
+        found = narrowed(service.selector, [view_pod(p) for p in pods], labels) if terms else None
         if found is None:
-            command = f"kubectl -n {task.namespace} label pods -l {terms} version=before && kubectl -n {task.namespace}"
-            command += f""" patch service {task.app.name} -p '{{"spec":{{"selector":{{"version":"before"}}}}}}'"""
-            detail = f"its selector would also match the new pods; run: {command}"
+            run = f"kubectl -n {task.namespace} label pods -l {terms} version=before && "
+            patch = '{"spec":{"selector":{"version":"before"}}}'
+            run += f"kubectl -n {task.namespace} patch service {name} -p '{patch}'"
+            detail = f"its selector would also match the new pods; run: {run}"
             raise StageError(Reason.ADOPTION_REFUSED, detail)
         return found
 
-    def claim_note(self, run: str, colour: str, phase: str, heal: str = "") -> Object:
-        """Return the claim of this process."""
-        since = round(self.clock.now(), 3)
-        return {
-            "run": run,
-            "colour": colour,
-            "phase": phase,
-            "since": since,
-            "holder": self.holder,
-            "heal": heal,
-        }
-
-    def check_claim(self, task: Task, claimed: Service | None) -> Service | None:
-        """Return the live Service if it is still as claimed; raises when someone else changed it."""
-        service = self.service(task)
-        if claimed is None or service is None:
-            if service is not claimed:
-                raise SupersededError(
-                    Reason.CLAIM_LOST, "the Service appeared or disappeared meanwhile"
-                )
-            return None
-        if service.claim.get("holder") != self.holder or service.claim.get("run") != task.run.id:
-            raise SupersededError(
-                Reason.CLAIM_LOST, f"{service.claim.get('run') or 'nobody'} holds the claim now"
-            )
-        if service.selector != claimed.selector:
-            raise StageError(
-                Reason.SELECTOR_CHANGED, f"the Service was changed by {self.last_manager(task)}"
-            )
-        return service
+    def check_claim(self, task: Task, claimed: Service | None, now: Service | None) -> None:
+        """Raise when someone else holds the claim now or has changed the live Service."""
+        if claimed is None and now is None:
+            return
+        claim = now.claim if now else {}
+        if claimed is None or (claim.get("holder"), claim.get("run")) != (self.holder, task.run.id):
+            who = claim.get("run") or "someone else"
+            raise SupersededError(Reason.CLAIM_LOST, f"{who} has taken the claim")
+        if now and now.selector != claimed.selector:
+            raise StageError(Reason.SELECTOR_CHANGED, self.last_manager(task))
 
     def last_manager(self, task: Task) -> str:
         """Return who changed the live Service last, by its managedFields; counts the drift."""
-        self.metrics.drift.labels(task.app.name, task.environment).inc()
+        self.metrics.drift.labels(*task.labels).inc()
         args = ("get", "service", task.app.name, "-o", "json", "--show-managed-fields")
         with suppress(KubectlError, ValueError):
-            managed = json.loads(self.kubectl.run(*args, namespace=task.namespace))["metadata"].get(
-                "managedFields"
-            )
-            spec = [m for m in managed or [] if "f:selector" in json.dumps(m.get("fieldsV1"))]
-            latest = max(spec or managed or [{}], key=lambda m: m.get("time", ""))
-            return f"{clip(str(latest.get('manager')), 80)} at {latest.get('time')}"
-        return "someone"
-
-    def patch_service(
-        self, namespace: str, service: Service, notes: Mapping[str, Any],
-        selector: Mapping[str, str] | None = None, ports: Sequence[Object] = (),
-    ) -> Service:  # fmt: skip
-        """Compare-and-set annotations (None removes), selector and ports of a Service in one patch."""
-        texts = {
-            k: None if v is None else json.dumps(v, separators=(",", ":")) for k, v in notes.items()
-        }
-        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: service.name, LABEL_STAGE: "live"}
-        change: Object = {
-            "metadata": {
-                "resourceVersion": str(service.version),
-                "annotations": texts,
-                "labels": labels,
-            }
-        }
-        if selector is not None and selector != service.selector:
-            # a merge keeps keys that are not named: those that must go are set to null
-            change["spec"] = {"selector": {**dict.fromkeys(service.selector), **selector}}
-        if ports:
-            live = service.found["spec"].get("ports") or []
-            change.setdefault("spec", {})["ports"] = ports_like(ports, live)
-        return view_service(self.kubectl.patch("service", service.name, namespace, change))
+            meta = json.loads(self.kubectl.run(*args, namespace=task.namespace))["metadata"]
+            managed = meta.get("managedFields") or [{}]
+            spec = [m for m in managed if "f:selector" in json.dumps(m.get("fieldsV1"))]
+            last = max(spec or managed, key=lambda m: str(m.get("time", "")))
+            return f"changed by {clip(str(last.get('manager')), 80)} at {last.get('time')}"
+        return "changed by someone else"
 
     # Apply and wait.
 
     @contextmanager
-    def watched_pods(self, app: str, namespace: str) -> Iterator[Watch[Pod]]:
+    def watched_pods(self, task: Task) -> Iterator[Watch[Pod]]:
         """Keep a mirror of an app's pods in one namespace while the block runs."""
-        watch = Watch(self.kubectl, "pods", namespace, view_pod, f"{LABEL_APP}={app}")
-        thread = threading.Thread(target=watch.run, name=f"pods-{app}", daemon=True)
+        selector = f"{LABEL_APP}={task.app.name}"
+        watch = Watch(self.kubectl, "pods", task.namespace, view_pod, selector)
+        thread = threading.Thread(target=watch.run, name=f"pods-{task.app.name}", daemon=True)
         thread.start()
         try:
             yield watch
         finally:
             watch.stop()
             thread.join(KUBECTL_TIMEOUT)
-
-    def roll_out(self, task: Task, release: Release, pods: Watch[Pod]) -> None:
-        """Apply a release and wait for its pods; raises StageError at once for what cannot heal."""
-        name = release.deployment["metadata"]["name"]
-        try:
-            self.kubectl.apply([release.deployment], task.namespace)
-        except KubectlError as refused:
-            if refused.kind in ("Invalid", "BadRequest", "Forbidden"):
-                raise StageError(
-                    Reason.MANIFEST_INVALID, self.secrets.mask(clip(refused.stderr))
-                ) from refused
-            raise
-        started, doom = self.clock.monotonic(), Doom()
-        timeout = float(release.deployment["spec"]["progressDeadlineSeconds"])
-        args = ("rollout", "status", f"deployment/{name}", f"--timeout={int(timeout)}s")
-        process = self.kubectl.stream(*args, namespace=task.namespace)
-        try:
-            while process.poll() is None:
-                ours = [p for p in pods.items() if p.run == release.run]
-                symptoms = [s for p in ours for s in pod_symptoms(p)] + self.creation_symptoms(
-                    task, name
-                )
-                if symptom := doom.verdict(symptoms, self.clock.now()):
-                    raise StageError(
-                        symptom.reason, self.with_logs(symptom.detail, ours, task.namespace)
-                    )
-                self.wait_change(pods, 1.0)
-        finally:
-            _, stderr = end_process(process)
-        if process.returncode == 0:
-            self.prove(task.namespace, release, timeout - (self.clock.monotonic() - started))
-        elif "deadline" in stderr or "timed out" in stderr:
-            ours = [p for p in pods.items() if p.run == release.run]
-            detail = f"{sum(p.ready for p in ours)} of {release.wanted} pods ready within {timeout:.0f} s"
-            raise StageError(Reason.NEVER_READY, self.with_logs(detail, ours, task.namespace))
-        else:
-            raise StageError(Reason.CLUSTER_ERROR, f"rollout status: {clip(stderr)}")
 
     def wait_change(self, pods: Watch[Pod], seconds: float) -> None:
         """Wait for a change of the pods, or so long; raises when the program is to stop."""
@@ -3244,8 +3048,41 @@ class Deployer:
         if self.stop.is_set():
             raise InterruptedError
 
-    def creation_symptoms(self, task: Task, name: str) -> list[Symptom]:
-        """Return why a Deployment's pods cannot be created, if so."""
+    def roll_out(self, task: Task, release: Release, pods: Watch[Pod]) -> None:
+        """Apply a release and wait for its pods; raises StageError at once for what cannot heal."""
+        try:
+            self.kubectl.apply([release.deployment], task.namespace)
+        except KubectlError as refused:
+            if refused.kind in ("Invalid", "BadRequest", "Forbidden"):
+                detail = self.secrets.mask(clip(refused.stderr))
+                raise StageError(Reason.MANIFEST_INVALID, detail) from refused
+            raise
+        name, doom = f"deployment/{release.deployment['metadata']['name']}", Doom()
+        timeout = int(release.deployment["spec"]["progressDeadlineSeconds"])
+        args = ("rollout", "status", name, f"--timeout={timeout}s")
+        process = self.kubectl.stream(*args, namespace=task.namespace)
+        try:
+            while process.poll() is None:
+                ours = [p for p in pods.items() if p.run == release.run]
+                symptoms = [s for p in ours for s in pod_symptoms(p)]
+                symptoms += self.creation_symptoms(task, release)
+                if symptom := doom.verdict(symptoms, self.clock.now()):
+                    detail = self.with_logs(symptom.detail, ours, task.namespace)
+                    raise StageError(symptom.reason, detail)
+                self.wait_change(pods, 1.0)
+        finally:
+            _, stderr = end_process(process)
+        if process.returncode == 0:
+            return self.prove(task, release)
+        if "deadline" not in stderr and "timed out" not in stderr:
+            raise StageError(Reason.CLUSTER_ERROR, f"rollout status: {clip(stderr)}")
+        ours = [p for p in pods.items() if p.run == release.run]
+        detail = f"{sum(p.ready for p in ours)} of {release.wanted} pods ready within {timeout} s"
+        raise StageError(Reason.NEVER_READY, self.with_logs(detail, ours, task.namespace))
+
+    def creation_symptoms(self, task: Task, release: Release) -> list[Symptom]:
+        """Return why a release's pods cannot be created, if so."""
+        name = release.deployment["metadata"]["name"]
         with suppress(KubectlError):
             found = self.kubectl.get("deployment", name, task.namespace) or {}
             if failure := true_condition(found.get("status") or {}, "ReplicaFailure"):
@@ -3254,186 +3091,179 @@ class Deployer:
 
     def with_logs(self, detail: str, pods: Iterable[Pod], namespace: str) -> str:
         """Return a detail with the last log lines of what failed, secrets masked."""
-        for pod in sorted(pods, key=lambda p: (p.ready, -p.created)):
-            for container in pod.containers:
-                if container.kind != "sidecar" and (container.exit_code or not container.ready):
-                    if printed := self.kubectl.logs(pod.name, container.name, namespace):
-                        tail = "\n".join(clip(line, 200) for line in printed.splitlines()[-20:])
-                        return self.secrets.mask(f"{detail}\n{tail}")
-                    return detail
-        return detail
+        failed = [
+            (pod.name, container.name)
+            for pod in sorted(pods, key=lambda p: (p.ready, -p.created))
+            for container in pod.containers
+            if container.kind != "sidecar" and (container.exit_code or not container.ready)
+        ]
+        for name, container in failed[:1]:
+            printed = self.kubectl.logs(name, container, namespace).splitlines()[-20:]
+            detail = "\n".join([detail, *(clip(line, 200) for line in printed)])
+        return self.secrets.mask(detail)
 
-    def prove(self, namespace: str, release: Release, seconds: float) -> None:
+    def prove(self, task: Task, release: Release) -> None:
         """Prove that as many pods of exactly this run are ready as wanted; raises StageError.
 
-        `rollout status` is no proof: it is content with no replicas, and a status may be the old pods'.
+        `rollout status` is no proof: it is content with no replicas, and a status may be old.
         """
-        name, run = release.deployment["metadata"]["name"], release.run
-        until = self.clock.monotonic() + max(seconds, VERIFY_SECONDS)
-        while True:
-            found = self.kubectl.get("deployment", name, namespace) or {"metadata": {}, "spec": {}}
-            if proven(found, self.ready_pods(namespace, release.selector), run):
+        name, until = (
+            release.deployment["metadata"]["name"],
+            self.clock.monotonic() + VERIFY_SECONDS,
+        )
+        while self.clock.monotonic() < until:
+            found = self.kubectl.get("deployment", name, task.namespace)
+            ready = self.ready_pods(task.namespace, release.selector)
+            if found and proven(found, ready, release.run):
                 return
-            if self.clock.monotonic() > until:
-                raise StageError(Reason.NEVER_READY, f"the pods of {run} are not all ready")
-            self.stop.wait(0.3)
+            if self.stop.wait(0.3):
+                raise InterruptedError
+        raise StageError(Reason.NEVER_READY, f"the pods of {release.run} are not all ready")
 
     def ready_pods(self, namespace: str, selector: Mapping[str, str]) -> int:
         """Return how many pods that match a selector are ready."""
-        terms = ",".join(f"{k}={v}" for k, v in selector.items())
-        return sum(view_pod(p).ready for p in self.kubectl.list("pods", namespace, "-l", terms))
+        found = self.kubectl.list("pods", namespace, "-l", selector_text(selector))
+        return sum(view_pod(p).ready for p in found)
 
-    def preview(self, task: Task, release: Release) -> None:
-        """Ask the new pods through a Service of their own; raises StageError SmokeFailed."""
-        url = self.preview_url(task, release)
-        health, refusal = task.app.deploy.health, None
+    def smoke_test(self, task: Task, release: Release) -> None:
+        """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
+        url, health = self.preview(task, release), task.app.deploy.health
         until, passed = self.clock.monotonic() + health.timeout, 0
         while passed < health.successes:
             refusal = health_refusal(url)
             passed = 0 if refusal else passed + 1
             if refusal and self.clock.monotonic() > until:
                 raise StageError(Reason.SMOKE_FAILED, f"{health.path}: {refusal}")
-            self.stop.wait(HEALTH_INTERVAL if refusal else 0.05)
-        info("preview passed", **task.words)
+            if self.stop.wait(HEALTH_INTERVAL if refusal else 0.05):
+                raise InterruptedError
 
-    def preview_url(self, task: Task, release: Release) -> str:
+    def preview(self, task: Task, release: Release) -> str:
         """Point the preview Service at a release; return the address of its health path."""
         name, ports = f"{task.app.name}-preview", plain_ports(release.ports)
         found = self.kubectl.get("service", name, task.namespace)
         if found is None:
-            preview = service_object(task.app, name, {"ports": ports}, release.selector, "preview")
-            self.kubectl.create([preview], task.namespace)
-            found = self.kubectl.get("service", name, task.namespace)
-        else:
-            old = found["spec"].get("selector") or {}
-            spec = {"selector": {**dict.fromkeys(old), **release.selector}, "ports": ports}
-            found = self.kubectl.patch("service", name, task.namespace, {"spec": spec})
-        if not found:
-            raise StageError(Reason.CLUSTER_ERROR, f"Service {name} disappeared")
-        address = found["spec"]["clusterIP"]
-        host = f"[{address}]" if ":" in address else address
-        return f"http://{host}:{found['spec']['ports'][0]['port']}{task.app.deploy.health.path}"
+            spec = {"ports": ports}
+            made = service_object(task.app, name, spec, release.selector, "preview")
+            self.kubectl.create([made], task.namespace)
+            found = self.kubectl.get("service", name, task.namespace) or {"spec": {}}
+        elif found["spec"].get("selector") != release.selector:
+            selector = {**dict.fromkeys(found["spec"].get("selector") or {}), **release.selector}
+            change = {"spec": {"selector": selector, "ports": ports}}
+            found = self.kubectl.patch("service", name, task.namespace, change)
+        address, port = found["spec"].get("clusterIP", ""), ports[0]["port"]
+        return web_address(address, port, task.app.deploy.health.path)
 
     # The switch and the way back.
 
-    def switch(self, task: Task, release: Release) -> None:
-        """Point the live Service at a release: one compare-and-set patch, looked at until it is done."""
+    def switch(self, task: Task, release: Release, claimed: Service | None) -> None:
+        """Point the live Service at a release in one compare-and-set patch."""
         self.require_head(task)
-        entry = {
-            "run": release.run, "commit": release.commit, "image": release.image, "colour": release.colour,
-            "selector": release.selector, "ports": release.ports, "at": round(self.clock.now(), 3), "by": MANAGER,
-            "release": release.configmap(task.app.name)["metadata"]["name"], "outcome": "",
-        }  # fmt: skip
-        claim = self.claim_note(release.run, release.colour, Phase.BAKING)
-        notes: Object = {NOTE_CLAIM: claim}
-        if task.last:
+        entry = {f: getattr(release, f) for f in ("run", "commit", "image", "colour", "selector")}
+        record = release.configmap(task.app.name)["metadata"]["name"]
+        entry |= {"ports": release.ports, "release": record, "replicas": release.wanted}
+        entry |= {"at": round(self.clock.now(), 3), "by": MANAGER, "outcome": ""}
+        notes: Object = {NOTE_CLAIM: self.note(release.run, release.colour, Phase.BAKING)}
+        if task.environment == task.app.deploy.environments[-1]:
             notes[NOTE_BAKE] = round(self.clock.now() + task.app.deploy.bake, 3)
-        while True:
-            service = self.service(task)
-            if service and service.run == release.run:
+
+        def change(service: Service) -> Edit | None:
+            if service.run == release.run:
+                return None
+            self.check_claim(task, claimed, service)
+            history = [entry, *service.history][:HISTORY_LENGTH]
+            more = {NOTE_PREVIOUS: service.selector, NOTE_HISTORY: history}
+            return Edit({**notes, **more}, release.selector, release.ports)
+
+        for failures in itertools.count():
+            if self.edit(task, change):
                 break
-            with self.retried("switch"):
-                if service is None:
-                    self.create_live(task, release, {**notes, NOTE_HISTORY: [entry]})
-                    continue
-                self.check_claim(task, service)
-                history = [entry, *service.history][:HISTORY_LENGTH]
-                more = {**notes, NOTE_PREVIOUS: service.selector, NOTE_HISTORY: history}
-                self.patch_service(
-                    task.namespace, service, more, selector=release.selector, ports=release.ports
-                )
-        self.metrics.switches.labels(task.app.name, task.environment, "forward").inc()
+            with self.again("first service", task, failures):
+                self.create_live(task, release, {**notes, NOTE_HISTORY: [entry]})
+        self.metrics.switches.labels(*task.labels, "forward").inc()
         info("switched", colour=release.colour, commit=release.commit, **task.words)
 
     def create_live(self, task: Task, release: Release, notes: Mapping[str, Any]) -> None:
         """Create the live Service of a first deployment."""
         live = service_object(task.app, task.app.name, release.service, release.selector, "live")
         live["metadata"]["annotations"] = {k: json.dumps(v) for k, v in notes.items()}
-        refused = self.kubectl.create_each([live], task.namespace)
-        for line in refused.values():
+        for line in self.kubectl.create_each([live], task.namespace).values():
             raise KubectlError([self.kubectl.program, "create"], 1, line)
 
     def require_head(self, task: Task) -> None:
-        """Return only while the commit is its branch's head by git; waits while git does not answer."""
-        failures = 0
-        while True:
+        """Return only while the commit is its branch's head; waits while git does not answer."""
+        for failures in itertools.count():
             try:
-                word = head_word(task.run, self.git.heads(task.app.repository), 0, self.clock.now())
+                heads = self.git.heads(task.app.repository)
+                word = head_word(task.run, heads, 0, self.clock.now())
             except GitError as lost:
                 warn("waiting for git", detail=str(lost), **task.words)
                 word = "unknown"
-            if word == "same":
-                return
             if word == "moved":
                 raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
+            if word == "same":
+                return
             if self.stop.wait(backoff(failures)):
                 raise InterruptedError
-            failures += 1
 
     def settle(self, task: Task, pods: Watch[Pod]) -> None:
-        """Verify the switch, bake in the last environment, write the outcome, drain the old colour."""
+        """Verify the switch, bake in the last environment, write the outcome."""
         service = self.service(task)
-        entry = service.live if service else {}
         if service is None or service.run != task.run.id:
-            raise SupersededError(Reason.ROLLED_BACK, "the Service was switched to something else")
-        if not entry.get("outcome"):
-            release = self.release(task, entry)
+            raise SupersededError(Reason.ROLLED_BACK, "traffic was switched to something else")
+        if not service.live.get("outcome"):
+            release = self.release(task, service.live)
             self.verify(task, release)
-            if task.last:
+            if task.environment == task.app.deploy.environments[-1]:
                 self.bake(task, release, pods, service)
             self.conclude(task)
 
     def release(self, task: Task, entry: Mapping[str, Any]) -> Release:
         """Return the release that a history entry names."""
-        found = self.kubectl.get("configmap", str(entry.get("release") or "none"), task.namespace)
+        name = str(entry.get("release") or "none")
+        found = self.kubectl.get("configmap", name, task.namespace)
         if not found:
-            raise StageError(Reason.VANISHED, f"release record {entry.get('release')} is gone")
+            raise StageError(Reason.VANISHED, f"release record {name} is gone")
         return Release.from_configmap(found)
 
     def verify(self, task: Task, release: Release) -> None:
         """See the ready endpoints follow the selector; else put the old selector back and raise."""
         until = self.clock.monotonic() + VERIFY_SECONDS
-        while True:
+        while self.clock.monotonic() < until:
             with suppress(KubectlError):
                 terms = f"kubernetes.io/service-name={task.app.name}"
                 slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
-                terms = ",".join(f"{k}={v}" for k, v in release.selector.items())
-                ours = {
-                    p["metadata"]["name"]
-                    for p in self.kubectl.list("pods", task.namespace, "-l", terms)
-                }
+                terms = selector_text(release.selector)
+                ours = self.kubectl.list("pods", task.namespace, "-l", terms)
                 ready = ready_endpoints(slices)
-                if ready and ready <= ours and len(ready) >= release.wanted:
+                known = {p["metadata"]["name"] for p in ours}
+                if ready and ready <= known and len(ready) >= release.wanted:
                     return
-            if self.clock.monotonic() > until:
-                break
-            self.stop.wait(0.1)
+            if self.stop.wait(0.1):
+                raise InterruptedError
         detail = f"the endpoints did not become the {release.wanted} pods of {release.run}"
         self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
         raise StageError(Reason.ENDPOINTS_MISSING, detail)
 
     def bake(self, task: Task, release: Release, pods: Watch[Pod], service: Service) -> None:
         """Watch a switched-to version; sick: take the traffic back and raise StageError."""
-        since = seconds_of(service.live.get("at"))
-        until = max(
-            seconds_of(service.note(NOTE_BAKE, 0.0)),
-            self.clock.now() + min(REBAKE_SECONDS, task.app.deploy.bake),
+        health, since = task.app.deploy.health, seconds_of(service.live.get("at"))
+        least = self.clock.now() + min(REBAKE_SECONDS, task.app.deploy.bake)
+        until, url = (
+            max(seconds_of(service.note(NOTE_BAKE, 0.0)), least),
+            self.preview(task, release),
         )
-        url, health = self.preview_url(task, release), task.app.deploy.health
         failures, sound, looked = 0, self.clock.monotonic(), self.clock.monotonic()
         while self.clock.now() < until:
             self.wait_change(pods, HEALTH_INTERVAL)
-            known = pods.items()
-            refusal = health_refusal(url)
-            failures = (
-                failures + 1 if refusal and not disturbed(known, release.run, release.wanted) else 0
-            )
+            known, refusal = pods.items(), health_refusal(url)
+            calm = not disturbed(known, release.run, release.wanted)
+            failures = failures + 1 if refusal and calm else 0
             down = unready(known, release.run, since)
             sound = sound if down else self.clock.monotonic()
             sick = sickness(known, release.run, since)
             if failures >= health.failures:
-                sick = sick or f"{health.path} failed {failures} times in a row: {refusal}"
-            if self.clock.monotonic() - sound > UNREADY_SECONDS:
+                sick = f"{health.path} failed {failures} times in a row: {refusal}"
+            elif self.clock.monotonic() - sound > UNREADY_SECONDS:
                 sick = sick or f"not ready for {UNREADY_SECONDS:.0f} s: {', '.join(down)}"
             if sick:
                 self.take_back(task, sick, pods, unhealthy=failures >= health.failures)
@@ -3442,41 +3272,41 @@ class Deployer:
                 self.still_live(task)
 
     def still_live(self, task: Task) -> None:
-        """Raise SupersededError when the live Service was switched away from a run meanwhile."""
+        """Raise when the live Service was switched away from a run meanwhile."""
         with suppress(KubectlError):
             service = self.service(task)
-            if service is None or service.run != task.run.id:
-                if not (service and service.entry(task.run.id).get("outcome")):
-                    raise SupersededError(
-                        Reason.SELECTOR_CHANGED,
-                        f"the Service was changed by {self.last_manager(task)}",
-                    )
+            if service and service.run == task.run.id:
+                return
+            if service and service.entry(task.run.id).get("outcome"):
                 raise SupersededError(Reason.ROLLED_BACK, "rolled back during the bake")
+            raise SupersededError(Reason.SELECTOR_CHANGED, self.last_manager(task))
 
     def take_back(self, task: Task, sick: str, pods: Watch[Pod], *, unhealthy: bool) -> NoReturn:
-        """Switch back first, then gather why and end the sick pods; raises StageError.
+        """Switch back first, then gather why; raises StageError.
 
         Only onto a version with more ready pods than the sick one: with both sick it stays.
         """
-        service = self.service(task)
-        target = service.target() if service else {}
-        new = 0 if unhealthy else sum(p.ready for p in pods.items() if p.run == task.run.id)
-        old = self.answering(task, target) if target else 0
-        if old <= new:
-            detail = f"{sick}; {'the version before is no better' if target else 'there is no version before'}"
-            raise StageError(Reason.BOTH_SICK, detail)
-        self.switch_back(task, Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH, sick)
         ours = [p for p in pods.items() if p.run == task.run.id]
+        new = 0 if unhealthy else sum(p.ready for p in ours)
+        for failures in itertools.count():
+            with self.again("switch back", task, failures):
+                service = self.service(task)
+                target = service.target() if service else {}
+                old = self.answering(task, target, probe=unhealthy) if target else 0
+                break
+        if old <= new:
+            other = "the version before is no better" if target else "there is no version before"
+            raise StageError(Reason.BOTH_SICK, f"{sick}; {other}")
+        self.switch_back(task, Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH, sick)
         raise StageError(Reason.SICK_AFTER_SWITCH, self.with_logs(sick, ours, task.namespace))
 
-    def answering(self, task: Task, target: Mapping[str, Any]) -> int:
-        """Return how many ready pods of a rollback target also answer their health path."""
-        terms = ",".join(f"{k}={v}" for k, v in target["selector"].items())
+    def answering(self, task: Task, target: Mapping[str, Any], *, probe: bool) -> int:
+        """Return how many pods of a rollback target are ready, and by probe also answer healthily."""
+        terms = selector_text(target["selector"])
         found = self.kubectl.list("pods", task.namespace, "-l", terms)
-        port = (target.get("ports") or [{}])[0]
-        urls = [
-            health_address(p, port, task.app.deploy.health.path) for p in found if view_pod(p).ready
-        ]
+        ready = [p for p in found if view_pod(p).ready]
+        port, path = (target.get("ports") or [{}])[0], task.app.deploy.health.path
+        urls = [pod_address(p, port, path) if probe else None for p in ready]
         return sum(not (url and health_refusal(url)) for url in urls)
 
     def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
@@ -3485,233 +3315,201 @@ class Deployer:
         It does not look at the pods it leaves. Tried until it is done or someone else has switched;
         a first deployment has nothing to go back to, so its Service is removed.
         """
-        failures = 0
-        while not self.stop.is_set():
-            try:
-                service = self.service(task)
-                if service is None or service.run != task.run.id:
-                    return
-                target = service.target()
-                if not target:
-                    self.kubectl.delete("service", [task.app.name], task.namespace)
-                    return
-                ended = {"outcome": outcome, "reason": reason, "detail": clip(detail)}
-                history = [{**e, **ended} if e == service.live else e for e in service.history]
-                claim = self.claim_note(
-                    task.run.id, service.selector.get(LABEL_VERSION, ""), Phase.SWITCHED_BACK
-                )
-                notes = {
-                    NOTE_HISTORY: history,
-                    NOTE_CLAIM: claim,
-                    NOTE_BAKE: None,
-                    NOTE_PREVIOUS: service.selector,
-                }
-                selector, ports = target["selector"], target.get("ports") or ()
-                self.patch_service(task.namespace, service, notes, selector=selector, ports=ports)
-                self.metrics.switches.labels(task.app.name, task.environment, "back").inc()
-                error("switched back", reason=reason, detail=clip(detail), **task.words)
-            except KubectlError as failed:
-                warn("switch back to be tried again", detail=str(failed), **task.words)
-                self.stop.wait(0.05 if failed.kind == "Conflict" else min(backoff(failures), 2.0))
-                failures += 1
+
+        def change(service: Service) -> Edit | None:
+            target = service.target()
+            if service.run != task.run.id or not target:
+                return None
+            ended = {"outcome": outcome, "reason": reason, "detail": clip(detail)}
+            live, history = service.live, service.history
+            colour = service.selector.get(LABEL_VERSION, "")
+            notes = {
+                NOTE_HISTORY: [{**e, **ended} if e == live else e for e in history],
+                NOTE_CLAIM: self.note(task.run.id, colour, Phase.SWITCHED_BACK),
+                NOTE_PREVIOUS: service.selector,
+                NOTE_BAKE: None,
+            }
+            return Edit(notes, target["selector"], target.get("ports") or ())
+
+        service = self.edit(task, change)
+        if service and service.run == task.run.id:
+            self.kubectl.delete("service", [task.app.name], task.namespace)
+            return
+        self.metrics.switches.labels(*task.labels, "back").inc()
+        error("switched back", reason=reason, detail=clip(detail), **task.words)
 
     def conclude(self, task: Task) -> None:
-        """Write that a version stays, and leave a claim that says until when the old one drains."""
-        for _ in range(20):
-            service = self.service(task)
-            if service is None or service.run != task.run.id:
-                raise SupersededError(
-                    Reason.ROLLED_BACK, "the Service was switched to something else"
-                )
-            entry = service.live
-            history = [
-                {**e, "outcome": Outcome.DEPLOYED} if e == entry else e for e in service.history
-            ]
-            old = service.target().get("colour", "")
-            claim: Object | None = {
-                **self.claim_note(task.run.id, old, Phase.DRAINING),
-                "since": entry.get("at", 0),
-            }
-            notes = {
-                NOTE_HISTORY: history,
-                NOTE_BAKE: None,
-                NOTE_CLAIM: claim if old in COLOURS else None,
-            }
-            with self.retried("conclude"):
-                self.patch_service(task.namespace, service, notes)
-                return
-        raise StageError(Reason.CLUSTER_ERROR, "the outcome could not be written")
+        """Write that a version stays, and leave a claim by which the old one is drained."""
+
+        def change(service: Service) -> Edit:
+            if service.run != task.run.id or service.claim.get("phase") == Phase.ROLLBACK:
+                raise SupersededError(Reason.ROLLED_BACK, "traffic was switched to something else")
+            live, old = service.live, service.target().get("colour", "")
+            ended = {**live, "outcome": Outcome.DEPLOYED}
+            drain = {**self.note(task.run.id, old, Phase.DRAINING), "since": live.get("at", 0)}
+            history = [ended if e == live else e for e in service.history]
+            claim = drain if old in COLOURS else None
+            return Edit({NOTE_HISTORY: history, NOTE_BAKE: None, NOTE_CLAIM: claim})
+
+        self.edit(task, change)
 
     # What is left behind.
 
-    def tidy(self, app: App, namespace: str, service: Service | None) -> None:
+    def tidy(self, task: Task) -> None:
         """Finish what a claim says is unfinished, then remove what nothing names any more."""
+        service = self.service(task)
         claim = service.claim if service else {}
-        phase, colour = claim.get("phase", ""), str(claim.get("colour", ""))
-        name = f"{app.name}-{colour}"
+        colour, phase = str(claim.get("colour", "")), claim.get("phase")
         if service and colour in COLOURS and service.selector.get(LABEL_VERSION) != colour:
+            name = f"{task.app.name}-{colour}"
             if phase == Phase.SWITCHED_BACK:
-                self.scale(namespace, name, str(claim.get("run", "")), 0)
+                self.scale(task.namespace, name, 0, str(claim.get("run")))
             elif phase == Phase.DRAINING:
-                self.drain(app, namespace, name)
-            else:
-                self.heal(app, namespace, service)
-        if service and claim:
-            history = service.history
-            if phase in (Phase.PREPARING, Phase.HEALING) and claim.get("heal"):
-                healed = [e for e in history if e.get("release") == claim["heal"]]
-                history = [{**e, "overwritten": False} if e in healed else e for e in history]
-            self.patch_service(namespace, service, {NOTE_CLAIM: None, NOTE_HISTORY: history})
-        self.collect_garbage(app, namespace)
+                self.drain(task, name)
+            elif phase == Phase.PREPARING:
+                self.heal(task, name, str(claim.get("heal", "")))
 
-    def scale(self, namespace: str, name: str, run: str, replicas: int) -> None:
-        """Set the size of a Deployment if it still carries a run ("" for any)."""
+        def change(now: Service) -> Edit | None:
+            if not claim or now.claim != claim:
+                return None
+            healed = claim.get("heal") if phase == Phase.PREPARING else None
+            history = [
+                {**e, "overwritten": False} if healed and e.get("release") == healed else e
+                for e in now.history
+            ]
+            return Edit({NOTE_CLAIM: None, NOTE_HISTORY: history})
+
+        self.edit(task, change)
+        self.collect_garbage(task)
+
+    def scale(self, namespace: str, name: str, replicas: int, run: str = "") -> None:
+        """Set the size of a Deployment, with a run only if it still carries it."""
         found = self.kubectl.get("deployment", name, namespace)
         if found and (not run or found["metadata"]["labels"].get(LABEL_RUN) == run):
             self.kubectl.patch("deployment", name, namespace, {"spec": {"replicas": replicas}})
 
-    def drain(self, app: App, namespace: str, name: str) -> None:
+    def drain(self, task: Task, name: str) -> None:
         """Move what is still connected to the old colour: restart it, or shrink it to `retain`."""
-        if app.deploy.retain is not None:
-            self.scale(namespace, name, "", app.deploy.retain)
-        elif (found := self.kubectl.get("deployment", name, namespace)) and found["spec"].get(
-            "replicas"
-        ):
-            self.kubectl.run("rollout", "restart", f"deployment/{name}", namespace=namespace)
+        if task.app.deploy.retain is not None:
+            return self.scale(task.namespace, name, task.app.deploy.retain)
+        found = self.kubectl.get("deployment", name, task.namespace)
+        if found and found["spec"].get("replicas"):
+            self.kubectl.run("rollout", "restart", f"deployment/{name}", namespace=task.namespace)
+        return None
 
-    def heal(self, app: App, namespace: str, service: Service) -> None:
+    def heal(self, task: Task, name: str, record: str) -> None:
         """Put the rollback target back into the idle colour that a failed deployment overwrote.
 
-        By applying its release, never by `rollout undo`, which leaves last-applied wrong. Tried once.
+        By applying its release, never by `rollout undo`, which leaves last-applied wrong. Where no
+        target stood, the Deployment goes.
         """
-        claim = service.claim
-        record = (
-            self.kubectl.get("configmap", str(claim.get("heal")), namespace)
-            if claim.get("heal")
-            else None
-        )
-        if record is None:
-            self.kubectl.delete("deployment", [f"{app.name}-{claim['colour']}"], namespace)
-            return
-        release = Release.from_configmap(record)
-        self.kubectl.create(release.configmaps, namespace)
-        self.kubectl.apply([release.deployment], namespace)
-        info("healed", app=app.name, run=release.run, colour=release.colour)
+        if not record:
+            return self.kubectl.delete("deployment", [name], task.namespace)
+        release = self.release(task, {"release": record})
+        self.kubectl.create(release.configmaps, task.namespace)
+        self.kubectl.apply([release.deployment], task.namespace)
+        return info("healed", target=release.run, colour=release.colour, **task.words)
 
-    def collect_garbage(self, app: App, namespace: str) -> None:
+    def collect_garbage(self, task: Task) -> None:
         """Delete what a failed first deployment left, and copies and releases that nothing names."""
-        service = self.kubectl.get("service", app.name, namespace)
-        ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP}={app.name}"
+        namespace, name = task.namespace, task.app.name
+        ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP}={name}"
+        service, named = self.service(task), ""
+        deployments = self.kubectl.list("deployments", namespace, "-l", ours)
         if service is None:
-            found = self.kubectl.list("deployments", namespace, "-l", ours)
-            self.kubectl.delete("deployment", [d["metadata"]["name"] for d in found], namespace)
-            self.kubectl.delete("service", [f"{app.name}-preview"], namespace)
-        view = view_service(service) if service else None
-        named = json.dumps([view.history, view.claim] if view else [])
-        if service:
-            named += json.dumps(self.kubectl.list("deployments", namespace, "-l", ours))
-            named += json.dumps(
-                self.kubectl.list("replicasets", namespace, "-l", f"{LABEL_APP}={app.name}")
-            )
-        maps = self.kubectl.list("configmaps", namespace, "-l", ours)
-        kept = [m for m in maps if m["metadata"]["name"] in named]
-        for record in kept:
-            if record["metadata"]["labels"].get(LABEL_STAGE) == "release":
-                named += json.dumps(
-                    [c["metadata"]["name"] for c in Release.from_configmap(record).configmaps]
-                )
-        gone = [m["metadata"]["name"] for m in maps if m["metadata"]["name"] not in named]
-        self.kubectl.delete("configmap", gone, namespace)
+            run = task.run.id
+            left = [
+                d["metadata"] for d in deployments if d["metadata"]["labels"].get(LABEL_RUN) == run
+            ]
+            self.kubectl.delete("deployment", [m["name"] for m in left], namespace)
+            self.kubectl.delete("service", [f"{name}-preview"], namespace)
+        else:
+            sets = self.kubectl.list("replicasets", namespace, "-l", f"{LABEL_APP}={name}")
+            named = json.dumps([service.history, service.claim, deployments, sets])
+        maps = {
+            m["metadata"]["name"]: m for m in self.kubectl.list("configmaps", namespace, "-l", ours)
+        }
+        for key, found in maps.items():
+            if key in named and found["metadata"]["labels"].get(LABEL_STAGE) == "release":
+                release = Release.from_configmap(found)
+                named += json.dumps([c["metadata"]["name"] for c in release.configmaps])
+        self.kubectl.delete("configmap", [key for key in maps if key not in named], namespace)
 
     # Rollback on request.
 
-    def rollback(
-        self, app: App, environment: str, namespace: str, back: int, reason: str
-    ) -> Object:
-        """Switch an environment to a proven earlier version; return its history entry.
+    def rollback(self, task: Task, back: int, reason: str) -> tuple[Object, Object]:
+        """Switch an environment to a proven earlier version; return (what was left, the target).
 
         Works beside a daemon or without one. A target that still stands is one patch away; one that
-        was scaled down is scaled up first, an overwritten one is applied again and waited for.
-        Raises RefusedError without a target and StageError when it does not become ready.
+        was scaled down or overwritten is applied again and waited for. Raises RefusedError without
+        a target, and StageError when it does not become ready.
         """
-        run = Run(id="", app=app.name, ref="", commit="")
-        task = Task(app=app, run=run, environment=environment, namespace=namespace, image="")
         service = self.service(task)
         target = service.target(back) if service else {}
         if not service or not target:
-            raise RefusedError(
-                f"{app.name} in {environment}: there is no proven version to go back to"
-            )
-        task = replace(task, run=replace(run, id=str(target.get("run", ""))))
-        left, claim = (
-            service.live,
-            self.claim_note(task.run.id, str(target.get("colour", "")), "rollback"),
-        )
-        service = self.patch_service(namespace, service, {NOTE_CLAIM: claim})
-        target = self.raise_target(task, service, target)
-        while service.selector != target["selector"]:
-            history = []
-            for e in service.history:
-                gone = {
-                    "outcome": Outcome.ROLLED_BACK,
-                    "reason": Reason.ROLLED_BACK,
-                    "detail": clip(reason),
-                }
-                is_target = e.get("at") == target.get("at") and e.get("run") == target.get("run")
-                history.append({**e, **gone} if e == left else target if is_target else e)
-            notes = {
-                NOTE_HISTORY: history,
-                NOTE_CLAIM: None,
-                NOTE_BAKE: None,
-                NOTE_PREVIOUS: service.selector,
-            }
-            with self.retried("rollback"):
-                ports = target.get("ports") or ()
-                self.patch_service(
-                    namespace, service, notes, selector=target["selector"], ports=ports
-                )
-            service = self.service(task) or service
-            if service.claim and service.claim.get("holder") != self.holder:
-                raise RefusedError(f"someone else took over: {service.claim.get('run')}")
-        self.metrics.switches.labels(app.name, environment, "rollback").inc()
-        return {"left": left, "target": target}
+            where = f"{task.app.name} in {task.environment}"
+            raise RefusedError(f"{where}: there is no proven version to go back to")
+        left, key = service.live, itemgetter("run", "at")
+        task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
+        claim = self.note(task.run.id, str(target.get("colour", "")), Phase.ROLLBACK)
+        self.edit(task, lambda _: Edit({NOTE_CLAIM: claim}))
+        goal = target
+
+        def change(now: Service) -> Edit | None:
+            if now.selector == goal["selector"]:
+                return None
+            if now.claim != claim:
+                raise RefusedError(f"{now.claim.get('run') or 'someone'} has taken over meanwhile")
+            gone = {"outcome": Outcome.ROLLED_BACK, "reason": Reason.ROLLED_BACK, "detail": reason}
+            history = [{**e, **gone} if left and key(e) == key(left) else e for e in now.history]
+            history = [goal if key(e) == key(target) else e for e in history]
+            notes = {NOTE_HISTORY: history, NOTE_CLAIM: None, NOTE_BAKE: None}
+            more = {**notes, NOTE_PREVIOUS: now.selector}
+            return Edit(more, goal["selector"], goal.get("ports") or ())
+
+        try:
+            goal = self.raise_target(task, service, target)
+            self.edit(task, change)
+        finally:
+            with suppress(KubectlError):
+                self.edit(task, lambda s: Edit({NOTE_CLAIM: None}) if s.claim == claim else None)
+        self.metrics.switches.labels(*task.labels, "rollback").inc()
+        return left, goal
 
     def raise_target(self, task: Task, service: Service, target: Object) -> Object:
-        """Return the entry of a rollback target once it has ready pods, brought back if need be."""
-        if self.ready_pods(task.namespace, target["selector"]) > 0:
+        """Return the entry of a rollback target once its pods are ready, brought back if need be."""
+        ready = self.ready_pods(task.namespace, target["selector"])
+        if ready >= int(target.get("replicas", 1)):
             return target
         if not target.get("release"):
             raise RefusedError(
-                "the version before has no ready pods and was not deployed by this program"
+                "the version before has no ready pods and was not deployed from here"
             )
         release = self.release(task, target)
         live = service.selector.get(LABEL_VERSION, "")
         if release.colour == live:
-            release = recoloured(release, task.app.name, next(c for c in COLOURS if c != live))
-        self.kubectl.create([*release.configmaps, release.configmap(task.app.name)], task.namespace)
-        with self.watched_pods(task.app.name, task.namespace) as pods:
+            release = recoloured(release, task.app, next(c for c in COLOURS if c != live))
+        record = release.configmap(task.app.name)
+        self.kubectl.create([*release.configmaps, record], task.namespace)
+        with self.watched_pods(task) as pods:
             self.roll_out(task, release, pods)
-        name = release.configmap(task.app.name)["metadata"]["name"]
-        changed = {
-            "colour": release.colour,
-            "selector": release.selector,
-            "release": name,
-            "overwritten": False,
-        }
-        return {**target, **changed}
+        changed = {"colour": release.colour, "selector": release.selector, "overwritten": False}
+        return {**target, **changed, "release": record["metadata"]["name"]}
 
 
-def recoloured(release: Release, app: str, colour: str) -> Release:
+def selector_text(selector: Mapping[str, str]) -> str:
+    """Return a selector as `-l` takes it."""
+    return ",".join(f"{k}={v}" for k, v in selector.items())
+
+
+def recoloured(release: Release, app: App, colour: str) -> Release:
     """Return a release as it is rendered for the other colour."""
-    text = json.dumps(release.deployment)
-    deployment = json.loads(text)
-    deployment["metadata"]["name"] = f"{app}-{colour}"
-    labels = [
-        deployment["metadata"]["labels"],
-        deployment["spec"]["template"]["metadata"]["labels"],
-    ]
-    for found in [*labels, deployment["spec"]["selector"]["matchLabels"]]:
-        found[LABEL_VERSION] = colour
+    deployment = copy.deepcopy(release.deployment)
+    deployment["metadata"]["name"] = f"{app.name}-{colour}"
+    spec = deployment["spec"]
+    template = spec["template"]["metadata"]["labels"]
+    for labels in (deployment["metadata"]["labels"], template, spec["selector"]["matchLabels"]):
+        labels[LABEL_VERSION] = colour
     selector = {**release.selector, LABEL_VERSION: colour}
     return replace(release, colour=colour, selector=selector, deployment=deployment)
 
@@ -3719,16 +3517,10 @@ def recoloured(release: Release, app: str, colour: str) -> Release:
 def proven(deployment: Object, ready: int, run: str) -> bool:
     """Whether a Deployment's status and its pods prove that all wanted pods of a run are ready."""
     meta, spec, status = deployment["metadata"], deployment["spec"], deployment.get("status") or {}
-    wanted = spec.get("replicas", 1)
-    counts = [
-        status.get(k, 0)
-        for k in ("updatedReplicas", "readyReplicas", "availableReplicas", "replicas")
-    ]
-    current = status.get("observedGeneration", 0) >= meta.get("generation", 1)
-    label = spec.get("template", {}).get("metadata", {}).get("labels", {}).get(LABEL_RUN)
-    return bool(
-        current and wanted > 0 and set(counts) == {wanted} and label == run and ready >= wanted
-    )
+    counts = ("updatedReplicas", "readyReplicas", "availableReplicas", "replicas")
+    wanted, current = spec.get("replicas", 1), status.get("observedGeneration", 0)
+    whole = {status.get(k, 0) for k in counts} == {wanted} and ready >= wanted > 0
+    return bool(whole and current >= meta["generation"] and meta["labels"].get(LABEL_RUN) == run)
 
 
 def ready_endpoints(slices: Iterable[Object]) -> set[str]:
@@ -3738,20 +3530,18 @@ def ready_endpoints(slices: Iterable[Object]) -> set[str]:
     return {(e.get("targetRef") or {}).get("name", e["addresses"][0]) for e in ready}
 
 
-def health_address(pod: Object, port: Mapping[str, Any], path: str) -> str | None:
-    """Return the address of a pod's health path by its Service's target port, or None if unnamed."""
-    target = port.get("targetPort", port.get("port"))
+def web_address(host: str, port: Any, path: str) -> str:
+    """Return an http address, also of an IPv6 host."""
+    return f"http://[{host}]:{port}{path}" if ":" in host else f"http://{host}:{port}{path}"
+
+
+def pod_address(pod: Object, port: Mapping[str, Any], path: str) -> str | None:
+    """Return the address of a pod's health path by its Service's target port, None if unknown."""
+    target, host = port.get("targetPort", port.get("port")), (pod.get("status") or {}).get("podIP")
     if isinstance(target, str):
-        named = [
-            p
-            for c in pod["spec"]["containers"]
-            for p in c.get("ports") or []
-            if p.get("name") == target
-        ]
-        target = named[0]["containerPort"] if named else None
-    address = (pod.get("status") or {}).get("podIP", "")
-    host = f"[{address}]" if ":" in address else address
-    return f"http://{host}:{target}{path}" if target and address else None
+        ports = [p for c in pod["spec"]["containers"] for p in c.get("ports") or []]
+        target = next((p["containerPort"] for p in ports if p.get("name") == target), None)
+    return web_address(host, target, path) if target and host else None
 
 
 # === controller ===================================================================================
@@ -3774,35 +3564,36 @@ class Pulses:
         return sorted(name for name, due in list(self._due.items()) if due < now)
 
 
-REJECTING = frozenset(Reason) - {
-    *(Reason.BOTH_SICK, Reason.CLUSTER_ERROR, Reason.GIT_ERROR, Reason.CLAIM_LOST, Reason.NOT_HEAD),
-    *(Reason.SELECTOR_CHANGED, Reason.ADOPTION_REFUSED, Reason.BUG),
-}
+FORGIVEN = frozenset(  # ends of a deployment that say nothing against its commit
+    {Reason.BOTH_SICK, Reason.CLUSTER_ERROR, Reason.SELECTOR_CHANGED, Reason.ADOPTION_REFUSED}
+)
 
 
 class Controller:
     """Observes, decides, acts: one thread decides, slow steps run in a worker an environment."""
 
-    def __init__(self, config: Config, deployer: Deployer, spool: Spool, pulses: Pulses) -> None:
-        self.config, self.deployer, self.spool, self.pulses = config, deployer, spool, pulses
+    def __init__(self, config: Config, deployer: Deployer, spool: Spool) -> None:
+        self.config, self.deployer, self.spool = config, deployer, spool
         self.kubectl, self.metrics, self.clock = deployer.kubectl, deployer.metrics, deployer.clock
-        self.ledger = Ledger(self.kubectl, self.clock)
-        self.stop = deployer.stop
-        self.wake, self.spooled = threading.Event(), threading.Event()
-        ours = f"{LABEL_MANAGED}={MANAGER}"
-        spaces = [config.namespaces["test"], config.namespaces["build"]]
-        self.jobs = [Watch(self.kubectl, "jobs", n, view_job, ours) for n in spaces]
-        self.pods = [Watch(self.kubectl, "pods", n, view_pod, ours) for n in spaces]
+        self.ledger, self.pulses = Ledger(self.kubectl, self.clock), Pulses(self.clock)
+        self.stop, self.wake, self.spooled = deployer.stop, threading.Event(), threading.Event()
+        ours, spaces = f"{LABEL_MANAGED}={MANAGER}", config.namespaces
+        live = f"{ours},{LABEL_STAGE}=live"
+        stages = [spaces["test"], spaces["build"]]
+        self.jobs = [Watch(self.kubectl, "jobs", n, view_job, ours) for n in stages]
+        self.pods = [Watch(self.kubectl, "pods", n, view_pod, ours) for n in stages]
         self.services = {
-            e: Watch(self.kubectl, "services", n, view_service, f"{ours},{LABEL_STAGE}=live")
+            e: Watch(self.kubectl, "services", n, view_service, live)
             for e, n in config.environments().items()
         }
+        self.apps = {a.name: a for a in config.apps}
         self.heads: dict[str, tuple[float, dict[str, str]]] = {}
-        self.asked = {a.name: threading.Event() for a in config.apps}
+        self.asked = {name: threading.Event() for name in self.apps}
         self.busy: set[tuple[str, str]] = set()
+        self.paused: dict[tuple[str, str], tuple[int, float]] = {}
         self.doom: dict[str, Doom] = {}
         self.acted: dict[str, tuple[Any, float]] = {}
-        self.paused: dict[tuple[str, str], tuple[int, float]] = {}
+        self.stuck: dict[str, tuple[str, float]] = {}
         self.threads: list[threading.Thread] = []
 
     # Threads.
@@ -3815,16 +3606,12 @@ class Controller:
         """Start every thread; none of them needs the cluster to be there."""
         for watch in self.watches():
             name = f"watch-{watch.namespace}-{watch.resource}"
-            beat = self.beater(name, WATCH_SECONDS + 120)
-            self.spawn(name, lambda w=watch, b=beat: w.run(b, self.wake))  # type: ignore[misc]
+            beat = partial(self.pulses.beat, name, WATCH_SECONDS + 120.0)
+            self.spawn(name, partial(watch.run, beat, self.wake))
         self.spawn("intake", self.intake)
         self.spawn("controller", self.control)
         for app in self.config.apps:
-            self.spawn(f"heads-{app.name}", lambda a=app: self.follow_heads(a))  # type: ignore[misc]
-
-    def beater(self, name: str, allowed: float) -> Callable[[], None]:
-        """Return the beat of one thread."""
-        return lambda: self.pulses.beat(name, allowed)
+            self.spawn(f"heads-{app.name}", partial(self.follow_heads, app))
 
     def spawn(self, name: str, body: Callable[[], None]) -> None:
         """Run a thread that starts its body again after a bug, which is logged and counted."""
@@ -3833,7 +3620,7 @@ class Controller:
             while not self.stop.is_set():
                 try:
                     return body()
-                except Exception:  # noqa: BLE001 - a thread ends here; it is logged, counted, restarted
+                except Exception:  # noqa: BLE001 - a thread ends here: logged, counted, run again
                     error("a thread failed", exc=True, thread=name)
                     self.metrics.errors.labels(name.partition("-")[0]).inc()
                     self.stop.wait(1.0)
@@ -3844,7 +3631,7 @@ class Controller:
         thread.start()
 
     def shut_down(self, seconds: float) -> None:
-        """End every thread, a last intake included; what is cut off is taken up by the next process."""
+        """End every thread, then drain the spool; what is cut off the next process takes up."""
         until = self.clock.monotonic() + seconds
         self.stop.set()
         for watch in self.watches():
@@ -3859,70 +3646,56 @@ class Controller:
     # Intake: from the spool into the cluster.
 
     def intake(self) -> None:
-        """Turn everything spooled into suspended Jobs, in as few calls as possible; nothing is lost."""
+        """Turn everything spooled into suspended Jobs, in as few calls as possible; lose nothing."""
         failures = 0
         while not self.stop.is_set():
-            self.pulses.beat("intake", 300)
+            self.pulses.beat("intake", 300.0)
             self.spooled.clear()
             stored = self.spool.read()
             self.metrics.spool.set(len(stored))
-            left = 0
-            if stored:
-                try:
-                    left, failures = self.take_in(stored), 0
-                except (KubectlError, ConfigError) as lost:
-                    warn("intake waits for the cluster", stored=len(stored), detail=str(lost))
-                    self.stop.wait(backoff(failures))
-                    failures, left = failures + 1, 1
-            self.spooled.wait(0.5 if left else 30.0)
+            try:
+                left = self.take_in(stored)
+            except (KubectlError, ConfigError) as lost:
+                warn("intake waits for the cluster", stored=len(stored), detail=str(lost))
+                left = len(stored)
+            if left:
+                self.stop.wait(backoff(failures))
+            failures = failures + 1 if left else 0
+            self.spooled.wait(0 if left else 30.0)
 
     def take_in(self, stored: Sequence[tuple[Path, Run]]) -> int:
         """Bring stored pushes into the cluster; return how many must stay. Raises KubectlError."""
         left = 0
-        known = {a.name: a for a in self.config.apps}
-        for name in {run.app for _, run in stored}:
+        for name in dict.fromkeys(run.app for _, run in stored):
             mine = [(p, r) for p, r in stored if r.app == name]
             for start in range(0, len(mine), BATCH):
                 batch = mine[start : start + BATCH]
-                done = (
-                    self.admit(known[name], {r.id: r for _, r in batch}) if name in known else set()
-                )
-                if name not in known:
+                runs = {r.id: r for _, r in batch}
+                if name not in self.apps:
                     warn("push of an app that is not configured any more", app=name)
-                    done = {r.id for _, r in batch}
-                for path, run in batch:
-                    if run.id in done:
-                        self.spool.done(path)
-                left += sum(run.id not in done for _, run in batch)
+                done = self.admit(self.apps[name], runs) if name in self.apps else set(runs)
+                for path, _ in (item for item in batch if item[1].id in done):
+                    self.spool.done(path)
+                left += len(runs) - len(done)
         return left
 
     def admit(self, app: App, runs: dict[str, Run]) -> set[str]:
         """Create the Jobs of pushes that ask for a run; return the ids that are dealt with."""
-        _, rejected = self.ledger.read(app.name)
-        live = self.live_commit(app)
-        done = set()
-        for run in runs.values():
-            why = (
-                "AlreadyLive"
-                if run.commit == live
-                else Reason.REJECTED
-                if run.commit in rejected
-                else ""
-            )
-            if why and run.ref == app.deploy_ref:
+        rejected, live, done = self.ledger.read(app.name)[1], self.live_commit(app), set()
+        for run in (r for r in runs.values() if r.ref == app.deploy_ref):
+            why = "AlreadyLive" if run.commit == live else Reason.REJECTED
+            if run.commit == live or run.commit in rejected:
                 info("push needs nothing", reason=why, **run_words(run))
                 done.add(run.id)
-        wanted = {k: r for k, r in runs.items() if k not in done}
-        if not wanted:
-            return done
-        jobs = [test_job(self.config, app, r) for r in wanted.values()]
-        refused = self.kubectl.create_each(jobs, self.config.namespaces["test"])
+        wanted = sorted((r for k, r in runs.items() if k not in done), key=lambda r: r.received)
+        jobs = [test_job(self.config, app, r) for r in wanted]
+        refused = self.kubectl.create_each(jobs, self.config.namespaces["test"]) if jobs else {}
         entries: dict[str, Object | None] = {}
-        for run in sorted(wanted.values(), key=lambda r: r.received):
+        for run in wanted:
             line = refused.get(f"test-{run.id}", "")
             if line and not self.settle_refusal(app, run, line):
                 continue
-            info("run queued" if not line else "run known", **run_words(run))
+            info("run known" if line else "run queued", **run_words(run))
             entries |= self.ledger.seen(run, None)
             done.add(run.id)
         self.ledger.write(app.name, entries)
@@ -3939,7 +3712,7 @@ class Controller:
         """Deal with a Job that was not created; return whether the push is dealt with."""
         if "(AlreadyExists)" in line:
             return reopen(self.kubectl, self.config, run)
-        if "is invalid" in line or "BadRequest" in line:
+        if "is invalid" in line or "(BadRequest)" in line:
             error("job refused", reason=Reason.JOB_REFUSED, detail=clip(line), **run_words(run))
             self.metrics.runs.labels(app.name, Outcome.FAILED, "test", Reason.JOB_REFUSED).inc()
             return True
@@ -3950,60 +3723,52 @@ class Controller:
 
     def follow_heads(self, app: App) -> None:
         """Read an app's heads now and then, and when asked; compare them with what was last seen."""
-        due, failures = 0.0, 0
+        due, failures, asked = 0.0, 0, self.asked[app.name]
         while not self.stop.is_set():
-            self.pulses.beat(f"heads-{app.name}", self.config.catch_up + 4 * GIT_TIMEOUT)
-            self.asked[app.name].clear()
+            self.pulses.beat(f"heads-{app.name}", self.config.catch_up * 1.2 + 4 * GIT_TIMEOUT)
+            asked.clear()
             try:
                 heads = self.deployer.git.heads(app.repository)
                 self.heads[app.name] = self.clock.monotonic(), heads
                 self.wake.set()
                 if self.clock.monotonic() >= due:
                     self.catch_up(app, heads)
-                    due = self.clock.monotonic() + self.config.catch_up * random.uniform(0.9, 1.1)  # noqa: S311 - jitter
+                    due = self.clock.monotonic() + self.config.catch_up * random.uniform(0.9, 1.1)
                 failures = 0
             except (GitError, KubectlError, ConfigError, SpoolError) as lost:
                 if failures == 0:
                     warn("catch-up waits", app=app.name, detail=str(lost))
                 failures += 1
-            self.metrics.waiting.labels(f"catch-up of {app.name}").set(bool(failures))
-            if self.stop.wait(backoff(failures - 1) if failures else 0.5):
-                return
-            self.asked[app.name].wait(
-                max(0.0, due - self.clock.monotonic()) if not failures else 0.0
-            )
+            self.metrics.waiting.labels("heads of " + app.name).set(bool(failures))
+            self.stop.wait(backoff(failures - 1) if failures else 0.3)
+            asked.wait(0 if failures else max(0.0, due - self.clock.monotonic()))
 
     def catch_up(self, app: App, heads: Mapping[str, str]) -> None:
-        """Make runs of heads that moved unannounced; the first sight of a test-only ref is a baseline."""
+        """Make runs of heads that moved unannounced; the first sight of a test-only ref is none."""
         refs, rejected = self.ledger.read(app.name)
-        live = self.live_commit(app)
-        entries: dict[str, Object | None] = {}
+        live, known = (
+            self.live_commit(app),
+            {r.id for _, r in self.spool.read()} | {*self.grouped()},
+        )
+        entries: dict[str, Object | None] = {
+            self.ledger.key(r): None for r in refs.keys() - {*heads}
+        }
         for ref, commit in heads.items():
-            found = runs_of_push(
-                self.config, Push(urls=(app.repository,), ref=ref, commit=commit), self.clock.now()
-            )
-            run = (
-                next((r for r in found if r.app == app.name), None)
-                if isinstance(found, list)
-                else None
-            )
-            seen = refs.get(ref)
-            if run is None or (seen and seen.get("commit") == commit):
+            seen = refs.get(ref, {})
+            push = Push(urls=(app.repository,), ref=ref, commit=commit, delivery="catch-up")
+            found = runs_of_push(self.config, push, self.clock.now())
+            mine = [] if isinstance(found, Ignored) else [r for r in found if r.app == app.name]
+            run = mine[0] if mine else None
+            if run is None or seen.get("commit") == commit:
                 continue
-            if (not seen and ref != app.deploy_ref) or commit == live or commit in rejected:
+            baseline = not seen and ref != app.deploy_ref
+            if baseline or commit == live or commit in rejected:
                 entries |= self.ledger.seen(run, "baseline")
-                continue
-            run = replace(run, before=str((seen or {}).get("commit", "")), delivery="catch-up")
-            if run.id not in {r.id for _, r in self.spool.read()} | set(self.grouped()):
+            elif run.id not in known or seen:
                 info("head moved unannounced", **run_words(run))
                 self.metrics.catch_up.labels(app.name).inc()
-                self.spool.store([run])
+                self.spool.store([replace(run, before=str(seen.get("commit", "")))])
                 self.spooled.set()
-        entries |= {
-            k: None
-            for r in refs.keys() - heads.keys()
-            for k in self.ledger.seen(Run(id="", app="", ref=r, commit=""), None)
-        }
         self.ledger.write(app.name, entries)
 
     # The loop.
@@ -4011,10 +3776,9 @@ class Controller:
     def control(self) -> None:
         """Decide for every run whenever something changed, and at least every few seconds."""
         while not self.stop.is_set():
-            self.pulses.beat("controller", 300)
+            self.pulses.beat("controller", 300.0)
             self.wake.clear()
-            trouble = [w.trouble for w in self.watches() if w.trouble]
-            self.metrics.waiting.labels("cluster").set(bool(trouble))
+            self.metrics.waiting.labels("cluster").set(any(w.trouble for w in self.watches()))
             if all(w.synced.is_set() for w in self.watches()):
                 try:
                     self.tick()
@@ -4034,193 +3798,190 @@ class Controller:
     def tick(self) -> None:
         """Take the next step of every run that has one; newest first."""
         runs = self.grouped()
-        for watch in self.jobs:
-            for lost in watch.take_gone():
-                self.vanished(lost, runs)
-        unfinished = [
-            j
-            for g in runs.values()
-            for j in g.values()
-            if j.state in ("suspended", "active") and not j.outcome
-        ]
-        states = [j.state for j in unfinished]
+        for lost in [j for w in self.jobs for j in w.take_gone()]:
+            self.vanished(lost, runs.get(lost.run.id, {}))
+        active = {k: g for k, g in runs.items() if not any(j.outcome for j in g.values())}
+        states = [j.state for g in active.values() for j in g.values()]
         for state in ("suspended", "active"):
             self.metrics.queue.labels(state).set(states.count(state))
-        places = self.config.limits.max_running - states.count("active")
-        active = {k: g for k, g in runs.items() if not any(j.outcome for j in g.values())}
-        pods = [p for w in self.pods for p in w.items()]
-        apps = {a.name: a for a in self.config.apps}
-        release: list[Job] = []
-        for jobs in sorted(active.values(), key=lambda g: -newest(g).received):
-            run = newest(jobs)
-            if run.app not in apps:
-                continue
-            view = self.view(
-                apps[run.app],
-                run,
-                jobs,
-                [p for p in pods if p.run == run.id],
-                list(active.values()),
-                places,
-            )
-            action = decide(view)
-            if action.do in (Do.RELEASE, Do.BUILD, Do.REMAKE):
-                places -= 1
-            self.act(view, action, release)
+        places, release = self.config.limits.max_running - states.count("active"), []
+        pods: dict[str, list[Pod]] = {}
+        for pod in (p for w in self.pods for p in w.items()):
+            pods.setdefault(pod.run, []).append(pod)
+        for key, jobs in sorted(active.items(), key=lambda item: -newest(item[1]).received):
+            if newest(jobs).app in self.apps:
+                view = self.view(jobs, pods.get(key, []), active.values(), places)
+                action = decide(view)
+                places -= action.do in (Do.RELEASE, Do.BUILD, Do.REMAKE)
+                if self.act(view, action):
+                    release.append(jobs[action.stage])
         for namespace in {j.namespace for j in release}:
             names = [j.name for j in release if j.namespace == namespace]
-            change = json.dumps({"spec": {"suspend": False}})
-            self.kubectl.run(
-                "patch", "job", *names, "--type=merge", "-p", change, namespace=namespace
-            )
+            args = ("patch", "job", *names, "--type=merge", "-p", '{"spec":{"suspend":false}}')
+            self.kubectl.run(*args, namespace=namespace)
+        self.forget_suspended(runs)
         self.look_after(set(active), {newest(g).app for g in active.values()})
 
-    def view(
-        self,
-        app: App,
-        run: Run,
-        jobs: dict[str, Job],
-        pods: list[Pod],
-        active: list[dict[str, Job]],
-        places: int,
-    ) -> View:  # noqa: PLR0913, PLR0917 - gathers one value
-        """Gather what decides over one run."""
-        read = self.heads.get(app.name)
-        age = self.clock.monotonic() - read[0] if read else 0.0
-        now = self.clock.now()
-        if read and now - age < run.received:
-            read = None
-        newer = any(
-            r.app == run.app and r.ref == run.ref and r.received > run.received
-            for r in map(newest, active)
-        )
-        doom = self.doom.setdefault(run.id, Doom())
-        services = {e: s for e, w in self.services.items() for s in w.items() if s.name == app.name}
-        return View(
-            app=app, run=run, jobs=jobs, pods=tuple(pods), services=services,
-            head=head_word(run, read[1] if read else None, age, now), newer=newer, places=places,
-            doomed=doom.verdict((s for p in pods for s in pod_symptoms(p)), now),
-            busy=frozenset(e for a, e in self.busy if a == app.name), now=now,
-            queue_timeout=self.config.limits.queue_timeout,
-        )  # fmt: skip
+    def forget_suspended(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
+        """Delete Jobs that were never released and whose run has ended: no time to live ends them."""
+        until = self.clock.now() - JOB_TTL
+        for found in (j for g in runs.values() for j in g.values() if j.state == "suspended"):
+            if found.outcome and seconds_of(found.notes.get(NOTE_ENDED)) < until:
+                self.kubectl.delete("job", [found.name], found.namespace)
 
-    def act(self, view: View, action: Action, release: list[Job]) -> None:
-        """Carry out one action; the same one is not repeated until the cluster shows its effect."""
-        run = view.run
-        if action.do is Do.WAIT and action.reason is Reason.GIT_ERROR:
+    def view(
+        self, jobs: dict[str, Job], pods: list[Pod], active: Iterable[dict[str, Job]], places: int
+    ) -> View:
+        """Gather what decides over one run."""
+        run, now = newest(jobs), self.clock.now()
+        read = self.heads.get(run.app, (0.0, {}))
+        age = self.clock.monotonic() - read[0]
+        heads = read[1] if read[0] and now - age >= run.received else None
+        others = [newest(g) for g in active]
+        symptoms = [s for p in pods for s in pod_symptoms(p)]
+        symptoms += [s for j in jobs.values() if (s := self.creation_trouble(j, pods))]
+        services = {e: s for e, w in self.services.items() for s in w.items() if s.name == run.app}
+        newer = [r for r in others if (r.app, r.ref) == (run.app, run.ref)]
+        return View(
+            app=self.apps[run.app],
+            run=run,
+            jobs=jobs,
+            pods=tuple(pods),
+            services=services,
+            head=head_word(run, heads, age, now),
+            newer=any(r.received > run.received for r in newer),
+            places=places,
+            doomed=self.doom.setdefault(run.id, Doom()).verdict(symptoms, now),
+            busy=frozenset(e for a, e in self.busy if a == run.app),
+            now=now,
+            queue_timeout=self.config.limits.queue_timeout,
+        )
+
+    def creation_trouble(self, found: Job, pods: Iterable[Pod]) -> Symptom | None:
+        """Return why a released Job has no pod. Quota is only waited for, and noted on the Job."""
+        waited = self.clock.now() - found.released
+        if found.state != "active" or waited < 3 or any(p.job == found.name for p in pods):
+            return None
+        text, looked = self.stuck.get(found.name, ("", 0.0))
+        if self.clock.monotonic() - looked > 10:
+            fields_ = f"involvedObject.name={found.name},reason=FailedCreate"
+            events = self.kubectl.list("events", found.namespace, "--field-selector", fields_)
+            last = str(events[-1].get("message", "")) if events else ""
+            self.stuck[found.name] = last, self.clock.monotonic()
+            if last and last != text:
+                notes = {NOTE_REASON: creation_symptom(last, "").reason, NOTE_DETAIL: clip(last)}
+                self.note(found, notes)
+        symptom = creation_symptom(text, found.name)
+        return symptom if text and symptom.reason is Reason.ADMISSION_REFUSED else None
+
+    def act(self, view: View, action: Action) -> bool:
+        """Carry out one action, once until the cluster shows its effect; return if it is a release."""
+        run, do, stage = view.run, action.do, action.stage
+        if do is Do.WAIT and action.reason is Reason.GIT_ERROR:
             self.asked[run.app].set()
-        if action.do in (Do.NOTHING, Do.WAIT):
-            return
-        mark = (action.do, action.stage, tuple(j.version for j in view.jobs.values()))
+        if do in (Do.NOTHING, Do.WAIT):
+            return False
+        mark = (do, stage, tuple(j.version for j in view.jobs.values()))
         before, at = self.acted.get(run.id, (None, 0.0))
         if before == mark and self.clock.monotonic() - at < 10:
-            return
+            return False
         self.acted[run.id] = mark, self.clock.monotonic()
-        if action.do is Do.RELEASE:
-            release.append(view.jobs[action.stage])
-        elif action.do is Do.BUILD:
-            build = build_job(self.config, view.app, run)
-            build["spec"]["suspend"] = False
-            self.kubectl.create([build], build["metadata"]["namespace"])
-        elif action.do is Do.REMAKE:
-            self.remake(view, run)
-        elif action.do is Do.NOTE:
-            self.note(
-                view.jobs[action.stage],
-                {NOTE_SUMMARY if action.stage == "test" else NOTE_DIGEST: action.detail},
-            )
-        elif action.do is Do.DEPLOY:
-            self.start_deploy(view, action.stage)
-        else:
+        if do is Do.NOTE:
+            key = NOTE_SUMMARY if stage == "test" else NOTE_DIGEST
+            self.note(view.jobs[stage], {key: action.detail})
+        elif do in (Do.BUILD, Do.REMAKE):
+            self.build(view, again=do is Do.REMAKE)
+        elif do is Do.DEPLOY:
+            digest = view.jobs["build"].notes.get(NOTE_DIGEST, "") if "build" in view.jobs else ""
+            image = f"{view.app.build.image}@{digest}" if digest else ""
+            task = self.task(view.app, stage, run, image)
+            self.start_worker(task, partial(self.deploy, task, view.jobs))
+        elif do is Do.END:
             self.finish(view.jobs, action)
+        return do is Do.RELEASE
 
-    def remake(self, view: View, run: Run) -> None:
-        """Make a build once more whose digest was lost with its pod."""
-        namespace = self.config.namespaces["build"]
-        self.kubectl.run(
-            "delete", "job", f"build-{run.id}", "--ignore-not-found", namespace=namespace
-        )
-        build = build_job(self.config, view.app, run)
-        build["spec"]["suspend"] = False
-        build["metadata"]["annotations"][NOTE_REMADE] = "1"
-        self.kubectl.create([build], namespace)
+    def task(self, app: App, environment: str, run: Run, image: str = "") -> Task:
+        """Return a run on its way into an environment."""
+        namespace = self.config.namespaces[environment]
+        return Task(app=app, environment=environment, namespace=namespace, run=run, image=image)
+
+    def build(self, view: View, *, again: bool) -> None:
+        """Create a build Job, released; again, when a finished one's digest was lost with its pod."""
+        made = build_job(self.config, view.app, view.run)
+        made["spec"]["suspend"] = False
+        name, namespace = made["metadata"]["name"], made["metadata"]["namespace"]
+        if again:
+            made["metadata"]["annotations"][NOTE_REMADE] = "1"
+            self.kubectl.run("delete", "job", name, "--ignore-not-found", namespace=namespace)
+        self.kubectl.create([made], namespace)
 
     def note(self, found: Job, notes: Mapping[str, str | None], **spec: Any) -> None:
-        """Write annotations on a Job."""
-        change: Object = {"metadata": {"annotations": dict(notes)}}
-        self.kubectl.patch(
-            "job", found.name, found.namespace, {**change, **({"spec": spec} if spec else {})}
-        )
+        """Write annotations on a Job; one that is gone needs none."""
+        change: Object = {"metadata": {"annotations": dict(notes)}, "spec": spec}
+        try:
+            self.kubectl.patch("job", found.name, found.namespace, change)
+        except KubectlError as gone:
+            if gone.kind != "NotFound":
+                raise
 
     def finish(self, jobs: Mapping[str, Job], action: Action) -> None:
         """Write down how a run ended: the ledger first, then its Jobs; then say it."""
         last = jobs.get("build") or jobs["test"]
-        run, outcome = last.run, action.outcome or Outcome.FAILED
-        entries = self.ledger.seen(run, outcome, action.reason, action.stage)
-        if outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK):
-            if action.stage not in ("test", "build") and action.reason in REJECTING:
-                entries |= self.ledger.rejection(run.app, run.commit, action.reason)
+        run, outcome, stage = newest(jobs), action.outcome or Outcome.FAILED, action.stage
+        bad = outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK)
+        entries = self.ledger.seen(run, outcome, action.reason)
+        if bad and stage not in ("test", "build") and action.reason not in FORGIVEN:
+            entries |= self.ledger.rejection(run.app, run.commit, action.reason)
         self.ledger.write(run.app, entries)
-        detail = action.detail
-        if outcome is Outcome.FAILED and action.stage in jobs:
-            detail = self.with_logs(jobs[action.stage], detail)
-        notes = {
-            NOTE_OUTCOME: outcome, NOTE_REASON: action.reason, NOTE_DETAIL: detail[:DETAIL_LENGTH],
-            NOTE_ENDED: f"{self.clock.now():.3f}",
-        }  # fmt: skip
+        pods, detail = [p for w in self.pods for p in w.items() if p.run == run.id], action.detail
+        if bad and stage in jobs:
+            mine = [p for p in pods if p.job == jobs[stage].name]
+            newest_pod = sorted(mine, key=lambda p: -p.created)[:1]
+            detail = self.deployer.with_logs(detail, newest_pod, jobs[stage].namespace)
+        notes = {NOTE_OUTCOME: str(outcome), NOTE_REASON: str(action.reason)}
+        notes |= {NOTE_DETAIL: detail[:DETAIL_LENGTH], NOTE_ENDED: f"{self.clock.now():.3f}"}
         for found in jobs.values():
             stop = {"activeDeadlineSeconds": 1} if found.state == "active" else {}
-            with suppress_kind("NotFound"):
-                self.note(
-                    found, notes if found is last else {}, ttlSecondsAfterFinished=JOB_TTL, **stop
-                )
-        self.metrics.runs.labels(run.app, outcome, action.stage, action.reason).inc()
-        took = self.clock.now() - run.received
-        say = error if outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK) else info
-        say(
-            "run ended",
-            outcome=outcome,
-            stage=action.stage,
-            reason=action.reason,
-            seconds=round(took, 1),
-            detail=detail or None,
-            **run_words(run),
-        )
+            note = notes if found is last else {}
+            self.note(found, note, ttlSecondsAfterFinished=JOB_TTL, **stop)
+            self.time_stage(found, pods)
+        self.metrics.runs.labels(run.app, outcome, stage, action.reason).inc()
+        more: Object = {
+            "outcome": outcome,
+            "stage": stage,
+            "reason": action.reason,
+            "detail": detail or None,
+        }
+        took = round(self.clock.now() - run.received, 1)
+        (error if bad else info)("run ended", **more, seconds=took, **run_words(run))
         self.doom.pop(run.id, None)
 
-    def with_logs(self, found: Job, detail: str) -> str:
-        """Return a detail with the last log lines of a failed Job's newest pod, secrets masked."""
-        pods = [p for w in self.pods for p in w.items() if p.job == found.name]
-        return self.deployer.with_logs(
-            detail, sorted(pods, key=lambda p: -p.created)[:1], found.namespace
-        )
+    def time_stage(self, found: Job, pods: Iterable[Pod]) -> None:
+        """Measure the stage of a Job by its last pod."""
+        for pod in [p for p in pods if p.job == found.name and p.started][-1:]:
+            took = max((c.ended for c in pod.containers), default=0.0) - pod.started
+            labels = (found.run.app, found.stage, found.state)
+            self.metrics.stage_seconds.labels(*labels).observe(max(took, 0.0))
 
-    def vanished(self, lost: Job, runs: Mapping[str, Mapping[str, Job]]) -> None:
+    def vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
         """End a run whose Job disappeared before its end: missing is failed."""
-        left = runs.get(lost.run.id, {})
-        remade = self.acted.get(lost.run.id, ((None,), 0.0))[0][0] is Do.REMAKE
-        if lost.outcome or lost.deleting and lost.state == "failed" or lost.stage in left or remade:
+        ended = lost.outcome or any(j.outcome for j in left.values())
+        expected = lost.stage in left or (lost.stage == "test" and "build" in left)
+        if ended or expected or lost.state == "failed":
             return
-        if any(j.outcome for j in left.values()):
+        acted = self.acted.get(lost.run.id)
+        if acted and acted[0][0] is Do.REMAKE:
             return
-        action = ends(Outcome.FAILED, Reason.VANISHED, f"Job {lost.name} was deleted", lost.stage)
-        self.finish(left or {lost.stage: lost}, action)
+        detail = f"Job {lost.name} was deleted"
+        self.finish(
+            left or {lost.stage: lost}, ends(Outcome.FAILED, Reason.VANISHED, detail, lost.stage)
+        )
 
     # Workers.
 
-    def start_deploy(self, view: View, environment: str) -> None:
-        """Start a worker that brings a run into an environment."""
-        build = view.jobs.get("build")
-        digest = build.notes.get(NOTE_DIGEST, "") if build else ""
-        task = Task(
-            app=view.app, run=view.run, environment=environment,
-            namespace=self.config.namespaces[environment], image=f"{view.app.build.image}@{digest}",
-        )  # fmt: skip
-        self.start_worker(view.app, environment, lambda: self.deploy(task, view.jobs))
-
-    def start_worker(self, app: App, environment: str, body: Callable[[], None]) -> None:
-        """Run one slow step for an environment; no two at once, and a failed one not at once again."""
-        key = app.name, environment
+    def start_worker(self, task: Task, body: Callable[[], None]) -> None:
+        """Run one slow step for an environment; no two at once, and after a failure not at once."""
+        key = task.app.name, task.environment
         failures, until = self.paused.get(key, (0, 0.0))
         if key in self.busy or self.clock.monotonic() < until:
             return
@@ -4232,81 +3993,68 @@ class Controller:
                 self.paused.pop(key, None)
             except InterruptedError:
                 return
-            except (KubectlError, GitError, ConfigError) as lost:
-                warn(
-                    "a worker will try again",
-                    app=app.name,
-                    environment=environment,
-                    detail=str(lost),
-                )
+            except (HookError, OSError) as lost:
+                warn("a worker will try again", detail=str(lost), **task.words)
                 self.paused[key] = failures + 1, self.clock.monotonic() + backoff(failures)
             finally:
                 self.busy.discard(key)
-                self.acted.clear()
+                self.acted.pop(task.run.id, None)
                 self.wake.set()
 
-        self.spawn(f"worker-{app.name}-{environment}", run)
+        self.spawn(f"worker-{task.app.name}-{task.environment}", run)
 
     def deploy(self, task: Task, jobs: Mapping[str, Job]) -> None:
-        """Deploy and write down the outcome if the run ended here."""
-        started = self.clock.monotonic()
-        result = "failed"
+        """Deploy; write down the outcome if the run ended here."""
+        started, result, ended = self.clock.monotonic(), "failed", None
         try:
             self.deployer.deploy(task)
             result = "ok"
         except SupersededError as stopped:
-            result = "superseded"
-            if stopped.reason is Reason.CLAIM_LOST and self.other_holder(task):
-                return
-            back = stopped.reason is Reason.ROLLED_BACK
+            result, back = "superseded", stopped.reason is Reason.ROLLED_BACK
+            service = self.deployer.service(task)
+            if (
+                stopped.reason is Reason.CLAIM_LOST
+                and service
+                and service.claim.get("run") == task.run.id
+            ):
+                return  # another daemon has this very run in hand, and reports it
             outcome = Outcome.ROLLED_BACK if back else Outcome.SUPERSEDED
-            self.finish(jobs, ends(outcome, stopped.reason, stopped.detail, task.environment))
+            ended = ends(outcome, stopped.reason, stopped.detail, task.environment)
         except StageError as failed:
             back = failed.reason is Reason.SICK_AFTER_SWITCH
             outcome = Outcome.SWITCHED_BACK if back else Outcome.FAILED
-            self.finish(jobs, ends(outcome, failed.reason, failed.detail, task.environment))
-            if self.deployer.service(task) is None:
-                self.deployer.collect_garbage(task.app, task.namespace)
+            ended = ends(outcome, failed.reason, failed.detail, task.environment)
         except KubectlError as refused:
-            if refused.kind in ("Unreachable", "Conflict", "Unknown"):
+            service = self.deployer.service(task)
+            live = service is not None and service.run == task.run.id
+            if live or refused.kind in ("Unreachable", "Conflict", "Unknown"):
                 raise
             detail = self.deployer.secrets.mask(clip(refused.stderr))
-            self.finish(jobs, ends(Outcome.FAILED, Reason.CLUSTER_ERROR, detail, task.environment))
-        seconds = self.clock.monotonic() - started
-        self.metrics.stage_seconds.labels(task.app.name, task.environment, result).observe(seconds)
+            ended = ends(Outcome.FAILED, Reason.CLUSTER_ERROR, detail, task.environment)
+        took = self.clock.monotonic() - started
+        self.metrics.stage_seconds.labels(task.app.name, task.environment, result).observe(took)
+        if ended:
+            self.finish(jobs, ended)
+            if self.deployer.service(task) is None:
+                self.deployer.collect_garbage(task)
 
-    def other_holder(self, task: Task) -> bool:
-        """Whether another daemon holds the claim for the very same run, and so reports it."""
-        service = self.deployer.service(task)
-        return bool(
-            service
-            and service.claim.get("run") == task.run.id
-            and service.claim.get("holder") != self.deployer.holder
-        )
-
-    def look_after(self, active: set[str], apps_active: set[str]) -> None:
+    def look_after(self, active: set[str], apps: set[str]) -> None:
         """Start what claims of ended runs leave to do: heal, scale down, drain."""
-        now = self.clock.now()
         for environment, watch in self.services.items():
-            for service in watch.items():
-                app = next((a for a in self.config.apps if a.name == service.name), None)
-                claim = service.claim
-                if not app or not claim or claim.get("run") in active:
-                    if not (app and claim.get("phase") == Phase.DRAINING):
-                        continue
-                since = seconds_of(claim.get("since"))
-                wait = {Phase.DRAINING: app.deploy.drain, "rollback": CLAIM_SECONDS}.get(
-                    str(claim.get("phase")), 0.0
-                )
-                healing = claim.get("phase") in (Phase.PREPARING, Phase.HEALING)
-                if now - since < wait or (healing and app.name in apps_active):
-                    continue
-                namespace = self.config.namespaces[environment]
-                self.start_worker(
-                    app,
-                    environment,
-                    lambda a=app, n=namespace, s=service: self.deployer.tidy(a, n, s),
-                )  # type: ignore[misc]
+            for service in (s for s in watch.items() if s.claim and s.name in self.apps):
+                app, claim = self.apps[service.name], service.claim
+                phase, run = claim.get("phase"), str(claim.get("run"))
+                wait: dict[str, float] = {
+                    Phase.DRAINING: app.deploy.drain,
+                    Phase.ROLLBACK: CLAIM_SECONDS,
+                }
+                due = seconds_of(claim.get("since")) + wait.get(str(phase), 0.0)
+                held = run in active and phase != Phase.DRAINING
+                # a newer run overwrites the idle colour anyway: healing it would be in its way
+                pointless = phase == Phase.PREPARING and app.name in apps
+                if self.clock.now() >= due and not held and not pointless:
+                    task = self.task(app, environment, Run(id=run, app=app.name, ref="", commit=""))
+                    self.start_worker(task, partial(self.deployer.tidy, task))
 
 
 def newest(jobs: Mapping[str, Job]) -> Run:
@@ -4314,25 +4062,10 @@ def newest(jobs: Mapping[str, Job]) -> Run:
     return (jobs.get("test") or next(iter(jobs.values()))).run
 
 
-def run_words(run: Run) -> dict[str, str]:
+def run_words(run: Run) -> dict[str, Any]:
     """Return the log fields of a run."""
-    return {
-        "run": run.id,
-        "app": run.app,
-        "delivery": run.delivery,
-        "ref": run.ref,
-        "commit": run.commit,
-    }
-
-
-@contextmanager
-def suppress_kind(kind: str) -> Iterator[None]:
-    """Let one kind of KubectlError pass."""
-    try:
-        yield
-    except KubectlError as failed:
-        if failed.kind != kind:
-            raise
+    words = ("app", "delivery", "ref", "commit")
+    return {"run": run.id, **{w: getattr(run, w) for w in words}}
 
 
 def reopen(kubectl: Kubectl, config: Config, run: Run) -> bool:
@@ -4341,40 +4074,36 @@ def reopen(kubectl: Kubectl, config: Config, run: Run) -> bool:
     A run under way is left alone. Green Jobs and the digest are reused; a failed Job is deleted, so
     that the next intake makes it anew, and until it is gone the answer is False.
     """
-    jobs = []
-    for stage in ("test", "build"):
-        found = kubectl.get("job", f"{stage}-{run.id}", config.namespaces[stage])
-        jobs += [view_job(found)] if found else []
+    found = [kubectl.get("job", f"{s}-{run.id}", config.namespaces[s]) for s in ("test", "build")]
+    jobs = [view_job(j) for j in found if j]
     for known in jobs:
         if (known.run.ref, known.run.commit) != (run.ref, run.commit):
-            error(
-                "two pushes have the same run id",
-                detail=f"{known.run.ref} {known.run.commit}",
-                **run_words(run),
-            )
+            error("two pushes have the same run id", **run_words(run))
             return True
-    if any(j.deleting for j in jobs):
-        return False
     ended = max((seconds_of(j.notes.get(NOTE_ENDED)) for j in jobs), default=0.0)
+    if not jobs or any(j.deleting for j in jobs):
+        return False
     if not any(j.outcome for j in jobs) or ended > run.received:
-        return bool(jobs)
+        return True
     failed = [j for j in jobs if j.state != "succeeded"]
-    if any(j.stage == "test" for j in failed):
-        failed = jobs
-    for known in failed:
+    lost = jobs if any(j.stage == "test" for j in failed) else failed
+    for known in lost:
         kubectl.delete("job", [known.name], known.namespace)
-    for known in jobs:
-        if known not in failed:
-            cleared: Object = dict.fromkeys((NOTE_OUTCOME, NOTE_REASON, NOTE_DETAIL, NOTE_ENDED))
-            notes = {**cleared, NOTE_RECEIVED: f"{run.received:.3f}", NOTE_DELIVERY: run.delivery}
-            change = {"metadata": {"annotations": notes}, "spec": {"ttlSecondsAfterFinished": None}}
-            kubectl.patch("job", known.name, known.namespace, change)
-    return not any(j.stage == "test" for j in failed)
+    for known in (j for j in jobs if j not in lost):
+        cleared: Object = dict.fromkeys((NOTE_OUTCOME, NOTE_REASON, NOTE_DETAIL, NOTE_ENDED))
+        notes = {**cleared, NOTE_RECEIVED: f"{run.received:.3f}", NOTE_DELIVERY: run.delivery}
+        change = {"metadata": {"annotations": notes}, "spec": {"ttlSecondsAfterFinished": None}}
+        kubectl.patch("job", known.name, known.namespace, change)
+    return len(lost) < len(jobs)
 
 
 # === HTTP =========================================================================================
 
-Answer = tuple[http.HTTPStatus, Object]
+Answer = tuple[int, Object]
+# Seconds for one request to arrive, and for a quiet connection to stay; poll, because select knows
+# no file descriptor above 1023.
+TIMES: Object = {"channel_timeout": 20, "cleanup_interval": 5, "asyncore_use_poll": True}
+SIZES: Object = {"threads": 8, "connection_limit": 1000, "max_request_header_size": 65536}
 
 
 class WebhookApp:
@@ -4385,138 +4114,117 @@ class WebhookApp:
     ) -> None:
         self.config, self.secrets, self.spool, self.controller = config, secrets, spool, controller
         self.metrics, self.clock = controller.metrics, controller.clock
-        self.deliveries = Deliveries()
-        self.stopping = threading.Event()
-        self.routes: dict[str, dict[str, Callable[[WSGIEnvironment], Answer]]] = {
-            "/webhook": {"POST": self.webhook},
-            "/healthz": {"GET": self.healthz},
-            "/readyz": {"GET": self.readyz},
+        self.deliveries, self.stopping = Deliveries(), threading.Event()
+        self.routes: dict[str, tuple[str, Callable[[WSGIEnvironment], Answer]]] = {
+            "/webhook": ("POST", self.webhook),
+            "/healthz": ("GET", self.healthz),
+            "/readyz": ("GET", self.readyz),
         }
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
         """Answer one request; whatever it holds, there is an answer and the process lives."""
         path = environ.get("PATH_INFO", "")
-        route = self.routes.get(path)
-        headers = []
+        method, handler = self.routes.get(path, (environ["REQUEST_METHOD"], nowhere))
+        headers = [("Content-Type", "application/json")]
         try:
-            if route is None:
-                raise DeliveryError(http.HTTPStatus.NOT_FOUND, "NotFound", "no such path")
-            handler = route.get(environ["REQUEST_METHOD"])
-            if handler is None:
-                headers.append(("Allow", ", ".join(route)))
-                raise DeliveryError(
-                    http.HTTPStatus.METHOD_NOT_ALLOWED, "MethodNotAllowed", "see Allow"
-                )
+            if environ["REQUEST_METHOD"] != method:
+                headers.append(("Allow", method))
+                deny(405, "MethodNotAllowed", f"only {method}")
             status, body = handler(environ)
         except DeliveryError as refused:
-            status, body = (
-                refused.status,
-                {"status": "refused", "reason": refused.code, "text": str(refused)},
-            )
+            status = refused.status
+            body = {"status": "refused", "reason": refused.code, "text": str(refused)}
         except Exception:  # noqa: BLE001 - a request ends here; it is logged and counted
             error("request failed", exc=True, path=clip(path, 80))
             self.metrics.errors.labels("request").inc()
-            status, body = http.HTTPStatus.INTERNAL_SERVER_ERROR, {"status": "error"}
+            status, body = 500, {"status": "error"}
         if path == "/webhook":
             self.report(environ, status, body)
         content = json.dumps(body).encode() + b"\n"
-        headers += [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
-        start_response(f"{status.value} {status.phrase}", headers)
+        headers.append(("Content-Length", str(len(content))))
+        start_response(f"{int(status)} {http.HTTPStatus(status).phrase}", headers)
         return [content]
 
-    def report(self, environ: WSGIEnvironment, status: http.HTTPStatus, body: Object) -> None:
+    def report(self, environ: WSGIEnvironment, status: int, body: Object) -> None:
         """Log and count what became of a delivery."""
         result = body.get("reason") or body["status"]
         self.metrics.deliveries.labels(result).inc()
-        delivery = clip(
-            environ.get("HTTP_WEBHOOK_ID") or environ.get("HTTP_IDEMPOTENCY_KEY", ""), 60
-        )
         say = info if status < http.HTTPStatus.BAD_REQUEST else warn
-        say(
-            "delivery",
-            delivery=delivery,
-            status=status.value,
-            result=result,
-            runs=body.get("runs"),
-            text=body.get("text"),
-        )
+        more = {k: body.get(k) for k in ("runs", "text")}
+        say("delivery", delivery=delivery_id(environ), status=status, result=result, **more)
 
     def webhook(self, environ: WSGIEnvironment) -> Answer:
         """Authenticate, understand and store a delivery; in this order, for security."""
-        body = self.body(environ)
-        headers = {
-            k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k.startswith("HTTP_")
-        }
-        mode = self.config.webhook.verify
+        body, mode = self.body(environ), self.config.webhook.verify
         try:
             keys = self.secrets.keys(mode)
         except ConfigError as broken:
             error("secrets cannot be used", detail=str(broken))
-            raise DeliveryError(
-                http.HTTPStatus.SERVICE_UNAVAILABLE, "NoSecrets", "not configured"
-            ) from broken
+            deny(503, "NoSecrets", "not configured")
+        headers = {
+            k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k[:5] == "HTTP_"
+        }
         verify_delivery(mode, keys, headers, body, self.clock.now())
         kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise DeliveryError(
-                http.HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NotJson", "send application/json"
-            )
-        delivery = clip(headers.get("webhook-id") or headers.get("idempotency-key", ""), 100)
-        push = parse_delivery(body, delivery)
-        found = (
-            push if isinstance(push, Ignored) else runs_of_push(self.config, push, self.clock.now())
-        )
+            deny(415, "NotJson", "send application/json")
+        found: Push | Ignored | list[Run] = parse_delivery(body, delivery_id(environ))
+        if isinstance(found, Push):
+            found = runs_of_push(self.config, found, self.clock.now())
         if isinstance(found, Ignored):
-            return http.HTTPStatus.OK, {"status": "ignored", "reason": found.reason}
-        return self.store(found, delivery)
+            return 200, {"status": "ignored", "reason": found.reason}
+        return self.store(found, delivery_id(environ))
 
     def store(self, runs: list[Run], delivery: str) -> Answer:
         """Spool the runs of a delivery unless it is known."""
-        ids = [r.id for r in runs]
+        answer = {"status": "duplicate", "runs": [r.id for r in runs]}
         if delivery and self.deliveries.known(delivery, self.clock.now()):
-            return http.HTTPStatus.OK, {"status": "duplicate", "runs": ids}
+            return 200, answer
         try:
             self.spool.store(runs)
-        except SpoolError as full:
-            raise DeliveryError(
-                http.HTTPStatus.SERVICE_UNAVAILABLE, "SpoolFull", str(full)
-            ) from full
+        except SpoolError as refused:
+            deny(503, "SpoolUnwritable" if refused.__cause__ else "SpoolFull", str(refused))
         self.deliveries.remember(delivery, self.clock.now())
         self.controller.spooled.set()
-        return http.HTTPStatus.ACCEPTED, {"status": "accepted", "runs": ids}
+        return 202, answer | {"status": "accepted"}
 
     def body(self, environ: WSGIEnvironment) -> bytes:
-        """Read a body up to the limit, whatever its declared length; 413 beyond."""
+        """Read the body of declared length; 413 beyond the limit, before anything is read."""
         limit, declared = self.config.webhook.max_body, environ.get("CONTENT_LENGTH") or "0"
-        if not re.fullmatch(r"[0-9]{1,18}", declared):
+        if not re.fullmatch(r"[0-9]{1,18}", declared, re.ASCII):
             bad("Content-Length is not a number")
-        content: bytes = environ["wsgi.input"].read(
-            min(int(declared), limit) + 1 if int(declared) else limit + 1
-        )
-        if int(declared) > limit or len(content) > limit:
-            raise DeliveryError(
-                http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooLarge", f"more than {limit} bytes"
-            )
+        if int(declared) > limit:
+            deny(413, "TooLarge", f"more than {limit} bytes")
+        content: bytes = environ["wsgi.input"].read(int(declared))
         return content
 
     def healthz(self, _: WSGIEnvironment) -> Answer:
         """Whether every thread moves."""
-        late = self.controller.pulses.late()
-        status = http.HTTPStatus.SERVICE_UNAVAILABLE if late else http.HTTPStatus.OK
-        return status, {"status": "stuck" if late else "ok", "late": late}
+        return probe(", ".join(f"{name} is stuck" for name in self.controller.pulses.late()))
 
     def readyz(self, _: WSGIEnvironment) -> Answer:
-        """Whether deliveries can be authenticated and stored; never the cluster's or git's health."""
-        why = "stopping" if self.stopping.is_set() else ""
+        """Whether deliveries can be authenticated and stored; never how cluster or git are."""
         try:
             self.secrets.keys(self.config.webhook.verify)
             self.spool.probe()
-        except ConfigError as broken:
-            why = why or str(broken)
-        except OSError as refused:
-            why = why or f"spool: {refused.strerror}"
-        status = http.HTTPStatus.SERVICE_UNAVAILABLE if why else http.HTTPStatus.OK
-        return status, {"status": why or "ok"}
+        except (ConfigError, OSError) as broken:
+            return probe(str(broken))
+        return probe("stopping" if self.stopping.is_set() else "")
+
+
+def probe(trouble: str) -> Answer:
+    """Return what a probe answers."""
+    return 503 if trouble else 200, {"status": trouble or "ok"}
+
+
+def nowhere(_: WSGIEnvironment) -> Answer:
+    """Answer where there is nothing."""
+    deny(404, "NotFound", "no such path")
+
+
+def delivery_id(environ: WSGIEnvironment) -> str:
+    """Return the id that stays when GitLab sends a delivery again, "" when there is none."""
+    return clip(environ.get("HTTP_WEBHOOK_ID") or environ.get("HTTP_IDEMPOTENCY_KEY", ""), 100)
 
 
 def admin_app(metrics: Metrics) -> WSGIApplication:
@@ -4531,27 +4239,47 @@ def admin_app(metrics: Metrics) -> WSGIApplication:
     return app
 
 
+class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress has no types
+    """A connection whose every request must arrive in time, however steadily it drips."""
+
+    last_activity: float
+
+    def handle_read(self) -> None:
+        """Receive something; of a request only its beginning counts as activity."""
+        under_way, since = self.request is not None, self.last_activity
+        super().handle_read()
+        if under_way and self.request is not None:
+            self.last_activity = since
+
+
 def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
-    """Return a waitress server: bounded threads, time and sizes; slow clients hold no thread."""
-    return waitress.server.create_server(
-        app,
-        listen=listen,
-        threads=8,
-        ident="",
-        max_request_body_size=max_body + 1,
-        max_request_header_size=65536,
-        connection_limit=1000,
-        channel_timeout=20,
-        cleanup_interval=5,
-        asyncore_use_poll=True,
-        clear_untrusted_proxy_headers=True,
-    )
+    """Return a waitress server: bounded threads, time and sizes; slow clients hold no thread.
+
+    Bodies of up to twice the limit reach the application, which says what is wrong with them. The
+    senders of longer ones may see no more than a closed connection.
+    """
+    try:
+        server = waitress.server.create_server(
+            app,
+            listen=listen,
+            ipv4=listen[0] != "[",
+            ipv6=listen[0] == "[",
+            max_request_body_size=2 * max_body + 1,
+            ident="",
+            **TIMES,
+            **SIZES,
+        )
+    except (OSError, ValueError) as refused:
+        raise ConfigError([f"cannot listen on {listen}: {clip(str(refused))}"]) from refused
+    server.channel_class = Channel
+    return server
 
 
 # === commands =====================================================================================
 
 LINGER = 2.0  # seconds in which a stopping daemon still answers, while its endpoint is taken away
 SHUTDOWN_SECONDS = 40.0  # for the threads and the last intake; the grace period allows for it
+REOPEN_TRIES = 60  # half seconds in which a deleted Job must be gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -4560,68 +4288,71 @@ class Tools:
 
     process: Process
     config: Config
-    secrets: Secrets
-    metrics: Metrics
     deployer: Deployer
 
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> Tools:
-        """Read configuration and secrets' place; raises ConfigError with every fault.
+        """Read the configuration; raises ConfigError with every fault.
 
-        Without a configuration file, the daemon's ConfigMap is read from the cluster.
+        Without a file, commands read the daemon's ConfigMap with the caller's own kubeconfig.
         """
-        process = Process.from_environ(environ)
-        metrics, secrets = Metrics(), Secrets(process.secrets)
-        kubectl = Kubectl(metrics)
+        process, metrics = Process.from_environ(environ), Metrics()
         try:
-            document = process.config.read_text()
-        except OSError:
-            try:
-                found = kubectl.get("configmap", MANAGER, ORCHESTRATION) or {"data": {}}
-            except KubectlError as lost:
-                raise ConfigError(
-                    [f"no {process.config}, and no cluster to read it from: {lost}"]
-                ) from lost
-            document = found["data"].get("config.yaml", "")
-        config = load_config(document)
+            document = process.config.read_text("utf-8")
+        except (OSError, ValueError) as wrong:
+            if environ.get("GITOPS_HOOK_CONFIG") or not isinstance(wrong, FileNotFoundError):
+                raise ConfigError([f"{process.config} cannot be read: {wrong}"]) from wrong
+            found = Kubectl(metrics).get("configmap", MANAGER, ORCHESTRATION)
+            if found is None:
+                where = f"no file {process.config}, no ConfigMap {MANAGER} in {ORCHESTRATION}"
+                raise ConfigError([f"{where}: is this the right cluster?"]) from wrong
+            document = (found.get("data") or {}).get("config.yaml", "")
+        config, secrets = load_config(document), Secrets(process.secrets)
         kubectl = Kubectl(metrics, config.limits.kubectl)
         git = Git(secrets.directory / GIT_CREDENTIALS)
-        return cls(
-            process, config, secrets, metrics, Deployer(kubectl, git, secrets, metrics, Clock())
-        )
+        return cls(process, config, Deployer(kubectl, git, secrets, Clock()))
+
+    def app(self, name: str) -> App:
+        """Return the app of that name; raises ConfigError when there is none."""
+        apps = {a.name: a for a in self.config.apps}
+        if name not in apps:
+            raise ConfigError([f"no app {clip(name, 60)!r} is configured, only: {', '.join(apps)}"])
+        return apps[name]
+
+    def jobs(self, selector: str) -> list[Job]:
+        """Return the Jobs of ours that match a selector, tests before builds."""
+        spaces = [self.config.namespaces[s] for s in ("test", "build")]
+        terms = ("-l", f"{LABEL_MANAGED}={MANAGER},{selector}")
+        return [view_job(j) for s in spaces for j in self.deployer.kubectl.list("jobs", s, *terms)]
 
 
-def serve(tools: Tools, *, check: bool) -> int:
-    """Run the daemon until SIGTERM, or with check only say that it could; 0 in both cases."""
-    process, config = tools.process, tools.config
-    setup_logging(tools.secrets.mask)
-    tools.secrets.keys(config.webhook.verify)
-    if check:
-        print(f"configuration is valid: {len(config.apps)} apps")  # noqa: T201 - a command's answer
+def say(text: str) -> None:
+    """Print a command's answer."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def serve(tools: Tools, args: argparse.Namespace) -> int:
+    """Run the daemon until SIGTERM, or with --check only say that it could; 0 in both cases."""
+    process, config, deployer = tools.process, tools.config, tools.deployer
+    setup_logging(deployer.secrets.mask)
+    deployer.secrets.keys(config.webhook.verify)
+    names = [a.name for a in config.apps]
+    if args.check:
+        say(f"the configuration is valid; apps: {', '.join(names) or 'none'}")
         return 0
     spool = Spool(process.spool, config.limits.spool_files)
-    try:
-        spool.prepare()
-    except SpoolError as refused:
-        raise ConfigError([str(refused)]) from refused
-    pulses = Pulses(tools.deployer.clock)
-    controller = Controller(config, tools.deployer, spool, pulses)
-    app = WebhookApp(config, tools.secrets, spool, controller)
+    spool.prepare()
+    controller = Controller(config, deployer, spool)
+    app = WebhookApp(config, deployer.secrets, spool, controller)
     server = make_server(app, process.listen, config.webhook.max_body)
-    admin = make_server(admin_app(tools.metrics), process.admin_listen, 0)
+    admin = make_server(admin_app(deployer.metrics), process.admin_listen, 0)
     stop_on_signals(app.stopping)
     threading.Thread(target=admin.run, name="admin", daemon=True).start()
     controller.start()
-    port, admin_port = server.effective_port, admin.effective_port
-    info(
-        "serving",
-        version=__version__,
-        port=port,
-        admin_port=admin_port,
-        apps=[a.name for a in config.apps],
-    )
+    ports = {"port": server.effective_port, "admin_port": admin.effective_port}
+    info("serving", version=__version__, apps=names, **ports)
     server.run()
-    app.stopping.set()
     controller.shut_down(SHUTDOWN_SECONDS)
     info("stopped", spooled=len(spool))
     return 0
@@ -4633,262 +4364,249 @@ def stop_on_signals(stopping: threading.Event) -> None:
     As process 1 the default would be to ignore SIGTERM. A second signal changes nothing.
     """
 
-    def unready(_signal: int, _frame: Any) -> None:
+    def leave(number_: int, _frame: Any) -> None:
+        if number_ == signal.SIGALRM:
+            raise SystemExit(0)
         if not stopping.is_set():
             stopping.set()
             signal.setitimer(signal.ITIMER_REAL, LINGER)
 
-    def leave(_signal: int, _frame: Any) -> NoReturn:
-        raise SystemExit(0)
-
-    signal.signal(signal.SIGALRM, leave)
-    for number_ in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number_, unready)
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(each, leave)
 
 
 def push(tools: Tools, args: argparse.Namespace) -> int:
-    """Send a signed test delivery, as GitLab would; 0 if it was accepted, a duplicate or ignored."""
-    app = tools.config.app(args.app)
-    ref = args.ref if args.ref.startswith("refs/") else f"refs/heads/{args.ref}"
-    project = {"git_http_url": app.repository, "web_url": app.repository}
-    payload = {
-        "object_kind": "push",
-        "ref": ref,
-        "before": "0" * 40,
-        "after": args.sha,
-        "project": project,
-    }
-    body, message_id = json.dumps(payload).encode(), str(uuid.uuid4())
-    key = tools.secrets.lines(SECRET_OF_MODE[tools.config.webhook.verify])[:1] or [b""]
-    headers = {"Content-Type": "application/json", "X-Gitlab-Event": "Push Hook"}
-    headers |= {"webhook-id": message_id, "Idempotency-Key": message_id}
-    tools.secrets.keys(tools.config.webhook.verify)
-    if tools.config.webhook.verify == "signature":
+    """Send a signed test delivery, as GitLab would; 0 if accepted, a duplicate or ignored."""
+    project = {"git_http_url": tools.app(args.app).repository}
+    ref = f"refs/heads/{args.ref.removeprefix('refs/heads/')}"
+    payload = {"object_kind": "push", "ref": ref, "after": args.sha, "project": project}
+    body, delivery = json.dumps(payload).encode(), str(uuid.uuid4())
+    headers = {"Content-Type": "application/json", "webhook-id": delivery}
+    mode, secrets = tools.config.webhook.verify, tools.deployer.secrets
+    secrets.keys(mode)
+    key = secrets.lines(SECRET_OF_MODE[mode])[0]
+    if mode == "signature":
         stamp = int(tools.deployer.clock.now())
-        headers |= {
-            "webhook-timestamp": str(stamp),
-            "webhook-signature": sign(key[0], message_id, stamp, body),
-        }
+        headers["webhook-timestamp"] = str(stamp)
+        headers["webhook-signature"] = sign(key, delivery, stamp, body)
     else:
-        token = key[0] if tools.config.webhook.verify == "token" else hex_hmac(key[0], body)
+        token = key if mode == "token" else hex_hmac(key, body)
         headers["X-Gitlab-Token"] = token.decode("latin-1")
     try:
-        answer = requests.post(
-            args.url, data=body, headers=headers, timeout=10, allow_redirects=False
-        )
+        answer = requests.post(args.url, body, headers=headers, timeout=10, allow_redirects=False)
     except requests.RequestException as failed:
-        print(f"no answer from {args.url}: {type(failed).__name__}", file=sys.stderr)  # noqa: T201 - a command's answer
-        return 1
-    print(f"{answer.status_code} {clip(answer.text)}")  # noqa: T201 - a command's answer
-    return 0 if answer.status_code in (200, 202) else 1
+        raise HookError(f"no answer from {args.url}: {clip(str(failed))}") from failed
+    say(f"{answer.status_code} {clip(answer.text, 2000)}")
+    return 0 if answer.status_code in (http.HTTPStatus.OK, http.HTTPStatus.ACCEPTED) else 1
 
 
 def status(tools: Tools, args: argparse.Namespace) -> int:
     """Print what is live where, what it could go back to, and the runs the cluster knows."""
-    apps = [tools.config.app(args.app)] if args.app else list(tools.config.apps)
-    kubectl, spaces = tools.deployer.kubectl, tools.config.namespaces
-    runs = []
-    for space in (spaces["test"], spaces["build"]):
-        runs += [
-            view_job(j) for j in kubectl.list("jobs", space, "-l", f"{LABEL_MANAGED}={MANAGER}")
-        ]
-    report = {
-        "apps": [
-            app_status(tools.deployer, a, {e: spaces[e] for e in a.deploy.environments})
-            for a in apps
-        ],
-        "runs": run_status(runs, {a.name for a in apps}),
-    }
+    apps = [tools.app(args.app)] if args.app else list(tools.config.apps)
+    environments = {a.name: environment_status(tools, a) for a in apps}
+    runs = run_status(tools, [a.name for a in apps])
     if args.output == "json":
-        print(json.dumps(report, indent=2))  # noqa: T201 - a command's answer
+        listed = [{"name": n, "environments": e} for n, e in environments.items()]
+        say(json.dumps({"apps": listed, "runs": runs}, indent=2))
         return 0
-    for app in report["apps"]:
-        for name, e in app["environments"].items():
-            ready = "rollback ready" if e["rollback_ready"] else "no rollback ready"
-            doing = f", {e['deploying']['phase']} {e['deploying']['run']}" if e["deploying"] else ""
-            print(f"{app['name']} {name}: {e['run'] or 'nothing'} {e['colour']} ({ready}{doing})")  # noqa: T201 - a command's answer
-    for r in report["runs"]:
-        print(
-            f"{r['run']}: {r['stage']} {r['outcome'] or r['state']} {r['reason']} {clip(r['detail'], 120)}".rstrip()
-        )  # noqa: T201 - a command's answer
+    rows = [("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UNDER WAY")]
+    for name, found in environments.items():
+        for environment, e in found.items():
+            before, claim = e["previous"], e["deploying"] or {}
+            how = "at once" if e["rollback_ready"] else "by a rollout" if before else "impossible"
+            under_way = f"{claim['phase']} {claim['run']}" if claim else ""
+            old = before.get("run") or ("adopted" if before else "")
+            rows.append((name, environment, e["run"], e["colour"], old, how, under_way))
+    say(columns(rows))
+    keys = ("run", "ref", "stage", "state", "outcome", "reason", "detail")
+    if runs:
+        cells = [[clip(r[k].removeprefix("refs/heads/"), 100) for k in keys] for r in runs]
+        say(f"\n{columns([[k.upper() for k in keys], *cells])}")
     return 0
 
 
-def app_status(deployer: Deployer, app: App, spaces: Mapping[str, str]) -> Object:
-    """Return what is live of an app in each of its environments."""
-    environments = {}
-    for name, namespace in spaces.items():
-        found = deployer.kubectl.get("service", app.name, namespace)
-        service = view_service(found) if found else None
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of texts as lines in which the columns stand under each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pairs = [zip([cell or "-" for cell in row], widths, strict=True) for row in rows]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in p).rstrip() for p in pairs)
+
+
+def environment_status(tools: Tools, app: App) -> dict[str, Object]:
+    """Return what is live of an app in each of its environments, and what it could go back to."""
+    found = {}
+    for name in app.deploy.environments:
+        namespace = tools.config.namespaces[name]
+        listed = tools.deployer.kubectl.get("service", app.name, namespace)
+        service = view_service(listed) if listed else None
         live, target = (service.live, service.target()) if service else ({}, {})
-        ready = deployer.ready_pods(namespace, target["selector"]) > 0 if target else False
-        environments[name] = {
-            "colour": live.get("colour", ""),
-            "run": live.get("run", ""),
-            "commit": live.get("commit", ""),
-            "image": live.get("image", ""),
-            "previous": {k: target.get(k, "") for k in ("run", "commit", "colour")}
-            if target
-            else {},
-            "rollback_ready": ready,
-            "deploying": (service.claim if service else None) or None,
-            "bake_until": service.note(NOTE_BAKE, 0.0) if service else 0.0,
-        }
-    return {"name": app.name, "environments": environments}
+        state = {k: live.get(k, "") for k in ("colour", "run", "commit", "image")}
+        state["previous"] = {k: target.get(k, "") for k in state} if target else {}
+        ready = bool(target) and tools.deployer.ready_pods(namespace, target["selector"]) > 0
+        state |= {"rollback_ready": ready, "deploying": (service.claim if service else {}) or None}
+        state["bake_until"] = (service.note(NOTE_BAKE, 0.0) if service else 0.0) or None
+        found[name] = state
+    return found
 
 
-def run_status(jobs: Iterable[Job], apps: set[str]) -> list[Object]:
-    """Return the runs that Jobs tell of, newest first."""
-    last: dict[str, Job] = {}
-    for found in jobs:
-        if found.run.app in apps and (found.stage == "build" or found.run.id not in last):
-            last[found.run.id] = found
-    return [
-        {
-            "run": j.run.id, "app": j.run.app, "ref": j.run.ref, "commit": j.run.commit, "stage": j.stage,
-            "state": "ended" if j.outcome else j.state, "outcome": j.outcome,
-            "reason": j.notes.get(NOTE_REASON, ""), "detail": j.notes.get(NOTE_DETAIL, ""),
-        }
-        for j in sorted(last.values(), key=lambda j: -j.run.received)
-    ]  # fmt: skip
+def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
+    """Return the runs that Jobs tell of, and where those are gone the last of each branch."""
+    keys = ("run", "app", "ref", "commit", "stage", "state", "outcome", "reason", "detail")
+    runs: dict[str, tuple[float, Object]] = {}
+    for app in apps:
+        seen, _ = Ledger(tools.deployer.kubectl, tools.deployer.clock).read(app)
+        for e in (e for e in seen.values() if e.get("outcome") not in (None, "baseline")):
+            told = {**dict.fromkeys(keys, ""), **e, "app": app, "state": "ended"}
+            runs[e["run"]] = seconds_of(e.get("at")), {k: told[k] for k in keys}
+    for job in tools.jobs(f"{LABEL_APP} in ({','.join(apps)})") if apps else ():
+        run, notes = job.run, [job.notes.get(n, "") for n in (NOTE_REASON, NOTE_DETAIL)]
+        state = "ended" if job.outcome else job.state
+        values = (run.id, run.app, run.ref, run.commit, job.stage, state, job.outcome, *notes)
+        runs[run.id] = run.received, dict(zip(keys, values, strict=True))
+    return [told for _, told in sorted(runs.values(), key=lambda r: -r[0])]
 
 
 def rollback(tools: Tools, args: argparse.Namespace) -> int:
     """Switch an environment back to a proven version, and reject the commit that is left."""
-    app = tools.config.app(args.app)
-    environment = args.environment or (app.deploy.environments or ("",))[-1]
-    if environment not in app.deploy.environments:
-        raise RefusedError(f"{app.name} is not deployed to {environment!r}")
+    app, deployer = tools.app(args.app), tools.deployer
+    names = app.deploy.environments
+    environment = args.environment or (names or ("",))[-1]
+    if environment not in names:
+        known = ", ".join(names) or "nothing"
+        raise ConfigError([f"{app.name} is not deployed to {environment!r}, only to: {known}"])
     namespace = tools.config.namespaces[environment]
-    done = tools.deployer.rollback(app, environment, namespace, args.to, args.reason)
-    left, target = done["left"], done["target"]
-    if left.get("commit"):
-        ledger = Ledger(tools.deployer.kubectl, tools.deployer.clock)
-        ledger.write(
-            app.name,
-            ledger.rejection(app.name, left["commit"], clip(args.reason) or Reason.ROLLED_BACK),
-        )
+    nobody = Run(id="", app=app.name, ref="", commit="")
+    task = Task(app=app, environment=environment, namespace=namespace, run=nobody)
+    left, target = deployer.rollback(task, args.to, clip(args.reason))
     what = f"{target.get('run') or 'what was there before'} ({target.get('colour') or 'adopted'})"
-    print(
-        f"{app.name} {environment}: back on {what}; {left.get('run') or 'what was live'} is rejected"
-    )  # noqa: T201 - a command's answer
+    say(f"{app.name} {environment}: back on {what}")
+    if commit := left.get("commit"):
+        ledger = Ledger(deployer.kubectl, deployer.clock)
+        reason = clip(args.reason) or Reason.ROLLED_BACK
+        ledger.write(app.name, ledger.rejection(app.name, commit, reason))
+        say(f"{left['run']} is rejected until `rerun {left['run']}`")
     return 0
 
 
 def rerun(tools: Tools, args: argparse.Namespace) -> int:
-    """Let a run go again that has ended, rejected or not; refused if it is not its branch's head."""
-    kubectl, clock = tools.deployer.kubectl, tools.deployer.clock
-    for app in tools.config.apps:
-        ledger = Ledger(kubectl, clock)
-        refs, rejected = ledger.read(app.name)
-        entry = next((e for e in refs.values() if e.get("run") == args.run), None)
-        if entry is None:
-            continue
-        if tools.deployer.git.heads(app.repository).get(entry["ref"]) != entry["commit"]:
-            raise RefusedError(f"{args.run} is not the head of {entry['ref']}")
-        run = Run(
-            id=args.run, app=app.name, ref=entry["ref"], commit=entry["commit"],
-            delivery="rerun", received=clock.now(),
-        )  # fmt: skip
-        if entry["commit"] in rejected:
-            ledger.write(app.name, {f"rejected-{entry['commit']}": None})
-        for _ in range(60):
-            refused = kubectl.create_each(
-                [test_job(tools.config, app, run)], tools.config.namespaces["test"]
-            )
-            if not refused or reopen(kubectl, tools.config, run):
-                ledger.write(app.name, ledger.seen(run, None))
-                print(f"{args.run} goes again")  # noqa: T201 - a command's answer
-                return 0
-            clock.sleep(0.5)
-        return 1
-    raise RefusedError(f"no run {clip(args.run, 60)!r} is the last seen of any branch")
+    """Let a run that has ended go again, rejected or not; only a branch's head can."""
+    deployer, app = tools.deployer, tools.app(args.run.rsplit("-", 2)[0])
+    for ref, commit in deployer.git.heads(app.repository).items():
+        if run_id(app.name, ref, commit) == args.run:
+            break
+    else:
+        text = f"{clip(args.run, 60)} is not the head of a branch, and only a head can go again"
+        raise RefusedError(text)
+    now = deployer.clock.now()
+    run = Run(id=args.run, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
+    jobs = tools.jobs(f"{LABEL_RUN}={run.id}")
+    if jobs and not any(j.outcome or j.deleting for j in jobs):
+        say(f"{run.id} is under way already")
+        return 0
+    ledger, namespace = Ledger(deployer.kubectl, deployer.clock), tools.config.namespaces["test"]
+    ledger.write(app.name, {f"rejected-{run.commit}": None, **ledger.seen(run, None)})
+    for _ in range(REOPEN_TRIES):
+        job = test_job(tools.config, app, run)
+        refused = deployer.kubectl.create_each([job], namespace).get(f"test-{run.id}", "")
+        if refused and "(AlreadyExists)" not in refused:
+            raise StageError(Reason.JOB_REFUSED, clip(refused))
+        if not refused or reopen(deployer.kubectl, tools.config, run):
+            say(f"{run.id} goes again; `status {app.name}` tells how far it is")
+            return 0
+        deployer.stop.wait(0.5)
+    raise HookError(f"the old Jobs of {run.id} are still being deleted; try again in a minute")
+
+
+def pod_variables(environ: Mapping[str, str], *names: str) -> list[str]:
+    """Return what a Job's manifest sets; raises ConfigError outside of such a pod."""
+    if missing := [n for n in names if n not in environ]:
+        raise ConfigError([f"this runs inside Job pods, where {', '.join(missing)} would be set"])
+    return [environ[n] for n in names]
 
 
 def clone(environ: Mapping[str, str]) -> int:
-    """Inside a Job pod: check out the pushed commit; the reason of a failure is left for the hook."""
-    git = Git(Path(environ["CREDENTIALS_FILE"]))
-    for attempt in range(3):
-        target = Path(environ["CLONE_DIRECTORY"])
+    """Inside a Job pod: check out the pushed commit; why it failed is left for the hook."""
+    names = ("CLONE_URL", "CLONE_COMMIT", "CLONE_DIRECTORY", "CREDENTIALS_FILE", "TERMINATION_LOG")
+    url, commit, directory, credentials, log = pod_variables(environ, *names)
+    git, target = Git(Path(credentials)), Path(directory)
+    for attempt in (1, 2, 3):
         try:
-            git.checkout(environ["CLONE_URL"], environ["CLONE_COMMIT"], target, symlinks=True)
-            (target.parent / "results").mkdir(exist_ok=True)
-            return 0
+            git.checkout(url, commit, target, symlinks=True)
         except GitError as failed:
             text = Secrets(git.credentials.parent).mask(str(failed))
-            print(text, file=sys.stderr)  # noqa: T201 - a container's log
-            Path(environ["TERMINATION_LOG"]).write_text(text)
+            say(text)
+            Path(log).write_text(text)
             shutil.rmtree(target, ignore_errors=True)
             time.sleep(attempt)
+        else:
+            (target.parent / "results").mkdir(exist_ok=True)
+            return 0
     return 1
 
 
 def collect(environ: Mapping[str, str]) -> int:
     """Inside a test pod: wait until the tests have ended, then leave a summary of their report."""
+    report, log = pod_variables(environ, "JUNIT_XML", "TERMINATION_LOG")
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     ended.wait()
-    Path(environ["TERMINATION_LOG"]).write_text(junit_summary(Path(environ["JUNIT_XML"])))
+    Path(log).write_text(junit_summary(Path(report)))
     return 0
 
 
 # === main =========================================================================================
 
+COMMANDS = {"serve": serve, "push": push, "status": status, "rollback": rollback, "rerun": rerun}
+JOB_COMMANDS = {"clone": clone, "collect": collect}
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    root = argparse.ArgumentParser(prog="gitops-hook", description="push to deploy, blue-green")
+    root = argparse.ArgumentParser(prog="gitops-hook", description="from a push to a deployment")
     root.add_argument("--version", action="version", version=__version__)
-    commands = root.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("serve", help="run the daemon")
-    one.add_argument(
-        "--check", action="store_true", help="check configuration and secrets, then stop"
-    )
-    one = commands.add_parser("push", help="send a signed test delivery")
-    one.add_argument("--app", required=True)
-    one.add_argument("--ref", required=True)
-    one.add_argument("--sha", required=True)
+    add = root.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
+    one = add("serve", help="run the daemon")
+    one.add_argument("--check", action="store_true", help="check configuration and secrets only")
+    one = add("push", help="send a signed test delivery")
+    for name in ("--app", "--ref", "--sha"):
+        one.add_argument(name, required=True)
     one.add_argument("--url", default="http://127.0.0.1:8080/webhook")
-    one = commands.add_parser("status", help="what is live, and the runs")
+    one = add("status", help="what is live where, and the runs")
     one.add_argument("app", nargs="?", default="")
     one.add_argument("--output", choices=("text", "json"), default="text")
-    one = commands.add_parser("rollback", help="switch back to a proven version")
+    one = add("rollback", help="switch back to a proven version")
     one.add_argument("app")
-    one.add_argument("--environment", default="")
-    one.add_argument("--to", type=int, default=1, help="how many proven versions back")
+    one.add_argument("--environment", default="", help="the app's last one if not given")
+    one.add_argument("--to", type=int, default=1, metavar="N", help="so many proven versions back")
     one.add_argument("--reason", default="")
-    commands.add_parser("rerun", help="let a run go again").add_argument("run")
-    commands.add_parser("clone", help="inside a Job pod: check out the commit")
-    commands.add_parser("collect", help="inside a test pod: summarise the report")
+    add("rerun", help="let a run that has ended go again").add_argument("run")
+    add("clone", help="inside a Job pod: check out the commit")
+    add("collect", help="inside a test pod: summarise the report")
     return root
 
 
+def exit_status(failed: HookError) -> int:
+    """Return 1 tried and failed, 2 usage, configuration, no kubectl or no cluster, or 3 refused."""
+    kind = failed.kind if isinstance(failed, KubectlError) else ""
+    if isinstance(failed, ConfigError | SpoolError) or kind == "Unreachable":
+        return 2
+    return 3 if isinstance(failed, RefusedError | SupersededError) or kind == "Conflict" else 1
+
+
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run one command; return its exit status: 0 done, 1 failed, 2 usage or surroundings, 3 refused."""
+    """Run one command and return its exit status; what went wrong is said on stderr."""
     args = parser().parse_args(argv)
-    if args.command in ("clone", "collect"):
-        return {"clone": clone, "collect": collect}[args.command](environ)
     try:
-        tools = Tools.load(environ)
-        if args.command == "serve":
-            return serve(tools, check=args.check)
-        return {"push": push, "status": status, "rollback": rollback, "rerun": rerun}[args.command](
-            tools, args
-        )
-    except ConfigError as wrong:
-        code, lines = 2, list(wrong.faults)
-    except RefusedError as refused:
-        code, lines = 3, [str(refused)]
-    except KubectlError as failed:
-        code, lines = (
-            2 if failed.kind == "Unreachable" else 3 if failed.kind == "Conflict" else 1,
-            [str(failed)],
-        )
+        if args.command in JOB_COMMANDS:
+            return JOB_COMMANDS[args.command](environ)
+        return COMMANDS[args.command](Tools.load(environ), args)
     except HookError as failed:
-        code, lines = 1, [str(failed)]
-    for line in lines:
-        print(f"gitops-hook: {line}", file=sys.stderr)  # noqa: T201 - a command's answer
-    return code
+        lines = failed.faults if isinstance(failed, ConfigError) else (str(failed),)
+        sys.stderr.writelines(f"gitops-hook: {line}\n" for line in lines)
+        return exit_status(failed)
+    except KeyboardInterrupt:
+        sys.stderr.write("gitops-hook: interrupted; `status` shows how things stand\n")
+        return 1
 
 
 if __name__ == "__main__":
