@@ -237,14 +237,18 @@ class DeliveryError(HookError):
         self.status, self.code = status, code
 
 
+KUBECTL_LOG = re.compile(r"(?m)^[EFIW][0-9]{4} .*$")  # its library's, before its own words
+
+
 class ProcessError(HookError):
     """A program failed; with code None it was ended by its time limit, its effect unknown."""
 
     def __init__(
         self, argv: Sequence[str], code: int | None, stderr: str, stdout: str = ""
     ) -> None:
-        text = stderr if code is not None else f"no answer in time; {stderr}"
-        super().__init__(f"{Path(argv[0]).name} {clip(' '.join(argv[1:4]), 80)}: {clip(text)}")
+        text = clip(KUBECTL_LOG.sub("", stderr)) or f"exit status {code}"
+        late = "no answer in time; " if code is None else ""
+        super().__init__(f"{Path(argv[0]).name} {clip(' '.join(argv[1:4]), 80)}: {late}{text}")
         self.code, self.stderr, self.stdout = code, stderr, stdout
 
 
@@ -257,7 +261,7 @@ UNREACHABLE = re.compile(
     r"|Client\.Timeout exceeded|context deadline exceeded|was refused - did you specify"
     r"|no such host|unexpected EOF|EOF$|http2: |server is currently unable|etcdserver"
     r"|no configuration has been provided|Unauthorized|the server has received too many requests"
-    r"|context .* does not exist"
+    r"|context .* does not exist|Error in configuration"
 )
 OVERLOADED = ("InternalError", "ServiceUnavailable", "Timeout", "TooManyRequests")
 
@@ -325,13 +329,13 @@ def number(low: int, high: int) -> Parser:
     return parse
 
 
-def amount(units: Mapping[str, float], what: str, low: float = 1) -> Parser:
-    """Return a parser for a whole number with a unit; the result is at least low."""
+def amount(units: Mapping[str, float], what: str, low: float, high: float = 1e9) -> Parser:
+    """Return a parser for a whole number with a unit, within bounds."""
 
     def parse(value: Any) -> float:
         found = re.fullmatch(r"([0-9]{1,5})([a-zA-Z]+)", value) if isinstance(value, str) else None
         result = int(found[1]) * units.get(found[2], -1) if found else -1
-        if result >= low:
+        if low <= result <= high:
             return result
         raise ValueError(f"is not {what}")
 
@@ -360,6 +364,11 @@ def mapping(parse_key: Parser, parse: Parser) -> Parser:
     return parse_all
 
 
+def unless(word: str, meaning: Any, parse: Parser) -> Parser:
+    """Return a parser in which one word has a meaning of its own."""
+    return lambda value: meaning if value == word else parse(value)
+
+
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 TEXT = matching(r"(?s)(?=.*\S)[^\x00]+", "a text", 10_000)
 NAME = matching(DNS_LABEL.pattern, "a DNS label of at most 30 characters", 30)
@@ -372,7 +381,7 @@ REPOSITORY = matching(
 )
 IMAGE_NAME = matching(IMAGE.pattern, "an image reference", 400)
 TARGET_NAME = matching(f"({IMAGE.pattern})?", "an image reference", 400)
-REPLICAS = number(0, 1000)
+RETAINED = unless("full", None, number(0, 1000))
 MODE = matching("signature|token|hmac", "signature, token or hmac")
 PART = matching("requests|limits", "a map of requests and limits")
 QUANTITY = matching(
@@ -382,9 +391,9 @@ QUANTITY = matching(
 Texts = Annotated[tuple[str, ...], listing(TEXT)]
 Resources = Annotated[Object, mapping(PART, mapping(TEXT, lambda v: QUANTITY(str(v))))]
 Count = Annotated[int, number(1, 1000)]
-Seconds = Annotated[float, amount(UNITS, "a duration (e.g. 90s, 15m, 2h)")]
+Seconds = Annotated[float, amount(UNITS, "a duration (e.g. 90s, 15m, 2h)", 1)]
 Pause = Annotated[float, amount(UNITS, "a duration (e.g. 0s, 90s, 15m)", 0)]
-Bytes = Annotated[int, amount({"KiB": 2**10, "MiB": 2**20}, "a size (e.g. 512KiB, 5MiB)")]
+Bytes = Annotated[int, amount({"KiB": 2**10, "MiB": 2**20}, "a size up to 64MiB", 1, 2**26)]
 
 TESTS = "pip install -r requirements.txt && python -m pytest tests/ -v --junitxml=$JUNIT_XML"
 TEST_POD = "{requests: {cpu: 250m, memory: 256Mi}, limits: {cpu: 500m, memory: 512Mi}}"
@@ -436,9 +445,7 @@ class DeploySettings:
     rollout_timeout: Annotated[Seconds, "300s", "at least; 20 s a replica if that is more"]
     bake: Annotated[Pause, "60s", "sickness so long after the switch takes the traffic back"]
     drain: Annotated[Pause, "60s", "until the old colour is restarted or scaled down"]
-    retain: Annotated[
-        int | None, lambda v: None if v == "full" else REPLICAS(v), "full", "or a number: replicas"
-    ]
+    retain: Annotated[int | None, RETAINED, "full", "or how many replicas of the old colour stay"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -581,7 +588,9 @@ def load_config(document: str) -> Config:
         raise ConfigError([f"configuration: not YAML: {clip(str(wrong))}"]) from wrong
     faults: list[str] = []
     config: Config = load_section(Config, data, "", faults)
-    if faults := [*faults, *cross_faults(config)]:
+    told = {fault.partition(":")[0] for fault in faults}
+    faults += [f for f in cross_faults(config) if f.partition(":")[0] not in told]
+    if faults:
         raise ConfigError(faults)
     return config
 
@@ -675,7 +684,8 @@ class Secrets:
         """Return a text, or all texts within a value, without what is or looks like a secret."""
         known = {x.decode("utf-8", "replace") for f in SECRET_FILES for x in self.lines(f)}
         users = [u for k in known for u in re.findall(r"://([^/\s@]+)@", k)]
-        known |= {unquote(u.rpartition(":")[2]) for u in users}
+        words = {u.rpartition(":")[2] for u in users}
+        known |= words | {unquote(w) for w in words}
         long = sorted((k for k in known if len(k) >= SHORTEST_MASKED), key=len, reverse=True)
         masked: T = without(value, long)
         return masked
@@ -723,8 +733,8 @@ class JsonFormatter(logging.Formatter):
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: Object = {"ts": f"{stamp}.{int(record.msecs):03d}Z"}
         line |= {"level": record.levelname.lower(), "msg": record.getMessage()}
-        line |= {k: given[k] for k in LOG_FIRST if given.get(k)}
-        line |= {k: v for k, v in given.items() if k not in line and v is not None}
+        told = [k for k in (*LOG_FIRST, *given) if k not in line and given.get(k) not in (None, "")]
+        line |= {k: given[k] for k in told}
         if record.exc_info:
             line["exc"] = "".join(traceback.format_exception(*record.exc_info))[-4000:]
         return json.dumps(self.mask(line))
@@ -1999,7 +2009,7 @@ NODE_LOST = (
 )  # exit reasons that tell nothing about the program
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Container:
     """What a pod's status says about one container, in its current or last life."""
 
@@ -2015,7 +2025,7 @@ class Container:
     ended: float  # seconds since the epoch
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Pod:
     """What matters of a pod."""
 
@@ -2037,7 +2047,7 @@ class Pod:
         return next((c for c in self.containers if c.name == name), None)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """What matters of a Job of ours."""
 
@@ -2056,7 +2066,7 @@ class Job:
     finished: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Service:
     """The live Service of an app, with what our annotations on it say as far as it can be read."""
 
@@ -2116,11 +2126,6 @@ def read_note(found: Object, key: str, empty: Any) -> Any:
     return empty
 
 
-def interned(texts: Mapping[str, str] | None) -> dict[str, str]:
-    """Return labels as strings that a thousand objects share."""
-    return {sys.intern(k): sys.intern(v) for k, v in (texts or {}).items()}
-
-
 def view_job(found: Object) -> Job:
     """Reduce a Job to what matters."""
     meta, status = found["metadata"], found.get("status") or {}
@@ -2130,8 +2135,8 @@ def view_job(found: Object) -> Job:
     return Job(
         name=meta["name"],
         version=int(meta["resourceVersion"]),
-        namespace=sys.intern(meta["namespace"]),
-        stage=interned(meta.get("labels")).get(LABEL_STAGE, ""),
+        namespace=meta["namespace"],
+        stage=(meta.get("labels") or {}).get(LABEL_STAGE, ""),
         run=run_of_job(found),
         notes=notes,
         outcome=notes.get(NOTE_OUTCOME, ""),
@@ -2147,21 +2152,14 @@ def view_job(found: Object) -> Job:
 def view_container(entry: Object, kind: str) -> Container:
     """Reduce an entry of a pod's container statuses to what matters."""
     state, last = entry.get("state") or {}, entry.get("lastState") or {}
-    waiting = state.get("waiting") or {}
+    waiting, running = state.get("waiting") or {}, "running" in state
     ended = state.get("terminated") or last.get("terminated") or {}
     ended = {} if ended.get("reason") in NODE_LOST else ended
-    return Container(
-        name=sys.intern(entry["name"]),
-        kind=kind,
-        ready=bool(entry.get("ready")),
-        running="running" in state,
-        waiting=sys.intern(waiting.get("reason", "")),
-        text=waiting.get("message") or ended.get("message") or "",
-        exits=(entry.get("restartCount") or 0) + (bool(ended) and "running" not in state),
-        exit_code=ended.get("exitCode"),
-        exit_reason=sys.intern(ended.get("reason", "")),
-        ended=epoch(ended.get("finishedAt")),
-    )
+    exits = (entry.get("restartCount") or 0) + (bool(ended) and not running)
+    text = waiting.get("message") or ended.get("message") or ""
+    code, why, when = ended.get("exitCode"), ended.get("reason", ""), epoch(ended.get("finishedAt"))
+    name, ready, waits_for = entry["name"], bool(entry.get("ready")), waiting.get("reason", "")
+    return Container(name, kind, ready, running, waits_for, text, exits, code, why, when)
 
 
 def view_pod(found: Object) -> Pod:
@@ -2171,24 +2169,26 @@ def view_pod(found: Object) -> Pod:
     scheduled, ready = conditions.get("PodScheduled", {}), conditions.get("Ready", {})
     is_ready, started = ready.get("status") == "True", epoch(status.get("startTime"))
     lost = status.get("reason") == "Evicted" or true_condition(status, "DisruptionTarget")
-    deleting, labels = "deletionTimestamp" in meta, interned(meta.get("labels"))
+    deleting, labels = "deletionTimestamp" in meta, meta.get("labels") or {}
     always = [c["name"] for c in spec.get("initContainers") or [] if "restartPolicy" in c]
-    inits, apps = (status.get(f"{k}tatuses") or [] for k in ("initContainerS", "containerS"))
-    containers = [view_container(e, "sidecar" if e["name"] in always else "init") for e in inits]
+    inits, apps = status.get("initContainerStatuses"), status.get("containerStatuses")
+    containers = [view_container(e, "init") for e in inits or []]
+    containers = [replace(c, kind="sidecar") if c.name in always else c for c in containers]
+    containers += [view_container(e, "app") for e in apps or []]
     return Pod(
         name=meta["name"],
         version=int(meta["resourceVersion"]),
         run=labels.get(LABEL_RUN, ""),
         job=labels.get("batch.kubernetes.io/job-name", ""),
-        labels=labels,
+        labels={sys.intern(k): sys.intern(v) for k, v in labels.items()},
         ready=is_ready and not deleting,
         # a condition that was never True is as old as the pod's start
         seen_ready=is_ready or epoch(ready.get("lastTransitionTime")) > started + 1,
         leaving=deleting or bool(lost),
         created=epoch(meta.get("creationTimestamp")),
         started=started,
-        unschedulable=scheduled.get("reason") == "Unschedulable" and scheduled["message"] or "",
-        containers=(*containers, *(view_container(e, "app") for e in apps)),
+        unschedulable=scheduled["message"] if scheduled.get("reason") == "Unschedulable" else "",
+        containers=tuple(containers),
     )
 
 
@@ -2198,18 +2198,13 @@ def view_service(found: Object) -> Service:
         found["metadata"],
         ("name", "namespace", "resourceVersion", "labels", "annotations"),
     )
-    selector = dict(found["spec"].get("selector") or {})
+    small = {"metadata": {k: meta[k] for k in kept if k in meta}, "spec": found["spec"]}
+    selector, claim = found["spec"].get("selector") or {}, read_note(found, NOTE_CLAIM, {})
     history = [e for e in read_note(found, NOTE_HISTORY, []) if isinstance(e, dict)]
     history = [e for e in history if isinstance(e.get("selector"), dict)]
-    return Service(
-        name=meta["name"],
-        version=int(meta["resourceVersion"]),
-        found={"metadata": {k: meta[k] for k in kept if k in meta}, "spec": found["spec"]},
-        selector=selector,
-        claim=read_note(found, NOTE_CLAIM, {}),
-        history=history,
-        live=next((e for e in history if e["selector"] == selector), {}),
-    )
+    live = next((e for e in history if e["selector"] == selector), {})
+    name, version = meta["name"], int(meta["resourceVersion"])
+    return Service(name, version, small, selector, claim, history, live)
 
 
 def decode_stream(chunks: Iterable[bytes]) -> Iterator[Object]:
@@ -2252,9 +2247,10 @@ class Watch(Generic[V]):
         selector: str,
     ) -> None:
         self.kubectl, self.resource, self.namespace = kubectl, resource, namespace
-        self.view, self.query = view, ("get", resource, "-l", selector, "-o")
+        self.query = ("get", resource, "-l", selector, "-o")
         self.changed, self.synced, self.stopped = (threading.Event() for _ in range(3))
         self.trouble, self._lock = "", threading.Lock()
+        self._view: Callable[[Object], V] = view
         self._items: dict[str, V] = {}
         self._gone: list[V] = []
         self._process: subprocess.Popen[bytes] | None = None
@@ -2335,7 +2331,7 @@ class Watch(Generic[V]):
         """Let an event change the mirror; return the name of its object."""
         if event["type"] not in ("ADDED", "MODIFIED", "DELETED"):
             return ""
-        seen = self.view(event["object"])
+        seen = self._view(event["object"])
         with self._lock:
             known = self._items.get(seen.name)
             if known and known.version > seen.version:
@@ -2376,25 +2372,28 @@ def backoff(failures: int) -> float:
 
 
 # === decide =======================================================================================
-# Pure: observed state in, what to do next out. Nothing here calls a program, a clock or the network.
+# Pure: observed state in, what to do next out. Nothing here starts a program or asks for the time.
 
 LAG = 10.0  # seconds that the pods' watch may be behind the Jobs'
+CRASHES = 3  # doom also what nobody has watched recur
 NEVER = float("inf")
-PULL_REASONS = frozenset(
-    {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "InspectFailed"}
-    | {"RegistryUnavailable", "ImageInspectError", "SignatureValidationFailed"}
-)
+PULL = re.compile("ErrImage.*|ImagePullBackOff|ImageInspectError|InvalidImageName|Registry.*")
 HOPELESS_PULL = re.compile(
     r"not found|manifest unknown|denied|unauthorized|forbidden|authentication required"
     r"|no basic auth|insufficient_scope|authorization failed|invalid reference"
     r"|couldn't parse image|does not exist|no match for platform",
     re.IGNORECASE,
 )
-START_REASONS = frozenset(
-    {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
-    | {"StartError", "ContainerCannotRun"}
-)
-UNHEALTHY = frozenset({Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED})
+START = re.compile("(Create|Run)Container.*Error|StartError|ContainerCannotRun")
+RED = {
+    "test": (TEST_CONTAINER, Reason.TESTS_FAILED),
+    "build": (BUILD_CONTAINER, Reason.BUILD_FAILED),
+}
+LAST_WORDS = {
+    "test": (RESULTS_CONTAINER, NOTE_SUMMARY),
+    "build": (BUILD_CONTAINER, NOTE_DIGEST),
+}
+Do = StrEnum("Do", "NOTHING WAIT RELEASE BUILD REMAKE NOTE DEPLOY END")
 
 
 @dataclass(frozen=True, slots=True)
@@ -2410,43 +2409,33 @@ class Symptom:
 
 def container_symptom(container: Container, pod: Pod) -> Symptom | None:
     """Return what is wrong with a container, by the texts a real cluster gives."""
+    kind, code, why = container.kind, container.exit_code, container.exit_reason
     key, name = f"{pod.name}/{container.name}", f"container {container.name} of {pod.name}"
-    said = f"{name}: {clip(container.text)}"
-    if container.waiting in PULL_REASONS:
+    text, waiting = f"{name}: {clip(container.text)}", container.waiting
+    if PULL.fullmatch(waiting):
         unquoted = re.sub(r'"[^"]*"', "", container.text)  # an image may be called what it likes
-        hopeless = container.waiting == "InvalidImageName" or HOPELESS_PULL.search(unquoted)
-        reason = Reason.IMAGE_NOT_FOUND if hopeless else Reason.IMAGE_PULL_FAILED
-        return Symptom(f"{key}/pull", reason, said, 0.0 if hopeless else 60.0)
-    if not container.running and START_REASONS & {container.waiting, container.exit_reason}:
-        syncing = "failed to sync" in container.text  # the kubelet's own cache, not the object
-        return None if syncing else Symptom(f"{key}/start", Reason.CONTAINER_CONFIG, said, 30.0)
-    return exit_symptom(container, pod, key, name)
-
-
-def exit_symptom(container: Container, pod: Pod, key: str, name: str) -> Symptom | None:
-    """Return that a container ends again and again; one that was ready before is given its time."""
-    code, why, exits = container.exit_code, container.exit_reason, container.exits
-    harmless = code is None or (code == 0 and container.kind != "app")
-    if harmless or (pod.job and container.kind == "sidecar"):
+        if waiting == "InvalidImageName" or HOPELESS_PULL.search(unquoted):
+            return Symptom(f"{key}/pull", Reason.IMAGE_NOT_FOUND, text)
+        return Symptom(f"{key}/pull", Reason.IMAGE_PULL_FAILED, text, 60.0)
+    if not container.running and (START.fullmatch(waiting) or START.fullmatch(why)):
+        grace = NEVER if "failed to sync" in text else 30.0  # the kubelet's cache, not the object
+        return Symptom(f"{key}/start", Reason.CONTAINER_CONFIG, text, grace)
+    worked, oom = container.ready or pod.seen_ready, why == "OOMKilled"
+    fine = code is None or (code == 0 and kind != "app") or (pod.job and kind == "sidecar")
+    if fine or (worked and not oom):
         return None
-    worked = pod.seen_ready or container.ready
-    if worked and why != "OOMKilled":
-        return None
-    reason = Reason.INIT_FAILED if container.kind == "init" else Reason.CRASH_LOOP
-    reason = Reason.OUT_OF_MEMORY if why == "OOMKilled" else reason
-    detail = f"{name} ended {exits} times, last with exit code {code} ({why})"
-    grace = NEVER if worked or exits < 3 else 0.0
-    return Symptom(f"{key}/exit {code} {why}", reason, detail, grace, exits)
+    reason = Reason.INIT_FAILED if kind == "init" else Reason.CRASH_LOOP
+    text = f"{name} ended {container.exits} times, last with exit code {code} ({why})"
+    grace = NEVER if worked or container.exits < CRASHES else 0.0
+    key, reason = f"{key}/exit {code} {why}", Reason.OUT_OF_MEMORY if oom else reason
+    return Symptom(key, reason, text, grace, container.exits)
 
 
 def pod_symptoms(pod: Pod) -> Iterator[Symptom]:
-    """Yield what is wrong with a pod; an evicted or ending one is replaced, not sick."""
-    if pod.disrupted or pod.deleting:
-        return
-    if pod.unschedulable:
-        detail = clip(f"{pod.name}: {pod.unschedulable}")
-        yield Symptom(f"{pod.name}/schedule", Reason.UNSCHEDULABLE, detail, 120.0)
-    for container in pod.containers:
+    """Yield what is wrong with a pod; one that the cluster takes away is replaced, not sick."""
+    if pod.unschedulable and not pod.leaving:
+        yield Symptom(f"{pod.name}/schedule", Reason.UNSCHEDULABLE, clip(pod.unschedulable), 120.0)
+    for container in () if pod.leaving else pod.containers:
         if found := container_symptom(container, pod):
             yield found
 
@@ -2465,38 +2454,24 @@ class Doom:
         self._first: dict[str, tuple[float, int]] = {}
 
     def verdict(self, symptoms: Iterable[Symptom], now: float) -> Symptom | None:
-        """Return a symptom that has lasted too long or come again; those gone are forgotten."""
+        """Return a symptom that has lasted too long or recurred; what is gone is forgotten."""
         present = {s.key: s for s in symptoms}
         self._first = {k: self._first.get(k, (now, s.times)) for k, s in present.items()}
-        for key, symptom in present.items():
-            since, times = self._first[key]
-            if now - since >= symptom.grace or symptom.times > times:
-                return symptom
+        for key, (since, times) in self._first.items():
+            if now - since >= present[key].grace or present[key].times > times:
+                return present[key]
         return None
 
 
-class Do(StrEnum):
-    """What the controller can do next for a run."""
-
-    NOTHING = "nothing"
-    WAIT = "wait"
-    RELEASE = "release"
-    BUILD = "build"
-    REMAKE = "remake"
-    NOTE = "note"
-    DEPLOY = "deploy"
-    END = "end"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Action:
     """The next step of a run: what, and why."""
 
     do: Do
+    stage: str = ""
     reason: Reason = Reason.OK
     detail: str = ""
     outcome: Outcome | None = None
-    stage: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -2515,160 +2490,153 @@ class View:
     busy: frozenset[str]  # environments that a worker is changing
     now: float
     queue_timeout: float
-    recorded: Action | None = None  # how the run ended, when only its Jobs do not know it yet
+
+    @property
+    def deploys(self) -> bool:
+        """Whether the run goes further than its tests."""
+        return self.run.ref == self.app.deploy_ref and bool(self.app.deploy.environments)
+
+    @property
+    def report(self) -> str:
+        """The sentence of the test report, if there is one."""
+        notes = self.jobs["test"].notes if "test" in self.jobs else {}
+        return summary_text(notes.get(NOTE_SUMMARY, ""))
 
 
 def waits(reason: Reason, detail: str, stage: str = "") -> Action:
     """Return that a run waits, and for what."""
-    return Action(do=Do.WAIT, reason=reason, detail=detail, stage=stage)
+    return Action(Do.WAIT, stage, reason, detail)
 
 
 def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
     """Return that a run has ended."""
-    return Action(do=Do.END, outcome=outcome, reason=reason, detail=detail, stage=stage)
+    return Action(Do.END, stage, reason, detail, outcome)
 
 
 def decide(view: View) -> Action:
     """Return the next step of a run from what is observed; every call could be the first."""
-    jobs = view.jobs
-    if not jobs or any(j.outcome for j in jobs.values()):
-        return Action(do=Do.NOTHING)
-    if view.recorded:
-        return view.recorded
-    if any(j.deleting for j in jobs.values()):
-        return waits(Reason.OK, "a Job is being deleted")
-    test, build = jobs.get("test"), jobs.get("build")
+    test, build = view.jobs.get("test"), view.jobs.get("build")
+    if not view.jobs or any(j.outcome for j in view.jobs.values()):
+        return Action(Do.NOTHING)
     if test and (action := decide_job(view, test)):
         return action
-    if view.run.ref != view.app.deploy_ref or not view.app.deploy.environments:
-        return ends(Outcome.TESTED, Reason.OK, test_detail(view), "test")
-    if view.app.build.builder != "none":
-        if not build:
-            return decide_start(view, Do.BUILD, "build")
-        if action := decide_job(view, build) or decide_digest(view, build):
-            return action
-    return decide_deploy(view)
+    if not view.deploys:
+        return ends(Outcome.TESTED, Reason.OK, view.report, "test")
+    if view.app.build.builder == "none":
+        return decide_deploy(view)
+    if not build:
+        return decide_start(view, Do.BUILD, "build")
+    return decide_job(view, build) or decide_deploy(view)
 
 
 def decide_start(view: View, do: Do, stage: str) -> Action:
     """Return whether a Job may start: newest of its ref, head of a deploy branch, a free place."""
-    deploys, waited = view.run.ref == view.app.deploy_ref, view.now - view.run.received
-    if (view.head == "moved") if deploys else view.newer:
+    deploys = view.run.ref == view.app.deploy_ref
+    if view.head == "moved" if deploys else view.newer:
         return ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", stage)
     if view.places <= 0:
-        if (
-            do is Do.RELEASE
-            and min(waited, view.now - view.jobs[stage].created) > view.queue_timeout
-        ):
+        if do is Do.RELEASE and view.now - view.jobs[stage].created > view.queue_timeout:
             return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, "no free place in time", stage)
         return waits(Reason.OK, "for a free place", stage)
     if deploys and view.head == "unknown":
         return waits(Reason.GIT_ERROR, "for the head of the branch", stage)
-    return Action(do=do, stage=stage)
+    return Action(do, stage)
 
 
 def decide_job(view: View, found: Job) -> Action | None:
     """Return what a Job needs, or None when it has succeeded and said what it had to."""
-    stage, fails = found.stage, partial(ends, Outcome.FAILED, stage=found.stage)
+    stage, (container, note) = found.stage, LAST_WORDS[found.stage]
+    said = "" if note in found.notes else last_words(view, found, container)
+    if found.deleting:
+        return waits(Reason.OK, f"Job {found.name} is being deleted", stage)
     if found.state == "suspended":
         return decide_start(view, Do.RELEASE, stage)
-    if stage == "test" and NOTE_SUMMARY not in found.notes:
-        if said := last_words(view, found, RESULTS_CONTAINER):
-            return Action(do=Do.NOTE, stage=stage, detail=said)
+    if said and (stage == "test" or DIGEST.fullmatch(said)):
+        return Action(Do.NOTE, stage, detail=said)
     if found.state == "succeeded":
-        return None
+        return None if stage == "test" or note in found.notes else no_digest(view, found)
+    reason, detail = (failure if found.state == "failed" else lateness)(view, found)
     if view.doomed:
-        return fails(view.doomed.reason, view.doomed.detail)
-    if found.state == "failed":
-        return decide_failure(view, found)
-    started = max((p.started for p in pods_of(view, found)), default=0.0)
-    limit = view.app.test.timeout if stage == "test" else view.app.build.timeout
-    if started and view.now - started > limit:
-        return fails(Reason.TIMEOUT, f"no result within {limit:.0f} s")
-    why = found.notes.get(NOTE_DETAIL, "")
-    if not started and found.released and view.now - found.released > view.queue_timeout:
-        return fails(Reason.QUEUE_TIMEOUT, f"no pod could start in time; {why}".rstrip("; "))
-    return waits(Reason.OK, "its pod runs" if started else why or "for its pod", stage)
+        reason, detail = view.doomed.reason, view.doomed.detail
+    if reason is Reason.OK:
+        return waits(reason, detail, stage)
+    return ends(Outcome.FAILED, reason, detail, stage)
 
 
-def decide_failure(view: View, found: Job) -> Action:
-    """Return why a Job failed, from its pods first and its own condition second."""
-    fails = partial(ends, Outcome.FAILED, stage=found.stage)
-    main, red = BUILD_CONTAINER, Reason.BUILD_FAILED
-    if found.stage == "test":
-        main, red = TEST_CONTAINER, Reason.TESTS_FAILED
-    for pod in pods_of(view, found):
-        clone, container = pod.container("clone"), pod.container(main)
-        if clone and clone.exit_code:
-            said = clip(clone.text) or f"clone ended with exit code {clone.exit_code}"
-            return fails(Reason.CLONE_FAILED, said)
-        if container and container.exit_reason == "OOMKilled":
-            return fails(Reason.OUT_OF_MEMORY, f"the {found.stage} was killed for its memory")
-        if container and container.exit_code:
-            said = test_detail(view) if found.stage == "test" else clip(container.text)
-            return fails(red, said or f"exit code {container.exit_code}")
-    if found.reason == "DeadlineExceeded":
-        return fails(Reason.TIMEOUT, "the Job's deadline passed")
-    if view.now - found.finished < LAG:
-        return waits(Reason.OK, "for its pod's last words", found.stage)
-    if found.reason == "PodFailurePolicy":
-        return fails(red, test_detail(view) or "its pod is gone")
-    return fails(Reason.VANISHED, f"its pods left no result ({clip(found.reason, 60)})")
-
-
-def decide_digest(view: View, build: Job) -> Action | None:
-    """Return how to get at the digest of a finished build, or None when it is known."""
-    if DIGEST.fullmatch(build.notes.get(NOTE_DIGEST, "")):
-        return None
-    if DIGEST.fullmatch(said := last_words(view, build, BUILD_CONTAINER).strip()):
-        return Action(do=Do.NOTE, stage="build", detail=said)
+def no_digest(view: View, build: Job) -> Action:
+    """Return what to do about a finished build that left no digest: it is made once more."""
     if view.now - build.finished < LAG:
         return waits(Reason.OK, "for the digest", "build")
-    if build.notes.get(NOTE_REMADE):
+    if NOTE_REMADE in build.notes:
         return ends(Outcome.FAILED, Reason.NO_DIGEST, "the build left no digest, twice", "build")
     return decide_start(view, Do.REMAKE, "build")
 
 
+def lateness(view: View, found: Job) -> tuple[Reason, str]:
+    """Return which time a released Job has exceeded, or Ok and what it waits for."""
+    started = max((p.started for p in pods_of(view, found)), default=0.0)
+    limit = (view.app.test if found.stage == "test" else view.app.build).timeout
+    if started and view.now - started > limit:
+        return Reason.TIMEOUT, f"no result within {limit:.0f} s"
+    why = found.notes.get(NOTE_DETAIL, "")
+    if not started and found.released and view.now - found.released > view.queue_timeout:
+        return Reason.QUEUE_TIMEOUT, why or "no pod could start in time"
+    return Reason.OK, "its pod runs" if started else why or "for its pod"
+
+
+def failure(view: View, found: Job) -> tuple[Reason, str]:
+    """Return why a Job failed, by its pods or its own condition; Ok while they may yet tell."""
+    main, red = RED[found.stage]
+    ended = [c for p in pods_of(view, found) for c in p.containers if c.exit_code]
+    for container in (c for c in ended if c.name in ("clone", main)):
+        if container.exit_reason == "OOMKilled":
+            return Reason.OUT_OF_MEMORY, f"{container.name} was killed for its memory"
+        said = clip(container.text) or f"exit code {container.exit_code}"
+        if container.name == main:
+            return red, (view.report if found.stage == "test" else "") or said
+        return Reason.CLONE_FAILED, said
+    if found.reason == "DeadlineExceeded":
+        return Reason.TIMEOUT, "the Job's deadline passed"
+    if view.now - found.finished < LAG:
+        return Reason.OK, "for its pod's last words"
+    reason = red if found.reason == "PodFailurePolicy" else Reason.VANISHED
+    return reason, view.report or f"its pods left no result ({clip(found.reason, 60)})"
+
+
 def pods_of(view: View, found: Job) -> list[Pod]:
     """Return the pods of a Job that the cluster did not take away, newest first."""
-    ours = (p for p in view.pods if p.job == found.name and not p.disrupted)
+    ours = (p for p in view.pods if p.job == found.name and not p.leaving)
     return sorted(ours, key=lambda p: -p.created)
 
 
 def last_words(view: View, found: Job, name: str) -> str:
     """Return the termination message of a container of a Job's newest pod that left one."""
-    containers = (p.container(name) for p in pods_of(view, found))
-    ended = (c for c in containers if c and c.exit_code is not None and not c.running)
-    return next((c.text[:TERMINATION_LENGTH] for c in ended if c.text), "")
-
-
-def test_detail(view: View) -> str:
-    """Return the sentence of the test report."""
-    test = view.jobs.get("test")
-    return summary_text(test.notes.get(NOTE_SUMMARY, "")) if test else ""
+    ended = (
+        c for p in pods_of(view, found) if (c := p.container(name)) and c.exit_code is not None
+    )
+    return next((c.text[:TERMINATION_LENGTH].strip() for c in ended if c.text), "")
 
 
 def decide_deploy(view: View) -> Action:
     """Return which environment comes next, or how the run ended there."""
-    name = ""
+    name, bad = "", (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED)
     for name in view.app.deploy.environments:
         service = view.services.get(name)
-        live = service.live if service and service.run == view.run.id else None
-        if live and live.get("outcome") == Outcome.DEPLOYED:
+        switched = bool(service and service.run == view.run.id)
+        if service and switched and service.live.get("outcome") == Outcome.DEPLOYED:
             continue
+        entry = service.entry(view.run.id, view.run.received) if service else {}
         if name in view.busy:
             return waits(Reason.OK, f"{name} is being changed", name)
-        entry = service.entry(view.run.id, view.run.received) if service else {}
-        if entry.get("outcome") in UNHEALTHY:
-            told = entry.get("reason") in [*Reason]
-            reason = Reason(entry["reason"]) if told else Reason.SICK_AFTER_SWITCH
-            return ends(Outcome(entry["outcome"]), reason, str(entry.get("detail", "")), name)
-        if live is None and view.head == "moved":
+        if (outcome := entry.get("outcome")) in bad:
+            known = [r for r in Reason if r == entry.get("reason")] or [Reason.SICK_AFTER_SWITCH]
+            return ends(Outcome(outcome), known[0], str(entry.get("detail", "")), name)
+        if not switched and view.head == "moved":
             return ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", name)
-        if live is None and view.head == "unknown":
+        if not switched and view.head == "unknown":
             return waits(Reason.GIT_ERROR, "for the head of the branch", name)
-        return Action(do=Do.DEPLOY, stage=name)
-    return ends(Outcome.DEPLOYED, Reason.OK, test_detail(view), name)
+        return Action(Do.DEPLOY, name)
+    return ends(Outcome.DEPLOYED, Reason.OK, view.report, name)
 
 
 def head_word(run: Run, heads: Mapping[str, str] | None, age: float, now: float) -> str:
@@ -2679,15 +2647,20 @@ def head_word(run: Run, heads: Mapping[str, str] | None, age: float, now: float)
     if heads is None or age > HEAD_FRESH:
         return "unknown"
     head = heads.get(run.ref, "")
-    if head == run.commit:
-        return "same"
     lagging = head == run.before or (not head and set(run.before) == {"0"})
-    return "unknown" if lagging and now - run.received < HEAD_GRACE else "moved"
+    if head != run.commit and lagging and now - run.received < HEAD_GRACE:
+        return "unknown"
+    return "same" if head == run.commit else "moved"
+
+
+def stayed(pods: Iterable[Pod], run: str) -> list[Pod]:
+    """Return the pods of a run that the cluster does not take away."""
+    return [p for p in pods if p.run == run and not p.leaving]
 
 
 def sickness(pods: Iterable[Pod], run: str, since: float) -> str:
     """Return how an app container of a switched-to run failed on its own since a time, or ""."""
-    for pod in (p for p in pods if p.run == run and not (p.disrupted or p.deleting)):
+    for pod in stayed(pods, run):
         for found in (c for c in pod.containers if c.kind == "app" and c.exit_code):
             if found.ended >= int(since):
                 return (
@@ -2699,35 +2672,33 @@ def sickness(pods: Iterable[Pod], run: str, since: float) -> str:
 def unready(pods: Iterable[Pod], run: str, since: float) -> list[str]:
     """Return the pods that were ready at the switch and are not now by their own containers' word.
 
-    The Ready condition also falls with a node; what the containers say does not, so that a lost
-    node is not sickness.
+    The Ready condition falls with a node, too, but a node that is lost is not sickness.
     """
-    ours = (p for p in pods if p.run == run and p.created <= since)
-    kept = (p for p in ours if not (p.disrupted or p.deleting))
-    return [p.name for p in kept if not all(c.ready for c in p.containers if c.kind == "app")]
+    old = (p for p in stayed(pods, run) if p.created <= since)
+    return [p.name for p in old if not all(c.ready for c in p.containers if c.kind == "app")]
 
 
 def disturbed(pods: Sequence[Pod], run: str, wanted: int) -> bool:
     """Whether the cluster took pods of a run away: eviction, a lost node, a deletion."""
-    ours = [p for p in pods if p.run == run]
+    ours = stayed(pods, run)
     asleep = (
         p for p in ours if not p.ready and p.containers and all(c.ready for c in p.containers)
     )
-    lost = any(p.disrupted or p.deleting for p in ours)
-    return lost or any(asleep) or len(ours) < wanted
+    return any(asleep) or len(ours) < max(wanted, sum(p.run == run for p in pods))
 
 
 def narrowed(
     selector: Mapping[str, str], pods: Sequence[Pod], new: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """Return a selector that matches exactly today's pods, never the new ones; None if none does."""
+    """Return a selector that matches today's pods and never the new ones; None if none does."""
     if any(new.get(k) != v for k, v in selector.items()):
         return dict(selector)
     shared = set.intersection(*(set(p.labels.items()) for p in pods)) if pods else set()
-    apart = [(k, v) for k, v in shared if new.get(k) != v]
     order = {"version": 0, "pod-template-hash": 1}
-    best = min(apart, key=lambda label: (order.get(label[0], 2), label), default=None)
-    return {**selector, best[0]: best[1]} if best else None
+    for key, value in sorted(shared, key=lambda label: (order.get(label[0], 2), label)):
+        if new.get(key) != value:
+            return {**selector, key: value}
+    return None
 
 
 # === deploy =======================================================================================
@@ -2942,7 +2913,8 @@ class Deployer:
             elif found and LABEL_APP not in found["spec"]["selector"].get("matchLabels", {}):
                 free.remove(colour)
         if not free:
-            detail = f"Deployments {name}-blue and {name}-green belong to someone else; rename one"
+            idle = next(c for c in COLOURS if c != live)
+            detail = f"Deployment {name}-{idle} was not made here; delete or rename it"
             raise StageError(Reason.ADOPTION_REFUSED, detail)
         return Placement(
             app=task.app,
@@ -3594,6 +3566,7 @@ class Controller:
         self.doom: dict[str, Doom] = {}
         self.acted: dict[str, tuple[Any, float]] = {}
         self.stuck: dict[str, tuple[str, float]] = {}
+        self.drifted: dict[tuple[str, str], int] = {}
         self.threads: list[threading.Thread] = []
 
     # Threads.
@@ -4041,8 +4014,12 @@ class Controller:
     def look_after(self, active: set[str], apps: set[str]) -> None:
         """Start what claims of ended runs leave to do: heal, scale down, drain."""
         for environment, watch in self.services.items():
-            for service in (s for s in watch.items() if s.claim and s.name in self.apps):
+            for service in (s for s in watch.items() if s.name in self.apps):
                 app, claim = self.apps[service.name], service.claim
+                if service.history and not service.live:
+                    self.report_drift(app, environment, service)
+                if not claim:
+                    continue
                 phase, run = claim.get("phase"), str(claim.get("run"))
                 wait: dict[str, float] = {
                     Phase.DRAINING: app.deploy.drain,
@@ -4055,6 +4032,14 @@ class Controller:
                 if self.clock.now() >= due and not held and not pointless:
                     task = self.task(app, environment, Run(id=run, app=app.name, ref="", commit=""))
                     self.start_worker(task, partial(self.deployer.tidy, task))
+
+    def report_drift(self, app: App, environment: str, service: Service) -> None:
+        """Say once who pointed a live Service at something that was never switched to."""
+        key = app.name, environment
+        if self.drifted.get(key) != service.version:
+            self.drifted[key] = service.version
+            task = self.task(app, environment, Run(id="", app=app.name, ref="", commit=""))
+            error("selector drift", by=self.deployer.last_manager(task), **task.words)
 
 
 def newest(jobs: Mapping[str, Job]) -> Run:
@@ -4378,7 +4363,7 @@ def stop_on_signals(stopping: threading.Event) -> None:
 def push(tools: Tools, args: argparse.Namespace) -> int:
     """Send a signed test delivery, as GitLab would; 0 if accepted, a duplicate or ignored."""
     project = {"git_http_url": tools.app(args.app).repository}
-    ref = f"refs/heads/{args.ref.removeprefix('refs/heads/')}"
+    ref = args.ref if args.ref.startswith("refs/") else f"refs/heads/{args.ref}"
     payload = {"object_kind": "push", "ref": ref, "after": args.sha, "project": project}
     body, delivery = json.dumps(payload).encode(), str(uuid.uuid4())
     headers = {"Content-Type": "application/json", "webhook-id": delivery}
@@ -4585,12 +4570,16 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def exit_status(failed: HookError) -> int:
-    """Return 1 tried and failed, 2 usage, configuration, no kubectl or no cluster, or 3 refused."""
+def verdict(failed: HookError) -> tuple[int, Sequence[str]]:
+    """Return the exit status and what to say: 1 failed, 2 usage or surroundings, 3 refused."""
+    if isinstance(failed, ConfigError):
+        return 2, failed.faults
     kind = failed.kind if isinstance(failed, KubectlError) else ""
-    if isinstance(failed, ConfigError | SpoolError) or kind == "Unreachable":
-        return 2
-    return 3 if isinstance(failed, RefusedError | SupersededError) or kind == "Conflict" else 1
+    if kind == "Unreachable":
+        return 2, [f"no cluster answers; is KUBECONFIG the right one? {failed}"]
+    if isinstance(failed, RefusedError | SupersededError) or kind == "Conflict":
+        return 3, [str(failed)]
+    return 2 if isinstance(failed, SpoolError) else 1, [str(failed)]
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -4601,12 +4590,11 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             return JOB_COMMANDS[args.command](environ)
         return COMMANDS[args.command](Tools.load(environ), args)
     except HookError as failed:
-        lines = failed.faults if isinstance(failed, ConfigError) else (str(failed),)
-        sys.stderr.writelines(f"gitops-hook: {line}\n" for line in lines)
-        return exit_status(failed)
+        code, lines = verdict(failed)
     except KeyboardInterrupt:
-        sys.stderr.write("gitops-hook: interrupted; `status` shows how things stand\n")
-        return 1
+        code, lines = 1, ["interrupted; `status` shows how things stand"]
+    sys.stderr.writelines(f"gitops-hook: {line}\n" for line in lines)
+    return code
 
 
 if __name__ == "__main__":
