@@ -1,0 +1,392 @@
+"""The commands beside a cluster: one story is played once, and each test looks at a page of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.standin.kubectl import Kubectl
+from tests.world import PROGRAM, Object, World, daemon_config, eventually, world
+
+UNKNOWN = "shop-00000000-0000"
+
+
+def config(repository: Path) -> Object:
+    """One environment, no waiting, a test that is quickly over."""
+    health = {"path": "/ready", "successes": 1}
+    short = {"environments": ["production"], "bake": "2s", "drain": "0s", "health": health}
+    made = daemon_config(repository, **short)
+    made["apps"][0]["test"] = {"command": "! grep -q broken version"}
+    return made
+
+
+class Page:
+    """What one command printed and how it ended, and what visitors then got."""
+
+    def __init__(self, told: World, *args: str) -> None:
+        done = told.command(*args)
+        self.status, self.stdout, self.stderr = done.returncode, done.stdout, done.stderr
+        self.version = told.answer()["version"] if told.service() else None
+
+    @property
+    def json(self) -> Any:
+        """What it printed, parsed."""
+        return json.loads(self.stdout)
+
+    @property
+    def production(self) -> Object:
+        """The environment in `status --output json`."""
+        found: Object = self.json["apps"][0]["environments"]["production"]
+        return found
+
+    def runs(self) -> dict[str, Object]:
+        """The runs in `status --output json`, by id."""
+        return {run["run"]: run for run in self.json["runs"]}
+
+
+class Story:
+    """What happened, page by page."""
+
+    def __init__(self, told: World) -> None:
+        self.world = told
+        self.pages: dict[str, Page] = {}
+        self.run: dict[str, str] = {}
+        self.commit: dict[str, str] = {}
+        self.kubectl = Kubectl(told.directory, told.cluster.kubeconfig())
+
+    def page(self, name: str, *args: str) -> Page:
+        """Run a command and keep what came of it."""
+        self.pages[name] = Page(self.world, *args)
+        return self.pages[name]
+
+    def release(self, version: str, **more: Any) -> Object:
+        """Push a version and wait for its end."""
+        self.commit[version] = self.world.repository.release(version, **more)
+        self.run[version] = self.world.push(self.commit[version], more.get("branch", "main"))
+        return self.world.ended(self.run[version])
+
+    def settled(self) -> None:
+        """Wait until nobody changes the environment any more."""
+        eventually(lambda: "gitops-hook/deploying" not in self.notes(), what="no claim is left")
+
+    def notes(self) -> Object:
+        """The annotations of the live Service."""
+        service = self.world.service()
+        assert service is not None
+        found: Object = service["metadata"].get("annotations", {})
+        return found
+
+    def ends(self, run: str) -> int:
+        """How often the log says that a run ended."""
+        lines = [e for e in self.world.logged() if e["msg"] == "run ended"]
+        return sum(e.get("run") == run for e in lines)
+
+    def goes_again(self, name: str, version: str) -> None:
+        """Rerun a version's run and wait for its next end."""
+        run = self.run[version]
+        ends = self.ends(run)
+        self.page(name, "rerun", run)
+        self.page(f"{name} twice", "rerun", run)
+        eventually(lambda: self.ends(run) > ends, 40, f"{run} ends again")
+
+    # The chapters
+
+    def nothing_is_there(self) -> None:
+        self.page("empty", "status")
+        self.page("empty, json", "status", "--output", "json")
+        self.page("rollback of nothing", "rollback", "shop")
+        self.page("rerun of nothing", "rerun", UNKNOWN)
+
+    def first_version(self) -> None:
+        self.world.start()
+        self.release("v1")
+        self.page("rollback of the first", "rollback", "shop")
+
+    def second_version(self) -> None:
+        self.commit["v2"] = self.world.repository.release("v2")
+        self.run["v2"] = self.world.push(self.commit["v2"])
+        eventually(lambda: "gitops-hook/bake-until" in self.notes(), what="v2 bakes")
+        self.page("baking", "status", "--output", "json")
+        self.page("baking, text", "status", "shop")
+        self.page("rerun under way", "rerun", self.run["v2"])
+        self.world.ended(self.run["v2"])
+        self.settled()
+        self.page("two versions", "status", "--output", "json")
+        self.page("two versions, text", "status")
+
+    def back_without_the_daemon(self) -> None:
+        self.stopped = self.world.stop()
+        scale = ("scale", "deployment", "shop-blue", "--replicas=0", "--namespace=production")
+        assert self.kubectl.run(*scale).code == 0
+        labels = {"gitops-hook/run": self.run["v1"]}
+        eventually(lambda: not self.pods(labels), what="the pods of v1 are gone")
+        self.page("scaled down", "status", "--output", "json")
+        self.page("rollback without the daemon", "rollback", "shop", "--reason", "it is ugly")
+        self.page("after the first rollback", "status", "--output", "json")
+
+    def pods(self, labels: Object) -> list[Object]:
+        """The pods in production with these labels."""
+        found = self.world.cluster.store.list("pods", "production")
+        return [p for p in found if labels.items() <= p["metadata"]["labels"].items()]
+
+    def rejected_version(self) -> None:
+        self.world.start()
+        offset = self.world.log.stat().st_size
+        self.world.push(self.commit["v2"])
+        wanted = {"msg": "push needs nothing", "reason": "Rejected"}
+        eventually(lambda: any(wanted.items() <= e.items() for e in self.world.logged(offset)))
+        self.page("rejected", "status", "--output", "json")
+        self.goes_again("rerun of a rejected run", "v2")
+        self.settled()
+        self.page("after the rerun", "status", "--output", "json")
+
+    def broken_version(self) -> None:
+        self.bad = self.release("v3", modes="crash-at-start")
+        self.settled()
+        self.page("rerun of an old run", "rerun", self.run["v2"])
+        self.page("after a failure", "status", "--output", "json")
+        self.page("rollback after a failure", "rollback", "shop", "--environment", "production")
+
+    def red_branch(self) -> None:
+        self.release("broken", branch="feature/red")
+        self.page("red", "status", "--output", "json")
+        self.goes_again("rerun of a red run", "broken")
+
+    def two_steps_back(self) -> None:
+        self.release("v4")
+        self.release("v5")
+        self.settled()
+        self.page("rollback --to 9", "rollback", "shop", "--to", "9")
+        self.page("rollback --to 2", "rollback", "shop", "--to", "2")
+        self.page("the end", "status", "--output", "json")
+
+    def play(self) -> None:
+        """All of it."""
+        self.nothing_is_there()
+        self.first_version()
+        self.second_version()
+        self.back_without_the_daemon()
+        self.rejected_version()
+        self.broken_version()
+        self.red_branch()
+        self.two_steps_back()
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    with world(tmp_path_factory.mktemp("commands"), config, speed=4.0) as made:
+        told = Story(made)
+        told.play()
+        yield told
+
+
+# status
+
+
+def test_status_of_an_empty_cluster_says_that_nothing_is_live(story: Story) -> None:
+    page = story.pages["empty"]
+    assert (page.status, page.stderr) == (0, "")
+    assert page.stdout.splitlines()[0].split("  ")[0] == "APP"
+    assert re.search(r"(?m)^shop +production +- +- +- +impossible +-$", page.stdout)
+
+
+def test_status_of_an_empty_cluster_as_json_has_every_key(story: Story) -> None:
+    production = story.pages["empty, json"].production
+    assert story.pages["empty, json"].json["runs"] == []
+    assert production == {
+        **dict.fromkeys(("colour", "run", "commit", "image"), ""),
+        "previous": {},
+        "rollback_ready": False,
+        "deploying": None,
+        "bake_until": None,
+    }
+
+
+def test_status_tells_what_is_being_deployed_and_how_long_it_bakes(story: Story) -> None:
+    production = story.pages["baking"].production
+    assert production["run"] == production["deploying"]["run"] == story.run["v2"]
+    assert production["deploying"]["phase"] == "baking"
+    assert production["bake_until"] > production["deploying"]["since"]
+    assert f"baking {story.run['v2']}" in story.pages["baking, text"].stdout
+
+
+def test_status_tells_how_far_a_run_is(story: Story) -> None:
+    runs = story.pages["baking"].runs()
+    run, first = runs[story.run["v2"]], runs[story.run["v1"]]
+    assert (run["stage"], run["state"]) == ("build", "succeeded")
+    assert (run["outcome"], run["reason"]) == ("", "")
+    assert (first["state"], first["outcome"], first["reason"]) == ("ended", "deployed", "Ok")
+    assert (first["app"], first["ref"]) == ("shop", "refs/heads/main")
+    assert first["commit"] == story.commit["v1"]
+
+
+def test_status_tells_what_is_live_and_what_was_before(story: Story) -> None:
+    production = story.pages["two versions"].production
+    assert (production["run"], production["colour"]) == (story.run["v2"], "green")
+    assert production["commit"] == story.commit["v2"]
+    assert re.fullmatch(r"registry.example.com/demo/shop@sha256:[0-9a-f]{64}", production["image"])
+    before = production["previous"]
+    assert (before["run"], before["colour"]) == (story.run["v1"], "blue")
+    assert before["commit"] == story.commit["v1"]
+    assert production["rollback_ready"]
+    assert (production["deploying"], production["bake_until"]) == (None, None)
+
+
+def test_status_as_text_is_a_table(story: Story) -> None:
+    lines = story.pages["two versions, text"].stdout.splitlines()
+    cells = (story.run["v2"], "green", story.run["v1"], "at once", "-")
+    assert re.split(r"  +", lines[1]) == ["shop", "production", *cells]
+    assert lines[2] == ""
+    newest = re.split(r"  +", lines[4])
+    assert newest[:6] == [story.run["v2"], "main", "build", "ended", "deployed", "Ok"]
+
+
+def test_status_says_when_going_back_takes_a_rollout(story: Story) -> None:
+    production = story.pages["scaled down"].production
+    assert production["previous"]["run"] == story.run["v1"]
+    assert not production["rollback_ready"]
+
+
+def test_status_tells_why_a_run_failed(story: Story) -> None:
+    run = story.pages["after a failure"].runs()[story.run["v3"]]
+    assert (run["outcome"], run["reason"]) == ("failed", "CrashLoop")
+    assert "hunter2" not in json.dumps(run)
+    red = story.pages["red"].runs()[story.run["broken"]]
+    assert (red["stage"], red["outcome"], red["reason"]) == ("test", "failed", "TestsFailed")
+
+
+# rollback
+
+
+def test_without_a_proven_version_rollback_is_refused(story: Story) -> None:
+    for name in ("rollback of nothing", "rollback of the first"):
+        page = story.pages[name]
+        assert (page.status, page.stdout) == (3, "")
+        assert re.fullmatch("gitops-hook: .*no proven version to go back to\n", page.stderr)
+    assert story.pages["rollback of the first"].version == "v1"
+
+
+def test_the_daemon_ends_with_status_0(story: Story) -> None:
+    assert story.stopped == 0
+
+
+def test_rollback_needs_no_daemon_and_scales_up_what_was_scaled_down(story: Story) -> None:
+    page = story.pages["rollback without the daemon"]
+    assert (page.status, page.stderr, page.version) == (0, "", "v1")
+    assert page.stdout.splitlines() == [
+        f"shop production: back on {story.run['v1']} (blue)",
+        f"{story.run['v2']} is rejected until `rerun {story.run['v2']}`",
+    ]
+
+
+def test_after_a_rollback_nothing_is_under_way_and_nothing_is_further_back(story: Story) -> None:
+    production = story.pages["after the first rollback"].production
+    assert (production["run"], production["colour"]) == (story.run["v1"], "blue")
+    assert (production["deploying"], production["bake_until"]) == (None, None)
+    assert production["previous"] == {}
+
+
+def test_what_was_left_is_not_deployed_again_by_a_push(story: Story) -> None:
+    page = story.pages["rejected"]
+    assert page.version == "v1"
+    assert page.production["run"] == story.run["v1"]
+
+
+def test_after_a_failed_deployment_rollback_goes_to_the_version_before_the_live_one(
+    story: Story,
+) -> None:
+    assert (story.bad["outcome"], story.bad["reason"]) == ("failed", "CrashLoop")
+    assert story.pages["after a failure"].version == "v2"
+    page = story.pages["rollback after a failure"]
+    assert (page.status, page.stderr, page.version) == (0, "", "v1")
+
+
+def test_rollback_goes_several_versions_back_onto_one_whose_colour_was_overwritten(
+    story: Story,
+) -> None:
+    page = story.pages["rollback --to 2"]
+    assert (page.status, page.stderr, page.version) == (0, "", "v1")
+    assert story.pages["the end"].production["run"] == story.run["v1"]
+    assert story.world.answer()["greeting"] == "hello from v1"
+
+
+def test_rollback_further_than_there_are_proven_versions_is_refused(story: Story) -> None:
+    page = story.pages["rollback --to 9"]
+    assert (page.status, page.version) == (3, "v5")
+
+
+# rerun
+
+
+def test_rerun_of_an_unknown_run_is_refused(story: Story) -> None:
+    page = story.pages["rerun of nothing"]
+    assert page.status == 3
+    assert f"{UNKNOWN} is not the head of a branch" in page.stderr
+
+
+def test_rerun_of_what_is_not_the_head_is_refused(story: Story) -> None:
+    page = story.pages["rerun of an old run"]
+    assert (page.status, page.version) == (3, "v2")
+    assert f"{story.run['v2']} is not the head of a branch" in page.stderr
+
+
+def test_rerun_of_a_rejected_run_deploys_it(story: Story) -> None:
+    page = story.pages["rerun of a rejected run"]
+    assert (page.status, page.stderr) == (0, "")
+    assert page.stdout == f"{story.run['v2']} goes again; `status shop` tells how far it is\n"
+    after = story.pages["after the rerun"]
+    assert (after.version, after.production["run"]) == ("v2", story.run["v2"])
+    assert after.production["previous"]["run"] == story.run["v1"]
+
+
+def test_rerun_of_a_run_whose_tests_failed_tests_again(story: Story) -> None:
+    page = story.pages["rerun of a red run"]
+    assert (page.status, page.stderr) == (0, "")
+    assert "goes again" in page.stdout
+    assert story.ends(story.run["broken"]) == 2
+
+
+@pytest.mark.parametrize("name", ["rerun under way", "rerun of a red run twice"])
+def test_rerun_of_a_run_under_way_leaves_it_alone(story: Story, name: str) -> None:
+    page = story.pages[name]
+    assert (page.status, page.stderr) == (0, "")
+    assert "is under way already" in page.stdout
+
+
+# Configuration from the cluster
+
+
+def test_without_a_file_the_configuration_comes_from_the_cluster(story: Story) -> None:
+    told = story.world
+    data = {"config.yaml": yaml.safe_dump(told.config)}
+    meta = {"name": "gitops-hook", "namespace": "orchestration"}
+    made = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data}
+    told.cluster.load(made)
+    environ = {k: v for k, v in told.environ.items() if not k.startswith("GITOPS_HOOK_")}
+    environ["KUBECONFIG"] = str(told.cluster.kubeconfig())
+    argv = [sys.executable, str(PROGRAM), "status", "--output", "json"]
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done
+    assert json.loads(done.stdout)["apps"][0]["environments"]["production"]["colour"]
+    told.cluster.store.delete("configmaps", "orchestration", "gitops-hook")
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no ConfigMap gitops-hook in orchestration" in done.stderr
+
+
+def test_a_missing_permission_is_named(story: Story) -> None:
+    told = story.world
+    environ = told.environ | {"KUBECONFIG": str(told.cluster.kubeconfig("test/default"))}
+    argv = [sys.executable, str(PROGRAM), "rollback", "shop"]
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "(Forbidden)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

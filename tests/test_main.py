@@ -1,0 +1,412 @@
+"""The command line where no cluster is: exit statuses, and what a person reads on the terminal."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "gitops_hook.py"
+TOKEN = b"whsec_" + base64.b64encode(b"k" * 32)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+KUBECONFIG = """
+apiVersion: v1
+kind: Config
+clusters: [{{name: c, cluster: {{server: "http://127.0.0.1:{port}"}}}}]
+users: [{{name: u, user: {{}}}}]
+contexts: [{{name: c, context: {{cluster: c, user: u}}}}]
+current-context: c
+"""
+Done = subprocess.CompletedProcess[str]
+
+
+def closed_port() -> int:
+    """A port of the loopback address that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Place:
+    """A directory with a configuration, secrets, a spool, and a kubeconfig that leads nowhere."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = directory / "config.yaml"
+        self.secrets, self.spool = directory / "secrets", directory / "spool"
+        self.settings: dict[str, Any] = {
+            "apps": [
+                {
+                    "name": "shop",
+                    "repository": str(directory / "shop.git"),
+                    "build": {"image": "registry.example.com/demo/shop"},
+                }
+            ]
+        }
+        self.secrets.mkdir()
+        self.signing_tokens = self.secrets / "webhook-signing-tokens"
+        self.signing_tokens.write_bytes(TOKEN + b"\n")
+        kubeconfig = directory / "kubeconfig"
+        kubeconfig.write_text(KUBECONFIG.format(port=closed_port()))
+        self.environ = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(directory),
+            "KUBECONFIG": str(kubeconfig),
+            "GITOPS_HOOK_CONFIG": str(self.config),
+            "GITOPS_HOOK_SECRETS": str(self.secrets),
+            "GITOPS_HOOK_SPOOL": str(self.spool),
+            "GITOPS_HOOK_LISTEN": "127.0.0.1:0",
+            "GITOPS_HOOK_ADMIN_LISTEN": "127.0.0.1:0",
+        }
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def run(self, *args: str, **environ: str) -> Done:
+        """Run a command to its end."""
+        self.config.write_text(yaml.safe_dump(self.settings))
+        return subprocess.run(
+            [sys.executable, str(PROGRAM), *args],
+            env=self.environ | environ,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def serve(self, **environ: str) -> Daemon:
+        """Start the daemon and wait until it listens."""
+        self.config.write_text(yaml.safe_dump(self.settings))
+        log = self.directory / f"log-{len(self.processes)}"
+        with log.open("wb") as file:
+            argv = [sys.executable, str(PROGRAM), "serve"]
+            process = subprocess.Popen(argv, env=self.environ | environ, stderr=file)
+        self.processes.append(process)
+        return Daemon(process, log)
+
+
+class Daemon:
+    """A running daemon."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process, self.log = process, log
+        line = eventually(lambda: self.find("serving"))
+        self.url = f"http://127.0.0.1:{line['port']}"
+
+    def find(self, msg: str) -> dict[str, Any] | None:
+        """The first log line with this message."""
+        text = self.log.read_text()
+        assert self.process.poll() is None or msg != "serving", text
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+        return next((line for line in lines if line["msg"] == msg), None)
+
+    def ready(self) -> int:
+        """The status of /readyz."""
+        return requests.get(f"{self.url}/readyz", timeout=5).status_code
+
+
+def eventually(check: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """The first true result of a check within a deadline."""
+    until = time.monotonic() + seconds
+    while not (result := check()):
+        assert time.monotonic() < until, "too late"
+        time.sleep(0.02)
+    return result
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path)
+    yield made
+    for process in made.processes:
+        process.kill()
+        process.wait()
+
+
+def says(done: Done, status: int, *texts: str) -> None:
+    """Assert an exit status and plain sentences on stderr: no traceback, nothing secret."""
+    assert done.returncode == status, done
+    printed = done.stdout + done.stderr
+    assert not re.search(r"Traceback|whsec_[A-Za-z0-9]|File \"", printed)
+    for text in texts:
+        assert text in printed, printed
+
+
+# Usage and configuration: 2
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["deploy"],
+        ["push", "--app", "shop"],
+        ["rollback"],
+        ["rollback", "shop", "--to", "two"],
+        ["status", "--output", "yaml"],
+        ["rerun"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_explained(place: Place, args: list[str]) -> None:
+    says(place.run(*args), 2, "usage: gitops-hook")
+
+
+def test_help_and_version_succeed(place: Place) -> None:
+    says(place.run("--help"), 0, "serve", "push", "status", "rollback", "rerun")
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", place.run("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    "command", [["serve"], ["serve", "--check"], ["status"], ["rollback", "shop"]]
+)
+def test_every_wrong_setting_is_named_at_once(place: Place, command: list[str]) -> None:
+    place.settings["apps"][0]["tset"] = {}
+    place.settings["apps"][0]["test"] = {"timeout": "15x"}
+    place.settings["catch_up"] = 5
+    done = place.run(*command)
+    says(done, 2, "apps[0].tset", "apps[0].test.timeout", "15x", "catch_up")
+    assert len(done.stderr.splitlines()) == 3
+    assert not done.stdout
+    assert not place.spool.exists()
+
+
+def test_a_misspelt_variable_is_a_fault(place: Place) -> None:
+    says(place.run("status", GITOPS_HOOK_SECRET="/x"), 2, "GITOPS_HOOK_SECRET")
+
+
+def test_a_configuration_that_is_named_must_be_there(place: Place) -> None:
+    done = place.run("status", GITOPS_HOOK_CONFIG=str(place.directory / "other.yaml"))
+    says(done, 2, "other.yaml", "No such file")
+
+
+def test_a_configuration_that_is_no_text_is_refused(place: Place) -> None:
+    path = place.directory / "binary.yaml"
+    path.write_bytes(b"apps: \xff\xfe")
+    says(place.run("status", GITOPS_HOOK_CONFIG=str(path)), 2, "binary.yaml cannot be read")
+
+
+@pytest.mark.parametrize("command", ["status", "rollback", "push"])
+def test_an_unknown_application_is_a_wrong_command_line(place: Place, command: str) -> None:
+    more = ["--app", "shpo", "--ref", "main", "--sha", COMMIT] if command == "push" else ["shpo"]
+    says(place.run(command, *more), 2, "no app 'shpo' is configured, only: shop")
+
+
+def test_an_unknown_environment_is_a_wrong_command_line(place: Place) -> None:
+    done = place.run("rollback", "shop", "--environment", "prod")
+    says(done, 2, "shop is not deployed to 'prod', only to: staging, production")
+
+
+@pytest.mark.parametrize("command", ["clone", "collect"])
+def test_commands_of_job_pods_say_where_they_belong(place: Place, command: str) -> None:
+    says(place.run(command), 2, "this runs inside Job pods", "TERMINATION_LOG")
+
+
+# Secrets, spool, ports: nothing is started that could not work
+
+
+def test_serve_check_says_that_the_configuration_is_valid(place: Place) -> None:
+    done = place.run("serve", "--check")
+    says(done, 0, "the configuration is valid; apps: shop")
+    assert not place.spool.exists()
+
+
+@pytest.mark.parametrize("command", [["serve"], ["serve", "--check"], ["push"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "webhook-signing-tokens is missing or empty"),
+        (b"", "webhook-signing-tokens is missing or empty"),
+        (b"\n \n", "webhook-signing-tokens is missing or empty"),
+        (b"whsec_dG9vIHNob3J0\n", "webhook-signing-tokens, line 1"),
+        (TOKEN + b"\nhunter2-hunter2\n", "webhook-signing-tokens, line 2"),
+    ],
+    ids=["missing", "empty", "blank", "short", "second line"],
+)
+def test_unusable_secrets_are_refused(
+    place: Place, command: list[str], content: bytes | None, text: str
+) -> None:
+    place.signing_tokens.unlink()
+    if content is not None:
+        place.signing_tokens.write_bytes(content)
+    more = ["--app", "shop", "--ref", "main", "--sha", COMMIT] if command == ["push"] else []
+    done = place.run(*command, *more)
+    says(done, 2, text)
+    assert "hunter2" not in done.stderr
+
+
+def test_an_unwritable_spool_is_refused(place: Place) -> None:
+    (place.directory / "file").write_text("not a folder")
+    done = place.run("serve", GITOPS_HOOK_SPOOL=str(place.directory / "file" / "spool"))
+    says(done, 2, "spool", "Not a directory")
+
+
+@pytest.mark.parametrize("variable", ["GITOPS_HOOK_LISTEN", "GITOPS_HOOK_ADMIN_LISTEN"])
+def test_a_port_in_use_is_refused(place: Place, variable: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = place.run("serve", **{variable: address})
+    says(done, 2, f"cannot listen on {address}", "Address already in use")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_address_that_is_not_ours_is_refused(place: Place) -> None:
+    says(place.run("serve", GITOPS_HOOK_LISTEN="192.0.2.1:80"), 2, "cannot listen on 192.0.2.1:80")
+
+
+# No kubectl, no cluster: 2
+
+COMMANDS = [["status"], ["rollback", "shop"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_without_kubectl_commands_say_so(place: Place, command: list[str]) -> None:
+    (place.directory / "bin").mkdir()
+    done = place.run(*command, PATH=str(place.directory / "bin"))
+    says(done, 2, "kubectl")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_without_a_cluster_commands_say_so(place: Place, command: list[str]) -> None:
+    done = place.run(*command)
+    says(done, 2, "no cluster answers", "KUBECONFIG", "was refused")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_configuration_and_cluster_both_are_named(place: Place) -> None:
+    done = place.run("status", GITOPS_HOOK_CONFIG="")
+    says(done, 2, "no cluster answers", "gitops-hook", "was refused")
+
+
+def test_a_context_that_is_not_there_is_no_cluster(place: Place) -> None:
+    path = place.directory / "kubeconfig"
+    path.write_text(path.read_text().replace("current-context: c", "current-context: gone"))
+    says(place.run("status"), 2, "gone")
+
+
+def test_without_git_rerun_says_so(place: Place) -> None:
+    (place.directory / "bin").mkdir()
+    done = place.run("rerun", "shop-01234567-abcd", PATH=str(place.directory / "bin"))
+    says(done, 2, "git")
+
+
+def test_rerun_of_an_unreachable_repository_has_failed(place: Place) -> None:
+    says(place.run("rerun", "shop-01234567-abcd"), 1, "git ls-remote", "shop.git")
+
+
+# The daemon without a cluster
+
+
+def push(place: Place, url: str, **environ: str) -> Done:
+    return place.run(
+        *("push", "--app", "shop", "--ref", "main", "--sha", COMMIT, "--url", url), **environ
+    )
+
+
+def test_push_to_nobody_fails(place: Place) -> None:
+    url = f"http://127.0.0.1:{closed_port()}/webhook"
+    done = push(place, url)
+    says(done, 1, f"no answer from {url}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("mode", ["signature", "token", "hmac"])
+def test_push_is_accepted_and_stored_without_a_cluster(place: Place, mode: str) -> None:
+    place.settings["webhook"] = {"verify": mode}
+    (place.secrets / "webhook-tokens").write_text("a-plain-token\n")
+    daemon = place.serve()
+    done = push(place, f"{daemon.url}/webhook")
+    says(done, 0, "202", "accepted", "shop-01234567-")
+    assert len(list(place.spool.glob("*.json"))) == 1
+    assert daemon.ready() == 200
+
+
+def test_push_says_why_it_was_not_accepted(place: Place) -> None:
+    daemon = place.serve()
+    ignored = place.run(
+        *("push", "--app", "shop", "--ref", "refs/tags/v1", "--sha", COMMIT),
+        *("--url", f"{daemon.url}/webhook"),
+    )
+    says(ignored, 0, "200", "TagPush")
+    place.signing_tokens.write_bytes(b"whsec_" + base64.b64encode(b"x" * 32))
+    other = place.directory / "other"
+    other.mkdir()
+    (other / "webhook-signing-tokens").write_bytes(TOKEN)
+    refused = push(place, f"{daemon.url}/webhook", GITOPS_HOOK_SECRETS=str(other))
+    says(refused, 1, "401", "does not match")
+
+
+def test_the_daemon_starts_without_cluster_and_kubectl_and_says_what_it_waits_for(
+    place: Place,
+) -> None:
+    (place.directory / "bin").mkdir()
+    daemon = place.serve(PATH=str(place.directory / "bin"))
+    assert daemon.ready() == 200
+    line = eventually(lambda: daemon.find("watch lost"))
+    assert "kubectl" in line["detail"]
+
+
+# Its end
+
+
+def test_sigterm_makes_it_unready_at_once_and_lets_requests_end(place: Place) -> None:
+    daemon = place.serve()
+    port = int(daemon.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+        head = b"POST /webhook HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+        slow.sendall(head)
+        sent = time.monotonic()
+        daemon.process.send_signal(signal.SIGTERM)
+        eventually(lambda: daemon.ready() == 503, 1.0)
+        slow.sendall(b"{}")
+        assert slow.recv(1000).startswith(b"HTTP/1.1 401 ")
+    assert daemon.process.wait(50) == 0
+    assert time.monotonic() - sent < grace_period()
+    assert daemon.find("stopped")
+
+
+def test_a_second_signal_changes_nothing(place: Place) -> None:
+    daemon = place.serve()
+    for _ in range(3):
+        daemon.process.send_signal(signal.SIGTERM)
+        eventually(lambda: daemon.ready() == 503, 1.0)
+    assert daemon.process.wait(50) == 0
+
+
+def grace_period() -> float:
+    """How long a kubelet waits, by the manifest."""
+    deployment = yaml.safe_load((ROOT / "manifests/base/deployment.yaml").read_text())
+    return float(deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"])
+
+
+def test_an_interrupted_command_says_so(place: Place) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place.config.write_text(yaml.safe_dump(place.settings))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/webhook"
+        argv = ["push", "--app", "shop", "--ref", "main", "--sha", COMMIT, "--url", url]
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), *argv],
+            env=place.environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        place.processes.append(process)
+        connection, _ = silent.accept()
+        with connection:
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=20)
+    says(subprocess.CompletedProcess(argv, process.returncode, stdout, stderr), 1, "interrupted")
