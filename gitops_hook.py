@@ -45,6 +45,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -108,6 +109,8 @@ NOTE_HISTORY = "gitops-hook/history"
 NOTE_CLAIM = "gitops-hook/deploying"
 NOTE_BAKE = "gitops-hook/bake-until"
 
+LOOK_SECONDS = 2.0  # between looks at what is not watched
+AGAIN_SECONDS = 10.0  # before an action whose effect does not show is tried again
 COLOURS = ("blue", "green")
 HISTORY_LENGTH = 10
 REJECTED_LENGTH = 50
@@ -2366,9 +2369,14 @@ def end_process(process: subprocess.Popen[bytes]) -> tuple[str, str]:
     return stdout.decode(errors="replace"), stderr.decode(errors="replace")
 
 
+def jittered(seconds: float) -> float:
+    """Return about so many seconds, so that what failed together does not come back together."""
+    return seconds * random.uniform(0.7, 1.3)  # noqa: S311 - it hides nothing
+
+
 def backoff(failures: int) -> float:
-    """Return the seconds to wait after so many failures in a row, with jitter."""
-    return DELAYS[min(failures, len(DELAYS) - 1)] * random.uniform(0.7, 1.3)  # noqa: S311 - jitter
+    """Return the seconds to wait after so many failures in a row."""
+    return jittered(DELAYS[min(failures, len(DELAYS) - 1)])
 
 
 # === decide =======================================================================================
@@ -2718,7 +2726,7 @@ def health_refusal(url: str) -> str | None:
         with requests.Session() as session:
             session.trust_env = False
             with session.get(url, timeout=(1.0, 2.0), allow_redirects=False, stream=True) as answer:
-                return None if 200 <= answer.status_code < 400 else f"status {answer.status_code}"
+                return None if answer.ok else f"status {answer.status_code}"
     except requests.RequestException as failed:
         return type(failed).__name__
 
@@ -2771,7 +2779,7 @@ class Ledger:
         return "ref-" + hashlib.sha256(ref.encode()).hexdigest()[:16]
 
     def rejection(self, app: str, commit: str, reason: str) -> dict[str, Object | None]:
-        """Return the entry that rejects a commit until `rerun`; the oldest of too many is dropped."""
+        """Return the entry that rejects a commit until `rerun`, without the oldest of too many."""
         known = sorted(self.read(app)[1].values(), key=lambda e: seconds_of(e.get("at")))
         drop = known[: max(0, len(known) + 1 - REJECTED_LENGTH)]
         entry: Object = {"commit": commit, "reason": reason, "at": self.clock.now()}
@@ -2916,14 +2924,8 @@ class Deployer:
             idle = next(c for c in COLOURS if c != live)
             detail = f"Deployment {name}-{idle} was not made here; delete or rename it"
             raise StageError(Reason.ADOPTION_REFUSED, detail)
-        return Placement(
-            app=task.app,
-            run=task.run,
-            namespace=task.namespace,
-            colour=free[0],
-            image=task.image,
-            live_replicas=replicas,
-        )
+        where: Object = {"namespace": task.namespace, "colour": free[0], "image": task.image}
+        return Placement(app=task.app, run=task.run, live_replicas=replicas, **where)
 
     def note(self, run: str, colour: str, phase: str, heal: str = "") -> Object:
         """Return the claim of this process."""
@@ -3239,7 +3241,7 @@ class Deployer:
                 sick = sick or f"not ready for {UNREADY_SECONDS:.0f} s: {', '.join(down)}"
             if sick:
                 self.take_back(task, sick, pods, unhealthy=failures >= health.failures)
-            if self.clock.monotonic() - looked > 2.0:
+            if self.clock.monotonic() - looked > LOOK_SECONDS:
                 looked = self.clock.monotonic()
                 self.still_live(task)
 
@@ -3273,7 +3275,7 @@ class Deployer:
         raise StageError(Reason.SICK_AFTER_SWITCH, self.with_logs(sick, ours, task.namespace))
 
     def answering(self, task: Task, target: Mapping[str, Any], *, probe: bool) -> int:
-        """Return how many pods of a rollback target are ready, and by probe also answer healthily."""
+        """Return how many pods of a rollback target are ready, and by probe also healthy."""
         terms = selector_text(target["selector"])
         found = self.kubectl.list("pods", task.namespace, "-l", terms)
         ready = [p for p in found if view_pod(p).ready]
@@ -3383,7 +3385,7 @@ class Deployer:
         return info("healed", target=release.run, colour=release.colour, **task.words)
 
     def collect_garbage(self, task: Task) -> None:
-        """Delete what a failed first deployment left, and copies and releases that nothing names."""
+        """Delete what a failed first deployment left, and records that nothing names any more."""
         namespace, name = task.namespace, task.app.name
         ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP}={name}"
         service, named = self.service(task), ""
@@ -3449,7 +3451,7 @@ class Deployer:
         return left, goal
 
     def raise_target(self, task: Task, service: Service, target: Object) -> Object:
-        """Return the entry of a rollback target once its pods are ready, brought back if need be."""
+        """Return a rollback target's entry once its pods are ready, brought back if need be."""
         ready = self.ready_pods(task.namespace, target["selector"])
         if ready >= int(target.get("replicas", 1)):
             return target
@@ -3619,7 +3621,7 @@ class Controller:
     # Intake: from the spool into the cluster.
 
     def intake(self) -> None:
-        """Turn everything spooled into suspended Jobs, in as few calls as possible; lose nothing."""
+        """Turn everything spooled into suspended Jobs, in as few calls as possible."""
         failures = 0
         while not self.stop.is_set():
             self.pulses.beat("intake", 300.0)
@@ -3695,7 +3697,7 @@ class Controller:
     # Catch-up: what GitLab failed to announce.
 
     def follow_heads(self, app: App) -> None:
-        """Read an app's heads now and then, and when asked; compare them with what was last seen."""
+        """Read an app's heads now and then, and when asked; compare them with the last seen."""
         due, failures, asked = 0.0, 0, self.asked[app.name]
         while not self.stop.is_set():
             self.pulses.beat(f"heads-{app.name}", self.config.catch_up * 1.2 + 4 * GIT_TIMEOUT)
@@ -3706,7 +3708,7 @@ class Controller:
                 self.wake.set()
                 if self.clock.monotonic() >= due:
                     self.catch_up(app, heads)
-                    due = self.clock.monotonic() + self.config.catch_up * random.uniform(0.9, 1.1)
+                    due = self.clock.monotonic() + jittered(self.config.catch_up)
                 failures = 0
             except (GitError, KubectlError, ConfigError, SpoolError) as lost:
                 if failures == 0:
@@ -3796,7 +3798,7 @@ class Controller:
         self.look_after(set(active), {newest(g).app for g in active.values()})
 
     def forget_suspended(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
-        """Delete Jobs that were never released and whose run has ended: no time to live ends them."""
+        """Delete Jobs of ended runs that were never released: no time to live ends them."""
         until = self.clock.now() - JOB_TTL
         for found in (j for g in runs.values() for j in g.values() if j.state == "suspended"):
             if found.outcome and seconds_of(found.notes.get(NOTE_ENDED)) < until:
@@ -3815,28 +3817,37 @@ class Controller:
         symptoms += [s for j in jobs.values() if (s := self.creation_trouble(j, pods))]
         services = {e: s for e, w in self.services.items() for s in w.items() if s.name == run.app}
         newer = [r for r in others if (r.app, r.ref) == (run.app, run.ref)]
-        return View(
-            app=self.apps[run.app],
-            run=run,
-            jobs=jobs,
-            pods=tuple(pods),
-            services=services,
-            head=head_word(run, heads, age, now),
-            newer=any(r.received > run.received for r in newer),
-            places=places,
-            doomed=self.doom.setdefault(run.id, Doom()).verdict(symptoms, now),
-            busy=frozenset(e for a, e in self.busy if a == run.app),
-            now=now,
-            queue_timeout=self.config.limits.queue_timeout,
-        )
+        doomed = self.doom.setdefault(run.id, Doom()).verdict(symptoms, now)
+        busy = frozenset(e for a, e in self.busy if a == run.app)
+        head, again = head_word(run, heads, age, now), any(r.received > run.received for r in newer)
+        limit, app = self.config.limits.queue_timeout, self.apps[run.app]
+        seen: Object = {
+            "app": app,
+            "run": run,
+            "jobs": jobs,
+            "pods": tuple(pods),
+            "services": services,
+        }
+        more: Object = {
+            "head": head,
+            "newer": again,
+            "places": places,
+            "doomed": doomed,
+            "busy": busy,
+        }
+        return View(**seen, **more, now=now, queue_timeout=limit)
 
     def creation_trouble(self, found: Job, pods: Iterable[Pod]) -> Symptom | None:
         """Return why a released Job has no pod. Quota is only waited for, and noted on the Job."""
         waited = self.clock.now() - found.released
-        if found.state != "active" or waited < 3 or any(p.job == found.name for p in pods):
+        if (
+            found.state != "active"
+            or waited < LOOK_SECONDS
+            or any(p.job == found.name for p in pods)
+        ):
             return None
         text, looked = self.stuck.get(found.name, ("", 0.0))
-        if self.clock.monotonic() - looked > 10:
+        if self.clock.monotonic() - looked > AGAIN_SECONDS:
             fields_ = f"involvedObject.name={found.name},reason=FailedCreate"
             events = self.kubectl.list("events", found.namespace, "--field-selector", fields_)
             last = str(events[-1].get("message", "")) if events else ""
@@ -3848,7 +3859,7 @@ class Controller:
         return symptom if text and symptom.reason is Reason.ADMISSION_REFUSED else None
 
     def act(self, view: View, action: Action) -> bool:
-        """Carry out one action, once until the cluster shows its effect; return if it is a release."""
+        """Carry out an action, once until the cluster shows its effect; return if to release."""
         run, do, stage = view.run, action.do, action.stage
         if do is Do.WAIT and action.reason is Reason.GIT_ERROR:
             self.asked[run.app].set()
@@ -3856,7 +3867,7 @@ class Controller:
             return False
         mark = (do, stage, tuple(j.version for j in view.jobs.values()))
         before, at = self.acted.get(run.id, (None, 0.0))
-        if before == mark and self.clock.monotonic() - at < 10:
+        if before == mark and self.clock.monotonic() - at < AGAIN_SECONDS:
             return False
         self.acted[run.id] = mark, self.clock.monotonic()
         if do is Do.NOTE:
@@ -3879,7 +3890,7 @@ class Controller:
         return Task(app=app, environment=environment, namespace=namespace, run=run, image=image)
 
     def build(self, view: View, *, again: bool) -> None:
-        """Create a build Job, released; again, when a finished one's digest was lost with its pod."""
+        """Create a build Job, released; again, when a digest was lost with its pod."""
         made = build_job(self.config, view.app, view.run)
         made["spec"]["suspend"] = False
         name, namespace = made["metadata"]["name"], made["metadata"]["namespace"]
@@ -4243,19 +4254,14 @@ def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
     Bodies of up to twice the limit reach the application, which says what is wrong with them. The
     senders of longer ones may see no more than a closed connection.
     """
+    host, _, port = listen.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
-        server = waitress.server.create_server(
-            app,
-            listen=listen,
-            ipv4=listen[0] != "[",
-            ipv6=listen[0] == "[",
-            max_request_body_size=2 * max_body + 1,
-            ident="",
-            **TIMES,
-            **SIZES,
-        )
-    except (OSError, ValueError) as refused:
-        raise ConfigError([f"cannot listen on {listen}: {clip(str(refused))}"]) from refused
+        bound = socket.create_server((host.strip("[]"), int(port)), family=family)
+    except OSError as refused:
+        raise ConfigError([f"cannot listen on {listen}: {refused.strerror}"]) from refused
+    body = {"max_request_body_size": 2 * max_body + 1}
+    server = waitress.server.create_server(app, sockets=[bound], ident="", **body, **TIMES, **SIZES)
     server.channel_class = Channel
     return server
 
@@ -4435,20 +4441,22 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
 
 
 def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
-    """Return the runs that Jobs tell of, and where those are gone the last of each branch."""
+    """Return the runs that Jobs tell of, newest first; where those are gone, each branch's last."""
     keys = ("run", "app", "ref", "commit", "stage", "state", "outcome", "reason", "detail")
-    runs: dict[str, tuple[float, Object]] = {}
+    runs: dict[str, Object] = {}
+    jobs = tools.jobs(f"{LABEL_APP} in ({','.join(apps)})") if apps else []
+    for job in sorted(jobs, key=lambda j: (-j.run.received, j.stage)):
+        run, notes = job.run, [job.notes.get(n, "") for n in (NOTE_REASON, NOTE_DETAIL)]
+        state = "ended" if job.outcome else job.state
+        told = (run.id, run.app, run.ref, run.commit, job.stage, state, job.outcome, *notes)
+        runs.setdefault(run.id, dict(zip(keys, told, strict=True)))
     for app in apps:
         seen, _ = Ledger(tools.deployer.kubectl, tools.deployer.clock).read(app)
         for e in (e for e in seen.values() if e.get("outcome") not in (None, "baseline")):
-            told = {**dict.fromkeys(keys, ""), **e, "app": app, "state": "ended"}
-            runs[e["run"]] = seconds_of(e.get("at")), {k: told[k] for k in keys}
-    for job in tools.jobs(f"{LABEL_APP} in ({','.join(apps)})") if apps else ():
-        run, notes = job.run, [job.notes.get(n, "") for n in (NOTE_REASON, NOTE_DETAIL)]
-        state = "ended" if job.outcome else job.state
-        values = (run.id, run.app, run.ref, run.commit, job.stage, state, job.outcome, *notes)
-        runs[run.id] = run.received, dict(zip(keys, values, strict=True))
-    return [told for _, told in sorted(runs.values(), key=lambda r: -r[0])]
+            id_ = run_id(app, e["ref"], e["commit"])
+            told = (id_, app, e["ref"], e["commit"], "", "ended", e["outcome"], e["reason"], "")
+            runs.setdefault(id_, dict(zip(keys, told, strict=True)))
+    return list(runs.values())
 
 
 def rollback(tools: Tools, args: argparse.Namespace) -> int:
