@@ -1,0 +1,551 @@
+"""A configuration is valid as a whole, or every fault in it is told at once, with its place."""
+
+from __future__ import annotations
+
+import base64
+import time
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import gitops_hook as hook
+from tests.deliveries import TOKEN
+
+APP = {"name": "shop", "repository": "https://gitlab.example.com/demo/shop.git"}
+IMAGE = {"image": "registry.example.com/demo/shop"}
+
+
+def document(app: Any = None, **top: Any) -> str:
+    """A valid configuration of one app, with other values."""
+    one = {**APP, "build": IMAGE, **(app or {})}
+    return yaml.safe_dump({"apps": [one], **top})
+
+
+def loaded(app: Any = None, **top: Any) -> hook.Config:
+    return hook.load_config(document(app, **top))
+
+
+def faults(text: str) -> list[str]:
+    with pytest.raises(hook.ConfigError) as wrong:
+        hook.load_config(text)
+    assert str(wrong.value) == "; ".join(wrong.value.faults)
+    return list(wrong.value.faults)
+
+
+# === Defaults ===
+
+
+def test_an_app_needs_a_name_a_repository_and_where_its_image_goes() -> None:
+    config = loaded()
+    (app,) = config.apps
+    assert app.branch == "main"
+    assert app.deploy_ref == "refs/heads/main"
+    assert app.test_branches == ("*",)
+    assert app.test.command.endswith("--junitxml=$JUNIT_XML")
+    assert app.test.resources["limits"] == {"cpu": "500m", "memory": "512Mi"}
+    assert app.build.resources["limits"] == {"cpu": "2", "memory": "4Gi"}
+    assert app.deploy.environments == ("staging", "production")
+    assert (app.deploy.health.path, app.deploy.health.failures) == ("/ready", 3)
+    assert (app.deploy.rollout_timeout, app.deploy.bake, app.deploy.drain) == (300.0, 60.0, 60.0)
+    assert app.deploy.retain is None
+    assert config.namespaces == {n: n for n in ("test", "build", "staging", "production")}
+    assert (config.webhook.verify, config.webhook.max_body) == ("signature", 5 * 1024 * 1024)
+    assert (config.limits.max_running, config.limits.spool_files) == (4, 10_000)
+    assert (config.limits.queue_timeout, config.catch_up) == (3600.0, 300.0)
+
+
+def test_the_example_of_the_design_is_valid() -> None:
+    config = hook.load_config("""
+apps:
+  - name: shop
+    repository: https://gitlab.example.com/demo/shop.git
+    branch: main
+    test_branches: ["*"]
+    test: {image: python:3.12-slim, command: "python -m pytest", timeout: 15m}
+    build: {builder: kaniko, image: registry.example.com/demo/shop, dockerfile: Dockerfile,
+            args: ["--cache=true"], timeout: 20m}
+    deploy:
+      manifests: deploy/
+      ignore_kinds: [Ingress]
+      environments: [staging, production]
+      health: {path: /ready, successes: 3, failures: 3, timeout: 30s}
+      rollout_timeout: 300s
+      bake: 60s
+      drain: 60s
+      retain: 1
+namespaces: {test: test, build: build, staging: staging, production: production}
+images: {hook: gitops-hook:dev, kaniko: ghcr.io/osscontainertools/kaniko:v1.28.3}
+webhook: {verify: hmac, max_body: 512KiB}
+limits: {max_running: 4, queue_timeout: 1h, spool_files: 10000, kubectl: 8}
+catch_up: 5m
+""")
+    (app,) = config.apps
+    assert (app.deploy.retain, app.build.args) == (1, ("--cache=true",))
+    assert config.webhook.max_body == 512 * 1024
+
+
+def test_no_app_at_all_is_valid() -> None:
+    assert hook.load_config("apps: []").apps == ()
+
+
+def test_a_section_left_empty_has_its_defaults() -> None:
+    assert hook.load_config(document() + "webhook:\nlimits: {}\n") == loaded()
+
+
+def test_an_app_without_environments_needs_no_image() -> None:
+    assert loaded({"build": {}, "deploy": {"environments": []}}).apps[0].build.image == ""
+
+
+def test_values_do_not_change() -> None:
+    config: Any = loaded()
+    with pytest.raises(AttributeError):
+        config.catch_up = 1.0
+
+
+def test_an_app_is_found_by_its_name_and_else_the_known_ones_are_told() -> None:
+    config = loaded()
+    assert config.app("shop") is config.apps[0]
+    with pytest.raises(hook.RefusedError, match="no app 'shpo'; known: shop"):
+        config.app("shpo")
+
+
+def test_the_environments_are_those_that_an_app_is_deployed_to() -> None:
+    spaces = {"test": "t", "build": "b", "qa": "q", "unused": "u", "live": "l"}
+    config = loaded({"deploy": {"environments": ["qa", "live"]}}, namespaces=spaces)
+    assert config.environments() == {"qa": "q", "live": "l"}
+
+
+# === Faults ===
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "configuration: is not a mapping"),
+        ("[]", "configuration: is not a mapping"),
+        ("{}", "apps: is required"),
+        ("apps:", "apps: is required"),
+        ("apps: 5", "apps: 5 is not a list"),
+        ("apps: {}", "apps: {} is not a list"),
+        ("apps: [5]", "apps[0]: is not a mapping"),
+        ("apps: []\napp: []", "app: unknown key (known: apps, namespaces, images, webhook,"),
+        ("apps: []\n1: []", "1: unknown key"),
+        ("apps: []\nlimits: 5", "limits: is not a mapping"),
+        ("apps: []\nlimits: {kubectl: 0}", "limits.kubectl: 0 is not a whole number from 1 to 64"),
+        ("apps: []\nlimits: {kubectl: true}", "limits.kubectl: True is not a whole number"),
+        ("apps: []\nlimits: {kubectl: '8'}", "limits.kubectl: '8' is not a whole number"),
+        ("apps: []\nwebhook: {verify: none}", "webhook.verify: 'none' is not signature, token"),
+        ("apps: []\nwebhook: {verify: false}", "webhook.verify: False is not signature, token"),
+        ("apps: []\nwebhook: {max_body: 5MB}", "webhook.max_body: '5MB' is not a size up to 64MiB"),
+        ("apps: []\nwebhook: {max_body: 0MiB}", "webhook.max_body: '0MiB' is not a size"),
+        ("apps: []\nwebhook: {max_body: 99MiB}", "webhook.max_body: '99MiB' is not a size"),
+        ("apps: []\ncatch_up: 0s", "catch_up: '0s' is not a duration (e.g. 90s, 15m, 2h)"),
+        ("apps: []\nimages: {hook: UPPER}", "images.hook: 'UPPER' is not an image reference"),
+        ("a: *b", "configuration: not YAML: found undefined alias"),
+        ("a: [", "configuration: not YAML: while parsing"),
+        ("a: 2024-13-45", "configuration: not YAML: month must be in 1..12"),
+        ("a: \x00", "configuration: not YAML: unacceptable character"),
+        ("{[a]: b}", "configuration: not YAML: while constructing a mapping"),
+        ("!!python/object:os.system x", "configuration: not YAML: could not determine a constr"),
+        ("[" * 1000, "configuration: not YAML: maximum recursion depth exceeded"),
+    ],
+)
+def test_a_fault_at_the_top_is_told(text: str, fault: str) -> None:
+    assert faults(text)[0].startswith(fault)
+
+
+NOT = "is not"
+NO_NAME = f"{NOT} a DNS label of at most 30 characters"
+NO_URL = f"{NOT} an http(s) URL without user, query and fragment"
+NO_DURATION = f"{NOT} a duration (e.g. 90s, 15m, 2h)"
+NO_FOLDER = f"{NOT} a relative path within the repository"
+NO_IMAGE = f"{NOT} an image reference"
+
+
+@pytest.mark.parametrize(
+    ("app", "fault"),
+    [
+        ({"name": None}, "name: is required"),
+        ({"name": "Shop"}, f"name: 'Shop' {NO_NAME}"),
+        ({"name": "a" * 31}, f"name: '{'a' * 31}' {NO_NAME}"),
+        ({"name": "-a"}, f"name: '-a' {NO_NAME}"),
+        ({"name": "a\n"}, f"name: 'a\\n' {NO_NAME}"),
+        ({"name": 5}, f"name: 5 {NO_NAME}"),
+        ({"repository": None}, "repository: is required"),
+        ({"repository": "git@host:a/b"}, f"repository: 'git@host:a/b' {NO_URL}"),
+        ({"repository": "https://u:p@h/a"}, f"repository: 'https://u:p@h/a' {NO_URL}"),
+        ({"repository": "https://h/a?b"}, f"repository: 'https://h/a?b' {NO_URL}"),
+        ({"repository": "https://h"}, f"repository: 'https://h' {NO_URL}"),
+        ({"repository": "https://h/a b"}, f"repository: 'https://h/a b' {NO_URL}"),
+        ({"repository": "--upload-pack=x"}, f"repository: '--upload-pack=x' {NO_URL}"),
+        ({"repository": "ext::sh"}, f"repository: 'ext::sh' {NO_URL}"),
+        ({"branch": "refs/heads/main"}, "branch: 'refs/heads/main' is not a branch name (without"),
+        ({"branch": "rel*"}, "branch: 'rel*' is not a branch name (without refs/heads/)"),
+        ({"branch": 1.0}, "branch: 1.0 is not a branch name (without refs/heads/)"),
+        ({"test_branches": "*"}, "test_branches: '*' is not a list"),
+        ({"test_branches": [5]}, "test_branches: [5] is not a text"),
+        ({"test_branches": [""]}, "test_branches: [''] is not a text"),
+        ({"test": {"image": "a b"}}, f"test.image: 'a b' {NO_IMAGE}"),
+        ({"test": {"command": " "}}, "test.command: ' ' is not a text"),
+        ({"test": {"command": "a\0"}}, "test.command: 'a\\x00' is not a text"),
+        ({"test": {"timeout": "15x"}}, f"test.timeout: '15x' {NO_DURATION}"),
+        ({"test": {"timeout": 15}}, f"test.timeout: 15 {NO_DURATION}"),
+        ({"test": {"timeout": "0s"}}, f"test.timeout: '0s' {NO_DURATION}"),
+        ({"test": {"timeout": "500ms"}}, f"test.timeout: '500ms' {NO_DURATION}"),
+        ({"test": {"timeout": "-1m"}}, f"test.timeout: '-1m' {NO_DURATION}"),
+        ({"test": {"timeout": "999999h"}}, f"test.timeout: '999999h' {NO_DURATION}"),
+        ({"test": {"timeouts": "1m"}}, "test.timeouts: unknown key (known: image, command, time"),
+        ({"test": []}, "test: is not a mapping"),
+        ({"test": {"resources": []}}, "test.resources: [] is not a mapping"),
+        (
+            {"test": {"resources": {"limit": {}}}},
+            "test.resources: {'limit': {}} is not a map of re",
+        ),
+        ({"test": {"resources": {"limits": 5}}}, "test.resources: {'limits': 5} is not a mapping"),
+        (
+            {"test": {"resources": {"limits": {"cpu": "fast"}}}},
+            "test.resources: {'limits': {'cpu': 'fast'}} is not made of quantities like 250m, 1Gi",
+        ),
+        ({"build": {"builder": "docker"}}, "build.builder: 'docker' is not kaniko or none"),
+        ({"build": {"image": "a b"}}, f"build.image: 'a b' {NO_IMAGE}"),
+        ({"build": {"image": ""}}, "build.image: is required with builder kaniko"),
+        ({"build": {"image": "shop:1"}}, "build.image: 'shop:1' must not carry a tag or digest"),
+        ({"build": {"image": "r:5000/a:1"}}, "build.image: 'r:5000/a:1' must not carry a tag or"),
+        ({"build": {"dockerfile": "/a"}}, f"build.dockerfile: '/a' {NO_FOLDER}"),
+        ({"build": {"dockerfile": "a/../../b"}}, f"build.dockerfile: 'a/../../b' {NO_FOLDER}"),
+        ({"build": {"args": "--x"}}, "build.args: '--x' is not a list"),
+        ({"deploy": {"manifests": ".."}}, f"deploy.manifests: '..' {NO_FOLDER}"),
+        ({"deploy": {"manifests": "-f"}}, f"deploy.manifests: '-f' {NO_FOLDER}"),
+        (
+            {"deploy": {"environments": ["qa"]}},
+            "deploy.environments: 'qa' is not an environment in",
+        ),
+        ({"deploy": {"environments": ["test"]}}, "deploy.environments: 'test' is not an environme"),
+        (
+            {"deploy": {"environments": ["staging", "staging"]}},
+            "deploy.environments: names one of them twice",
+        ),
+        ({"deploy": {"health": {"path": "ready"}}}, "deploy.health.path: 'ready' is not a path"),
+        ({"deploy": {"health": {"path": "/a b"}}}, "deploy.health.path: '/a b' is not a path"),
+        ({"deploy": {"health": {"failures": 0}}}, "deploy.health.failures: 0 is not a whole numbe"),
+        ({"deploy": {"bake": "soon"}}, "deploy.bake: 'soon' is not a duration (e.g. 0s, 90s, 15m)"),
+        ({"deploy": {"retain": "some"}}, "deploy.retain: 'some' is not a whole number from 0 to"),
+        ({"deploy": {"retain": -1}}, "deploy.retain: -1 is not a whole number from 0 to 1000"),
+    ],
+    ids=str,
+)
+def test_a_fault_of_an_app_is_told_with_its_place(app: Any, fault: str) -> None:
+    build = {"build": {**IMAGE, **app.get("build", {})}}
+    (found,) = faults(document({**app, **build}))
+    assert found.startswith(f"apps[0].{fault}")
+
+
+@pytest.mark.parametrize(
+    "app",
+    [
+        {"repository": "/srv/git/shop.git"},
+        {"repository": "file:///srv/git/shop.git"},
+        {"repository": "http://host:8080/a/b/c"},
+        {"repository": "https://[::1]:8443/a"},
+        {"branch": "release/2.x"},
+        {"test": {"timeout": "90s", "resources": {}}},
+        {"test": {"resources": {"limits": {"cpu": 2, "memory": 1.5, "nvidia.com/gpu": 1}}}},
+        {"build": {"image": "localhost:5000/demo/shop"}},
+        {"build": {"builder": "none"}},
+        {"deploy": {"manifests": "./deploy/live/"}},
+        {"deploy": {"manifests": "a..b"}},
+        {"deploy": {"bake": "0s", "drain": "250ms", "retain": 0}},
+    ],
+    ids=str,
+)
+def test_what_makes_sense_is_accepted(app: dict[str, Any]) -> None:
+    assert loaded(app)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1500ms", 1.5), ("1s", 1.0), ("90s", 90.0), ("15m", 900.0), ("2h", 7200)]
+)
+def test_durations_are_read_in_all_their_units(text: str, seconds: float) -> None:
+    assert loaded(catch_up=text).catch_up == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("other", ["shop-blue", "shop-green", "shop-preview"])
+def test_no_app_may_be_called_like_what_another_app_creates(other: str) -> None:
+    apps = [{**APP, "build": IMAGE}, {**APP, "name": other, "build": IMAGE}]
+    fault = f"apps[1].name: {other!r} is the name of another app's Deployment or Service"
+    assert faults(yaml.safe_dump({"apps": apps})) == [fault]
+
+
+def test_no_two_apps_have_one_name() -> None:
+    apps = [{**APP, "build": IMAGE}] * 2
+    assert faults(yaml.safe_dump({"apps": apps})) == [
+        "apps[1].name: 'shop' is the name of two apps"
+    ]
+
+
+@pytest.mark.parametrize(
+    "spaces",
+    [
+        {"test": "a", "staging": "s", "production": "p"},
+        {"test": "a", "build": "a", "staging": "s", "production": "p"},
+        {"test": "a", "build": "b", "staging": "s", "production": "s"},
+        {"test": "a", "build": "orchestration", "staging": "s", "production": "p"},
+    ],
+)
+def test_every_stage_and_environment_has_a_namespace_of_its_own(spaces: dict[str, str]) -> None:
+    (fault,) = faults(document(namespaces=spaces))
+    assert fault.startswith("namespaces: needs test, build and others, all different")
+
+
+@pytest.mark.parametrize("spaces", ["test", [], {"test": 5}, {"Test": "test"}, {"a": "x" * 64}])
+def test_namespaces_are_dns_labels(spaces: Any) -> None:
+    assert faults(document(namespaces=spaces))[0].startswith("namespaces: ")
+
+
+def test_all_faults_are_told_at_once() -> None:
+    text = """
+apps:
+  - {name: shop, repository: https://h/a, test: {timeout: 15x, tiemout: 1m}, build: {image: r/a:1}}
+  - {name: shop, repository: nowhere, deploy: {environments: [qa, staging], retain: many}}
+  - nothing
+namespaces: {test: test, build: build, staging: staging}
+webhook: {verify: maybe}
+colour: blue
+"""
+    assert [fault.split(" (")[0] for fault in faults(text)] == [
+        "colour: unknown key",
+        "apps[0].test.tiemout: unknown key",
+        "apps[0].test.timeout: '15x' is not a duration",
+        "apps[1].repository: 'nowhere' is not an http(s) URL without user, query and fragment",
+        "apps[1].deploy.retain: 'many' is not a whole number from 0 to 1000",
+        "apps[2]: is not a mapping",
+        "apps[2].name: is required",
+        "apps[2].repository: is required",
+        "webhook.verify: 'maybe' is not signature, token or hmac",
+        "apps[0].deploy.environments: 'production' is not an environment in namespaces",
+        "apps[0].build.image: 'r/a:1' must not carry a tag or digest",
+        "apps[1].name: 'shop' is the name of two apps",
+        "apps[1].deploy.environments: 'qa' is not an environment in namespaces",
+        "apps[1].build.image: is required with builder kaniko",
+        "apps[2].deploy.environments: 'production' is not an environment in namespaces",
+        "apps[2].build.image: is required with builder kaniko",
+    ]
+
+
+def test_a_fault_quotes_no_more_than_a_line() -> None:
+    (fault,) = faults(document({"branch": "x " * 5000}))
+    assert len(fault) < 200
+
+
+# === The table for the README ===
+
+
+def paths(section: Any, prefix: str = "") -> list[str]:
+    """Where values are in a configuration."""
+    found = []
+    for field in fields(section):
+        value, path = getattr(section, field.name), prefix + field.name
+        if is_dataclass(value):
+            found += paths(value, f"{path}.")
+        elif field.name == "apps":
+            found += paths(value[0], f"{path}[].")
+        else:
+            found.append(path)
+    return found
+
+
+def test_the_table_lists_every_setting_with_its_default_and_its_meaning() -> None:
+    table = {key: (default, meaning) for key, default, meaning in hook.settings_table()}
+    assert table["apps[].name"][0] == "required"
+    assert table["apps[].deploy.health.path"][0] == "/ready"
+    assert table["apps[].deploy.retain"][0] == "full"
+    assert table["limits.spool_files"][0] == "10000"
+    assert table["catch_up"][0] == "5m"
+    assert all(default and meaning for default, meaning in table.values())
+    assert sorted(table) == sorted(paths(loaded()))
+
+
+def test_a_configuration_of_the_defaults_in_the_table_is_the_default() -> None:
+    spelled: dict[str, Any] = {}
+    for key, default, _ in hook.settings_table():
+        place, parts = spelled, key.replace("[]", "").split(".")
+        for part in parts[:-1]:
+            place = place.setdefault(part, {})
+        if default != "required":
+            place[parts[-1]] = yaml.safe_load(default)
+    app = spelled.pop("apps")
+    app["build"]["image"] = IMAGE["image"]
+    assert loaded(app, **spelled) == loaded()
+
+
+# === The process ===
+
+
+def process_faults(**environ: str) -> list[str]:
+    with pytest.raises(hook.ConfigError) as wrong:
+        hook.Process.from_environ(environ)
+    return list(wrong.value.faults)
+
+
+def test_the_process_has_its_defaults() -> None:
+    assert hook.Process.from_environ({"HOME": "/", "GITOPS_HOOK_SPOOL": ""}) == hook.Process(
+        config=Path("/etc/gitops-hook/config.yaml"),
+        secrets=Path("/etc/gitops-hook/secrets"),
+        spool=Path("/var/spool/gitops-hook"),
+        listen="0.0.0.0:8080",
+        admin_listen="127.0.0.1:8081",
+    )
+
+
+def test_the_process_is_told_by_its_environment() -> None:
+    process = hook.Process.from_environ(
+        {"GITOPS_HOOK_SPOOL": "/a/b", "GITOPS_HOOK_ADMIN_LISTEN": "[::1]:0"}
+    )
+    assert (process.spool, process.admin_listen) == (Path("/a/b"), "[::1]:0")
+
+
+def test_a_variable_that_nobody_knows_is_a_fault() -> None:
+    (fault,) = process_faults(GITOPS_HOOK_SECRET="x")
+    assert fault.startswith("GITOPS_HOOK_SECRET: unknown variable (known: GITOPS_HOOK_CONFIG, ")
+
+
+def test_what_a_kubelet_injects_beside_a_service_is_no_fault() -> None:
+    names = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_8080_TCP"]
+    names += ["PORT_8080_TCP_ADDR", "METRICS_SERVICE_HOST", "METRICS_PORT"]
+    environ = {f"GITOPS_HOOK_{name}": "tcp://10.0.0.1:80" for name in names}
+    assert hook.Process.from_environ(environ) == hook.Process()
+
+
+@pytest.mark.parametrize("key", ["LISTEN", "ADMIN_LISTEN"])
+@pytest.mark.parametrize("wrong", ["8080", ":8080", "host:", "host:http", "h:65536", "http://h:80"])
+def test_where_to_listen_is_a_host_and_a_port(key: str, wrong: str) -> None:
+    fault = f"GITOPS_HOOK_{key}: {wrong!r} is not host:port"
+    assert process_faults(**{f"GITOPS_HOOK_{key}": wrong}) == [fault]
+
+
+def test_all_faults_of_the_environment_are_told_at_once() -> None:
+    assert len(process_faults(GITOPS_HOOK_A="", GITOPS_HOOK_B="", GITOPS_HOOK_LISTEN="x")) == 3
+
+
+# === Secrets ===
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> hook.Secrets:
+    return hook.Secrets(tmp_path)
+
+
+def write(secrets: hook.Secrets, name: str, content: str) -> None:
+    (secrets.directory / name).write_bytes(content.encode())
+
+
+TOKENS = "webhook-signing-tokens"
+
+
+@pytest.mark.parametrize("around", ["{}", "{}\n", "{}\r\n", "\n\n {}\t\n\n", "{}\n\n"])
+def test_white_space_around_a_secret_is_not_part_of_it(secrets: hook.Secrets, around: str) -> None:
+    write(secrets, TOKENS, around.format(TOKEN))
+    assert secrets.keys("signature") == [bytes(range(32))]
+    write(secrets, "webhook-tokens", around.format("a b"))
+    assert secrets.keys("token") == secrets.keys("hmac") == [b"a b"]
+
+
+@pytest.mark.parametrize("mode", ["signature", "token", "hmac"])
+@pytest.mark.parametrize("content", [None, "", "\n", " \t\r\n \n"])
+def test_a_missing_or_empty_secret_is_an_error(
+    secrets: hook.Secrets, mode: str, content: str | None
+) -> None:
+    for name in (TOKENS, "webhook-tokens"):
+        if content is not None:
+            write(secrets, name, content)
+    with pytest.raises(hook.ConfigError, match="is missing or empty"):
+        secrets.keys(mode)
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        TOKEN.removeprefix("whsec_"), TOKEN.upper(), TOKEN[:-1], TOKEN + "A",
+        TOKEN.replace("A", "*"), "whsec_",
+        "whsec_" + base64.b64encode(bytes(31)).decode(), "whpk_" + TOKEN[6:], "plain",
+        "whsec_" + base64.b64encode(bytes(33)).decode(), TOKEN[:20] + " " + TOKEN[20:], "whsec_é",
+    ],
+)  # fmt: skip
+def test_a_signing_token_that_is_none_is_an_error_that_names_its_line_only(
+    secrets: hook.Secrets, token: str
+) -> None:
+    write(secrets, TOKENS, f"{TOKEN}\n{token}\n")
+    with pytest.raises(hook.ConfigError) as wrong:
+        secrets.keys("signature")
+    assert str(wrong.value) == f"secret file {TOKENS}, line 2: not whsec_ and 32 bytes"
+
+
+def test_a_file_that_changes_is_read_again(secrets: hook.Secrets) -> None:
+    write(secrets, "webhook-tokens", "old\n")
+    assert secrets.keys("token") == [b"old"]
+    write(secrets, "webhook-tokens", "new\nold\n")
+    assert secrets.keys("token") == [b"new", b"old"]
+
+
+# === Masking ===
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("git push https://me:s3cr3tpw@host/x", "git push https://***@host/x"),
+        ("https://tok3n@host", "https://***@host"),
+        ("no user at https://host/a@b", "no user at https://host/a@b"),
+        ("with glpat-abcdefgh12345678 in it", "with *** in it"),
+        (f"the key is {TOKEN}, yes", "the key is ***, yes"),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abc-def", "***"),
+        ("password=hunter2 user=me", "password=*** user=me"),
+        ("DB_PASSWORD: hunter2", "DB_PASSWORD: ***"),
+        ('{"api_key": "abc", "x": 1}', '{"api_key": *** "x": 1}'),
+        ("MY_SECRET_KEY=abc", "MY_SECRET_KEY=***"),
+        ("Authorization: Bearer abcdefghijklmnop1234", "Authorization: ***"),
+        ("Authorization: Basic dXNlcjpwYXNzd29yZA==", "Authorization: ***"),
+        ("X-Gitlab-Token does not match", "X-Gitlab-Token does not match"),
+        ("no secret here, a basic example", "no secret here, a basic example"),
+        ("", ""),
+    ],
+)
+def test_what_looks_like_a_secret_is_masked_and_other_text_is_not(
+    secrets: hook.Secrets, text: str, masked: str
+) -> None:
+    assert secrets.mask(text) == masked
+
+
+def test_known_secrets_are_masked_wherever_they_stand(secrets: hook.Secrets) -> None:
+    write(secrets, "webhook-tokens", "zebra-stripes\nzebra\nab\n")
+    write(
+        secrets, "git-credentials", "https://oauth2:p%40ss-word@host\nhttps://lonely-token@host\n"
+    )
+    text = "xzebra-stripesx zebra ab p%40ss-word p@ss-word lonely-token oauth2"
+    assert secrets.mask(text) == "x***x *** ab *** *** *** oauth2"
+
+
+def test_no_content_of_a_secret_file_makes_masking_stumble(secrets: hook.Secrets) -> None:
+    write(secrets, "webhook-tokens", "http://[::1\n//[x]:y@z\n\\g<0> $1 (\n")
+    (secrets.directory / "git-credentials").write_bytes(b"\xff\xfe://\xfe:\xff@h\n")
+    assert secrets.mask("a \\g<0> $1 ( b") == "a *** b"
+
+
+def test_every_text_within_a_value_is_masked_and_the_rest_is_left(secrets: hook.Secrets) -> None:
+    value = {"a": ["token=x", 5, None, True, 1.5], "b": {"c": ("glpat-abcdefgh", Path("/x"))}}
+    masked: Any = secrets.mask(value)
+    assert masked == {"a": ["token=***", 5, None, True, 1.5], "b": {"c": ["***", "/x"]}}
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["a", "token", "eyJ", "eyJ-", "a-", "://", "x://", "password ", "bearer ", "whsec_", "="],
+)
+def test_masking_a_long_log_takes_time_in_proportion(secrets: hook.Secrets, piece: str) -> None:
+    text = piece * (200_000 // len(piece))
+    started = time.process_time()
+    secrets.mask(text)
+    assert time.process_time() - started < 1.0

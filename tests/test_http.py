@@ -1,0 +1,749 @@
+"""A delivery gets its one answer, in the order that security needs, whatever a client does."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+import requests
+from waitress import wasyncore
+
+import gitops_hook as hook
+from tests.deliveries import (
+    HEAD,
+    NAMES,
+    NOW,
+    PLAIN,
+    TOKEN,
+    Delivery,
+    Receiver,
+    Reply,
+    config,
+    payload,
+    recorded,
+    signed,
+)  # fmt: skip
+
+
+@pytest.fixture
+def receiver(tmp_path: Path) -> Receiver:
+    return Receiver(tmp_path)
+
+
+def refused(reply: Reply, status: int, reason: str) -> str:
+    assert (reply.status, reply.json["status"], reply.json["reason"]) == (status, "refused", reason)
+    return str(reply.json["text"])
+
+
+class Untouchable(io.BytesIO):
+    """A body that must not be read."""
+
+    def read(self, *_: Any) -> bytes:
+        raise AssertionError("the body was read")
+
+
+# === Every kind of delivery ===
+
+SHOP = hook.run_id("shop", "refs/heads/main", HEAD)
+ANSWERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "gitlab-push-branch": (202, {"status": "accepted", "runs": [SHOP]}),
+    "gitlab-push-branch-slash": (
+        202,
+        {
+            "status": "accepted",
+            "runs": [hook.run_id("shop", "refs/heads/feature/add-login/v2", HEAD)],
+        },
+    ),
+    "gitlab-push-new-branch": (
+        202,
+        {"status": "accepted", "runs": [hook.run_id("shop", "refs/heads/release-2", HEAD)]},
+    ),
+    "gitlab-push-subgroup": (
+        202,
+        {"status": "accepted", "runs": [hook.run_id("api", "refs/heads/main", HEAD)]},
+    ),
+    "gitlab-push-delete-branch": (200, {"status": "ignored", "reason": "RefDeleted"}),
+    "gitlab-tag-push": (200, {"status": "ignored", "reason": "TagPush"}),
+    "gitlab-tag-delete": (200, {"status": "ignored", "reason": "TagPush"}),
+    "gitlab-merge-request-open": (200, {"status": "ignored", "reason": "OtherEvent"}),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", ["signature", "token"])
+def test_each_recorded_delivery_has_its_answer(tmp_path: Path, name: str, mode: str) -> None:
+    receiver = Receiver(tmp_path, config(mode))
+    reply = receiver.post(recorded(name))
+    assert (reply.status, reply.json) == ANSWERS[name]
+    assert reply.headers["Content-Type"] == "application/json"
+    assert [run.id for run in receiver.stored()] == reply.json.get("runs", [])
+
+
+def test_an_accepted_push_is_stored_and_intake_is_told(receiver: Receiver) -> None:
+    delivery = recorded("gitlab-push-branch")
+    assert not receiver.controller.spooled.is_set()
+    receiver.post(delivery)
+    assert receiver.controller.spooled.is_set()
+    (run,) = receiver.stored()
+    assert (run.app, run.ref, run.commit) == ("shop", "refs/heads/main", HEAD)
+    assert (run.delivery, run.received) == (delivery.headers["webhook-id"], NOW)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"project": {"web_url": "https://gitlab.example.com/x/y"}, "repository": None},
+            "UnknownP",
+        ),
+        ({"after": "0" * 40, "checkout_sha": None, "commits": []}, "RefDeleted"),
+        ({"object_kind": "tag_push", "ref": "refs/tags/v1"}, "TagPush"),
+        ({"object_kind": None, "event_name": "repository_update"}, "OtherEvent"),
+        ({"object_kind": "note"}, "OtherEvent"),
+    ],
+)
+def test_what_asks_for_nothing_is_a_success_or_gitlab_would_switch_the_hook_off(
+    receiver: Receiver, changes: dict[str, Any], reason: str
+) -> None:
+    reply = receiver.post(signed(payload(**changes)))
+    assert (reply.status, reply.json["status"]) == (200, "ignored")
+    assert reply.json["reason"].startswith(reason)
+    assert receiver.stored() == []
+
+
+def test_a_branch_that_nobody_wants_is_ignored(receiver: Receiver) -> None:
+    body = json.loads(recorded("gitlab-push-subgroup").body) | {"ref": "refs/heads/other"}
+    reply = receiver.post(signed(body))
+    assert (reply.status, reply.json) == (200, {"status": "ignored", "reason": "OtherBranch"})
+
+
+def test_a_system_hook_is_a_push_like_any_other(receiver: Receiver) -> None:
+    body = payload(object_kind=None, commits=[], user_username=None)
+    del body["project"]["id"]
+    delivery = signed(body)
+    delivery.headers["X-Gitlab-Event"] = "System Hook"
+    assert receiver.post(delivery).status == 202
+
+
+def test_the_test_button_of_an_old_server_is_judged_by_its_body(receiver: Receiver) -> None:
+    delivery = signed(payload(message=None))
+    delivery.headers["X-Gitlab-Event"] = "Tag Push Hook"
+    assert receiver.post(delivery).status == 202
+
+
+@pytest.mark.parametrize("field", ["object_kind", "ref", "after", "project"])
+def test_a_body_that_lacks_a_field_is_told_which(receiver: Receiver, field: str) -> None:
+    body = payload(**{field: None}, **({"event_name": None} if field == "object_kind" else {}))
+    assert refused(receiver.post(signed(body)), 400, "Malformed") == f"{field}: missing"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b"{}", b'{"oversize": true}'],
+    ids=repr,
+)
+def test_a_signed_body_that_is_no_payload_is_malformed(receiver: Receiver, body: bytes) -> None:
+    refused(receiver.post(signed(body)), 400, "Malformed")
+
+
+def test_a_push_for_two_apps_is_stored_for_both(tmp_path: Path) -> None:
+    url = "https://gitlab.example.com/example-group/demo-app"
+    one = f"{{name: one, repository: {url}, deploy: {{environments: []}}}}"
+    both = f"apps: [{one}, {one.replace('one', 'two')}]"
+    receiver = Receiver(tmp_path, hook.load_config(both))
+    reply = receiver.post(recorded("gitlab-push-branch"))
+    assert reply.status == 202
+    assert sorted(run.app for run in receiver.stored()) == ["one", "two"]
+
+
+# === Once is enough ===
+
+
+def test_a_delivery_that_comes_again_is_a_duplicate(receiver: Receiver) -> None:
+    delivery = recorded("gitlab-push-branch")
+    assert receiver.post(delivery).status == 202
+    receiver.now += 600
+    again = signed(delivery.body, at=receiver.now, name=delivery.headers["webhook-id"])
+    reply = receiver.post(again)
+    assert (reply.status, reply.json) == (200, {"status": "duplicate", "runs": [SHOP]})
+    assert len(receiver.stored()) == 1
+
+
+def test_a_redelivery_with_redacted_bytes_is_still_a_duplicate(receiver: Receiver) -> None:
+    delivery = recorded("gitlab-push-branch")
+    receiver.post(delivery)
+    body = json.loads(delivery.body) | {"user_email": "[REDACTED]"}
+    reply = receiver.post(signed(body, name=delivery.headers["webhook-id"]))
+    assert (reply.status, reply.json["status"]) == (200, "duplicate")
+
+
+def test_two_hooks_that_tell_of_one_push_make_one_run(receiver: Receiver) -> None:
+    first, second = (receiver.post(signed(payload())) for _ in range(2))
+    assert first.json == second.json == {"status": "accepted", "runs": [SHOP]}
+    assert {run.id for run in receiver.stored()} == {SHOP}
+
+
+def test_after_a_restart_a_redelivery_is_the_same_run_again(receiver: Receiver) -> None:
+    receiver.post(recorded("gitlab-push-branch"))
+    receiver.restart()
+    assert receiver.post(recorded("gitlab-push-branch")).json["runs"] == [SHOP]
+    assert {run.id for run in receiver.stored()} == {SHOP}
+
+
+def test_without_webhook_id_the_idempotency_key_tells_a_duplicate(tmp_path: Path) -> None:
+    receiver = Receiver(tmp_path, config("token"))
+    delivery = recorded("gitlab-push-branch")
+    older = {k: v for k, v in delivery.headers.items() if not k.startswith("webhook-")}
+    assert receiver.post(Delivery(older, delivery.body)).status == 202
+    assert receiver.post(Delivery(older, delivery.body)).json["status"] == "duplicate"
+
+
+@pytest.mark.parametrize("name", ["X-Gitlab-Event-UUID", "X-Gitlab-Webhook-UUID"])
+def test_ids_that_are_not_of_the_delivery_tell_no_duplicate(tmp_path: Path, name: str) -> None:
+    receiver = Receiver(tmp_path, config("token"))
+    headers = {"Content-Type": "application/json", "X-Gitlab-Token": PLAIN, name: "the same"}
+    for number in range(2):
+        body = json.dumps(payload(ref=f"refs/heads/b{number}")).encode()
+        assert receiver.post(Delivery(headers, body)).status == 202
+
+
+def test_what_could_not_be_stored_is_no_duplicate_when_it_comes_again(tmp_path: Path) -> None:
+    receiver = Receiver(tmp_path, config(spool=1))
+    receiver.post(signed(payload(ref="refs/heads/first")))
+    delivery = recorded("gitlab-push-branch")
+    refused(receiver.post(delivery), 503, "SpoolFull")
+    receiver.spool.done(receiver.spool.read()[0][0])
+    assert receiver.post(delivery).status == 202
+
+
+# === Who may ===
+
+
+def without(delivery: Delivery, *names: str) -> Delivery:
+    return Delivery({k: v for k, v in delivery.headers.items() if k not in names}, delivery.body)
+
+
+def hub_headers(body: bytes) -> dict[str, str]:
+    """What Gitea sends, and GitHub in part."""
+    digest = hmac.digest(TOKEN.encode(), body, "sha256").hex()
+    names = {"Delivery": "x", "Event": "push", "Signature": digest}
+    return {
+        f"X-{forge}-{k}": v for forge in ("Gitea", "GitHub", "Forgejo") for k, v in names.items()
+    } | {
+        "Content-Type": "application/json",
+        "X-Hub-Signature-256": f"sha256={digest}",
+    }
+
+
+ATTACKS: dict[str, Callable[[], Delivery]] = {
+    "nothing": lambda: Delivery({"Content-Type": "application/json"}, b"{}"),
+    "an empty token, as if none were set": lambda: Delivery(
+        {"Content-Type": "application/json", "X-Gitlab-Token": ""}, json.dumps(payload()).encode()
+    ),
+    "the leaked plain token without the signature": lambda: without(
+        recorded("gitlab-push-branch"), "webhook-signature"
+    ),
+    "the leaked plain token without any of the new headers": lambda: without(
+        recorded("gitlab-push-branch"), "webhook-signature", "webhook-id", "webhook-timestamp"
+    ),
+    "the signature of another delivery": lambda: Delivery(
+        recorded("gitlab-push-branch").headers, recorded("gitlab-push-branch-slash").body
+    ),
+    "an old recording": lambda: signed(payload(), at=NOW - 301),
+    "one from the future": lambda: signed(payload(), at=NOW + 301),
+    "a key made of zeros": lambda: signed(
+        payload(), token="whsec_" + base64.b64encode(bytes(32)).decode()
+    ),
+    "an empty signature": lambda: Delivery(
+        recorded("gitlab-push-branch").headers | {"webhook-signature": ""}, b"{}"
+    ),
+    "a delivery of Gitea": lambda: Delivery(hub_headers(b"{}"), b"{}"),
+    "a Gitea without a secret": lambda: Delivery(
+        hub_headers(b"{}") | {"X-Hub-Signature-256": "sha256=", "X-Gitea-Signature": ""}, b"{}"
+    ),
+    "headers beyond ASCII": lambda: Delivery(
+        recorded("gitlab-push-branch").headers
+        | {"webhook-signature": "v1,\xe4\xf6", "webhook-id": "\xff"},
+        b"{}",
+    ),
+    "a signature in drafts' fashion": lambda: Delivery(
+        {"X-Gitlab-Signature": "sha256=" + hashlib.sha256(b"{}").hexdigest()}, b"{}"
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_nobody_gets_in_with(receiver: Receiver, attack: Callable[[], Delivery]) -> None:
+    text = refused(receiver.post(attack()), 401, "NotAuthentic")
+    assert TOKEN[6:] not in text
+    assert receiver.stored() == []
+
+
+def test_with_plain_tokens_nobody_gets_in_by_a_signature(tmp_path: Path) -> None:
+    receiver = Receiver(tmp_path, config("token"))
+    refused(
+        receiver.post(without(recorded("gitlab-push-branch"), "X-Gitlab-Token")),
+        401,
+        "NotAuthentic",
+    )
+
+
+def test_a_hook_whose_url_was_changed_has_lost_its_token_and_is_refused(tmp_path: Path) -> None:
+    receiver = Receiver(tmp_path, config("token"))
+    body = json.dumps(payload()).encode()
+    refused(
+        receiver.post(Delivery({"Content-Type": "application/json"}, body)), 401, "NotAuthentic"
+    )
+
+
+def test_a_relay_that_signs_the_article_s_way_is_believed_in_its_mode_only(tmp_path: Path) -> None:
+    receiver = Receiver(tmp_path, config("hmac"))
+    body = json.dumps(payload()).encode()
+    digest = hmac.digest(PLAIN.encode(), body, "sha256").hex()
+    headers = {"Content-Type": "application/json", "X-Gitlab-Token": digest}
+    assert receiver.post(Delivery(headers, body)).status == 202
+    refused(receiver.post(Delivery(headers | {"X-Gitlab-Token": PLAIN}, body)), 401, "NotAuthentic")
+
+
+def test_a_replay_within_the_five_minutes_changes_nothing(receiver: Receiver) -> None:
+    delivery = recorded("gitlab-push-branch")
+    receiver.post(delivery)
+    receiver.now += 299
+    assert receiver.post(delivery).json["status"] == "duplicate"
+    receiver.now += 2
+    refused(receiver.post(delivery), 401, "NotAuthentic")
+
+
+def test_secrets_rotate_without_a_restart(receiver: Receiver) -> None:
+    new = "whsec_" + base64.b64encode(b"n" * 32).decode()
+    file = receiver.secrets / "webhook-signing-tokens"
+    refused(receiver.post(signed(payload(), token=new)), 401, "NotAuthentic")
+    file.write_text(f"{new}\n{TOKEN}\n", "utf-8")
+    assert receiver.post(signed(payload(), token=new)).status == 202
+    assert receiver.post(signed(payload())).status == 202
+    file.write_text(f"{new}\n", "utf-8")
+    refused(receiver.post(signed(payload())), 401, "NotAuthentic")
+
+
+@pytest.mark.parametrize("content", [None, "", "whsec_short\n"])
+def test_without_usable_secrets_nobody_gets_in_and_it_is_not_ready(
+    receiver: Receiver, content: str | None
+) -> None:
+    file = receiver.secrets / "webhook-signing-tokens"
+    file.unlink()
+    if content is not None:
+        file.write_text(content, "utf-8")
+    refused(receiver.post(recorded("gitlab-push-branch")), 503, "NoSecrets")
+    assert receiver.request("GET", "/readyz").status == 503
+
+
+# === In this order ===
+
+
+def test_method_comes_before_size(receiver: Receiver) -> None:
+    big = {"CONTENT_LENGTH": str(10**12), "wsgi.input": Untouchable()}
+    assert receiver.request("PUT", "/webhook", **big).status == 405
+
+
+def test_size_comes_before_authenticity_and_before_reading(receiver: Receiver) -> None:
+    limit = receiver.config.webhook.max_body
+    big = {"CONTENT_LENGTH": str(limit + 1), "wsgi.input": Untouchable()}
+    text = refused(receiver.post(Delivery({}, b""), **big), 413, "TooLarge")
+    assert text == f"more than {limit} bytes"
+
+
+def test_authenticity_comes_before_type_and_json(receiver: Receiver) -> None:
+    for kind in ("", "text/plain", "application/json"):
+        for body in (b"{", b"[" * 1_000_000, b"\xff"):
+            refused(receiver.post(Delivery({"Content-Type": kind}, body)), 401, "NotAuthentic")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "json", "\xff"],
+)
+def test_a_signed_body_of_another_type_is_refused_before_it_is_parsed(
+    receiver: Receiver, kind: str
+) -> None:
+    delivery = signed(urlencode({"payload": json.dumps(payload())}).encode())
+    delivery.headers["Content-Type"] = kind
+    refused(receiver.post(delivery), 415, "NotJson")
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/json; charset=utf-8", "Application/JSON", " application/json ;"]
+)
+def test_json_may_be_spelled_in_other_ways(receiver: Receiver, kind: str) -> None:
+    delivery = recorded("gitlab-push-branch")
+    assert (
+        receiver.post(Delivery(delivery.headers | {"Content-Type": kind}, delivery.body)).status
+        == 202
+    )
+
+
+@pytest.mark.parametrize("length", ["-1", "abc", "1e3", "٣", "0x10", "1 ", "9" * 30, "1,1"])
+def test_a_length_that_is_no_number_is_malformed(receiver: Receiver, length: str) -> None:
+    lie = {"CONTENT_LENGTH": length, "wsgi.input": Untouchable()}
+    reply = receiver.request("POST", "/webhook", checked=False, **lie)
+    assert refused(reply, 400, "Malformed") == "Content-Length is not a number"
+
+
+@pytest.mark.parametrize("length", ["", None, "0"])
+def test_a_body_without_a_length_is_empty(receiver: Receiver, length: str | None) -> None:
+    delivery = signed(b"")
+    given = {} if length is None else {"CONTENT_LENGTH": length}
+    headers = {f"HTTP_{k.upper().replace('-', '_')}": v for k, v in delivery.headers.items()}
+    headers["CONTENT_TYPE"] = headers.pop("HTTP_CONTENT_TYPE")
+    body = io.BytesIO(b"never looked at")
+    reply = receiver.request("POST", "/webhook", **headers, **given, **{"wsgi.input": body})
+    assert "is not JSON" in refused(reply, 400, "Malformed")
+
+
+def test_no_more_is_read_than_was_declared(receiver: Receiver) -> None:
+    delivery = recorded("gitlab-push-branch")
+    body = io.BytesIO(delivery.body + b"the next request")
+    assert receiver.post(delivery, **{"wsgi.input": body}).status == 202
+    assert body.read() == b"the next request"
+
+
+def test_fewer_bytes_than_declared_are_not_authentic(receiver: Receiver) -> None:
+    delivery = recorded("gitlab-push-branch")
+    short = io.BytesIO(delivery.body[:-1])
+    refused(receiver.post(delivery, **{"wsgi.input": short}), 401, "NotAuthentic")
+
+
+# === Routes ===
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"])
+def test_another_method_on_webhook_is_refused_or_a_redirect_would_look_like_success(
+    receiver: Receiver, method: str
+) -> None:
+    reply = receiver.request(method, "/webhook")
+    assert refused(reply, 405, "MethodNotAllowed") == "only POST"
+    assert reply.headers["Allow"] == "POST"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_probes_are_read_only(receiver: Receiver, path: str) -> None:
+    assert receiver.request("GET", path) == receiver.request("GET", path)
+    assert receiver.request("GET", path).json == {"status": "ok"}
+    reply = receiver.request("POST", path)
+    assert (reply.status, reply.headers["Allow"]) == (405, "GET")
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "", "/webhook/", "/Webhook", "/webhook/x", "/metrics", "/..", "/\xff"]
+)
+def test_everything_else_is_nowhere(receiver: Receiver, path: str) -> None:
+    environ = {"SCRIPT_NAME": "/x"} if not path else {}
+    refused(receiver.request("POST", path, **environ), 404, "NotFound")
+
+
+def test_it_is_not_alive_when_a_thread_is_stuck(receiver: Receiver) -> None:
+    receiver.late = ["controller", "intake"]
+    reply = receiver.request("GET", "/healthz")
+    assert (reply.status, reply.json["status"]) == (503, "controller is stuck, intake is stuck")
+    assert receiver.request("GET", "/readyz").status == 200
+    receiver.late = []
+    assert receiver.request("GET", "/healthz").status == 200
+
+
+def test_it_is_not_ready_while_it_stops_but_still_takes_what_comes(receiver: Receiver) -> None:
+    receiver.app.stopping.set()
+    reply = receiver.request("GET", "/readyz")
+    assert (reply.status, reply.json) == (503, {"status": "stopping"})
+    assert receiver.request("GET", "/healthz").status == 200
+    assert receiver.post(recorded("gitlab-push-branch")).status == 202
+
+
+def test_it_is_not_ready_when_it_cannot_store(receiver: Receiver) -> None:
+    receiver.directory.rename(receiver.directory.with_name("gone"))
+    assert "No such file" in receiver.request("GET", "/readyz").json["status"]
+    text = refused(receiver.post(recorded("gitlab-push-branch")), 503, "SpoolUnwritable")
+    assert "No such file" in text
+    receiver.directory.with_name("gone").rename(receiver.directory)
+    assert receiver.request("GET", "/readyz").status == 200
+    assert receiver.post(recorded("gitlab-push-branch")).status == 202
+
+
+def test_a_full_spool_refuses_pushes_but_still_answers_what_asks_for_nothing(
+    tmp_path: Path,
+) -> None:
+    receiver = Receiver(tmp_path, config(spool=1))
+    assert receiver.post(signed(payload())).status == 202
+    text = refused(receiver.post(signed(payload())), 503, "SpoolFull")
+    assert text == "1 pushes are waiting already"
+    assert receiver.post(recorded("gitlab-tag-push")).status == 200
+
+
+# === What is said about it ===
+
+
+def test_a_bug_is_a_500_that_tells_nothing_and_is_logged_and_counted(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    receiver.controller.pulses.late = lambda: 1 / 0
+    reply = receiver.request("GET", "/healthz")
+    assert (reply.status, reply.json) == (500, {"status": "error"})
+    assert receiver.count("errors_total", where="request") == 1
+    ((record),) = caplog.records
+    assert (record.message, record.levelname) == ("request failed", "ERROR")
+    assert record.exc_info
+    assert receiver.post(recorded("gitlab-push-branch")).status == 202
+
+
+def test_each_delivery_is_one_log_line_with_its_id_and_result(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "gitops_hook")
+    receiver.post(recorded("gitlab-push-branch"))
+    receiver.post(Delivery({"webhook-id": "a\nb\x00\xff" + "x" * 500}, b"{}"))
+    told = [(r.levelname, r.__dict__["fields"]) for r in caplog.records]
+    assert [level for level, _ in told] == ["INFO", "WARNING"]
+    assert told[0][1]["result"] == "accepted"
+    assert told[0][1]["runs"] == [SHOP]
+    assert told[0][1]["delivery"] == recorded("gitlab-push-branch").headers["webhook-id"]
+    assert told[1][1]["status"] == 401
+    assert told[1][1]["delivery"] == ("a b \xff" + "x" * 500)[:97] + "..."
+
+
+# === Through a real server ===
+
+
+class Served:
+    """A real server in front of a receiver, with short times."""
+
+    def __init__(self, app: Any, max_body: int = 4096) -> None:
+        self.server = hook.make_server(app, "127.0.0.1:0", max_body)
+        self.port = int(self.server.effective_port)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+
+    def hurry(self) -> None:
+        """Give a request less time than the daemon does."""
+        self.server.adj.channel_timeout = 0.5
+        self.server.adj.cleanup_interval = 0.1
+        self.server.next_channel_cleanup = 0
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def post(self, delivery: Delivery, **more: Any) -> requests.Response:
+        return requests.post(
+            f"{self.url}/webhook", data=delivery.body, headers=delivery.headers, timeout=10, **more
+        )
+
+    def close(self) -> None:
+        def end() -> None:
+            self.server.task_dispatcher.shutdown()
+            wasyncore.close_all(self.server._map)
+
+        self.server.trigger.pull_trigger(end)
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+@contextmanager
+def serving(app: Any, **more: Any) -> Iterator[Served]:
+    served = Served(app, **more)
+    try:
+        yield served
+    finally:
+        served.close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    receiver = Receiver(tmp_path, config(max_body="4KiB"))
+    with serving(receiver.app) as made:
+        made.receiver = receiver  # type: ignore[attr-defined]
+        yield made
+
+
+def sized(size: int) -> Delivery:
+    """A signed push to main whose body has exactly this many bytes."""
+    body = json.dumps(payload(commits=[]) | {"filler": ""}).encode()
+    return signed(body[:-2] + b"x" * (size - len(body)) + b'"}')
+
+
+def test_a_real_delivery_is_answered_by_a_real_server(served: Served) -> None:
+    answer = served.post(recorded("gitlab-push-branch"))
+    assert (answer.status_code, answer.json()) == ANSWERS["gitlab-push-branch"]
+    assert "Server" not in answer.headers
+
+
+def test_the_server_takes_a_body_of_the_limit_and_refuses_one_byte_more(served: Served) -> None:
+    assert served.post(sized(4096)).status_code == 202
+    answer = served.post(sized(4097))
+    assert (answer.status_code, answer.json()["reason"]) == (413, "TooLarge")
+    assert served.post(recorded("gitlab-push-branch")).status_code == 202
+
+
+def test_a_chunked_body_is_read_whole_and_bounded_as_well(served: Served) -> None:
+    def chunks(delivery: Delivery) -> Any:
+        return iter([delivery.body[:10], delivery.body[10:]])
+
+    for size, status in ((4096, 202), (4097, 413)):
+        delivery = sized(size)
+        answer = requests.post(
+            f"{served.url}/webhook", data=chunks(delivery), headers=delivery.headers, timeout=10
+        )
+        assert answer.status_code == status
+
+
+def exchange(served: Served, request: bytes) -> int:
+    """The status of the answer to raw bytes, 0 when the connection was just closed."""
+    with served.connect() as raw:
+        raw.sendall(request)
+        answer = http.client.HTTPResponse(raw)
+        try:
+            answer.begin()
+        except (http.client.HTTPException, ConnectionError):
+            return 0
+        return answer.status
+
+
+POST = b"POST /webhook HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_", "statuses"),
+    [
+        (POST + b"Content-Length: 99999999999\r\n\r\n", {413}),
+        (POST + b"Content-Length: 9000\r\n\r\n" + b"x" * 9000, {413, 0}),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"2400\r\n" + b"x" * 0x2400, {413, 0}),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n", {400}),
+        (POST + b"Transfer-Encoding: gzip\r\n\r\n", {501}),
+        (POST + b"Content-Length: -5\r\n\r\n", {400}),
+        (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", {400}),
+        (POST + b"Content-Length: 0\r\n\r\n", {401}),
+        (POST + b"\r\n", {401}),
+        (POST + b"X: " + b"y" * 70_000 + b"\r\n\r\n", {431, 0}),
+        (POST + b"".join(b"X%d: y\r\n" % n for n in range(8000)) + b"\r\n", {431, 0}),
+        (POST + b"webhook-id: \xff\xfe\x00\r\n\r\n", {400, 401}),
+        (POST + b"Bad Header\r\n\r\n", {400}),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {400}),
+        (b"GET /webhook HTTP/1.1\r\nHost: x\r\n\r\n", {405}),
+        (b"POST //webhook HTTP/1.0\r\n\r\n", {401, 404}),
+        (b"POST /%77ebhook HTTP/1.0\r\n\r\n", {401, 404}),
+        (b"POST http://evil/webhook HTTP/1.0\r\n\r\n", {401, 404}),
+    ],
+    ids=lambda r: repr(r[-40:]) if isinstance(r, bytes) else str(r),
+)
+def test_a_client_that_lies_gets_an_answer_and_the_next_one_too(
+    served: Served, request_: bytes, statuses: set[int]
+) -> None:
+    assert exchange(served, request_) in statuses
+    assert served.post(recorded("gitlab-push-branch")).status_code == 202
+
+
+def ended(raw: socket.socket, seconds: float) -> bool:
+    """Whether the server closes a connection within so many seconds."""
+    raw.settimeout(seconds)
+    try:
+        while raw.recv(4096):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+    return True
+
+
+def test_a_body_that_never_comes_is_waited_for_only_so_long(served: Served) -> None:
+    served.hurry()
+    with served.connect() as raw:
+        raw.sendall(POST + b"Content-Length: 100\r\n\r\nhalf")
+        assert ended(raw, 8)
+
+
+def test_a_request_that_drips_is_ended_in_the_middle_of_its_dripping(served: Served) -> None:
+    served.hurry()
+    with served.connect() as raw:
+        raw.sendall(POST + b"Content-Length: 4000\r\n\r\n")
+        started = time.monotonic()
+        raw.settimeout(0.02)
+        while time.monotonic() - started < 8:
+            try:
+                raw.sendall(b"x")
+                if raw.recv(1) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        assert time.monotonic() - started < 8
+
+
+def test_a_connection_that_is_used_again_and_again_is_not_ended(served: Served) -> None:
+    served.hurry()
+    with requests.Session() as session:
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            assert session.get(f"{served.url}/readyz", timeout=5).status_code == 200
+        assert len(served.server.active_channels) == 1
+
+
+def test_two_hundred_slow_clients_keep_no_delivery_waiting(served: Served) -> None:
+    beginnings = [b"P", POST, POST + b"Content-Length: 100\r\n\r\nhalf"]
+    slow = []
+    try:
+        for number in range(200):
+            raw = served.connect()
+            slow.append(raw)
+            raw.sendall(beginnings[number % 3])
+        started = time.monotonic()
+        assert served.post(recorded("gitlab-push-branch")).status_code == 202
+        assert time.monotonic() - started < 1
+    finally:
+        for raw in slow:
+            raw.close()
+
+
+def test_fifty_senders_at_once_are_all_answered_and_all_stored(served: Served) -> None:
+    deliveries = [signed(payload(ref=f"refs/heads/b{n}", commits=[])) for n in range(100)]
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(served.post, deliveries))
+    assert {a.status_code for a in answers} == {202}
+    stored = served.receiver.stored()  # type: ignore[attr-defined]
+    assert {r.branch for r in stored} == {f"b{n}" for n in range(100)}
+
+
+def test_the_second_port_has_the_metrics_and_nothing_else() -> None:
+    metrics = hook.Metrics()
+    metrics.errors.labels("request").inc()
+    with serving(hook.admin_app(metrics), max_body=0) as served:
+        answer = requests.get(f"{served.url}/metrics", timeout=5)
+        assert answer.headers["Content-Type"].startswith("text/plain")
+        assert 'gitops_hook_errors_total{where="request"} 1.0' in answer.text
+        for method, path in (("POST", "/metrics"), ("GET", "/"), ("POST", "/webhook")):
+            assert requests.request(method, served.url + path, timeout=5).status_code == 404
+
+
+def test_a_place_that_is_taken_is_an_error_that_names_it(served: Served) -> None:
+    taken = f"127.0.0.1:{served.port}"
+    with pytest.raises(hook.ConfigError, match=f"cannot listen on {taken}: .*in use"):
+        hook.make_server(served.receiver.app, taken, 10)  # type: ignore[attr-defined]
+
+
+def test_a_name_with_two_addresses_is_listened_to_on_one() -> None:
+    with_name = hook.make_server(hook.admin_app(hook.Metrics()), "localhost:0", 10)
+    assert int(with_name.effective_port) > 0
+    with_name.task_dispatcher.shutdown()
+    with_name.close()

@@ -1,0 +1,78 @@
+"""What is counted can be scraped, and nobody outside can make it grow."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import gitops_hook as hook
+from tests.deliveries import Delivery, Receiver, payload, recorded, signed
+
+
+@pytest.fixture
+def receiver(tmp_path: Path) -> Receiver:
+    return Receiver(tmp_path)
+
+
+def results(receiver: Receiver) -> dict[str, float]:
+    (family,) = [f for f in receiver.metrics.registry.collect() if f.name.endswith("deliveries")]
+    return {s.labels["result"]: s.value for s in family.samples if s.name.endswith("_total")}
+
+
+def test_two_daemons_in_one_process_count_apart() -> None:
+    one, other = hook.Metrics(), hook.Metrics()
+    one.errors.labels("request").inc()
+    assert b'gitops_hook_errors_total{where="request"} 1.0' in one.render()
+    assert b'where="request"' not in other.render()
+
+
+def test_every_metric_is_ours_by_name_and_says_what_it_means() -> None:
+    families = list(text_string_to_metric_families(hook.Metrics().render().decode()))
+    assert {f.name for f in families} == {
+        f"gitops_hook_{name}" for name in (
+            "deliveries", "runs", "switches", "kubectl_calls", "errors", "selector_drift",
+            "catch_up_runs", "spool_files", "waiting", "jobs", "stage_seconds",
+        )
+    }  # fmt: skip
+    assert all(f.documentation.endswith(".") for f in families)
+
+
+def test_a_delivery_is_counted_by_what_became_of_it(receiver: Receiver) -> None:
+    accepted = signed(payload())
+    for delivery in (accepted, accepted, recorded("gitlab-tag-push"), signed(b"{")):
+        receiver.post(delivery)
+    receiver.post(Delivery({}, b"{}"))
+    receiver.request("GET", "/webhook")
+    counted = {"accepted": 1, "duplicate": 1, "TagPush": 1, "Malformed": 1}
+    assert results(receiver) == counted | {"NotAuthentic": 1, "MethodNotAllowed": 1}
+
+
+def test_no_text_from_outside_becomes_a_label(receiver: Receiver) -> None:
+    for number in range(50):
+        evil = f"evil-{number}"
+        receiver.post(signed(payload(object_kind=evil)))
+        receiver.post(signed(payload(ref=f"refs/heads/{evil}")))
+        receiver.post(signed(payload(project={"web_url": f"https://{evil}/x"}, repository=None)))
+        receiver.post(signed(payload(after=evil)))
+        receiver.post(Delivery({"webhook-id": evil, "X-Gitlab-Token": evil}, b"{}"))
+        receiver.request("GET", f"/{evil}")
+    assert set(results(receiver)) <= {
+        "accepted", "OtherEvent", "UnknownProject", "Malformed", "NotAuthentic",
+    }  # fmt: skip
+    assert b"evil" not in receiver.metrics.render()
+
+
+def test_probes_and_wrong_paths_are_not_deliveries(receiver: Receiver) -> None:
+    for path in ("/healthz", "/readyz", "/", "/webhook/", "/metrics"):
+        receiver.request("GET", path)
+    assert results(receiver) == {}
+
+
+def test_durations_are_told_from_a_tenth_of_a_second_to_an_hour() -> None:
+    metrics = hook.Metrics()
+    metrics.stage_seconds.labels("shop", "test", "ok").observe(3.0)
+    bounds = re.findall(r'stage_seconds_bucket{app="shop",le="([^"]+)"', metrics.render().decode())
+    assert (bounds[0], bounds[-2:]) == ("0.1", ["3600.0", "+Inf"])

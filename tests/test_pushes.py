@@ -1,0 +1,431 @@
+"""Every kind of delivery has one defined answer; names are matched as git and GitLab mean them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+import gitops_hook as hook
+from tests.deliveries import DATA, HEAD, NAMES, NOW, config, payload, recorded
+from tests.fuzz import TARGETS
+
+ZEROS = "0" * 40
+
+
+def parsed(body: Any) -> hook.Push | hook.Ignored:
+    return hook.parse_delivery(body if isinstance(body, bytes) else json.dumps(body).encode(), "id")
+
+
+def refusal(body: Any) -> str:
+    with pytest.raises(hook.DeliveryError) as refused:
+        parsed(body)
+    assert (refused.value.status, refused.value.code) == (400, "Malformed")
+    return str(refused.value)
+
+
+def push(**changes: Any) -> hook.Push:
+    found = parsed(payload(**changes))
+    assert isinstance(found, hook.Push), found
+    return found
+
+
+# === The kinds of deliveries ===
+
+ANSWERS: dict[str, str] = {
+    "gitlab-push-branch": "refs/heads/main",
+    "gitlab-push-branch-slash": "refs/heads/feature/add-login/v2",
+    "gitlab-push-new-branch": "refs/heads/release-2",
+    "gitlab-push-subgroup": "refs/heads/main",
+    "gitlab-push-delete-branch": "RefDeleted",
+    "gitlab-tag-push": "TagPush",
+    "gitlab-tag-delete": "TagPush",
+    "gitlab-merge-request-open": "OtherEvent",
+}
+
+
+def test_every_recorded_delivery_has_its_answer_here() -> None:
+    assert sorted(ANSWERS) == NAMES
+    assert len(NAMES) == len(list(DATA.glob("gitlab-*.headers.json")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recorded_delivery_is_a_push_of_a_whole_ref_or_ignored_for_a_reason(name: str) -> None:
+    found = parsed(recorded(name).body)
+    assert ANSWERS[name] == (found.ref if isinstance(found, hook.Push) else found.reason)
+
+
+def test_a_push_tells_its_commit_the_one_before_and_the_title_of_the_head() -> None:
+    found = parsed(recorded("gitlab-push-branch").body)
+    assert isinstance(found, hook.Push)
+    body = json.loads(recorded("gitlab-push-branch").body)
+    assert (found.commit, found.before) == (body["after"], body["before"])
+    assert found.title == body["commits"][-1]["title"]
+    assert found.delivery == "id"
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({"object_kind": "tag_push", "ref": "refs/tags/v1"}, "TagPush"),
+        ({"ref": "refs/tags/v1"}, "TagPush"),  # old samples: header and body disagree
+        ({"ref": "refs/merge-requests/1/head"}, "OtherRef"),
+        ({"ref": "main"}, "OtherRef"),
+        ({"after": ZEROS, "checkout_sha": None}, "RefDeleted"),
+        ({"after": "0" * 64}, "RefDeleted"),
+        ({"object_kind": "merge_request"}, "OtherEvent"),
+        ({"object_kind": "repository_update"}, "OtherEvent"),
+        ({"object_kind": "pipeline"}, "OtherEvent"),
+        ({"object_kind": None, "event_name": "repository_update"}, "OtherEvent"),
+        ({"object_kind": None, "event_name": "project_create"}, "OtherEvent"),
+        ({"object_kind": ""}, "OtherEvent"),
+    ],
+)
+def test_what_is_no_push_of_a_branch_is_ignored(changes: dict[str, Any], answer: str) -> None:
+    assert parsed(payload(**changes)) == hook.Ignored(answer)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"commits": []},  # reset to an older commit, system hooks
+        {"commits": None, "total_commits_count": None, "ref_protected": None},  # old servers
+        {"before": ZEROS, "commits": []},  # a new branch
+        {"checkout_sha": None},  # seen with new branches
+        {"object_kind": None},  # a system hook has event_name only
+        {"user_email": "[REDACTED]", "message": None},  # sent again by hand
+        {"repository": None},  # a sample of an empty repository
+        {"after": "a" * 64, "before": "b" * 64},  # a repository with SHA-256
+    ],
+)
+def test_fields_that_only_some_pushes_have_are_not_needed(changes: dict[str, Any]) -> None:
+    assert push(**changes).ref == "refs/heads/main"
+
+
+def test_the_head_is_never_taken_from_the_list_of_commits() -> None:
+    commits = [{"id": "b" * 40, "message": "newest first, as the Test button has it"}]
+    found = push(commits=commits)
+    assert (found.commit, found.title) == (HEAD, "")
+
+
+@pytest.mark.parametrize("key", ["object_kind", "ref", "after", "project"])
+def test_a_field_that_is_needed_and_missing_is_named(key: str) -> None:
+    changes = {key: None} | ({"event_name": None} if key == "object_kind" else {})
+    assert refusal(payload(**changes)) == f"{key}: missing"
+
+
+@pytest.mark.parametrize("wrong", [0, True, 1.5, [], ["push"], {}, {"a": "b"}], ids=repr)
+@pytest.mark.parametrize("key", ["object_kind", "ref", "after"])
+def test_a_text_of_another_type_is_refused_and_named(key: str, wrong: Any) -> None:
+    assert refusal(payload(**{key: wrong})) == f"{key}: not a str"
+
+
+@pytest.mark.parametrize("wrong", [0, "text", [], [{}]], ids=repr)
+def test_a_project_of_another_type_is_refused(wrong: Any) -> None:
+    assert refusal(payload(project=wrong)) == "project: not a dict"
+
+
+@pytest.mark.parametrize("wrong", [None, 0, "", [], {}, {"git_http_url": 5, "web_url": ""}])
+def test_a_project_without_an_address_is_refused(wrong: Any) -> None:
+    body = payload(repository=wrong)
+    body["project"] = wrong if isinstance(wrong, dict) else {"name": "x", "web_url": wrong}
+    assert "names no git_http_url" in refusal(body)
+
+
+@pytest.mark.parametrize("wrong", [0, "x", [], {}, [[]], [None], [{"id": 5}]], ids=repr)
+def test_fields_that_nothing_depends_on_may_have_any_type(wrong: Any) -> None:
+    found = push(commits=wrong, before=wrong, repository=wrong)
+    assert (found.title, found.before) == ("", "")
+
+
+@pytest.mark.parametrize("message", [None, 5, {"a": {}}, "", " \n ", ["x"]], ids=repr)
+def test_a_commit_without_a_message_has_its_title_or_none(message: Any) -> None:
+    commit = {"id": HEAD, "message": message, "title": "the title"}
+    assert push(commits=[commit]).title == "the title"
+    assert push(commits=[{**commit, "title": message}]).title == ""
+
+
+@pytest.mark.parametrize(
+    "after", ["", "HEAD", "a" * 39, "a" * 41, "A" * 40, "g" * 40, " " + "a" * 39]
+)
+def test_what_is_no_full_commit_id_is_refused(after: str) -> None:
+    assert refusal(payload(after=after)) == "after: not a full commit id"
+
+
+def test_a_line_end_after_a_commit_id_is_refused() -> None:
+    assert refusal(payload(after="a" * 40 + "\n")) == "after: not a full commit id"
+    assert push(before="a" * 40 + "\n").before == ""
+
+
+# === Bodies that are no payload ===
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b" ", b"{", b"nul", b"\xff\xfe", b"payload=%7B%7D", b"{'a': 1}", b'{"a": 1} x',
+        b"[" * 100_000, b'{"a":' * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b'\x00{"a": 1}',
+    ],
+    ids=lambda b: repr(b[:12]),
+)  # fmt: skip
+def test_a_body_that_is_no_json_is_refused_briefly(body: bytes) -> None:
+    text = refusal(body)
+    assert text.startswith("the body is not JSON: ")
+    assert len(text) < 120
+
+
+@pytest.mark.parametrize("body", [b"null", b"5", b'"push"', b"[]", b"NaN", b"1e999"])
+def test_json_that_is_no_object_is_refused(body: bytes) -> None:
+    assert refusal(body) == "the body is not a JSON object"
+
+
+@pytest.mark.parametrize("body", [{}, {"oversize": True}, {"text": "a custom template"}])
+def test_a_custom_template_without_the_kind_is_told_which_field_it_lacks(body: Any) -> None:
+    assert refusal(body) == "object_kind: missing"
+
+
+def test_of_a_key_that_is_there_twice_the_last_counts() -> None:
+    body = json.dumps(payload()).encode()
+    twice = b'{"object_kind": 5, ' + body[1:-1] + b', "ref": "refs/tags/v1"}'
+    assert parsed(twice) == hook.Ignored("TagPush")
+
+
+def test_big_numbers_and_odd_constants_elsewhere_do_no_harm() -> None:
+    body = json.dumps(payload()).encode()
+    odd = b'{"a": 123456789012345678901234567890, "b": NaN, "c": -Infinity, "d": 1e400, ' + body[1:]
+    assert isinstance(parsed(odd), hook.Push)
+
+
+# === Branch names ===
+
+GOOD_BRANCHES = [
+    "main", "feature/add-login/v2", "feature/JIRA-1_x.y", "Üben", "修正/一", "🚀", "a@b", "a#b",
+    "a+b=c", "100%", "a'b\"c", "$(reboot)", "`id`", "a;b|c&d", "<script>", "-x", "@", "a{b}",
+    "👩\u200d💻", "e\u0301", "a\u00a0b", "x" * 255, "refs/heads/main", "HEAD", "a.b", "a.lockx",
+]  # fmt: skip
+BAD_BRANCHES = [
+    "", "/a", "a/", "a//b", ".a", "a/.b", "a.", "a..b", "a.lock", "a.lock/b", "a b", "a\tb", "a\nb",
+    "a\x00b", "a\x7fb", "a~1", "a^", "a:b", "a?", "a*", "a[b", "a\\b", "a@{1}", "\ud800", "x" * 600,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("branch", GOOD_BRANCHES, ids=ascii)
+def test_a_branch_name_that_git_allows_arrives_whole(branch: str) -> None:
+    found = push(ref=f"refs/heads/{branch}")
+    assert found.ref == f"refs/heads/{branch}"
+    (run,) = runs(found)
+    assert run.branch == branch
+    assert hook.DNS_LABEL.fullmatch(run.id)
+
+
+@pytest.mark.parametrize("branch", BAD_BRANCHES, ids=ascii)
+def test_a_branch_name_that_git_does_not_allow_is_refused(branch: str) -> None:
+    assert refusal(payload(ref=f"refs/heads/{branch}")) == "ref: not a branch name that git allows"
+
+
+def test_what_git_says_about_branch_names_is_what_we_say(tmp_path: Path) -> None:
+    checked = [b for b in GOOD_BRANCHES + BAD_BRANCHES if "\x00" not in b and "\ud800" not in b]
+    for branch in checked:
+        ref = f"refs/heads/{branch}"
+        done = subprocess.run(["git", "check-ref-format", ref], check=False, cwd=tmp_path)
+        assert hook.valid_ref(ref) is (done.returncode == 0 and len(branch) < 500), branch
+
+
+# === Titles ===
+
+
+@pytest.mark.parametrize(
+    ("message", "title"),
+    [
+        ("Fix it\n\nlong story", "Fix it"),
+        ("\n  Fix\tit \r\nmore", "Fix it"),
+        ("x" * 500, "x" * 117 + "..."),
+        ("a\x00b\x1b[31m\ud800c", "a b [31m c"),
+        ("one\u2028two", "one two"),
+    ],
+)
+def test_a_title_is_one_printable_line(message: str, title: str) -> None:
+    assert push(commits=[{"id": HEAD, "message": message}]).title == title
+
+
+# === Projects ===
+
+SAME = [
+    "https://gitlab.example.com/example-group/demo-app.git",
+    "https://gitlab.example.com/example-group/demo-app",
+    "https://gitlab.example.com/example-group/demo-app/",
+    "https://gitlab.example.com/example-group/demo-app.git/",
+    "http://gitlab.example.com/example-group/demo-app.git",
+    "HTTPS://GitLab.Example.COM/Example-Group/Demo-App.git",
+    "https://gitlab.example.com:8443/example-group/demo-app.git",
+    "https://user:password@gitlab.example.com/example-group/demo-app.git",
+    "git@gitlab.example.com:example-group/demo-app.git",
+    "git@gitlab.example.com:/example-group/demo-app.git",
+    "other@gitlab.example.com:example-group/demo-app",
+    "gitlab.example.com:example-group/demo-app.git",
+    "ssh://git@gitlab.example.com/example-group/demo-app.git",
+    "ssh://git@gitlab.example.com:2222/example-group/demo-app.git",
+    "git+ssh://git@gitlab.example.com/example-group/demo-app.git",
+]
+OTHERS = [
+    "https://gitlab.example.com/example-group/demo-app2.git",
+    "https://gitlab.example.com/example-group/demo-app/sub",
+    "https://gitlab.example.com/demo-app.git",
+    "https://evil.example.com/example-group/demo-app.git",
+    "https://gitlab.example.com.evil.com/example-group/demo-app.git",
+    "https://gitlab.example.com@evil.com/example-group/demo-app.git",
+    "git@evil.com:gitlab.example.com/example-group/demo-app.git",
+    "/example-group/demo-app.git",
+    "file:///gitlab.example.com/example-group/demo-app.git",
+]
+NONE = [
+    "",
+    ":",
+    "/",
+    "//",
+    "https://",
+    "https:///x",
+    "https://[::1",
+    "git@[::1]:a/b",
+    "x",
+    "git@:p",
+]
+
+
+@pytest.mark.parametrize("url", SAME)
+def test_all_addresses_of_one_repository_are_one(url: str) -> None:
+    assert hook.normalise_url(url) == ("gitlab.example.com", "example-group/demo-app")
+
+
+@pytest.mark.parametrize("url", OTHERS)
+def test_the_address_of_another_repository_is_another(url: str) -> None:
+    assert hook.normalise_url(url) not in {hook.normalise_url(u) for u in SAME}
+
+
+def test_what_is_no_address_matches_nothing() -> None:
+    for url in NONE:
+        assert hook.normalise_url(url) is None, url
+    found = hook.Push(urls=tuple(NONE), ref="refs/heads/main", commit=HEAD)
+    assert hook.runs_of_push(config(), found, NOW) == hook.Ignored("UnknownProject")
+
+
+def test_a_local_repository_is_its_path_to_the_letter() -> None:
+    assert hook.normalise_url("/srv/Git/app.git/") == hook.normalise_url("file:///srv/Git/app")
+    assert hook.normalise_url("/srv/Git/app") != hook.normalise_url("/srv/git/app")
+
+
+# === Runs ===
+
+
+def runs(found: hook.Push, settings: hook.Config | None = None) -> list[hook.Run]:
+    made = hook.runs_of_push(settings or config(), found, NOW)
+    assert isinstance(made, list), made
+    return made
+
+
+def test_a_push_is_a_run_of_the_app_whose_repository_it_names() -> None:
+    (run,) = runs(push())
+    assert (run.app, run.ref, run.commit, run.received) == ("shop", "refs/heads/main", HEAD, NOW)
+    assert run.id == hook.run_id("shop", run.ref, run.commit)
+
+
+def test_a_project_in_a_subgroup_is_found_by_its_whole_path() -> None:
+    found = parsed(recorded("gitlab-push-subgroup").body)
+    assert isinstance(found, hook.Push)
+    assert [run.app for run in runs(found)] == ["api"]
+
+
+@pytest.mark.parametrize("key", ["git_http_url", "git_ssh_url", "web_url", "http_url", "ssh_url"])
+def test_any_of_the_addresses_in_a_payload_is_enough(key: str) -> None:
+    project = json.loads(recorded("gitlab-push-branch").body)["project"]
+    assert runs(push(project={key: project[key]}, repository=None))
+
+
+def test_a_project_that_nobody_configured_is_ignored() -> None:
+    found = push(project={"web_url": "https://gitlab.example.com/else"}, repository=None)
+    assert hook.runs_of_push(config(), found, NOW) == hook.Ignored("UnknownProject")
+
+
+def test_the_sample_of_an_empty_repository_is_a_project_that_nobody_configured() -> None:
+    project = {"id": 15, "name": "gitlab", "web_url": "http://test.example.com/gitlab/gitlab"}
+    found = push(project=project, repository=None, after="da1560886d4f094c3e6c9ef40349f7d38b5d27d7")
+    assert hook.runs_of_push(config(), found, NOW) == hook.Ignored("UnknownProject")
+
+
+BRANCHES = """
+apps:
+  - {name: a, repository: https://git.example.com/x, branch: main, test_branches: ["feature/*"],
+     deploy: {environments: []}}
+  - {name: b, repository: https://git.example.com/x, branch: live, test_branches: [],
+     deploy: {environments: []}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("branch", "apps"),
+    [
+        ("main", ["a"]), ("live", ["b"]), ("feature/a/b", ["a"]), ("feature", []), ("Main", []),
+        ("main2", []), ("x/main", []), ("xfeature/a", []), ("refs/heads/main", []),
+    ],
+)  # fmt: skip
+def test_a_branch_is_matched_whole_and_by_case(branch: str, apps: list[str]) -> None:
+    found = hook.Push(urls=("https://git.example.com/x",), ref=f"refs/heads/{branch}", commit=HEAD)
+    made = hook.runs_of_push(hook.load_config(BRANCHES), found, NOW)
+    if apps:
+        assert isinstance(made, list)
+        assert [run.app for run in made] == apps
+    else:
+        assert made == hook.Ignored("OtherBranch")
+
+
+def test_the_same_push_is_the_same_run_and_any_other_is_another() -> None:
+    a = hook.run_id("shop", "refs/heads/main", HEAD)
+    assert a == hook.run_id("shop", "refs/heads/main", HEAD)
+    assert a.startswith("shop-da156088-")
+    others = {
+        hook.run_id("shop", "refs/heads/main2", HEAD),
+        hook.run_id("shop", "refs/heads/main", HEAD[:-1] + "0"),
+        hook.run_id("shop2", "refs/heads/main", HEAD),
+    }
+    assert len(others | {a}) == 4
+    assert len(f"build-{hook.run_id('a' * 30, 'refs/heads/main', HEAD)}") <= 63
+
+
+# === What was delivered before ===
+
+
+def test_a_delivery_is_known_for_twenty_minutes() -> None:
+    seen = hook.Deliveries()
+    assert not seen.known("a", NOW)
+    seen.remember("a", NOW)
+    assert seen.known("a", NOW + 1200)
+    assert not seen.known("a", NOW + 1201)
+
+
+def test_the_memory_of_deliveries_is_bounded_and_forgets_the_oldest() -> None:
+    seen = hook.Deliveries()
+    for number in range(hook.DEDUPE_ENTRIES + 1):
+        seen.remember(str(number), NOW)
+        if number == 1:
+            seen.remember("0", NOW)
+    assert seen.known(str(hook.DEDUPE_ENTRIES), NOW)
+    assert [seen.known(str(n), NOW) for n in range(3)] == [True, False, True]
+
+
+# === Anything else ===
+
+
+@settings(max_examples=250, deadline=None, database=None)
+@given(TARGETS["pushes"].inputs)
+def test_no_body_is_more_than_a_push_ignored_or_malformed(body: bytes) -> None:
+    TARGETS["pushes"].run(body)
+
+
+@settings(max_examples=250, deadline=None, database=None)
+@given(TARGETS["urls"].inputs)
+def test_no_text_is_more_than_an_address_or_none(text: bytes) -> None:
+    TARGETS["urls"].run(text)

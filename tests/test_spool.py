@@ -1,0 +1,389 @@
+"""What is stored is there after a crash, whole, bounded, in order; what is foreign hurts nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+import gitops_hook as hook
+from tests.fuzz import RUN, TARGETS
+
+
+def run(number: int, app: str = "shop") -> hook.Run:
+    ref, commit = f"refs/heads/b{number}", f"{number:040x}"
+    return replace(RUN, id=hook.run_id(app, ref, commit), app=app, ref=ref, commit=commit)
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> hook.Spool:
+    return opened(tmp_path)
+
+
+def opened(folder: Path, max_files: int = 1000) -> hook.Spool:
+    made = hook.Spool(folder / "spool", max_files)
+    made.prepare()
+    return made
+
+
+def names(spool: hook.Spool) -> list[str]:
+    return sorted(p.name for p in spool.directory.iterdir() if p.name != "bad")
+
+
+def aside(spool: hook.Spool) -> list[str]:
+    return sorted(p.name for p in (spool.directory / "bad").iterdir())
+
+
+# === Storing ===
+
+
+def test_what_is_stored_is_read_again_oldest_first(spool: hook.Spool) -> None:
+    runs = [run(n) for n in (3, 1, 2)]
+    for one in runs:
+        spool.store([one])
+    assert [found for _, found in spool.read()] == runs
+    assert len(spool) == 3
+
+
+def test_it_is_read_again_after_a_restart(spool: hook.Spool, tmp_path: Path) -> None:
+    spool.store([run(1)])
+    again = opened(tmp_path)
+    assert [found for _, found in again.read()] == [run(1)]
+    assert len(again) == 1
+
+
+def test_any_text_of_a_push_survives_to_the_letter(spool: hook.Spool) -> None:
+    odd = replace(run(1), title="\ud800 \u2028 \x00 🚀 \"'\\", delivery="ä")
+    spool.store([odd])
+    assert [found for _, found in spool.read()] == [odd]
+
+
+def test_the_longest_push_is_within_the_bound_of_a_file(spool: hook.Spool) -> None:
+    ref = "refs/heads/" + "🚀" * (hook.REF_LENGTH - 11)
+    app, commit = "a" * 30, "f" * 64
+    longest = hook.Run(
+        id=hook.run_id(app, ref, commit), app=app, ref=ref, commit=commit, before=commit,
+        title="🚀" * 120, delivery="\xff" * 100, received=1760000000.123456,
+    )  # fmt: skip
+    assert hook.valid_ref(ref)
+    spool.store([longest])
+    ((path, found),) = spool.read()
+    assert found == longest
+    assert path.stat().st_size <= hook.SPOOL_RECORD
+
+
+def test_the_same_push_twice_is_two_files_of_one_run(spool: hook.Spool) -> None:
+    spool.store([run(1)])
+    spool.store([run(1)])
+    assert [found.id for _, found in spool.read()] == [run(1).id] * 2
+
+
+def test_what_is_done_is_forgotten_and_once_more_is_nothing(spool: hook.Spool) -> None:
+    spool.store([run(1)])
+    spool.store([run(2)])
+    ((first, _), _) = spool.read()
+    spool.done(first)
+    spool.done(first)
+    assert [found for _, found in spool.read()] == [run(2)]
+    assert len(spool) == 1
+
+
+# === In this order, or a crash loses something ===
+
+
+def test_a_push_is_synced_under_another_name_then_renamed_then_its_folder_is_synced(
+    spool: hook.Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    real_sync, real_rename = os.fsync, os.rename
+
+    def fsync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        kind = "folder" if path.is_dir() else path.suffix
+        size = path.stat().st_size if path.is_file() else 0
+        seen.append(f"fsync {kind} {'with content' if size else ''}".strip())
+        real_sync(handle)
+
+    def rename(source: Any, target: Any, **more: Any) -> None:
+        seen.append(f"rename {Path(source).suffix} {Path(target).suffix}")
+        real_rename(source, target, **more)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    spool.store([run(1)])
+    assert seen == ["fsync .tmp with content", "rename .tmp .json", "fsync folder"]
+
+
+def test_the_pushes_of_one_delivery_share_one_sync_of_the_folder(
+    spool: hook.Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(handle)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    spool.store([run(1), run(1, "other")])
+    assert len(synced) == 3
+    assert {found.app for _, found in spool.read()} == {"shop", "other"}
+
+
+def test_nobody_sees_a_push_that_is_only_half_written(
+    spool: hook.Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Any] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        looks.append(spool.read())
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    spool.store([run(1)])
+    assert looks[0] == []
+
+
+# === Bounds, and disks that refuse ===
+
+
+def test_a_full_spool_refuses_and_says_how_much_waits(tmp_path: Path) -> None:
+    spool = opened(tmp_path, max_files=2)
+    spool.store([run(1), run(2)])
+    with pytest.raises(hook.SpoolError, match="2 pushes are waiting already"):
+        spool.store([run(3)])
+    spool.done(spool.read()[0][0])
+    spool.store([run(3)])
+    assert len(names(spool)) == len(spool) == 2
+
+
+def test_a_delivery_that_does_not_fit_as_a_whole_is_not_stored_at_all(tmp_path: Path) -> None:
+    spool = opened(tmp_path, max_files=2)
+    spool.store([run(1)])
+    with pytest.raises(hook.SpoolError):
+        spool.store([run(2), run(3)])
+    assert [found for _, found in spool.read()] == [run(1)]
+    assert len(spool) == 1
+
+
+def test_what_waited_before_a_restart_counts(tmp_path: Path) -> None:
+    opened(tmp_path).store([run(1), run(2)])
+    with pytest.raises(hook.SpoolError, match="2 pushes"):
+        opened(tmp_path, max_files=2).store([run(3)])
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_disk_that_refuses_leaves_nothing_behind_and_no_count(
+    spool: hook.Spool, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    spool.store([run(1)])
+    real, calls = getattr(os, call), iter([False, True])
+
+    def refusing(*args: Any, **more: Any) -> Any:
+        if next(calls, False):
+            raise OSError(28, "No space left on device")
+        return real(*args, **more)
+
+    monkeypatch.setattr(os, call, refusing)
+    with pytest.raises(hook.SpoolError, match="the disk refuses: No space left on device"):
+        spool.store([run(2), run(3)])
+    assert [found for _, found in spool.read()] == [run(1)]
+    assert len(names(spool)) == len(spool) == 1
+    spool.store([run(2)])
+    assert len(spool) == 2
+
+
+def test_a_spool_that_cannot_be_made_is_an_error_before_the_first_push(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", "utf-8")
+    with pytest.raises(hook.SpoolError, match="Not a directory"):
+        hook.Spool(tmp_path / "file" / "spool", 10).prepare()
+
+
+def test_a_spool_that_went_away_is_seen_by_the_probe(spool: hook.Spool) -> None:
+    spool.probe()
+    spool.directory.rename(spool.directory.with_name("elsewhere"))
+    with pytest.raises(OSError, match="No such file"):
+        spool.probe()
+    with pytest.raises(hook.SpoolError):
+        spool.store([run(1)])
+    assert spool.read() == []
+
+
+# === What is not ours ===
+
+GOOD = json.dumps(asdict(RUN)).encode()
+
+
+def changed(**fields: Any) -> bytes:
+    return json.dumps({k: v for k, v in {**asdict(RUN), **fields}.items() if v != "gone"}).encode()
+
+
+FOREIGN = {
+    "empty": b"",
+    "half-written": GOOD[:-20],
+    "zeros after a power cut": b"\0" * len(GOOD),
+    "no JSON": b"hello",
+    "no object": b"[]",
+    "no text": b"\xff\xfe\xfa",
+    "nested too deeply": b"[" * 10_000,
+    "a huge number": changed(received=0).replace(b": 0", b": " + b"9" * 5000),
+    "another object": b'{"kind": "Pod"}',
+    "another commit": changed(commit="b" * 40),
+    "no commit": changed(commit="HEAD"),
+    "no ref": changed(ref="refs/heads/a..b"),
+    "an id that climbs": changed(id="../../etc/passwd"),
+    "an app that climbs": changed(app="../x", id=hook.run_id("../x", RUN.ref, RUN.commit)),
+    "a field missing": changed(ref="gone"),
+    "a field more": changed(more="x"),
+    "a number for a text": changed(title=5),
+    "a text for a number": changed(received="now"),
+    "no time": changed(received=float("nan")),
+    "a truth for a number": changed(received=True),
+    "null": changed(delivery=None),
+    "too long": changed(title="x" * 20_000),
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_file_is_moved_aside_and_said(
+    spool: hook.Spool, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool.store([run(1)])
+    (spool.directory / "00-foreign.json").write_bytes(content)
+    assert [found for _, found in spool.read()] == [run(1)]
+    assert aside(spool) == ["00-foreign.json"]
+    assert (spool.directory / "bad" / "00-foreign.json").read_bytes() == content
+    ((_, level, text),) = caplog.record_tuples
+    assert (level, text) == (40, "spool file moved aside")
+    assert len(spool) == 1
+
+
+def test_a_folder_in_the_place_of_a_file_is_moved_aside(spool: hook.Spool) -> None:
+    (spool.directory / "x.json").mkdir()
+    assert spool.read() == []
+    assert aside(spool) == ["x.json"]
+
+
+def test_a_file_that_cannot_be_moved_aside_stands_in_nobody_s_way(spool: hook.Spool) -> None:
+    for folder in ("x.json", "bad/x.json/y"):
+        (spool.directory / folder).mkdir(parents=True)
+    spool.store([run(1)])
+    assert [found for _, found in spool.read()] == [run(1)]
+
+
+def test_a_push_that_was_not_accepted_before_a_crash_is_moved_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = opened(tmp_path)
+    (spool.directory / "1-x.json.abc.tmp").write_bytes(GOOD[:30])
+    again = opened(tmp_path)
+    assert (again.read(), len(again)) == ([], 0)
+    assert aside(again) == ["1-x.json.abc.tmp"]
+    assert "spool file moved aside" in caplog.messages
+
+
+def test_what_a_file_system_keeps_for_itself_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "spool" / "lost+found").mkdir(parents=True)
+    assert names(opened(tmp_path)) == ["lost+found"]
+
+
+def test_a_push_stored_by_an_older_version_is_still_a_push() -> None:
+    fields = {k: getattr(RUN, k) for k in ("id", "app", "ref", "commit")}
+    assert hook.parse_run(json.dumps(fields).encode()) == hook.Run(**fields)
+
+
+def test_a_file_that_cannot_be_read_now_stays_for_later(
+    spool: hook.Spool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool.store([run(1)])
+    with monkeypatch.context() as broken:
+
+        def too_many(*args: Any, **more: Any) -> Any:
+            raise OSError(24, "Too many open files")
+
+        broken.setattr(Path, "open", too_many)
+        assert spool.read() == []
+    assert aside(spool) == []
+    assert [found for _, found in spool.read()] == [run(1)]
+    assert caplog.messages == ["spool file cannot be read"]
+
+
+# === Several at once ===
+
+
+@pytest.fixture
+def busy() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def together(*bodies: Callable[[], None]) -> None:
+    """Run all at once; what goes wrong in one of them goes wrong here."""
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        for done in [pool.submit(body) for body in bodies]:
+            done.result(30)
+
+
+@pytest.mark.usefixtures("busy")
+def test_writers_and_readers_at_once_lose_nothing_and_the_count_never_drifts(
+    spool: hook.Spool,
+) -> None:
+    taken: list[hook.Run] = []
+    writing = [40] * 4
+
+    def write(writer: int) -> None:
+        for number in range(40):
+            spool.store([run(writer * 40 + number)])
+            writing[writer] -= 1
+
+    def take() -> None:
+        while any(writing) or spool.read():
+            for path, found in spool.read():
+                spool.done(path)
+                taken.append(found)
+
+    def look() -> None:
+        while any(writing):
+            spool.read()
+            assert 0 <= len(spool) <= 160
+            (spool.directory / "foreign.json").write_bytes(b"{")
+
+    together(*(partial(write, n) for n in range(4)), take, look)
+    assert sorted(r.commit for r in taken) == [f"{n:040x}" for n in range(160)]
+    assert len(spool) == 0
+
+
+def test_the_bound_holds_for_many_writers_at_once(tmp_path: Path) -> None:
+    spool, refused = opened(tmp_path, max_files=10), []
+
+    def write(number: int) -> None:
+        try:
+            spool.store([run(number)])
+        except hook.SpoolError:
+            refused.append(number)
+
+    together(*(partial(write, n) for n in range(25)))
+    assert len(names(spool)) == len(spool) == 10
+    assert len(refused) == 15
+
+
+# === Anything else ===
+
+
+@settings(max_examples=250, deadline=None, database=None)
+@given(TARGETS["spool"].inputs)
+def test_no_content_of_a_file_is_more_than_a_push_or_foreign(content: bytes) -> None:
+    TARGETS["spool"].run(content)
