@@ -1,0 +1,1235 @@
+"""The manifests of an app: how they are read, what is refused, and what a run makes of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gitops_hook import (
+    App,
+    AppObjects,
+    ConfigError,
+    Placement,
+    Reason,
+    Release,
+    Run,
+    StageError,
+    check_objects,
+    load_config,
+    parse_documents,
+    plain_ports,
+    ports_like,
+    read_manifests,
+    render,
+    service_object,
+)
+from tests.standin.kubectl import find_kubectl
+
+Object = dict[str, Any]
+IMAGE = "registry.example.com:5000/demo/shop"
+BUILT = f"{IMAGE}@sha256:{'0f' * 32}"
+RUN = Run(id="shop-1a2b3c4d-5e6f", app="shop", ref="refs/heads/main", commit="1a2b3c4d" * 5)
+DEPLOYMENT = f"""
+apiVersion: apps/v1
+kind: Deployment
+metadata: {{name: web, labels: {{app: shop, env: prod}}, annotations: {{owner: us}}}}
+spec:
+  replicas: 2
+  selector: {{matchLabels: {{app: shop}}}}
+  template:
+    metadata: {{labels: {{app: shop, env: prod, version: "7"}}, annotations: {{scrape: "yes"}}}}
+    spec:
+      containers:
+        - name: web
+          image: {IMAGE}:dev
+          ports: [{{name: http, containerPort: 8080}}]
+"""
+SERVICE = """
+apiVersion: v1
+kind: Service
+metadata: {name: shop}
+spec: {selector: {env: prod}, ports: [{name: http, port: 80, targetPort: http}]}
+"""
+CONFIGMAP = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: settings}
+data: {GREETING: hello}
+"""
+ALL = f"{DEPLOYMENT}---{SERVICE}---{CONFIGMAP}"
+
+
+def app_of(**settings: Any) -> App:
+    entry = {"name": "shop", "repository": "/srv/shop.git", "build": {"image": IMAGE}}
+    return load_config(json.dumps({"apps": [{**entry, **settings}]})).apps[0]
+
+
+def write(root: Path, **files: str | bytes) -> Path:
+    """A checked-out commit; __ in a name stands for /, and a file without folder is in deploy/."""
+    for name, text in files.items():
+        path = root / (name if "/" in name else f"deploy/{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return root
+
+
+def read(root: Path, **files: str | bytes) -> list[Object]:
+    return [item for _, item in read_manifests(write(root, **files), "deploy")]
+
+
+def fault(call: Callable[[], Any]) -> tuple[Reason, str]:
+    """Why a run ends red."""
+    with pytest.raises(StageError) as failed:
+        call()
+    return failed.value.reason, failed.value.detail
+
+
+@cache
+def parsed(text: str) -> list[Object]:
+    return list(yaml.safe_load_all(text))
+
+
+def refusal(call: Callable[[], Any]) -> str | None:
+    """Why a run ends red, if it does."""
+    try:
+        call()
+    except StageError as refused:
+        return refused.detail
+    return None
+
+
+def objects(text: str = ALL) -> list[Object]:
+    return copy.deepcopy(parsed(text))
+
+
+def check(items: list[Object], **app: Any) -> AppObjects:
+    return check_objects(app_of(**app), "production", [("deploy/app.yaml", o) for o in items])
+
+
+def placed(app: App, **changes: Any) -> Placement:
+    given_ = {"namespace": "production", "colour": "green", "image": BUILT, "live_replicas": 0}
+    return Placement(app=app, run=RUN, **{**given_, **changes})
+
+
+def released(items: list[Object] | None = None, live: int = 0, **app: Any) -> Release:
+    found = check(objects() if items is None else items, **app)
+    return render(placed(app_of(**app), live_replicas=live), found)
+
+
+def changed(where: str, value: Any) -> list[Object]:
+    """The sample with one field set, by a path like `Deployment.spec.replicas`."""
+    items = objects()
+    kind, *keys = where.split(".")
+    target: Any = next(o for o in items if o["kind"] == kind)
+    for key in keys[:-1]:
+        target = target[int(key)] if key.isdigit() else target.setdefault(key, {})
+    target[int(keys[-1]) if keys[-1].isdigit() else keys[-1]] = value
+    return items
+
+
+POD = "Deployment.spec.template.spec"
+WEB = f"{POD}.containers.0"
+
+
+def pod(release: Release) -> Object:
+    spec: Object = release.deployment["spec"]["template"]["spec"]
+    return spec
+
+
+# === Reading a folder ===
+
+
+def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    found = read_manifests(write(tmp_path, **{"b.yml": SERVICE, "a.yaml": DEPLOYMENT}), "deploy")
+    assert [(s, o["kind"]) for s, o in found] == [
+        ("deploy/a.yaml", "Deployment"),
+        ("deploy/b.yml", "Service"),
+    ]
+
+
+def test_only_plain_manifests_are_read(tmp_path: Path) -> None:
+    files = {
+        ".hidden.yaml": "{",
+        "notes.txt": "{",
+        "app.yaml~": "{",
+        "sub/x.yaml": "{",
+        "README": "{",
+    }
+    assert (
+        len(read(tmp_path, **{"app.yaml": ALL}, **{f"deploy/{k}": v for k, v in files.items()}))
+        == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        (
+            f"---\n{DEPLOYMENT}\n---\n---\n# nothing\n---\n{SERVICE}\n...\n",
+            ["Deployment", "Service"],
+        ),
+        ("---", []),
+        ("", []),
+        ("# a comment only\n", []),
+        (ALL.replace("\n", "\r\n"), ["Deployment", "Service", "ConfigMap"]),
+        ("\ufeff" + SERVICE, ["Service"]),
+        ("kind: List\nitems:\n- {kind: A}\n- {kind: B}\n", ["A", "B"]),
+        ("kind: ConfigMapList\nitems: [{kind: ConfigMap}]", ["ConfigMap"]),
+        ("kind: List\nitems: []", []),
+        ("kind: AllowList\nmetadata: {name: x}", ["AllowList"]),
+        ("a: &a {kind: X}\nkind: List\nitems: [*a, {<<: *a, more: 1}]", ["X", "X"]),
+    ],
+    ids=[
+        "multi",
+        "separator",
+        "empty",
+        "comment",
+        "crlf",
+        "bom",
+        "list",
+        "kind-list",
+        "empty-list",
+        "kind-that-ends-so",
+        "anchors",
+    ],
+)
+def test_every_object_of_a_file_is_found(tmp_path: Path, text: str, kinds: list[str]) -> None:
+    assert [o["kind"] for o in read(tmp_path, **{"app.yaml": text})] == kinds
+
+
+def test_json_is_read_as_json_tabs_and_all(tmp_path: Path) -> None:
+    text = json.dumps(objects(SERVICE)[0], indent="\t")
+    assert read(tmp_path, **{"service.json": text}) == objects(SERVICE)
+
+
+@pytest.mark.parametrize(
+    ("written", "means"),
+    [
+        ("2026-01-02", "2026-01-02"),
+        ("2026-01-02T03:04:05Z", "2026-01-02T03:04:05Z"),
+        ("12:30:45", "12:30:45"),
+        ("1:30.5", "1:30.5"),
+        ("=", "="),
+        ("!!timestamp 2026-01-02", "2026-01-02"),
+        ("0400", 256),
+        ("0x1F", 31),
+        ("1_000", 1000),
+        ("1.5", 1.5),
+        ("yes", True),
+        ("'yes'", "yes"),
+        ("|\n  a\n  b", "a\nb\n"),
+    ],
+)
+def test_a_value_is_what_kubectl_makes_of_it(written: str, means: Any) -> None:
+    (found,) = parse_documents(f"kind: X\nvalue: {written}\n", "x.yaml")
+    assert found["value"] == means
+    assert type(found["value"]) is type(means)
+
+
+def test_a_null_says_nothing() -> None:
+    text = "kind: X\na: null\nb: ~\nc:\nd: [{e: null, f: 1}]\n"
+    assert parse_documents(text, "x.yaml") == [{"kind": "X", "d": [{"f": 1}]}]
+
+
+def test_what_anchors_share_can_be_changed_apart() -> None:
+    (found,) = parse_documents("a: &a {x: 1}\nb: *a\n", "x.yaml")
+    found["a"]["x"] = 2
+    assert found["b"] == {"x": 1}
+
+
+BOMB = "\n".join(
+    ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)), "kind: X"]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: 1\nb:\n\tc: 2\n", "deploy/app.yaml:3: found character '\\t'"),
+        ("kind: X\r\na: [1\r\n", "deploy/app.yaml:3: "),
+        ("kind: X\na: b: c\n", "deploy/app.yaml:2: mapping values are not allowed"),
+        ("kind: *nobody\n", "deploy/app.yaml:1: found undefined alias"),
+        ("kind: !!python/object/apply:os.system [x]\n", "deploy/app.yaml:1: could not determine"),
+        ("kind: X\na: !!binary aGVsbG8=\n", "deploy/app.yaml: Object of type bytes"),
+        ("kind: X\na: !!set {b}\n", "deploy/app.yaml: Object of type set"),
+        ("kind: X\na: .nan\n", "deploy/app.yaml: Out of range float"),
+        ("kind: X\na: !!int text\n", "deploy/app.yaml: invalid literal"),
+        ("kind: X\na: !!bool text\n", "deploy/app.yaml: "),
+        ("kind: X\na: !!timestamp [1]\n", "deploy/app.yaml: "),
+        (f"kind: X\na: {'9' * 5000}\n", "deploy/app.yaml: "),
+        ("? [a, b]\n: 1\n", "deploy/app.yaml:1: found unhashable key"),
+        ("kind: X\na: &a [*a]\n", "deploy/app.yaml: Circular reference"),
+        (BOMB, "deploy/app.yaml: expands to too much"),
+        (f"a: &a {'x' * 60_000}\nb: [{'*a, ' * 1000}*a]\n", "deploy/app.yaml: expands to too much"),
+        ("[" * 100_000, "deploy/app.yaml: "),
+        ("- " * 50_000, "deploy/app.yaml: "),
+        ("{a: " * 500 + "1" + "}" * 500, "deploy/app.yaml: "),
+        ("just text", "deploy/app.yaml: a document is not a mapping"),
+        ("../elsewhere.yaml", "deploy/app.yaml: a document is not a mapping (links are not"),
+        ("[1, 2]", "deploy/app.yaml: a document is not a mapping"),
+        ("metadata: {name: x}", "deploy/app.yaml: not a Kubernetes object"),
+        ("kind: [List]", "deploy/app.yaml: not a Kubernetes object"),
+        ("kind: List\nitems: [{metadata: {}}]", "deploy/app.yaml: not a Kubernetes object"),
+        ("kind: List\nitems: [5, text]", "deploy/app.yaml: not a Kubernetes object"),
+        ("kind: X\n\x00", "deploy/app.yaml: "),
+        (b"kind: \xff\xfe", "deploy/app.yaml: not UTF-8"),
+        (b"kind: X\na: " + b"x" * 2_100_000, "deploy/app.yaml: not a plain file of at most 2 MiB"),
+    ],
+    ids=[
+        "tab",
+        "crlf",
+        "colon",
+        "alias",
+        "python",
+        "binary",
+        "set",
+        "nan",
+        "int",
+        "bool",
+        "tag",
+        "digits",
+        "key",
+        "circle",
+        "bomb",
+        "long-bomb",
+        "deep",
+        "deep-dashes",
+        "deep-maps",
+        "text",
+        "link",
+        "list",
+        "no-kind",
+        "odd-kind",
+        "no-kind-in-list",
+        "scalars-in-list",
+        "nul",
+        "latin",
+        "large",
+    ],
+)
+def test_what_cannot_be_read_is_named_with_file_and_line(
+    tmp_path: Path, text: str | bytes, said: str
+) -> None:
+    began = time.monotonic()
+    reason, detail = fault(lambda: read(tmp_path, **{"app.yaml": text}))
+    assert reason is Reason.MANIFEST_INVALID
+    assert detail.startswith(said)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"kind": "X",\n}', "deploy/a.json:2: "),
+        ("", "deploy/a.json:1: "),
+        ("kind: X", "deploy/a.json:1: "),
+        ("[" * 100_000, "deploy/a.json: "),
+        ('{"kind": NaN}', "deploy/a.json: Out of range"),
+    ],
+    ids=["comma", "empty", "yaml", "deep", "nan"],
+)
+def test_json_that_cannot_be_read_is_named_with_file_and_line(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    reason, detail = fault(lambda: read(tmp_path, **{"a.json": text}))
+    assert (reason, detail[: len(said)]) == (Reason.MANIFEST_INVALID, said)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.text(alphabet=" \n-:{}[]&*!|>#'\"%@,?a1\t~<", max_size=60))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    said = refusal(lambda: parse_documents(text, "x.yaml"))
+    assert said is None or said.startswith("x.yaml")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    reason, detail = fault(lambda: read_manifests(tmp_path, "deploy"))
+    assert (reason, detail) == (
+        Reason.MANIFEST_INVALID,
+        "there is no folder 'deploy' in the commit",
+    )
+
+
+@pytest.mark.parametrize("link", ["deploy", "deploy/app.yaml", "deploy/kustomization.yaml"])
+def test_links_are_not_followed(tmp_path: Path, link: str) -> None:
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    write(outside, **{"app.yaml": ALL, "kustomization.yaml": "resources: [app.yaml]"})
+    (root / link).parent.mkdir(parents=True)
+    (root / link).symlink_to(outside / link)
+    assert fault(lambda: read_manifests(root, "deploy"))[0] is Reason.MANIFEST_INVALID
+
+
+def test_a_configmap_of_300_kilobytes_is_read_in_time(tmp_path: Path) -> None:
+    lines = "".join(f"    line {i} of a large file\n" for i in range(12_000))
+    text = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: large}}\ndata:\n  file: |\n{lines}"
+    began = time.monotonic()
+    (found,) = read(tmp_path, **{"large.yaml": text})
+    assert len(found["data"]["file"]) > 300_000
+    assert time.monotonic() - began < 10
+
+
+# === Kustomizations ===
+
+
+@pytest.fixture
+def _kubectl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real kubectl on the path."""
+    folder = os.path.dirname(find_kubectl())
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("_kubectl")
+def test_a_kustomization_is_built_with_all_its_parts(tmp_path: Path) -> None:
+    found = read(
+        tmp_path,
+        **{
+            "kustomization.yaml": """
+namePrefix: my-
+resources: [../base]
+components: [../parts/extra]
+patches:
+- path: patch.yaml
+- target: {kind: Service}
+  patch: |-
+    - {op: replace, path: /spec/ports/0/port, value: 81}
+configMapGenerator:
+- {name: generated, literals: ["URL=https://api.example.com"], files: [key=file.txt], envs: [e.env]}
+commonAnnotations: {docs: "https://wiki.example.com/x", path: "https://wiki.example.com"}
+labels: [{pairs: {env: "a:b"}}]
+""".replace('"a:b"', "ab"),
+            "patch.yaml": DEPLOYMENT.replace("replicas: 2", "replicas: 5"),
+            "file.txt": "content",
+            "e.env": "FROM_FILE=1",
+            "base/kustomization.yml": "resources: [app.yaml, service.yaml]",
+            "base/app.yaml": DEPLOYMENT,
+            "base/service.yaml": SERVICE,
+            "parts/extra/kustomization.yaml": """
+apiVersion: kustomize.config.k8s.io/v1alpha1
+kind: Component
+resources: [more.yaml]
+""",
+            "parts/extra/more.yaml": CONFIGMAP,
+        },
+    )
+    kinds = {(o["kind"], o["metadata"]["name"].rsplit("-", 1)[0]): o for o in found}
+    assert kinds["Deployment", "my"]["spec"]["replicas"] == 5
+    assert kinds["Service", "my"]["spec"]["ports"][0]["port"] == 81
+    assert kinds["ConfigMap", "my-generated"]["data"]["URL"] == "https://api.example.com"
+    assert kinds["ConfigMap", "my-generated"]["data"]["key"] == "content"
+    assert kinds["ConfigMap", "my"]["data"] == {"GREETING": "hello"}
+
+
+REMOTE = "https://example.com/x.yaml"
+REMOTES = {
+    "resources": f"resources: ['{REMOTE}']",
+    "upper-case": f"RESOURCES: ['{REMOTE}']",
+    "long-s": f"re\u017fources: ['{REMOTE}']",
+    "git": "resources: ['git::https://example.com/x']",
+    "scp": "resources: ['git@example.com:demo/x.git']",
+    "ssh": "resources: ['ssh://git@example.com/demo/x.git']",
+    "file": "resources: ['file:///etc']",
+    "query": "resources: ['example.com/demo/x?ref=main']",
+    "github": "resources: ['github.com/demo/x']",
+    "github-upper": "resources: ['GitHub.com/demo/x']",
+    "bases": "bases: ['github.com/demo/x']",
+    "components": "components: ['github.com/demo/x']",
+    "crds": f"crds: ['{REMOTE}']",
+    "configurations": f"configurations: ['{REMOTE}']",
+    "openapi": f"openapi: {{path: '{REMOTE}'}}",
+    "patches": f"patches: [{{path: '{REMOTE}'}}]",
+    "patches-upper": f"patches: [{{PATH: '{REMOTE}'}}]",
+    "strategic": f"patchesStrategicMerge: ['{REMOTE}']",
+    "json6902": f"patchesJson6902: [{{target: {{kind: X}}, path: '{REMOTE}'}}]",
+    "replacements": f"replacements: [{{path: '{REMOTE}'}}]",
+    "generator-file": f"configMapGenerator: [{{name: x, files: ['{REMOTE}']}}]",
+    "generator-key": f"configMapGenerator: [{{name: x, files: ['key={REMOTE}']}}]",
+    "generator-env": f"configMapGenerator: [{{name: x, env: '{REMOTE}'}}]",
+    "generator-envs": f"configMapGenerator: [{{name: x, envs: ['{REMOTE}=x']}}]",
+    "secret": f"secretGenerator: [{{name: x, files: ['{REMOTE}']}}]",
+    "anchor": f"x: &x ['{REMOTE}']\nresources: *x",
+    "merge": f"<<: {{resources: ['{REMOTE}']}}",
+    "second-document": f"resources: []\n---\nresources: ['{REMOTE}']",
+    "helm": "helmCharts: [{name: x, repo: 'https://charts.example.com'}]",
+    "helm-upper": "HelmCharts: [{name: x}]",
+    "generators": "generators: [gen.yaml]",
+    "transformers": "transformers: [gen.yaml]",
+    "validators": "validators: [gen.yaml]",
+    "absolute": "resources: [/etc]",
+    "upwards": "resources: [../../outside]",
+    "missing": "resources: [nowhere.yaml]",
+    "long": f"resources: [{'a/' * 3000}x]",
+}
+
+
+@pytest.mark.parametrize("text", REMOTES.values(), ids=REMOTES)
+def test_what_reaches_out_of_the_commit_is_refused_before_kubectl_sees_it(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/kubectl").write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
+    (tmp_path / "bin/kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    # in the commit lies what would stand in for each of them
+    for name in ("https:/example.com/x.yaml", "x", "gen.yaml", "example.com/demo/x?ref=main/x"):
+        write(tmp_path / "root", **{f"deploy/{name}": "kind: X"})
+    for name in ("github.com/demo/x", "GitHub.com/demo/x", "../../outside"):
+        write(tmp_path / "root", **{f"deploy/{name}/kustomization.yaml": "resources: []"})
+    reason, detail = fault(lambda: read(tmp_path / "root", **{"kustomization.yaml": text}))
+    assert reason is Reason.MANIFEST_REFUSED
+    assert detail.startswith("deploy/kustomization.yaml: ")
+    assert not (tmp_path / "called").exists()
+
+
+def test_a_remote_base_of_a_base_is_refused(tmp_path: Path) -> None:
+    files = {
+        "kustomization.yaml": "resources: [../base]",
+        "base/Kustomization": "components: [../parts]",
+        "parts/kustomization.yml": f"resources: ['{REMOTE}']",
+    }
+    reason, detail = fault(lambda: read(tmp_path, **files))
+    assert (reason, detail.split(":")[0]) == (Reason.MANIFEST_REFUSED, "parts/kustomization.yml")
+
+
+@pytest.mark.usefixtures("_kubectl")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("resources: [.]", "kustomize: "),
+        ("resources: [app.yaml]\nnonsense: 1", "kustomize: "),
+        ("resources: [app.yaml]\n\tx: 1", "deploy/kustomization.yaml:2: "),
+        ("[app.yaml]", "deploy/kustomization.yaml: a document is not a mapping"),
+        ("resources: {a: 1}", "kustomize: "),
+        ("", "kustomize: "),
+    ],
+    ids=["itself", "unknown", "tab", "list", "odd-type", "empty"],
+)
+def test_a_kustomization_that_cannot_be_built_says_why(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    files = {"kustomization.yaml": text, "app.yaml": DEPLOYMENT}
+    reason, detail = fault(lambda: read(tmp_path, **files))
+    assert reason is Reason.MANIFEST_INVALID
+    assert detail.startswith(said)
+    assert str(tmp_path) not in detail
+
+
+@pytest.mark.usefixtures("_kubectl")
+def test_bases_that_share_a_base_are_looked_at_once(tmp_path: Path) -> None:
+    files = {
+        f"b{i}/kustomization.yaml": f"resources: [../b{i + 1}, ../b{i + 1}/.]" for i in range(60)
+    }
+    files |= {"b60/kustomization.yaml": f"resources: ['{REMOTE}']"}
+    began = time.monotonic()
+    reason, _ = fault(
+        lambda: read(tmp_path, **{"kustomization.yaml": "resources: [../b0]"}, **files)
+    )
+    assert reason is Reason.MANIFEST_REFUSED
+    assert time.monotonic() - began < 10
+
+
+def test_kustomize_gets_no_home_no_git_and_no_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "kubectl"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n/usr/bin/env > {tmp_path}/env\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    monkeypatch.setenv("SECRET", "hunter2")
+    read(tmp_path / "root", **{"kustomization.yaml": "resources: []"})
+    seen = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
+    assert not Path(seen["HOME"]).exists()
+    assert seen["PATH"] == seen["HOME"]
+    assert seen["HTTPS_PROXY"] == "http://127.0.0.1:9"
+    assert "SECRET" not in seen
+
+
+def test_a_missing_kubectl_is_a_fault_of_the_surroundings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="kubectl cannot be started"):
+        read(tmp_path, **{"kustomization.yaml": "resources: []"})
+
+
+# === What is accepted ===
+
+
+def test_the_objects_of_an_app_are_told_apart() -> None:
+    found = check(objects())
+    assert (found.deployment["kind"], found.service["kind"]) == ("Deployment", "Service")
+    assert [m["metadata"]["name"] for m in found.configmaps] == ["settings"]
+
+
+def test_ignored_kinds_are_reported_whatever_they_hold() -> None:
+    odd = [{"kind": "Ingress", "metadata": {"name": "web"}}, {"kind": "Ingress", "metadata": 5}]
+    found = check([*objects(), *odd], deploy={"ignore_kinds": ["Ingress"]})
+    assert found.ignored == ("Ingress web", "Ingress None")
+
+
+def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
+    assert check(changed("Service.metadata.namespace", "production"))
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        (
+            [
+                *objects(),
+                {
+                    "kind": "Ingress",
+                    "apiVersion": "networking.k8s.io/v1",
+                    "metadata": {"name": "x"},
+                },
+            ],
+            "Ingress x of networking.k8s.io/v1 is not deployed; apply it, list its kind in",
+        ),
+        (
+            [*objects(), {"kind": "Secret", "apiVersion": "v1", "metadata": {"name": "x"}}],
+            "Secret x of v1",
+        ),
+        (
+            [
+                *objects(),
+                {
+                    "kind": "Service",
+                    "apiVersion": "serving.knative.dev/v1",
+                    "metadata": {"name": "y"},
+                },
+            ],
+            "Service y of serving.knative.dev/v1 is not deployed",
+        ),
+        ([*objects(), {"kind": "List", "apiVersion": "v1"}], "List None of v1 is not deployed"),
+        (
+            changed("Deployment.apiVersion", "extensions/v1beta1"),
+            "extensions/v1beta1 is not deployed",
+        ),
+        (
+            changed("Deployment.metadata.namespace", "kube-system"),
+            "names a namespace that is not 'production'",
+        ),
+        (
+            changed("ConfigMap.metadata.namespace", "default"),
+            "names a namespace that is not 'production'",
+        ),
+        (changed(f"{POD}.serviceAccountName", "admin"), "Deployment web names a service account"),
+        (changed(f"{POD}.serviceAccount", "admin"), "Deployment web names a service account"),
+        (changed("Service.spec.type", "ExternalName"), "is an ExternalName"),
+        (
+            changed("Service.metadata.name", "web"),
+            "one Deployment and one Service 'shop', found 1 and web",
+        ),
+        (objects(SERVICE), "one Deployment and one Service 'shop', found 0 and shop"),
+        (objects(DEPLOYMENT), "found 1 and none"),
+        ([], "found 0 and none"),
+        (
+            objects(f"{ALL}---{DEPLOYMENT.replace('name: web,', 'name: second,')}"),
+            "found 2 and shop",
+        ),
+    ],
+    ids=[
+        "ingress",
+        "secret",
+        "knative",
+        "list",
+        "old-api",
+        "namespace",
+        "map-namespace",
+        "account",
+        "old-account",
+        "external",
+        "service-name",
+        "no-deployment",
+        "no-service",
+        "nothing",
+        "two",
+    ],
+)
+def test_what_the_hook_may_not_apply_is_refused_with_what_to_do(
+    items: list[Object], said: str
+) -> None:
+    reason, detail = fault(lambda: check(items))
+    assert reason is Reason.MANIFEST_REFUSED
+    assert said in detail
+
+
+@pytest.mark.parametrize("name", ["web", "settings"])
+def test_a_name_that_is_there_twice_is_refused(name: str) -> None:
+    twice = [*objects(), *(o for o in objects() if o["metadata"]["name"] == name)]
+    reason, detail = fault(lambda: check(twice))
+    assert reason is Reason.MANIFEST_INVALID
+    assert detail.endswith(f"{name} is there twice")
+
+
+ODD = [5, 1.5, "text", True, [], [5], ["a"], {}, {"a": 5}, [{}], [[]], {"name": 5}, [{"name": []}]]
+PLACES = [
+    "Deployment.metadata",
+    "Deployment.metadata.name",
+    "Deployment.metadata.labels",
+    "Deployment.metadata.annotations",
+    "Deployment.metadata.namespace",
+    "Deployment.spec",
+    "Deployment.spec.replicas",
+    "Deployment.spec.minReadySeconds",
+    "Deployment.spec.selector",
+    "Deployment.spec.strategy",
+    "Deployment.spec.template",
+    "Deployment.spec.template.metadata",
+    "Deployment.spec.template.metadata.labels",
+    POD,
+    f"{POD}.containers",
+    f"{POD}.initContainers",
+    f"{POD}.volumes",
+    f"{POD}.terminationGracePeriodSeconds",
+    f"{POD}.containers.0",
+    f"{WEB}.name",
+    f"{WEB}.image",
+    f"{WEB}.env",
+    f"{WEB}.envFrom",
+    f"{WEB}.ports",
+    f"{WEB}.lifecycle",
+    f"{WEB}.readinessProbe",
+    f"{POD}.serviceAccountName",
+    "Service.metadata.labels",
+    "Service.spec",
+    "Service.spec.ports",
+    "Service.spec.ports.0",
+    "Service.spec.ports.0.port",
+    "Service.spec.ports.0.targetPort",
+    "Service.spec.selector",
+    "Service.spec.type",
+    "ConfigMap.metadata.name",
+    "ConfigMap.data",
+    "ConfigMap.binaryData",
+    "ConfigMap.data.GREETING",
+]
+
+
+NAMED = ("deploy/app.yaml: ", "one Deployment and one Service", "targetPort", "nothing to set")
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_a_field_of_the_wrong_type_is_named_with_its_file_or_left_to_the_cluster(
+    where: str,
+) -> None:
+    for odd in ODD:
+        items = changed(where, copy.deepcopy(odd))
+        refused = refusal(partial(released, items))
+        assert refused is None or any(word in refused for word in NAMED)
+
+
+@pytest.mark.parametrize(
+    ("where", "odd", "said"),
+    [
+        ("Deployment.spec.replicas", "3", "Deployment web.spec.replicas is not a whole number"),
+        ("Deployment.spec.replicas", True, "spec.replicas is not a whole number"),
+        ("Deployment.spec.replicas", 1.5, "spec.replicas is not a whole number"),
+        ("Deployment.spec.template", [], "spec.template is not a mapping"),
+        ("Deployment.metadata", "x", "metadata is not a mapping"),
+        ("Deployment.metadata", {}, "has no metadata.name"),
+        ("Deployment.metadata.labels", {"v": 1.2}, "metadata.labels.v is not a text (quote it)"),
+        ("Deployment.metadata.annotations", [], "metadata.annotations is not a mapping"),
+        ("Deployment.spec", {}, "Deployment web has no containers"),
+        (f"{POD}.containers", [], "Deployment web has no containers"),
+        (f"{POD}.containers", {"a": 1}, "containers is not a list"),
+        (f"{POD}.containers", ["web"], "containers.0 is not a mapping"),
+        (f"{POD}.containers.0", {"name": "x"}, "a container has no name or no image"),
+        (f"{POD}.initContainers", [{"name": "x"}], "a container has no name or no image"),
+        (f"{WEB}.env", {"A": "b"}, "containers.0.env is not a list"),
+        (f"{WEB}.env", [{"name": "A", "value": 80}], "env.0.value is not a text (quote it)"),
+        (f"{WEB}.env", [{"name": "A", "valueFrom": "x"}], "env.0.valueFrom is not a mapping"),
+        (f"{WEB}.image", 7, "image is not a text"),
+        (f"{POD}.volumes", [{"configMap": "settings"}], "volumes.0.configMap is not a mapping"),
+        (f"{POD}.volumes", [{"projected": {"sources": {}}}], "projected.sources is not a list"),
+        ("Service.spec", {}, "Service shop has no ports"),
+        ("Service.spec.ports", [{"name": "x"}], "Service shop has no ports"),
+        ("Service.spec.ports.0.port", "80", "Service shop has no ports"),
+        ("ConfigMap.data", {"PORT": 80}, "ConfigMap settings.data.PORT is not a text (quote it)"),
+        ("ConfigMap.data", [], "ConfigMap settings.data is not a mapping"),
+    ],
+)
+def test_a_field_of_the_wrong_type_says_what_it_should_be(where: str, odd: Any, said: str) -> None:
+    reason, detail = fault(lambda: check(changed(where, odd)))
+    assert reason is Reason.MANIFEST_INVALID
+    assert detail.startswith("deploy/app.yaml: ")
+    assert said in detail
+
+
+def test_nesting_without_end_is_refused() -> None:
+    deep: Object = {}
+    for _ in range(500):
+        deep = {"a": [deep]}
+    assert "nested too deeply" in fault(lambda: check(changed(f"{POD}.affinity", deep)))[1]
+
+
+# === Rendering: the Deployment ===
+
+
+def test_the_deployment_is_coloured_and_keeps_what_the_app_says() -> None:
+    made = released().deployment
+    ours = {
+        "app.kubernetes.io/managed-by": "gitops-hook",
+        "gitops-hook/app": "shop",
+        "gitops-hook/run": RUN.id,
+        "version": "green",
+    }
+    assert made["metadata"] == {
+        "name": "shop-green",
+        "labels": {"app": "shop", "env": "prod", **ours},
+        "annotations": {"owner": "us", "gitops-hook/commit": RUN.commit},
+    }
+    assert made["spec"]["selector"] == {
+        "matchLabels": {"gitops-hook/app": "shop", "version": "green"}
+    }
+    template = made["spec"]["template"]["metadata"]
+    assert template == {
+        "labels": {"app": "shop", "env": "prod", **ours},
+        "annotations": {"scrape": "yes"},
+    }
+
+
+def test_what_is_rendered_is_valid_by_the_schema() -> None:
+    release = released(changed(f"{WEB}.envFrom", [{"configMapRef": {"name": "settings"}}]))
+    version = kubernetes_validate.latest_version()
+    made = (
+        release.deployment,
+        *release.configmaps,
+        release.configmap("shop"),
+        release.live_service(app_of()),
+        service_object(
+            app_of(), "shop-preview", {"ports": release.ports}, release.selector, "preview"
+        ),
+    )
+    for thing in made:
+        kubernetes_validate.validate(thing, version, strict=True)
+
+
+def test_rendering_changes_nothing_that_it_was_given() -> None:
+    found = check(objects())
+    before = copy.deepcopy(found)
+    render(placed(app_of()), found)
+    assert found == before
+
+
+def test_the_selector_has_always_the_same_three_keys() -> None:
+    assert released().selector == {
+        "gitops-hook/app": "shop",
+        "version": "green",
+        "gitops-hook/run": RUN.id,
+    }
+
+
+def test_status_and_foreign_metadata_are_left_out() -> None:
+    items = changed("Deployment.status", {"replicas": 3})
+    items[0]["metadata"] |= {"resourceVersion": "7", "uid": "x", "ownerReferences": []}
+    made = released(items).deployment
+    assert "status" not in made
+    assert set(made["metadata"]) == {"name", "labels", "annotations"}
+
+
+@pytest.mark.parametrize(
+    ("written", "live", "replicas"),
+    [(2, 0, 2), (2, 5, 5), (6, 5, 6), (0, 0, 1), (0, 3, 3), (-1, 0, 1), (None, 0, 1)],
+)
+def test_a_version_is_never_smaller_than_the_live_one(
+    written: int | None, live: int, replicas: int
+) -> None:
+    items = changed("Deployment.spec.replicas", written)
+    if written is None:
+        del items[0]["spec"]["replicas"]
+    release = released(items, live=live)
+    assert (release.wanted, release.deployment["spec"]["replicas"]) == (replicas, replicas)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (
+            {},
+            {
+                "minReadySeconds": 10,
+                "revisionHistoryLimit": 3,
+                "paused": False,
+                "strategy": {
+                    "type": "RollingUpdate",
+                    "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
+                },
+            },
+        ),
+        (
+            {"minReadySeconds": 0, "revisionHistoryLimit": 0},
+            {"minReadySeconds": 0, "revisionHistoryLimit": 0},
+        ),
+        ({"strategy": {"type": "Recreate"}}, {"strategy": {"type": "Recreate"}}),
+        ({"paused": True}, {"paused": False}),
+        ({}, {"progressDeadlineSeconds": 300}),
+        ({"progressDeadlineSeconds": 5}, {"progressDeadlineSeconds": 300}),
+        ({"replicas": 30}, {"progressDeadlineSeconds": 600}),
+        ({"replicas": 10, "minReadySeconds": 60}, {"progressDeadlineSeconds": 700}),
+        ({"minReadySeconds": 900}, {"minReadySeconds": 900, "progressDeadlineSeconds": 1820}),
+    ],
+    ids=[
+        "defaults",
+        "zeroes",
+        "recreate",
+        "paused",
+        "rollout",
+        "own-deadline",
+        "many",
+        "calm-many",
+        "calm",
+    ],
+)
+def test_the_articles_values_stand_where_the_app_says_nothing(
+    spec: Object, expected: Object
+) -> None:
+    items = objects()
+    items[0]["spec"] |= spec
+    made = released(items).deployment["spec"]
+    assert {k: made[k] for k in expected} == expected
+
+
+# === Rendering: images ===
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        IMAGE,
+        f"{IMAGE}:dev",
+        f"{IMAGE}@sha256:{'a' * 64}",
+        f"{IMAGE}:1@sha256:{'a' * 64}",
+        "shop",
+        "shop:1",
+    ],
+)
+def test_the_built_image_takes_its_place_by_digest(image: str) -> None:
+    assert pod(released(changed(f"{WEB}.image", image)))["containers"][0]["image"] == BUILT
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        f"{IMAGE}-debug:1",
+        "registry.example.com/demo/shop:1",
+        "other.example.com:5000/demo/shop",
+        "demo/shop",
+        "registry.example.com:5000",
+        f"{IMAGE}/sub:1",
+    ],
+)
+def test_an_image_that_is_not_the_built_one_is_left_and_alone_it_is_refused(image: str) -> None:
+    reason, detail = fault(lambda: released(changed(f"{WEB}.image", image)))
+    assert (reason, "nothing to set" in detail) == (Reason.MANIFEST_REFUSED, True)
+    web = objects()[0]["spec"]["template"]["spec"]["containers"][0]
+    side = [{"name": "side", "image": image}, web]
+    images = [c["image"] for c in pod(released(changed(f"{POD}.containers", side)))["containers"]]
+    assert images == [image, BUILT]
+
+
+def test_init_containers_and_side_cars_of_the_app_get_the_built_image_too() -> None:
+    inits = [
+        {"name": "migrate", "image": IMAGE},
+        {"name": "proxy", "image": "envoy:1", "restartPolicy": "Always"},
+    ]
+    made = pod(released(changed(f"{POD}.initContainers", inits)))["initContainers"]
+    assert [c["image"] for c in made] == [BUILT, "envoy:1"]
+
+
+def test_without_a_builder_every_image_must_be_a_digest_already() -> None:
+    none = {"build": {"builder": "none"}}
+    digest = f"docker.io/library/nginx:1@sha256:{'b' * 64}"
+    items = changed(f"{WEB}.image", digest)
+    assert pod(released(items, **none))["containers"][0]["image"] == digest
+    items[0]["spec"]["template"]["spec"]["initContainers"] = [{"name": "x", "image": "busybox:1"}]
+    reason, detail = fault(lambda: released(items, **none))
+    assert (reason, "'busybox:1' is not named by digest" in detail) == (
+        Reason.MANIFEST_REFUSED,
+        True,
+    )
+
+
+# === Rendering: ConfigMaps ===
+
+
+def test_configmaps_are_copied_under_the_name_of_their_content() -> None:
+    (made,) = released().configmaps
+    name = made["metadata"]["name"]
+    assert name.startswith("settings-")
+    assert len(name) == len("settings-") + 8
+    assert (made["immutable"], made["data"]) == (True, {"GREETING": "hello"})
+    assert made["metadata"]["labels"]["gitops-hook/app"] == "shop"
+    (same,) = released().configmaps
+    (other,) = released(changed("ConfigMap.data.GREETING", "bye")).configmaps
+    assert same == made
+    assert other["metadata"]["name"] != name
+
+
+def test_binary_data_is_copied() -> None:
+    (made,) = released(changed("ConfigMap.binaryData", {"logo": "AAEC"})).configmaps
+    assert made["binaryData"] == {"logo": "AAEC"}
+
+
+def test_every_reference_to_a_configmap_follows_its_copy() -> None:
+    def container(name: str) -> Object:
+        return {
+            "name": name,
+            "image": IMAGE,
+            "ports": [{"name": "http", "containerPort": 8080}],
+            "env": [
+                {"name": "A", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "a"}}},
+                {"name": "B", "valueFrom": {"secretKeyRef": {"name": "settings", "key": "a"}}},
+                {"name": "C", "value": "settings"},
+            ],
+            "envFrom": [
+                {"configMapRef": {"name": "settings"}},
+                {"secretRef": {"name": "settings"}},
+            ],
+        }
+
+    items = changed(f"{POD}.containers", [container("web"), container("log")])
+    spec = items[0]["spec"]["template"]["spec"]
+    spec["initContainers"] = [container("init"), {**container("car"), "restartPolicy": "Always"}]
+    spec["volumes"] = [
+        {"name": "a", "configMap": {"name": "settings", "items": [{"key": "a", "path": "a"}]}},
+        {
+            "name": "b",
+            "projected": {
+                "sources": [
+                    {"configMap": {"name": "settings"}},
+                    {"configMap": {"name": "foreign"}},
+                    {"secret": {"name": "settings"}},
+                ]
+            },
+        },
+        {"name": "c", "secret": {"secretName": "settings"}},
+        {"name": "d", "configMap": {"name": "foreign", "optional": True}},
+        {"name": "e", "emptyDir": {}},
+    ]
+    release = released(items)
+    copied = release.configmaps[0]["metadata"]["name"]
+    expected = json.dumps(spec)
+    for reference in ("configMapKeyRef", "configMapRef", "configMap"):
+        old = f'"{reference}": {{"name": "settings"'
+        expected = expected.replace(old, old.replace("settings", copied))
+    made = pod(release)
+    for each, wanted in zip(
+        [*made["containers"], *made["initContainers"]],
+        [*json.loads(expected)["containers"], *json.loads(expected)["initContainers"]],
+        strict=True,
+    ):
+        assert (each["env"], each["envFrom"]) == (wanted["env"], wanted["envFrom"])
+    assert made["volumes"] == json.loads(expected)["volumes"]
+    assert expected.count(copied) == 10
+
+
+# === Rendering: probes and endings ===
+
+
+@pytest.mark.parametrize(
+    ("port", "containers", "owner"),
+    [
+        ({"port": 80, "targetPort": "http"}, ["http"], 0),
+        ({"port": 80, "targetPort": "http"}, [None, "http"], 1),
+        ({"port": 80, "targetPort": 8080}, [None, "http"], 1),
+        ({"port": 8080}, [None, "http"], 1),
+        ({"port": 80}, [None, "http"], 0),
+    ],
+    ids=["named", "named-second", "number-second", "default-second", "undeclared"],
+)
+def test_the_container_that_serves_gets_a_readiness_probe(
+    port: Object, containers: list[str | None], owner: int
+) -> None:
+    items = changed("Service.spec.ports", [port])
+    items[0]["spec"]["template"]["spec"]["containers"] = [
+        {"name": f"c{i}", "image": IMAGE}
+        | ({"ports": [{"name": n, "containerPort": 8080}]} if n else {})
+        for i, n in enumerate(containers)
+    ]
+    made = pod(released(items, deploy={"health": {"path": "/up"}}))["containers"]
+    assert [i for i, c in enumerate(made) if "readinessProbe" in c] == [owner]
+    target = port.get("targetPort", port["port"])
+    assert made[owner]["readinessProbe"] == {
+        "httpGet": {"path": "/up", "port": target},
+        "initialDelaySeconds": 5,
+        "periodSeconds": 5,
+    }
+    assert not any("livenessProbe" in c for c in made)
+
+
+def test_a_target_port_that_no_container_names_is_refused() -> None:
+    reason, detail = fault(lambda: released(changed("Service.spec.ports.0.targetPort", "web")))
+    assert (reason, "targetPort 'web' is no port" in detail) == (Reason.MANIFEST_INVALID, True)
+
+
+def test_a_readiness_probe_of_the_app_is_kept() -> None:
+    mine = {"exec": {"command": ["true"]}}
+    assert (
+        pod(released(changed(f"{WEB}.readinessProbe", mine)))["containers"][0]["readinessProbe"]
+        == mine
+    )
+
+
+@pytest.mark.parametrize(
+    ("grace", "lifecycle", "expected"),
+    [
+        (None, None, {"preStop": {"sleep": {"seconds": 5}}}),
+        (60, None, {"preStop": {"sleep": {"seconds": 5}}}),
+        (3, None, {"preStop": {"sleep": {"seconds": 3}}}),
+        (0, None, None),
+        (
+            None,
+            {"preStop": {"exec": {"command": ["x"]}}},
+            {"preStop": {"exec": {"command": ["x"]}}},
+        ),
+        (
+            None,
+            {"postStart": {"sleep": {"seconds": 1}}},
+            {"preStop": {"sleep": {"seconds": 5}}, "postStart": {"sleep": {"seconds": 1}}},
+        ),
+    ],
+    ids=["default", "long", "short", "none", "own", "post-start"],
+)
+def test_a_pod_sleeps_before_it_stops_but_never_longer_than_its_grace(
+    grace: int | None, lifecycle: Object | None, expected: Object | None
+) -> None:
+    items = objects()
+    spec = items[0]["spec"]["template"]["spec"]
+    if grace is not None:
+        spec["terminationGracePeriodSeconds"] = grace
+    if lifecycle:
+        spec["containers"][0]["lifecycle"] = lifecycle
+    assert pod(released(items))["containers"][0].get("lifecycle") == expected
+
+
+# === Rendering: Services ===
+
+
+def test_the_live_service_keeps_what_the_app_says_but_its_selector() -> None:
+    items = changed("Service.metadata.annotations", {"lb.example.com/internal": "yes"})
+    items[1]["metadata"]["labels"] = {"team": "a", "gitops-hook/app": "forged"}
+    items[1]["spec"] |= {"type": "LoadBalancer", "externalTrafficPolicy": "Local"}
+    release = released(items)
+    made = release.live_service(app_of())
+    assert made["metadata"]["name"] == "shop"
+    assert made["metadata"]["annotations"] == {"lb.example.com/internal": "yes"}
+    assert made["metadata"]["labels"]["team"] == "a"
+    assert made["metadata"]["labels"]["gitops-hook/app"] == "shop"
+    assert made["spec"]["selector"] == release.selector
+    assert made["spec"]["externalTrafficPolicy"] == "Local"
+
+
+def test_a_preview_has_none_of_the_live_services_ways_in() -> None:
+    items = changed(
+        "Service.spec",
+        {
+            "type": "LoadBalancer",
+            "ports": [{"name": "http", "port": 80, "targetPort": "http", "nodePort": 30080}],
+            "loadBalancerIP": "203.0.113.1",
+            "externalIPs": ["203.0.113.2"],
+            "clusterIP": "10.0.0.9",
+        },
+    )
+    release = released(items)
+    ports = plain_ports(release.ports)
+    made = service_object(app_of(), "shop-preview", {"ports": ports}, release.selector, "preview")
+    assert made["spec"] == {
+        "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
+        "selector": release.selector,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ports", "live", "expected"),
+    [
+        ([{"port": 80}], [{"port": 80, "nodePort": 30001}], [{"port": 80, "nodePort": 30001}]),
+        (
+            [{"port": 80, "nodePort": 30002}],
+            [{"port": 80, "nodePort": 30001}],
+            [{"port": 80, "nodePort": 30002}],
+        ),
+        ([{"port": 80, "nodePort": 30002}], [{"port": 80}], [{"port": 80}]),
+        ([{"port": 80, "nodePort": 30002}], [], [{"port": 80}]),
+        (
+            [{"port": 53, "protocol": "UDP"}],
+            [{"port": 53, "protocol": "TCP", "nodePort": 30001}],
+            [{"port": 53, "protocol": "UDP"}],
+        ),
+        (
+            [{"port": 53}, {"port": 80}],
+            [{"port": 53, "protocol": "TCP", "nodePort": 30001}],
+            [{"port": 53, "nodePort": 30001}, {"port": 80}],
+        ),
+    ],
+    ids=["kept", "chosen", "cluster-ip", "none", "protocol", "new-port"],
+)
+def test_node_ports_stay_those_of_the_live_service(
+    ports: list[Object], live: list[Object], expected: list[Object]
+) -> None:
+    assert ports_like(ports, live) == expected
+
+
+# === Releases ===
+
+
+def test_a_release_is_read_back_as_it_was() -> None:
+    release = released()
+    record = release.configmap("shop")
+    assert Release.from_configmap(json.loads(json.dumps(record))) == release
+    assert record["immutable"] is True
+    assert record["metadata"]["labels"]["gitops-hook/stage"] == "release"
+
+
+def test_the_same_release_has_the_same_name_and_another_one_another() -> None:
+    assert released().configmap("shop") == released().configmap("shop")
+    other = released(changed("ConfigMap.data.GREETING", "bye"))
+    assert (
+        other.configmap("shop")["metadata"]["name"]
+        != released().configmap("shop")["metadata"]["name"]
+    )
+
+
+def test_configmaps_of_300_kilobytes_fit_into_a_release() -> None:
+    text = "".join(f"line {i}\n" for i in range(30_000))
+    release = released(changed("ConfigMap.data.GREETING", text))
+    assert len(release.configmaps[0]["data"]["GREETING"]) > 300_000
+    assert Release.from_configmap(release.configmap("shop")) == release
+
+
+def test_what_does_not_fit_into_a_release_is_refused_in_words() -> None:
+    noise = os.urandom(900_000).hex()
+    release = released(changed("ConfigMap.data.GREETING", noise))
+    reason, detail = fault(lambda: release.configmap("shop"))
+    assert reason is Reason.MANIFEST_REFUSED
+    assert "a release holds 1000000" in detail
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"binaryData": None},
+        {"binaryData": {"release": "%%%"}},
+        {"binaryData": {"release": "eJw="}},
+        {"binaryData": {"release": "AAAA"}},
+        {"binaryData": {"release": 5}},
+        {"binaryData": {"release": "eJyrrgUAAXUA+Q=="}},
+    ],
+    ids=["nothing", "null", "no-base64", "cut-off", "no-zlib", "number", "empty-object"],
+)
+def test_a_release_that_cannot_be_read_ends_the_run(record: Object) -> None:
+    reason, detail = fault(lambda: Release.from_configmap(record))
+    assert (reason, detail) == (Reason.MANIFEST_INVALID, "a release record cannot be read")
