@@ -1,0 +1,951 @@
+"""What a run does next, decided from what is observed alone: tables of states and recorded clusters.
+
+data/mirror/ holds the watches of a real cluster, scenario by scenario, thinned to what is looked at.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gitops_hook as hook
+from gitops_hook import Do, Outcome, Reason
+
+Object = dict[str, Any]
+DATA = Path(__file__).parent / "data" / "mirror"
+A, B = "a" * 40, "b" * 40
+DIGEST = "sha256:" + "d" * 64
+SUMMARY = json.dumps({"tests": 3, "failures": 1, "errors": 0, "skipped": 0, "failed": ["t.test_x"]})
+NOW = 1_000_000.0
+CONFIG = """
+apps:
+  - name: shop
+    repository: https://gitlab.example.com/demo/shop.git
+    build: {image: registry.example.com/demo/shop}
+  - name: plain
+    repository: https://gitlab.example.com/demo/plain.git
+    build: {builder: none}
+  - name: tested
+    repository: https://gitlab.example.com/demo/tested.git
+    build: {image: registry.example.com/demo/tested}
+    deploy: {environments: []}
+images: {hook: "registry.example.com/hook:1"}
+"""
+LOADED = hook.load_config(CONFIG)
+
+
+# === A world in words ===
+
+
+def stamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def a_run(app: str = "shop", ref: str = "refs/heads/main", **more: Any) -> hook.Run:
+    run = hook.run_id(app, ref, A)
+    return hook.Run(**{"id": run, "app": app, "ref": ref, "commit": A, "received": NOW - 60, **more})
+
+
+def a_job(
+    stage: str, state: str = "active", *, run: hook.Run | None = None, since: float = 10.0,
+    notes: Mapping[str, str] | None = None, reason: str = "", **meta: Any,
+) -> hook.Job:  # fmt: skip
+    """A Job as the cluster would have it: made by the program, with a status since some seconds."""
+    run = run or a_run()
+    make = hook.test_job if stage == "test" else hook.build_job
+    found = make(LOADED, LOADED.app(run.app), run)
+    found["metadata"] |= {"resourceVersion": "7", "creationTimestamp": stamp(NOW - since), **meta}
+    found["metadata"]["annotations"] |= notes or {}
+    found["spec"]["suspend"] = state == "suspended"
+    ended = {"succeeded": "Complete", "failed": "Failed"}.get(state)
+    condition = {"type": ended, "status": "True", "lastTransitionTime": stamp(NOW - since)}
+    found["status"] = {} if state == "suspended" else {"startTime": stamp(NOW - since)}
+    found["status"]["conditions"] = [{**condition, "reason": reason}] if ended else []
+    return hook.view_job(found)
+
+
+def terminated(code: int, message: str = "", reason: str = "", at: float = NOW - 5) -> Object:
+    reason = reason or ("Error" if code else "Completed")
+    ended = {"exitCode": code, "reason": reason, "message": message, "finishedAt": stamp(at)}
+    return {"terminated": ended}
+
+
+def waiting(reason: str, message: str = "") -> Object:
+    return {"waiting": {"reason": reason, "message": message}}
+
+
+RUNNING: Object = {"running": {"startedAt": stamp(NOW - 9)}}
+
+
+def status_entry(
+    name: str, state: Object, last: Object | None = None, restarts: int = 0, ready: bool | None = None
+) -> Object:
+    ready = "running" in state if ready is None else ready
+    last = last or {}
+    return {"name": name, "state": state, "lastState": last, "restartCount": restarts, "ready": ready}
+
+
+def a_pod(
+    job: str = "", *, states: Mapping[str, Object] | None = None, apps: list[Object] | None = None,
+    inits: list[Object] | None = None, started: float = 9.0, created: float | None = None,
+    name: str = "pod-1", ready: bool = False, fell: float | None = None, **more: Any,
+) -> hook.Pod:  # fmt: skip
+    """A pod as the cluster would have it; `started` seconds ago, unready since `fell` seconds."""
+    states = states or {}
+    if inits is None:
+        inits = [status_entry(n, s) for n, s in states.items() if n in ("clone", "results")]
+    if apps is None:
+        apps = [status_entry(n, s) for n, s in states.items() if n not in ("clone", "results")]
+    since = started if fell is None else fell
+    conditions = [
+        {"type": "Ready", "status": str(ready), "lastTransitionTime": stamp(NOW - since)},
+        *more.pop("conditions", []),
+    ]
+    begun = {"startTime": stamp(NOW - started)} if started else {}
+    meta = {"name": name, "resourceVersion": "1", "creationTimestamp": stamp(NOW - (created or started))}
+    meta["labels"] = {"batch.kubernetes.io/job-name": job, "gitops-hook/run": more.pop("run", a_run().id)}
+    meta |= more.pop("meta", {})
+    status = {"conditions": conditions, "initContainerStatuses": inits, "containerStatuses": apps}
+    spec = {"initContainers": [{"name": "results", "restartPolicy": "Always"}, {"name": "clone"}]}
+    return hook.view_pod({"metadata": meta, "spec": spec, "status": {**status, **begun, **more}})
+
+
+DISRUPTED = {"type": "DisruptionTarget", "status": "True"}
+TEST, BUILD = f"test-{a_run().id}", f"build-{a_run().id}"
+
+
+def history_entry(outcome: str, *, run: str = "", ago: float = 5, **more: Any) -> Object:
+    run = run or a_run().id
+    selector = {"gitops-hook/app": "shop", "version": more.get("colour", "blue"), "gitops-hook/run": run}
+    return {"run": run, "outcome": outcome, "at": NOW - ago, "selector": selector, **more}
+
+
+def a_service(live: str, *history: Object, colour: str = "blue") -> hook.Service:
+    selector = {"gitops-hook/app": "shop", "version": colour, "gitops-hook/run": live}
+    notes = {"gitops-hook/history": json.dumps(history)}
+    meta = {"name": "shop", "resourceVersion": "3", "annotations": notes}
+    return hook.view_service({"metadata": meta, "spec": {"selector": selector}})
+
+
+def a_view(*jobs: hook.Job, **changes: Any) -> hook.View:
+    run = jobs[0].run if jobs else a_run()
+    given: Object = {
+        "app": LOADED.app(run.app), "run": run, "jobs": {j.stage: j for j in jobs}, "pods": (),
+        "services": {}, "head": "same", "newer": False, "places": 2, "doomed": None,
+        "busy": frozenset(), "now": NOW, "queue_timeout": 3600.0,
+    }  # fmt: skip
+    return hook.View(**given | changes)
+
+
+# === States and actions ===
+
+OTHER = a_run(ref="refs/heads/topic/x")
+PLAIN, TESTED = a_run("plain"), a_run("tested")
+DONE, BUILT = a_job("test", "succeeded"), a_job("build", "succeeded", notes={hook.NOTE_DIGEST: DIGEST})
+LIVE = a_service(a_run().id, history_entry("deployed"))
+SINCE = a_service("shop-other", history_entry("deployed", run="shop-other", colour="green"))
+DOOMED = hook.Symptom("k", Reason.IMAGE_NOT_FOUND, "image: not found")
+
+
+def ended_pod(stage: str, **states: Object) -> tuple[hook.Pod, ...]:
+    names = {"main": "test-runner" if stage == "test" else "kaniko"}
+    job = TEST if stage == "test" else BUILD
+    return (a_pod(job, states={names.get(k, k): v for k, v in states.items()}),)
+
+
+Case = tuple[hook.View, Do, str, Any, str]
+ACTIONS: dict[str, Case] = {
+    # before a Job runs
+    "nothing is there": (a_view(), Do.NOTHING, "", Reason.OK, ""),
+    "a queued run is released": (
+        a_view(a_job("test", "suspended")), Do.RELEASE, "test", Reason.OK, ""),
+    "no place is free": (
+        a_view(a_job("test", "suspended"), places=0), Do.WAIT, "test", Reason.OK, "free place"),
+    "no place was free for too long": (
+        a_view(a_job("test", "suspended", since=3601), places=0),
+        Do.END, "test", (Outcome.FAILED, Reason.QUEUE_TIMEOUT), "no free place"),
+    "a place is free after too long": (
+        a_view(a_job("test", "suspended", since=9999)), Do.RELEASE, "test", Reason.OK, ""),
+    "a push that was stored for hours while the cluster was down": (
+        a_view(a_job("test", "suspended", run=a_run(received=NOW - 9999)), places=0),
+        Do.WAIT, "test", Reason.OK, "free place"),
+    "git does not answer": (
+        a_view(a_job("test", "suspended"), head="unknown"), Do.WAIT, "test", Reason.GIT_ERROR, "head"),
+    "git does not answer for hours": (
+        a_view(a_job("test", "suspended", since=9999), head="unknown"),
+        Do.WAIT, "test", Reason.GIT_ERROR, "head"),
+    "the branch moved on before release": (
+        a_view(a_job("test", "suspended"), head="moved", places=0),
+        Do.END, "test", (Outcome.SUPERSEDED, Reason.NOT_HEAD), "pushed again"),
+    "a deploy branch is judged by git, not by deliveries": (
+        a_view(a_job("test", "suspended"), newer=True), Do.RELEASE, "test", Reason.OK, ""),
+    "a test branch was pushed again": (
+        a_view(a_job("test", "suspended", run=OTHER), newer=True),
+        Do.END, "test", (Outcome.SUPERSEDED, Reason.NOT_HEAD), ""),
+    "a test branch needs no git": (
+        a_view(a_job("test", "suspended", run=OTHER), head="unknown"),
+        Do.RELEASE, "test", Reason.OK, ""),
+    "a test branch's head is nobody's business": (
+        a_view(a_job("test", "suspended", run=OTHER), head="moved"),
+        Do.RELEASE, "test", Reason.OK, ""),
+    "a test branch pushed again after release runs on": (
+        a_view(a_job("test", run=OTHER), newer=True), Do.WAIT, "test", Reason.OK, "for its pod"),
+    "a Job is being deleted": (
+        a_view(a_job("test", deletionTimestamp=stamp(NOW))),
+        Do.WAIT, "test", Reason.OK, "being deleted"),
+    "a build Job is being deleted": (
+        a_view(DONE, a_job("build", "succeeded", deletionTimestamp=stamp(NOW))),
+        Do.WAIT, "build", Reason.OK, "being deleted"),
+    # a test Job
+    "its pod is not there yet": (a_view(a_job("test")), Do.WAIT, "test", Reason.OK, "for its pod"),
+    "its pod waits for quota": (
+        a_view(a_job("test", since=600, notes={hook.NOTE_DETAIL: "exceeded quota: test-quota"})),
+        Do.WAIT, "test", Reason.OK, "exceeded quota: test-quota"),
+    "its pod waited for quota too long": (
+        a_view(a_job("test", since=3601, notes={hook.NOTE_DETAIL: "exceeded quota: test-quota"})),
+        Do.END, "test", (Outcome.FAILED, Reason.QUEUE_TIMEOUT), "exceeded quota"),
+    "no pod could start in time": (
+        a_view(a_job("test", since=3601)),
+        Do.END, "test", (Outcome.FAILED, Reason.QUEUE_TIMEOUT), "no pod"),
+    "its pod runs": (
+        a_view(a_job("test", since=5000), pods=(a_pod(TEST, started=899),)),
+        Do.WAIT, "test", Reason.OK, "its pod runs"),
+    "the tests take too long": (
+        a_view(a_job("test", since=901), pods=(a_pod(TEST, started=901),)),
+        Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT), "900 s"),
+    "waiting for quota is no time of the tests": (
+        a_view(a_job("test", since=3000), pods=(a_pod(TEST, started=30),)),
+        Do.WAIT, "test", Reason.OK, "runs"),
+    "an evicted pod's time does not count for the next one": (
+        a_view(a_job("test", since=1000), pods=(
+            a_pod(TEST, name="old", started=950, conditions=[DISRUPTED]),
+            a_pod(TEST, name="new", started=20))),
+        Do.WAIT, "test", Reason.OK, "runs"),
+    "another Job's pod says nothing": (
+        a_view(a_job("test", since=30), pods=(a_pod("test-other", started=5000),)),
+        Do.WAIT, "test", Reason.OK, "for its pod"),
+    "a pod that cannot heal": (
+        a_view(a_job("test"), doomed=DOOMED),
+        Do.END, "test", (Outcome.FAILED, Reason.IMAGE_NOT_FOUND), "not found"),
+    "a pod that cannot heal behind a Job that passed": (
+        a_view(a_job("test", "succeeded", run=OTHER), doomed=DOOMED),
+        Do.END, "test", (Outcome.TESTED, Reason.OK), ""),
+    "the report is kept while the Job still ends": (
+        a_view(a_job("test"), pods=ended_pod("test", main=terminated(1), results=terminated(0, SUMMARY))),
+        Do.NOTE, "test", Reason.OK, SUMMARY),
+    "the report is kept before a failure is told": (
+        a_view(a_job("test", "failed"),
+            pods=ended_pod("test", main=terminated(1), results=terminated(0, SUMMARY))),
+        Do.NOTE, "test", Reason.OK, SUMMARY),
+    "the report of an evicted pod is not the tests'": (
+        a_view(a_job("test"), pods=(a_pod(TEST, states={"results": terminated(0, SUMMARY)}, reason="Evicted"),)),
+        Do.WAIT, "test", Reason.OK, ""),
+    "tests failed, with a report": (
+        a_view(a_job("test", "failed", notes={hook.NOTE_SUMMARY: SUMMARY}),
+            pods=ended_pod("test", main=terminated(1))),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "2 passed, 1 failed: t.test_x"),
+    "tests failed, without a report": (
+        a_view(a_job("test", "failed"), pods=ended_pod("test", main=terminated(4))),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 4"),
+    "the side-car failed, too, and nobody asks": (
+        a_view(a_job("test", "failed"), pods=ended_pod("test", main=terminated(2), results=terminated(9))),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 2"),
+    "only the side-car failed": (
+        a_view(a_job("test", "succeeded", run=OTHER), pods=ended_pod("test", main=terminated(0), results=terminated(9))),
+        Do.END, "test", (Outcome.TESTED, Reason.OK), ""),
+    "the tests were killed for their memory": (
+        a_view(a_job("test", "failed"), pods=ended_pod("test", main=terminated(137, reason="OOMKilled"))),
+        Do.END, "test", (Outcome.FAILED, Reason.OUT_OF_MEMORY), "memory"),
+    "the commit could not be fetched": (
+        a_view(a_job("test", "failed"), pods=ended_pod("test", clone=terminated(1, "git fetch: not our ref"))),
+        Do.END, "test", (Outcome.FAILED, Reason.CLONE_FAILED), "not our ref"),
+    "the clone left no word": (
+        a_view(a_job("test", "failed"), pods=ended_pod("test", clone=terminated(128))),
+        Do.END, "test", (Outcome.FAILED, Reason.CLONE_FAILED), "exit code 128"),
+    "the newest pod tells": (
+        a_view(a_job("test", "failed"), pods=(
+            a_pod(TEST, name="first", started=90, states={"clone": terminated(1, "no answer")}),
+            a_pod(TEST, name="second", started=20, states={"test-runner": terminated(3)}))),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 3"),
+    "the machine went away under the tests": (
+        a_view(a_job("test", "failed", since=60),
+            pods=ended_pod("test", main=terminated(137, reason="ContainerStatusUnknown"))),
+        Do.END, "test", (Outcome.FAILED, Reason.VANISHED), "no result"),
+    "the backstop ended the Job": (
+        a_view(a_job("test", "failed", reason="DeadlineExceeded")),
+        Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT), "deadline"),
+    "the backstop killed the tests": (
+        a_view(a_job("test", "failed", reason="DeadlineExceeded"), pods=(
+            a_pod(TEST, states={"test-runner": terminated(137)}, meta={"deletionTimestamp": stamp(NOW)}),)),
+        Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT), "deadline"),
+    "a Job has failed and its pod's watch is behind": (
+        a_view(a_job("test", "failed", reason="PodFailurePolicy", since=2)),
+        Do.WAIT, "test", Reason.OK, "last words"),
+    "a Job has failed by its policy and its pod is gone": (
+        a_view(a_job("test", "failed", reason="PodFailurePolicy", since=60)),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "no result"),
+    "a Job has failed and all its pods are gone": (
+        a_view(a_job("test", "failed", reason="BackoffLimitExceeded", since=60)),
+        Do.END, "test", (Outcome.FAILED, Reason.VANISHED), "BackoffLimitExceeded"),
+    "a Job has failed while its image was never there": (
+        a_view(a_job("test", "failed", reason="DeadlineExceeded"), doomed=DOOMED),
+        Do.END, "test", (Outcome.FAILED, Reason.IMAGE_NOT_FOUND), "not found"),
+    # after green tests
+    "a test branch is green": (
+        a_view(a_job("test", "succeeded", run=OTHER, notes={hook.NOTE_SUMMARY: SUMMARY})),
+        Do.END, "test", (Outcome.TESTED, Reason.OK), "2 passed"),
+    "an app without environments is only tested": (
+        a_view(a_job("test", "succeeded", run=TESTED)),
+        Do.END, "test", (Outcome.TESTED, Reason.OK), ""),
+    "green tests are built": (a_view(DONE), Do.BUILD, "build", Reason.OK, ""),
+    "a build waits for a place": (
+        a_view(DONE, places=0), Do.WAIT, "build", Reason.OK, "free place"),
+    "a build waits for git": (
+        a_view(DONE, head="unknown"), Do.WAIT, "build", Reason.GIT_ERROR, "head"),
+    "nothing is built of a branch that moved on": (
+        a_view(DONE, head="moved"), Do.END, "build", (Outcome.SUPERSEDED, Reason.NOT_HEAD), ""),
+    "without a builder there is nothing to build": (
+        a_view(a_job("test", "succeeded", run=PLAIN)), Do.DEPLOY, "staging", Reason.OK, ""),
+    "a build runs": (a_view(DONE, a_job("build")), Do.WAIT, "build", Reason.OK, "for its pod"),
+    "a suspended build is released": (
+        a_view(DONE, a_job("build", "suspended")), Do.RELEASE, "build", Reason.OK, ""),
+    "a build takes too long": (
+        a_view(DONE, a_job("build"), pods=(a_pod(BUILD, started=1201),)),
+        Do.END, "build", (Outcome.FAILED, Reason.TIMEOUT), "1200 s"),
+    "a build failed": (
+        a_view(DONE, a_job("build", "failed"), pods=ended_pod("build", main=terminated(1, "no FROM"))),
+        Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "no FROM"),
+    "a build failed after a green report": (
+        a_view(a_job("test", "succeeded", notes={hook.NOTE_SUMMARY: SUMMARY}), a_job("build", "failed"),
+            pods=ended_pod("build", main=terminated(1))),
+        Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "exit code 1"),
+    "a digest is kept": (
+        a_view(DONE, a_job("build", "succeeded"), pods=ended_pod("build", main=terminated(0, DIGEST + "\n"))),
+        Do.NOTE, "build", Reason.OK, DIGEST),
+    "a digest is kept while the Job still ends": (
+        a_view(DONE, a_job("build"), pods=ended_pod("build", main=terminated(0, DIGEST))),
+        Do.NOTE, "build", Reason.OK, DIGEST),
+    "last words that are no digest": (
+        a_view(DONE, a_job("build", "succeeded", since=60), pods=ended_pod("build", main=terminated(0, "sha256:1"))),
+        Do.REMAKE, "build", Reason.OK, ""),
+    "a build is complete and its pod's watch is behind": (
+        a_view(DONE, a_job("build", "succeeded", since=3)), Do.WAIT, "build", Reason.OK, "digest"),
+    "a digest is lost": (
+        a_view(DONE, a_job("build", "succeeded", since=60)), Do.REMAKE, "build", Reason.OK, ""),
+    "a digest is lost and no place is free": (
+        a_view(DONE, a_job("build", "succeeded", since=60), places=0),
+        Do.WAIT, "build", Reason.OK, "free place"),
+    "a digest is lost twice": (
+        a_view(DONE, a_job("build", "succeeded", since=60, notes={hook.NOTE_REMADE: "1"})),
+        Do.END, "build", (Outcome.FAILED, Reason.NO_DIGEST), "twice"),
+    "the test Job has gone by its time to live": (
+        a_view(BUILT), Do.DEPLOY, "staging", Reason.OK, ""),
+    "a test Job made anew beside a build is not left behind": (
+        a_view(a_job("test", "suspended"), BUILT), Do.RELEASE, "test", Reason.OK, ""),
+    # into the environments
+    "the first environment": (a_view(DONE, BUILT), Do.DEPLOY, "staging", Reason.OK, ""),
+    "an environment is busy": (
+        a_view(DONE, BUILT, busy=frozenset({"staging"})), Do.WAIT, "staging", Reason.OK, "changed"),
+    "git does not answer before an environment": (
+        a_view(DONE, BUILT, head="unknown"), Do.WAIT, "staging", Reason.GIT_ERROR, "head"),
+    "the branch moved on before an environment": (
+        a_view(DONE, BUILT, head="moved"),
+        Do.END, "staging", (Outcome.SUPERSEDED, Reason.NOT_HEAD), ""),
+    "the second environment": (
+        a_view(DONE, BUILT, services={"staging": LIVE, "production": SINCE}),
+        Do.DEPLOY, "production", Reason.OK, ""),
+    "the branch moved on between environments": (
+        a_view(DONE, BUILT, services={"staging": LIVE}, head="moved"),
+        Do.END, "production", (Outcome.SUPERSEDED, Reason.NOT_HEAD), ""),
+    "live in staging, and someone works there": (
+        a_view(DONE, BUILT, services={"staging": LIVE}, busy=frozenset({"staging"})),
+        Do.DEPLOY, "production", Reason.OK, ""),
+    "live in all": (
+        a_view(DONE, BUILT, services={"staging": LIVE, "production": LIVE}, head="moved"),
+        Do.END, "production", (Outcome.DEPLOYED, Reason.OK), ""),
+    "switched, not yet concluded, and git does not answer": (
+        a_view(DONE, BUILT, head="unknown", services={"staging": a_service(a_run().id, history_entry(""))}),
+        Do.DEPLOY, "staging", Reason.OK, ""),
+    "switched, not yet concluded, and the branch moved on": (
+        a_view(DONE, BUILT, head="moved", services={"staging": a_service(a_run().id, history_entry(""))}),
+        Do.DEPLOY, "staging", Reason.OK, ""),
+    "switched, and its history is broken": (
+        a_view(DONE, BUILT, head="moved", services={"staging": a_service(a_run().id)}),
+        Do.DEPLOY, "staging", Reason.OK, ""),
+    "live from an earlier delivery of the same commit": (
+        a_view(DONE, BUILT, services={"staging": a_service(a_run().id, history_entry("deployed", ago=9999))}),
+        Do.DEPLOY, "production", Reason.OK, ""),
+    "taken back after this delivery": (
+        a_view(DONE, BUILT, services={"staging": LIVE, "production": a_service("shop-other",
+            history_entry("deployed", run="shop-other", colour="green"),
+            history_entry("switched-back", reason="SickAfterSwitch", detail="exit code 3"))}),
+        Do.END, "production", (Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH), "exit code 3"),
+    "taken back before this delivery": (
+        a_view(DONE, BUILT, services={"staging": a_service("shop-other",
+            history_entry("deployed", run="shop-other"), history_entry("switched-back", ago=100))}),
+        Do.DEPLOY, "staging", Reason.OK, ""),
+    "rolled back by a person after this delivery": (
+        a_view(DONE, BUILT, services={"staging": a_service("shop-other",
+            history_entry("rolled-back", reason="RolledBack"))}),
+        Do.END, "staging", (Outcome.ROLLED_BACK, Reason.ROLLED_BACK), ""),
+    "failed at its endpoints after this delivery": (
+        a_view(DONE, BUILT, services={"staging": a_service("shop-other",
+            history_entry("failed", reason="EndpointsMissing"))}),
+        Do.END, "staging", (Outcome.FAILED, Reason.ENDPOINTS_MISSING), ""),
+    "taken back for a reason that nobody knows": (
+        a_view(DONE, BUILT, services={"staging": a_service("shop-other",
+            history_entry("switched-back", reason="Moon"))}),
+        Do.END, "staging", (Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH), ""),
+    "taken back, and the worker still writes it down": (
+        a_view(DONE, BUILT, busy=frozenset({"staging"}), services={"staging": a_service("shop-other",
+            history_entry("switched-back"))}),
+        Do.WAIT, "staging", Reason.OK, "changed"),
+    "taken back, delivered again and switched to again": (
+        a_view(DONE, BUILT, services={"staging": a_service(a_run().id,
+            history_entry("", ago=2), history_entry("switched-back", ago=100))}),
+        Do.DEPLOY, "staging", Reason.OK, ""),
+    # after its end
+    "a run that has ended": (
+        a_view(a_job("test", "failed", notes={hook.NOTE_OUTCOME: "failed"})), Do.NOTHING, "", Reason.OK, ""),
+    "a run that has ended, told by its last Job": (
+        a_view(DONE, a_job("build", "failed", notes={hook.NOTE_OUTCOME: "failed"})),
+        Do.NOTHING, "", Reason.OK, ""),
+    "a run that has ended and whose Job is being deleted": (
+        a_view(a_job("test", notes={hook.NOTE_OUTCOME: "failed"}, deletionTimestamp=stamp(NOW))),
+        Do.NOTHING, "", Reason.OK, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", ACTIONS)
+def test_each_state_has_its_next_step(state: str) -> None:
+    view, do, stage, expected, detail = ACTIONS[state]
+    action = hook.decide(view)
+    outcome, reason = expected if isinstance(expected, tuple) else (None, expected)
+    assert (action.do, action.stage, action.outcome, action.reason) == (do, stage, outcome, reason)
+    assert detail in action.detail
+
+
+def test_every_step_and_every_outcome_is_in_the_table() -> None:
+    decided = [hook.decide(view) for view, *_ in ACTIONS.values()]
+    assert {action.do for action in decided} == set(Do)
+    assert {action.outcome for action in decided} == {None, *Outcome}
+
+
+def test_deciding_twice_gives_the_same() -> None:
+    for view, *_ in ACTIONS.values():
+        assert hook.decide(view) == hook.decide(view)
+
+
+# === What git says ===
+
+ZERO = "0" * 40
+
+
+@pytest.mark.parametrize(
+    ("heads", "age", "run", "word"),
+    [
+        ({"refs/heads/main": A}, 0, {}, "same"),
+        ({"refs/heads/main": B}, 0, {}, "moved"),
+        ({}, 0, {}, "moved"),
+        (None, 0, {}, "unknown"),
+        ({"refs/heads/main": A}, 11, {}, "unknown"),
+        ({"refs/heads/main": B}, 0, {"before": B, "received": NOW - 5}, "unknown"),
+        ({"refs/heads/main": B}, 0, {"before": B, "received": NOW - 31}, "moved"),
+        ({}, 0, {"before": ZERO, "received": NOW - 5}, "unknown"),
+        ({}, 0, {"before": ZERO, "received": NOW - 31}, "moved"),
+        ({"refs/heads/main": A}, 0, {"before": A, "received": NOW - 5}, "same"),
+        ({"refs/heads/other": A}, 0, {"before": B}, "moved"),
+    ],
+    ids=[
+        "head", "other head", "branch gone", "git silent", "too old", "server lags behind its push",
+        "server lags too long", "new branch not shown yet", "new branch never shown",
+        "pushed again unchanged", "another branch",
+    ],
+)  # fmt: skip
+def test_what_git_says_about_a_run(
+    heads: dict[str, str] | None, age: float, run: Object, word: str
+) -> None:
+    assert hook.head_word(a_run(**run), heads, age, NOW) == word
+
+
+# === Doom, as recorded ===
+
+
+def recorded(scenario: str, resource: str) -> list[Object]:
+    path = DATA / f"{scenario}.{resource}.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def replayed(scenario: str, prefix: str, until: float = 0.0) -> Iterator[tuple[float, list[hook.Pod]]]:
+    """The pods at every event and every half second, to the recording's end and on until then."""
+    events = [e for e in recorded(scenario, "pods") if e["object"]["metadata"]["name"].startswith(prefix)]
+    assert events
+    times = sorted({e["at"] for e in events} | {n / 2 for n in range(int(max(until, events[-1]["at"]) * 2))})
+    known: dict[str, hook.Pod] = {}
+    for now in times:
+        for event in (e for e in events if e["at"] == now):
+            pod = hook.view_pod(event["object"])
+            known[pod.name] = pod
+            if event["type"] == "DELETED":
+                del known[pod.name]
+        yield now, list(known.values())
+
+
+def first_verdict(scenario: str, prefix: str, until: float = 0.0) -> tuple[float, hook.Symptom] | None:
+    doom = hook.Doom()
+    for now, pods in replayed(scenario, prefix, until):
+        if found := doom.verdict([s for p in pods for s in hook.pod_symptoms(p)], now):
+            return now, found
+    return None
+
+
+@pytest.mark.parametrize(
+    ("scenario", "prefix", "reason", "at", "text"),
+    [
+        ("deploy-bad-image", "my-app-blue-58b47", Reason.IMAGE_PULL_FAILED, 61.5, "no such host"),
+        ("deploy-crash-loop", "my-app-blue-59f6f", Reason.CRASH_LOOP, 3.09, "ended 2 times"),
+        ("deploy-init-fails", "shop-green-fc849", Reason.INIT_FAILED, 3.27, "container migrate"),
+        ("deploy-missing-configmap", "shop-green-88885", Reason.CONTAINER_CONFIG, 32.0, "not-there"),
+        ("job-image-pull", "test-pull", Reason.IMAGE_PULL_FAILED, 62.0, "no such host"),
+    ],
+)
+def test_what_cannot_heal_is_told_in_time(
+    scenario: str, prefix: str, reason: Reason, at: float, text: str
+) -> None:
+    found = first_verdict(scenario, prefix, 130)
+    assert found is not None
+    assert (found[1].reason, found[0]) == (reason, pytest.approx(at, abs=0.51))
+    assert text in found[1].detail
+
+
+@pytest.mark.parametrize(
+    ("scenario", "prefix"),
+    [
+        ("deploy-succeeds", "my-app-blue"),
+        ("deploy-restarted", "shop-"),
+        ("deploy-sick-later", "shop-green-759b"),
+        ("deploy-never-ready", "my-app-blue-c6748"),
+        ("deploy-crash-loop", "my-app-blue-58b4"),
+        ("job-succeeds", "test-ok"),
+        ("job-fails", "test-fail"),
+        ("job-fails-after-retries", "test-retry"),
+        ("job-fails-with-results-sidecar", "test-side"),
+        ("job-init-container-fails", "test-clone"),
+        ("job-oom", "test-oom"),
+        ("job-evicted-then-succeeds", "test-evict"),
+        ("job-deadline", "test-slow"),
+        ("job-unschedulable", "test-big"),
+    ],
+)
+def test_what_heals_or_ends_by_itself_is_no_doom(scenario: str, prefix: str) -> None:
+    assert first_verdict(scenario, prefix, 130) is None
+
+
+@pytest.mark.parametrize(
+    ("scenario", "reason", "grace"),
+    [
+        ("job-quota-exceeded", Reason.QUOTA_EXCEEDED, 15),
+        ("job-quota-no-resources", Reason.ADMISSION_REFUSED, 3),
+    ],
+)
+def test_why_pods_cannot_be_created(scenario: str, reason: Reason, grace: float) -> None:
+    for event in recorded(scenario, "events"):
+        found = hook.creation_symptom(event["message"], "key")
+        assert (found.reason, found.grace) == (reason, grace)
+        assert "test-quota" in found.detail
+
+
+JOB_ENDS = {
+    "job-succeeds": (Outcome.TESTED, Reason.OK, 5.3),
+    "job-evicted-then-succeeds": (Outcome.TESTED, Reason.OK, 10.2),
+    "job-suspended-then-released": (Outcome.TESTED, Reason.OK, 6.8),
+    "job-unschedulable": (Outcome.TESTED, Reason.OK, 3.5),
+    "job-fails": (Outcome.FAILED, Reason.TESTS_FAILED, 3.7),
+    "job-fails-after-retries": (Outcome.FAILED, Reason.TESTS_FAILED, 33.9),
+    "job-fails-under-policy": (Outcome.FAILED, Reason.TESTS_FAILED, 3.7),
+    "job-fails-with-results-sidecar": (Outcome.FAILED, Reason.TESTS_FAILED, 5.5),
+    "job-command-not-found": (Outcome.FAILED, Reason.TESTS_FAILED, 3.7),
+    "job-init-container-fails": (Outcome.FAILED, Reason.CLONE_FAILED, 4.1),
+    "job-oom": (Outcome.FAILED, Reason.OUT_OF_MEMORY, 3.7),
+    "job-deadline": (Outcome.FAILED, Reason.TIMEOUT, 5.3),
+    "job-image-pull": (Outcome.FAILED, Reason.IMAGE_PULL_FAILED, 62.0),
+}
+TEST_NAMES = {"job-fails-under-policy": "test-pol", "job-unschedulable": "test-big"}
+
+
+def story(scenario: str) -> Iterator[tuple[float, hook.Action]]:
+    """Each different decision over a recorded test Job, with its second."""
+    events = sorted((*recorded(scenario, "jobs"), *recorded(scenario, "pods")), key=lambda e: e["at"])
+    name = TEST_NAMES.get(scenario) or events[0]["object"]["metadata"]["name"]
+    begin = datetime.fromisoformat(events[0]["object"]["metadata"]["creationTimestamp"]).timestamp()
+    jobs: dict[str, hook.Job] = {}
+    pods: dict[str, hook.Pod] = {}
+    notes: dict[str, str] = {}
+    doom, last = hook.Doom(), None
+    for now in sorted({e["at"] for e in events} | {float(n) for n in range(70)}):
+        for found in (e["object"] for e in events if e["at"] == now):
+            if found["kind"] == "Pod":
+                pods[found["metadata"]["name"]] = hook.view_pod(found)
+            elif found["metadata"]["name"] == name:
+                labels = found["metadata"]["labels"] | {"gitops-hook/stage": "test"}
+                meta = found["metadata"] | {"labels": labels, "annotations": notes}
+                jobs["test"] = hook.view_job({**found, "metadata": meta})
+        symptoms = [s for p in pods.values() for s in hook.pod_symptoms(p)]
+        view = a_view(a_job("test", run=OTHER), jobs=jobs, pods=tuple(pods.values()), now=begin + now)
+        view = hook.replace(view, doomed=doom.verdict(symptoms, now))
+        action = hook.decide(view)
+        if action.do is Do.NOTE:
+            notes[hook.NOTE_SUMMARY] = action.detail
+        if action != last:
+            yield now, action
+        if action.do is Do.END:
+            return
+        last = action
+
+
+@pytest.mark.parametrize("scenario", JOB_ENDS)
+def test_a_recorded_test_job_ends_as_it_should(scenario: str) -> None:
+    *_, (at, action) = story(scenario)
+    outcome, reason, expected = JOB_ENDS[scenario]
+    assert (action.do, action.outcome, action.reason) == (Do.END, outcome, reason)
+    assert at == pytest.approx(expected, abs=0.6)
+
+
+@pytest.mark.parametrize("scenario", ["job-quota-exceeded"])
+def test_a_recorded_job_without_a_pod_waits(scenario: str) -> None:
+    jobs = [hook.view_job(e["object"]) for e in recorded(scenario, "jobs")]
+    found = hook.replace(jobs[-1], stage="test")
+    view = a_view(jobs={"test": found}, now=found.released + 600)
+    assert hook.decide(view) == hook.waits(Reason.OK, "for its pod", "test")
+    late = hook.decide(hook.replace(view, now=found.released + 3601))
+    assert (late.outcome, late.reason) == (Outcome.FAILED, Reason.QUEUE_TIMEOUT)
+
+
+def test_a_suspended_job_is_released_and_a_report_is_kept_on_the_way() -> None:
+    released = [action.do for _, action in story("job-suspended-then-released")]
+    assert released == [Do.NOTHING, Do.RELEASE, Do.WAIT, Do.WAIT, Do.END]
+    noted = [action.do for _, action in story("job-fails-with-results-sidecar")]
+    assert noted == [Do.NOTHING, Do.WAIT, Do.WAIT, Do.NOTE, Do.WAIT, Do.END]
+
+
+# === Doom, by its texts ===
+
+PULL = 'failed to pull and unpack image "{0}": failed to resolve reference "{0}": '
+
+
+@pytest.mark.parametrize(
+    ("text", "grace"),
+    [
+        ("{0}: not found", 0),
+        ("pull access denied, repository does not exist or may require authorization", 0),
+        ("unexpected status from HEAD request to {0}: 403 Forbidden", 0),
+        ("failed to authorize: failed to fetch oauth token: unexpected status: 401 Unauthorized", 0),
+        ("manifest unknown: manifest unknown", 0),
+        ("no match for platform in manifest: not found", 0),
+        ('failed to do request: Head "https://{0}": dial tcp 10.0.0.1:443: connect: connection refused', 60),
+        ('failed to do request: Head "https://{0}": dial tcp: lookup registry: no such host', 60),
+        ('failed to do request: Head "https://{0}": net/http: TLS handshake timeout', 60),
+        ("429 Too Many Requests - toomanyrequests: You have reached your pull rate limit", 60),
+        ("unexpected status from HEAD request: 503 Service Unavailable", 60),
+        ("x509: certificate signed by unknown authority", 60),
+        ("", 60),
+    ],
+)
+@pytest.mark.parametrize("image", ["registry.example.com/shop@sha256:1", "example.com/denied/not found"])
+@pytest.mark.parametrize("reason", ["ErrImagePull", "ImagePullBackOff"])
+def test_the_text_of_a_failed_pull_tells_whether_it_can_heal(
+    text: str, grace: float, image: str, reason: str
+) -> None:
+    said = (PULL + text).replace("{0}", image if grace else "registry.example.com/shop:1")
+    pod = a_pod(apps=[status_entry("web", waiting(reason, said))])
+    (found,) = hook.pod_symptoms(pod)
+    assert found.grace == grace
+    assert found.reason == (Reason.IMAGE_PULL_FAILED if grace else Reason.IMAGE_NOT_FOUND)
+
+
+STARTS = 'failed to create containerd task: exec: "serve": executable file not found in $PATH'
+
+
+@pytest.mark.parametrize(
+    ("pod", "reason", "grace"),
+    [
+        (a_pod(apps=[status_entry("web", waiting("InvalidImageName", "Failed to apply"))]),
+            Reason.IMAGE_NOT_FOUND, 0),
+        (a_pod(apps=[status_entry("web", waiting("CreateContainerConfigError", 'secret "x" not found'))]),
+            Reason.CONTAINER_CONFIG, 30),
+        (a_pod(apps=[status_entry("web", waiting("RunContainerError", STARTS))]),
+            Reason.CONTAINER_CONFIG, 30),
+        (a_pod(apps=[status_entry("web", terminated(128, STARTS, "StartError"))]),
+            Reason.CONTAINER_CONFIG, 30),
+        (a_pod(apps=[status_entry("web", waiting("CrashLoopBackOff"), terminated(128, "", "ContainerCannotRun"), 9)]),
+            Reason.CONTAINER_CONFIG, 30),
+        (a_pod(apps=[status_entry("web", waiting("CreateContainerConfigError",
+            "failed to sync configmap cache: timed out waiting for the condition"))]),
+            Reason.CONTAINER_CONFIG, float("inf")),
+        (a_pod(conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+            "message": "0/3 nodes are available: 3 Insufficient cpu."}], started=0, created=5),
+            Reason.UNSCHEDULABLE, 120),
+        (a_pod(apps=[status_entry("web", waiting("CrashLoopBackOff"), terminated(1), 4)]),
+            Reason.CRASH_LOOP, 0),
+        (a_pod(apps=[status_entry("web", terminated(0), terminated(0), 2)]), Reason.CRASH_LOOP, 0),
+        (a_pod(inits=[status_entry("migrate", waiting("CrashLoopBackOff"), terminated(1), 4)], apps=[]),
+            Reason.INIT_FAILED, 0),
+        (a_pod(apps=[status_entry("web", waiting("CrashLoopBackOff"), terminated(137, "", "OOMKilled"), 4)]),
+            Reason.OUT_OF_MEMORY, 0),
+        (a_pod(inits=[status_entry("results", waiting("CrashLoopBackOff"), terminated(1), 4)], apps=[]),
+            Reason.CRASH_LOOP, 0),
+        (a_pod(TEST, inits=[status_entry("results", waiting("ErrImagePull", "x: not found"))], apps=[]),
+            Reason.IMAGE_NOT_FOUND, 0),
+    ],
+    ids=[
+        "wrong name", "missing secret", "wrong command", "start error", "start error, backing off",
+        "kubelet's cache", "unschedulable", "crash loop found late", "ends with success again and again",
+        "init loop found late", "memory", "side-car of an app", "side-car's image",
+    ],
+)  # fmt: skip
+def test_a_sick_pod_is_known_by_its_status(pod: hook.Pod, reason: Reason, grace: float) -> None:
+    (found,) = hook.pod_symptoms(pod)
+    assert (found.reason, found.grace) == (reason, grace)
+
+
+CRASHED = waiting("CrashLoopBackOff")
+
+
+@pytest.mark.parametrize(
+    "pod",
+    [
+        a_pod(),
+        a_pod(apps=[status_entry("web", RUNNING)], ready=True),
+        a_pod(apps=[status_entry("web", RUNNING, ready=False)]),
+        a_pod(apps=[status_entry("web", waiting("ContainerCreating"))]),
+        a_pod(apps=[status_entry("web", RUNNING, terminated(1), 9)], ready=True),
+        a_pod(apps=[status_entry("web", CRASHED, terminated(1), 9)], started=600, fell=20),
+        a_pod(apps=[status_entry("web", RUNNING, terminated(128, "", "StartError"), 1, ready=False)],
+            started=600, fell=20),
+        a_pod(inits=[status_entry("migrate", terminated(0), ready=True)], apps=[]),
+        a_pod(apps=[status_entry("web", CRASHED, terminated(1), 9)], conditions=[DISRUPTED]),
+        a_pod(apps=[status_entry("web", CRASHED, terminated(1), 9)], reason="Evicted"),
+        a_pod(apps=[status_entry("web", CRASHED, terminated(1), 9)], meta={"deletionTimestamp": stamp(NOW)}),
+        a_pod(apps=[status_entry("web", RUNNING, terminated(255, "", "Unknown"), 2, ready=False)]),
+        a_pod(TEST, inits=[status_entry("results", CRASHED, terminated(1), 9)], apps=[]),
+        a_pod(TEST, inits=[status_entry("results", CRASHED, terminated(137, "", "OOMKilled"), 9)], apps=[]),
+        a_pod(conditions=[{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated",
+            "message": "Scheduling is blocked due to non-empty scheduling gates"}]),
+    ],
+    ids=[
+        "just made", "well", "not ready yet", "being made", "restarted before and ready",
+        "crashing after it was ready", "started after all", "init container done", "disrupted",
+        "evicted", "deleted", "its machine was restarted", "results side-car crashes",
+        "results side-car needs memory", "held back on purpose",
+    ],
+)  # fmt: skip
+def test_what_is_no_symptom(pod: hook.Pod) -> None:
+    assert not list(hook.pod_symptoms(pod))
+
+
+def crash(times: int, code: int = 1, why: str = "Error", **more: Any) -> hook.Pod:
+    """A pod whose container has ended so often, and waits to be started again."""
+    ended = terminated(code, reason=why)
+    return a_pod(apps=[status_entry("web", CRASHED, ended, times - 1)], **more)
+
+
+Steps = list[tuple[float, hook.Pod]]
+
+
+@pytest.mark.parametrize(
+    ("steps", "second"),
+    [
+        ([(1, crash(1)), (3, crash(2))], 3),
+        ([(1, crash(1)), (3, crash(2, 3))], None),
+        ([(1, crash(1)), (3, crash(2, 3)), (15, crash(3, 3))], 15),
+        ([(3, crash(2)), (4, crash(2))], None),
+        ([(3, crash(2)), (15, crash(3))], 15),
+        ([(3, crash(4))], 3),
+        ([(1, crash(1)), (100, crash(1))], None),
+        ([(1, crash(1, 137, "OOMKilled")), (9, crash(2, 137, "OOMKilled"))], 9),
+        ([(1, crash(3, 137, "OOMKilled", started=600, fell=30)),
+            (9, crash(4, 137, "OOMKilled", started=600, fell=30))], 9),
+        ([(1, crash(9, 137, "OOMKilled", started=600, fell=30))], None),
+        ([(1, crash(1)), (2, a_pod(apps=[status_entry("web", RUNNING, terminated(1), 1, False)])),
+            (3, crash(2))], 3),
+        ([(1, crash(1)), (2, a_pod(ready=True)), (3, crash(2, started=60, fell=3))], None),
+    ],
+    ids=[
+        "second exit for the same reason", "second exit for another reason", "third exit",
+        "first seen at its second exit", "first seen at its second exit, then a third",
+        "first seen at its fourth exit", "one exit is none", "memory twice",
+        "memory twice after it was ready", "memory once more, long ago", "running in between",
+        "ready in between",
+    ],
+)  # fmt: skip
+def test_a_container_that_ends_twice_for_the_same_reason_is_doomed(
+    steps: Steps, second: float | None
+) -> None:
+    doom = hook.Doom()
+    fell = [now for now, pod in steps if doom.verdict(hook.pod_symptoms(pod), now)]
+    assert (fell[0] if fell else None) == second
+
+
+def test_a_symptom_that_goes_away_starts_anew() -> None:
+    doom, symptom = hook.Doom(), hook.Symptom("k", Reason.IMAGE_PULL_FAILED, "", 60)
+    assert doom.verdict([symptom], 0) is None
+    assert doom.verdict([symptom], 59) is None
+    assert doom.verdict([], 59.5) is None
+    assert doom.verdict([symptom], 61) is None
+    assert doom.verdict([symptom], 121) is symptom
+
+
+def test_a_second_symptom_does_not_renew_the_first() -> None:
+    doom, slow = hook.Doom(), hook.Symptom("slow", Reason.UNSCHEDULABLE, "", 120)
+    quick = hook.Symptom("quick", Reason.CONTAINER_CONFIG, "", 30)
+    assert doom.verdict([slow], 0) is None
+    assert doom.verdict([slow, quick], 100) is None
+    assert doom.verdict([slow, quick], 120) is slow
+
+
+# === After the switch ===
+
+
+def test_a_recorded_version_that_turns_sick_is_found_at_its_first_exit() -> None:
+    pods = [p for _, known in replayed("deploy-sick-later", "shop-green-759b") for p in known]
+    run, switched = pods[0].run, max(p.started for p in pods) + 3
+    fell = []
+    for now, known in replayed("deploy-sick-later", "shop-green-759b"):
+        if sick := hook.sickness(known, run, switched):
+            fell.append((now, sick))
+    assert fell[0][0] == pytest.approx(10.62, abs=0.1)
+    assert "exit code 3" in fell[0][1]
+    down = [now for now, known in replayed("deploy-sick-later", "shop-green-759b")
+            if now > 4 and hook.unready(known, run, switched)]  # fmt: skip
+    assert down[0] == pytest.approx(10.62, abs=0.1)
+
+
+def test_a_recorded_restart_of_a_colour_is_not_sickness() -> None:
+    for _, known in replayed("deploy-restarted", "shop-"):
+        for run in {p.run for p in known}:
+            assert not hook.sickness(known, run, 0)
+
+
+def new_pod(name: str = "a", **more: Any) -> hook.Pod:
+    apps = more.pop("apps", [status_entry("web", RUNNING)])
+    return a_pod(**{"name": name, "run": "r", "apps": apps, "inits": [], "started": 60.0, "ready": True, **more})
+
+
+BAD_EXIT = [status_entry("web", RUNNING, terminated(3), 1)]
+NOT_READY = [status_entry("web", RUNNING, ready=False)]
+GONE = {"deletionTimestamp": stamp(NOW)}
+
+
+@pytest.mark.parametrize(
+    ("pod", "sick", "down", "disturbed"),
+    [
+        (new_pod(), False, False, False),
+        (new_pod(apps=BAD_EXIT), True, False, False),
+        (new_pod(apps=[status_entry("web", RUNNING, terminated(0), 1)]), False, False, False),
+        (new_pod(apps=[status_entry("web", RUNNING, terminated(3, at=NOW - 40), 1)]), False, False, False),
+        (new_pod(apps=[status_entry("web", RUNNING, terminated(255, reason="Unknown"), 1)]),
+            False, False, False),
+        (new_pod(inits=[status_entry("results", RUNNING, terminated(1), 1)]), False, False, False),
+        (new_pod(run="other", apps=BAD_EXIT), False, False, True),
+        (new_pod(apps=NOT_READY, ready=False), False, True, False),
+        (new_pod(apps=NOT_READY, ready=False, started=5.0), False, False, False),
+        (new_pod(apps=BAD_EXIT, conditions=[DISRUPTED]), False, False, True),
+        (new_pod(apps=NOT_READY, ready=False, meta=GONE), False, False, True),
+        (new_pod(ready=False), False, False, True),
+    ],
+    ids=[
+        "well", "exits with an error", "exits without one", "ended before the switch",
+        "its machine was restarted", "a side-car ends", "another run's pod", "not ready",
+        "made after the switch and not ready yet", "evicted", "deleted", "its machine is silent",
+    ],
+)  # fmt: skip
+def test_what_is_sickness_and_what_is_not(
+    pod: hook.Pod, sick: bool, down: bool, disturbed: bool
+) -> None:
+    switched = NOW - 20
+    assert bool(hook.sickness([pod], "r", switched)) is sick
+    assert bool(hook.unready([pod], "r", switched)) is down
+    assert hook.disturbed([pod], "r", 1) is disturbed
+
+
+def test_a_missing_pod_is_a_disturbance() -> None:
+    assert hook.disturbed([new_pod()], "r", 2)
+    assert not hook.disturbed([new_pod("a"), new_pod("b")], "r", 2)
+    assert hook.disturbed([new_pod("a"), new_pod("b"), new_pod("c", meta=GONE)], "r", 2)
+
+
+# === A foreign Service ===
+
+
+def labelled(**labels: str) -> hook.Pod:
+    return hook.view_pod({"metadata": {"name": "p", "resourceVersion": "1", "labels": labels}, "spec": {}})
+
+
+NEW = {"app": "shop", "version": "blue", "gitops-hook/run": "r"}
+
+
+@pytest.mark.parametrize(
+    ("selector", "pods", "narrow"),
+    [
+        ({"app": "old"}, [], {"app": "old"}),
+        ({"app": "shop"}, [{"app": "shop", "version": "green"}], {"app": "shop", "version": "green"}),
+        ({"app": "shop"}, [{"app": "shop", "pod-template-hash": "1", "a": "b"}],
+            {"app": "shop", "pod-template-hash": "1"}),
+        ({"app": "shop"}, [{"app": "shop", "tier": "x"}, {"app": "shop", "tier": "x", "n": "2"}],
+            {"app": "shop", "tier": "x"}),
+        ({"app": "shop"}, [{"app": "shop", "n": "1"}, {"app": "shop", "n": "2"}], None),
+        ({"app": "shop"}, [{"app": "shop", "version": "blue"}], None),
+        ({"app": "shop"}, [], None),
+    ],
+    ids=["apart already", "by version", "by template", "by what all share", "nothing shared",
+        "same as the new", "no pods"],
+)  # fmt: skip
+def test_a_selector_is_narrowed_to_todays_pods(
+    selector: dict[str, str], pods: list[dict[str, str]], narrow: dict[str, str] | None
+) -> None:
+    assert hook.narrowed(selector, [labelled(**p) for p in pods], NEW) == narrow
+
+
+# === Purity ===
+
+HELPERS = {"clip", "summary_text"}
+FORBIDDEN = {"open", "print", "input", "eval", "exec", "compile", "breakpoint", "globals", "__import__"}
+
+
+def section(source: str, title: str) -> str:
+    banner = re.search(rf"(?m)^# === {title} =+$", source)
+    assert banner
+    return re.split(r"(?m)^# === ", source[banner.end() :])[0]
+
+
+def impure(source: str) -> set[str]:
+    """The names used in a section of code that could reach outside of it."""
+    tree = ast.parse(source)
+    bound = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    bound |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    bound |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    types = {n for n in used if n[0].isupper()}  # constants, values and annotations
+    unknown = used - bound - types - HELPERS - (set(dir(builtins)) - FORBIDDEN) - {"re", "dataclass"}
+    methods = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    return unknown | {m for m in methods if re.search(r"\.(run|write|read|get_event|wait|start|sleep)$", m)}
+
+
+def test_deciding_touches_nothing_outside() -> None:
+    assert not impure(section(Path(hook.__file__).read_text("utf-8"), "decide"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["time.time()", "subprocess.run([])", "open('x')", "warn('x')", "random.random()", "kubectl.run()"],
+)
+def test_an_impure_line_would_be_found(line: str) -> None:
+    assert impure(f"def decide(view):\n    {line}\n")
