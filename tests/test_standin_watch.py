@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from tests.standin.cluster import Cluster
+from tests.standin.errors import ApiError
 from tests.standin.store import Subscription
 
 Object = dict[str, Any]
@@ -253,6 +254,11 @@ def slice_view(obj: Object) -> Any:
     return endpoints, obj.get("ports")
 
 
+def first_appearances(told: list[list[Any]]) -> list[list[Any]]:
+    """Each story with every state only where it was first reached."""
+    return [list(dict.fromkeys(story)) for story in told]
+
+
 def condition_stories(entries: list[Entry]) -> list[list[Any]]:
     """The stories of objects in their conditions."""
     return stories(entries, conditions)
@@ -280,6 +286,18 @@ STORIES: dict[str, tuple[str, Callable[[list[Entry]], list[list[Any]]]]] = {
 }
 
 
+def plain(scenario: str, resource: str, told: list[list[Any]]) -> list[list[Any]]:
+    """Stories without what depends on the pace of two pods that crash on their own."""
+    if (scenario, resource) == ("deploy-sick-later", "deployments"):
+        return first_appearances(told)
+    return told
+
+
+def recorded_stories(scenario: str, resource: str) -> list[list[Any]]:
+    """What the recording tells."""
+    return plain(scenario, resource, STORIES[resource][1](recording(scenario, resource)))
+
+
 def begins_with(ours: list[list[Any]], recorded: list[list[Any]]) -> bool:
     """Whether each recorded story is the beginning of one of ours, and no other is there."""
     return len(ours) == len(recorded) and all(
@@ -298,6 +316,7 @@ class Run:
     start: int = 0
     end: int | None = None
     begun: threading.Event = field(default_factory=threading.Event)
+    trouble: str = ""
 
 
 class Theatre:
@@ -333,12 +352,11 @@ class Theatre:
         run = self.runs[scenario]
         kind, tell = STORIES[resource]
         entries = self.recorder.read(run.namespace, kind, run.start, run.end)
-        return tell(_about(scenario, entries))
+        return plain(scenario, resource, tell(_about(scenario, entries)))
 
     def is_told(self, scenario: str, resource: str) -> bool:
         """Whether everything recorded has happened here."""
-        _, tell = STORIES[resource]
-        return begins_with(self.ours(scenario, resource), tell(recording(scenario, resource)))
+        return begins_with(self.ours(scenario, resource), recorded_stories(scenario, resource))
 
     def finish(self, scenario: str) -> None:
         """Wait until a scenario has told all, or its time is over."""
@@ -358,6 +376,17 @@ class Theatre:
             action(self, run)
 
     def _series(self, place: str) -> None:
+        try:
+            self._play(place)
+        except (subprocess.SubprocessError, ApiError) as error:
+            text = f"{error} {getattr(error, 'stderr', '')}"
+            for scenario in SERIES[place]:
+                run = self.runs[scenario]
+                if not run.end:
+                    run.trouble = text
+                    run.begun.set()
+
+    def _play(self, place: str) -> None:
         if place == "shop":
             self._shop()
         for scenario in SERIES[place]:
@@ -548,8 +577,9 @@ def theatre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Theatre]:
 @pytest.mark.parametrize(("scenario", "resource"), CASES)
 def test_scenario_goes_as_recorded(theatre: Theatre, scenario: str, resource: str) -> None:
     assert theatre.runs[scenario].begun.wait(2 * PATIENCE)
+    assert not theatre.runs[scenario].trouble
     theatre.recorder.wait(lambda: theatre.is_told(scenario, resource))
-    recorded = STORIES[resource][1](recording(scenario, resource))
+    recorded = recorded_stories(scenario, resource)
     ours = theatre.ours(scenario, resource)
     cut = [mine[: len(theirs)] for mine, theirs in zip(ours, recorded, strict=False)]
     assert cut + ours[len(recorded) :] == recorded
