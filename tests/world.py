@@ -128,6 +128,18 @@ def eventually(check: Callable[[], Any], seconds: float = 30.0, what: str = "") 
         time.sleep(0.05)
 
 
+def session_members(leader: int) -> list[int]:
+    """Return the processes of a session, its leader first: what one start_new_session began."""
+    found = [leader]
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # the name in brackets may hold spaces: state, parent, group and session follow it
+            session = int(entry.read_text().rpartition(")")[2].split()[3])
+            if session == leader and int(entry.parent.name) != leader:
+                found.append(int(entry.parent.name))
+    return found
+
+
 class Repository:
     """A git repository with the sample application, pushed to like an owner would."""
 
@@ -255,14 +267,18 @@ class World:
         """The daemon's log lines so far."""
         if not self.log.exists():
             return []
-        lines = self.log.read_bytes()[offset:].decode().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        text = self.log.read_bytes()[offset:].decode()
+        try:
+            return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        except ValueError as wrong:
+            raise AssertionError(f"not only JSON lines: {text[-3000:]}") from wrong
 
     def kill(self) -> None:
         """Kill the daemon and its kubectl processes at once, as a lost node would."""
         if self.process:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            for pid in session_members(self.process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
 
@@ -301,7 +317,10 @@ class World:
             found = [e for e in self.logged() if e["msg"] == "run ended" and e.get("run") == run]
             return found[-1] if found else None
 
-        return dict(eventually(line, seconds, f"{run} ends"))
+        try:
+            return dict(eventually(line, seconds, f"{run} ends"))
+        except AssertionError as late:
+            raise AssertionError(f"{late}; the log:\n{self.log.read_text()[-6000:]}") from None
 
     def deployed(self, version: str, **release: Any) -> Object:
         """Release, push and wait for the end."""

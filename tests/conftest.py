@@ -1,0 +1,26 @@
+"""What a failed test needs to be understood: the daemon's last words."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from tests.world import World
+
+LINES = 60
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[Any]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the end of the log of every world that a failed test worked with."""
+    report = yield
+    if report.failed:
+        known = {id(w): w for w in getattr(item, "funcargs", {}).values() if isinstance(w, World)}
+        for world in (w for w in known.values() if w.log.exists()):
+            last = world.log.read_text(errors="replace").splitlines()[-LINES:]
+            report.sections.append(("the daemon's log", "\n".join(last)))
+    return report

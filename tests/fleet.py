@@ -1,0 +1,425 @@
+"""Many small applications in one world, each with a repository of its own.
+
+Their tests and images cost next to nothing, so that what takes time is what is to be seen: the
+deployment. An application is told by its environment how to behave, and by requests when to turn.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import hmac
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import requests
+import yaml
+
+from tests.standin.cluster import Cluster
+from tests.standin.faults import Fault
+from tests.standin.kubectl import Kubectl, Result
+from tests.world import TOKEN, Object, Repository, World, eventually, install
+
+DAEMON = "system:serviceaccount:orchestration:orchestration-sa"
+IMAGE = "registry.example.com/demo/app"
+MISSING_IMAGE = f"{IMAGE}@sha256:{'0' * 64}"
+
+SERVER = '''
+import http.server, json, os, signal, sys, threading
+MODES, VERSION = os.environ.get("MODES", "").split(), os.environ["VERSION"]
+if "crash-at-start" in MODES:
+    print("cannot log in with password=hunter2", flush=True)
+    sys.exit(7)
+state = {"sick": "never-ready" in MODES}
+port = 9090 if "other-port" in MODES else 8080
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        if self.path == "/turn-sick":
+            state["sick"] = True
+        if self.path == "/turn-well":
+            state["sick"] = False
+        if self.path == "/exit":
+            threading.Timer(0.05, os._exit, (3,)).start()
+        kubelet = "kube-probe" in self.headers.get("User-Agent", "")
+        sick = self.path == "/ready" and (state["sick"] or ("smoke-fails" in MODES and not kubelet))
+        body = json.dumps({"version": VERSION, "greeting": os.environ.get("GREETING")}).encode()
+        self.send_response(503 if sick else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if stopping.is_set():
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+def leave(*_):
+    stopping.set()
+    threading.Timer(0.2, os._exit, (0,)).start()
+
+stopping = threading.Event()
+signal.signal(signal.SIGTERM, leave)
+server = http.server.ThreadingHTTPServer((os.environ["POD_IP"], port), Handler)
+server.daemon_threads = True
+print("listening as", VERSION, flush=True)
+server.serve_forever()
+'''
+
+# What stands in for the daemon's image in Job pods: nothing is cloned, and no report is read.
+NO_CHECKOUT = 'if [ "$0" = clone ]; then exit 0; fi; trap "exit 0" TERM; sleep 600 & wait'
+
+
+def pod_template(version: str, modes: str, image: str) -> Object:
+    """Return the pods of a version."""
+    variables = [{"name": "VERSION", "value": version}, {"name": "MODES", "value": modes}]
+    probe = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "failureThreshold": 20}
+    web = {
+        "name": "web",
+        "image": image,
+        "env": variables,
+        "envFrom": [{"configMapRef": {"name": "settings"}}],
+        "ports": [{"name": "http", "containerPort": 8080}],
+        "readinessProbe": probe,
+        "lifecycle": {"preStop": {"sleep": {"seconds": 1}}},
+    }
+    return {
+        "metadata": {"labels": {"tier": "web"}},
+        "spec": {"terminationGracePeriodSeconds": 2, "containers": [web]},
+    }
+
+
+def app_objects(name: str, version: str, modes: str, image: str) -> dict[str, Object]:
+    """Return the manifests of a version, by kind."""
+    template = pod_template(version, modes, image)
+    spec = {"replicas": 1, "minReadySeconds": 0, "template": template}
+    spec["selector"] = {"matchLabels": {"tier": "web"}}
+    ports = [{"name": "http", "port": 80, "targetPort": "http"}]
+    return {
+        "Deployment": {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": spec},
+        "Service": {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": name},
+            "spec": {"selector": {"tier": "web"}, "ports": ports},
+        },
+        "ConfigMap": {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": "settings"},
+            "data": {"GREETING": f"hello from {version}"},
+        },
+    }
+
+
+class Traffic:
+    """What a client without retries got from a live Service, a new connection each time."""
+
+    def __init__(self, app: Member) -> None:
+        self.app = app
+        self.seen: list[tuple[float, str]] = []
+        self.failures: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+
+    def _ask(self) -> None:
+        while not self._stop.wait(0.04):
+            try:
+                answer = self.app.answer()
+                self.seen.append((time.monotonic(), str(answer["version"])))
+            except (requests.RequestException, ValueError, KeyError) as failed:
+                self.failures.append(repr(failed))
+
+    @property
+    def versions(self) -> list[str]:
+        """The versions that answered, each run of equal ones once."""
+        names = [version for _, version in self.seen]
+        return [v for i, v in enumerate(names) if i == 0 or names[i - 1] != v]
+
+    def __enter__(self) -> Traffic:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(10)
+
+
+class Member:
+    """One application of a fleet, in its last environment."""
+
+    def __init__(self, fleet: Fleet, name: str, directory: Path, namespace: str) -> None:
+        self.fleet, self.name, self.namespace = fleet, name, namespace
+        directory.mkdir(parents=True)
+        self.repository = Repository(directory)
+
+    # What its owner does.
+
+    def release(
+        self,
+        version: str,
+        *,
+        modes: str = "",
+        image: str = "",
+        branch: str = "main",
+        change: Callable[[dict[str, Object]], None] | None = None,
+    ) -> str:
+        """Commit and push a version, its manifests changed as told; return the commit."""
+        objects = app_objects(self.name, version, modes, image or self.fleet.image)
+        if change:
+            change(objects)
+        git = self.repository.git
+        git("checkout", "-q", "-B", branch)
+        self.repository.write({"deploy/app.yaml": yaml.safe_dump_all(copy.deepcopy([*objects.values()]))})
+        git("add", "-A")
+        git("commit", "-q", "--allow-empty", "-m", f"Version {version}")
+        git("push", "-q", "-f", "origin", branch)
+        return git("rev-parse", "HEAD")
+
+    def push(self, commit: str, ref: str = "main", **more: Any) -> str:
+        """Announce a commit by a signed delivery; return the run's id."""
+        answer = self.fleet.deliver(self.repository.bare, f"refs/heads/{ref}", commit, **more)
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["runs"][0])
+
+    def go(self, version: str, **release: Any) -> str:
+        """Release a version and announce it; return the run's id."""
+        return self.push(self.release(version, **release))
+
+    def deployed(self, version: str, seconds: float = 60.0, **release: Any) -> Object:
+        """Release a version, announce it, and wait for the end; return the log line of that."""
+        return self.fleet.ended(self.go(version, **release), seconds)
+
+    # What is in the cluster.
+
+    def service(self, name: str = "") -> Object:
+        """Return its live Service, or another; an empty mapping when there is none."""
+        return self.fleet.cluster.store.find("services", self.namespace, name or self.name) or {}
+
+    @property
+    def selector(self) -> dict[str, str]:
+        """What its live Service selects."""
+        return dict((self.service().get("spec") or {}).get("selector") or {})
+
+    def note(self, name: str) -> Any:
+        """Return an annotation of ours on its live Service."""
+        notes = (self.service().get("metadata") or {}).get("annotations") or {}
+        return json.loads(notes.get(f"gitops-hook/{name}", "null"))
+
+    def objects(self, resource: str) -> dict[str, Object]:
+        """Return its objects of a kind by name."""
+        found = self.fleet.cluster.store.list(resource, self.namespace)
+        label = "gitops-hook/app"
+        mine = [o for o in found if (o["metadata"].get("labels") or {}).get(label) == self.name]
+        return {o["metadata"]["name"]: o for o in mine}
+
+    def pods(self, version: str = "") -> list[Object]:
+        """Return its pods that are not ending, of one version or all."""
+        pods = [p for p in self.objects("pods").values() if "deletionTimestamp" not in p["metadata"]]
+        return [p for p in pods if not version or variable(p, "VERSION") == version]
+
+    def standing(self, colour: str) -> str:
+        """Return the version in a colour when all its wanted pods are ready, else ""."""
+        found = self.objects("deployments").get(f"{self.name}-{colour}")
+        if found is None or not found["spec"].get("replicas"):
+            return ""
+        template, status = found["spec"]["template"], found.get("status") or {}
+        whole = {status.get(k, 0) for k in ("replicas", "updatedReplicas", "readyReplicas")}
+        current = status.get("observedGeneration") == found["metadata"]["generation"]
+        if not current or whole != {found["spec"]["replicas"]}:
+            return ""
+        return variable(template, "VERSION")
+
+    def idle(self) -> str:
+        """Return the colour that is not live."""
+        return {"blue": "green", "green": "blue"}[self.selector["version"]]
+
+    def quiet(self, seconds: float = 40.0) -> None:
+        """Wait until nothing is left to do: no claim on the live Service."""
+        eventually(lambda: self.note("deploying") is None, seconds, f"{self.name}: no claim is left")
+
+    def leftovers(self) -> list[str]:
+        """Return everything of it that is in its namespace, by kind and name."""
+        kinds = ("deployments", "services", "configmaps", "replicasets")
+        return [f"{kind}/{name}" for kind in kinds for name in self.objects(kind)]
+
+    # What it waits for.
+
+    def switched(self, run: str, seconds: float = 30.0) -> None:
+        """Wait until traffic was switched to a run."""
+        eventually(lambda: self.fleet.said("switched", run=run), seconds, f"{run} is switched to")
+
+    def stands(self, colour: str, version: str, seconds: float = 20.0) -> None:
+        """Wait until a version stands in a colour with all its pods ready."""
+        eventually(lambda: self.standing(colour) == version, seconds, f"{version} stands in {colour}")
+
+    # What its clients do.
+
+    def answer(self, path: str = "/") -> Object:
+        """Ask it through its live Service."""
+        spec = self.service()["spec"]
+        answer = requests.get(f"http://{spec['clusterIP']}:{spec['ports'][0]['port']}{path}", timeout=5)
+        return {"status": answer.status_code, **answer.json()}
+
+    def tell(self, version: str, path: str = "/") -> list[Object]:
+        """Send a request to every ready pod of a version, past any Service; return the answers."""
+        answers = []
+        for pod in (p for p in self.pods(version) if is_ready(p)):
+            port = 9090 if "other-port" in variable(pod, "MODES") else 8080
+            answer = requests.get(f"http://{pod['status']['podIP']}:{port}{path}", timeout=5)
+            answers.append(dict(answer.json()))
+        return answers
+
+    def traffic(self) -> Traffic:
+        """Return a client that asks all the time while its block runs."""
+        return Traffic(self)
+
+
+def is_ready(pod: Object) -> bool:
+    """Whether a pod's Ready condition is true."""
+    conditions = pod.get("status", {}).get("conditions") or []
+    return any((c["type"], c["status"]) == ("Ready", "True") for c in conditions)
+
+
+def variable(holder: Object, name: str) -> str:
+    """Return an environment variable of the first container of a pod or pod template."""
+    env = holder["spec"]["containers"][0].get("env") or []
+    return next((str(e.get("value", "")) for e in env if e["name"] == name), "")
+
+
+class Fleet(World):
+    """A world with several applications and one daemon."""
+
+    def __init__(self, directory: Path, cluster: Cluster, apps: dict[str, Object], **config: Any) -> None:
+        super().__init__(directory, cluster)
+        source = directory / "image"
+        (source / "app").mkdir(parents=True)
+        (source / "app" / "server.py").write_text(SERVER)
+        start = ["python", "server.py"]
+        digest = cluster.images.add(f"{IMAGE}:1", source, cmd=start, workdir="/app")
+        self.image = f"{IMAGE}@{digest}"
+        cluster.images.add("nothing:dev", entrypoint=["sh", "-c", NO_CHECKOUT])
+        self._jobs_seen, self._created = cluster.store.subscribe(("jobs",)), list[str]()
+        self.apps = {}
+        entries = []
+        for name, deploy in apps.items():
+            entry = app_entry(name, directory / "repositories" / name / "shop.git", deploy)
+            entries.append(entry)
+            last = entry["deploy"]["environments"][-1:] or ["production"]
+            self.apps[name] = Member(self, name, directory / "repositories" / name, last[0])
+        images = {"images": {"hook": "nothing:dev"}, "limits": {"max_running": 8}}
+        self.config = {"apps": entries, "catch_up": "10m", **images, **config}
+
+    def __getitem__(self, name: str) -> Member:
+        return self.apps[name]
+
+    def deliver(self, repository: Path, ref: str, commit: str, **more: Any) -> requests.Response:
+        """Post a push as GitLab would, signed."""
+        payload = {"object_kind": "push", "ref": ref, "after": commit, **more}
+        payload["project"] = {"git_http_url": str(repository)}
+        body, ident, stamp = json.dumps(payload).encode(), str(uuid.uuid4()), str(int(time.time()))
+        key = base64.b64decode(TOKEN.removeprefix(b"whsec_"))
+        signed = hmac.new(key, f"{ident}.{stamp}.".encode() + body, hashlib.sha256).digest()
+        headers = {
+            "Content-Type": "application/json",
+            "webhook-id": ident,
+            "webhook-timestamp": stamp,
+            "webhook-signature": f"v1,{base64.b64encode(signed).decode()}",
+        }
+        return requests.post(f"{self.url}/webhook", body, headers=headers, timeout=10)
+
+    def said(self, message: str, **fields: Any) -> list[Object]:
+        """Return the log lines with a message and these fields."""
+        wanted = {"msg": message, **fields}.items()
+        return [line for line in self.logged() if all(line.get(k) == v for k, v in wanted)]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of a metric's samples that have these labels."""
+        total = 0.0
+        for line in requests.get(f"{self.admin_url}/metrics", timeout=5).text.splitlines():
+            head, _, value = line.rpartition(" ")
+            if head.partition("{")[0] == name and all(f'{k}="{v}"' in head for k, v in labels.items()):
+                total += float(value)
+        return total
+
+    def kubectl(self, *args: str, stdin: str = "") -> Result:
+        """Run kubectl as the cluster's administrator."""
+        return Kubectl(self.directory, self.cluster.kubeconfig()).run(*args, stdin=stdin or None)
+
+    def fault(self, action: str, verb: str, resource: str, **more: Any) -> Fault:
+        """Arm trouble that only the daemon and its commands meet."""
+        return self.cluster.faults.add(Fault(action, verb, resource, user=DAEMON, **more))
+
+    def hanging(self, **fields: Any) -> bool:
+        """Whether a request with these fields was left without an answer."""
+        log = [r for r in self.cluster.faults.log if r.code == 0]
+        return any(all(getattr(r, k) == v for k, v in fields.items()) for r in log)
+
+    @contextmanager
+    def held(self, verb: str, resource: str, **more: Any) -> Iterator[None]:
+        """Hold the daemon in one call, from when it makes it until the block ends."""
+        self.cluster.faults.forget()
+        self.fault("hang", verb, resource, **more)
+        wanted = {k: v for k, v in more.items() if k in ("namespace", "name")}
+        try:
+            held_up = {"verb": verb, "resource": resource, **wanted}
+            eventually(lambda: self.hanging(**held_up), 40, f"the daemon is held: {held_up}")
+            yield
+        finally:
+            self.cluster.faults.clear()
+
+    def jobs(self, namespace: str = "test") -> dict[str, Object]:
+        """Return the Jobs of a namespace by name."""
+        return {j["metadata"]["name"]: j for j in self.cluster.store.list("jobs", namespace)}
+
+    def created(self, name: str) -> int:
+        """Return how often a Job of this name was created so far."""
+        while event := self._jobs_seen.get(0):
+            kind, found = event
+            self._created += [found["metadata"]["name"]] * (kind == "ADDED")
+        return self._created.count(name)
+
+
+def app_entry(name: str, repository: Path, settings: Object) -> Object:
+    """Return the configuration of an application: one environment and short times."""
+    settings = copy.deepcopy(settings)
+    test = {"command": settings.pop("test", "true"), "resources": {"requests": {"cpu": "10m", "memory": "16Mi"}}}
+    branches = settings.pop("test_branches", ["*"])
+    health = {"path": "/ready", "successes": 2, "timeout": "3s"}
+    deploy = {"environments": ["production"], "bake": "2s", "drain": "1s", "rollout_timeout": "30s", "health": health}
+    return {
+        "name": name,
+        "repository": str(repository),
+        "test_branches": branches,
+        "test": test,
+        "build": {"builder": "none"},
+        "deploy": {**deploy, **settings},
+    }
+
+
+@contextmanager
+def fleet(
+    directory: Path, apps: dict[str, Object] | Sequence[str], *, speed: float = 2.0, **config: Any
+) -> Iterator[Fleet]:
+    """A fleet with a started daemon; ended with all its processes."""
+    named = apps if isinstance(apps, dict) else {name: {} for name in apps}
+    with Cluster(directory / "cluster", speed=speed) as cluster:
+        install(cluster)
+        made = Fleet(directory, cluster, named, **config)
+        try:
+            made.start()
+            yield made
+        finally:
+            with suppress(AssertionError):
+                cluster.faults.clear()
+            made.kill()
