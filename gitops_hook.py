@@ -56,14 +56,24 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Generic,
+    NoReturn,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
@@ -91,10 +101,7 @@ LABEL_STAGE = "gitops-hook/stage"
 LABEL_VERSION = "version"  # blue or green, the key of the article
 
 NOTE_REPOSITORY = "gitops-hook/repository"
-NOTE_REF = "gitops-hook/ref"
 NOTE_COMMIT = "gitops-hook/commit"
-NOTE_BEFORE = "gitops-hook/before"
-NOTE_TITLE = "gitops-hook/title"
 NOTE_DELIVERY = "gitops-hook/delivery"
 NOTE_RECEIVED = "gitops-hook/received-at"
 NOTE_OUTCOME = "gitops-hook/outcome"
@@ -191,7 +198,6 @@ class Reason(StrEnum):
     ROLLED_BACK = "RolledBack"
     CLUSTER_ERROR = "ClusterError"
     GIT_ERROR = "GitError"
-    BUG = "Bug"
 
 
 class Phase(StrEnum):
@@ -307,7 +313,7 @@ class RefusedError(HookError):
 T = TypeVar("T")
 Object = dict[str, Any]
 Parser = Callable[[Any], Any]
-REQUIRED = ""  # instead of a default
+REQUIRED = ""  # in the place of a default
 
 
 def matching(pattern: str, what: str, limit: int = 255) -> Parser:
@@ -321,23 +327,15 @@ def matching(pattern: str, what: str, limit: int = 255) -> Parser:
     return parse
 
 
-def number(low: int, high: int) -> Parser:
-    """Return a parser for a whole number within bounds."""
-
-    def parse(value: Any) -> int:
-        if type(value) is int and low <= value <= high:
-            return value
-        raise ValueError(f"is not a whole number from {low} to {high}")
-
-    return parse
-
-
-def amount(units: Mapping[str, float], what: str, low: float, high: float = 1e9) -> Parser:
-    """Return a parser for a whole number with a unit, within bounds."""
+def amount(units: Mapping[str, float], what: str, low: float, high: float) -> Parser:
+    """Return a parser for a whole number with a unit, within bounds; of unit "" it is no text."""
 
     def parse(value: Any) -> float:
-        found = re.fullmatch(r"([0-9]{1,5})([a-zA-Z]+)", value) if isinstance(value, str) else None
-        result = int(found[1]) * units.get(found[2], -1) if found else -1
+        kind = int if "" in units else str
+        found = (
+            re.fullmatch(r"(-?[0-9]{1,9})([a-zA-Z]*)", str(value)) if type(value) is kind else None
+        )
+        result = int(found[1]) * units.get(found[2], math.nan) if found else math.nan
         if low <= result <= high:
             return result
         raise ValueError(f"is not {what}")
@@ -345,26 +343,9 @@ def amount(units: Mapping[str, float], what: str, low: float, high: float = 1e9)
     return parse
 
 
-def listing(parse: Parser) -> Parser:
-    """Return a parser for a list, each entry parsed alike."""
-
-    def parse_all(value: Any) -> tuple[Any, ...]:
-        if isinstance(value, list):
-            return tuple(parse(v) for v in value)
-        raise ValueError("is not a list")
-
-    return parse_all
-
-
-def mapping(parse_key: Parser, parse: Parser) -> Parser:
-    """Return a parser for a mapping, its keys parsed alike and its values parsed alike."""
-
-    def parse_all(value: Any) -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {parse_key(k): parse(v) for k, v in value.items()}
-        raise ValueError("is not a mapping")
-
-    return parse_all
+def number(low: int, high: int) -> Parser:
+    """Return a parser for a whole number within bounds."""
+    return amount({"": 1}, f"a whole number from {low} to {high}", low, high)
 
 
 def unless(word: str, meaning: Any, parse: Parser) -> Parser:
@@ -375,7 +356,7 @@ def unless(word: str, meaning: Any, parse: Parser) -> Parser:
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 TEXT = matching(r"(?s)(?=.*\S)[^\x00]+", "a text", 10_000)
 NAME = matching(DNS_LABEL.pattern, "a DNS label of at most 30 characters", 30)
-LABEL = matching(DNS_LABEL.pattern, "a map of DNS labels", 63)
+LABEL = matching(DNS_LABEL.pattern, "a DNS label", 63)
 BRANCH = matching(r"(?!refs/)[^\s~^:?*\[\\]+", "a branch name (without refs/heads/)")
 FOLDER = matching(r"(?![/-])(?!(.*/)?\.\.(/|$))[^\x00]+", "a relative path within the repository")
 REPOSITORY = matching(
@@ -384,18 +365,15 @@ REPOSITORY = matching(
 )
 IMAGE_NAME = matching(IMAGE.pattern, "an image reference", 400)
 TARGET_NAME = matching(f"({IMAGE.pattern})?", "an image reference", 400)
-RETAINED = unless("full", None, number(0, 1000))
+QUANTITY = matching(r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "a quantity (e.g. 250m, 1Gi)")
 MODE = matching("signature|token|hmac", "signature, token or hmac")
-PART = matching("requests|limits", "a map of requests and limits")
-QUANTITY = matching(
-    r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "made of quantities like 250m, 1Gi"
-)
-# A setting is a type with its parser, its default as YAML text, and its meaning.
-Texts = Annotated[tuple[str, ...], listing(TEXT)]
-Resources = Annotated[Object, mapping(PART, mapping(TEXT, lambda v: QUANTITY(str(v))))]
+RETAINED = unless("full", None, number(0, 1000))
+# A setting is a type, the parser of its texts or numbers, its default as YAML text, its meaning.
+Texts = Annotated[tuple[str, ...], TEXT]
+Resources = Annotated[dict[str, dict[str, str]], lambda v: QUANTITY(str(v))]
 Count = Annotated[int, number(1, 1000)]
-Seconds = Annotated[float, amount(UNITS, "a duration (e.g. 90s, 15m, 2h)", 1)]
-Pause = Annotated[float, amount(UNITS, "a duration (e.g. 0s, 90s, 15m)", 0)]
+Seconds = Annotated[float, amount(UNITS, "a duration (e.g. 90s, 15m, 2h)", 1, 4e8)]
+Pause = Annotated[float, amount(UNITS, "a duration (e.g. 0s, 90s, 15m)", 0, 4e8)]
 Bytes = Annotated[int, amount({"KiB": 2**10, "MiB": 2**20}, "a size up to 64MiB", 1, 2**26)]
 
 TESTS = "pip install -r requirements.txt && python -m pytest tests/ -v --junitxml=$JUNIT_XML"
@@ -499,10 +477,8 @@ class Limits:
 class Config:
     """The whole configuration, valid."""
 
-    apps: Annotated[tuple[App, ...], [App], REQUIRED, ""]
-    namespaces: Annotated[
-        dict[str, str], mapping(LABEL, LABEL), NAMESPACES, "of stages, environments"
-    ]
+    apps: Annotated[tuple[App, ...], TEXT, REQUIRED, ""]
+    namespaces: Annotated[dict[str, str], LABEL, NAMESPACES, "of stages, environments"]
     images: Images
     webhook: Webhook
     limits: Limits
@@ -521,48 +497,55 @@ class Config:
         return {name: self.namespaces[name] for name in names}
 
 
-def settings_of(section: type[Any]) -> dict[str, tuple[Any, str, str]]:
-    """Return (parser or section or list of a section, default as YAML text, meaning) by key."""
+def settings_of(section: type[Any]) -> dict[str, tuple[Any, Parser, str, str]]:
+    """Return the type, parser, default as YAML text and meaning of every setting by its key."""
     hints = get_type_hints(section, include_extras=True)
-    return {k: getattr(hint, "__metadata__", (hint, "{}", "")) for k, hint in hints.items()}
+    whole = {k: getattr(hint, "__metadata__", (TEXT, "{}", "")) for k, hint in hints.items()}
+    return {k: (getattr(hints[k], "__origin__", hints[k]), *more) for k, more in whole.items()}
 
 
-def load_section(section: type[Any], data: Any, path: str, faults: list[str]) -> Any:
-    """Build a dataclass from YAML data, adding every fault found with its path."""
+def load_section(section: Any, data: Any, path: str, faults: list[str]) -> Any:
+    """Build a dataclass from YAML data; a wrong value adds a fault, and its default stands in."""
     if not isinstance(data, dict):
         faults.append(f"{path or 'configuration'}: is not a mapping")
         data = {}
-    known, prefix = settings_of(section), f"{path}." if path else ""
+    known, prefix, values = settings_of(section), f"{path}." if path else "", {}
     unknown = [clip(str(k), 60) for k in data if k not in known]
     faults += [f"{prefix}{k}: unknown key (known: {', '.join(known)})" for k in unknown]
-    return section(**{k: load(s, data.get(k), prefix + k, faults) for k, s in known.items()})
+    for key, (kind, parse, default, _) in known.items():
+        values[key] = load(kind, parse, yaml.safe_load(default), "", []) if default else ()
+        if data.get(key) is not None:
+            given = load(kind, parse, data[key], prefix + key, faults)
+            values[key] = values[key] if given is None else given
+        elif not default:
+            faults.append(f"{prefix}{key}: is required")
+    return section(**values)
 
 
-def load(setting: tuple[Any, str, str], raw: Any, where: str, faults: list[str]) -> Any:
-    """Parse one setting; a wrong one adds a fault, and its default stands in for it."""
-    parse, default, _ = setting
-    if raw is None and default == REQUIRED:
-        faults.append(f"{where}: is required")
-        return ""
-    raw = yaml.safe_load(default) if raw is None else raw
-    if isinstance(parse, list):
-        items = load((listing(lambda item: item), "[]", ""), raw, where, faults)
-        return tuple(
-            load_section(parse[0], x, f"{where}[{i}]", faults) for i, x in enumerate(items)
-        )
-    if isinstance(parse, type):
-        return load_section(parse, raw, where, faults)
+def load(kind: Any, parse: Parser, raw: Any, where: str, faults: list[str]) -> Any:
+    """Return what a type makes of YAML data, None when it is wrong; every fault is added."""
+    if is_dataclass(kind):
+        return load_section(kind, raw, where, faults)
+    family, inner = get_origin(kind), get_args(kind)
+    if family is tuple and isinstance(raw, list):
+        return tuple(load(inner[0], parse, v, f"{where}[{i}]", faults) for i, v in enumerate(raw))
+    if family is dict and isinstance(raw, dict):
+        return {str(k): load(inner[1], parse, v, f"{where}.{k}", faults) for k, v in raw.items()}
+    if family in (tuple, dict):
+        what = "list" if family is tuple else "mapping"
+        faults.append(f"{where}: {clip(repr(raw), 80)} is not a {what}")
+        return None
     try:
         return parse(raw)
     except ValueError as wrong:
         faults.append(f"{where}: {clip(repr(raw), 80)} {wrong}")
-        return "" if default == REQUIRED else parse(yaml.safe_load(default))
+        return None
 
 
 def cross_faults(config: Config) -> Iterator[str]:
     """Yield what is wrong between settings that are each right."""
     names, spaces = [a.name for a in config.apps], config.namespaces
-    distinct = {*spaces.values()} - {ORCHESTRATION}
+    distinct = {v for k, v in spaces.items() if DNS_LABEL.fullmatch(k)} - {ORCHESTRATION}
     if not {"test", "build"} <= spaces.keys() or len(distinct) < len(spaces):
         yield "namespaces: needs test, build and others, all different, none the daemon's own"
     taken = {f"{n}-{suffix}" for n in names for suffix in (*COLOURS, "preview")}
@@ -579,6 +562,8 @@ def cross_faults(config: Config) -> Iterator[str]:
             yield f"{where}: {e!r} is not an environment in namespaces"
         if app.build.builder == "kaniko" and environments and not image:
             yield f"apps[{i}].build.image: is required with builder kaniko"
+        if {*app.test.resources, *app.build.resources} - {"requests", "limits"}:
+            yield f"apps[{i}]: resources have keys other than requests and limits"
         if re.search(r"@|:[^/]*$", image):
             yield f"apps[{i}].build.image: {image!r} must not carry a tag or digest"
 
@@ -600,12 +585,12 @@ def load_config(document: str) -> Config:
 
 def settings_table(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (key, default, meaning) of every setting, for the README."""
-    for key, (parse, default, meaning) in settings_of(section).items():
-        inner, suffix = (parse[0], "[].") if isinstance(parse, list) else (parse, ".")
-        if isinstance(inner, type):
+    for key, (kind, _, default, meaning) in settings_of(section).items():
+        inner, suffix = (get_args(kind) or [kind])[0], "[]." if get_args(kind) else "."
+        if is_dataclass(inner):
             yield from settings_table(inner, prefix + key + suffix)
         else:
-            yield prefix + key, "required" if default == REQUIRED else default, meaning
+            yield prefix + key, default or "required", meaning
 
 
 # What a kubelet sets in a pod beside a Service whose name begins with gitops-hook.
@@ -631,12 +616,9 @@ class Process:
             f"{k}: unknown variable (known: {', '.join(keys)})" for k in ours if k not in keys
         ]
         given: Object = {keys[k]: environ[k] for k in ours if k in keys and environ[k]}
-        for key in ("listen", "admin_listen"):
-            found = re.fullmatch(r"[^\s/]+:([0-9]{1,5})", given.get(key, ":0"))
-            if key in given and not (found and int(found[1]) < 2**16):
-                faults.append(
-                    f"GITOPS_HOOK_{key.upper()}: {clip(given[key], 80)!r} is not host:port"
-                )
+        for key in ("GITOPS_HOOK_LISTEN", "GITOPS_HOOK_ADMIN_LISTEN"):
+            if not re.fullmatch(r"[^\s/]+:[0-9]{1,5}", environ.get(key) or "any:0"):
+                faults.append(f"{key}: {clip(environ[key], 80)!r} is not host:port")
         if faults:
             raise ConfigError(faults)
         values: Object = {k: v if "listen" in k else Path(v) for k, v in given.items()}
@@ -1557,26 +1539,10 @@ def refuse(detail: str) -> NoReturn:
 
 
 class ManifestLoader(yaml.SafeLoader):
-    """YAML as kubectl reads it: a date and a time of day stay texts.
-
-    In Python: the loader in C ends the whole process on a text that is nested too deeply.
-    """
-
-    def construct_number(self, node: yaml.ScalarNode) -> Any:
-        """Return a number, or the text of what only looks like one."""
-        if ":" in node.value or node.tag.endswith((":timestamp", ":value")):
-            return node.value
-        whole = node.tag.endswith(":int")
-        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+    """YAML with dates as texts, as kubectl reads it. The loader in C dies of deep nesting."""
 
 
-for _tag in ("int", "float", "timestamp", "value"):
-    ManifestLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", ManifestLoader.construct_number)
-
-
-def without_nulls(found: Object) -> Object:
-    """Return a mapping without its nulls, which mean for Kubernetes that nothing is said."""
-    return {k: v for k, v in found.items() if v is not None}
+ManifestLoader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: str(node.value))
 
 
 def parse_documents(text: str, source: str) -> list[Object]:
@@ -1584,11 +1550,9 @@ def parse_documents(text: str, source: str) -> list[Object]:
 
     Faults name the file and, where it is known, the line.
     """
-    chunks, left = [], 10 * len(text) + 4096
+    chunks, left, in_json = [], 10 * len(text) + 4096, source.endswith(".json")
     try:
-        read = (
-            [json.loads(text)] if source.endswith(".json") else yaml.load_all(text, ManifestLoader)
-        )
+        read = [json.loads(text)] if in_json else yaml.load_all(text, ManifestLoader)
         for chunk in json.JSONEncoder(allow_nan=False, ensure_ascii=False).iterencode([*read]):
             chunks.append(chunk)
             left -= len(chunk)
@@ -1599,7 +1563,9 @@ def parse_documents(text: str, source: str) -> list[Object]:
         line = mark.line + 1 if mark else getattr(wrong, "lineno", 0)
         said = getattr(wrong, "problem", None) or wrong
         invalid(f"{source}{f':{line}' if line else ''}: {clip(str(said), 120)}")
-    found = json.loads("".join(chunks), object_hook=without_nulls)
+    found = json.loads(
+        "".join(chunks), object_hook=lambda m: {k: v for k, v in m.items() if v is not None}
+    )
     documents = [d for d in found if d is not None]
     if not all(isinstance(d, dict) for d in documents):
         invalid(f"{source}: a document is not a mapping (links are not followed)")
@@ -1640,11 +1606,8 @@ def read_manifests(root: Path, path: str) -> list[tuple[str, Object]]:
     return [o for source, f in sources.items() for o in parse_objects(read_text(f, source), source)]
 
 
-# Kustomizations. kubectl would fetch what is remote, so each is looked through before.
-
-
 def check_kustomization(root: Path, directory: Path, seen: set[Path]) -> None:
-    """Refuse a kustomization that names anything but files and folders of the commit."""
+    """Refuse a kustomization that names what is not in the commit: kubectl would fetch it."""
     files = [directory / k for k in KUSTOMIZATIONS if (directory / k).exists()]
     for file in files if directory not in seen else ():
         seen.add(directory)
@@ -1654,9 +1617,7 @@ def check_kustomization(root: Path, directory: Path, seen: set[Path]) -> None:
             named = re.fullmatch(r"(?!github\.com)[\w./ +=~-]{1,200}", path, re.IGNORECASE)
             target = (directory / path).resolve() if named else root.parent
             if not target.is_relative_to(root) or not target.exists():
-                refuse(
-                    f"{where}: {clip(path, 80)!r} is not in the commit; copy what is remote there"
-                )
+                refuse(f"{where}: {clip(path, 80)!r} is not in the commit; copy it there")
             if target.is_dir():
                 check_kustomization(root, target, seen)
 
@@ -1691,9 +1652,6 @@ def kustomize(directory: Path) -> str:
         said = "no answer in time" if code is None else "it makes too much" if code == 0 else stderr
         invalid(f"kustomize: {clip(said.replace(str(directory), ''))}")
     return stdout
-
-
-# Checking.
 
 
 @dataclass(frozen=True, slots=True)
@@ -1772,9 +1730,6 @@ def all_containers(pod: Object) -> list[Object]:
     return [*pod["containers"], *pod.get("initContainers", ())]
 
 
-# Rendering. Pure.
-
-
 def set_images(app: App, pod: Object, image: str) -> None:
     """Put the built image, by digest, wherever the manifests name it; end the run if nowhere.
 
@@ -1782,40 +1737,28 @@ def set_images(app: App, pod: Object, image: str) -> None:
     """
     containers = all_containers(pod)
     if app.build.builder == "none":
-        for loose in (
-            c["image"] for c in containers if not re.search(rf"@{DIGEST.pattern}$", c["image"])
-        ):
-            refuse(f"builder none: image {clip(loose, 120)!r} is not named by digest")
+        images = [c["image"] for c in containers]
+        if loose := [i for i in images if not re.search(rf"@{DIGEST.pattern}$", i)]:
+            refuse(f"builder none: image {clip(loose[0], 120)!r} is not named by digest")
         return
-    names = {app.build.image, app.name}
-    ours = [
-        c for c in containers if re.sub(r"(:[^/:@]*)?(@.*)?$", "", c["image"], count=1) in names
-    ]
+    tail, names = re.compile(r"(:[^/:@]*)?(@.*)?$"), {app.build.image, app.name}
+    ours = [c for c in containers if tail.sub("", c["image"], count=1) in names]
     if not ours:
         refuse(f"no container's image is {app.build.image!r} (or {app.name!r}): nothing to set")
     for container in ours:
         container["image"] = image
 
 
-def short_hash(value: Any) -> str:
-    """Return eight hex digits that stand for a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+def manifest(kind: str, name: str, labels: Mapping[str, str], **content: Any) -> Object:
+    """Return an object with our labels."""
+    meta = {"name": name, "labels": {**labels, LABEL_MANAGED: MANAGER}}
+    return {"apiVersion": KINDS[kind], "kind": kind, "metadata": meta, **content}
 
 
-def immutable(name: str, labels: Mapping[str, str], content: Mapping[str, Any]) -> Object:
-    """Return an immutable ConfigMap that is named by its content."""
-    meta = {"name": name, "labels": {LABEL_MANAGED: MANAGER, **labels}}
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "immutable": True, **content}
-
-
-def configmap_copies(app: App, maps: Iterable[Object]) -> dict[str, Object]:
-    """Return immutable copies of ConfigMaps by their original name, named by their content."""
-    copies = {}
-    for original in maps:
-        name = original["metadata"]["name"]
-        content = {k: original[k] for k in ("data", "binaryData") if original.get(k)}
-        copies[name] = immutable(f"{name}-{short_hash(content)}", {LABEL_APP: app.name}, content)
-    return copies
+def immutable(name: str, labels: Mapping[str, str], **content: Any) -> Object:
+    """Return an immutable ConfigMap, its name followed by eight digits of its content's hash."""
+    known = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    return manifest("ConfigMap", f"{name}-{known}", labels, immutable=True, **content)
 
 
 def rewrite_references(pod: Object, copies: Mapping[str, Object]) -> None:
@@ -1850,9 +1793,7 @@ class Placement:
         return {LABEL_APP: self.app.name, LABEL_VERSION: self.colour, LABEL_RUN: self.run.id}
 
 
-def render_deployment(
-    place: Placement, objects: AppObjects, copies: Mapping[str, Object]
-) -> Object:
+def render_deployment(place: Placement, objects: AppObjects, copies: Object) -> Object:
     """Return the coloured Deployment of a run. What the app says stays, but names and labels."""
     given = copy.deepcopy(objects.deployment)
     meta, spec, template = given["metadata"], given["spec"], given["spec"]["template"]
@@ -1866,32 +1807,22 @@ def render_deployment(
     longest = max(place.app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, calm + 10))
     rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
     defaults = {"minReadySeconds": 10, "revisionHistoryLimit": 3, "strategy": rolling}
-    fixed = {
-        "replicas": replicas,
-        "paused": False,
-        "progressDeadlineSeconds": max(int(longest), calm + 1),
-        "selector": {"matchLabels": {LABEL_APP: place.app.name, LABEL_VERSION: place.colour}},
-    }
+    chosen = {"matchLabels": {LABEL_APP: place.app.name, LABEL_VERSION: place.colour}}
+    fixed = {"replicas": replicas, "paused": False, "selector": chosen}
+    fixed["progressDeadlineSeconds"] = max(int(longest), calm + 1)
+    name, labels = f"{place.app.name}-{place.colour}", {**meta.get("labels", {}), **ours}
+    made = manifest("Deployment", name, labels, spec={**defaults, **spec, **fixed})
     notes = {**meta.get("annotations", {}), NOTE_COMMIT: place.run.commit}
-    labels = {**meta.get("labels", {}), **ours}
-    name = f"{place.app.name}-{place.colour}"
-    return {
-        "apiVersion": KINDS["Deployment"],
-        "kind": "Deployment",
-        "metadata": {"name": name, "labels": labels, "annotations": notes},
-        "spec": {**defaults, **spec, **fixed},
-    }
+    made["metadata"]["annotations"] = notes
+    return made
 
 
 def set_probes(app: App, pod: Object, service: Object) -> None:
     """Add a readiness probe and a preStop sleep where the app says nothing; never a liveness."""
     port, containers = service["spec"]["ports"][0], pod["containers"]
     target = port.get("targetPort", port["port"])
-    serving = [
-        c
-        for c in containers
-        if any(target in (p.get("name"), p.get("containerPort")) for p in c.get("ports", ()))
-    ]
+    declared = [(c, p) for c in containers for p in c.get("ports", ())]
+    serving = [c for c, p in declared if target in (p.get("name"), p.get("containerPort"))]
     if not serving and not isinstance(target, int):
         invalid(f"the Service's targetPort {clip(str(target), 60)!r} is no port of a container")
     if not any(c.get("readinessProbe") for c in containers):
@@ -1909,10 +1840,8 @@ def service_object(
     app: App, name: str, spec: Object, selector: Mapping[str, str], stage: str
 ) -> Object:
     """Return a Service of ours; stage tells the live one from the preview."""
-    labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name, LABEL_STAGE: stage}
-    meta = {"name": name, "labels": labels}
-    spec = {**spec, "selector": dict(selector)}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec}
+    labels = {LABEL_APP: app.name, LABEL_STAGE: stage}
+    return manifest("Service", name, labels, spec={**spec, "selector": dict(selector)})
 
 
 def plain_ports(ports: Iterable[Object]) -> list[Object]:
@@ -1922,12 +1851,10 @@ def plain_ports(ports: Iterable[Object]) -> list[Object]:
 
 def ports_like(ports: Iterable[Object], live: Iterable[Object]) -> list[Object]:
     """Return ports with the node ports that a live Service has for them; none where it has none."""
-    nodes = {
-        (p.get("protocol", "TCP"), p["port"]): p["nodePort"] for p in live if p.get("nodePort")
-    }
-    if not nodes:
+    nodes = {(p["port"], p.get("protocol", "TCP")): p.get("nodePort") for p in live}
+    if not any(nodes.values()):
         return plain_ports(ports)
-    known = [(p, nodes.get((p.get("protocol", "TCP"), p["port"]))) for p in ports]
+    known = [(p, nodes.get((p["port"], p.get("protocol", "TCP")))) for p in ports]
     return [{"nodePort": node, **p} if node else dict(p) for p, node in known]
 
 
@@ -1970,7 +1897,7 @@ class Release:
         if len(packed) > RELEASE_BYTES:
             refuse(f"what is rendered fills {len(packed)} bytes, a release holds {RELEASE_BYTES}")
         labels, data = {LABEL_APP: app, LABEL_STAGE: "release"}, {"release": packed.decode()}
-        return immutable(f"{app}-release-{short_hash(content)}", labels, {"binaryData": data})
+        return immutable(f"{app}-release", labels, binaryData=data)
 
     @classmethod
     def from_configmap(cls, found: Object) -> Release:
@@ -1983,22 +1910,19 @@ class Release:
 
 
 def render(place: Placement, objects: AppObjects) -> Release:
-    """Return everything that a run puts into an environment."""
-    copies = configmap_copies(place.app, objects.configmaps)
+    """Return everything that a run puts into an environment; pure."""
+    copies = {}
+    for original in objects.configmaps:
+        content = {k: original[k] for k in ("data", "binaryData") if original.get(k)}
+        name = original["metadata"]["name"]
+        copies[name] = immutable(name, {LABEL_APP: place.app.name}, **content)
     service, run = objects.service, place.run
+    told: Object = {"run": run.id, "commit": run.commit, "ref": run.ref, "image": place.image}
+    told |= {"colour": place.colour, "selector": place.selector}
+    spec = {k: v for k, v in service["spec"].items() if k != "selector"}
     meta = {k: v for k, v in service["metadata"].items() if k in ("labels", "annotations")}
-    return Release(
-        run=run.id,
-        commit=run.commit,
-        ref=run.ref,
-        image=place.image,
-        colour=place.colour,
-        selector=place.selector,
-        deployment=render_deployment(place, objects, copies),
-        configmaps=tuple(copies.values()),
-        service={k: v for k, v in service["spec"].items() if k != "selector"},
-        service_meta=meta,
-    )
+    deployment, maps = render_deployment(place, objects, copies), tuple(copies.values())
+    return Release(**told, deployment=deployment, configmaps=maps, service=spec, service_meta=meta)
 
 
 # === cluster mirror ===============================================================================
@@ -2106,6 +2030,14 @@ class Service:
         older = [e for e in self.history[place:] if e["selector"] != self.selector]
         good = [e for e in older if e.get("outcome") in (Outcome.DEPLOYED, "adopted")]
         return good[back - 1] if 0 < back <= len(good) else {}
+
+    @property
+    def before(self) -> Object:
+        """Where a sick version goes back to: what it replaced, proven or not, if it still stands."""
+        place = self.history.index(self.live) + 1 if self.live else 0
+        stood = next(iter(self.history[place:]), {})
+        kept = stood and not stood.get("outcome") and not stood.get("overwritten")
+        return stood if kept else self.target()
 
 
 def epoch(stamp: str | None) -> float:
@@ -2238,8 +2170,10 @@ class Watch(Generic[V]):
 
     kubectl tells what is there, then what changes, but not where the one ends and the other begins,
     nor what is gone: a list of names tells that, taken once kubectl has begun. Its exit code says
-    nothing, and a silent watch may be dead: each ends after WATCH_SECONDS and begins anew.
+    nothing, and a silent watch may be dead: each ends after some time and begins anew.
     """
+
+    seconds: float = WATCH_SECONDS
 
     def __init__(
         self,
@@ -2296,13 +2230,13 @@ class Watch(Generic[V]):
     def _follow(self, pulse: Callable[[], None]) -> str:
         """Follow one watch to its end; return why that was not a good one."""
         began = time.monotonic()
-        until = began + WATCH_SECONDS + backoff(len(DELAYS))  # not all of them at the same time
-        limit = f"--request-timeout={until - began:.0f}s"
+        seconds = self.seconds * (1 + backoff(0) / 10)  # not all of them at the same time
+        limit = f"--request-timeout={seconds * 1000:.0f}ms"
         args = (*self.query, "json", "--watch", "--output-watch-events", limit)
         process = self._process = self.kubectl.stream(*args, namespace=self.namespace)
         try:
             awaited = self._begin(process)
-            for event in decode_stream(read_chunks(process, until + 10)):
+            for event in decode_stream(read_chunks(process, began + seconds * 1.1)):
                 pulse()
                 awaited.discard(self._take(event))
                 if not awaited:
@@ -2332,14 +2266,14 @@ class Watch(Generic[V]):
 
     def _take(self, event: Object) -> str:
         """Let an event change the mirror; return the name of its object."""
-        if event["type"] not in ("ADDED", "MODIFIED", "DELETED"):
+        if (kind := event.get("type")) not in ("ADDED", "MODIFIED", "DELETED"):
             return ""
         seen = self._view(event["object"])
         with self._lock:
             known = self._items.get(seen.name)
             if known and known.version > seen.version:
                 return seen.name
-            if event["type"] != "DELETED":
+            if kind != "DELETED":
                 self._items[seen.name] = seen
             elif self._items.pop(seen.name, None):
                 self._gone.append(seen)
@@ -2393,13 +2327,9 @@ HOPELESS_PULL = re.compile(
     re.IGNORECASE,
 )
 START = re.compile("(Create|Run)Container.*Error|StartError|ContainerCannotRun")
-RED = {
-    "test": (TEST_CONTAINER, Reason.TESTS_FAILED),
-    "build": (BUILD_CONTAINER, Reason.BUILD_FAILED),
-}
-LAST_WORDS = {
-    "test": (RESULTS_CONTAINER, NOTE_SUMMARY),
-    "build": (BUILD_CONTAINER, NOTE_DIGEST),
+STAGES = {  # who works, who leaves its last words where, and how it fails
+    "test": (TEST_CONTAINER, RESULTS_CONTAINER, NOTE_SUMMARY, Reason.TESTS_FAILED),
+    "build": (BUILD_CONTAINER, BUILD_CONTAINER, NOTE_DIGEST, Reason.BUILD_FAILED),
 }
 Do = StrEnum("Do", "NOTHING WAIT RELEASE BUILD REMAKE NOTE DEPLOY END")
 
@@ -2419,7 +2349,7 @@ def container_symptom(container: Container, pod: Pod) -> Symptom | None:
     """Return what is wrong with a container, by the texts a real cluster gives."""
     kind, code, why = container.kind, container.exit_code, container.exit_reason
     key, name = f"{pod.name}/{container.name}", f"container {container.name} of {pod.name}"
-    text, waiting = f"{name}: {clip(container.text)}", container.waiting
+    text, waiting = f"{name}: {clip(container.text, 800)}", container.waiting
     if PULL.fullmatch(waiting):
         unquoted = re.sub(r'"[^"]*"', "", container.text)  # an image may be called what it likes
         if waiting == "InvalidImageName" or HOPELESS_PULL.search(unquoted):
@@ -2523,7 +2453,7 @@ def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
 
 def decide(view: View) -> Action:
     """Return the next step of a run from what is observed; every call could be the first."""
-    test, build = view.jobs.get("test"), view.jobs.get("build")
+    test, build = (view.jobs.get(stage) for stage in STAGES)
     if not view.jobs or any(j.outcome for j in view.jobs.values()):
         return Action(Do.NOTHING)
     if test and (action := decide_job(view, test)):
@@ -2553,7 +2483,7 @@ def decide_start(view: View, do: Do, stage: str) -> Action:
 
 def decide_job(view: View, found: Job) -> Action | None:
     """Return what a Job needs, or None when it has succeeded and said what it had to."""
-    stage, (container, note) = found.stage, LAST_WORDS[found.stage]
+    stage, (_, container, note, _) = found.stage, STAGES[found.stage]
     said = "" if note in found.notes else last_words(view, found, container)
     if found.deleting:
         return waits(Reason.OK, f"Job {found.name} is being deleted", stage)
@@ -2594,7 +2524,7 @@ def lateness(view: View, found: Job) -> tuple[Reason, str]:
 
 def failure(view: View, found: Job) -> tuple[Reason, str]:
     """Return why a Job failed, by its pods or its own condition; Ok while they may yet tell."""
-    main, red = RED[found.stage]
+    main, _, _, red = STAGES[found.stage]
     ended = [c for p in pods_of(view, found) for c in p.containers if c.exit_code]
     for container in (c for c in ended if c.name in ("clone", main)):
         if container.exit_reason == "OOMKilled":
@@ -2910,19 +2840,29 @@ class Deployer:
                 raise InterruptedError from failed
 
     def place(self, task: Task) -> Placement:
-        """Choose the idle colour, and see how large the live one is."""
+        """Choose the idle colour, and see how large the live one is.
+
+        Live is what today's selector reaches, which may be what a person wrote: the two colours of
+        our own pods among it, or neither.
+        """
         service, name = self.service(task), task.app.name
-        live = service.selector.get(LABEL_VERSION, "") if service and service.ours else ""
-        replicas, free = 0, [c for c in COLOURS if c != live]
+        terms = selector_text(service.selector) if service else ""
+        reached = self.kubectl.list("pods", task.namespace, "-l", terms) if terms else []
+        labels = [p["metadata"]["labels"] for p in reached]
+        live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == name}
+        if service and service.ours:
+            live.add(service.selector[LABEL_VERSION])
+        replicas, free = 0, [c for c in COLOURS if c not in live]
         for colour in COLOURS:
             found = self.kubectl.get("deployment", f"{name}-{colour}", task.namespace)
-            if found and colour == live:
-                replicas = int(found["spec"].get("replicas", 1))
+            if found and colour in live:
+                replicas = max(replicas, int(found["spec"].get("replicas", 1)))
             elif found and LABEL_APP not in found["spec"]["selector"].get("matchLabels", {}):
                 free.remove(colour)
         if not free:
-            idle = next(c for c in COLOURS if c != live)
-            detail = f"Deployment {name}-{idle} was not made here; delete or rename it"
+            detail = "both colours serve; point the Service at one of them"
+            if idle := [c for c in COLOURS if c not in live]:
+                detail = f"Deployment {name}-{idle[0]} was not made here; delete or rename it"
             raise StageError(Reason.ADOPTION_REFUSED, detail)
         where: Object = {"namespace": task.namespace, "colour": free[0], "image": task.image}
         return Placement(app=task.app, run=task.run, live_replicas=replicas, **where)
@@ -2948,7 +2888,8 @@ class Deployer:
             colour = release.colour
             stood = [e for e in history if e.get("colour") == colour and not e.get("overwritten")]
             if stood:
-                heal = stood[0]["release"] if stood[0].get("outcome") == Outcome.DEPLOYED else ""
+                well = stood[0].get("outcome") in (Outcome.DEPLOYED, "")
+                heal = stood[0]["release"] if well else ""
             else:
                 heal = claim.get("heal", "") if claim.get("colour") == colour else ""
             notes: Object = {NOTE_CLAIM: self.note(task.run.id, colour, Phase.PREPARING, heal)}
@@ -3212,6 +3153,7 @@ class Deployer:
                 known = {p["metadata"]["name"] for p in ours}
                 if ready and ready <= known and len(ready) >= release.wanted:
                     return
+            self.still_live(task)
             if self.stop.wait(0.1):
                 raise InterruptedError
         detail = f"the endpoints did not become the {release.wanted} pods of {release.run}"
@@ -3265,7 +3207,7 @@ class Deployer:
         for failures in itertools.count():
             with self.again("switch back", task, failures):
                 service = self.service(task)
-                target = service.target() if service else {}
+                target = service.before if service else {}
                 old = self.answering(task, target, probe=unhealthy) if target else 0
                 break
         if old <= new:
@@ -3291,7 +3233,7 @@ class Deployer:
         """
 
         def change(service: Service) -> Edit | None:
-            target = service.target()
+            target = service.before
             if service.run != task.run.id or not target:
                 return None
             ended = {"outcome": outcome, "reason": reason, "detail": clip(detail)}
@@ -3318,7 +3260,7 @@ class Deployer:
         def change(service: Service) -> Edit:
             if service.run != task.run.id or service.claim.get("phase") == Phase.ROLLBACK:
                 raise SupersededError(Reason.ROLLED_BACK, "traffic was switched to something else")
-            live, old = service.live, service.target().get("colour", "")
+            live, old = service.live, service.before.get("colour", "")
             ended = {**live, "outcome": Outcome.DEPLOYED}
             drain = {**self.note(task.run.id, old, Phase.DRAINING), "since": live.get("at", 0)}
             history = [ended if e == live else e for e in service.history]
@@ -4258,8 +4200,8 @@ def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
         bound = socket.create_server((host.strip("[]"), int(port)), family=family)
-    except OSError as refused:
-        raise ConfigError([f"cannot listen on {listen}: {refused.strerror}"]) from refused
+    except (OSError, ValueError, OverflowError) as wrong:
+        raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
     body = {"max_request_body_size": 2 * max_body + 1}
     server = waitress.server.create_server(app, sockets=[bound], ident="", **body, **TIMES, **SIZES)
     server.channel_class = Channel
@@ -4271,6 +4213,7 @@ def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
 LINGER = 2.0  # seconds in which a stopping daemon still answers, while its endpoint is taken away
 SHUTDOWN_SECONDS = 40.0  # for the threads and the last intake; the grace period allows for it
 REOPEN_TRIES = 60  # half seconds in which a deleted Job must be gone
+RUN_KEYS = ("run", "app", "ref", "commit", "stage", "state", "outcome", "reason", "detail")
 
 
 @dataclass(frozen=True, slots=True)
@@ -4311,10 +4254,10 @@ class Tools:
         return apps[name]
 
     def jobs(self, selector: str) -> list[Job]:
-        """Return the Jobs of ours that match a selector, tests before builds."""
+        """Return the Jobs that match a selector."""
         spaces = [self.config.namespaces[s] for s in ("test", "build")]
-        terms = ("-l", f"{LABEL_MANAGED}={MANAGER},{selector}")
-        return [view_job(j) for s in spaces for j in self.deployer.kubectl.list("jobs", s, *terms)]
+        found = [self.deployer.kubectl.list("jobs", s, "-l", selector) for s in spaces]
+        return [view_job(j) for jobs in found for j in jobs]
 
 
 def say(text: str) -> None:
@@ -4324,7 +4267,7 @@ def say(text: str) -> None:
 
 
 def serve(tools: Tools, args: argparse.Namespace) -> int:
-    """Run the daemon until SIGTERM, or with --check only say that it could; 0 in both cases."""
+    """Run the daemon until SIGTERM, or with --check only say that it could."""
     process, config, deployer = tools.process, tools.config, tools.deployer
     setup_logging(deployer.secrets.mask)
     deployer.secrets.keys(config.webhook.verify)
@@ -4375,9 +4318,8 @@ def push(tools: Tools, args: argparse.Namespace) -> int:
     headers = {"Content-Type": "application/json", "webhook-id": delivery}
     mode, secrets = tools.config.webhook.verify, tools.deployer.secrets
     secrets.keys(mode)
-    key = secrets.lines(SECRET_OF_MODE[mode])[0]
+    key, stamp = secrets.lines(SECRET_OF_MODE[mode])[0], int(tools.deployer.clock.now())
     if mode == "signature":
-        stamp = int(tools.deployer.clock.now())
         headers["webhook-timestamp"] = str(stamp)
         headers["webhook-signature"] = sign(key, delivery, stamp, body)
     else:
@@ -4394,25 +4336,25 @@ def push(tools: Tools, args: argparse.Namespace) -> int:
 def status(tools: Tools, args: argparse.Namespace) -> int:
     """Print what is live where, what it could go back to, and the runs the cluster knows."""
     apps = [tools.app(args.app)] if args.app else list(tools.config.apps)
-    environments = {a.name: environment_status(tools, a) for a in apps}
+    live: list[Object] = [
+        {"name": a.name, "environments": environment_status(tools, a)} for a in apps
+    ]
     runs = run_status(tools, [a.name for a in apps])
     if args.output == "json":
-        listed = [{"name": n, "environments": e} for n, e in environments.items()]
-        say(json.dumps({"apps": listed, "runs": runs}, indent=2))
+        say(json.dumps({"apps": live, "runs": runs}, indent=2))
         return 0
     rows = [("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UNDER WAY")]
-    for name, found in environments.items():
-        for environment, e in found.items():
-            before, claim = e["previous"], e["deploying"] or {}
-            how = "at once" if e["rollback_ready"] else "by a rollout" if before else "impossible"
-            under_way = f"{claim['phase']} {claim['run']}" if claim else ""
-            old = before.get("run") or ("adopted" if before else "")
-            rows.append((name, environment, e["run"], e["colour"], old, how, under_way))
+    for app in live:
+        for name, e in app["environments"].items():
+            old, claim = e["previous"], e["deploying"] or {}
+            how = "at once" if e["rollback_ready"] else "by a rollout" if old else "impossible"
+            before = old.get("run") or ("adopted" if old else "")
+            under_way = f"{claim.get('phase', '')} {claim.get('run', '')}".strip()
+            rows.append((app["name"], name, e["run"], e["colour"], before, how, under_way))
     say(columns(rows))
-    keys = ("run", "ref", "stage", "state", "outcome", "reason", "detail")
-    if runs:
-        cells = [[clip(r[k].removeprefix("refs/heads/"), 100) for k in keys] for r in runs]
-        say(f"\n{columns([[k.upper() for k in keys], *cells])}")
+    keys = [k for k in RUN_KEYS if k not in ("app", "commit")]
+    cells = [[clip(r[k].removeprefix("refs/heads/"), 100) for k in keys] for r in runs]
+    say(f"\n{columns([[k.upper() for k in keys], *cells])}" if runs else "\nno runs")
     return 0
 
 
@@ -4425,51 +4367,51 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 def environment_status(tools: Tools, app: App) -> dict[str, Object]:
     """Return what is live of an app in each of its environments, and what it could go back to."""
-    found = {}
+    found, keys = {}, ("colour", "run", "commit", "image")
     for name in app.deploy.environments:
         namespace = tools.config.namespaces[name]
-        listed = tools.deployer.kubectl.get("service", app.name, namespace)
-        service = view_service(listed) if listed else None
-        live, target = (service.live, service.target()) if service else ({}, {})
-        state = {k: live.get(k, "") for k in ("colour", "run", "commit", "image")}
-        state["previous"] = {k: target.get(k, "") for k in state} if target else {}
+        listed = tools.deployer.kubectl.get("service", app.name, namespace) or {"spec": {}}
+        service = view_service({"metadata": {"name": app.name, "resourceVersion": "0"}, **listed})
+        target = service.target()
         ready = bool(target) and tools.deployer.ready_pods(namespace, target["selector"]) > 0
-        state |= {"rollback_ready": ready, "deploying": (service.claim if service else {}) or None}
-        state["bake_until"] = (service.note(NOTE_BAKE, 0.0) if service else 0.0) or None
-        found[name] = state
+        found[name] = {
+            **{k: service.live.get(k, "") for k in keys},
+            "previous": {k: target.get(k, "") for k in keys} if target else {},
+            "rollback_ready": ready,
+            "deploying": service.claim or None,
+            "bake_until": service.note(NOTE_BAKE, 0.0) or None,
+        }
     return found
 
 
 def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
     """Return the runs that Jobs tell of, newest first; where those are gone, each branch's last."""
-    keys = ("run", "app", "ref", "commit", "stage", "state", "outcome", "reason", "detail")
     runs: dict[str, Object] = {}
-    jobs = tools.jobs(f"{LABEL_APP} in ({','.join(apps)})") if apps else []
-    for job in sorted(jobs, key=lambda j: (-j.run.received, j.stage)):
+    ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP} in ({','.join(apps)})"
+    for job in sorted(tools.jobs(ours), key=lambda j: (-j.run.received, j.stage)) if apps else ():
         run, notes = job.run, [job.notes.get(n, "") for n in (NOTE_REASON, NOTE_DETAIL)]
         state = "ended" if job.outcome else job.state
         told = (run.id, run.app, run.ref, run.commit, job.stage, state, job.outcome, *notes)
-        runs.setdefault(run.id, dict(zip(keys, told, strict=True)))
+        runs.setdefault(run.id, dict(zip(RUN_KEYS, told, strict=True)))
     for app in apps:
         seen, _ = Ledger(tools.deployer.kubectl, tools.deployer.clock).read(app)
         for e in (e for e in seen.values() if e.get("outcome") not in (None, "baseline")):
-            id_ = run_id(app, e["ref"], e["commit"])
-            told = (id_, app, e["ref"], e["commit"], "", "ended", e["outcome"], e["reason"], "")
-            runs.setdefault(id_, dict(zip(keys, told, strict=True)))
+            name = run_id(app, e["ref"], e["commit"])
+            told = (name, app, e["ref"], e["commit"], "", "ended", e["outcome"], e["reason"], "")
+            runs.setdefault(name, dict(zip(RUN_KEYS, told, strict=True)))
     return list(runs.values())
 
 
 def rollback(tools: Tools, args: argparse.Namespace) -> int:
     """Switch an environment back to a proven version, and reject the commit that is left."""
     app, deployer = tools.app(args.app), tools.deployer
-    names = app.deploy.environments
-    environment = args.environment or (names or ("",))[-1]
-    if environment not in names:
-        known = ", ".join(names) or "nothing"
-        raise ConfigError([f"{app.name} is not deployed to {environment!r}, only to: {known}"])
-    namespace = tools.config.namespaces[environment]
-    nobody = Run(id="", app=app.name, ref="", commit="")
-    task = Task(app=app, environment=environment, namespace=namespace, run=nobody)
+    names = app.deploy.environments or ("",)
+    environment = args.environment or names[-1]
+    if environment not in app.deploy.environments:
+        fault = f"{app.name} is not deployed to {environment!r}, only to: {', '.join(names)}"
+        raise ConfigError([fault])
+    place = {"environment": environment, "namespace": tools.config.namespaces[environment]}
+    task = Task(app=app, run=Run(id="", app=app.name, ref="", commit=""), **place)
     left, target = deployer.rollback(task, args.to, clip(args.reason))
     what = f"{target.get('run') or 'what was there before'} ({target.get('colour') or 'adopted'})"
     say(f"{app.name} {environment}: back on {what}")
@@ -4484,13 +4426,12 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
 def rerun(tools: Tools, args: argparse.Namespace) -> int:
     """Let a run that has ended go again, rejected or not; only a branch's head can."""
     deployer, app = tools.deployer, tools.app(args.run.rsplit("-", 2)[0])
-    for ref, commit in deployer.git.heads(app.repository).items():
-        if run_id(app.name, ref, commit) == args.run:
-            break
-    else:
+    heads = deployer.git.heads(app.repository).items()
+    named = [(r, c) for r, c in heads if run_id(app.name, r, c) == args.run]
+    if not named:
         text = f"{clip(args.run, 60)} is not the head of a branch, and only a head can go again"
         raise RefusedError(text)
-    now = deployer.clock.now()
+    (ref, commit), now = named[0], deployer.clock.now()
     run = Run(id=args.run, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
     jobs = tools.jobs(f"{LABEL_RUN}={run.id}")
     if jobs and not any(j.outcome or j.deleting for j in jobs):
@@ -4499,8 +4440,8 @@ def rerun(tools: Tools, args: argparse.Namespace) -> int:
     ledger, namespace = Ledger(deployer.kubectl, deployer.clock), tools.config.namespaces["test"]
     ledger.write(app.name, {f"rejected-{run.commit}": None, **ledger.seen(run, None)})
     for _ in range(REOPEN_TRIES):
-        job = test_job(tools.config, app, run)
-        refused = deployer.kubectl.create_each([job], namespace).get(f"test-{run.id}", "")
+        made = deployer.kubectl.create_each([test_job(tools.config, app, run)], namespace)
+        refused = made.get(f"test-{run.id}", "")
         if refused and "(AlreadyExists)" not in refused:
             raise StageError(Reason.JOB_REFUSED, clip(refused))
         if not refused or reopen(deployer.kubectl, tools.config, run):
@@ -4518,23 +4459,18 @@ def pod_variables(environ: Mapping[str, str], *names: str) -> list[str]:
 
 
 def clone(environ: Mapping[str, str]) -> int:
-    """Inside a Job pod: check out the pushed commit; why it failed is left for the hook."""
+    """Inside a Job pod: check out the pushed commit, or leave for the hook why not."""
     names = ("CLONE_URL", "CLONE_COMMIT", "CLONE_DIRECTORY", "CREDENTIALS_FILE", "TERMINATION_LOG")
     url, commit, directory, credentials, log = pod_variables(environ, *names)
     git, target = Git(Path(credentials)), Path(directory)
-    for attempt in (1, 2, 3):
-        try:
-            git.checkout(url, commit, target, symlinks=True)
-        except GitError as failed:
-            text = Secrets(git.credentials.parent).mask(str(failed))
-            say(text)
-            Path(log).write_text(text)
-            shutil.rmtree(target, ignore_errors=True)
-            time.sleep(attempt)
-        else:
-            (target.parent / "results").mkdir(exist_ok=True)
-            return 0
-    return 1
+    try:
+        git.checkout(url, commit, target, symlinks=True)
+    except GitError as failed:
+        text = Secrets(git.credentials.parent).mask(str(failed))
+        Path(log).write_text(text)
+        raise HookError(text) from failed
+    (target.parent / "results").mkdir(exist_ok=True)
+    return 0
 
 
 def collect(environ: Mapping[str, str]) -> int:
