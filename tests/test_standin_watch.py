@@ -414,7 +414,11 @@ class Theatre:
 
         def settled() -> bool:
             found = self.cluster.store.get("deployments", run.namespace, name)
-            return conditions(found) == wanted
+            return conditions(found) == wanted and not any(
+                "running" in item["state"] and not item["ready"]
+                for pod in self.cluster.store.list("pods", run.namespace)
+                for item in pod["status"].get("containerStatuses") or []
+            )
 
         self.recorder.wait(settled)
         run.start = self.recorder.mark()

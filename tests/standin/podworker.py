@@ -352,16 +352,18 @@ class PodWorker:
         output = place.log.with_suffix(f".exec-{threading.get_ident()}")
         output.unlink(missing_ok=True)
         try:
-            command = place.command(argv)
-            command = Command(command.argv, command.env, command.cwd, output)
-            process = self.node.processes.start(command)
-        except (StartError, ConfigError) as error:
+            process = self.node.processes.start(place.another(argv, output))
+        except StartError as error:
             return 128, str(error)
         how = process.wait(limit)
         if how is None:
             self.node.processes.signal(process, signal.SIGKILL)
             return 124, f'command "{" ".join(argv)}" timed out'
-        return how.code, output.read_text(encoding="utf-8", errors="replace")
+        try:
+            return how.code, output.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            # The pod's end was faster, and took its directory along.
+            return how.code, ""
 
     def _probed(self, item: Container, kind: str, fine: bool) -> None:
         if item.process is None:

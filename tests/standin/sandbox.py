@@ -103,20 +103,29 @@ class ContainerPlace:
     root: Path
     message: Path
     log: Path
+    started: Command | None = None
+    rewrite: Callable[[str], str] = str
 
-    def command(self, program: list[str] | None = None) -> Command:
+    def command(self) -> Command:
         """What to execute; ConfigError where a reference in the environment leads nowhere."""
         mounts = self._mounts()
         env = self._environment()
-        argv = program if program is not None else self._argv(env)
-        rewrite = rewriter(mounts)
+        argv = self._argv(env)
+        rewrite = self.rewrite = rewriter(mounts)
         workdir = self.spec.get("workingDir") or self.image.workdir or "/"
         cwd = Path(rewrite(workdir) if rewrite(workdir) != workdir else f"{self.root}{workdir}")
         cwd.mkdir(parents=True, exist_ok=True)
         finished = self._finished({name: rewrite(value) for name, value in env.items()}, mounts)
         limit = (self.spec.get("resources") or {}).get("limits", {}).get("memory")
         memory = parse_bytes(limit) if limit else None
-        return Command([rewrite(word) for word in argv], finished, cwd, self.log, memory)
+        self.started = Command([rewrite(word) for word in argv], finished, cwd, self.log, memory)
+        return self.started
+
+    def another(self, argv: list[str], log: Path) -> Command:
+        """Something else to execute in the container that was started with command()."""
+        assert self.started is not None
+        words = [self.rewrite(word) for word in argv]
+        return Command(words, self.started.env, self.started.cwd, log)
 
     def _argv(self, env: Mapping[str, str]) -> list[str]:
         command, args = self.spec.get("command"), self.spec.get("args")
