@@ -1,7 +1,7 @@
 """The stand-in tells the same stories as the recorded cluster.
 
 Each file in data/watch/ holds the watch events of one scenario on a real cluster, thinned to what
-is compared. The same objects run here, ten times as fast, and the sequences of conditions, phases,
+is compared. The same objects run here, five times as fast, and the sequences of conditions, phases,
 reasons and events must be the same. Names, addresses, times and counts are masked, and how two
 components' events interleave is not compared: that differs from run to run on the real one too.
 """
@@ -30,7 +30,7 @@ Object = dict[str, Any]
 Entry = tuple[str, Object]
 
 DATA = Path(__file__).parent / "data" / "watch"
-SPEED = 10
+SPEED = 5
 PATIENCE = 30.0
 RESOURCES = ("jobs", "pods", "deployments", "replicasets", "events", "endpointslices")
 KUBECTL = Path(sys.executable).with_name("kubectl")
