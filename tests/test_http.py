@@ -457,7 +457,7 @@ def test_everything_else_is_nowhere(receiver: Receiver, path: str) -> None:
 def test_it_is_not_alive_when_a_thread_is_stuck(receiver: Receiver) -> None:
     receiver.late = ["controller", "intake"]
     reply = receiver.request("GET", "/healthz")
-    assert (reply.status, reply.json["status"]) == (503, "controller is stuck, intake is stuck")
+    assert (reply.status, reply.json["status"]) == (503, "stuck: controller, intake")
     assert receiver.request("GET", "/readyz").status == 200
     receiver.late = []
     assert receiver.request("GET", "/healthz").status == 200
@@ -738,7 +738,7 @@ def test_the_second_port_has_the_metrics_and_nothing_else() -> None:
 
 def test_a_place_that_is_taken_is_an_error_that_names_it(served: Served) -> None:
     taken = f"127.0.0.1:{served.port}"
-    with pytest.raises(hook.ConfigError, match=f"cannot listen on {taken}: .*in use"):
+    with pytest.raises(hook.ConfigError, match=f"cannot listen on '{taken}': .*in use"):
         hook.make_server(served.receiver.app, taken, 10)  # type: ignore[attr-defined]
 
 
