@@ -51,7 +51,9 @@ def stamp(seconds: float) -> str:
 
 def a_run(app: str = "shop", ref: str = "refs/heads/main", **more: Any) -> hook.Run:
     run = hook.run_id(app, ref, A)
-    return hook.Run(**{"id": run, "app": app, "ref": ref, "commit": A, "received": NOW - 60, **more})
+    return hook.Run(
+        **{"id": run, "app": app, "ref": ref, "commit": A, "received": NOW - 60, **more}
+    )
 
 
 def a_job(
@@ -86,11 +88,21 @@ RUNNING: Object = {"running": {"startedAt": stamp(NOW - 9)}}
 
 
 def status_entry(
-    name: str, state: Object, last: Object | None = None, restarts: int = 0, ready: bool | None = None
+    name: str,
+    state: Object,
+    last: Object | None = None,
+    restarts: int = 0,
+    ready: bool | None = None,
 ) -> Object:
     ready = "running" in state if ready is None else ready
     last = last or {}
-    return {"name": name, "state": state, "lastState": last, "restartCount": restarts, "ready": ready}
+    return {
+        "name": name,
+        "state": state,
+        "lastState": last,
+        "restartCount": restarts,
+        "ready": ready,
+    }
 
 
 def a_pod(
@@ -110,8 +122,15 @@ def a_pod(
         *more.pop("conditions", []),
     ]
     begun = {"startTime": stamp(NOW - started)} if started else {}
-    meta = {"name": name, "resourceVersion": "1", "creationTimestamp": stamp(NOW - (created or started))}
-    meta["labels"] = {"batch.kubernetes.io/job-name": job, "gitops-hook/run": more.pop("run", a_run().id)}
+    meta = {
+        "name": name,
+        "resourceVersion": "1",
+        "creationTimestamp": stamp(NOW - (created or started)),
+    }
+    meta["labels"] = {
+        "batch.kubernetes.io/job-name": job,
+        "gitops-hook/run": more.pop("run", a_run().id),
+    }
     meta |= more.pop("meta", {})
     status = {"conditions": conditions, "initContainerStatuses": inits, "containerStatuses": apps}
     spec = {"initContainers": [{"name": "results", "restartPolicy": "Always"}, {"name": "clone"}]}
@@ -124,7 +143,11 @@ TEST, BUILD = f"test-{a_run().id}", f"build-{a_run().id}"
 
 def history_entry(outcome: str, *, run: str = "", ago: float = 5, **more: Any) -> Object:
     run = run or a_run().id
-    selector = {"gitops-hook/app": "shop", "version": more.get("colour", "blue"), "gitops-hook/run": run}
+    selector = {
+        "gitops-hook/app": "shop",
+        "version": more.get("colour", "blue"),
+        "gitops-hook/run": run,
+    }
     return {"run": run, "outcome": outcome, "at": NOW - ago, "selector": selector, **more}
 
 
@@ -149,7 +172,10 @@ def a_view(*jobs: hook.Job, **changes: Any) -> hook.View:
 
 OTHER = a_run(ref="refs/heads/topic/x")
 PLAIN, TESTED = a_run("plain"), a_run("tested")
-DONE, BUILT = a_job("test", "succeeded"), a_job("build", "succeeded", notes={hook.NOTE_DIGEST: DIGEST})
+DONE, BUILT = (
+    a_job("test", "succeeded"),
+    a_job("build", "succeeded", notes={hook.NOTE_DIGEST: DIGEST}),
+)
 LIVE = a_service(a_run().id, history_entry("deployed"))
 SINCE = a_service("shop-other", history_entry("deployed", run="shop-other", colour="green"))
 DOOMED = hook.Symptom("k", Reason.IMAGE_NOT_FOUND, "image: not found")
@@ -484,11 +510,17 @@ def recorded(scenario: str, resource: str) -> list[Object]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def replayed(scenario: str, prefix: str, until: float = 0.0) -> Iterator[tuple[float, list[hook.Pod]]]:
+def replayed(
+    scenario: str, prefix: str, until: float = 0.0
+) -> Iterator[tuple[float, list[hook.Pod]]]:
     """The pods at every event and every half second, to the recording's end and on until then."""
-    events = [e for e in recorded(scenario, "pods") if e["object"]["metadata"]["name"].startswith(prefix)]
+    events = [
+        e for e in recorded(scenario, "pods") if e["object"]["metadata"]["name"].startswith(prefix)
+    ]
     assert events
-    times = sorted({e["at"] for e in events} | {n / 2 for n in range(int(max(until, events[-1]["at"]) * 2))})
+    times = sorted(
+        {e["at"] for e in events} | {n / 2 for n in range(int(max(until, events[-1]["at"]) * 2))}
+    )
     known: dict[str, hook.Pod] = {}
     for now in times:
         for event in (e for e in events if e["at"] == now):
@@ -499,7 +531,9 @@ def replayed(scenario: str, prefix: str, until: float = 0.0) -> Iterator[tuple[f
         yield now, list(known.values())
 
 
-def first_verdict(scenario: str, prefix: str, until: float = 0.0) -> tuple[float, hook.Symptom] | None:
+def first_verdict(
+    scenario: str, prefix: str, until: float = 0.0
+) -> tuple[float, hook.Symptom] | None:
     doom = hook.Doom()
     for now, pods in replayed(scenario, prefix, until):
         if found := doom.verdict([s for p in pods for s in hook.pod_symptoms(p)], now):
@@ -513,7 +547,13 @@ def first_verdict(scenario: str, prefix: str, until: float = 0.0) -> tuple[float
         ("deploy-bad-image", "my-app-blue-58b47", Reason.IMAGE_PULL_FAILED, 61.5, "no such host"),
         ("deploy-crash-loop", "my-app-blue-59f6f", Reason.CRASH_LOOP, 3.09, "ended 2 times"),
         ("deploy-init-fails", "shop-green-fc849", Reason.INIT_FAILED, 3.27, "container migrate"),
-        ("deploy-missing-configmap", "shop-green-88885", Reason.CONTAINER_CONFIG, 32.0, "not-there"),
+        (
+            "deploy-missing-configmap",
+            "shop-green-88885",
+            Reason.CONTAINER_CONFIG,
+            32.0,
+            "not-there",
+        ),
         ("job-image-pull", "test-pull", Reason.IMAGE_PULL_FAILED, 62.0, "no such host"),
     ],
 )
@@ -583,7 +623,9 @@ TEST_NAMES = {"job-fails-under-policy": "test-pol", "job-unschedulable": "test-b
 
 def story(scenario: str) -> Iterator[tuple[float, hook.Action]]:
     """Each different decision over a recorded test Job, with its second."""
-    events = sorted((*recorded(scenario, "jobs"), *recorded(scenario, "pods")), key=lambda e: e["at"])
+    events = sorted(
+        (*recorded(scenario, "jobs"), *recorded(scenario, "pods")), key=lambda e: e["at"]
+    )
     name = TEST_NAMES.get(scenario) or events[0]["object"]["metadata"]["name"]
     begin = datetime.fromisoformat(events[0]["object"]["metadata"]["creationTimestamp"]).timestamp()
     jobs: dict[str, hook.Job] = {}
@@ -599,7 +641,9 @@ def story(scenario: str) -> Iterator[tuple[float, hook.Action]]:
                 meta = found["metadata"] | {"labels": labels, "annotations": notes}
                 jobs["test"] = hook.view_job({**found, "metadata": meta})
         symptoms = [s for p in pods.values() for s in hook.pod_symptoms(p)]
-        view = a_view(a_job("test", run=OTHER), jobs=jobs, pods=tuple(pods.values()), now=begin + now)
+        view = a_view(
+            a_job("test", run=OTHER), jobs=jobs, pods=tuple(pods.values()), now=begin + now
+        )
         view = hook.replace(view, doomed=doom.verdict(symptoms, now))
         action = hook.decide(view)
         if action.do is Do.NOTE:
@@ -633,7 +677,7 @@ def test_a_suspended_job_is_released_and_a_report_is_kept_on_the_way() -> None:
     released = [action.do for _, action in story("job-suspended-then-released")]
     assert released == [Do.NOTHING, Do.RELEASE, Do.WAIT, Do.WAIT, Do.END]
     noted = [action.do for _, action in story("job-fails-with-results-sidecar")]
-    assert noted == [Do.NOTHING, Do.WAIT, Do.WAIT, Do.NOTE, Do.WAIT, Do.END]
+    assert noted == [Do.NOTHING, Do.WAIT, Do.WAIT, Do.NOTE, Do.END]
 
 
 # === Doom, by its texts ===
@@ -647,10 +691,16 @@ PULL = 'failed to pull and unpack image "{0}": failed to resolve reference "{0}"
         ("{0}: not found", 0),
         ("pull access denied, repository does not exist or may require authorization", 0),
         ("unexpected status from HEAD request to {0}: 403 Forbidden", 0),
-        ("failed to authorize: failed to fetch oauth token: unexpected status: 401 Unauthorized", 0),
+        (
+            "failed to authorize: failed to fetch oauth token: unexpected status: 401 Unauthorized",
+            0,
+        ),
         ("manifest unknown: manifest unknown", 0),
         ("no match for platform in manifest: not found", 0),
-        ('failed to do request: Head "https://{0}": dial tcp 10.0.0.1:443: connect: connection refused', 60),
+        (
+            'failed to do request: Head "https://{0}": dial tcp 10.0.0.1:443: connect: connection refused',
+            60,
+        ),
         ('failed to do request: Head "https://{0}": dial tcp: lookup registry: no such host', 60),
         ('failed to do request: Head "https://{0}": net/http: TLS handshake timeout', 60),
         ("429 Too Many Requests - toomanyrequests: You have reached your pull rate limit", 60),
@@ -659,7 +709,9 @@ PULL = 'failed to pull and unpack image "{0}": failed to resolve reference "{0}"
         ("", 60),
     ],
 )
-@pytest.mark.parametrize("image", ["registry.example.com/shop@sha256:1", "example.com/denied/not found"])
+@pytest.mark.parametrize(
+    "image", ["registry.example.com/shop@sha256:1", "example.com/denied/not found"]
+)
 @pytest.mark.parametrize("reason", ["ErrImagePull", "ImagePullBackOff"])
 def test_the_text_of_a_failed_pull_tells_whether_it_can_heal(
     text: str, grace: float, image: str, reason: str
@@ -836,7 +888,17 @@ def test_a_recorded_restart_of_a_colour_is_not_sickness() -> None:
 
 def new_pod(name: str = "a", **more: Any) -> hook.Pod:
     apps = more.pop("apps", [status_entry("web", RUNNING)])
-    return a_pod(**{"name": name, "run": "r", "apps": apps, "inits": [], "started": 60.0, "ready": True, **more})
+    return a_pod(
+        **{
+            "name": name,
+            "run": "r",
+            "apps": apps,
+            "inits": [],
+            "started": 60.0,
+            "ready": True,
+            **more,
+        }
+    )
 
 
 BAD_EXIT = [status_entry("web", RUNNING, terminated(3), 1)]
@@ -886,7 +948,9 @@ def test_a_missing_pod_is_a_disturbance() -> None:
 
 
 def labelled(**labels: str) -> hook.Pod:
-    return hook.view_pod({"metadata": {"name": "p", "resourceVersion": "1", "labels": labels}, "spec": {}})
+    return hook.view_pod(
+        {"metadata": {"name": "p", "resourceVersion": "1", "labels": labels}, "spec": {}}
+    )
 
 
 NEW = {"app": "shop", "version": "blue", "gitops-hook/run": "r"}
@@ -917,7 +981,17 @@ def test_a_selector_is_narrowed_to_todays_pods(
 # === Purity ===
 
 HELPERS = {"clip", "summary_text"}
-FORBIDDEN = {"open", "print", "input", "eval", "exec", "compile", "breakpoint", "globals", "__import__"}
+FORBIDDEN = {
+    "open",
+    "print",
+    "input",
+    "eval",
+    "exec",
+    "compile",
+    "breakpoint",
+    "globals",
+    "__import__",
+}
 
 
 def section(source: str, title: str) -> str:
@@ -930,13 +1004,19 @@ def impure(source: str) -> set[str]:
     """The names used in a section of code that could reach outside of it."""
     tree = ast.parse(source)
     bound = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    bound |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    bound |= {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
     bound |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
     used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     types = {n for n in used if n[0].isupper()}  # constants, values and annotations
-    unknown = used - bound - types - HELPERS - (set(dir(builtins)) - FORBIDDEN) - {"re", "dataclass"}
+    unknown = (
+        used - bound - types - HELPERS - (set(dir(builtins)) - FORBIDDEN) - {"re", "dataclass"}
+    )
     methods = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
-    return unknown | {m for m in methods if re.search(r"\.(run|write|read|get_event|wait|start|sleep)$", m)}
+    return unknown | {
+        m for m in methods if re.search(r"\.(run|write|read|get_event|wait|start|sleep)$", m)
+    }
 
 
 def test_deciding_touches_nothing_outside() -> None:
@@ -945,7 +1025,14 @@ def test_deciding_touches_nothing_outside() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["time.time()", "subprocess.run([])", "open('x')", "warn('x')", "random.random()", "kubectl.run()"],
+    [
+        "time.time()",
+        "subprocess.run([])",
+        "open('x')",
+        "warn('x')",
+        "random.random()",
+        "kubectl.run()",
+    ],
 )
 def test_an_impure_line_would_be_found(line: str) -> None:
     assert impure(f"def decide(view):\n    {line}\n")

@@ -1,0 +1,769 @@
+"""The mirror of the cluster: what it keeps of an object, and that it follows the API server.
+
+The watch is driven by the real kubectl on the stand-in cluster, and where a moment must be held
+still, by a small program in kubectl's place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gitops_hook as hook
+from gitops_hook import Watch
+from tests.standin.cluster import Cluster
+from tests.standin.faults import Fault
+from tests.standin.kubectl import find_kubectl
+
+Object = dict[str, Any]
+DATA = Path(__file__).parent / "data" / "mirror"
+LABELS = {"app.kubernetes.io/managed-by": "gitops-hook"}
+SELECTOR = "app.kubernetes.io/managed-by=gitops-hook"
+
+
+def eventually(check: Callable[[], Any], seconds: float = 10.0) -> Any:
+    until = time.monotonic() + seconds
+    while not (result := check()):
+        assert time.monotonic() < until, "not in time"
+        time.sleep(0.01)
+    return result
+
+
+# === What is kept of an object ===
+
+
+def recorded(name: str) -> list[Object]:
+    return [json.loads(line) for line in (DATA / name).read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "states"),
+    [
+        ("job-succeeds", ["active", "succeeded"]),
+        ("job-fails", ["active", "failed"]),
+        ("job-fails-after-retries", ["active", "failed"]),
+        ("job-suspended-then-released", ["suspended", "active", "succeeded"]),
+        ("job-deadline", ["active", "failed"]),
+        ("job-image-pull", ["active"]),
+    ],
+)
+def test_a_recorded_job_goes_through_its_states(scenario: str, states: list[str]) -> None:
+    first = recorded(f"{scenario}.jobs.jsonl")[0]["object"]["metadata"]["name"]
+    events = [e["object"] for e in recorded(f"{scenario}.jobs.jsonl")]
+    views = [hook.view_job(o) for o in events if o["metadata"]["name"] == first]
+    seen = [v.state for v in views]
+    assert [s for s, before in zip(seen, ["", *seen], strict=False) if s != before] == states
+    assert (views[-1].finished > 0) is (views[-1].state in ("succeeded", "failed"))
+    assert not any(v.released for v in views if v.state == "suspended")
+
+
+def test_why_a_job_failed_is_kept_from_its_first_condition() -> None:
+    views = [hook.view_job(e["object"]) for e in recorded("job-deadline.jobs.jsonl")]
+    failed = [v for v in views if v.state == "failed"]
+    assert {v.reason for v in failed} == {"DeadlineExceeded"}
+    assert len(failed) > 1
+
+
+def test_a_recorded_pod_with_a_side_car_is_told_apart_by_kind() -> None:
+    events = recorded("job-fails-with-results-sidecar.pods.jsonl")
+    last = hook.view_pod(events[-1]["object"])
+    assert {c.name: c.kind for c in last.containers} == {
+        "clone": "init", "results": "sidecar", "test-runner": "app",
+    }  # fmt: skip
+    results, tests = last.container("results"), last.container("test-runner")
+    assert results is not None
+    assert (results.exit_code, results.text) == (0, '{"tests":3,"failures":1}')
+    assert tests is not None
+    assert (tests.exit_code, tests.exit_reason, tests.exits) == (1, "Error", 1)
+    assert last.container("other") is None
+
+
+def test_exits_are_counted_as_recorded() -> None:
+    events = [e["object"] for e in recorded("deploy-crash-loop.pods.jsonl")]
+    pods = [hook.view_pod(o) for o in events if "59f6f85c8b" in o["metadata"]["name"]]
+    exits = [c.exits for p in pods for c in p.containers]
+    assert sorted(exits) == exits
+    assert (exits[0], exits[-1]) == (0, 3)
+    assert not any(p.seen_ready for p in pods)
+
+
+def test_a_pod_remembers_that_it_was_ready() -> None:
+    events = [e["object"] for e in recorded("deploy-sick-later.pods.jsonl")]
+    pods = [hook.view_pod(o) for o in events if "dvdfr" in o["metadata"]["name"]]
+    ready = [p.ready for p in pods]
+    assert [p.seen_ready for p in pods] == [False] * ready.index(True) + [True] * (
+        len(pods) - ready.index(True)
+    )
+    assert not pods[-1].ready
+
+
+def test_an_evicted_pod_is_leaving_from_the_first_sign_on() -> None:
+    pods = [hook.view_pod(e["object"]) for e in recorded("job-evicted-then-succeeds.pods.jsonl")]
+    leaving = [p.leaving for p in pods if "evict" in p.name]
+    assert leaving == sorted(leaving)
+    assert leaving[-1]
+    assert not leaving[0]
+
+
+LEAST = {"metadata": {"name": "x", "namespace": "n", "resourceVersion": "1"}, "spec": {}}
+
+
+def test_an_object_without_any_status_is_understood() -> None:
+    job, pod, service = hook.view_job(LEAST), hook.view_pod(LEAST), hook.view_service(LEAST)
+    assert (job.state, job.stage, job.outcome, job.run.id) == ("active", "", "", "")
+    assert (pod.ready, pod.seen_ready, pod.containers, pod.run) == (False, False, (), "")
+    assert (service.run, service.ours, service.history, service.claim) == ("", False, [], {})
+
+
+@pytest.mark.parametrize("stamp", [None, "", "yesterday", "2026-13-01T00:00:00Z"])
+def test_a_time_that_is_none_is_zero(stamp: str | None) -> None:
+    assert hook.epoch(stamp) == 0.0
+
+
+def test_a_time_is_read_with_and_without_fractions() -> None:
+    assert hook.epoch("1970-01-01T00:01:00Z") == 60.0
+    assert hook.epoch("1970-01-01T00:01:00.500000Z") == 60.5
+
+
+OURS = {"gitops-hook/app": "shop", "version": "blue", "gitops-hook/run": "r2"}
+
+
+def service(notes: Object, selector: Object | None = None) -> hook.Service:
+    spec = {"selector": OURS if selector is None else selector, "ports": [{"port": 80}]}
+    meta = {"name": "shop", "resourceVersion": "5", "annotations": notes}
+    return hook.view_service({"metadata": meta, "spec": spec})
+
+
+@pytest.mark.parametrize(
+    "history",
+    ["", "{", "null", "{}", '"x"', "[1, null, []]", '[{"run": "r2"}]', '[{"selector": "blue"}]'],
+)
+def test_a_history_that_cannot_be_read_is_none(history: str) -> None:
+    found = service({hook.NOTE_HISTORY: history, hook.NOTE_CLAIM: history})
+    assert (found.history, found.live, found.target(), found.entry("r2")) == ([], {}, {}, {})
+    assert found.run == "r2"
+
+
+def test_a_note_of_another_type_is_empty() -> None:
+    found = service({hook.NOTE_BAKE: "12.5", "gitops-hook/x": "[]", "gitops-hook/y": "7"})
+    assert found.note(hook.NOTE_BAKE, 0.0) == 12.5
+    assert found.note("gitops-hook/x", {}) == {}
+    assert found.note("gitops-hook/y", "") == ""
+    assert found.note("gitops-hook/none", []) == []
+
+
+@pytest.mark.parametrize(
+    ("selector", "ours"),
+    [(OURS, True), ({**OURS, "app": "shop"}, False), ({"app": "shop"}, False), ({}, False)],
+)
+def test_only_a_selector_of_our_three_keys_is_ours(selector: Object, ours: bool) -> None:
+    assert service({}, selector).ours is ours
+
+
+def entry(run: str, outcome: str = "deployed", at: float = 1, version: str = "green") -> Object:
+    selector = {**OURS, "version": version, "gitops-hook/run": run}
+    return {"run": run, "selector": selector, "outcome": outcome, "at": at}
+
+
+LIVE = {**entry("r2"), "selector": OURS}
+FOREIGN = {"run": "", "selector": {"app": "shop"}, "outcome": "adopted"}
+
+
+@pytest.mark.parametrize(
+    ("history", "back", "run"),
+    [
+        ([LIVE, entry("r1")], 1, "r1"),
+        ([LIVE, entry("r1"), entry("r0")], 2, "r0"),
+        ([LIVE, entry("r1")], 2, None),
+        ([LIVE, entry("r1")], 0, None),
+        ([LIVE, entry("r1", "switched-back"), entry("r0")], 1, "r0"),
+        ([entry("r3", "rolled-back"), LIVE, entry("r1")], 1, "r1"),
+        ([LIVE, LIVE, entry("r1")], 1, "r1"),
+        ([LIVE, FOREIGN], 1, ""),
+        ([LIVE], 1, None),
+        ([], 1, None),
+        ([entry("r3"), entry("r1")], 1, "r3"),
+    ],
+    ids=[
+        "the one before", "two back", "too far back", "no way back", "one that was taken back is none",
+        "what is newer than the live one is none", "the live one twice", "what was there first",
+        "only the live one", "no history", "live is someone else's",
+    ],
+)  # fmt: skip
+def test_a_rollback_goes_to_the_proven_one_before(
+    history: list[Object], back: int, run: str | None
+) -> None:
+    found = service({hook.NOTE_HISTORY: json.dumps(history)}).target(back)
+    assert found.get("run") == run
+
+
+def test_an_entry_is_the_newest_of_its_run_since_a_time() -> None:
+    history = [entry("r1", "failed", 30), LIVE, entry("r1", "deployed", 10)]
+    found = service({hook.NOTE_HISTORY: json.dumps(history)})
+    assert found.entry("r1")["at"] == 30
+    assert found.entry("r1", 30)["outcome"] == "failed"
+    assert found.entry("r1", 31) == {}
+    assert found.live == LIVE
+
+
+# === A stream of objects ===
+
+STREAM = [{"type": "ADDED", "object": {"name": "grün ✓ 💡", "n": n}} for n in range(3)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 100_000])
+def test_objects_are_found_wherever_the_stream_is_cut(size: int) -> None:
+    text = "\n".join(json.dumps(o, indent=4, ensure_ascii=False) for o in STREAM).encode()
+    chunks = [text[i : i + size] for i in range(0, len(text), size)]
+    assert list(hook.decode_stream(chunks)) == STREAM
+
+
+def test_a_stream_that_breaks_off_yields_what_was_complete() -> None:
+    text = json.dumps(STREAM[0]).encode()
+    assert list(hook.decode_stream([text, text[:-1]])) == STREAM[:1]
+    assert list(hook.decode_stream([])) == []
+
+
+def test_bytes_that_are_no_text_spoil_only_their_object() -> None:
+    assert [o["object"] for o in hook.decode_stream([b'{"object": "\xff"}{"object": 2}'])] == [
+        "\ufffd",
+        2,
+    ]
+
+
+def test_a_stream_of_something_else_ends_instead_of_growing() -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"error: the server is on fire\n"
+        raise AssertionError("read on")
+
+    assert list(hook.decode_stream(chunks())) == []
+
+
+# === Memory ===
+
+
+def kept_bytes(view: Callable[[Object], Any], texts: list[str]) -> float:
+    tracemalloc.start()
+    try:
+        views = [view(json.loads(text)) for text in texts]
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return kept / len(views)
+
+
+CONFIG = hook.load_config(
+    "apps: [{name: shop, repository: 'https://gitlab.example.com/demo/shop.git',"
+    " build: {image: registry.example.com/demo/shop}}]\nimages: {hook: 'registry.example.com/hook:1'}"
+)
+
+
+def job_text(number: int) -> str:
+    commit = f"{number:040x}"
+    run = hook.Run(
+        id=f"shop-{number:08x}-abcd", app="shop", ref=f"refs/heads/b{number}", commit=commit
+    )
+    found = hook.test_job(CONFIG, CONFIG.apps[0], run)
+    found["metadata"] |= {
+        "resourceVersion": str(number),
+        "creationTimestamp": "2026-01-01T00:00:00Z",
+    }
+    return json.dumps(found)
+
+
+def test_a_thousand_jobs_are_kept_in_little_memory() -> None:
+    assert kept_bytes(hook.view_job, [job_text(n) for n in range(1000)]) < 3500
+
+
+def test_a_thousand_pods_are_kept_in_little_memory() -> None:
+    events = recorded("job-fails-with-results-sidecar.pods.jsonl")
+    last = events[-1]["object"]
+    texts = []
+    for number in range(1000):
+        last["metadata"] |= {"name": f"test-{number}", "resourceVersion": str(number)}
+        texts.append(json.dumps(last))
+    assert kept_bytes(hook.view_pod, texts) < 4000
+
+
+# === The watch, on the stand-in cluster ===
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("cluster")) as made, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", str(made.kubeconfig()))
+        patch.setenv("HOME", str(made.directory))
+        yield made
+
+
+@pytest.fixture
+def space(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of a test's own; its faults end with it."""
+    name = f"n{abs(hash(request.node.name))}"
+    cluster.load({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    yield name
+    cluster.faults.clear()
+
+
+@contextmanager
+def outage(cluster: Cluster) -> Iterator[None]:
+    """The API server refuses connections while the block runs."""
+    cluster.down()
+    try:
+        yield
+    finally:
+        cluster.up()
+
+
+@pytest.fixture
+def kubectl() -> hook.Kubectl:
+    return hook.Kubectl(hook.Metrics(), program=find_kubectl())
+
+
+def put(cluster: Cluster, space: str, name: str, run: str = "r1", **labels: str) -> None:
+    meta = {"name": name, "namespace": space, "labels": {**LABELS, **labels}}
+    spec = {"selector": {"gitops-hook/run": run}, "ports": [{"port": 80}]}
+    cluster.load({"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec})
+
+
+def services(kubectl: hook.Kubectl, space: str) -> Watch[hook.Service]:
+    return Watch(kubectl, "services", space, hook.view_service, SELECTOR)
+
+
+@contextmanager
+def running(watch: Watch[Any], **more: Any) -> Iterator[threading.Thread]:
+    """Run a watch in a thread of its own; it must end when it is told to."""
+    thread = threading.Thread(target=watch.run, kwargs=more)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        watch.stop()
+        thread.join(15)
+        assert not thread.is_alive()
+
+
+def runs(watch: Watch[hook.Service]) -> dict[str, str]:
+    return {s.name: s.run for s in watch.items()}
+
+
+def test_what_is_there_is_known_and_then_what_changes(
+    cluster: Cluster, space: str, kubectl: hook.Kubectl
+) -> None:
+    put(cluster, space, "a")
+    put(cluster, space, "b")
+    watch = services(kubectl, space)
+    with running(watch):
+        assert watch.synced.wait(10)
+        assert runs(watch) == {"a": "r1", "b": "r1"}
+        watch.changed.clear()
+        put(cluster, space, "a", "r2")
+        eventually(lambda: runs(watch) == {"a": "r2", "b": "r1"})
+        assert watch.changed.is_set()
+        put(cluster, space, "c")
+        eventually(lambda: runs(watch) == {"a": "r2", "b": "r1", "c": "r1"})
+        cluster.store.delete("services", space, "b")
+        eventually(lambda: runs(watch) == {"a": "r2", "c": "r1"})
+        assert [s.name for s in watch.take_gone()] == ["b"]
+        assert watch.take_gone() == []
+        assert watch.trouble == ""
+
+
+def test_an_empty_namespace_is_known_to_be_empty(
+    cluster: Cluster, space: str, kubectl: hook.Kubectl
+) -> None:
+    watch = services(kubectl, space)
+    with running(watch):
+        assert watch.synced.wait(10)
+        assert watch.items() == []
+        put(cluster, space, "a")
+        eventually(lambda: runs(watch) == {"a": "r1"})
+
+
+def test_only_what_matches_is_mirrored(cluster: Cluster, space: str, kubectl: hook.Kubectl) -> None:
+    put(cluster, space, "ours")
+    put(cluster, space, "theirs", **{"app.kubernetes.io/managed-by": "someone"})
+    watch = services(kubectl, space)
+    with running(watch):
+        assert watch.synced.wait(10)
+        assert runs(watch) == {"ours": "r1"}
+
+
+def test_what_is_made_again_under_its_name_is_gone_once_and_there(
+    cluster: Cluster, space: str, kubectl: hook.Kubectl
+) -> None:
+    put(cluster, space, "a", "old")
+    watch = services(kubectl, space)
+    with running(watch):
+        assert watch.synced.wait(10)
+        cluster.store.delete("services", space, "a")
+        put(cluster, space, "a", "new")
+        eventually(lambda: runs(watch) == {"a": "new"})
+        assert [s.run for s in watch.take_gone()] == ["old"]
+
+
+def test_whoever_waits_for_several_mirrors_is_woken_by_each(
+    cluster: Cluster, space: str, kubectl: hook.Kubectl
+) -> None:
+    wake, beats = threading.Event(), []
+    watch = services(kubectl, space)
+    with running(watch, changed=wake, pulse=lambda: beats.append(1)):
+        assert watch.synced.wait(10)
+        wake.clear()
+        before = len(beats)
+        put(cluster, space, "a")
+        assert wake.wait(10)
+        assert len(beats) > before
+
+
+def test_a_watch_that_fell_silent_is_begun_anew(
+    cluster: Cluster, space: str, kubectl: hook.Kubectl
+) -> None:
+    put(cluster, space, "a")
+    put(cluster, space, "b")
+    silent = Fault("drop-watch", verb="watch", resource="services", namespace=space, seconds=0)
+    cluster.faults.add(silent)
+    watch = services(kubectl, space)
+    watch.seconds = 0.8
+    with running(watch):
+        assert watch.synced.wait(10)
+        eventually(lambda: cluster.faults.log and watch.items())
+        put(cluster, space, "a", "r2")
+        cluster.store.delete("services", space, "b")
+        eventually(lambda: runs(watch) == {"a": "r2"})
+        assert [s.name for s in watch.take_gone()] == ["b"]
+
+
+def test_an_outage_is_told_and_what_was_missed_is_caught_up(
+    cluster: Cluster, space: str, kubectl: hook.Kubectl
+) -> None:
+    put(cluster, space, "a")
+    put(cluster, space, "b")
+    watch = services(kubectl, space)
+    with running(watch):
+        assert watch.synced.wait(10)
+        with outage(cluster):
+            eventually(lambda: "refused" in watch.trouble)
+            assert runs(watch) == {"a": "r1", "b": "r1"}
+            put(cluster, space, "a", "r2")
+            put(cluster, space, "c")
+            cluster.store.delete("services", space, "b")
+        eventually(lambda: runs(watch) == {"a": "r2", "c": "r1"})
+        assert [s.name for s in watch.take_gone()] == ["b"]
+        assert watch.trouble == ""
+
+
+def test_a_cluster_that_is_not_there_yet_is_waited_for(
+    cluster: Cluster, space: str, kubectl: hook.Kubectl
+) -> None:
+    put(cluster, space, "a")
+    watch = services(kubectl, space)
+    with ExitStack() as stack:
+        with outage(cluster):
+            stack.enter_context(running(watch))
+            eventually(lambda: "refused" in watch.trouble)
+            assert not watch.synced.is_set()
+        assert watch.synced.wait(10)
+        assert runs(watch) == {"a": "r1"}
+
+
+def test_a_watch_that_is_forbidden_is_told_and_not_tried_all_the_time(
+    cluster: Cluster, space: str, kubectl: hook.Kubectl
+) -> None:
+    put(cluster, space, "a")
+    cluster.faults.add(Fault("forbid", verb="watch", namespace=space, times=None))
+    watch = services(kubectl, space)
+
+    def tried() -> int:
+        return sum((r.verb, r.namespace) == ("watch", space) for r in cluster.faults.log)
+
+    with running(watch):
+        assert "orbidden" in eventually(lambda: watch.trouble)
+        first = time.monotonic()
+        eventually(lambda: tried() >= 2)
+        assert time.monotonic() - first > 0.5
+        assert runs(watch) == {"a": "r1"}
+
+
+def test_a_stop_while_the_api_server_hangs_loses_nothing(
+    cluster: Cluster, space: str, kubectl: hook.Kubectl
+) -> None:
+    put(cluster, space, "a")
+    watch = services(kubectl, space)
+    watch.seconds = 0.8
+    with running(watch) as thread:
+        assert watch.synced.wait(10)
+        cluster.faults.add(Fault("hang", verb="list", namespace=space, times=None))
+        eventually(lambda: cluster.faults._waiting)
+        watch.stop()
+        cluster.faults.clear()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert runs(watch) == {"a": "r1"}
+    assert watch.take_gone() == []
+
+
+def switches_of(thread: threading.Thread) -> int:
+    status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+    return int(status.rpartition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+def unmoved(thread: threading.Thread, seconds: float) -> bool:
+    """Whether a thread was not even woken for so long."""
+    before = switches_of(thread)
+    threading.Event().wait(seconds)
+    return switches_of(thread) == before
+
+
+def test_an_idle_watch_does_nothing_at_all(
+    cluster: Cluster, space: str, kubectl: hook.Kubectl
+) -> None:
+    put(cluster, space, "a")
+    watch = services(kubectl, space)
+    with running(watch) as thread:
+        assert watch.synced.wait(10)
+        eventually(lambda: unmoved(thread, 0.2))
+        assert unmoved(thread, 0.5)
+
+
+# === The watch, moment by moment ===
+
+PROGRAM = """#!/bin/sh
+cd {directory}
+case "$*" in
+  *--watch*) echo x >> watches; . ./watch ;;
+  *) echo x >> lists; . ./names ;;
+esac
+"""
+
+
+class Puppet:
+    """A program in kubectl's place that does what two small scripts say."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory, program = directory, directory / "kubectl"
+        program.write_text(PROGRAM.format(directory=directory))
+        program.chmod(0o755)
+        self.kubectl = hook.Kubectl(hook.Metrics(), program=str(program))
+        self.script(names="true", watch="exec sleep 60")
+
+    def script(self, **parts: str) -> None:
+        for name, text in parts.items():
+            fresh = self.directory / f"{name}.new"
+            fresh.write_text(text + "\n")
+            fresh.rename(self.directory / name)
+
+    def events(self, *events: Object) -> str:
+        """A command that prints events as kubectl does."""
+        name = f"events-{len(list(self.directory.glob('events-*')))}"
+        text = "".join(json.dumps(e, indent=4) + "\n" for e in events)
+        (self.directory / name).write_text(text)
+        return f"cat {name}"
+
+    def count(self, what: str) -> int:
+        path = self.directory / what
+        return len(path.read_text().split()) if path.exists() else 0
+
+    def watch(self) -> Watch[hook.Service]:
+        return services(self.kubectl, "any")
+
+
+@pytest.fixture
+def puppet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Puppet:
+    return Puppet(tmp_path, monkeypatch)
+
+
+def event(kind: str, name: str, version: int, run: str = "r1") -> Object:
+    meta = {"name": name, "resourceVersion": str(version)}
+    return {
+        "type": kind,
+        "object": {"metadata": meta, "spec": {"selector": {"gitops-hook/run": run}}},
+    }
+
+
+NAMES = "printf 'service/%s\\n' "
+
+
+def test_nothing_is_known_before_all_of_it_is(puppet: Puppet) -> None:
+    first, second = puppet.events(event("ADDED", "a", 1)), puppet.events(event("ADDED", "b", 2))
+    go = "while [ ! -e go ]; do sleep 0.02; done"
+    puppet.script(names=NAMES + "a b", watch=f"{first}; {go}; {second}; exec sleep 60")
+    watch = puppet.watch()
+    with running(watch):
+        eventually(lambda: runs(watch) == {"a": "r1"})
+        assert not watch.synced.is_set()
+        (puppet.directory / "go").touch()
+        assert watch.synced.wait(10)
+        assert runs(watch) == {"a": "r1", "b": "r1"}
+
+
+def test_what_goes_before_a_late_watch_begins_is_not_waited_for(puppet: Puppet) -> None:
+    late = "while [ ! -s lists ]; do sleep 0.02; done"
+    names = f"if [ $(wc -l < lists) -lt 2 ]; then {NAMES}a b; else {NAMES}a; fi"
+    shown = puppet.events(event("ADDED", "a", 1))
+    puppet.script(names=names, watch=f"{late}; {shown}; exec sleep 60")
+    watch = puppet.watch()
+    with running(watch):
+        assert watch.synced.wait(10)
+        assert runs(watch) == {"a": "r1"}
+        assert puppet.count("lists") == 2
+
+
+def test_an_event_older_than_what_is_known_changes_nothing(puppet: Puppet) -> None:
+    told = puppet.events(
+        event("ADDED", "a", 9, "new"), event("MODIFIED", "a", 5, "old"),
+        event("DELETED", "a", 6, "old"), event("ADDED", "b", 10),
+    )  # fmt: skip
+    puppet.script(names=NAMES + "a b", watch=f"{told}; exec sleep 60")
+    watch = puppet.watch()
+    with running(watch):
+        assert watch.synced.wait(10)
+        assert runs(watch) == {"a": "new", "b": "r1"}
+        assert watch.take_gone() == []
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired"}},
+        {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "7"}}},
+        {"kind": "Status", "apiVersion": "v1", "message": "too old resource version"},
+    ],
+    ids=["410 Gone", "bookmark", "bare status"],
+)
+def test_what_is_no_change_changes_nothing(puppet: Puppet, odd: Object) -> None:
+    told = puppet.events(event("ADDED", "a", 1), odd, event("ADDED", "b", 2))
+    puppet.script(names=NAMES + "a b", watch=f"{told}; exec sleep 60")
+    watch = puppet.watch()
+    with running(watch):
+        assert watch.synced.wait(10)
+        assert runs(watch) == {"a": "r1", "b": "r1"}
+
+
+@pytest.mark.parametrize(
+    ("script", "trouble"),
+    [
+        ("echo 'error: oh no' >&2; exit 1", "error: oh no"),
+        ("exit 0", "ended at once"),
+        ("echo 'not json'; exec sleep 60", "ended at once"),
+    ],
+    ids=["fails", "ends", "talks"],
+)
+def test_a_watch_that_does_not_work_is_told(puppet: Puppet, script: str, trouble: str) -> None:
+    puppet.script(watch=script)
+    watch = puppet.watch()
+    with running(watch):
+        assert eventually(lambda: watch.trouble) == trouble
+
+
+def test_a_watch_that_does_not_work_is_tried_again_after_a_pause(puppet: Puppet) -> None:
+    puppet.script(watch="exit 1")
+    watch = puppet.watch()
+    with running(watch):
+        began = time.monotonic()
+        eventually(lambda: puppet.count("watches") == 2)
+        assert time.monotonic() - began > 0.6
+        shown = puppet.events(event("ADDED", "a", 1))
+        puppet.script(names=NAMES + "a", watch=f"{shown}; exec sleep 60")
+        eventually(lambda: runs(watch) == {"a": "r1"})
+        assert watch.synced.is_set()
+        assert watch.trouble == ""
+
+
+def test_a_watch_stuck_on_its_own_complaints_is_ended(puppet: Puppet) -> None:
+    shown = puppet.events(event("ADDED", "a", 1))
+    once = "if [ $(wc -l < watches) -lt 2 ]; then exec head -c 1000000 /dev/zero >&2; fi"
+    puppet.script(names=NAMES + "a", watch=f"{once}; {shown}; exec sleep 60")
+    watch = puppet.watch()
+    watch.seconds = 0.8
+    with running(watch):
+        assert watch.synced.wait(10)
+        assert runs(watch) == {"a": "r1"}
+
+
+def test_a_missing_kubectl_is_told_and_waited_for(tmp_path: Path) -> None:
+    program = tmp_path / "kubectl"
+    watch = services(hook.Kubectl(hook.Metrics(), program=str(program)), "any")
+    with running(watch):
+        assert "cannot be started" in eventually(lambda: watch.trouble)
+        assert not watch.synced.is_set()
+        program.write_text('#!/bin/sh\ncase "$*" in *--watch*) exec sleep 60;; esac\n')
+        program.chmod(0o755)
+        assert watch.synced.wait(10)
+
+
+def test_a_stop_during_the_list_forgets_nothing(puppet: Puppet) -> None:
+    shown = puppet.events(event("ADDED", "a", 1))
+    puppet.script(names=NAMES + "a", watch=f"{shown}; exec sleep 60")
+    watch = puppet.watch()
+    watch.seconds = 0.8
+    with running(watch) as thread:
+        assert watch.synced.wait(10)
+        puppet.script(names=f"touch listing; while [ ! -e go ]; do sleep 0.02; done; {NAMES}a")
+        eventually((puppet.directory / "listing").exists)
+        watch.stop()
+        (puppet.directory / "go").touch()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert runs(watch) == {"a": "r1"}
+    assert watch.take_gone() == []
+
+
+def test_a_watch_stopped_before_it_runs_starts_nothing(puppet: Puppet) -> None:
+    watch = puppet.watch()
+    watch.stop()
+    watch.run()
+    assert puppet.count("watches") == 0
+
+
+def test_the_first_list_of_a_thousand_jobs_needs_little_memory_at_any_time(puppet: Puppet) -> None:
+    events = [{"type": "ADDED", "object": json.loads(job_text(n))} for n in range(1000)]
+    names = "seq -f 'job.batch/test-shop-%08g' 0 0"
+    puppet.script(names=names, watch=f"{puppet.events(*events)}; exec sleep 60")
+    del events
+    watch = Watch(puppet.kubectl, "jobs", "test", hook.view_job, SELECTOR)
+    tracemalloc.start()
+    try:
+        with running(watch):
+            eventually(lambda: len(watch.items()) == 1000, 60)
+            _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8_000_000
+
+
+# === Around it ===
+
+
+def test_the_end_of_a_process_is_waited_for_and_its_words_returned(puppet: Puppet) -> None:
+    puppet.script(watch="echo out; echo err >&2; exec sleep 60")
+    process = puppet.kubectl.stream("get", "--watch", namespace="any")
+    assert hook.readable(process, 10)
+    eventually(lambda: puppet.count("watches"))
+    printed = hook.end_process(process)
+    assert printed[0] == "out\n"
+    assert process.returncode == -9
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
+
+
+def test_pauses_grow_to_a_limit_and_differ() -> None:
+    for failures, delay in enumerate((*hook.DELAYS, hook.DELAYS[-1])):
+        pauses = {hook.backoff(failures) for _ in range(50)}
+        assert delay * 0.7 <= min(pauses) < max(pauses) <= delay * 1.3
+
+
+def test_views_are_values() -> None:
+    one, two = hook.view_pod(LEAST), hook.view_pod(LEAST)
+    assert one == two
+    assert replace(one, version=2) != two
