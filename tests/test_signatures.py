@@ -108,7 +108,8 @@ def test_a_missing_or_empty_header_is_refused_and_named(name: str, value: str | 
     [
         "1_744_578_123", " 1744578123", "1744578123\n", "+1744578123", "-1744578123",
         "1744578123.0",
-                "nan", "inf", "1e9", "\uff11\uff17\uff14\uff14", "0x67fc2b4b", "1" * 13, "now", "\u00b2",
+                "nan", "inf", "1e9", "\uff11\uff17\uff14\uff14",
+        "0x67fc2b4b", "1" * 13, "now", "\u00b2",
     ],
 )  # fmt: skip
 def test_a_timestamp_that_only_python_takes_for_a_number_is_refused(stamp: str) -> None:
@@ -203,6 +204,11 @@ def test_a_plain_token_must_be_the_very_same() -> None:
     assert plain("token", keys, "old-secret")
     for wrong in (None, "", " ", PLAIN[:-1], PLAIN + "x", PLAIN.upper(), "ü" * 20, "\ud800"):
         assert not plain("token", keys, wrong)
+
+
+def test_an_empty_token_is_wrong_even_where_an_empty_secret_slipped_in() -> None:
+    assert not plain("token", [b""], "")
+    assert not plain("token", [b""], None)
 
 
 def test_a_token_beyond_ascii_is_compared_by_its_bytes() -> None:
