@@ -221,7 +221,7 @@ def test_status_tells_what_is_being_deployed_and_how_long_it_bakes(story: Story)
 def test_status_tells_how_far_a_run_is(story: Story) -> None:
     runs = story.pages["baking"].runs()
     run, first = runs[story.run["v2"]], runs[story.run["v1"]]
-    assert (run["stage"], run["state"]) == ("build", "succeeded")
+    assert (run["stage"], run["state"]) == ("production", "baking")
     assert (run["outcome"], run["reason"]) == ("", "")
     assert (first["state"], first["outcome"], first["reason"]) == ("ended", "deployed", "Ok")
     assert (first["app"], first["ref"]) == ("shop", "refs/heads/main")

@@ -1,0 +1,145 @@
+"""The README tells what the program does: its tables are compared with the code.
+
+`python -m tests.test_readme` writes the tables anew.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from prometheus_client.metrics import MetricWrapperBase
+
+import gitops_hook
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+MAX_LINES = 250
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def settings() -> str:
+    rows = []
+    for key, default, meaning in gitops_hook.settings_table():
+        rows.append((f"`{key}`", default if default == "required" else f"`{default}`", meaning))
+    return table(("setting", "default", "meaning"), rows)
+
+
+def process() -> str:
+    named = [(f.name.upper(), f.default) for f in fields(gitops_hook.Process)]
+    return ", ".join(f"`GITOPS_HOOK_{name}` (`{default}`)" for name, default in named) + "."
+
+
+def metrics() -> str:
+    rows = []
+    for made in vars(gitops_hook.Metrics()).values():
+        if isinstance(made, MetricWrapperBase):
+            (found,) = made.collect()
+            name = found.name.removeprefix("gitops_hook_")
+            name += "_total" * (found.type == "counter")
+            labels = ", ".join(f"`{label}`" for label in made._labelnames)
+            rows.append((f"`{name}`", labels, found.documentation))
+    return table(("metric", "labels", "meaning"), rows)
+
+
+TABLES = {"settings": settings, "process": process, "metrics": metrics}
+
+
+def block(name: str) -> re.Pattern[str]:
+    """What stands between the marks of a generated part."""
+    return re.compile(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)")
+
+
+def rewrite() -> None:
+    """Write the generated tables into the README."""
+    text = README.read_text()
+    for name, made in TABLES.items():
+        new = made() + "\n"
+        text = block(name).sub(lambda _, new=new: new, text)
+    README.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return README.read_text()
+
+
+def test_it_can_be_read_in_one_go(readme: str) -> None:
+    assert len(readme.splitlines()) <= MAX_LINES
+
+
+def test_it_has_no_pictures(readme: str) -> None:
+    assert not re.search("[\U0001f000-\U0001ffff\u2600-\u27bf]|!\\[", readme)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_its_tables_are_those_of_the_code(readme: str, name: str) -> None:
+    (found,) = block(name).findall(readme)
+    assert found == TABLES[name]() + "\n", "python -m tests.test_readme writes them anew"
+
+
+def test_it_names_every_command_and_option(readme: str) -> None:
+    (rows,) = re.findall(r"(?s)\| command \| does \|\n(.*?)\n\n", readme)
+    commands = gitops_hook.parser()._subparsers._group_actions[0].choices
+    named = re.findall(r"(?m)^\| `([^|]*)` \|", rows)
+    assert {word for cell in named for word in re.findall(r"^\w+|(?<=`)\w+", cell)} == {*commands}
+    for name, command in commands.items():
+        options = {o for a in command._actions for o in a.option_strings if o[:2] == "--"}
+        (cell,) = [cell for cell in named if re.search(rf"\b{name}\b", cell)]
+        assert set(re.findall(r"--\w+", cell)) == options - {"--help"}
+
+
+def test_it_names_every_outcome(readme: str) -> None:
+    assert all(f"`{outcome}`" in readme for outcome in gitops_hook.Outcome)
+
+
+def test_its_reasons_are_those_of_the_program(readme: str) -> None:
+    (rows,) = re.findall(r"(?s)\| what you see \|.*?\n\n", readme)
+    named = re.findall(r"`(?:failed )?([A-Z][a-z]+[A-Z][A-Za-z]+)`", rows)
+    assert len(named) >= 5
+    assert {*named} <= {*gitops_hook.Reason, "NotAuthentic"}
+
+
+def test_its_log_lines_are_those_of_the_program(readme: str) -> None:
+    source = (ROOT / "gitops_hook.py").read_text()
+    named = re.findall(r"log `([a-z ]+)`|(?<=, )`([a-z ]+ [a-z ]+)`", readme)
+    messages = {first or second for first, second in named}
+    assert len(messages) >= 4
+    assert not {m for m in messages if not re.search(rf'(info|warn|error|say)\(\s*"{m}"', source)}
+
+
+def test_its_metrics_in_prose_exist(readme: str) -> None:
+    prose = block("metrics").sub("", readme)
+    named = set(re.findall(r"`(\w+?)(?:\{.*?\})?`", prose)) & set(re.findall(r"\w+_\w+", prose))
+    known = re.findall(r"(?m)^\| `(\w+)`", metrics())
+    assert {n for n in named if n.endswith(("_total", "_files", "_seconds"))} <= {*known}
+
+
+def test_its_make_targets_exist(readme: str) -> None:
+    targets = re.findall(r"(?m)^([a-z]+):.*## ", (ROOT / "Makefile").read_text())
+    named = re.findall(r"`make ([a-z]+)", readme)
+    assert {"demo", "test", "kind", "image", "apply", "delete", "check"} <= {*named} <= {*targets}
+
+
+def test_its_routes_are_those_of_the_program(readme: str) -> None:
+    (rows,) = re.findall(r"(?s)\| route \| answers \|\n(.*?)\n\n", readme)
+    named = set(re.findall(r"(?m)^\| `(?:GET|POST) (/\w+)`", rows))
+    source = (ROOT / "gitops_hook.py").read_text()
+    assert named == set(re.findall(r"[\"'](/(?:webhook|healthz|readyz|metrics))[\"']", source))
+
+
+def test_its_files_exist(readme: str) -> None:
+    files = re.findall(r"\]\(([\w./]+)\)|`((?:manifests|tests)/[\w./]+)`", readme)
+    assert len(files) >= 4
+    assert all((ROOT / (linked or named)).exists() for linked, named in files)
+
+
+if __name__ == "__main__":
+    rewrite()
