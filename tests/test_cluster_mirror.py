@@ -192,9 +192,10 @@ FOREIGN = {"run": "", "selector": {"app": "shop"}, "outcome": "adopted"}
         ([entry("r3"), entry("r1")], 1, "r3"),
     ],
     ids=[
-        "the one before", "two back", "too far back", "no way back", "one that was taken back is none",
-        "what is newer than the live one is none", "the live one twice", "what was there first",
-        "only the live one", "no history", "live is someone else's",
+        "the one before", "two back", "too far back", "no way back",
+        "one that was taken back is none", "what is newer than the live one is none",
+        "the live one twice", "what was there first", "only the live one", "no history",
+        "live is someone else's",
     ],
 )  # fmt: skip
 def test_a_rollback_goes_to_the_proven_one_before(
@@ -215,7 +216,8 @@ def test_a_rollback_goes_to_the_proven_one_before(
         ([LIVE], None),
     ],
     ids=[
-        "proven", "not proven yet", "the live one twice", "overwritten since", "found bad", "nothing",
+        "proven", "not proven yet", "the live one twice", "overwritten since", "found bad",
+        "nothing",
     ],
 )  # fmt: skip
 def test_a_sick_version_goes_back_to_what_it_replaced(
@@ -281,7 +283,8 @@ def kept_bytes(view: Callable[[Object], Any], texts: list[str]) -> float:
 
 CONFIG = hook.load_config(
     "apps: [{name: shop, repository: 'https://gitlab.example.com/demo/shop.git',"
-    " build: {image: registry.example.com/demo/shop}}]\nimages: {hook: 'registry.example.com/hook:1'}"
+    " build: {image: registry.example.com/demo/shop}}]\n"
+    "images: {hook: 'registry.example.com/hook:1'}"
 )
 
 

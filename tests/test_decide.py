@@ -1,6 +1,7 @@
-"""What a run does next, decided from what is observed alone: tables of states and recorded clusters.
+"""What a run does next, decided from what is observed alone: tables and recorded clusters.
 
-data/mirror/ holds the watches of a real cluster, scenario by scenario, thinned to what is looked at.
+data/mirror/ holds the watches of a real cluster, scenario by scenario,
+    thinned to what is looked at.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def waiting(reason: str, message: str = "") -> Object:
 RUNNING: Object = {"running": {"startedAt": stamp(NOW - 9)}}
 
 
-def status_entry(
+def entry(
     name: str,
     state: Object,
     last: Object | None = None,
@@ -113,9 +114,9 @@ def a_pod(
     """A pod as the cluster would have it; `started` seconds ago, unready since `fell` seconds."""
     states = states or {}
     if inits is None:
-        inits = [status_entry(n, s) for n, s in states.items() if n in ("clone", "results")]
+        inits = [entry(n, s) for n, s in states.items() if n in ("clone", "results")]
     if apps is None:
-        apps = [status_entry(n, s) for n, s in states.items() if n not in ("clone", "results")]
+        apps = [entry(n, s) for n, s in states.items() if n not in ("clone", "results")]
     since = started if fell is None else fell
     conditions = [
         {"type": "Ready", "status": str(ready), "lastTransitionTime": stamp(NOW - since)},
@@ -181,7 +182,7 @@ SINCE = a_service("shop-other", history_entry("deployed", run="shop-other", colo
 DOOMED = hook.Symptom("k", Reason.IMAGE_NOT_FOUND, "image: not found")
 
 
-def ended_pod(stage: str, **states: Object) -> tuple[hook.Pod, ...]:
+def ended(stage: str, **states: Object) -> tuple[hook.Pod, ...]:
     names = {"main": "test-runner" if stage == "test" else "kaniko"}
     job = TEST if stage == "test" else BUILD
     return (a_pod(job, states={names.get(k, k): v for k, v in states.items()}),)
@@ -204,7 +205,8 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "suspended", run=a_run(received=NOW - 9999)), places=0),
         Do.WAIT, "test", Reason.OK, "free place"),
     "git does not answer": (
-        a_view(a_job("test", "suspended"), head="unknown"), Do.WAIT, "test", Reason.GIT_ERROR, "head"),
+        a_view(a_job("test", "suspended"), head="unknown"), Do.WAIT, "test", Reason.GIT_ERROR,
+            "head"),
     "git does not answer for hours": (
         a_view(a_job("test", "suspended", since=9999), head="unknown"),
         Do.WAIT, "test", Reason.GIT_ERROR, "head"),
@@ -265,36 +267,42 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "succeeded", run=OTHER), doomed=DOOMED),
         Do.END, "test", (Outcome.TESTED, Reason.OK), ""),
     "the report is kept while the Job still ends": (
-        a_view(a_job("test"), pods=ended_pod("test", main=terminated(1), results=terminated(0, SUMMARY))),
+        a_view(a_job("test"), pods=ended("test", main=terminated(1), results=terminated(0,
+            SUMMARY))),
         Do.NOTE, "test", Reason.OK, SUMMARY),
     "the report is kept before a failure is told": (
         a_view(a_job("test", "failed"),
-            pods=ended_pod("test", main=terminated(1), results=terminated(0, SUMMARY))),
+            pods=ended("test", main=terminated(1), results=terminated(0, SUMMARY))),
         Do.NOTE, "test", Reason.OK, SUMMARY),
     "the report of an evicted pod is not the tests'": (
-        a_view(a_job("test"), pods=(a_pod(TEST, states={"results": terminated(0, SUMMARY)}, reason="Evicted"),)),
+        a_view(a_job("test"), pods=(a_pod(TEST, states={"results": terminated(0, SUMMARY)},
+            reason="Evicted"),)),
         Do.WAIT, "test", Reason.OK, ""),
     "tests failed, with a report": (
         a_view(a_job("test", "failed", notes={hook.NOTE_SUMMARY: SUMMARY}),
-            pods=ended_pod("test", main=terminated(1))),
+            pods=ended("test", main=terminated(1))),
         Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "2 passed, 1 failed: t.test_x"),
     "tests failed, without a report": (
-        a_view(a_job("test", "failed"), pods=ended_pod("test", main=terminated(4))),
+        a_view(a_job("test", "failed"), pods=ended("test", main=terminated(4))),
         Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 4"),
     "the side-car failed, too, and nobody asks": (
-        a_view(a_job("test", "failed"), pods=ended_pod("test", main=terminated(2), results=terminated(9))),
+        a_view(a_job("test", "failed"), pods=ended("test", main=terminated(2),
+            results=terminated(9))),
         Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 2"),
     "only the side-car failed": (
-        a_view(a_job("test", "succeeded", run=OTHER), pods=ended_pod("test", main=terminated(0), results=terminated(9))),
+        a_view(a_job("test", "succeeded", run=OTHER), pods=ended("test", main=terminated(0),
+            results=terminated(9))),
         Do.END, "test", (Outcome.TESTED, Reason.OK), ""),
     "the tests were killed for their memory": (
-        a_view(a_job("test", "failed"), pods=ended_pod("test", main=terminated(137, reason="OOMKilled"))),
+        a_view(a_job("test", "failed"), pods=ended("test", main=terminated(137,
+            reason="OOMKilled"))),
         Do.END, "test", (Outcome.FAILED, Reason.OUT_OF_MEMORY), "memory"),
     "the commit could not be fetched": (
-        a_view(a_job("test", "failed"), pods=ended_pod("test", clone=terminated(1, "git fetch: not our ref"))),
+        a_view(a_job("test", "failed"), pods=ended("test", clone=terminated(1,
+            "git fetch: not our ref"))),
         Do.END, "test", (Outcome.FAILED, Reason.CLONE_FAILED), "not our ref"),
     "the clone left no word": (
-        a_view(a_job("test", "failed"), pods=ended_pod("test", clone=terminated(128))),
+        a_view(a_job("test", "failed"), pods=ended("test", clone=terminated(128))),
         Do.END, "test", (Outcome.FAILED, Reason.CLONE_FAILED), "exit code 128"),
     "the newest pod tells": (
         a_view(a_job("test", "failed"), pods=(
@@ -303,14 +311,15 @@ ACTIONS: dict[str, Case] = {
         Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 3"),
     "the machine went away under the tests": (
         a_view(a_job("test", "failed", since=60),
-            pods=ended_pod("test", main=terminated(137, reason="ContainerStatusUnknown"))),
+            pods=ended("test", main=terminated(137, reason="ContainerStatusUnknown"))),
         Do.END, "test", (Outcome.FAILED, Reason.VANISHED), "no result"),
     "the backstop ended the Job": (
         a_view(a_job("test", "failed", reason="DeadlineExceeded")),
         Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT), "deadline"),
     "the backstop killed the tests": (
         a_view(a_job("test", "failed", reason="DeadlineExceeded"), pods=(
-            a_pod(TEST, states={"test-runner": terminated(137)}, meta={"deletionTimestamp": stamp(NOW)}),)),
+            a_pod(TEST, states={"test-runner": terminated(137)},
+                meta={"deletionTimestamp": stamp(NOW)}),)),
         Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT), "deadline"),
     "a Job has failed and its pod's watch is behind": (
         a_view(a_job("test", "failed", reason="PodFailurePolicy", since=2)),
@@ -347,20 +356,23 @@ ACTIONS: dict[str, Case] = {
         a_view(DONE, a_job("build"), pods=(a_pod(BUILD, started=1201),)),
         Do.END, "build", (Outcome.FAILED, Reason.TIMEOUT), "1200 s"),
     "a build failed": (
-        a_view(DONE, a_job("build", "failed"), pods=ended_pod("build", main=terminated(1, "no FROM"))),
+        a_view(DONE, a_job("build", "failed"), pods=ended("build", main=terminated(1, "no FROM"))),
         Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "no FROM"),
     "a build failed after a green report": (
-        a_view(a_job("test", "succeeded", notes={hook.NOTE_SUMMARY: SUMMARY}), a_job("build", "failed"),
-            pods=ended_pod("build", main=terminated(1))),
+        a_view(a_job("test", "succeeded", notes={hook.NOTE_SUMMARY: SUMMARY}), a_job("build",
+            "failed"),
+            pods=ended("build", main=terminated(1))),
         Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "exit code 1"),
     "a digest is kept": (
-        a_view(DONE, a_job("build", "succeeded"), pods=ended_pod("build", main=terminated(0, DIGEST + "\n"))),
+        a_view(DONE, a_job("build", "succeeded"), pods=ended("build", main=terminated(0,
+            DIGEST + "\n"))),
         Do.NOTE, "build", Reason.OK, DIGEST),
     "a digest is kept while the Job still ends": (
-        a_view(DONE, a_job("build"), pods=ended_pod("build", main=terminated(0, DIGEST))),
+        a_view(DONE, a_job("build"), pods=ended("build", main=terminated(0, DIGEST))),
         Do.NOTE, "build", Reason.OK, DIGEST),
     "last words that are no digest": (
-        a_view(DONE, a_job("build", "succeeded", since=60), pods=ended_pod("build", main=terminated(0, "sha256:1"))),
+        a_view(DONE, a_job("build", "succeeded", since=60), pods=ended("build",
+            main=terminated(0, "sha256:1"))),
         Do.REMAKE, "build", Reason.OK, ""),
     "a build is complete and its pod's watch is behind": (
         a_view(DONE, a_job("build", "succeeded", since=3)), Do.WAIT, "build", Reason.OK, "digest"),
@@ -398,16 +410,19 @@ ACTIONS: dict[str, Case] = {
         a_view(DONE, BUILT, services={"staging": LIVE, "production": LIVE}, head="moved"),
         Do.END, "production", (Outcome.DEPLOYED, Reason.OK), ""),
     "switched, not yet concluded, and git does not answer": (
-        a_view(DONE, BUILT, head="unknown", services={"staging": a_service(a_run().id, history_entry(""))}),
+        a_view(DONE, BUILT, head="unknown", services={"staging": a_service(a_run().id,
+            history_entry(""))}),
         Do.DEPLOY, "staging", Reason.OK, ""),
     "switched, not yet concluded, and the branch moved on": (
-        a_view(DONE, BUILT, head="moved", services={"staging": a_service(a_run().id, history_entry(""))}),
+        a_view(DONE, BUILT, head="moved", services={"staging": a_service(a_run().id,
+            history_entry(""))}),
         Do.DEPLOY, "staging", Reason.OK, ""),
     "switched, and its history is broken": (
         a_view(DONE, BUILT, head="moved", services={"staging": a_service(a_run().id)}),
         Do.DEPLOY, "staging", Reason.OK, ""),
     "live from an earlier delivery of the same commit": (
-        a_view(DONE, BUILT, services={"staging": a_service(a_run().id, history_entry("deployed", ago=9999))}),
+        a_view(DONE, BUILT, services={"staging": a_service(a_run().id, history_entry("deployed",
+            ago=9999))}),
         Do.DEPLOY, "production", Reason.OK, ""),
     "taken back after this delivery": (
         a_view(DONE, BUILT, services={"staging": LIVE, "production": a_service("shop-other",
@@ -431,7 +446,8 @@ ACTIONS: dict[str, Case] = {
             history_entry("switched-back", reason="Moon"))}),
         Do.END, "staging", (Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH), ""),
     "taken back, and the worker still writes it down": (
-        a_view(DONE, BUILT, busy=frozenset({"staging"}), services={"staging": a_service("shop-other",
+        a_view(DONE, BUILT, busy=frozenset({"staging"}),
+            services={"staging": a_service("shop-other",
             history_entry("switched-back"))}),
         Do.WAIT, "staging", Reason.OK, "changed"),
     "taken back, delivered again and switched to again": (
@@ -440,7 +456,8 @@ ACTIONS: dict[str, Case] = {
         Do.DEPLOY, "staging", Reason.OK, ""),
     # after its end
     "a run that has ended": (
-        a_view(a_job("test", "failed", notes={hook.NOTE_OUTCOME: "failed"})), Do.NOTHING, "", Reason.OK, ""),
+        a_view(a_job("test", "failed", notes={hook.NOTE_OUTCOME: "failed"})), Do.NOTHING, "",
+            Reason.OK, ""),
     "a run that has ended, told by its last Job": (
         a_view(DONE, a_job("build", "failed", notes={hook.NOTE_OUTCOME: "failed"})),
         Do.NOTHING, "", Reason.OK, ""),
@@ -698,7 +715,7 @@ PULL = 'failed to pull and unpack image "{0}": failed to resolve reference "{0}"
         ("manifest unknown: manifest unknown", 0),
         ("no match for platform in manifest: not found", 0),
         (
-            'failed to do request: Head "https://{0}": dial tcp 10.0.0.1:443: connect: connection refused',
+            'failed to do request: Head "https://{0}": dial tcp 10.0.0.1:443: connection refused',
             60,
         ),
         ('failed to do request: Head "https://{0}": dial tcp: lookup registry: no such host', 60),
@@ -717,7 +734,7 @@ def test_the_text_of_a_failed_pull_tells_whether_it_can_heal(
     text: str, grace: float, image: str, reason: str
 ) -> None:
     said = (PULL + text).replace("{0}", image if grace else "registry.example.com/shop:1")
-    pod = a_pod(apps=[status_entry("web", waiting(reason, said))])
+    pod = a_pod(apps=[entry("web", waiting(reason, said))])
     (found,) = hook.pod_symptoms(pod)
     assert found.grace == grace
     assert found.reason == (Reason.IMAGE_PULL_FAILED if grace else Reason.IMAGE_NOT_FOUND)
@@ -729,37 +746,40 @@ STARTS = 'failed to create containerd task: exec: "serve": executable file not f
 @pytest.mark.parametrize(
     ("pod", "reason", "grace"),
     [
-        (a_pod(apps=[status_entry("web", waiting("InvalidImageName", "Failed to apply"))]),
+        (a_pod(apps=[entry("web", waiting("InvalidImageName", "Failed to apply"))]),
             Reason.IMAGE_NOT_FOUND, 0),
-        (a_pod(apps=[status_entry("web", waiting("CreateContainerConfigError", 'secret "x" not found'))]),
+        (a_pod(apps=[entry("web", waiting("CreateContainerConfigError", 'secret "x" not found'))]),
             Reason.CONTAINER_CONFIG, 30),
-        (a_pod(apps=[status_entry("web", waiting("RunContainerError", STARTS))]),
+        (a_pod(apps=[entry("web", waiting("RunContainerError", STARTS))]),
             Reason.CONTAINER_CONFIG, 30),
-        (a_pod(apps=[status_entry("web", terminated(128, STARTS, "StartError"))]),
+        (a_pod(apps=[entry("web", terminated(128, STARTS, "StartError"))]),
             Reason.CONTAINER_CONFIG, 30),
-        (a_pod(apps=[status_entry("web", waiting("CrashLoopBackOff"), terminated(128, "", "ContainerCannotRun"), 9)]),
+        (a_pod(apps=[entry("web", waiting("CrashLoopBackOff"), terminated(128, "",
+            "ContainerCannotRun"), 9)]),
             Reason.CONTAINER_CONFIG, 30),
-        (a_pod(apps=[status_entry("web", waiting("CreateContainerConfigError",
+        (a_pod(apps=[entry("web", waiting("CreateContainerConfigError",
             "failed to sync configmap cache: timed out waiting for the condition"))]),
             Reason.CONTAINER_CONFIG, float("inf")),
         (a_pod(conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
             "message": "0/3 nodes are available: 3 Insufficient cpu."}], started=0, created=5),
             Reason.UNSCHEDULABLE, 120),
-        (a_pod(apps=[status_entry("web", waiting("CrashLoopBackOff"), terminated(1), 4)]),
+        (a_pod(apps=[entry("web", waiting("CrashLoopBackOff"), terminated(1), 4)]),
             Reason.CRASH_LOOP, 0),
-        (a_pod(apps=[status_entry("web", terminated(0), terminated(0), 2)]), Reason.CRASH_LOOP, 0),
-        (a_pod(inits=[status_entry("migrate", waiting("CrashLoopBackOff"), terminated(1), 4)], apps=[]),
+        (a_pod(apps=[entry("web", terminated(0), terminated(0), 2)]), Reason.CRASH_LOOP, 0),
+        (a_pod(inits=[entry("migrate", waiting("CrashLoopBackOff"), terminated(1), 4)], apps=[]),
             Reason.INIT_FAILED, 0),
-        (a_pod(apps=[status_entry("web", waiting("CrashLoopBackOff"), terminated(137, "", "OOMKilled"), 4)]),
+        (a_pod(apps=[entry("web", waiting("CrashLoopBackOff"), terminated(137, "", "OOMKilled"),
+            4)]),
             Reason.OUT_OF_MEMORY, 0),
-        (a_pod(inits=[status_entry("results", waiting("CrashLoopBackOff"), terminated(1), 4)], apps=[]),
+        (a_pod(inits=[entry("results", waiting("CrashLoopBackOff"), terminated(1), 4)], apps=[]),
             Reason.CRASH_LOOP, 0),
-        (a_pod(TEST, inits=[status_entry("results", waiting("ErrImagePull", "x: not found"))], apps=[]),
+        (a_pod(TEST, inits=[entry("results", waiting("ErrImagePull", "x: not found"))], apps=[]),
             Reason.IMAGE_NOT_FOUND, 0),
     ],
     ids=[
         "wrong name", "missing secret", "wrong command", "start error", "start error, backing off",
-        "kubelet's cache", "unschedulable", "crash loop found late", "ends with success again and again",
+        "kubelet's cache", "unschedulable", "crash loop found late",
+            "ends with success again and again",
         "init loop found late", "memory", "side-car of an app", "side-car's image",
     ],
 )  # fmt: skip
@@ -775,20 +795,22 @@ CRASHED = waiting("CrashLoopBackOff")
     "pod",
     [
         a_pod(),
-        a_pod(apps=[status_entry("web", RUNNING)], ready=True),
-        a_pod(apps=[status_entry("web", RUNNING, ready=False)]),
-        a_pod(apps=[status_entry("web", waiting("ContainerCreating"))]),
-        a_pod(apps=[status_entry("web", RUNNING, terminated(1), 9)], ready=True),
-        a_pod(apps=[status_entry("web", CRASHED, terminated(1), 9)], started=600, fell=20),
-        a_pod(apps=[status_entry("web", RUNNING, terminated(128, "", "StartError"), 1, ready=False)],
+        a_pod(apps=[entry("web", RUNNING)], ready=True),
+        a_pod(apps=[entry("web", RUNNING, ready=False)]),
+        a_pod(apps=[entry("web", waiting("ContainerCreating"))]),
+        a_pod(apps=[entry("web", RUNNING, terminated(1), 9)], ready=True),
+        a_pod(apps=[entry("web", CRASHED, terminated(1), 9)], started=600, fell=20),
+        a_pod(apps=[entry("web", RUNNING, terminated(128, "", "StartError"), 1, ready=False)],
             started=600, fell=20),
-        a_pod(inits=[status_entry("migrate", terminated(0), ready=True)], apps=[]),
-        a_pod(apps=[status_entry("web", CRASHED, terminated(1), 9)], conditions=[DISRUPTED]),
-        a_pod(apps=[status_entry("web", CRASHED, terminated(1), 9)], reason="Evicted"),
-        a_pod(apps=[status_entry("web", CRASHED, terminated(1), 9)], meta={"deletionTimestamp": stamp(NOW)}),
-        a_pod(apps=[status_entry("web", RUNNING, terminated(255, "", "Unknown"), 2, ready=False)]),
-        a_pod(TEST, inits=[status_entry("results", CRASHED, terminated(1), 9)], apps=[]),
-        a_pod(TEST, inits=[status_entry("results", CRASHED, terminated(137, "", "OOMKilled"), 9)], apps=[]),
+        a_pod(inits=[entry("migrate", terminated(0), ready=True)], apps=[]),
+        a_pod(apps=[entry("web", CRASHED, terminated(1), 9)], conditions=[DISRUPTED]),
+        a_pod(apps=[entry("web", CRASHED, terminated(1), 9)], reason="Evicted"),
+        a_pod(apps=[entry("web", CRASHED, terminated(1), 9)],
+            meta={"deletionTimestamp": stamp(NOW)}),
+        a_pod(apps=[entry("web", RUNNING, terminated(255, "", "Unknown"), 2, ready=False)]),
+        a_pod(TEST, inits=[entry("results", CRASHED, terminated(1), 9)], apps=[]),
+        a_pod(TEST, inits=[entry("results", CRASHED, terminated(137, "", "OOMKilled"), 9)],
+            apps=[]),
         a_pod(conditions=[{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated",
             "message": "Scheduling is blocked due to non-empty scheduling gates"}]),
     ],
@@ -806,7 +828,7 @@ def test_what_is_no_symptom(pod: hook.Pod) -> None:
 def crash(times: int, code: int = 1, why: str = "Error", **more: Any) -> hook.Pod:
     """A pod whose container has ended so often, and waits to be started again."""
     ended = terminated(code, reason=why)
-    return a_pod(apps=[status_entry("web", CRASHED, ended, times - 1)], **more)
+    return a_pod(apps=[entry("web", CRASHED, ended, times - 1)], **more)
 
 
 Steps = list[tuple[float, hook.Pod]]
@@ -826,7 +848,7 @@ Steps = list[tuple[float, hook.Pod]]
         ([(1, crash(3, 137, "OOMKilled", started=600, fell=30)),
             (9, crash(4, 137, "OOMKilled", started=600, fell=30))], 9),
         ([(1, crash(9, 137, "OOMKilled", started=600, fell=30))], None),
-        ([(1, crash(1)), (2, a_pod(apps=[status_entry("web", RUNNING, terminated(1), 1, False)])),
+        ([(1, crash(1)), (2, a_pod(apps=[entry("web", RUNNING, terminated(1), 1, False)])),
             (3, crash(2))], 3),
         ([(1, crash(1)), (2, a_pod(ready=True)), (3, crash(2, started=60, fell=3))], None),
     ],
@@ -887,7 +909,7 @@ def test_a_recorded_restart_of_a_colour_is_not_sickness() -> None:
 
 
 def new_pod(name: str = "a", **more: Any) -> hook.Pod:
-    apps = more.pop("apps", [status_entry("web", RUNNING)])
+    apps = more.pop("apps", [entry("web", RUNNING)])
     return a_pod(
         **{
             "name": name,
@@ -901,8 +923,8 @@ def new_pod(name: str = "a", **more: Any) -> hook.Pod:
     )
 
 
-BAD_EXIT = [status_entry("web", RUNNING, terminated(3), 1)]
-NOT_READY = [status_entry("web", RUNNING, ready=False)]
+BAD_EXIT = [entry("web", RUNNING, terminated(3), 1)]
+NOT_READY = [entry("web", RUNNING, ready=False)]
 GONE = {"deletionTimestamp": stamp(NOW)}
 
 
@@ -911,11 +933,11 @@ GONE = {"deletionTimestamp": stamp(NOW)}
     [
         (new_pod(), False, False, False),
         (new_pod(apps=BAD_EXIT), True, False, False),
-        (new_pod(apps=[status_entry("web", RUNNING, terminated(0), 1)]), False, False, False),
-        (new_pod(apps=[status_entry("web", RUNNING, terminated(3, at=NOW - 40), 1)]), False, False, False),
-        (new_pod(apps=[status_entry("web", RUNNING, terminated(255, reason="Unknown"), 1)]),
+        (new_pod(apps=[entry("web", RUNNING, terminated(0), 1)]), False, False, False),
+        (new_pod(apps=[entry("web", RUNNING, terminated(3, at=NOW - 40), 1)]), False, False, False),
+        (new_pod(apps=[entry("web", RUNNING, terminated(255, reason="Unknown"), 1)]),
             False, False, False),
-        (new_pod(inits=[status_entry("results", RUNNING, terminated(1), 1)]), False, False, False),
+        (new_pod(inits=[entry("results", RUNNING, terminated(1), 1)]), False, False, False),
         (new_pod(run="other", apps=BAD_EXIT), False, False, True),
         (new_pod(apps=NOT_READY, ready=False), False, True, False),
         (new_pod(apps=NOT_READY, ready=False, started=5.0), False, False, False),
@@ -960,7 +982,8 @@ NEW = {"app": "shop", "version": "blue", "gitops-hook/run": "r"}
     ("selector", "pods", "narrow"),
     [
         ({"app": "old"}, [], {"app": "old"}),
-        ({"app": "shop"}, [{"app": "shop", "version": "green"}], {"app": "shop", "version": "green"}),
+        ({"app": "shop"}, [{"app": "shop", "version": "green"}], {"app": "shop",
+            "version": "green"}),
         ({"app": "shop"}, [{"app": "shop", "pod-template-hash": "1", "a": "b"}],
             {"app": "shop", "pod-template-hash": "1"}),
         ({"app": "shop"}, [{"app": "shop", "tier": "x"}, {"app": "shop", "tier": "x", "n": "2"}],
