@@ -1,0 +1,135 @@
+"""What errors say, and how kubectl's failures are told apart."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gitops_hook
+from gitops_hook import ConfigError, GitError, KubectlError, Outcome, Reason, StageError, clip
+
+DATA = Path(__file__).resolve().parent / "data"
+REFUSED = "The connection to the server 127.0.0.1:1 was refused - did you specify the right host?"
+
+
+@given(st.text(), st.integers(3, 400))
+def test_clipped_text_is_one_printable_line_of_bounded_length(text: str, limit: int) -> None:
+    found = clip(text, limit)
+    assert len(found) <= limit
+    assert found.isprintable()
+    assert not re.search(r"^ | $|  ", found.removesuffix("..."))
+
+
+def test_short_text_is_not_changed() -> None:
+    assert clip("no such file") == "no such file"
+
+
+def test_what_is_cut_is_marked() -> None:
+    assert clip("x" * 20, 10) == "x" * 7 + "..."
+
+
+def test_a_fault_of_the_configuration_says_all_faults() -> None:
+    wrong = ConfigError(["a: is required", "b: unknown key"])
+    assert wrong.faults == ("a: is required", "b: unknown key")
+    assert str(wrong) == "a: is required; b: unknown key"
+
+
+def kubectl(stderr: str, code: int | None = 1) -> KubectlError:
+    return KubectlError(["kubectl", "get", "service", "shop", "-o", "json"], code, stderr)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "kind"),
+    [
+        ('Error from server (AlreadyExists): jobs.batch "x" already exists', "AlreadyExists"),
+        ('Error from server (Conflict): Operation cannot be fulfilled on services "x"', "Conflict"),
+        ('Error from server (NotFound): services "x" not found', "NotFound"),
+        ('Error from server (Forbidden): services "x" is forbidden: User "y"', "Forbidden"),
+        ("Error from server (InternalError): an error on the server", "Unreachable"),
+        ("Error from server (TooManyRequests): the server has received too many", "Unreachable"),
+        ("Error from server (Timeout): request timed out", "Unreachable"),
+        ('The Service "x" is invalid: spec.ports: Required value', "Invalid"),
+        (REFUSED, "Unreachable"),
+        ("Unable to connect to the server: dial tcp: lookup x: no such host", "Unreachable"),
+        ("Unable to connect to the server: net/http: TLS handshake timeout", "Unreachable"),
+        ("error: You must be logged in to the server (Unauthorized)", "Unreachable"),
+        ('error: context "gone" does not exist', "Unreachable"),
+        ("Error in configuration: context was not found for specified context: x", "Unreachable"),
+        ("error: unknown flag: --wait-a-minute", "Unknown"),
+        ("", "Unknown"),
+    ],
+)
+def test_failures_of_kubectl_are_told_apart_by_its_words(stderr: str, kind: str) -> None:
+    assert kubectl(stderr).kind == kind
+
+
+def test_no_answer_in_time_is_no_answer() -> None:
+    failed = kubectl("", None)
+    assert failed.kind == "Unreachable"
+    assert "no answer in time" in str(failed)
+
+
+def test_a_refusal_by_name_counts_even_where_a_time_out_is_quoted() -> None:
+    text = 'Error from server (Conflict): "x" was modified: context deadline exceeded'
+    assert kubectl(text).kind == "Conflict"
+
+
+def test_a_failure_names_the_call_and_what_was_said_on_one_line() -> None:
+    failed = kubectl("error: first\nsecond\n")
+    assert str(failed) == "kubectl get service shop: error: first second"
+    assert failed.stderr == "error: first\nsecond\n"
+
+
+def test_the_log_of_the_client_library_is_not_repeated() -> None:
+    log = (
+        'E1122 23:24:08.903402    7210 memcache.go:381] "Couldn\'t get current server API group"\n'
+    )
+    assert str(kubectl(log + log + REFUSED)) == f"kubectl get service shop: {REFUSED}"
+    assert kubectl(log + log + REFUSED).kind == "Unreachable"
+
+
+def test_a_silent_failure_still_says_something() -> None:
+    assert str(GitError(["git", "fetch"], 128, "")) == "git fetch: exit status 128"
+
+
+def recorded_failures() -> list[tuple[str, str]]:
+    """What a real kubectl printed when a server refused, with the server's word for it."""
+    found = []
+    for path in sorted(DATA.rglob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            call = json.loads(line)
+            if isinstance(call, dict) and call.get("exit") and call.get("stderr"):
+                word = re.search(r"Error from server \((\w+)\)", call["stderr"])
+                if word:
+                    found.append((call["stderr"], word[1]))
+    return found
+
+
+def test_recorded_refusals_are_understood() -> None:
+    failures = recorded_failures()
+    assert len(failures) >= 5
+    overloaded = {"InternalError", "ServiceUnavailable", "Timeout", "TooManyRequests"}
+    for stderr, word in failures:
+        assert kubectl(stderr).kind == ("Unreachable" if word in overloaded else word)
+
+
+def test_the_end_of_a_run_carries_its_reason() -> None:
+    ended = StageError(Reason.IMAGE_NOT_FOUND, "shop:1: not found")
+    assert (ended.reason, ended.detail) == ("ImageNotFound", "shop:1: not found")
+    assert str(ended) == "ImageNotFound: shop:1: not found"
+
+
+def test_reasons_are_words_in_camel_case_and_outcomes_in_lower_case() -> None:
+    assert all(re.fullmatch(r"([A-Z][a-z]+)+", reason) for reason in Reason)
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)?", outcome) for outcome in Outcome)
+
+
+def test_every_reason_and_outcome_is_used() -> None:
+    source = Path(gitops_hook.__file__).read_text()
+    for word in (*Reason, *Outcome):
+        assert re.search(rf"\b{type(word).__name__}\.{word.name}\b", source), word
