@@ -31,6 +31,16 @@ SHARED_ALLOWANCE = 24 << 20
 # real node its start alone takes longer than an interpreter needs to get there.
 YOUNG_SECONDS = 1.5
 SIGNAL_POLL_SECONDS = 0.02
+BLOCKS_ALL = 40
+# What an interpreter ignores is not for its children to inherit.
+DEFAULT_SIGNALS = (
+    signal.SIGCHLD,
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGPIPE,
+    signal.SIGTERM,
+    signal.SIGXFSZ,
+)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -100,7 +110,7 @@ class Supervisor:
                 file_actions=actions,
                 setsid=True,
                 setsigmask=[],
-                setsigdef=[signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+                setsigdef=DEFAULT_SIGNALS,
             )
         except OSError as error:
             self._answer({"id": number, "error": error.strerror or str(error)})
@@ -184,17 +194,21 @@ def _end_group(pid: int) -> None:
 
 
 def _catches(pid: int, number: int) -> bool:
-    """Whether the process has a handler of its own for this signal, or blocks it to wait for it."""
+    """Whether the process has a handler of its own for this signal, or blocks it to wait for it.
+
+    A shell blocks everything for the moment of a fork; that is not waiting.
+    """
+    found = {"SigBlk": 0, "SigCgt": 0}
     try:
         with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
             for line in status:
-                if line.startswith(("SigBlk:", "SigCgt:")) and (
-                    int(line.split()[1], 16) >> (number - 1) & 1
-                ):
-                    return True
+                name, _, value = line.partition(":")
+                if name in found:
+                    found[name] = int(value, 16)
     except OSError:
         return False
-    return False
+    blocked = found["SigBlk"] if found["SigBlk"].bit_count() < BLOCKS_ALL else 0
+    return bool((blocked | found["SigCgt"]) >> (number - 1) & 1)
 
 
 def _children(pid: int) -> list[int]:
