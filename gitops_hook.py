@@ -110,6 +110,7 @@ NOTE_DETAIL = "gitops-hook/detail"
 NOTE_ENDED = "gitops-hook/ended-at"
 NOTE_DIGEST = "gitops-hook/digest"
 NOTE_SUMMARY = "gitops-hook/summary"
+NOTE_STAGE = "gitops-hook/ended-in"
 NOTE_REMADE = "gitops-hook/remade"
 NOTE_PREVIOUS = "gitops-hook/previous-selector"
 NOTE_HISTORY = "gitops-hook/history"
@@ -343,16 +344,6 @@ def amount(units: Mapping[str, float], what: str, low: float, high: float) -> Pa
     return parse
 
 
-def number(low: int, high: int) -> Parser:
-    """Return a parser for a whole number within bounds."""
-    return amount({"": 1}, f"a whole number from {low} to {high}", low, high)
-
-
-def unless(word: str, meaning: Any, parse: Parser) -> Parser:
-    """Return a parser in which one word has a meaning of its own."""
-    return lambda value: meaning if value == word else parse(value)
-
-
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 TEXT = matching(r"(?s)(?=.*\S)[^\x00]+", "a text", 10_000)
 NAME = matching(DNS_LABEL.pattern, "a DNS label of at most 30 characters", 30)
@@ -367,11 +358,12 @@ IMAGE_NAME = matching(IMAGE.pattern, "an image reference", 400)
 TARGET_NAME = matching(f"({IMAGE.pattern})?", "an image reference", 400)
 QUANTITY = matching(r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "a quantity (e.g. 250m, 1Gi)")
 MODE = matching("signature|token|hmac", "signature, token or hmac")
-RETAINED = unless("full", None, number(0, 1000))
+NUMBER = amount({"": 1}, "a whole number from 0 to 1000", 0, 1000)
 # A setting is a type, the parser of its texts or numbers, its default as YAML text, its meaning.
 Texts = Annotated[tuple[str, ...], TEXT]
 Resources = Annotated[dict[str, dict[str, str]], lambda v: QUANTITY(str(v))]
-Count = Annotated[int, number(1, 1000)]
+Count = Annotated[int, amount({"": 1}, "a whole number from 1 to 1000000", 1, 10**6)]
+Replicas = Annotated[int | None, lambda v: None if v == "full" else NUMBER(v)]
 Seconds = Annotated[float, amount(UNITS, "a duration (e.g. 90s, 15m, 2h)", 1, 4e8)]
 Pause = Annotated[float, amount(UNITS, "a duration (e.g. 0s, 90s, 15m)", 0, 4e8)]
 Bytes = Annotated[int, amount({"KiB": 2**10, "MiB": 2**20}, "a size up to 64MiB", 1, 2**26)]
@@ -409,7 +401,7 @@ class BuildSettings:
 class Health:
     """What makes a version healthy before and after the switch."""
 
-    path: Annotated[str, matching(r"/[\x21-\x7e]*", "a path"), "/ready", "2xx when healthy"]
+    path: Annotated[str, matching(r"/[\x21-\x7e]*", "a path"), "/ready", "2xx or 3xx when healthy"]
     successes: Annotated[Count, "3", "answers in a row that let a version pass"]
     failures: Annotated[Count, "3", "failures in a row that make it sick"]
     timeout: Annotated[Seconds, "30s", "for the smoke test before the switch"]
@@ -426,7 +418,7 @@ class DeploySettings:
     rollout_timeout: Annotated[Seconds, "300s", "at least; 20 s a replica if that is more"]
     bake: Annotated[Pause, "60s", "sickness so long after the switch takes the traffic back"]
     drain: Annotated[Pause, "60s", "until the old colour is restarted or scaled down"]
-    retain: Annotated[int | None, RETAINED, "full", "or how many replicas of the old colour stay"]
+    retain: Annotated[Replicas, "full", "or how many replicas of the old colour stay"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -469,8 +461,8 @@ class Limits:
 
     max_running: Annotated[Count, "4", "Jobs released at once"]
     queue_timeout: Annotated[Seconds, "1h", "wait for quota or a free place"]
-    spool_files: Annotated[int, number(1, 10**6), "10000", "pushes stored, 16 KiB each; then 503"]
-    kubectl: Annotated[int, number(1, 64), "8", "kubectl processes at once, watches apart"]
+    spool_files: Annotated[Count, "10000", "pushes stored, 16 KiB each; then 503"]
+    kubectl: Annotated[Count, "8", "kubectl processes at once, watches apart"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -483,13 +475,6 @@ class Config:
     webhook: Webhook
     limits: Limits
     catch_up: Annotated[Seconds, "5m", "between looks at the heads of all repositories"]
-
-    def app(self, name: str) -> App:
-        """Return the app of that name; raises RefusedError when there is none."""
-        apps = {app.name: app for app in self.apps}
-        if name not in apps:
-            raise RefusedError(f"no app {clip(name, 60)!r}; known: {', '.join(apps)}")
-        return apps[name]
 
     def environments(self) -> dict[str, str]:
         """Return the namespace of each environment that apps are deployed to, in order of use."""
@@ -617,7 +602,8 @@ class Process:
         ]
         given: Object = {keys[k]: environ[k] for k in ours if k in keys and environ[k]}
         for key in ("GITOPS_HOOK_LISTEN", "GITOPS_HOOK_ADMIN_LISTEN"):
-            if not re.fullmatch(r"[^\s/]+:[0-9]{1,5}", environ.get(key) or "any:0"):
+            found = re.fullmatch(r"[^\s/]+:([0-9]{1,5})", environ.get(key) or "any:0")
+            if not found or int(found[1]) >= 2**16:
                 faults.append(f"{key}: {clip(environ[key], 80)!r} is not host:port")
         if faults:
             raise ConfigError(faults)
@@ -804,7 +790,8 @@ def verify_delivery(
         given = header_bytes(headers, "x-gitlab-token")
         expected = keys if mode == "token" else [hex_hmac(k, body) for k in keys]
         # Digests have one length, so that the time of a comparison tells nothing about lengths.
-        matches = [hmac.compare_digest(sha256(e), sha256(given)) for e in expected]
+        seen = hashlib.sha256(given).digest()
+        matches = [hmac.compare_digest(hashlib.sha256(e).digest(), seen) for e in expected]
         refusal = None if given and any(matches) else "X-Gitlab-Token does not match"
     if refusal:
         raise DeliveryError(http.HTTPStatus.UNAUTHORIZED, "NotAuthentic", refusal)
@@ -837,11 +824,6 @@ def header_bytes(headers: Mapping[str, str], name: str) -> bytes:
 def hex_hmac(key: bytes, body: bytes) -> bytes:
     """Return the hex HMAC-SHA256 of a body: the article's scheme, for relays that sign."""
     return hmac.digest(key, body, "sha256").hex().encode()
-
-
-def sha256(value: bytes) -> bytes:
-    """Return the SHA-256 digest."""
-    return hashlib.sha256(value).digest()
 
 
 def sign(token: bytes, message_id: str, stamp: int, body: bytes) -> str:
@@ -894,10 +876,11 @@ def typed(data: Mapping[str, Any], key: str, kind: type[T]) -> T:
 
 
 def parse_delivery(body: bytes, delivery: str) -> Push | Ignored:
-    """Return what a delivery says, reading only the fields it needs; raises DeliveryError 400.
+    """Return the push that a delivery tells of, or for which reason it is ignored.
 
-    The body decides what it is, never the X-Gitlab-Event header: old servers send samples whose
-    header and body disagree. Clone URL, image and commands never come from here.
+    Only the fields it needs are read; raises DeliveryError 400 when they are not right. The body
+    decides what it is, never the X-Gitlab-Event header: old servers send samples whose header and
+    body disagree. Clone URL, image and commands never come from here.
     """
     try:
         data = json.loads(body)
@@ -995,7 +978,7 @@ def run_id(app: str, ref: str, commit: str) -> str:
 
 
 def runs_of_push(config: Config, push: Push, now: float) -> list[Run] | Ignored:
-    """Return the runs that a push asks for, one for each app that it concerns."""
+    """Return the run of each app that a push concerns, or for which reason there is none."""
     named = {normalise_url(u) for u in push.urls} - {None}
     apps = [a for a in config.apps if normalise_url(a.repository) in named]
     branch = push.ref.removeprefix("refs/heads/")
@@ -1541,15 +1524,16 @@ def refuse(detail: str) -> NoReturn:
 class ManifestLoader(yaml.SafeLoader):
     """YAML with dates as texts, as kubectl reads it. The loader in C dies of deep nesting."""
 
+    def construct_date(self, node: yaml.ScalarNode) -> Any:
+        """Return the text."""
+        return self.construct_scalar(node)
 
-ManifestLoader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: str(node.value))
+
+ManifestLoader.add_constructor("tag:yaml.org,2002:timestamp", ManifestLoader.construct_date)
 
 
 def parse_documents(text: str, source: str) -> list[Object]:
-    """Return the documents of a YAML or JSON text, nothing but JSON values, nulls left out.
-
-    Faults name the file and, where it is known, the line.
-    """
+    """Return the documents of a YAML or JSON text, without nulls; faults name file and line."""
     chunks, left, in_json = [], 10 * len(text) + 4096, source.endswith(".json")
     try:
         read = [json.loads(text)] if in_json else yaml.load_all(text, ManifestLoader)
@@ -1930,10 +1914,8 @@ def render(place: Placement, objects: AppObjects) -> Release:
 FIRST_OUTPUT = 0.5  # seconds in which a watch of an empty namespace is believed to have begun
 SHORT_WATCH = 5.0  # a watch that ends so soon did not work
 FAILING = ("Failed", "FailureTarget")
-NODE_LOST = (
-    "ContainerStatusUnknown",
-    "Unknown",
-)  # exit reasons that tell nothing about the program
+# exit reasons after a machine was lost: they tell nothing about the program
+NODE_LOST = ("ContainerStatusUnknown", "Unknown")
 
 
 @dataclass(frozen=True, slots=True)
@@ -1968,10 +1950,6 @@ class Pod:
     started: float
     unschedulable: str
     containers: tuple[Container, ...]
-
-    def container(self, name: str) -> Container | None:
-        """Return a container by name."""
-        return next((c for c in self.containers if c.name == name), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2024,18 +2002,21 @@ class Service:
         ours = (e for e in self.history if e.get("run") == run)
         return next((e for e in ours if seconds_of(e.get("at")) >= since), {})
 
+    @property
+    def older(self) -> list[Object]:
+        """The entries before the live one, newest first."""
+        place = self.history.index(self.live) + 1 if self.live else 0
+        return [e for e in self.history[place:] if e["selector"] != self.selector]
+
     def target(self, back: int = 1) -> Object:
         """Return the entry that a rollback goes to: the back-th proven one before the live one."""
-        place = self.history.index(self.live) + 1 if self.live else 0
-        older = [e for e in self.history[place:] if e["selector"] != self.selector]
-        good = [e for e in older if e.get("outcome") in (Outcome.DEPLOYED, "adopted")]
+        good = [e for e in self.older if e.get("outcome") in (Outcome.DEPLOYED, "adopted")]
         return good[back - 1] if 0 < back <= len(good) else {}
 
     @property
     def before(self) -> Object:
-        """Where a sick version goes back to: what it replaced, proven or not, if it still stands."""
-        place = self.history.index(self.live) + 1 if self.live else 0
-        stood = next(iter(self.history[place:]), {})
+        """What the live one replaced, proven or not, if it stands; else where a rollback goes."""
+        stood = next(iter(self.older), {})
         kept = stood and not stood.get("outcome") and not stood.get("overwritten")
         return stood if kept else self.target()
 
@@ -2118,7 +2099,7 @@ def view_pod(found: Object) -> Pod:
         labels={sys.intern(k): sys.intern(v) for k, v in labels.items()},
         ready=is_ready and not deleting,
         # a condition that was never True is as old as the pod's start
-        seen_ready=is_ready or epoch(ready.get("lastTransitionTime")) > started + 1,
+        seen_ready=is_ready or 0 < started < epoch(ready.get("lastTransitionTime")) - 1,
         leaving=deleting or bool(lost),
         created=epoch(meta.get("creationTimestamp")),
         started=started,
@@ -2129,11 +2110,8 @@ def view_pod(found: Object) -> Pod:
 
 def view_service(found: Object) -> Service:
     """Reduce a Service to what matters."""
-    meta, kept = (
-        found["metadata"],
-        ("name", "namespace", "resourceVersion", "labels", "annotations"),
-    )
-    small = {"metadata": {k: meta[k] for k in kept if k in meta}, "spec": found["spec"]}
+    meta = {k: v for k, v in found["metadata"].items() if k not in ("managedFields", "uid")}
+    small = {"metadata": meta, "spec": found["spec"]}
     selector, claim = found["spec"].get("selector") or {}, read_note(found, NOTE_CLAIM, {})
     history = [e for e in read_note(found, NOTE_HISTORY, []) if isinstance(e, dict)]
     history = [e for e in history if isinstance(e.get("selector"), dict)]
@@ -2321,10 +2299,9 @@ CRASHES = 3  # doom also what nobody has watched recur
 NEVER = float("inf")
 PULL = re.compile("ErrImage.*|ImagePullBackOff|ImageInspectError|InvalidImageName|Registry.*")
 HOPELESS_PULL = re.compile(
-    r"not found|manifest unknown|denied|unauthorized|forbidden|authentication required"
+    r"(?i)not found|manifest unknown|denied|unauthorized|forbidden|authentication required"
     r"|no basic auth|insufficient_scope|authorization failed|invalid reference"
-    r"|couldn't parse image|does not exist|no match for platform",
-    re.IGNORECASE,
+    r"|couldn't parse image|does not exist|no match for platform"
 )
 START = re.compile("(Create|Run)Container.*Error|StartError|ContainerCannotRun")
 STAGES = {  # who works, who leaves its last words where, and how it fails
@@ -2549,10 +2526,9 @@ def pods_of(view: View, found: Job) -> list[Pod]:
 
 def last_words(view: View, found: Job, name: str) -> str:
     """Return the termination message of a container of a Job's newest pod that left one."""
-    ended = (
-        c for p in pods_of(view, found) if (c := p.container(name)) and c.exit_code is not None
-    )
-    return next((c.text[:TERMINATION_LENGTH].strip() for c in ended if c.text), "")
+    mine = (c for p in pods_of(view, found) for c in p.containers if c.name == name)
+    said = (c.text for c in mine if c.text and c.exit_code is not None)
+    return next(said, "")[:TERMINATION_LENGTH].strip()
 
 
 def decide_deploy(view: View) -> Action:
@@ -2584,11 +2560,10 @@ def head_word(run: Run, heads: Mapping[str, str] | None, age: float, now: float)
     """
     if heads is None or age > HEAD_FRESH:
         return "unknown"
-    head = heads.get(run.ref, "")
+    if (head := heads.get(run.ref, "")) == run.commit:
+        return "same"
     lagging = head == run.before or (not head and set(run.before) == {"0"})
-    if head != run.commit and lagging and now - run.received < HEAD_GRACE:
-        return "unknown"
-    return "same" if head == run.commit else "moved"
+    return "unknown" if lagging and now - run.received < HEAD_GRACE else "moved"
 
 
 def stayed(pods: Iterable[Pod], run: str) -> list[Pod]:
@@ -2599,11 +2574,9 @@ def stayed(pods: Iterable[Pod], run: str) -> list[Pod]:
 def sickness(pods: Iterable[Pod], run: str, since: float) -> str:
     """Return how an app container of a switched-to run failed on its own since a time, or ""."""
     for pod in stayed(pods, run):
-        for found in (c for c in pod.containers if c.kind == "app" and c.exit_code):
-            if found.ended >= int(since):
-                return (
-                    f"container {found.name} of {pod.name} ended with exit code {found.exit_code}"
-                )
+        for found in (c for c in pod.containers if c.kind == "app" and c.ended >= int(since)):
+            if code := found.exit_code:
+                return f"container {found.name} of {pod.name} ended with exit code {code}"
     return ""
 
 
@@ -2619,9 +2592,7 @@ def unready(pods: Iterable[Pod], run: str, since: float) -> list[str]:
 def disturbed(pods: Sequence[Pod], run: str, wanted: int) -> bool:
     """Whether the cluster took pods of a run away: eviction, a lost node, a deletion."""
     ours = stayed(pods, run)
-    asleep = (
-        p for p in ours if not p.ready and p.containers and all(c.ready for c in p.containers)
-    )
+    asleep = (p for p in ours if not p.ready and {c.ready for c in p.containers} == {True})
     return any(asleep) or len(ours) < max(wanted, sum(p.run == run for p in pods))
 
 
@@ -3569,12 +3540,12 @@ class Controller:
             self.pulses.beat("intake", 300.0)
             self.spooled.clear()
             stored = self.spool.read()
-            self.metrics.spool.set(len(stored))
             try:
                 left = self.take_in(stored)
             except (KubectlError, ConfigError) as lost:
                 warn("intake waits for the cluster", stored=len(stored), detail=str(lost))
                 left = len(stored)
+            self.metrics.spool.set(len(self.spool))
             if left:
                 self.stop.wait(backoff(failures))
             failures = failures + 1 if left else 0
@@ -3805,6 +3776,10 @@ class Controller:
         run, do, stage = view.run, action.do, action.stage
         if do is Do.WAIT and action.reason is Reason.GIT_ERROR:
             self.asked[run.app].set()
+            job = view.jobs.get("build") or view.jobs["test"]
+            late = view.now - run.received > AGAIN_SECONDS
+            if late and job.notes.get(NOTE_REASON) != action.reason:
+                self.note(job, {NOTE_REASON: action.reason, NOTE_DETAIL: action.detail})
         if do in (Do.NOTHING, Do.WAIT):
             return False
         mark = (do, stage, tuple(j.version for j in view.jobs.values()))
@@ -3812,6 +3787,8 @@ class Controller:
         if before == mark and self.clock.monotonic() - at < AGAIN_SECONDS:
             return False
         self.acted[run.id] = mark, self.clock.monotonic()
+        for waited in (j for j in view.jobs.values() if NOTE_REASON in j.notes):
+            self.note(waited, {NOTE_REASON: None, NOTE_DETAIL: None})
         if do is Do.NOTE:
             key = NOTE_SUMMARY if stage == "test" else NOTE_DIGEST
             self.note(view.jobs[stage], {key: action.detail})
@@ -3860,12 +3837,13 @@ class Controller:
             entries |= self.ledger.rejection(run.app, run.commit, action.reason)
         self.ledger.write(run.app, entries)
         pods, detail = [p for w in self.pods for p in w.items() if p.run == run.id], action.detail
-        if bad and stage in jobs:
+        if bad and stage in jobs and action.reason is not Reason.CLONE_FAILED:
             mine = [p for p in pods if p.job == jobs[stage].name]
             newest_pod = sorted(mine, key=lambda p: -p.created)[:1]
             detail = self.deployer.with_logs(detail, newest_pod, jobs[stage].namespace)
         notes = {NOTE_OUTCOME: str(outcome), NOTE_REASON: str(action.reason)}
         notes |= {NOTE_DETAIL: detail[:DETAIL_LENGTH], NOTE_ENDED: f"{self.clock.now():.3f}"}
+        notes[NOTE_STAGE] = stage
         for found in jobs.values():
             stop = {"activeDeadlineSeconds": 1} if found.state == "active" else {}
             note = notes if found is last else {}
@@ -4041,7 +4019,7 @@ Answer = tuple[int, Object]
 # Seconds for one request to arrive, and for a quiet connection to stay; poll, because select knows
 # no file descriptor above 1023.
 TIMES: Object = {"channel_timeout": 20, "cleanup_interval": 5, "asyncore_use_poll": True}
-SIZES: Object = {"threads": 8, "connection_limit": 1000, "max_request_header_size": 65536}
+SIZES: Object = {"threads": 8, "connection_limit": 500, "max_request_header_size": 65536}
 
 
 class WebhookApp:
@@ -4062,9 +4040,11 @@ class WebhookApp:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
         """Answer one request; whatever it holds, there is an answer and the process lives."""
         path = environ.get("PATH_INFO", "")
-        method, handler = self.routes.get(path, (environ["REQUEST_METHOD"], nowhere))
+        method, handler = self.routes.get(path, ("", None))
         headers = [("Content-Type", "application/json")]
         try:
+            if handler is None:
+                deny(404, "NotFound", "no such path")
             if environ["REQUEST_METHOD"] != method:
                 headers.append(("Allow", method))
                 deny(405, "MethodNotAllowed", f"only {method}")
@@ -4138,26 +4118,18 @@ class WebhookApp:
 
     def healthz(self, _: WSGIEnvironment) -> Answer:
         """Whether every thread moves."""
-        return probe(", ".join(f"{name} is stuck" for name in self.controller.pulses.late()))
+        late = ", ".join(self.controller.pulses.late())
+        return 503 if late else 200, {"status": f"stuck: {late}" if late else "ok"}
 
     def readyz(self, _: WSGIEnvironment) -> Answer:
         """Whether deliveries can be authenticated and stored; never how cluster or git are."""
+        trouble = "stopping" if self.stopping.is_set() else ""
         try:
             self.secrets.keys(self.config.webhook.verify)
             self.spool.probe()
         except (ConfigError, OSError) as broken:
-            return probe(str(broken))
-        return probe("stopping" if self.stopping.is_set() else "")
-
-
-def probe(trouble: str) -> Answer:
-    """Return what a probe answers."""
-    return 503 if trouble else 200, {"status": trouble or "ok"}
-
-
-def nowhere(_: WSGIEnvironment) -> Answer:
-    """Answer where there is nothing."""
-    deny(404, "NotFound", "no such path")
+            trouble = str(broken)
+        return 503 if trouble else 200, {"status": trouble or "ok"}
 
 
 def delivery_id(environ: WSGIEnvironment) -> str:
@@ -4200,7 +4172,7 @@ def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
         bound = socket.create_server((host.strip("[]"), int(port)), family=family)
-    except (OSError, ValueError, OverflowError) as wrong:
+    except (OSError, ValueError) as wrong:
         raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
     body = {"max_request_body_size": 2 * max_body + 1}
     server = waitress.server.create_server(app, sockets=[bound], ident="", **body, **TIMES, **SIZES)
@@ -4261,9 +4233,12 @@ class Tools:
 
 
 def say(text: str) -> None:
-    """Print a command's answer."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    """Print a command's answer; a reader who has gone, `head` say, does not stop the command."""
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def serve(tools: Tools, args: argparse.Namespace) -> int:
@@ -4336,24 +4311,25 @@ def push(tools: Tools, args: argparse.Namespace) -> int:
 def status(tools: Tools, args: argparse.Namespace) -> int:
     """Print what is live where, what it could go back to, and the runs the cluster knows."""
     apps = [tools.app(args.app)] if args.app else list(tools.config.apps)
-    live: list[Object] = [
-        {"name": a.name, "environments": environment_status(tools, a)} for a in apps
-    ]
-    runs = run_status(tools, [a.name for a in apps])
-    if args.output == "json":
-        say(json.dumps({"apps": live, "runs": runs}, indent=2))
-        return 0
+    live = {a.name: environment_status(tools, a) for a in apps}
+    runs = run_status(tools, list(live))
     rows = [("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UNDER WAY")]
-    for app in live:
-        for name, e in app["environments"].items():
+    for app, environments in live.items():
+        for name, e in environments.items():
             old, claim = e["previous"], e["deploying"] or {}
+            for run in (r for r in runs if r["run"] == claim.get("run") and r["state"] != "ended"):
+                run |= {"stage": name, "state": claim["phase"]}
             how = "at once" if e["rollback_ready"] else "by a rollout" if old else "impossible"
             before = old.get("run") or ("adopted" if old else "")
             under_way = f"{claim.get('phase', '')} {claim.get('run', '')}".strip()
-            rows.append((app["name"], name, e["run"], e["colour"], before, how, under_way))
+            rows.append((app, name, e["run"], e["colour"], before, how, under_way))
+    if args.output == "json":
+        listed = [{"name": name, "environments": found} for name, found in live.items()]
+        say(json.dumps({"apps": listed, "runs": runs}, indent=2))
+        return 0
     say(columns(rows))
     keys = [k for k in RUN_KEYS if k not in ("app", "commit")]
-    cells = [[clip(r[k].removeprefix("refs/heads/"), 100) for k in keys] for r in runs]
+    cells = [[clip(r[k].removeprefix("refs/heads/")) for k in keys] for r in runs]
     say(f"\n{columns([[k.upper() for k in keys], *cells])}" if runs else "\nno runs")
     return 0
 
@@ -4391,7 +4367,16 @@ def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
     for job in sorted(tools.jobs(ours), key=lambda j: (-j.run.received, j.stage)) if apps else ():
         run, notes = job.run, [job.notes.get(n, "") for n in (NOTE_REASON, NOTE_DETAIL)]
         state = "ended" if job.outcome else job.state
-        told = (run.id, run.app, run.ref, run.commit, job.stage, state, job.outcome, *notes)
+        told = (
+            run.id,
+            run.app,
+            run.ref,
+            run.commit,
+            job.notes.get(NOTE_STAGE, job.stage),
+            state,
+            job.outcome,
+            *notes,
+        )
         runs.setdefault(run.id, dict(zip(RUN_KEYS, told, strict=True)))
     for app in apps:
         seen, _ = Ledger(tools.deployer.kubectl, tools.deployer.clock).read(app)
