@@ -56,9 +56,13 @@ def functions(source: str) -> Iterator[Function]:
 
 
 def length(function: Function) -> int:
-    """Lines from `def` to the end; decorators are not counted."""
+    """Lines from `def` to the end; decorators and the docstring are not counted."""
+    first = function.body[0]
+    prose = first if ast.get_docstring(function, clean=False) is not None else None
     assert function.end_lineno is not None
-    return function.end_lineno - function.lineno + 1
+    assert first.end_lineno is not None
+    told = first.end_lineno - first.lineno + 1 if prose else 0
+    return function.end_lineno - function.lineno + 1 - told
 
 
 def argument_count(function: Function) -> int:
@@ -173,7 +177,7 @@ def broad_handlers(source: str) -> list[ast.ExceptHandler]:
 
 def logs(handler: ast.ExceptHandler) -> bool:
     return any(
-        re.match(r"(self\._?)?log(ger)?\.(exception|error|critical|warning)$", called(node))
+        re.match(r"error$|(self\._?)?log\.(exception|error|critical|warning)$", called(node))
         for node in ast.walk(handler)
     )
 
@@ -286,12 +290,13 @@ def test_who_catches_everything_logs_it(source: str) -> None:
 def test_nothing_in_the_module_changes_after_import(source: str) -> None:
     tree = ast.parse(source)
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Global)]
-    assigned = {
-        name
+    targets = [
+        target
         for statement in tree.body
         if isinstance(statement, ast.Assign | ast.AnnAssign)
-        for name in bound_by(statement)
-    }
+        for target in getattr(statement, "targets", None) or [statement.target]
+    ]
+    assigned = {name for target in targets for name in bound_by(target)}
     # Constants, types, and the logger.
     assert {name for name in assigned if not re.match(r"[A-Z_]", name)} <= {"log"}
 

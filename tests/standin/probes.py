@@ -107,7 +107,7 @@ def _http(spec: Object, target: Target, timeout: float) -> tuple[bool, str]:
     connection: http.client.HTTPConnection
     if scheme == "https":
         # The kubelet does not verify certificates of probed pods either.
-        unverified = ssl._create_unverified_context()  # noqa: S323
+        unverified = ssl._create_unverified_context()  # noqa: S323 - as a kubelet does
         connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=unverified)
     else:
         connection = http.client.HTTPConnection(host, port, timeout=timeout)
