@@ -1118,6 +1118,7 @@ def test_a_pod_sleeps_before_it_stops_but_never_longer_than_its_grace(
 
 def test_the_live_service_keeps_what_the_app_says_but_its_selector() -> None:
     items = changed("Service.metadata.annotations", {"lb.example.com/internal": "yes"})
+    items[1]["metadata"]["annotations"]["gitops-hook/history"] = "forged"
     items[1]["metadata"]["labels"] = {"team": "a", "gitops-hook/app": "forged"}
     items[1]["spec"] |= {"type": "LoadBalancer", "externalTrafficPolicy": "Local"}
     release = released(items)
@@ -1207,12 +1208,30 @@ def test_configmaps_of_300_kilobytes_fit_into_a_release() -> None:
     assert Release.from_configmap(release.configmap("shop")) == release
 
 
-def test_what_does_not_fit_into_a_release_is_refused_in_words() -> None:
-    noise = os.urandom(900_000).hex()
-    release = released(changed("ConfigMap.data.GREETING", noise))
-    reason, detail = fault(lambda: release.configmap("shop"))
-    assert reason is Reason.MANIFEST_REFUSED
-    assert "a release holds 1000000" in detail
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (os.urandom(900_000).hex(), "ConfigMap settings of "),
+        ("x" * 1_050_000, "ConfigMap settings of "),
+        (os.urandom(500_000).hex(), ""),
+        ("\u20ac" * 330_000, ""),
+    ],
+    ids=["noise", "one-letter", "half-noise", "three-byte-letters"],
+)
+def test_what_fits_into_no_configmap_is_refused_before_anything_changes(
+    content: str, said: str
+) -> None:
+    items = changed("ConfigMap.data.GREETING", content)
+    refused = refusal(lambda: released(items))
+    assert refused is None if not said else said in (refused or "")
+
+
+def test_what_fits_into_no_release_is_refused_before_anything_changes() -> None:
+    items = changed("ConfigMap.data.GREETING", os.urandom(450_000).hex())
+    more = copy.deepcopy(items[2])
+    more["metadata"]["name"], more["data"] = "more", {"noise": os.urandom(450_000).hex()}
+    reason, detail = fault(lambda: released([*items, more]))
+    assert (reason, detail.split(" of ")[0]) == (Reason.MANIFEST_REFUSED, "ConfigMap shop-release")
 
 
 @pytest.mark.parametrize(
