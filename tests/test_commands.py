@@ -263,6 +263,12 @@ def test_status_tells_why_a_run_failed(story: Story) -> None:
     assert (red["stage"], red["outcome"], red["reason"]) == ("test", "failed", "TestsFailed")
 
 
+def test_status_says_that_a_deployed_run_was_rolled_back_and_why(story: Story) -> None:
+    run = story.pages["after the first rollback"].runs()[story.run["v2"]]
+    told = {k: run[k] for k in ("outcome", "reason", "detail")}
+    assert told == {"outcome": "rolled-back", "reason": "RolledBack", "detail": "it is ugly"}
+
+
 # rollback
 
 
@@ -341,6 +347,8 @@ def test_rerun_of_what_is_not_the_head_is_refused(story: Story) -> None:
 def test_rerun_of_a_rejected_run_deploys_it(story: Story) -> None:
     page = story.pages["rerun of a rejected run"]
     assert (page.status, page.stderr) == (0, "")
+    again = story.pages["after the rerun"].runs()[story.run["v2"]]
+    assert (again["outcome"], again["reason"]) == ("deployed", "Ok")
     assert page.stdout == f"{story.run['v2']} goes again; `status shop` tells how far it is\n"
     after = story.pages["after the rerun"]
     assert (after.version, after.production["run"]) == ("v2", story.run["v2"])

@@ -214,6 +214,18 @@ def test_commands_of_job_pods_say_where_they_belong(place: Place, command: str) 
     says(place.run(command), 2, "this runs inside Job pods", "TERMINATION_LOG")
 
 
+def test_a_reader_who_has_gone_does_no_harm(place: Place) -> None:
+    place.config.write_text(yaml.safe_dump(place.settings))
+    reading, writing = os.pipe()
+    os.close(reading)
+    argv = [sys.executable, str(PROGRAM), "serve", "--check"]
+    done = subprocess.run(
+        argv, env=place.environ, stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 # Secrets, spool, ports: nothing is started that could not work
 
 
