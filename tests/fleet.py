@@ -31,7 +31,7 @@ DAEMON = "system:serviceaccount:orchestration:orchestration-sa"
 IMAGE = "registry.example.com/demo/app"
 MISSING_IMAGE = f"{IMAGE}@sha256:{'0' * 64}"
 
-SERVER = '''
+SERVER = """
 import http.server, json, os, signal, sys, threading
 MODES, VERSION = os.environ.get("MODES", "").split(), os.environ["VERSION"]
 if "crash-at-start" in MODES:
@@ -74,7 +74,7 @@ server = http.server.ThreadingHTTPServer((os.environ["POD_IP"], port), Handler)
 server.daemon_threads = True
 print("listening as", VERSION, flush=True)
 server.serve_forever()
-'''
+"""
 
 # What stands in for the daemon's image in Job pods: nothing is cloned, and no report is read.
 NO_CHECKOUT = 'if [ "$0" = clone ]; then exit 0; fi; trap "exit 0" TERM; sleep 600 & wait'
@@ -83,7 +83,11 @@ NO_CHECKOUT = 'if [ "$0" = clone ]; then exit 0; fi; trap "exit 0" TERM; sleep 6
 def pod_template(version: str, modes: str, image: str) -> Object:
     """Return the pods of a version."""
     variables = [{"name": "VERSION", "value": version}, {"name": "MODES", "value": modes}]
-    probe = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "failureThreshold": 20}
+    probe = {
+        "httpGet": {"path": "/ready", "port": "http"},
+        "periodSeconds": 1,
+        "failureThreshold": 20,
+    }
     web = {
         "name": "web",
         "image": image,
@@ -106,7 +110,12 @@ def app_objects(name: str, version: str, modes: str, image: str) -> dict[str, Ob
     spec["selector"] = {"matchLabels": {"tier": "web"}}
     ports = [{"name": "http", "port": 80, "targetPort": "http"}]
     return {
-        "Deployment": {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": spec},
+        "Deployment": {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": name},
+            "spec": spec,
+        },
         "Service": {
             "apiVersion": "v1",
             "kind": "Service",
@@ -120,6 +129,26 @@ def app_objects(name: str, version: str, modes: str, image: str) -> dict[str, Ob
             "data": {"GREETING": f"hello from {version}"},
         },
     }
+
+
+class Gate:
+    """Lets test pods through one by one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True)
+
+    @property
+    def command(self) -> str:
+        """The test command that waits to be let through."""
+        # broken up, because the stand-in takes /tmp in a script for the pod's own
+        path = str(self.directory).replace("/tmp", '/t""mp')
+        return f"until rmdir {path}/pass 2>/dev/null; do sleep 0.05; done"
+
+    def open(self) -> None:
+        """Let one through."""
+        eventually(lambda: not (self.directory / "pass").exists(), what="the one before is through")
+        (self.directory / "pass").mkdir()
 
 
 class Traffic:
@@ -173,6 +202,7 @@ class Member:
         image: str = "",
         branch: str = "main",
         change: Callable[[dict[str, Object]], None] | None = None,
+        files: dict[str, str] | None = None,
     ) -> str:
         """Commit and push a version, its manifests changed as told; return the commit."""
         objects = app_objects(self.name, version, modes, image or self.fleet.image)
@@ -180,7 +210,8 @@ class Member:
             change(objects)
         git = self.repository.git
         git("checkout", "-q", "-B", branch)
-        self.repository.write({"deploy/app.yaml": yaml.safe_dump_all(copy.deepcopy([*objects.values()]))})
+        manifests = yaml.safe_dump_all(copy.deepcopy([*objects.values()]))
+        self.repository.write({"deploy/app.yaml": manifests, **(files or {})})
         git("add", "-A")
         git("commit", "-q", "--allow-empty", "-m", f"Version {version}")
         git("push", "-q", "-f", "origin", branch)
@@ -192,9 +223,9 @@ class Member:
         assert answer.status_code == 202, answer.text
         return str(answer.json()["runs"][0])
 
-    def go(self, version: str, **release: Any) -> str:
+    def go(self, version: str, *, branch: str = "main", **release: Any) -> str:
         """Release a version and announce it; return the run's id."""
-        return self.push(self.release(version, **release))
+        return self.push(self.release(version, branch=branch, **release), branch)
 
     def deployed(self, version: str, seconds: float = 60.0, **release: Any) -> Object:
         """Release a version, announce it, and wait for the end; return the log line of that."""
@@ -225,7 +256,9 @@ class Member:
 
     def pods(self, version: str = "") -> list[Object]:
         """Return its pods that are not ending, of one version or all."""
-        pods = [p for p in self.objects("pods").values() if "deletionTimestamp" not in p["metadata"]]
+        pods = [
+            p for p in self.objects("pods").values() if "deletionTimestamp" not in p["metadata"]
+        ]
         return [p for p in pods if not version or variable(p, "VERSION") == version]
 
     def standing(self, colour: str) -> str:
@@ -246,7 +279,9 @@ class Member:
 
     def quiet(self, seconds: float = 40.0) -> None:
         """Wait until nothing is left to do: no claim on the live Service."""
-        eventually(lambda: self.note("deploying") is None, seconds, f"{self.name}: no claim is left")
+        eventually(
+            lambda: self.note("deploying") is None, seconds, f"{self.name}: no claim is left"
+        )
 
     def leftovers(self) -> list[str]:
         """Return everything of it that is in its namespace, by kind and name."""
@@ -261,14 +296,18 @@ class Member:
 
     def stands(self, colour: str, version: str, seconds: float = 20.0) -> None:
         """Wait until a version stands in a colour with all its pods ready."""
-        eventually(lambda: self.standing(colour) == version, seconds, f"{version} stands in {colour}")
+        eventually(
+            lambda: self.standing(colour) == version, seconds, f"{version} stands in {colour}"
+        )
 
     # What its clients do.
 
     def answer(self, path: str = "/") -> Object:
         """Ask it through its live Service."""
         spec = self.service()["spec"]
-        answer = requests.get(f"http://{spec['clusterIP']}:{spec['ports'][0]['port']}{path}", timeout=5)
+        answer = requests.get(
+            f"http://{spec['clusterIP']}:{spec['ports'][0]['port']}{path}", timeout=5
+        )
         return {"status": answer.status_code, **answer.json()}
 
     def tell(self, version: str, path: str = "/") -> list[Object]:
@@ -300,7 +339,9 @@ def variable(holder: Object, name: str) -> str:
 class Fleet(World):
     """A world with several applications and one daemon."""
 
-    def __init__(self, directory: Path, cluster: Cluster, apps: dict[str, Object], **config: Any) -> None:
+    def __init__(
+        self, directory: Path, cluster: Cluster, apps: dict[str, Object], **config: Any
+    ) -> None:
         super().__init__(directory, cluster)
         source = directory / "image"
         (source / "app").mkdir(parents=True)
@@ -348,7 +389,9 @@ class Fleet(World):
         total = 0.0
         for line in requests.get(f"{self.admin_url}/metrics", timeout=5).text.splitlines():
             head, _, value = line.rpartition(" ")
-            if head.partition("{")[0] == name and all(f'{k}="{v}"' in head for k, v in labels.items()):
+            if head.partition("{")[0] == name and all(
+                f'{k}="{v}"' in head for k, v in labels.items()
+            ):
                 total += float(value)
         return total
 
@@ -393,10 +436,19 @@ class Fleet(World):
 def app_entry(name: str, repository: Path, settings: Object) -> Object:
     """Return the configuration of an application: one environment and short times."""
     settings = copy.deepcopy(settings)
-    test = {"command": settings.pop("test", "true"), "resources": {"requests": {"cpu": "10m", "memory": "16Mi"}}}
+    small = {"requests": {"cpu": "10m", "memory": "16Mi"}}
+    test = {"command": settings.pop("test", "true"), "resources": small}
+    if "test_image" in settings:
+        test["image"] = settings.pop("test_image")
     branches = settings.pop("test_branches", ["*"])
     health = {"path": "/ready", "successes": 2, "timeout": "3s"}
-    deploy = {"environments": ["production"], "bake": "2s", "drain": "1s", "rollout_timeout": "30s", "health": health}
+    deploy = {
+        "environments": ["production"],
+        "bake": "2s",
+        "drain": "1s",
+        "rollout_timeout": "30s",
+        "health": health,
+    }
     return {
         "name": name,
         "repository": str(repository),

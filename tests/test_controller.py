@@ -1,0 +1,327 @@
+"""What becomes of pushes, whatever happens: the daemon on a stand-in cluster, its queue in Jobs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fleet import Fleet, Gate, fleet
+from tests.world import Object, eventually
+
+NOTHING = "0" * 40
+PYTEST = "python -m pytest -q -p no:cacheprovider tests/ --junitxml=$JUNIT_XML"
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    """What the tests of the applications named gated wait for."""
+    return Gate(tmp_path_factory.mktemp("gate") / "gate")
+
+
+@pytest.fixture(scope="module")
+def apps(tmp_path_factory: pytest.TempPathFactory, gate: Gate) -> Iterator[Fleet]:
+    """Applications in a cluster where one Job may run at a time."""
+    plain: Object = {"bake": "1s"}
+    held = {**plain, "test": gate.command}
+    named = {
+        "queue": {**held, "environments": []},
+        "twice": held,
+        "older": held,
+        "branchy": plain,
+        "noimage": {**plain, "test_image": "registry.example.com/no/such:1"},
+        "quota": {**plain, "environments": []},
+        "gone": {**held, "environments": []},
+        "again": plain,
+        "back": plain,
+        "outage": plain,
+        "git": plain,
+        "spool": {**plain, "environments": []},
+        "poll": plain,
+    }
+    directory = tmp_path_factory.mktemp("controller")
+    with fleet(directory, named, limits={"max_running": 1}) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let a test that failed half-way not hold the only place for the tests after it."""
+    yield
+    if "apps" in request.fixturenames:
+        apps: Fleet = request.getfixturevalue("apps")
+        for name, found in apps.jobs().items():
+            if "gitops-hook/outcome" not in found["metadata"]["annotations"]:
+                apps.cluster.store.delete("jobs", "test", name)
+
+
+def job(apps: Fleet, run: str) -> Object:
+    """Return the test Job of a run; an empty mapping when there is none."""
+    return apps.jobs().get(f"test-{run}", {})
+
+
+def released(apps: Fleet, run: str) -> bool:
+    """Whether a run's test Job was released."""
+    return bool(job(apps, run)) and not job(apps, run)["spec"].get("suspend")
+
+
+# Deciding.
+
+
+def test_waiting_runs_are_released_newest_first_and_one_at_a_time(apps: Fleet, gate: Gate) -> None:
+    queue = apps["queue"]
+    first = queue.go("one", branch="one")
+    eventually(lambda: released(apps, first), what="the first is released")
+    second, third = queue.go("two", branch="two"), queue.go("three", branch="three")
+    eventually(lambda: job(apps, second) and job(apps, third), what="both are queued")
+    assert not released(apps, second)
+    assert not released(apps, third)
+    gate.open()
+    eventually(lambda: released(apps, third), what="the newest is released")
+    assert not released(apps, second)
+    gate.open()
+    gate.open()
+    assert {apps.ended(run)["outcome"] for run in (first, second, third)} == {"tested"}
+
+
+def test_of_two_quick_pushes_the_older_never_reaches_production(apps: Fleet, gate: Gate) -> None:
+    twice = apps["twice"]
+    older = twice.go("v1")
+    eventually(lambda: released(apps, older), what="its tests run")
+    newer = twice.go("v2")
+    eventually(lambda: job(apps, newer), what="the newer is queued")
+    gate.open()
+    ended = apps.ended(older)
+    assert (ended["outcome"], ended["reason"]) == ("superseded", "NotHead")
+    gate.open()
+    assert apps.ended(newer)["outcome"] == "deployed"
+    assert [e["run"] for e in twice.note("history")] == [newer]
+
+
+def test_a_superseded_run_that_waits_is_never_released(apps: Fleet, gate: Gate) -> None:
+    blocker = apps["queue"].go("blocks", branch="blocks")
+    eventually(lambda: released(apps, blocker), what="the only place is taken")
+    older = apps["older"].go("v1")
+    eventually(lambda: job(apps, older), what="it is queued")
+    newer = apps["older"].go("v2")
+    eventually(lambda: job(apps, newer), what="so is the newer one")
+    gate.open()
+    eventually(lambda: released(apps, newer), what="the newer one has its place")
+    gate.open()
+    assert apps.ended(newer)["outcome"] == "deployed"
+    assert apps.ended(older)["outcome"] == "superseded"
+    assert "startTime" not in job(apps, older).get("status", {})
+
+
+def test_a_test_only_branch_is_tested_and_never_deployed(apps: Fleet) -> None:
+    branchy = apps["branchy"]
+    ended = branchy.deployed("v1", branch="feature/x")
+    assert (ended["outcome"], ended["ref"]) == ("tested", "refs/heads/feature/x")
+    assert not branchy.leftovers()
+
+
+def test_a_test_image_that_does_not_exist_is_red_in_seconds(apps: Fleet) -> None:
+    ended = apps["noimage"].deployed("v1", seconds=10)
+    assert (ended["outcome"], ended["reason"], ended["stage"]) == (
+        "failed",
+        "ImageNotFound",
+        "test",
+    )
+    assert "registry.example.com/no/such:1" in ended["detail"]
+
+
+def test_a_run_that_waits_for_quota_says_so_and_goes_on_when_there_is_some(apps: Fleet) -> None:
+    set_pods(apps, "0")
+    run = apps["quota"].go("v1")
+
+    def shown() -> bool:
+        runs = {r["run"]: r for r in apps.status()["runs"]}
+        return bool(run in runs and runs[run]["reason"] == "QuotaExceeded")
+
+    try:
+        eventually(shown, 30, "status shows why it waits")
+    finally:
+        set_pods(apps, "10")
+    assert apps.ended(run, 60)["outcome"] == "tested"
+
+
+def set_pods(apps: Fleet, number: str) -> None:
+    """Set how many pods the test namespace may have."""
+    patch = json.dumps({"spec": {"hard": {"pods": number}}})
+    done = apps.kubectl("patch", "resourcequota", "test-quota", "-n", "test", "-p", patch)
+    assert done.code == 0, done
+
+
+def test_a_job_deleted_by_hand_ends_its_run_as_vanished(apps: Fleet, gate: Gate) -> None:
+    run = apps["gone"].go("v1")
+    eventually(lambda: released(apps, run), what="its tests run")
+    assert apps.kubectl("delete", "job", f"test-{run}", "-n", "test").code == 0
+    ended = apps.ended(run)
+    assert (ended["outcome"], ended["reason"]) == ("failed", "Vanished")
+
+
+# The same commit again.
+
+
+def test_a_redelivery_makes_no_second_job(apps: Fleet) -> None:
+    again = apps["again"]
+    commit = again.release("v1")
+    run = again.push(commit)
+    assert again.push(commit) == run
+    assert apps.ended(run)["outcome"] == "deployed"
+    assert apps.created(f"test-{run}") == 1
+
+
+def test_a_push_of_what_is_live_changes_nothing(apps: Fleet) -> None:
+    again = apps["again"]
+    again.quiet()
+    before = again.service()
+    run = again.push(again.repository.git("rev-parse", "HEAD"))
+    told = {"reason": "AlreadyLive", "run": run}
+    eventually(lambda: apps.said("push needs nothing", **told), what="it asks for nothing")
+    assert (apps.created(f"test-{run}"), again.service()) == (1, before)
+
+
+def test_a_branch_forced_back_to_an_earlier_commit_deploys_that_again(apps: Fleet) -> None:
+    back = apps["back"]
+    first = back.release("v1")
+    run = back.push(first)
+    assert apps.ended(run)["outcome"] == "deployed"
+    assert back.deployed("v2")["outcome"] == "deployed"
+    back.repository.git("push", "-q", "-f", "origin", f"{first}:main")
+    assert back.push(first) == run
+    eventually(lambda: len(apps.said("run ended", run=run, outcome="deployed")) == 2, 60)
+    assert back.answer()["version"] == "v1"
+    assert apps.created(f"test-{run}") == 1
+
+
+# Outages.
+
+
+def test_a_push_during_an_outage_of_the_cluster_is_kept_and_deployed_after_it(apps: Fleet) -> None:
+    apps.cluster.down()
+    try:
+        run = apps["outage"].go("v1")
+        eventually(lambda: len(apps.said("intake waits for the cluster")) > 1, what="it waits")
+    finally:
+        apps.cluster.up()
+    assert apps.ended(run, 90)["outcome"] == "deployed"
+    assert apps.created(f"test-{run}") == 1
+
+
+def test_a_git_server_that_is_away_before_the_switch_is_waited_for(apps: Fleet) -> None:
+    git = apps["git"]
+    assert git.deployed("v1")["outcome"] == "deployed"
+    away = git.repository.bare.with_suffix(".away")
+    run = git.go("v2")
+    with apps.held("patch", "services", name="git-preview"):
+        git.repository.bare.rename(away)
+    eventually(lambda: apps.said("waiting for git", run=run), what="it waits for git")
+    assert (git.answer()["version"], apps.said("switched", run=run)) == ("v1", [])
+    away.rename(git.repository.bare)
+    assert apps.ended(run)["outcome"] == "deployed"
+
+
+def test_what_is_spooled_when_the_daemon_is_told_to_stop_is_in_the_cluster_after_it(
+    apps: Fleet,
+) -> None:
+    known = len(apps.said("intake waits for the cluster"))
+    apps.cluster.down()
+    run = apps["spool"].go("v1")
+    eventually(lambda: len(apps.said("intake waits for the cluster")) > known + 1, what="it waits")
+    apps.cluster.up()
+    assert apps.stop() == 0
+    assert job(apps, run)
+    assert not [*apps.spool.glob("*.json")]
+    apps.start()
+    assert apps.ended(run, 60)["outcome"] == "tested"
+
+
+# Catch-up.
+
+
+def test_a_head_that_nobody_announced_is_found_and_a_new_test_only_branch_is_a_baseline(
+    apps: Fleet,
+) -> None:
+    poll = apps["poll"]
+    assert poll.deployed("v1")["outcome"] == "deployed"
+    assert apps.stop() == 0
+    commit = poll.release("v2")
+    poll.release("side", branch="side")
+    apps.start()
+    found = {"msg": "head moved unannounced", "app": "poll", "commit": commit}
+    line = eventually(lambda: apps.said(found["msg"], app="poll", commit=commit), 20)
+    assert apps.ended(line[0]["run"])["outcome"] == "deployed"
+    assert poll.answer()["version"] == "v2"
+    assert not apps.said("head moved unannounced", app="poll", ref="refs/heads/side")
+
+
+def test_a_baseline_branch_that_moves_unannounced_is_tested(apps: Fleet) -> None:
+    poll = apps["poll"]
+    assert apps.stop() == 0
+    commit = poll.release("side 2", branch="side")
+    apps.start()
+    line = eventually(lambda: apps.said("head moved unannounced", commit=commit), 20)
+    assert apps.ended(line[0]["run"])["outcome"] == "tested"
+
+
+def test_a_deleted_branch_asks_for_nothing_and_is_forgotten(apps: Fleet) -> None:
+    poll = apps["poll"]
+    known = ledger(apps, "poll")
+    assert "refs/heads/side" in known
+    poll.repository.git("push", "-q", "origin", ":side")
+    answer = apps.deliver(poll.repository.bare, "refs/heads/side", NOTHING)
+    assert (answer.status_code, answer.json()["reason"]) == (200, "RefDeleted")
+    assert apps.stop() == 0
+    apps.start()
+    eventually(lambda: "refs/heads/side" not in ledger(apps, "poll"), what="it is forgotten")
+
+
+def ledger(apps: Fleet, app: str) -> dict[str, Object]:
+    """Return what an app's ConfigMap says was last seen, by ref."""
+    found = apps.cluster.store.find("configmaps", "orchestration", f"gitops-hook-{app}") or {}
+    entries = [json.loads(v) for k, v in (found.get("data") or {}).items() if k.startswith("ref-")]
+    return {e["ref"]: e for e in entries}
+
+
+# Killed.
+
+
+def test_a_push_that_was_stored_survives_a_kill_before_it_is_in_the_cluster(apps: Fleet) -> None:
+    apps.cluster.down()
+    try:
+        run = apps["outage"].go("v2")
+        apps.kill()
+    finally:
+        apps.cluster.up()
+    apps.start()
+    assert apps.ended(run, 60)["outcome"] == "deployed"
+    assert apps.created(f"test-{run}") == 1
+
+
+def test_a_daemon_killed_after_the_switch_bakes_and_ends_the_run(apps: Fleet) -> None:
+    outage = apps["outage"]
+    run = outage.go("v3")
+    outage.switched(run)
+    apps.kill()
+    apps.start()
+    assert apps.ended(run, 60)["outcome"] == "deployed"
+    outage.quiet()
+    assert (outage.answer()["version"], apps.created(f"test-{run}")) == ("v3", 1)
+
+
+# Real tests.
+
+
+def test_a_failing_test_is_red_with_the_numbers_of_its_report(tmp_path: Path) -> None:
+    app = {"real": {"test": PYTEST}}
+    tests = "def test_good():\n    pass\ndef test_bad():\n    assert 0, 'password=hunter2'\n"
+    with fleet(tmp_path, app, images={"hook": "gitops-hook:dev"}) as apps:
+        ended = apps["real"].deployed("v1", files={"tests/test_it.py": tests})
+        assert (ended["outcome"], ended["reason"]) == ("failed", "TestsFailed")
+        assert "1 passed, 1 failed" in ended["detail"]
+        assert "test_bad" in ended["detail"]
+        assert "hunter2" not in apps.log.read_text()
+        assert not apps["real"].leftovers()
