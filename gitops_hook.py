@@ -19,10 +19,8 @@ Words: an *app* is one repository's deployment; a *run* is one commit of one ref
 is the stored rendering of one run for one environment; the *claim* says who is changing an
 environment; to *heal* is to put the rollback target back where a failed deployment overwrote it.
 
-Sections: constants, errors, configuration, logging, metrics, signatures, pushes, spool, kubectl,
-git, job manifests, app manifests, cluster mirror, decide, deploy, controller, HTTP, commands, main.
-Each uses only those above it. Exit status: 0 done, 1 tried and failed, 2 usage, configuration, no
-kubectl or no cluster, 3 refused.
+Each section uses only those above it; `grep '^# ==='` lists them. Exit status: 0 done, 1 tried and
+failed, 2 usage, configuration, no kubectl or no cluster, 3 refused.
 """
 
 from __future__ import annotations
@@ -247,19 +245,24 @@ class DeliveryError(HookError):
         self.status, self.code = status, code
 
 
-KUBECTL_LOG = re.compile(r"(?m)^[EFIW][0-9]{4} .*$")  # its library's, before its own words
+# What kubectl says around its own words: its library's log, and the patch that was refused.
+NOISE = re.compile(r"(?m)^[EFIW][0-9]{4} .*$|(?s:error when applying patch:.*?\nfor: )")
 
 
 class ProcessError(HookError):
-    """A program failed; with code None it was ended by its time limit, its effect unknown."""
+    """A program failed; with code None it was ended by its time limit, its effect unknown.
+
+    `said` is what it wrote to stderr, made fit to be shown.
+    """
 
     def __init__(
         self, argv: Sequence[str], code: int | None, stderr: str, stdout: str = ""
     ) -> None:
-        text = clip(KUBECTL_LOG.sub("", stderr)) or f"exit status {code}"
-        late = "no answer in time; " if code is None else ""
-        super().__init__(f"{Path(argv[0]).name} {clip(' '.join(argv[1:4]), 80)}: {late}{text}")
         self.code, self.stderr, self.stdout = code, stderr, stdout
+        self.said = clip(NOISE.sub("", stderr)) or f"exit status {code}"
+        late = "no answer in time; " if code is None else ""
+        call = f"{Path(argv[0]).name} {clip(' '.join(argv[1:4]), 80)}"
+        super().__init__(f"{call}: {late}{self.said}")
 
 
 class GitError(ProcessError):
@@ -1490,7 +1493,7 @@ def summary_text(summary: str) -> str:
 
 MANIFEST_BYTES = 2 * 1024 * 1024  # of one file, or of what kustomize prints
 MANIFEST_DEPTH = 60
-RELEASE_BYTES = 1_000_000  # of a ConfigMap, which may hold 1 MiB
+CONFIGMAP_BYTES = 1024 * 1024 - 4096  # what the API server takes, its own additions left out
 KINDS = {"Deployment": "apps/v1", "Service": "v1", "ConfigMap": "v1"}
 TEXTS = {"labels", "annotations", "data", "binaryData", "matchLabels", "nodeSelector"}
 SHAPES: dict[str, type] = {  # of what is read here, wherever it stands
@@ -1741,8 +1744,11 @@ def manifest(kind: str, name: str, labels: Mapping[str, str], **content: Any) ->
 
 def immutable(name: str, labels: Mapping[str, str], **content: Any) -> Object:
     """Return an immutable ConfigMap, its name followed by eight digits of its content's hash."""
-    known = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-    return manifest("ConfigMap", f"{name}-{known}", labels, immutable=True, **content)
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
+    if len(text) > CONFIGMAP_BYTES:
+        refuse(f"ConfigMap {clip(name, 60)} of {len(text)} bytes: {CONFIGMAP_BYTES} are possible")
+    name = f"{name}-{hashlib.sha256(text).hexdigest()[:8]}"
+    return manifest("ConfigMap", name, labels, immutable=True, **content)
 
 
 def rewrite_references(pod: Object, copies: Mapping[str, Object]) -> None:
@@ -1870,16 +1876,14 @@ class Release:
     def live_service(self, app: App) -> Object:
         """Return the live Service of a first deployment, with the labels and notes of the app."""
         made = service_object(app, app.name, self.service, self.selector, "live")
-        labels = {**self.service_meta.get("labels", {}), **made["metadata"]["labels"]}
-        made["metadata"] = {**made["metadata"], **self.service_meta, "labels": labels}
+        labels = {**self.service_meta["labels"], **made["metadata"]["labels"]}
+        made["metadata"] |= {**self.service_meta, "labels": labels}
         return made
 
     def configmap(self, app: str) -> Object:
         """Return the immutable ConfigMap that records the release."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         packed = base64.b64encode(zlib.compress(json.dumps(content, sort_keys=True).encode()))
-        if len(packed) > RELEASE_BYTES:
-            refuse(f"what is rendered fills {len(packed)} bytes, a release holds {RELEASE_BYTES}")
         labels, data = {LABEL_APP: app, LABEL_STAGE: "release"}, {"release": packed.decode()}
         return immutable(f"{app}-release", labels, binaryData=data)
 
@@ -1904,9 +1908,13 @@ def render(place: Placement, objects: AppObjects) -> Release:
     told: Object = {"run": run.id, "commit": run.commit, "ref": run.ref, "image": place.image}
     told |= {"colour": place.colour, "selector": place.selector}
     spec = {k: v for k, v in service["spec"].items() if k != "selector"}
-    meta = {k: v for k, v in service["metadata"].items() if k in ("labels", "annotations")}
+    said = {k: service["metadata"].get(k, {}).items() for k in ("labels", "annotations")}
+    meta = {k: {n: v for n, v in s if not n.startswith(f"{MANAGER}/")} for k, s in said.items()}
     deployment, maps = render_deployment(place, objects, copies), tuple(copies.values())
-    return Release(**told, deployment=deployment, configmaps=maps, service=spec, service_meta=meta)
+    told |= {"deployment": deployment, "configmaps": maps, "service": spec, "service_meta": meta}
+    release = Release(**told)
+    release.configmap(place.app.name)  # refuses what is too large before anything changes
+    return release
 
 
 # === cluster mirror ===============================================================================
@@ -2766,9 +2774,12 @@ class Deployer:
         info("claimed", colour=release.colour, ignored=objects.ignored or None, **task.words)
         self.kubectl.create([*release.configmaps, release.configmap(task.app.name)], task.namespace)
         self.check_claim(task, claimed, self.service(task))
-        self.roll_out(task, release, pods)
-        self.check_claim(task, claimed, self.service(task))
-        self.smoke_test(task, release)
+        try:
+            self.roll_out(task, release, pods)
+            self.smoke_test(task, release)
+        finally:
+            # pods that someone else replaced meanwhile say nothing against this run
+            self.check_claim(task, claimed, self.service(task))
         return release, claimed
 
     # What is there, and who may change it.
@@ -2940,7 +2951,7 @@ class Deployer:
             self.kubectl.apply([release.deployment], task.namespace)
         except KubectlError as refused:
             if refused.kind in ("Invalid", "BadRequest", "Forbidden"):
-                detail = self.secrets.mask(clip(refused.stderr))
+                detail = self.secrets.mask(refused.said)
                 raise StageError(Reason.MANIFEST_INVALID, detail) from refused
             raise
         name, doom = f"deployment/{release.deployment['metadata']['name']}", Doom()
@@ -3933,7 +3944,7 @@ class Controller:
             live = service is not None and service.run == task.run.id
             if live or refused.kind in ("Unreachable", "Conflict", "Unknown"):
                 raise
-            detail = self.deployer.secrets.mask(clip(refused.stderr))
+            detail = self.deployer.secrets.mask(refused.said)
             ended = ends(Outcome.FAILED, Reason.CLUSTER_ERROR, detail, task.environment)
         took = self.clock.monotonic() - started
         self.metrics.stage_seconds.labels(task.app.name, task.environment, result).observe(took)
@@ -4362,28 +4373,25 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
 
 def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
     """Return the runs that Jobs tell of, newest first; where those are gone, each branch's last."""
-    runs: dict[str, Object] = {}
+    found: list[tuple[str, ...]] = []
     ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP} in ({','.join(apps)})"
     for job in sorted(tools.jobs(ours), key=lambda j: (-j.run.received, j.stage)) if apps else ():
         run, notes = job.run, [job.notes.get(n, "") for n in (NOTE_REASON, NOTE_DETAIL)]
-        state = "ended" if job.outcome else job.state
-        told = (
-            run.id,
-            run.app,
-            run.ref,
-            run.commit,
-            job.notes.get(NOTE_STAGE, job.stage),
-            state,
-            job.outcome,
-            *notes,
-        )
-        runs.setdefault(run.id, dict(zip(RUN_KEYS, told, strict=True)))
+        stage, state = job.notes.get(NOTE_STAGE, job.stage), "ended" if job.outcome else job.state
+        found.append((run.id, run.app, run.ref, run.commit, stage, state, job.outcome, *notes))
+    rejected = {}
     for app in apps:
-        seen, _ = Ledger(tools.deployer.kubectl, tools.deployer.clock).read(app)
+        seen, rejected[app] = Ledger(tools.deployer.kubectl, tools.deployer.clock).read(app)
         for e in (e for e in seen.values() if e.get("outcome") not in (None, "baseline")):
-            name = run_id(app, e["ref"], e["commit"])
-            told = (name, app, e["ref"], e["commit"], "", "ended", e["outcome"], e["reason"], "")
-            runs.setdefault(name, dict(zip(RUN_KEYS, told, strict=True)))
+            ref, commit = e["ref"], e["commit"]
+            known = (run_id(app, ref, commit), app, ref, commit, "", "ended")
+            found.append((*known, e["outcome"], e["reason"], ""))
+    runs: dict[str, Object] = {}
+    for told in (dict(zip(RUN_KEYS, values, strict=True)) for values in found):
+        why = rejected[told["app"]].get(told["commit"], {}).get("reason", "")
+        if why and told["outcome"] == Outcome.DEPLOYED:
+            told |= {"outcome": Outcome.ROLLED_BACK, "reason": Reason.ROLLED_BACK, "detail": why}
+        runs.setdefault(told["run"], told)
     return list(runs.values())
 
 
@@ -4514,6 +4522,7 @@ def verdict(failed: HookError) -> tuple[int, Sequence[str]]:
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one command and return its exit status; what went wrong is said on stderr."""
     args = parser().parse_args(argv)
+    logging.basicConfig(format="gitops-hook: %(message)s", level=logging.ERROR)
     try:
         if args.command in JOB_COMMANDS:
             return JOB_COMMANDS[args.command](environ)
