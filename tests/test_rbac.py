@@ -11,7 +11,7 @@ import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,11 @@ class Command:
     code: int = 0
     says: str = ""
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it ends by its time-out alone."""
+        return "--watch" in self.argv or self.argv[:2] == ("rollout", "status")
+
 
 def command(
     purpose: str, line: str, needs: str, stdin: Object | None = None, **more: Any
@@ -65,10 +70,9 @@ def command(
         for resource, _, verbs in (part.partition(":") for part in needs.split(","))
         for verb in verbs.split()
     ]
-    argv = line.split()
-    if not ("--watch" in argv or argv[:2] == ["rollout", "status"]):
-        argv.append("--request-timeout=24s")  # as on all calls that are waited for
-    return Command(purpose=purpose, argv=(*argv,), needs=frozenset(grants), stdin=stdin, **more)
+    argv, needed = tuple(line.split()), frozenset(grants)
+    made = Command(purpose=purpose, argv=argv, needs=needed, stdin=stdin, **more)
+    return made if made.goes_on else replace(made, argv=(*argv, "--request-timeout=24s"))
 
 
 # === What the commands work on ===
@@ -143,7 +147,7 @@ MADE = ("jobs", "deployments", "services", "configmaps")
 
 NOTE: Object = {"metadata": {"annotations": {"gitops-hook/note": "something"}}}
 MERGED = "--type=merge --patch-file=/dev/stdin -o=json"
-WATCHED = "-o json --watch --output-watch-events --request-timeout=1s"
+WATCHED = "-o json --watch --output-watch-events --request-timeout=2s"
 LOGS = "logs web-1 -c web --tail=20 --limit-bytes=65536"
 QUIETLY = "--wait=false --ignore-not-found"
 CREATE = "create -f - -o name --validate=false"
@@ -232,7 +236,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             # a server that cannot stream its lists is asked for `list` too
             command(
                 "wait for a colour",
-                "rollout status deployment/blue --timeout=1s",
+                "rollout status deployment/blue --timeout=2s",
                 "deployments: get watch",
                 code=1,
                 says="timed out waiting for the condition",
@@ -294,7 +298,8 @@ GRANTED: dict[str, frozenset[Grant]] = {
     for namespace, role in ROLES.items()
 }
 EACH_GRANT = [(n, *grant) for n in NAMESPACES for grant in sorted(GRANTED[n])]
-EACH_COMMAND = [(n, c) for n in NAMESPACES for c in COMMANDS[n]]
+EACH_COMMAND = [(n, c) for n in NAMESPACES for c in COMMANDS[n] if not c.goes_on]
+EACH_STREAM = [(n, c) for n in NAMESPACES for c in COMMANDS[n] if c.goes_on]
 
 
 def without(role: Object, resource: str, verb: str) -> Object:
@@ -406,6 +411,24 @@ def test_a_command_works_and_asks_for_what_the_table_says(
     assert wanted.says in done.err, done
     assert not forbidden(desk.api.faults.log)
     assert asked(desk.api.faults.log, namespace) == wanted.needs
+
+
+def test_what_goes_on_works_and_asks_for_what_the_table_says(desk: Desk) -> None:
+    for namespace in NAMESPACES:
+        desk.prepare(namespace)
+    begun = [(n, c, desk.kubectl.start("-n", n, *c.argv)) for n, c in EACH_STREAM]
+    try:
+        ended = [(n, c, p, p.communicate(timeout=30)[1]) for n, c, p in begun]
+    finally:
+        for _, _, process in begun:
+            process.kill()
+            process.communicate()
+    log = desk.api.faults.log
+    assert not forbidden(log)
+    for namespace, wanted, process, said in ended:
+        assert (process.returncode, wanted.says in said) == (wanted.code, True), (wanted, said)
+        resources = {resource for resource, _ in wanted.needs}
+        assert {g for g in asked(log, namespace) if g[0] in resources} == wanted.needs, wanted
 
 
 @pytest.mark.parametrize(
