@@ -24,7 +24,7 @@ die = { echo "make $@: $(1)" >&2; exit 2; }
 
 export BREAK KEEP
 
-.PHONY: help venv demo test e2e lint types check bench fuzz image apply delete kind lock clean
+.PHONY: help venv demo test cluster e2e lint types check bench fuzz image apply delete kind lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -47,8 +47,11 @@ $(INSTALLED): requirements-dev.txt
 demo: $(INSTALLED) ## Watch pushes being tested, built, switched and switched back (KEEP=1 leaves it running)
 	@$(BIN)/python -m tests.demo
 
-test: $(INSTALLED) ## Run the tests (ARGS='-k webhook -x')
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## Run the tests that take seconds (ARGS='-k webhook -x')
+	@$(BIN)/python -m pytest -m 'not cluster' $(ARGS)
+
+cluster: $(INSTALLED) ## Run the tests that take minutes: the daemon on the stand-in cluster, and that itself
+	@$(BIN)/python -m pytest -m cluster $(ARGS)
 
 e2e: $(INSTALLED) ## Run the demo as its users do: side by side, sabotaged, interrupted
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
@@ -59,7 +62,7 @@ lint: $(INSTALLED) ## Check style and common mistakes
 types: $(INSTALLED) ## Check the types
 	@$(BIN)/mypy
 
-check: lint types test ## Everything that must pass before a commit
+check: lint types test cluster ## Everything that must pass before a commit
 
 bench: $(INSTALLED) ## Measure, print a table, write bench.json
 	@$(BIN)/python -m tests.bench $(ARGS)

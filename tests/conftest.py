@@ -10,6 +10,25 @@ import pytest
 from tests.world import World
 
 LINES = 60
+# What takes minutes, because clusters, daemons and pods really run: `make cluster`. The rest is the
+# quick suite: `make test`.
+CLUSTER = {
+    "test_commands",
+    "test_controller",
+    "test_deploy",
+    "test_rbac",
+    "test_standin_api",
+    "test_standin_cluster",
+    "test_standin_more",
+    "test_standin_watch",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what belongs to the slow suite."""
+    for item in items:
+        if item.path.stem in CLUSTER:
+            item.add_marker(pytest.mark.cluster)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -640,7 +640,7 @@ def test_what_is_tested_is_what_is_shipped() -> None:
 # === Makefile ===
 
 TARGETS = {
-    "help", "venv", "demo", "test", "e2e", "lint", "types", "check", "bench", "fuzz", "image",
+    "help", "venv", "demo", "test", "cluster", "e2e", "lint", "types", "check", "bench", "fuzz", "image",
     "apply", "delete", "kind", "lock", "clean",
 }  # fmt: skip
 
