@@ -3512,8 +3512,8 @@ class Controller:
         for app in self.config.apps:
             self.spawn(f"heads-{app.name}", partial(self.follow_heads, app))
 
-    def spawn(self, name: str, body: Callable[[], None]) -> None:
-        """Run a thread that starts its body again after a bug, which is logged and counted."""
+    def spawn(self, name: str, body: Callable[[], None], *, again: bool = True) -> None:
+        """Run a thread; a bug in it is logged and counted, and its body run again if so wanted."""
 
         def run() -> None:
             while not self.stop.is_set():
@@ -3522,7 +3522,8 @@ class Controller:
                 except Exception:  # noqa: BLE001 - a thread ends here: logged, counted, run again
                     error("a thread failed", exc=True, thread=name)
                     self.metrics.errors.labels(name.partition("-")[0]).inc()
-                    self.stop.wait(1.0)
+                    if not again or self.stop.wait(1.0):
+                        break
             return None
 
         thread = threading.Thread(target=run, name=name, daemon=True)
@@ -3718,11 +3719,16 @@ class Controller:
             names = [j.name for j in release if j.namespace == namespace]
             args = ("patch", "job", *names, "--type=merge", "-p", '{"spec":{"suspend":false}}')
             self.kubectl.run(*args, namespace=namespace)
-        self.forget_suspended(runs)
+        self.forget(runs)
         self.look_after(set(active), {newest(g).app for g in active.values()})
 
-    def forget_suspended(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
-        """Delete Jobs of ended runs that were never released: no time to live ends them."""
+    def forget(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
+        """Forget runs without Jobs, and delete Jobs of ended runs that no time to live ends."""
+        known = {*runs, *(j.name for g in runs.values() for j in g.values())}
+        memories: tuple[dict[str, Any], ...] = (self.acted, self.doom, self.stuck)
+        for memory in memories:
+            for gone in {*list(memory)} - known:
+                memory.pop(gone, None)
         until = self.clock.now() - JOB_TTL
         for found in (j for g in runs.values() for j in g.values() if j.state == "suspended"):
             if found.outcome and seconds_of(found.notes.get(NOTE_ENDED)) < until:
@@ -3742,7 +3748,7 @@ class Controller:
         services = {e: s for e, w in self.services.items() for s in w.items() if s.name == run.app}
         newer = [r for r in others if (r.app, r.ref) == (run.app, run.ref)]
         doomed = self.doom.setdefault(run.id, Doom()).verdict(symptoms, now)
-        busy = frozenset(e for a, e in self.busy if a == run.app)
+        busy = frozenset(e for a, e in list(self.busy) if a == run.app)
         head, again = head_word(run, heads, age, now), any(r.received > run.received for r in newer)
         limit, app = self.config.limits.queue_timeout, self.apps[run.app]
         seen: Object = {
@@ -3903,6 +3909,7 @@ class Controller:
         self.busy.add(key)
 
         def run() -> None:
+            self.paused[key] = failures + 1, self.clock.monotonic() + backoff(failures)
             try:
                 body()
                 self.paused.pop(key, None)
@@ -3916,7 +3923,7 @@ class Controller:
                 self.acted.pop(task.run.id, None)
                 self.wake.set()
 
-        self.spawn(f"worker-{task.app.name}-{task.environment}", run)
+        self.spawn(f"worker-{task.app.name}-{task.environment}", run, again=False)
 
     def deploy(self, task: Task, jobs: Mapping[str, Job]) -> None:
         """Deploy; write down the outcome if the run ended here."""
