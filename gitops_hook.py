@@ -2954,28 +2954,43 @@ class Deployer:
                 detail = self.secrets.mask(refused.said)
                 raise StageError(Reason.MANIFEST_INVALID, detail) from refused
             raise
-        name, doom = f"deployment/{release.deployment['metadata']['name']}", Doom()
+        name = f"deployment/{release.deployment['metadata']['name']}"
         timeout = int(release.deployment["spec"]["progressDeadlineSeconds"])
         args = ("rollout", "status", name, f"--timeout={timeout}s")
         process = self.kubectl.stream(*args, namespace=task.namespace)
         try:
-            while process.poll() is None:
-                ours = [p for p in pods.items() if p.run == release.run]
-                symptoms = [s for p in ours for s in pod_symptoms(p)]
-                symptoms += self.creation_symptoms(task, release)
-                if symptom := doom.verdict(symptoms, self.clock.now()):
-                    detail = self.with_logs(symptom.detail, ours, task.namespace)
-                    raise StageError(symptom.reason, detail)
-                self.wait_change(pods, 1.0)
+            self.follow(task, release, pods, process, timeout + KUBECTL_TIMEOUT)
         finally:
             _, stderr = end_process(process)
         if process.returncode == 0:
             return self.prove(task, release)
-        if "deadline" not in stderr and "timed out" not in stderr:
+        if process.returncode > 0 and not re.search("deadline|timed out", stderr):
             raise StageError(Reason.CLUSTER_ERROR, f"rollout status: {clip(stderr)}")
         ours = [p for p in pods.items() if p.run == release.run]
         detail = f"{sum(p.ready for p in ours)} of {release.wanted} pods ready within {timeout} s"
         raise StageError(Reason.NEVER_READY, self.with_logs(detail, ours, task.namespace))
+
+    def follow(
+        self,
+        task: Task,
+        release: Release,
+        pods: Watch[Pod],
+        process: subprocess.Popen[bytes],
+        seconds: float,
+    ) -> None:
+        """Follow a release's pods while a process runs; raises StageError for what cannot heal.
+
+        Bounded, since a process whose complaints nobody reads may hang on them.
+        """
+        doom, until = Doom(), self.clock.monotonic() + seconds
+        while process.poll() is None and self.clock.monotonic() < until:
+            ours = [p for p in pods.items() if p.run == release.run]
+            symptoms = [s for p in ours for s in pod_symptoms(p)]
+            symptoms += self.creation_symptoms(task, release)
+            if symptom := doom.verdict(symptoms, self.clock.now()):
+                detail = self.with_logs(symptom.detail, ours, task.namespace)
+                raise StageError(symptom.reason, detail)
+            self.wait_change(pods, 1.0)
 
     def creation_symptoms(self, task: Task, release: Release) -> list[Symptom]:
         """Return why a release's pods cannot be created, if so."""
@@ -3081,8 +3096,9 @@ class Deployer:
 
     def create_live(self, task: Task, release: Release, notes: Mapping[str, Any]) -> None:
         """Create the live Service of a first deployment."""
-        live = service_object(task.app, task.app.name, release.service, release.selector, "live")
-        live["metadata"]["annotations"] = {k: json.dumps(v) for k, v in notes.items()}
+        live = release.live_service(task.app)
+        told = live["metadata"].get("annotations") or {}
+        live["metadata"]["annotations"] = {**told, **{k: json.dumps(v) for k, v in notes.items()}}
         for line in self.kubectl.create_each([live], task.namespace).values():
             raise KubectlError([self.kubectl.program, "create"], 1, line)
 
