@@ -154,15 +154,15 @@ class Gate:
 class Traffic:
     """What a client without retries got from a live Service, a new connection each time."""
 
-    def __init__(self, app: Member) -> None:
-        self.app = app
+    def __init__(self, app: Member, pause: float) -> None:
+        self.app, self.pause = app, pause
         self.seen: list[tuple[float, str]] = []
         self.failures: list[str] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._ask, daemon=True)
 
     def _ask(self) -> None:
-        while not self._stop.wait(0.04):
+        while not self._stop.wait(self.pause):
             try:
                 answer = self.app.answer()
                 self.seen.append((time.monotonic(), str(answer["version"])))
@@ -319,9 +319,9 @@ class Member:
             answers.append(dict(answer.json()))
         return answers
 
-    def traffic(self) -> Traffic:
+    def traffic(self, pause: float = 0.04) -> Traffic:
         """Return a client that asks all the time while its block runs."""
-        return Traffic(self)
+        return Traffic(self, pause)
 
 
 def is_ready(pod: Object) -> bool:
@@ -403,23 +403,15 @@ class Fleet(World):
         """Arm trouble that only the daemon and its commands meet."""
         return self.cluster.faults.add(Fault(action, verb, resource, user=DAEMON, **more))
 
-    def hanging(self, **fields: Any) -> bool:
-        """Whether a request with these fields was left without an answer."""
-        log = [r for r in self.cluster.faults.log if r.code == 0]
-        return any(all(getattr(r, k) == v for k, v in fields.items()) for r in log)
-
     @contextmanager
     def held(self, verb: str, resource: str, **more: Any) -> Iterator[None]:
         """Hold the daemon in one call, from when it makes it until the block ends."""
-        self.cluster.faults.forget()
-        self.fault("hang", verb, resource, **more)
-        wanted = {k: v for k, v in more.items() if k in ("namespace", "name")}
+        fault = self.fault("hang", verb, resource, **more)
         try:
-            held_up = {"verb": verb, "resource": resource, **wanted}
-            eventually(lambda: self.hanging(**held_up), 40, f"the daemon is held: {held_up}")
+            eventually(lambda: self.cluster.faults.holds(fault), 40, f"the daemon meets {fault}")
             yield
         finally:
-            self.cluster.faults.clear()
+            self.cluster.faults.lift(fault)
 
     def jobs(self, namespace: str = "test") -> dict[str, Object]:
         """Return the Jobs of a namespace by name."""

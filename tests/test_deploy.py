@@ -1,4 +1,4 @@
-"""What a deployment does to an environment, and what it leaves: the daemon on a stand-in cluster."""
+"""What a deployment does to an environment, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_a_service_edited_before_the_switch_is_left_alone_and_the_editor_named(l
     ended = live.ended(run)
     assert (ended["outcome"], ended["reason"]) == ("failed", "SelectorChanged")
     assert "kubectl-edit" in ended["detail"]
-    assert live.metric("gitops_hook_selector_drift_total", app="edited") == before + 1
+    assert live.metric("gitops_hook_selector_drift_total", app="edited") > before
     assert (edited.answer()["version"], RUN in edited.selector) == ("v1", False)
 
 

@@ -170,7 +170,7 @@ class Api:
 
     def _hang(self, fault: Fault, asked: Asked) -> None:
         self.faults.note(asked.logged(0))
-        self.faults.hang(asked.http.connection, fault.seconds)
+        self.faults.hang(asked.http.connection, fault, fault.seconds)
 
     def _answer(self, asked: Asked, fault: Fault | None) -> Response | None:
         if len(asked.http.body) > MAX_BODY:

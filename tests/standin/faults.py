@@ -35,6 +35,7 @@ class Fault:
     `action`: refuse (the connection closes without an answer), hang (never answered), hang-after
     (done, then never answered), 409, 429, 500, forbid (answered so), drop-watch (open, but silent
     after `seconds`). A hang ends after `seconds`, at clear(), or when the client leaves.
+    `path_contains` looks at path and query as they were sent, selectors among them.
     `times` None: always. `after`: so many matching requests pass first.
     """
 
@@ -47,6 +48,7 @@ class Fault:
     seconds: float | None = None
     after: int = 0
     body_contains: str | None = None
+    path_contains: str | None = None
     user: str | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +68,8 @@ class Fault:
             return False
         if self.action == "drop-watch" and request.verb != "watch":
             return False
+        if self.path_contains is not None and self.path_contains not in request.path:
+            return False
         return self.body_contains is None or self.body_contains.encode() in body
 
 
@@ -82,7 +86,7 @@ class Faults:
 
     _armed: list[_Armed] = field(default_factory=list)
     _log: deque[Request] = field(default_factory=lambda: deque(maxlen=100_000))
-    _waiting: set[threading.Event] = field(default_factory=set)
+    _waiting: dict[threading.Event, Fault] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, fault: Fault) -> Fault:
@@ -98,6 +102,19 @@ class Faults:
             waiting = list(self._waiting)
         for event in waiting:
             event.set()
+
+    def lift(self, fault: Fault) -> None:
+        """Disarm one fault and let the requests that hang by it go on."""
+        with self._lock:
+            self._armed = [armed for armed in self._armed if armed.fault is not fault]
+            waiting = [event for event, cause in self._waiting.items() if cause is fault]
+        for event in waiting:
+            event.set()
+
+    def holds(self, fault: Fault) -> bool:
+        """Whether a request hangs by this fault now."""
+        with self._lock:
+            return any(cause is fault for cause in self._waiting.values())
 
     @property
     def log(self) -> list[Request]:
@@ -131,16 +148,16 @@ class Faults:
                 return armed.fault
         return None
 
-    def hang(self, connection: Connection, seconds: float | None) -> None:
-        """Wait until clear() or the time is over; Closed when the client leaves before."""
+    def hang(self, connection: Connection, fault: Fault, seconds: float | None) -> None:
+        """Wait until lift(), clear() or the time is over; Closed when the client leaves before."""
         release = threading.Event()
         connection.on_gone(release.set)
         connection.watch_leaving()
         with self._lock:
-            self._waiting.add(release)
+            self._waiting[release] = fault
         release.wait(seconds)
         with self._lock:
-            self._waiting.discard(release)
+            self._waiting.pop(release, None)
         if connection.gone.is_set():
             raise Closed
         connection.stop_watching()

@@ -160,7 +160,8 @@ class Watch:
 
     def _fall_silent(self) -> None:
         """Stay open and say nothing, as a connection does that was dropped on its way."""
-        self.faults.hang(self.asked.http.connection, None)
+        if self.fault:
+            self.faults.hang(self.asked.http.connection, self.fault, None)
         raise Closed
 
     def _deliver(self, event: Event | None) -> None:
