@@ -105,13 +105,6 @@ def test_values_do_not_change() -> None:
         config.catch_up = 1.0
 
 
-def test_an_app_is_found_by_its_name_and_else_the_known_ones_are_told() -> None:
-    config = loaded()
-    assert config.app("shop") is config.apps[0]
-    with pytest.raises(hook.RefusedError, match="no app 'shpo'; known: shop"):
-        config.app("shpo")
-
-
 def test_the_environments_are_those_that_an_app_is_deployed_to() -> None:
     spaces = {"test": "t", "build": "b", "qa": "q", "unused": "u", "live": "l"}
     config = loaded({"deploy": {"environments": ["qa", "live"]}}, namespaces=spaces)

@@ -64,7 +64,7 @@ def a_job(
     """A Job as the cluster would have it: made by the program, with a status since some seconds."""
     run = run or a_run()
     make = hook.test_job if stage == "test" else hook.build_job
-    found = make(LOADED, LOADED.app(run.app), run)
+    found = make(LOADED, next(a for a in LOADED.apps if a.name == run.app), run)
     found["metadata"] |= {"resourceVersion": "7", "creationTimestamp": stamp(NOW - since), **meta}
     found["metadata"]["annotations"] |= notes or {}
     found["spec"]["suspend"] = state == "suspended"
@@ -162,7 +162,7 @@ def a_service(live: str, *history: Object, colour: str = "blue") -> hook.Service
 def a_view(*jobs: hook.Job, **changes: Any) -> hook.View:
     run = jobs[0].run if jobs else a_run()
     given: Object = {
-        "app": LOADED.app(run.app), "run": run, "jobs": {j.stage: j for j in jobs}, "pods": (),
+        "app": next(a for a in LOADED.apps if a.name == run.app), "run": run, "jobs": {j.stage: j for j in jobs}, "pods": (),
         "services": {}, "head": "same", "newer": False, "places": 2, "doomed": None,
         "busy": frozenset(), "now": NOW, "queue_timeout": 3600.0,
     }  # fmt: skip
@@ -764,15 +764,15 @@ STARTS = 'failed to create containerd task: exec: "serve": executable file not f
             "message": "0/3 nodes are available: 3 Insufficient cpu."}], started=0, created=5),
             Reason.UNSCHEDULABLE, 120),
         (a_pod(apps=[entry("web", waiting("CrashLoopBackOff"), terminated(1), 4)]),
-            Reason.CRASH_LOOP, 0),
-        (a_pod(apps=[entry("web", terminated(0), terminated(0), 2)]), Reason.CRASH_LOOP, 0),
+            Reason.CRASH_LOOP, 15),
+        (a_pod(apps=[entry("web", terminated(0), terminated(0), 2)]), Reason.CRASH_LOOP, 15),
         (a_pod(inits=[entry("migrate", waiting("CrashLoopBackOff"), terminated(1), 4)], apps=[]),
-            Reason.INIT_FAILED, 0),
+            Reason.INIT_FAILED, 15),
         (a_pod(apps=[entry("web", waiting("CrashLoopBackOff"), terminated(137, "", "OOMKilled"),
             4)]),
-            Reason.OUT_OF_MEMORY, 0),
+            Reason.OUT_OF_MEMORY, 15),
         (a_pod(inits=[entry("results", waiting("CrashLoopBackOff"), terminated(1), 4)], apps=[]),
-            Reason.CRASH_LOOP, 0),
+            Reason.CRASH_LOOP, 15),
         (a_pod(TEST, inits=[entry("results", waiting("ErrImagePull", "x: not found"))], apps=[]),
             Reason.IMAGE_NOT_FOUND, 0),
     ],
@@ -838,26 +838,27 @@ Steps = list[tuple[float, hook.Pod]]
     ("steps", "second"),
     [
         ([(1, crash(1)), (3, crash(2))], 3),
-        ([(1, crash(1)), (3, crash(2, 3))], None),
-        ([(1, crash(1)), (3, crash(2, 3)), (15, crash(3, 3))], 15),
-        ([(3, crash(2)), (4, crash(2))], None),
-        ([(3, crash(2)), (15, crash(3))], 15),
+        ([(1, crash(1)), (3, crash(2, 3)), (15, crash(2, 3))], None),
+        ([(1, crash(1)), (3, crash(2, 3)), (16, crash(3, 3))], 16),
+        ([(3, crash(2))], 3),
         ([(3, crash(4))], 3),
         ([(1, crash(1)), (100, crash(1))], None),
         ([(1, crash(1, 137, "OOMKilled")), (9, crash(2, 137, "OOMKilled"))], 9),
         ([(1, crash(3, 137, "OOMKilled", started=600, fell=30)),
             (9, crash(4, 137, "OOMKilled", started=600, fell=30))], 9),
-        ([(1, crash(9, 137, "OOMKilled", started=600, fell=30))], None),
+        ([(1, crash(3, 137, "OOMKilled", started=600, fell=30)), (9, crash(4, started=600, fell=30))],
+            None),
+        ([(1, crash(9, 137, "OOMKilled", started=600, fell=30)),
+            (99, crash(9, 137, "OOMKilled", started=600, fell=30))], None),
         ([(1, crash(1)), (2, a_pod(apps=[entry("web", RUNNING, terminated(1), 1, False)])),
             (3, crash(2))], 3),
         ([(1, crash(1)), (2, a_pod(ready=True)), (3, crash(2, started=60, fell=3))], None),
     ],
     ids=[
-        "second exit for the same reason", "second exit for another reason", "third exit",
-        "first seen at its second exit", "first seen at its second exit, then a third",
-        "first seen at its fourth exit", "one exit is none", "memory twice",
-        "memory twice after it was ready", "memory once more, long ago", "running in between",
-        "ready in between",
+        "second exit for the same reason", "second exit for another reason", "again and again",
+        "first seen at its second exit", "first seen at its fourth exit", "one exit is none",
+        "memory twice", "memory twice after it was ready", "memory once after it was ready",
+        "memory long ago", "running in between", "ready in between",
     ],
 )  # fmt: skip
 def test_a_container_that_ends_twice_for_the_same_reason_is_doomed(
