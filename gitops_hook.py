@@ -1157,11 +1157,48 @@ def execute(
     return code, printed[0].decode(errors="replace"), printed[1].decode(errors="replace")
 
 
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+
+
+def cluster_environment(environ: Mapping[str, str], account: Path = ACCOUNT) -> dict[str, str]:
+    """Return the environment that kubectl gets: in a pod, with a kubeconfig of its account.
+
+    By itself kubectl uses a pod's account only while no flag touches its client configuration, and
+    `--request-timeout` does (kubernetes#93474): it would ask localhost. The token is named by its
+    file, so that it rotates.
+    """
+    host, port = (environ.get(f"KUBERNETES_SERVICE_{k}", "") for k in ("HOST", "PORT"))
+    known = (
+        environ.get("KUBECONFIG") or (Path(environ.get("HOME") or "/") / ".kube/config").exists()
+    )
+    if not host or known or not (account / "token").exists():
+        return dict(environ)
+    server = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+    cluster = {"server": server, "certificate-authority": str(account / "ca.crt")}
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "pod", "cluster": cluster}],
+        "users": [{"name": "pod", "user": {"tokenFile": str(account / "token")}}],
+        "contexts": [{"name": "pod", "context": {"cluster": "pod", "user": "pod"}}],
+        "current-context": "pod",
+    }
+    path = Path(tempfile.mkdtemp(prefix="gitops-hook-")) / "kubeconfig"
+    path.write_text(json.dumps(content))
+    return {**environ, "KUBECONFIG": str(path)}
+
+
 class Kubectl:
     """The one door to the cluster: each method is one kubectl process."""
 
-    def __init__(self, metrics: Metrics, at_once: int = 8, program: str = "kubectl") -> None:
-        self.program, self.metrics = program, metrics
+    def __init__(
+        self,
+        metrics: Metrics,
+        at_once: int = 8,
+        program: str = "kubectl",
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.program, self.metrics, self.environ = program, metrics, environ
         self._places = threading.BoundedSemaphore(at_once)
 
     def run(
@@ -1171,7 +1208,7 @@ class Kubectl:
         where = ("-n", namespace) if namespace else ()
         argv = (self.program, *where, *args, f"--request-timeout={int(timeout * 0.8) or 1}s")
         with self._places:
-            code, stdout, stderr = execute(argv, timeout, stdin)
+            code, stdout, stderr = execute(argv, timeout, stdin, self.environ)
         failure = None if code == 0 else KubectlError([self.program, *args], code, stderr, stdout)
         self.metrics.kubectl.labels(args[0], failure.kind if failure else "ok").inc()
         if failure:
@@ -1180,7 +1217,7 @@ class Kubectl:
 
     def stream(self, *args: str, namespace: str) -> subprocess.Popen[bytes]:
         """Start a call that goes on: a watch, a rollout status. The caller ends it."""
-        return start((self.program, "-n", namespace, *args))
+        return start((self.program, "-n", namespace, *args), self.environ)
 
     def get(self, resource: str, name: str, namespace: str) -> Object | None:
         """Return one object, or None when there is none."""
@@ -2303,7 +2340,6 @@ def backoff(failures: int) -> float:
 # Pure: observed state in, what to do next out. Nothing here starts a program or asks for the time.
 
 LAG = 10.0  # seconds that the pods' watch may be behind the Jobs'
-CRASHES = 3  # doom also what nobody has watched recur
 NEVER = float("inf")
 PULL = re.compile("ErrImage.*|ImagePullBackOff|ImageInspectError|InvalidImageName|Registry.*")
 HOPELESS_PULL = re.compile(
@@ -2328,6 +2364,7 @@ class Symptom:
     detail: str
     grace: float = 0.0
     times: int = 0
+    cause: str = ""
 
 
 def container_symptom(container: Container, pod: Pod) -> Symptom | None:
@@ -2349,9 +2386,10 @@ def container_symptom(container: Container, pod: Pod) -> Symptom | None:
         return None
     reason = Reason.INIT_FAILED if kind == "init" else Reason.CRASH_LOOP
     text = f"{name} ended {container.exits} times, last with exit code {code} ({why})"
-    grace = NEVER if worked or container.exits < CRASHES else 0.0
-    key, reason = f"{key}/exit {code} {why}", Reason.OUT_OF_MEMORY if oom else reason
-    return Symptom(key, reason, text, grace, container.exits)
+    grace, reason = 15.0, Reason.OUT_OF_MEMORY if oom else reason
+    if worked or container.exits == 1:
+        grace = NEVER
+    return Symptom(f"{key}/exit", reason, text, grace, container.exits, f"{code} {why}")
 
 
 def pod_symptoms(pod: Pod) -> Iterator[Symptom]:
@@ -2374,15 +2412,18 @@ class Doom:
     """Remembers since when each symptom is there, and so tells which one will not heal."""
 
     def __init__(self) -> None:
-        self._first: dict[str, tuple[float, int]] = {}
+        self._first: dict[str, tuple[float, Symptom]] = {}
 
     def verdict(self, symptoms: Iterable[Symptom], now: float) -> Symptom | None:
         """Return a symptom that has lasted too long or recurred; what is gone is forgotten."""
         present = {s.key: s for s in symptoms}
-        self._first = {k: self._first.get(k, (now, s.times)) for k, s in present.items()}
-        for key, (since, times) in self._first.items():
-            if now - since >= present[key].grace or present[key].times > times:
-                return present[key]
+        self._first = {k: self._first.get(k, (now, s)) for k, s in present.items()}
+        for key, (since, first) in self._first.items():
+            found = present[key]
+            again = found.times > first.times and found.cause == first.cause
+            unwatched = first.times > 1 and found.grace < NEVER
+            if again or unwatched or now - since >= found.grace:
+                return found
         return None
 
 
@@ -2864,6 +2905,8 @@ class Deployer:
 
         def change(service: Service) -> Edit:
             claim, history = service.claim, service.history
+            if service.selector.get(LABEL_VERSION) == release.colour:
+                raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
             fresh = self.clock.now() - seconds_of(claim.get("since")) < CLAIM_SECONDS
             if fresh and claim.get("phase") == Phase.ROLLBACK:
                 raise SupersededError(Reason.CLAIM_LOST, "a rollback is under way")
@@ -3120,9 +3163,7 @@ class Deployer:
 
     def settle(self, task: Task, pods: Watch[Pod]) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
-        service = self.service(task)
-        if service is None or service.run != task.run.id:
-            raise SupersededError(Reason.ROLLED_BACK, "traffic was switched to something else")
+        service = self.judge_live(task, self.service(task))
         if not service.live.get("outcome"):
             release = self.release(task, service.live)
             self.verify(task, release)
@@ -3180,28 +3221,35 @@ class Deployer:
             elif self.clock.monotonic() - sound > UNREADY_SECONDS:
                 sick = sick or f"not ready for {UNREADY_SECONDS:.0f} s: {', '.join(down)}"
             if sick:
-                self.take_back(task, sick, pods, unhealthy=failures >= health.failures)
+                unhealthy = failures >= health.failures
+                self.take_back(task, sick, pods, since, unhealthy=unhealthy)
             if self.clock.monotonic() - looked > LOOK_SECONDS:
                 looked = self.clock.monotonic()
                 self.still_live(task)
 
     def still_live(self, task: Task) -> None:
-        """Raise when the live Service was switched away from a run meanwhile."""
+        """Raise when the live Service was switched away from a run, as far as it can be seen."""
         with suppress(KubectlError):
-            service = self.service(task)
-            if service and service.run == task.run.id:
-                return
-            if service and service.entry(task.run.id).get("outcome"):
-                raise SupersededError(Reason.ROLLED_BACK, "rolled back during the bake")
-            raise SupersededError(Reason.SELECTOR_CHANGED, self.last_manager(task))
+            self.judge_live(task, self.service(task))
 
-    def take_back(self, task: Task, sick: str, pods: Watch[Pod], *, unhealthy: bool) -> NoReturn:
+    def judge_live(self, task: Task, service: Service | None) -> Service:
+        """Return the live Service while it selects the run; raises when it was switched away."""
+        if service and service.run == task.run.id:
+            return service
+        if service and service.entry(task.run.id).get("outcome"):
+            raise SupersededError(Reason.ROLLED_BACK, "rolled back by hand")
+        raise SupersededError(Reason.SELECTOR_CHANGED, self.last_manager(task))
+
+    def take_back(
+        self, task: Task, sick: str, pods: Watch[Pod], since: float, *, unhealthy: bool
+    ) -> NoReturn:
         """Switch back first, then gather why; raises StageError.
 
         Only onto a version with more ready pods than the sick one: with both sick it stays.
         """
         ours = [p for p in pods.items() if p.run == task.run.id]
-        new = 0 if unhealthy else sum(p.ready for p in ours)
+        sound = [p for p in ours if p.ready and not sickness([p], task.run.id, since)]
+        new = 0 if unhealthy else len(sound)
         for failures in itertools.count():
             with self.again("switch back", task, failures):
                 service = self.service(task)
@@ -3256,8 +3304,9 @@ class Deployer:
         """Write that a version stays, and leave a claim by which the old one is drained."""
 
         def change(service: Service) -> Edit:
-            if service.run != task.run.id or service.claim.get("phase") == Phase.ROLLBACK:
-                raise SupersededError(Reason.ROLLED_BACK, "traffic was switched to something else")
+            self.judge_live(task, service)
+            if service.claim.get("phase") == Phase.ROLLBACK:
+                raise SupersededError(Reason.ROLLED_BACK, "a rollback is under way")
             live, old = service.live, service.before.get("colour", "")
             ended = {**live, "outcome": Outcome.DEPLOYED}
             drain = {**self.note(task.run.id, old, Phase.DRAINING), "since": live.get("at", 0)}
@@ -3363,7 +3412,7 @@ class Deployer:
         if not service or not target:
             where = f"{task.app.name} in {task.environment}"
             raise RefusedError(f"{where}: there is no proven version to go back to")
-        left, key = service.live, itemgetter("run", "at")
+        left = service.live
         task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
         claim = self.note(task.run.id, str(target.get("colour", "")), Phase.ROLLBACK)
         self.edit(task, lambda _: Edit({NOTE_CLAIM: claim}))
@@ -3374,9 +3423,7 @@ class Deployer:
                 return None
             if now.claim != claim:
                 raise RefusedError(f"{now.claim.get('run') or 'someone'} has taken over meanwhile")
-            gone = {"outcome": Outcome.ROLLED_BACK, "reason": Reason.ROLLED_BACK, "detail": reason}
-            history = [{**e, **gone} if left and key(e) == key(left) else e for e in now.history]
-            history = [goal if key(e) == key(target) else e for e in history]
+            history = rolled_back(now.history, target, goal, reason)
             notes = {NOTE_HISTORY: history, NOTE_CLAIM: None, NOTE_BAKE: None}
             more = {**notes, NOTE_PREVIOUS: now.selector}
             return Edit(more, goal["selector"], goal.get("ports") or ())
@@ -3409,6 +3456,21 @@ class Deployer:
             self.roll_out(task, release, pods)
         changed = {"colour": release.colour, "selector": release.selector, "overwritten": False}
         return {**target, **changed, "release": record["metadata"]["name"]}
+
+
+def rolled_back(history: list[Object], target: Object, goal: Object, reason: str) -> list[Object]:
+    """Return a history in which what came after a target is rolled back and the target is `goal`.
+
+    Where the goal is not the target as it was, it was applied again, over what stood there.
+    """
+    key = itemgetter("run", "at")
+    place = [key(e) for e in history].index(key(target))
+    gone = {"outcome": Outcome.ROLLED_BACK, "reason": Reason.ROLLED_BACK, "detail": reason}
+    stayed = (Outcome.DEPLOYED, "")
+    newer = [{**e, **gone} if e.get("outcome") in stayed else e for e in history[:place]]
+    told, lost = [*newer, goal, *history[place + 1 :]], {"overwritten": True}
+    over = [e for e in told if goal != target and e.get("colour") == goal["colour"]]
+    return [{**e, **lost} if e in over and e is not goal else e for e in told]
 
 
 def selector_text(selector: Mapping[str, str]) -> str:
@@ -4237,18 +4299,19 @@ class Tools:
         Without a file, commands read the daemon's ConfigMap with the caller's own kubeconfig.
         """
         process, metrics = Process.from_environ(environ), Metrics()
+        reached = cluster_environment(environ)
         try:
             document = process.config.read_text("utf-8")
         except (OSError, ValueError) as wrong:
             if environ.get("GITOPS_HOOK_CONFIG") or not isinstance(wrong, FileNotFoundError):
                 raise ConfigError([f"{process.config} cannot be read: {wrong}"]) from wrong
-            found = Kubectl(metrics).get("configmap", MANAGER, ORCHESTRATION)
+            found = Kubectl(metrics, environ=reached).get("configmap", MANAGER, ORCHESTRATION)
             if found is None:
                 where = f"no file {process.config}, no ConfigMap {MANAGER} in {ORCHESTRATION}"
                 raise ConfigError([f"{where}: is this the right cluster?"]) from wrong
             document = (found.get("data") or {}).get("config.yaml", "")
         config, secrets = load_config(document), Secrets(process.secrets)
-        kubectl = Kubectl(metrics, config.limits.kubectl)
+        kubectl = Kubectl(metrics, config.limits.kubectl, environ=reached)
         git = Git(secrets.directory / GIT_CREDENTIALS)
         return cls(process, config, Deployer(kubectl, git, secrets, Clock()))
 

@@ -13,7 +13,14 @@ from typing import Any
 
 import pytest
 
-from gitops_hook import ConfigError, Kubectl, KubectlError, Metrics, execute
+from gitops_hook import (
+    ConfigError,
+    Kubectl,
+    KubectlError,
+    Metrics,
+    cluster_environment,
+    execute,
+)
 from tests.standin.cluster import Cluster
 from tests.standin.faults import Fault
 from tests.standin.kubectl import find_kubectl
@@ -395,3 +402,37 @@ def test_a_stream_goes_on_until_its_caller_ends_it(kubectl: Kubectl) -> None:
     assert os.getpgid(process.pid) == os.getpgid(0), "Ctrl-C reaches it"
     process.kill()
     process.communicate()
+
+
+# === In a pod ===
+
+
+def test_in_a_pod_the_account_of_the_pod_is_used_although_a_time_limit_is_given(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    account = tmp_path / "account"
+    account.mkdir()
+    (account / "ca.crt").write_bytes(cluster.api.ca_pem)
+    (account / "token").write_text(cluster.api.admin_token)
+    pod = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+        "KUBERNETES_SERVICE_PORT": str(cluster.api.port),
+    }
+    environ = cluster_environment(pod, account)
+    kubectl = Kubectl(Metrics(), program=find_kubectl(), environ=environ)
+    assert kubectl.list("configmaps", SPACE) is not None
+    assert cluster.api.admin_token not in Path(environ["KUBECONFIG"]).read_text()
+
+
+@pytest.mark.parametrize("known", ["KUBECONFIG", "no host", "no token"])
+def test_elsewhere_kubectl_finds_its_cluster_by_its_own_rules(tmp_path: Path, known: str) -> None:
+    (tmp_path / "token").write_text("t")
+    environ = {"HOME": str(tmp_path), "KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    if known == "KUBECONFIG":
+        environ["KUBECONFIG"] = "/somewhere"
+    if known == "no host":
+        del environ["KUBERNETES_SERVICE_HOST"]
+    account = tmp_path / "none" if known == "no token" else tmp_path
+    assert cluster_environment(environ, account) == environ
