@@ -257,6 +257,13 @@ ACTIONS: dict[str, Case] = {
             a_pod(TEST, name="old", started=950, conditions=[DISRUPTED]),
             a_pod(TEST, name="new", started=20))),
         Do.WAIT, "test", Reason.OK, "runs"),
+    "a second pod has its own time": (
+        a_view(a_job("test", since=1000), pods=(
+            a_pod(TEST, name="old", started=950), a_pod(TEST, name="new", started=20))),
+        Do.WAIT, "test", Reason.OK, "runs"),
+    "what a container waits for are no last words": (
+        a_view(a_job("test"), pods=ended("test", results=waiting("ErrImagePull", "no such host"))),
+        Do.WAIT, "test", Reason.OK, "runs"),
     "another Job's pod says nothing": (
         a_view(a_job("test", since=30), pods=(a_pod("test-other", started=5000),)),
         Do.WAIT, "test", Reason.OK, "for its pod"),
