@@ -57,6 +57,10 @@ def a_run(app: str = "shop", ref: str = "refs/heads/main", **more: Any) -> hook.
     )
 
 
+def app_of(run: hook.Run) -> hook.App:
+    return next(a for a in LOADED.apps if a.name == run.app)
+
+
 def a_job(
     stage: str, state: str = "active", *, run: hook.Run | None = None, since: float = 10.0,
     notes: Mapping[str, str] | None = None, reason: str = "", **meta: Any,
@@ -64,7 +68,7 @@ def a_job(
     """A Job as the cluster would have it: made by the program, with a status since some seconds."""
     run = run or a_run()
     make = hook.test_job if stage == "test" else hook.build_job
-    found = make(LOADED, next(a for a in LOADED.apps if a.name == run.app), run)
+    found = make(LOADED, app_of(run), run)
     found["metadata"] |= {"resourceVersion": "7", "creationTimestamp": stamp(NOW - since), **meta}
     found["metadata"]["annotations"] |= notes or {}
     found["spec"]["suspend"] = state == "suspended"
@@ -162,7 +166,7 @@ def a_service(live: str, *history: Object, colour: str = "blue") -> hook.Service
 def a_view(*jobs: hook.Job, **changes: Any) -> hook.View:
     run = jobs[0].run if jobs else a_run()
     given: Object = {
-        "app": next(a for a in LOADED.apps if a.name == run.app), "run": run, "jobs": {j.stage: j for j in jobs}, "pods": (),
+        "app": app_of(run), "run": run, "jobs": {j.stage: j for j in jobs}, "pods": (),
         "services": {}, "head": "same", "newer": False, "places": 2, "doomed": None,
         "busy": frozenset(), "now": NOW, "queue_timeout": 3600.0,
     }  # fmt: skip
@@ -853,8 +857,8 @@ Steps = list[tuple[float, hook.Pod]]
         ([(1, crash(1, 137, "OOMKilled")), (9, crash(2, 137, "OOMKilled"))], 9),
         ([(1, crash(3, 137, "OOMKilled", started=600, fell=30)),
             (9, crash(4, 137, "OOMKilled", started=600, fell=30))], 9),
-        ([(1, crash(3, 137, "OOMKilled", started=600, fell=30)), (9, crash(4, started=600, fell=30))],
-            None),
+        ([(1, crash(3, 137, "OOMKilled", started=600, fell=30)),
+            (9, crash(4, started=600, fell=30))], None),
         ([(1, crash(9, 137, "OOMKilled", started=600, fell=30)),
             (99, crash(9, 137, "OOMKilled", started=600, fell=30))], None),
         ([(1, crash(1)), (2, a_pod(apps=[entry("web", RUNNING, terminated(1), 1, False)])),
