@@ -1,0 +1,1 @@
+"""The bench: what the daemon costs, beside a baseline and what cannot be avoided."""

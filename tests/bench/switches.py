@@ -1,0 +1,210 @@
+"""Wrong images, rollbacks, deployments, and switches under load."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import Pool
+from typing import Any
+
+from tests.bench.clients import visit
+from tests.bench.observing import RUN, Recorder, Row, label, timed
+from tests.fleet import MISSING_IMAGE, Member, is_ready
+from tests.world import PROGRAM, Object, eventually
+
+
+def deploy(app: Member, version: str, **release: Any) -> Object:
+    """Deploy a version; the log line of the end, with what happened when."""
+    commit = app.release(version, **release)
+    began = time.monotonic()
+    run = app.push(commit)
+    return {**app.fleet.ended(run, 120), "began": began}
+
+
+def together(work: Callable[[Member], Any], apps: Sequence[Member]) -> list[Any]:
+    """Do something for every app at the same time; what came of it."""
+    with ThreadPoolExecutor(len(apps)) as pool:
+        return [*pool.map(work, apps)]
+
+
+def complete(job: Object) -> bool:
+    """Whether a Job has succeeded."""
+    conditions = job.get("status", {}).get("conditions") or []
+    return any(c["type"] == "Complete" for c in conditions)
+
+
+def rolled_out(deployment: Object) -> bool:
+    """Whether a Deployment stands as wanted."""
+    status, wanted = deployment.get("status", {}), deployment["spec"]["replicas"]
+    current = status.get("observedGeneration") == deployment["metadata"]["generation"]
+    counts = {status.get(f"{key}Replicas") for key in ("updated", "ready", "available")}
+    return current and counts == {wanted}
+
+
+def own_time(app: Member, version: str) -> float:
+    """Deploy a version; the seconds to its switch that were neither tests nor rollout."""
+    with Recorder(app.fleet, "jobs", "deployments", "services") as recorder:
+        ended = deploy(app, version)
+        assert ended["outcome"] == "deployed", ended
+        run, began = ended["run"], ended["began"]
+
+        def at(kind: str, check: Callable[[Object], Any]) -> float:
+            return recorder.first(kind, lambda thing: label(thing) == run and check(thing))
+
+        released = at("Job", lambda job: not job["spec"].get("suspend"))
+        tested = at("Job", complete)
+        applied, stood = at("Deployment", bool), at("Deployment", rolled_out)
+        mine = {"app": app.name, "run": run}
+        switched = recorder.first("Service", lambda s: selects(s, **mine))
+    return (released - began) + (applied - tested) + (switched - stood)
+
+
+def selects(service: Object, app: str, run: str) -> bool:
+    """Whether this is the live Service of an app, and a run is live."""
+    return service["metadata"]["name"] == app and service["spec"]["selector"].get(RUN) == run
+
+
+def ready_in(endpoints: Object) -> set[str]:
+    """Return the pods that are ready endpoints in an EndpointSlice."""
+    entries = endpoints.get("endpoints") or []
+    return {e["targetRef"]["name"] for e in entries if e["conditions"].get("ready")}
+
+
+def moved(recorder: Recorder, service: str, pods: set[str], since: float) -> float:
+    """Wait until the endpoints of a Service are some of these pods only; when that was."""
+    key = "kubernetes.io/service-name"
+
+    def check(slices: Object) -> bool:
+        ready = ready_in(slices)
+        return label(slices, key) == service and bool(ready) and ready <= pods
+
+    return recorder.first("EndpointSlice", check, since)
+
+
+def names_of(pods: Sequence[Object]) -> set[str]:
+    """Return the names of objects."""
+    return {pod["metadata"]["name"] for pod in pods}
+
+
+def roll_back(app: Member, target: str) -> tuple[float, float]:
+    """Roll back to a version; seconds from the command, and from the patch, to the endpoints."""
+    pods = app.pods(target)
+    run, names = label(pods[0]), names_of(pods)
+    with Recorder(app.fleet, "services", "endpointslices") as recorder:
+        began = time.monotonic()
+        done = app.fleet.command("rollback", app.name)
+        assert done.returncode == 0, done
+        patched = recorder.first("Service", lambda s: selects(s, app.name, run), began)
+        there = moved(recorder, app.name, names, patched)
+    return there - began, there - patched
+
+
+def patch_alone(app: Member) -> float:
+    """Switch a Service of nobody between the colours with kubectl; seconds to the endpoints."""
+    selector = {"gitops-hook/app": app.name, "version": "blue"}
+    ports = [{"port": 80, "targetPort": 8080}]
+    service: Object = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "floor"}}
+    service["spec"] = {"selector": selector, "ports": ports}
+    here, pods, times = ("-n", app.namespace), app.pods(), []
+    with Recorder(app.fleet, "endpointslices") as recorder:
+        app.fleet.kubectl("create", *here, "-f", "-", stdin=json.dumps(service))
+        for colour in ("blue", "green", "blue", "green"):
+            began = time.monotonic()
+            change = json.dumps({"spec": {"selector": {"version": colour}}})
+            app.fleet.kubectl("patch", *here, "service", "floor", "-p", change)
+            mine = names_of([pod for pod in pods if label(pod, "version") == colour])
+            times.append(moved(recorder, "floor", mine, began if times else 0.0) - began)
+        app.fleet.kubectl("delete", *here, "service", "floor")
+    return statistics.median(times[1:])
+
+
+def measure_deployments(apps: Sequence[Member]) -> Iterator[Row]:
+    """A wrong image, a rollback, and what a deployment takes besides tests and rollout."""
+    for version in ("1", "2"):
+        ends = together(lambda app, v=version: deploy(app, v), apps)
+        assert {end["outcome"] for end in ends} == {"deployed"}, ends
+    together(lambda app: app.quiet(), apps)
+    red = []
+    for app in apps:
+        end = deploy(app, "bad", image=MISSING_IMAGE)
+        assert end["reason"] == "ImageNotFound", end
+        red.append(time.monotonic() - end["began"])
+    yield Row("wrong image: push to red with the reason", statistics.median(red), "s", 10.0)
+    together(lambda app: app.quiet(), apps)
+    argv = [sys.executable, str(PROGRAM), "--help"]
+    python = statistics.median(
+        timed(lambda: subprocess.run(argv, check=True, capture_output=True)) for _ in apps
+    )
+    floor = patch_alone(apps[0])
+    for app in apps:
+        eventually(lambda app=app: app.standing(app.idle()) == "1", 60, "version 1 stands")
+    backs = [roll_back(app, "1") for app in apps]
+    total, patch = (statistics.median(times) for times in zip(*backs, strict=True))
+    yield Row("rollback: command to endpoints moved, all of it", total, "s", None, None, floor)
+    yield Row("rollback: … without Python's start", total - python, "s", 0.5, None, floor)
+    yield Row("rollback: patch seen to endpoints moved", patch, "s")
+    together(lambda app: app.quiet(), apps)
+    spent = statistics.median(own_time(app, "3") for app in apps)
+    yield Row("push to live, minus tests, rollout and bake", spent, "s", 2.5)
+
+
+# Switches under load.
+
+
+def switch(app: Member, version: str, sick: bool) -> float:
+    """Deploy a version, which turns sick or stays; seconds from sick to switched back, or 0."""
+    commit, back = app.release(version), 0.0
+    run = app.push(commit)
+    app.switched(run, 120)
+    if sick:
+        began, before = time.monotonic(), app.selector
+        app.tell(version, "/turn-sick")
+        eventually(lambda: app.selector != before, 60, f"{run} is switched back")
+        back = time.monotonic() - began
+    outcome = app.fleet.ended(run, 120)["outcome"]
+    assert outcome == ("switched-back" if sick else "deployed"), (run, outcome)
+    return back
+
+
+def settled(app: Member) -> bool:
+    """Whether no pod of an app comes or goes."""
+    pods = app.objects("pods").values()
+    wanted = sum(one["spec"]["replicas"] for one in app.objects("deployments").values())
+    return len(pods) == wanted == sum(is_ready(pod) for pod in pods)
+
+
+def measure_switches(apps: Sequence[Member], clients: Pool, count: int) -> Iterator[Row]:
+    """Switch under load, every second time with a version that turns sick."""
+    world, each = apps[0].fleet, max(2, round(count / len(apps)))
+    hosts = {app.name: app.service()["spec"]["clusterIP"] for app in apps}
+    stop = world.directory / "stop-visits"
+    visits = clients.apply_async(visit, (hosts, stop))
+
+    def go(app: Member) -> list[float]:
+        return [switch(app, f"load-{n}", (n + apps.index(app)) % 2 == 1) for n in range(each)]
+
+    try:
+        backs = [back for times in together(go, apps) for back in times if back]
+        together(lambda app: app.quiet(), apps)
+        live = {app.name: app.answer()["version"] for app in apps}
+        eventually(lambda: all(settled(app) for app in apps), 60, "the old pods are gone")
+        time.sleep(1.0)  # in which every visitor has asked again
+    finally:
+        stop.touch()
+    found = visits.get(30)
+    failures = [reason for *_, reasons in found for reason in reasons]
+    for reason in sorted({*failures})[:10]:
+        print(f"failed: {failures.count(reason)} times {reason}", file=sys.stderr)
+    asked, name = sum(answered for _, _, answered, _ in found), f"{each * len(apps)} switches"
+    wrong = sum(live[app] != version for app, version, _, _ in found)
+    yield Row(
+        f"{name} under load, {len(backs)} of them back: failed requests", len(failures), "", 0
+    )
+    yield Row(f"{name}: requests answered", asked, "", higher_is_better=True)
+    yield Row(f"{name}: clients on the wrong version at the end", wrong, "", 0)
+    yield Row("sick to switched back", statistics.median(backs), "s")
