@@ -952,6 +952,7 @@ GONE = {"deletionTimestamp": stamp(NOW)}
         (new_pod(inits=[entry("results", RUNNING, terminated(1), 1)]), False, False, False),
         (new_pod(run="other", apps=BAD_EXIT), False, False, True),
         (new_pod(apps=NOT_READY, ready=False), False, True, False),
+        (new_pod(apps=[*NOT_READY, entry("proxy", RUNNING)], ready=False), False, True, False),
         (new_pod(apps=NOT_READY, ready=False, started=5.0), False, False, False),
         (new_pod(apps=BAD_EXIT, conditions=[DISRUPTED]), False, False, True),
         (new_pod(apps=NOT_READY, ready=False, meta=GONE), False, False, True),
@@ -960,6 +961,7 @@ GONE = {"deletionTimestamp": stamp(NOW)}
     ids=[
         "well", "exits with an error", "exits without one", "ended before the switch",
         "its machine was restarted", "a side-car ends", "another run's pod", "not ready",
+        "one container of two is not ready",
         "made after the switch and not ready yet", "evicted", "deleted", "its machine is silent",
     ],
 )  # fmt: skip
@@ -994,6 +996,7 @@ NEW = {"app": "shop", "version": "blue", "gitops-hook/run": "r"}
     ("selector", "pods", "narrow"),
     [
         ({"app": "old"}, [], {"app": "old"}),
+        ({"app": "shop", "tier": "x"}, [], {"app": "shop", "tier": "x"}),
         ({"app": "shop"}, [{"app": "shop", "version": "green"}], {"app": "shop",
             "version": "green"}),
         ({"app": "shop"}, [{"app": "shop", "pod-template-hash": "1", "a": "b"}],
@@ -1004,7 +1007,7 @@ NEW = {"app": "shop", "version": "blue", "gitops-hook/run": "r"}
         ({"app": "shop"}, [{"app": "shop", "version": "blue"}], None),
         ({"app": "shop"}, [], None),
     ],
-    ids=["apart already", "by version", "by template", "by what all share", "nothing shared",
+    ids=["apart already", "apart by one key", "by version", "by template", "by what all share", "nothing shared",
         "same as the new", "no pods"],
 )  # fmt: skip
 def test_a_selector_is_narrowed_to_todays_pods(
