@@ -1007,7 +1007,8 @@ NEW = {"app": "shop", "version": "blue", "gitops-hook/run": "r"}
         ({"app": "shop"}, [{"app": "shop", "version": "blue"}], None),
         ({"app": "shop"}, [], None),
     ],
-    ids=["apart already", "apart by one key", "by version", "by template", "by what all share", "nothing shared",
+    ids=["apart already", "apart by one key", "by version", "by template",
+        "by what all share", "nothing shared",
         "same as the new", "no pods"],
 )  # fmt: skip
 def test_a_selector_is_narrowed_to_todays_pods(
