@@ -59,7 +59,6 @@ from datetime import datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -274,7 +273,8 @@ UNREACHABLE = re.compile(
     r"|Client\.Timeout exceeded|context deadline exceeded|was refused - did you specify"
     r"|no such host|unexpected EOF|EOF$|http2: |server is currently unable|etcdserver"
     r"|no configuration has been provided|Unauthorized|the server has received too many requests"
-    r"|context .* does not exist|Error in configuration"
+    r"|context .* does not exist|Error in configuration|network is unreachable|broken pipe"
+    r"|timed out waiting for a connection|connection timed out|failure in name resolution|x509: "
 )
 OVERLOADED = ("InternalError", "ServiceUnavailable", "Timeout", "TooManyRequests")
 
@@ -289,6 +289,8 @@ class KubectlError(ProcessError):
             return "Unreachable" if found[1] in OVERLOADED else found[1]
         if re.search(r"^The \w+ (.* )?is invalid", self.stderr, re.MULTILINE):
             return "Invalid"
+        if "denied the request" in self.stderr:
+            return "Denied"
         return "Unreachable" if self.code is None or UNREACHABLE.search(self.stderr) else "Unknown"
 
 
@@ -1154,6 +1156,9 @@ def execute(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             printed, code = process.communicate(), None
+            with suppress(ChildProcessError):
+                while True:  # as process 1 of a container it inherits what its helpers left
+                    os.waitpid(-process.pid, 0)
     return code, printed[0].decode(errors="replace"), printed[1].decode(errors="replace")
 
 
@@ -1362,7 +1367,7 @@ TEST_CONTAINER, BUILD_CONTAINER, RESULTS_CONTAINER = "test-runner", "kaniko", "r
 TERMINATION_LOG, CREDENTIALS_MOUNT = "/dev/termination-log", "/var/run/gitops-hook"
 TMP = "/tmp"  # noqa: S108 - an emptyDir of the pod
 SOURCE, REPORT = "/workspace/src", "/workspace/results/junit.xml"
-SMALL = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "500m", "memory": "256Mi"}}
+SMALL = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "500m", "memory": "512Mi"}}
 SECCOMP = {"seccompProfile": {"type": "RuntimeDefault"}}
 NO_RIGHTS: Object = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 LOCKED = {**NO_RIGHTS, "readOnlyRootFilesystem": True}
@@ -1414,6 +1419,7 @@ def job(config: Config, app: App, run: Run, stage: str, pod: Object) -> Object:
     volumes += [secret_volume("git", *[GIT_CREDENTIALS] * 3), *pod.get("volumes", ())]
     common: Object = {"restartPolicy": "Never", "serviceAccountName": f"{stage}-runner-sa"}
     common |= {"automountServiceAccountToken": False, "enableServiceLinks": False}
+    common["terminationGracePeriodSeconds"] = 5  # a shell as process 1 ignores SIGTERM anyway
     # in this order: an evicted test has an exit code too
     disrupted = {"type": "DisruptionTarget", "status": "True"}
     exits = {"containerName": pod["containers"][0]["name"], "operator": "NotIn", "values": [0]}
@@ -2060,10 +2066,10 @@ class Service:
 
     @property
     def before(self) -> Object:
-        """What the live one replaced, proven or not, if it stands; else where a rollback goes."""
-        stood = next(iter(self.older), {})
-        kept = stood and not stood.get("outcome") and not stood.get("overwritten")
-        return stood if kept else self.target()
+        """What was live before, proven or not, if it still stands; else where a rollback goes."""
+        was = self.note(NOTE_PREVIOUS, {})
+        stood = next((e for e in self.history if e["selector"] == was != self.selector), {})
+        return stood if stood and not stood.get("overwritten") else self.target()
 
 
 def epoch(stamp: str | None) -> float:
@@ -2405,7 +2411,8 @@ def creation_symptom(message: str, key: str) -> Symptom:
     """Return why pods cannot be created, from a FailedCreate event or ReplicaFailure condition."""
     if "exceeded quota" in message:
         return Symptom(f"{key}/quota", Reason.QUOTA_EXCEEDED, clip(message), 15.0)
-    return Symptom(f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 3.0)
+    heals = re.search("failed calling webhook|Internal error|timed? ?out|etcd", message)
+    return Symptom(f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 60.0 if heals else 3.0)
 
 
 class Doom:
@@ -2586,9 +2593,10 @@ def decide_deploy(view: View) -> Action:
     for name in view.app.deploy.environments:
         service = view.services.get(name)
         switched = bool(service and service.run == view.run.id)
-        if service and switched and service.live.get("outcome") == Outcome.DEPLOYED:
-            continue
         entry = service.entry(view.run.id, view.run.received) if service else {}
+        live = service.live if service and switched else {}
+        if Outcome.DEPLOYED in (live.get("outcome"), entry.get("outcome")):
+            continue
         if name in view.busy:
             return waits(Reason.OK, f"{name} is being changed", name)
         if (outcome := entry.get("outcome")) in bad:
@@ -2642,7 +2650,8 @@ def disturbed(pods: Sequence[Pod], run: str, wanted: int) -> bool:
     """Whether the cluster took pods of a run away: eviction, a lost node, a deletion."""
     ours = stayed(pods, run)
     asleep = (p for p in ours if not p.ready and {c.ready for c in p.containers} == {True})
-    return any(asleep) or len(ours) < max(wanted, sum(p.run == run for p in pods))
+    running = (p for p in pods if p.run == run and any(c.running for c in p.containers))
+    return any(asleep) or len(ours) < max(wanted, len([*running]))
 
 
 def narrowed(
@@ -2873,8 +2882,8 @@ class Deployer:
         reached = self.kubectl.list("pods", task.namespace, "-l", terms) if terms else []
         labels = [p["metadata"]["labels"] for p in reached]
         live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == name}
-        if service and service.ours:
-            live.add(service.selector[LABEL_VERSION])
+        if service:
+            live.add(service.selector.get(LABEL_VERSION))
         replicas, free = 0, [c for c in COLOURS if c not in live]
         for colour in COLOURS:
             found = self.kubectl.get("deployment", f"{name}-{colour}", task.namespace)
@@ -2909,7 +2918,7 @@ class Deployer:
                 raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
             fresh = self.clock.now() - seconds_of(claim.get("since")) < CLAIM_SECONDS
             if fresh and claim.get("phase") == Phase.ROLLBACK:
-                raise SupersededError(Reason.CLAIM_LOST, "a rollback is under way")
+                raise HookError("a rollback is under way")
             colour = release.colour
             stood = [e for e in history if e.get("colour") == colour and not e.get("overwritten")]
             if stood:
@@ -2993,7 +3002,10 @@ class Deployer:
         try:
             self.kubectl.apply([release.deployment], task.namespace)
         except KubectlError as refused:
-            if refused.kind in ("Invalid", "BadRequest", "Forbidden"):
+            role = re.search(
+                r"cannot \w+ resource", refused.stderr
+            )  # ours lacks it: not their fault
+            if refused.kind in ("Invalid", "BadRequest", "Forbidden", "Denied") and not role:
                 detail = self.secrets.mask(refused.said)
                 raise StageError(Reason.MANIFEST_INVALID, detail) from refused
             raise
@@ -3007,8 +3019,9 @@ class Deployer:
             _, stderr = end_process(process)
         if process.returncode == 0:
             return self.prove(task, release)
-        if process.returncode > 0 and not re.search("deadline|timed out", stderr):
-            raise StageError(Reason.CLUSTER_ERROR, f"rollout status: {clip(stderr)}")
+        ended = re.search("exceeded its progress deadline|timed out waiting", stderr)
+        if process.returncode != -signal.SIGKILL and not ended:
+            raise KubectlError([self.kubectl.program, *args], process.returncode, stderr)
         ours = [p for p in pods.items() if p.run == release.run]
         detail = f"{sum(p.ready for p in ours)} of {release.wanted} pods ready within {timeout} s"
         raise StageError(Reason.NEVER_READY, self.with_logs(detail, ours, task.namespace))
@@ -3083,9 +3096,14 @@ class Deployer:
     def smoke_test(self, task: Task, release: Release) -> None:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
         url, health = self.preview(task, release), task.app.deploy.health
+        terms, port = selector_text(release.selector), release.ports[0]
+        found = self.kubectl.list("pods", task.namespace, "-l", terms)
+        # the pods themselves first: the preview may lead to those before for a moment
+        own = [pod_address(p, port, health.path) for p in found if view_pod(p).ready]
+        urls = [*filter(None, own), url]
         until, passed = self.clock.monotonic() + health.timeout, 0
         while passed < health.successes:
-            refusal = health_refusal(url)
+            refusal = next((r for u in urls if (r := health_refusal(u))), None)
             passed = 0 if refusal else passed + 1
             if refusal and self.clock.monotonic() > until:
                 raise StageError(Reason.SMOKE_FAILED, f"{health.path}: {refusal}")
@@ -3101,6 +3119,8 @@ class Deployer:
             made = service_object(task.app, name, spec, release.selector, "preview")
             self.kubectl.create([made], task.namespace)
             found = self.kubectl.get("service", name, task.namespace) or {"spec": {}}
+        elif (found["metadata"].get("labels") or {}).get(LABEL_MANAGED) != MANAGER:
+            raise StageError(Reason.ADOPTION_REFUSED, f"Service {name} belongs to someone else")
         elif found["spec"].get("selector") != release.selector:
             selector = {**dict.fromkeys(found["spec"].get("selector") or {}), **release.selector}
             change = {"spec": {"selector": selector, "ports": ports}}
@@ -3181,8 +3201,8 @@ class Deployer:
 
     def verify(self, task: Task, release: Release) -> None:
         """See the ready endpoints follow the selector; else put the old selector back and raise."""
-        until = self.clock.monotonic() + VERIFY_SECONDS
-        while self.clock.monotonic() < until:
+        since = looked = self.clock.monotonic()  # only looks that were answered count
+        while looked < since + VERIFY_SECONDS:
             with suppress(KubectlError):
                 terms = f"kubernetes.io/service-name={task.app.name}"
                 slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
@@ -3192,6 +3212,7 @@ class Deployer:
                 known = {p["metadata"]["name"] for p in ours}
                 if ready and ready <= known and len(ready) >= release.wanted:
                     return
+                looked = self.clock.monotonic()
             self.still_live(task)
             if self.stop.wait(0.1):
                 raise InterruptedError
@@ -3207,12 +3228,14 @@ class Deployer:
             max(seconds_of(service.note(NOTE_BAKE, 0.0)), least),
             self.preview(task, release),
         )
-        failures, sound, looked = 0, self.clock.monotonic(), self.clock.monotonic()
+        failures, sound, looked, asked = 0, *[self.clock.monotonic()] * 3
         while self.clock.now() < until:
-            self.wait_change(pods, HEALTH_INTERVAL)
-            known, refusal = pods.items(), health_refusal(url)
-            calm = not disturbed(known, release.run, release.wanted)
-            failures = failures + 1 if refusal and calm else 0
+            self.wait_change(pods, max(0.0, asked + HEALTH_INTERVAL - self.clock.monotonic()))
+            known = pods.items()
+            if self.clock.monotonic() >= asked + HEALTH_INTERVAL:
+                asked, refusal = self.clock.monotonic(), health_refusal(url)
+                calm = not disturbed(known, release.run, release.wanted)
+                failures = failures + 1 if refusal and calm else 0
             down = unready(known, release.run, since)
             sound = sound if down else self.clock.monotonic()
             sick = sickness(known, release.run, since)
@@ -3280,7 +3303,7 @@ class Deployer:
 
         def change(service: Service) -> Edit | None:
             target = service.before
-            if service.run != task.run.id or not target:
+            if service.run != task.run.id or not target or target.get("overwritten"):
                 return None
             ended = {"outcome": outcome, "reason": reason, "detail": clip(detail)}
             live, history = service.live, service.history
@@ -3295,7 +3318,8 @@ class Deployer:
 
         service = self.edit(task, change)
         if service and service.run == task.run.id:
-            self.kubectl.delete("service", [task.app.name], task.namespace)
+            if not service.note(NOTE_PREVIOUS, {}):
+                self.kubectl.delete("service", [task.app.name], task.namespace)
             return
         self.metrics.switches.labels(*task.labels, "back").inc()
         error("switched back", reason=reason, detail=clip(detail), **task.words)
@@ -3318,22 +3342,24 @@ class Deployer:
 
     # What is left behind.
 
-    def tidy(self, task: Task) -> None:
+    def tidy(self, task: Task, claim: Object) -> None:
         """Finish what a claim says is unfinished, then remove what nothing names any more."""
         service = self.service(task)
-        claim = service.claim if service else {}
+        if service is None or service.claim != claim:
+            return
         colour, phase = str(claim.get("colour", "")), claim.get("phase")
-        if service and colour in COLOURS and service.selector.get(LABEL_VERSION) != colour:
+        if colour in COLOURS and service.selector.get(LABEL_VERSION) != colour:
             name = f"{task.app.name}-{colour}"
             if phase == Phase.SWITCHED_BACK:
                 self.scale(task.namespace, name, 0, str(claim.get("run")))
             elif phase == Phase.DRAINING:
                 self.drain(task, name)
             elif phase == Phase.PREPARING:
-                self.heal(task, name, str(claim.get("heal", "")))
+                with self.once("heal", task):
+                    self.heal(task, name, str(claim.get("heal", "")))
 
         def change(now: Service) -> Edit | None:
-            if not claim or now.claim != claim:
+            if now.claim != claim:
                 return None
             healed = claim.get("heal") if phase == Phase.PREPARING else None
             history = [
@@ -3344,6 +3370,17 @@ class Deployer:
 
         self.edit(task, change)
         self.collect_garbage(task)
+
+    @contextmanager
+    def once(self, what: str, task: Task) -> Iterator[None]:
+        """Let what is tried once fail for good, said and counted, unless the API is away."""
+        try:
+            yield
+        except HookError as failed:
+            if isinstance(failed, KubectlError) and failed.kind == "Unreachable":
+                raise
+            error("given up", what=what, detail=str(failed), **task.words)
+            self.metrics.errors.labels(what).inc()
 
     def scale(self, namespace: str, name: str, replicas: int, run: str = "") -> None:
         """Set the size of a Deployment, with a run only if it still carries it."""
@@ -3412,11 +3449,9 @@ class Deployer:
         if not service or not target:
             where = f"{task.app.name} in {task.environment}"
             raise RefusedError(f"{where}: there is no proven version to go back to")
-        left = service.live
         task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
         claim = self.note(task.run.id, str(target.get("colour", "")), Phase.ROLLBACK)
-        self.edit(task, lambda _: Edit({NOTE_CLAIM: claim}))
-        goal = target
+        goal, claimed = target, self.edit(task, lambda _: Edit({NOTE_CLAIM: claim})) or service
 
         def change(now: Service) -> Edit | None:
             if now.selector == goal["selector"]:
@@ -3429,18 +3464,23 @@ class Deployer:
             return Edit(more, goal["selector"], goal.get("ports") or ())
 
         try:
-            goal = self.raise_target(task, service, target)
+            if claimed.selector != service.selector:
+                raise RefusedError("traffic was switched this very moment; look, and try again")
+            goal = self.raise_target(task, claimed, target)
             self.edit(task, change)
         finally:
             with suppress(KubectlError):
                 self.edit(task, lambda s: Edit({NOTE_CLAIM: None}) if s.claim == claim else None)
         self.metrics.switches.labels(*task.labels, "rollback").inc()
-        return left, goal
+        return service.live, goal
 
     def raise_target(self, task: Task, service: Service, target: Object) -> Object:
         """Return a rollback target's entry once its pods are ready, brought back if need be."""
-        ready = self.ready_pods(task.namespace, target["selector"])
-        if ready >= int(target.get("replicas", 1)):
+        ready, name = self.ready_pods(task.namespace, target["selector"]), str(target.get("colour"))
+        found = self.kubectl.get("deployment", f"{task.app.name}-{name}", task.namespace) or {}
+        # ready pods are no proof: a rollout may be replacing them
+        carried = found.get("metadata", {}).get("labels", {}).get(LABEL_RUN) == target.get("run")
+        if ready >= int(target.get("replicas", 1)) and (carried or not target.get("run")):
             return target
         if not target.get("release"):
             raise RefusedError(
@@ -3463,8 +3503,10 @@ def rolled_back(history: list[Object], target: Object, goal: Object, reason: str
 
     Where the goal is not the target as it was, it was applied again, over what stood there.
     """
-    key = itemgetter("run", "at")
-    place = [key(e) for e in history].index(key(target))
+    keys = [(e.get("run"), e.get("at")) for e in history]
+    if (key := (target.get("run"), target.get("at"))) not in keys:
+        raise RefusedError("the history was changed meanwhile; look, and try again")
+    place = keys.index(key)
     gone = {"outcome": Outcome.ROLLED_BACK, "reason": Reason.ROLLED_BACK, "detail": reason}
     stayed = (Outcome.DEPLOYED, "")
     newer = [{**e, **gone} if e.get("outcome") in stayed else e for e in history[:place]]
@@ -3571,6 +3613,7 @@ class Controller:
         self.acted: dict[str, tuple[Any, float]] = {}
         self.stuck: dict[str, tuple[str, float]] = {}
         self.drifted: dict[tuple[str, str], int] = {}
+        self.lost: list[Job] = []
         self.threads: list[threading.Thread] = []
 
     # Threads.
@@ -3618,8 +3661,9 @@ class Controller:
             event.set()
         for thread in self.threads:
             thread.join(max(0.0, until - self.clock.monotonic()))
-        with suppress(KubectlError, ConfigError):
-            self.take_in(self.spool.read())
+        if self.clock.monotonic() < until - seconds / 2:  # else an API that hangs would take it all
+            with suppress(KubectlError, ConfigError):
+                self.take_in(self.spool.read())
 
     # Intake: from the spool into the cluster.
 
@@ -3648,6 +3692,7 @@ class Controller:
             mine = [(p, r) for p, r in stored if r.app == name]
             for start in range(0, len(mine), BATCH):
                 batch = mine[start : start + BATCH]
+                self.pulses.beat("intake", 300.0)
                 runs = {r.id: r for _, r in batch}
                 if name not in self.apps:
                     warn("push of an app that is not configured any more", app=name)
@@ -3688,9 +3733,10 @@ class Controller:
 
     def settle_refusal(self, app: App, run: Run, line: str) -> bool:
         """Deal with a Job that was not created; return whether the push is dealt with."""
+        self.pulses.beat("intake", 300.0)
         if "(AlreadyExists)" in line:
             return reopen(self.kubectl, self.config, run)
-        if "is invalid" in line or "(BadRequest)" in line:
+        if re.search("is invalid|denied the request|BadRequest", line):
             error("job refused", reason=Reason.JOB_REFUSED, detail=clip(line), **run_words(run))
             self.metrics.runs.labels(app.name, Outcome.FAILED, "test", Reason.JOB_REFUSED).inc()
             return True
@@ -3703,7 +3749,7 @@ class Controller:
         """Read an app's heads now and then, and when asked; compare them with the last seen."""
         due, failures, asked = 0.0, 0, self.asked[app.name]
         while not self.stop.is_set():
-            self.pulses.beat(f"heads-{app.name}", self.config.catch_up * 1.2 + 4 * GIT_TIMEOUT)
+            self.pulses.beat(f"heads-{app.name}", self.config.catch_up * 1.5 + 4 * GIT_TIMEOUT)
             asked.clear()
             try:
                 heads = self.deployer.git.heads(app.repository)
@@ -3757,7 +3803,8 @@ class Controller:
             self.pulses.beat("controller", 300.0)
             self.wake.clear()
             self.metrics.waiting.labels("cluster").set(any(w.trouble for w in self.watches()))
-            if all(w.synced.is_set() for w in self.watches()):
+            stages: list[Watch[Any]] = [*self.jobs, *self.pods]
+            if all(w.synced.is_set() for w in stages):
                 try:
                     self.tick()
                 except KubectlError as lost:
@@ -3769,15 +3816,17 @@ class Controller:
     def grouped(self) -> dict[str, dict[str, Job]]:
         """Return the Jobs by run and stage."""
         runs: dict[str, dict[str, Job]] = {}
-        for found in (j for w in self.jobs for j in w.items()):
+        for found in (j for w in self.jobs for j in w.items() if j.stage in ("test", "build")):
             runs.setdefault(found.run.id, {})[found.stage] = found
         return runs
 
     def tick(self) -> None:
         """Take the next step of every run that has one; newest first."""
         runs = self.grouped()
-        for lost in [j for w in self.jobs for j in w.take_gone()]:
-            self.vanished(lost, runs.get(lost.run.id, {}))
+        self.lost += [j for w in self.jobs for j in w.take_gone()]
+        while self.lost:
+            self.vanished(self.lost[0], runs.get(self.lost[0].run.id, {}))
+            del self.lost[0]
         active = {k: g for k, g in runs.items() if not any(j.outcome for j in g.values())}
         states = [j.state for g in active.values() for j in g.values()]
         for state in ("suspended", "active"):
@@ -3791,17 +3840,25 @@ class Controller:
                 view = self.view(jobs, pods.get(key, []), active.values(), places)
                 action = decide(view)
                 places -= action.do in (Do.RELEASE, Do.BUILD, Do.REMAKE)
-                if self.act(view, action):
-                    release.append(jobs[action.stage])
+                try:
+                    if self.act(view, action):
+                        release.append(jobs[action.stage])
+                except KubectlError as lost:  # one run's trouble does not hold back the others
+                    warn("a step will be tried again", detail=str(lost), **run_words(view.run))
         for namespace in {j.namespace for j in release}:
             names = [j.name for j in release if j.namespace == namespace]
             args = ("patch", "job", *names, "--type=merge", "-p", '{"spec":{"suspend":false}}')
             self.kubectl.run(*args, namespace=namespace)
         self.forget(runs)
-        self.look_after(set(active), {newest(g).app for g in active.values()})
+        deploying = [r for r in map(newest, active.values()) if r.app in self.apps]
+        waiting = {r.app for r in deploying if r.ref == self.apps[r.app].deploy_ref}
+        self.look_after(set(active), waiting)
 
     def forget(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
         """Forget runs without Jobs, and delete Jobs of ended runs that no time to live ends."""
+        others: list[Watch[Any]] = [*self.pods, *self.services.values()]
+        for watch in others:
+            watch.take_gone()
         known = {*runs, *(j.name for g in runs.values() for j in g.values())}
         memories: tuple[dict[str, Any], ...] = (self.acted, self.doom, self.stuck)
         for memory in memories:
@@ -3821,12 +3878,15 @@ class Controller:
         age = self.clock.monotonic() - read[0]
         heads = read[1] if read[0] and now - age >= run.received else None
         others = [newest(g) for g in active]
-        symptoms = [s for p in pods for s in pod_symptoms(p)]
+        symptoms = [
+            s for p in pods for s in pod_symptoms(p) if s.reason is not Reason.UNSCHEDULABLE
+        ]
         symptoms += [s for j in jobs.values() if (s := self.creation_trouble(j, pods))]
         services = {e: s for e, w in self.services.items() for s in w.items() if s.name == run.app}
         newer = [r for r in others if (r.app, r.ref) == (run.app, run.ref)]
         doomed = self.doom.setdefault(run.id, Doom()).verdict(symptoms, now)
-        busy = frozenset(e for a, e in list(self.busy) if a == run.app)
+        unseen = {e for e, w in self.services.items() if not w.synced.is_set()}
+        busy = frozenset({e for a, e in list(self.busy) if a == run.app} | unseen)
         head, again = head_word(run, heads, age, now), any(r.received > run.received for r in newer)
         limit, app = self.config.limits.queue_timeout, self.apps[run.app]
         seen: Object = {
@@ -3911,7 +3971,12 @@ class Controller:
         if again:
             made["metadata"]["annotations"][NOTE_REMADE] = "1"
             self.kubectl.run("delete", "job", name, "--ignore-not-found", namespace=namespace)
-        self.kubectl.create([made], namespace)
+        try:
+            self.kubectl.create([made], namespace)
+        except KubectlError as refused:
+            if refused.kind not in ("Invalid", "BadRequest", "Denied"):
+                raise
+            self.finish(view.jobs, ends(Outcome.FAILED, Reason.JOB_REFUSED, refused.said, "build"))
 
     def note(self, found: Job, notes: Mapping[str, str | None], **spec: Any) -> None:
         """Write annotations on a Job; one that is gone needs none."""
@@ -3995,10 +4060,10 @@ class Controller:
                 return
             except (HookError, OSError) as lost:
                 warn("a worker will try again", detail=str(lost), **task.words)
+                self.acted.pop(task.run.id, None)
                 self.paused[key] = failures + 1, self.clock.monotonic() + backoff(failures)
             finally:
                 self.busy.discard(key)
-                self.acted.pop(task.run.id, None)
                 self.wake.set()
 
         self.spawn(f"worker-{task.app.name}-{task.environment}", run, again=False)
@@ -4007,6 +4072,8 @@ class Controller:
         """Deploy; write down the outcome if the run ended here."""
         started, result, ended = self.clock.monotonic(), "failed", None
         try:
+            if task.run.commit in self.ledger.read(task.app.name)[1]:
+                raise StageError(Reason.REJECTED, "the commit was rejected")
             self.deployer.deploy(task)
             result = "ok"
         except SupersededError as stopped:
@@ -4017,7 +4084,7 @@ class Controller:
                 and service
                 and service.claim.get("run") == task.run.id
             ):
-                return  # another daemon has this very run in hand, and reports it
+                raise HookError("another daemon has this run in hand") from stopped
             outcome = Outcome.ROLLED_BACK if back else Outcome.SUPERSEDED
             ended = ends(outcome, stopped.reason, stopped.detail, task.environment)
         except StageError as failed:
@@ -4027,16 +4094,22 @@ class Controller:
         except KubectlError as refused:
             service = self.deployer.service(task)
             live = service is not None and service.run == task.run.id
-            if live or refused.kind in ("Unreachable", "Conflict", "Unknown"):
+            if live or refused.kind in (
+                "Unreachable",
+                "Conflict",
+                "Unknown",
+                "Forbidden",
+                "NotFound",
+            ):
                 raise
             detail = self.deployer.secrets.mask(refused.said)
             ended = ends(Outcome.FAILED, Reason.CLUSTER_ERROR, detail, task.environment)
         took = self.clock.monotonic() - started
         self.metrics.stage_seconds.labels(task.app.name, task.environment, result).observe(took)
         if ended:
-            self.finish(jobs, ended)
             if self.deployer.service(task) is None:
                 self.deployer.collect_garbage(task)
+            self.finish(jobs, ended)
 
     def look_after(self, active: set[str], apps: set[str]) -> None:
         """Start what claims of ended runs leave to do: heal, scale down, drain."""
@@ -4058,7 +4131,7 @@ class Controller:
                 pointless = phase == Phase.PREPARING and app.name in apps
                 if self.clock.now() >= due and not held and not pointless:
                     task = self.task(app, environment, Run(id=run, app=app.name, ref="", commit=""))
-                    self.start_worker(task, partial(self.deployer.tidy, task))
+                    self.start_worker(task, partial(self.deployer.tidy, task, claim))
 
     def report_drift(self, app: App, environment: str, service: Service) -> None:
         """Say once who pointed a live Service at something that was never switched to."""
@@ -4322,12 +4395,6 @@ class Tools:
             raise ConfigError([f"no app {clip(name, 60)!r} is configured, only: {', '.join(apps)}"])
         return apps[name]
 
-    def jobs(self, selector: str) -> list[Job]:
-        """Return the Jobs that match a selector."""
-        spaces = [self.config.namespaces[s] for s in ("test", "build")]
-        found = [self.deployer.kubectl.list("jobs", s, "-l", selector) for s in spaces]
-        return [view_job(j) for jobs in found for j in jobs]
-
 
 def say(text: str) -> None:
     """Print a command's answer; a reader who has gone, `head` say, does not stop the command."""
@@ -4460,8 +4527,11 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
 def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
     """Return the runs that Jobs tell of, newest first; where those are gone, each branch's last."""
     found: list[tuple[str, ...]] = []
-    ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP} in ({','.join(apps)})"
-    for job in sorted(tools.jobs(ours), key=lambda j: (-j.run.received, j.stage)) if apps else ():
+    listing, spaces = tools.deployer.kubectl.list, tools.config.namespaces
+    ours = ("-l", f"{LABEL_MANAGED}={MANAGER}")
+    listed = [view_job(j) for s in ("test", "build") for j in listing("jobs", spaces[s], *ours)]
+    mine = [j for j in listed if j.run.app in apps]
+    for job in sorted(mine, key=lambda j: (-j.run.received, j.stage)):
         run, notes = job.run, [job.notes.get(n, "") for n in (NOTE_REASON, NOTE_DETAIL)]
         stage, state = job.notes.get(NOTE_STAGE, job.stage), "ended" if job.outcome else job.state
         found.append((run.id, run.app, run.ref, run.commit, stage, state, job.outcome, *notes))
@@ -4503,7 +4573,10 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
 
 
 def rerun(tools: Tools, args: argparse.Namespace) -> int:
-    """Let a run that has ended go again, rejected or not; only a branch's head can."""
+    """Let a run that has ended go on, rejected or not; only a branch's head can.
+
+    One under way is left alone.
+    """
     deployer, app = tools.deployer, tools.app(args.run.rsplit("-", 2)[0])
     heads = deployer.git.heads(app.repository).items()
     named = [(r, c) for r, c in heads if run_id(app.name, r, c) == args.run]
@@ -4512,10 +4585,6 @@ def rerun(tools: Tools, args: argparse.Namespace) -> int:
         raise RefusedError(text)
     (ref, commit), now = named[0], deployer.clock.now()
     run = Run(id=args.run, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
-    jobs = tools.jobs(f"{LABEL_RUN}={run.id}")
-    if jobs and not any(j.outcome or j.deleting for j in jobs):
-        say(f"{run.id} is under way already")
-        return 0
     ledger, namespace = Ledger(deployer.kubectl, deployer.clock), tools.config.namespaces["test"]
     ledger.write(app.name, {f"rejected-{run.commit}": None, **ledger.seen(run, None)})
     for _ in range(REOPEN_TRIES):
@@ -4524,7 +4593,7 @@ def rerun(tools: Tools, args: argparse.Namespace) -> int:
         if refused and "(AlreadyExists)" not in refused:
             raise StageError(Reason.JOB_REFUSED, clip(refused))
         if not refused or reopen(deployer.kubectl, tools.config, run):
-            say(f"{run.id} goes again; `status {app.name}` tells how far it is")
+            say(f"{run.id} goes on; `status {app.name}` tells how far it is")
             return 0
         deployer.stop.wait(0.5)
     raise HookError(f"the old Jobs of {run.id} are still being deleted; try again in a minute")
