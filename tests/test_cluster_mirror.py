@@ -206,24 +206,28 @@ def test_a_rollback_goes_to_the_proven_one_before(
 
 
 @pytest.mark.parametrize(
-    ("history", "run"),
+    ("previous", "history", "run"),
     [
-        ([LIVE, entry("r1"), entry("r0")], "r1"),
-        ([LIVE, entry("r1", ""), entry("r0")], "r1"),
-        ([LIVE, LIVE, entry("r1", "")], "r1"),
-        ([LIVE, {**entry("r1", ""), "overwritten": True}, entry("r0")], "r0"),
-        ([LIVE, entry("r1", "failed"), entry("r0")], "r0"),
-        ([LIVE], None),
+        ("r1", [LIVE, entry("r1"), entry("r0")], "r1"),
+        ("r1", [LIVE, entry("r1", ""), entry("r0")], "r1"),
+        ("r0", [LIVE, entry("r1", "switched-back"), entry("r0")], "r0"),
+        ("r1", [LIVE, {**entry("r1", ""), "overwritten": True}, entry("r0")], "r0"),
+        ("r9", [LIVE, entry("r1")], "r1"),
+        ("r2", [LIVE, LIVE, entry("r1")], "r1"),
+        ("r1", [LIVE], None),
     ],
     ids=[
-        "proven", "not proven yet", "the live one twice", "overwritten since", "found bad",
-        "nothing",
+        "proven", "not proven yet", "further back", "overwritten since", "unknown",
+        "the live one itself", "nothing",
     ],
 )  # fmt: skip
 def test_a_sick_version_goes_back_to_what_it_replaced(
-    history: list[Object], run: str | None
+    previous: str, history: list[Object], run: str | None
 ) -> None:
-    assert service({hook.NOTE_HISTORY: json.dumps(history)}).before.get("run") == run
+    selector = OURS if previous == "r2" else entry(previous)["selector"]
+    notes = {hook.NOTE_PREVIOUS: selector, hook.NOTE_HISTORY: history}
+    found = service({key: json.dumps(value) for key, value in notes.items()})
+    assert found.before.get("run") == run
 
 
 def test_an_entry_is_the_newest_of_its_run_since_a_time() -> None:
