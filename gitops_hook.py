@@ -3587,6 +3587,9 @@ FORGIVEN = frozenset(  # ends of a deployment that say nothing against its commi
 )
 
 
+RETRIED = ("Unreachable", "Conflict", "Unknown", "Forbidden", "NotFound")  # nobody's fault, or ours
+
+
 class Controller:
     """Observes, decides, acts: one thread decides, slow steps run in a worker an environment."""
 
@@ -3989,7 +3992,6 @@ class Controller:
 
     def finish(self, jobs: Mapping[str, Job], action: Action) -> None:
         """Write down how a run ended: the ledger first, then its Jobs; then say it."""
-        last = jobs.get("build") or jobs["test"]
         run, outcome, stage = newest(jobs), action.outcome or Outcome.FAILED, action.stage
         bad = outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK)
         entries = self.ledger.seen(run, outcome, action.reason)
@@ -4006,8 +4008,7 @@ class Controller:
         notes[NOTE_STAGE] = stage
         for found in jobs.values():
             stop = {"activeDeadlineSeconds": 1} if found.state == "active" else {}
-            note = notes if found is last else {}
-            self.note(found, note, ttlSecondsAfterFinished=JOB_TTL, **stop)
+            self.note(found, notes, ttlSecondsAfterFinished=JOB_TTL, **stop)
             self.time_stage(found, pods)
         self.metrics.runs.labels(run.app, outcome, stage, action.reason).inc()
         more: Object = {
@@ -4068,13 +4069,17 @@ class Controller:
 
         self.spawn(f"worker-{task.app.name}-{task.environment}", run, again=False)
 
+    def deploy_unless_rejected(self, task: Task) -> None:
+        """Deploy; a commit may be rejected already where its end could not be written down."""
+        if task.run.commit in self.ledger.read(task.app.name)[1]:
+            raise StageError(Reason.REJECTED, "the commit was rejected")
+        self.deployer.deploy(task)
+
     def deploy(self, task: Task, jobs: Mapping[str, Job]) -> None:
         """Deploy; write down the outcome if the run ended here."""
         started, result, ended = self.clock.monotonic(), "failed", None
         try:
-            if task.run.commit in self.ledger.read(task.app.name)[1]:
-                raise StageError(Reason.REJECTED, "the commit was rejected")
-            self.deployer.deploy(task)
+            self.deploy_unless_rejected(task)
             result = "ok"
         except SupersededError as stopped:
             result, back = "superseded", stopped.reason is Reason.ROLLED_BACK
@@ -4093,14 +4098,7 @@ class Controller:
             ended = ends(outcome, failed.reason, failed.detail, task.environment)
         except KubectlError as refused:
             service = self.deployer.service(task)
-            live = service is not None and service.run == task.run.id
-            if live or refused.kind in (
-                "Unreachable",
-                "Conflict",
-                "Unknown",
-                "Forbidden",
-                "NotFound",
-            ):
+            if (service and service.run == task.run.id) or refused.kind in RETRIED:
                 raise
             detail = self.deployer.secrets.mask(refused.said)
             ended = ends(Outcome.FAILED, Reason.CLUSTER_ERROR, detail, task.environment)

@@ -264,7 +264,7 @@ def test_resources_are_those_of_the_configuration() -> None:
     )
     assert container(of_test(settings), "test-runner")["resources"] == mine
     assert container(of_build(settings), "kaniko")["resources"] == mine
-    assert container(of_test(settings), "clone")["resources"]["limits"]["memory"] == "256Mi"
+    assert container(of_test(settings), "clone")["resources"]["limits"]["memory"] == "512Mi"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ BIN = Path(sys.executable).parent
 TOKEN = b"whsec_" + base64.b64encode(b"t" * 32)
 Object = dict[str, Any]
 
-APP = '''
+APP = """
 import http.server, json, os, signal, threading, time
 VERSION = open("version").read().strip()
 SICK = [float("inf")]
@@ -46,7 +46,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if "crash-later" in MODES:
                 threading.Timer(0.5, os._exit, (3,)).start()
         sick = self.path == "/ready" and (time.monotonic() > SICK[0] or "never-ready" in MODES)
-        if "smoke-fails" in MODES and self.path == "/ready" and "kube-probe" not in self.headers.get("User-Agent", ""):
+        probed = "kube-probe" in self.headers.get("User-Agent", "")
+        if "smoke-fails" in MODES and self.path == "/ready" and not probed:
             sick = True
         body = json.dumps({"version": VERSION, "greeting": os.environ.get("GREETING", "")}).encode()
         self.send_response(503 if sick else 200)
@@ -71,7 +72,7 @@ def leave(*_):
 signal.signal(signal.SIGTERM, leave)
 print("listening as", VERSION, flush=True)
 server.serve_forever()
-'''
+"""
 
 DEPLOYMENT = {
     "apiVersion": "apps/v1",
@@ -107,7 +108,10 @@ SERVICE = {
     "apiVersion": "v1",
     "kind": "Service",
     "metadata": {"name": "shop"},
-    "spec": {"selector": {"app": "shop"}, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]},
+    "spec": {
+        "selector": {"app": "shop"},
+        "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
+    },
 }
 DOCKERFILE = """FROM python:3.12-slim
 WORKDIR /app
@@ -155,7 +159,11 @@ class Repository:
             **{k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_CONFIG_NOSYSTEM": "1",
-            **{f"GIT_{who}_{what}": "owner@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+            **{
+                f"GIT_{who}_{what}": "owner@example.com"
+                for who in ("AUTHOR", "COMMITTER")
+                for what in ("NAME", "EMAIL")
+            },
         }
         argv = ["git", "-C", str(where or self.work), *args]
         done = subprocess.run(argv, check=True, capture_output=True, text=True, env=environ)
@@ -169,7 +177,13 @@ class Repository:
             path.write_text(content)
 
     def release(
-        self, version: str, *, modes: str = "", branch: str = "main", tests: bool = True, **more: str
+        self,
+        version: str,
+        *,
+        modes: str = "",
+        branch: str = "main",
+        tests: bool = True,
+        **more: str,
     ) -> str:
         """Commit and push a version of the sample application; return its commit."""
         objects = [DEPLOYMENT, SERVICE, settings_map(version)]
@@ -193,18 +207,30 @@ class Repository:
 def settings_map(version: str) -> Object:
     """The sample application's settings: each version has its own."""
     data = {"GREETING": f"hello from {version}"}
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "shop-settings"}, "data": data}
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "shop-settings"},
+        "data": data,
+    }
 
 
 def daemon_config(repository: Path, **deploy: Any) -> Object:
     """A configuration with short times."""
-    settings = {"bake": "3s", "drain": "1s", "rollout_timeout": "30s", "health": {"path": "/ready", "successes": 2}}
+    settings = {
+        "bake": "3s",
+        "drain": "1s",
+        "rollout_timeout": "30s",
+        "health": {"path": "/ready", "successes": 2},
+    }
     return {
         "apps": [
             {
                 "name": "shop",
                 "repository": str(repository),
-                "test": {"command": "python -m pytest -q -p no:cacheprovider tests/ --junitxml=$JUNIT_XML"},
+                "test": {
+                    "command": "python -m pytest -q -p no:cacheprovider --junitxml=$JUNIT_XML"
+                },
                 "build": {"image": "registry.example.com/demo/shop"},
                 "deploy": {**settings, **deploy},
             }
@@ -216,7 +242,9 @@ def daemon_config(repository: Path, **deploy: Any) -> Object:
 class World:
     """One directory with a cluster that has our manifests, a repository and a daemon."""
 
-    def __init__(self, directory: Path, cluster: Cluster, config: Callable[[Path], Object] = daemon_config) -> None:
+    def __init__(
+        self, directory: Path, cluster: Cluster, config: Callable[[Path], Object] = daemon_config
+    ) -> None:
         self.directory, self.cluster = directory, cluster
         self.repository = Repository(directory)
         self.config = config(self.repository.bare)
@@ -252,7 +280,9 @@ class World:
         offset = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             argv = [sys.executable, str(PROGRAM), "serve"]
-            self.process = subprocess.Popen(argv, env=self.environ, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                argv, env=self.environ, stderr=log, start_new_session=True
+            )
 
         def serving() -> Object | None:
             if self.process is None or self.process.poll() is not None:
@@ -269,7 +299,9 @@ class World:
             return []
         text = self.log.read_bytes()[offset:].decode()
         try:
-            return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+            return [
+                json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")
+            ]
         except ValueError as wrong:
             raise AssertionError(f"not only JSON lines: {text[-3000:]}") from wrong
 
@@ -295,11 +327,15 @@ class World:
     def command(self, *args: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Run one of the program's commands."""
         argv = [sys.executable, str(PROGRAM), *args]
-        return subprocess.run(argv, env=self.environ, capture_output=True, text=True, timeout=timeout, check=False)
+        return subprocess.run(
+            argv, env=self.environ, capture_output=True, text=True, timeout=timeout, check=False
+        )
 
     def push(self, commit: str, ref: str = "main") -> str:
         """Announce a commit by a signed delivery; return the first run's id."""
-        done = self.command("push", "--app", "shop", "--ref", ref, "--sha", commit, "--url", f"{self.url}/webhook")
+        done = self.command(
+            "push", "--app", "shop", "--ref", ref, "--sha", commit, "--url", f"{self.url}/webhook"
+        )
         assert done.returncode == 0, done
         return str(json.loads(done.stdout.partition(" ")[2])["runs"][0])
 
@@ -342,14 +378,18 @@ def install(cluster: Cluster) -> None:
     """Put the shipped manifests, as `make apply` would, and the daemon's image into a cluster."""
     kubectl = ["kubectl", "kustomize", str(ROOT / "manifests")]
     environ = {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(cluster.directory)}
-    rendered = subprocess.run(kubectl, check=True, capture_output=True, text=True, env=environ).stdout
+    rendered = subprocess.run(
+        kubectl, check=True, capture_output=True, text=True, env=environ
+    ).stdout
     kept = [o for o in yaml.safe_load_all(rendered) if o["kind"] not in ("Deployment", "Ingress")]
     cluster.load(*kept)
     cluster.images.add("gitops-hook:dev", entrypoint=[sys.executable, str(PROGRAM)])
 
 
 @contextmanager
-def world(directory: Path, config: Callable[[Path], Object] = daemon_config, *, speed: float = 1.0) -> Iterator[World]:
+def world(
+    directory: Path, config: Callable[[Path], Object] = daemon_config, *, speed: float = 1.0
+) -> Iterator[World]:
     """A world with everything but a started daemon; ended with all its processes."""
     with Cluster(directory / "cluster", speed=speed) as cluster:
         install(cluster)
