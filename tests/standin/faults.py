@@ -111,6 +111,11 @@ class Faults:
         for event in waiting:
             event.set()
 
+    def met(self, fault: Fault) -> bool:
+        """Whether a request has met an armed fault."""
+        with self._lock:
+            return any(armed.fault is fault and armed.left != fault.times for armed in self._armed)
+
     def holds(self, fault: Fault) -> bool:
         """Whether a request hangs by this fault now."""
         with self._lock:
