@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -48,9 +49,10 @@ def shown(value: float | None) -> str:
 def measure(directory: Path, options: argparse.Namespace) -> Iterator[Row]:
     """Measure everything that is asked for, row by row."""
     pushes: Object = {"shop": {"environments": [], "test": "sleep 600"}}
+    limits = {"max_running": 1, "spool_files": 20_000}
     names = ["ann", "bob"] if options.short else ["ann", "bob", "cal", "dan"]
     with get_context("spawn").Pool(1) as clients:
-        with fleet(directory / "pushes", pushes, speed=1.0, limits={"max_running": 1}) as world:
+        with fleet(directory / "pushes", pushes, speed=1.0, limits=limits) as world:
             yield from measure_pushes(world, clients, 1 if options.short else 3)
             if not options.short:
                 yield from measure_process(world, clients)
@@ -82,6 +84,8 @@ def main() -> None:
                 rows.append(row)
                 cells = map(shown, (row.ours, row.baseline, row.floor, row.target))
                 print(f"| {row.name} | {' | '.join(cells)} | {row.unit} |", flush=True)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     finally:
         lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)
         (ROOT / "bench.json").write_text(f"[\n{lines}\n]\n", "utf-8")

@@ -30,14 +30,17 @@ async def post(port: int, request: bytes) -> tuple[float, float, int]:
     return began, took, int(head[9:12])
 
 
-def send(port: int, requests: Sequence[bytes]) -> list[tuple[float, float, int]]:
-    """Send deliveries from 50 senders, each its next when the last was answered."""
+def send(
+    port: int, requests: Sequence[bytes], seconds: float = 60.0
+) -> list[tuple[float, float, int]]:
+    """Send deliveries from 50 senders, each its next when the last was answered, for a time."""
+    until = time.monotonic() + seconds
 
     async def all_senders() -> list[tuple[float, float, int]]:
         left = iter(requests)
 
         async def sender() -> list[tuple[float, float, int]]:
-            return [await post(port, request) for request in left]
+            return [await post(port, r) for r in left if time.monotonic() < until]
 
         answers = await asyncio.gather(*(sender() for _ in range(SENDERS)))
         return [answer for some in answers for answer in some]

@@ -9,18 +9,39 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.pool import Pool
 from typing import Any
 
 from tests.bench.clients import visit
 from tests.bench.observing import RUN, Recorder, Row, label, timed
-from tests.fleet import MISSING_IMAGE, Member, is_ready
+from tests.fleet import IMAGE, MISSING_IMAGE, SERVER, Fleet, Member, is_ready
 from tests.world import PROGRAM, Object, eventually
+
+
+def patient_image(world: Fleet) -> str:
+    """Store the application so that it answers for a while after it was told to end.
+
+    What clients on kept connections lose otherwise on a busy machine is not the switch's doing.
+    """
+    source, at_once = world.directory / "patient", "threading.Timer(0.2, os._exit"
+    assert at_once in SERVER
+    (source / "app").mkdir(parents=True)
+    (source / "app" / "server.py").write_text(
+        SERVER.replace(at_once, at_once.replace("0.2", "2.0"))
+    )
+    start = {"cmd": ["python", "server.py"], "workdir": "/app"}
+    return f"{IMAGE}@{world.cluster.images.add(f'{IMAGE}:patient', source, **start)}"
+
+
+def patient(objects: dict[str, Object]) -> None:
+    """Give a version's pods the time to end so."""
+    objects["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] = 6
 
 
 def deploy(app: Member, version: str, **release: Any) -> Object:
     """Deploy a version; the log line of the end, with what happened when."""
-    commit = app.release(version, **release)
+    commit = app.release(version, change=patient, **release)
     began = time.monotonic()
     run = app.push(commit)
     return {**app.fleet.ended(run, 120), "began": began}
@@ -42,7 +63,8 @@ def rolled_out(deployment: Object) -> bool:
     """Whether a Deployment stands as wanted."""
     status, wanted = deployment.get("status", {}), deployment["spec"]["replicas"]
     current = status.get("observedGeneration") == deployment["metadata"]["generation"]
-    counts = {status.get(f"{key}Replicas") for key in ("updated", "ready", "available")}
+    keys = ("replicas", "updatedReplicas", "readyReplicas", "availableReplicas")
+    counts = {status.get(key) for key in keys}
     return current and counts == {wanted}
 
 
@@ -125,6 +147,7 @@ def patch_alone(app: Member) -> float:
 
 def measure_deployments(apps: Sequence[Member]) -> Iterator[Row]:
     """A wrong image, a rollback, and what a deployment takes besides tests and rollout."""
+    apps[0].fleet.image = patient_image(apps[0].fleet)
     for version in ("1", "2"):
         ends = together(lambda app, v=version: deploy(app, v), apps)
         assert {end["outcome"] for end in ends} == {"deployed"}, ends
@@ -150,20 +173,23 @@ def measure_deployments(apps: Sequence[Member]) -> Iterator[Row]:
     yield Row("rollback: patch seen to endpoints moved", patch, "s")
     together(lambda app: app.quiet(), apps)
     spent = statistics.median(own_time(app, "3") for app in apps)
-    yield Row("push to live, minus tests, rollout and bake", spent, "s", 2.5)
+    get = ("get", "service", apps[0].name, "-n", apps[0].namespace)
+    calls = timed(lambda: [apps[0].fleet.kubectl(*get) for _ in range(10)])
+    name = "push to live, minus tests, rollout and bake (floor: 10 kubectl calls)"
+    yield Row(name, spent, "s", 2.5, None, calls)
 
 
 # Switches under load.
 
 
-def switch(app: Member, version: str, sick: bool) -> float:
-    """Deploy a version, which turns sick or stays; seconds from sick to switched back, or 0."""
-    commit, back = app.release(version), 0.0
+def switch(app: Member, version: str, sick: str) -> float:
+    """Deploy a version, which stays or is told to be sick; seconds to switched back, or 0."""
+    commit, back = app.release(version, change=patient), 0.0
     run = app.push(commit)
     app.switched(run, 120)
     if sick:
         began, before = time.monotonic(), app.selector
-        app.tell(version, "/turn-sick")
+        app.tell(version, sick)
         eventually(lambda: app.selector != before, 60, f"{run} is switched back")
         back = time.monotonic() - began
     outcome = app.fleet.ended(run, 120)["outcome"]
@@ -178,33 +204,52 @@ def settled(app: Member) -> bool:
     return len(pods) == wanted == sum(is_ready(pod) for pod in pods)
 
 
-def measure_switches(apps: Sequence[Member], clients: Pool, count: int) -> Iterator[Row]:
-    """Switch under load, every second time with a version that turns sick."""
-    world, each = apps[0].fleet, max(2, round(count / len(apps)))
+@contextmanager
+def visited(apps: Sequence[Member], clients: Pool) -> Iterator[list[Any]]:
+    """Have apps visited while the block runs; afterwards the list says what the visitors saw."""
+    world, seen = apps[0].fleet, list[Any]()
+    stop = world.directory / f"stop-{time.monotonic_ns()}"
     hosts = {app.name: app.service()["spec"]["clusterIP"] for app in apps}
-    stop = world.directory / "stop-visits"
     visits = clients.apply_async(visit, (hosts, stop))
-
-    def go(app: Member) -> list[float]:
-        return [switch(app, f"load-{n}", (n + apps.index(app)) % 2 == 1) for n in range(each)]
-
     try:
-        backs = [back for times in together(go, apps) for back in times if back]
+        yield seen
         together(lambda app: app.quiet(), apps)
-        live = {app.name: app.answer()["version"] for app in apps}
         eventually(lambda: all(settled(app) for app in apps), 60, "the old pods are gone")
         time.sleep(1.0)  # in which every visitor has asked again
     finally:
         stop.touch()
-    found = visits.get(30)
-    failures = [reason for *_, reasons in found for reason in reasons]
+    seen += visits.get(30)
+
+
+def failures_of(seen: Sequence[Any]) -> int:
+    """Return how many requests failed, and say how on stderr."""
+    failures = [reason for *_, reasons in seen for reason in reasons]
     for reason in sorted({*failures})[:10]:
         print(f"failed: {failures.count(reason)} times {reason}", file=sys.stderr)
-    asked, name = sum(answered for _, _, answered, _ in found), f"{each * len(apps)} switches"
-    wrong = sum(live[app] != version for app, version, _, _ in found)
-    yield Row(
-        f"{name} under load, {len(backs)} of them back: failed requests", len(failures), "", 0
-    )
+    return len(failures)
+
+
+def measure_switches(apps: Sequence[Member], clients: Pool, count: int) -> Iterator[Row]:
+    """Switch under load, every second time with a version that turns sick."""
+    each = max(2, round(count / len(apps)))
+    ways = ("", "/turn-sick")
+
+    def go(app: Member) -> list[float]:
+        turns = (ways[(n + apps.index(app)) % 2] for n in range(each))
+        return [switch(app, f"load-{n}", sick) for n, sick in enumerate(turns)]
+
+    with visited(apps, clients) as seen:
+        backs = [back for times in together(go, apps) for back in times if back]
+    live = {app.name: app.answer()["version"] for app in apps}
+    wrong = sum(live[app] != version for app, version, _, _ in seen)
+    name, asked = f"{each * len(apps)} switches", sum(answered for _, _, answered, _ in seen)
+    name = f"{name} under load, {len(backs)} of them back"
+    yield Row(f"{name}: failed requests", failures_of(seen), "", 0)
     yield Row(f"{name}: requests answered", asked, "", higher_is_better=True)
     yield Row(f"{name}: clients on the wrong version at the end", wrong, "", 0)
     yield Row("sick to switched back", statistics.median(backs), "s")
+    with visited(apps, clients) as seen:
+        backs = together(lambda app: switch(app, "crash", "/exit"), apps)
+    name = f"{len(apps)} versions that crash under load after the switch"
+    yield Row(f"{name}: failed requests", failures_of(seen), "")
+    yield Row("crash to switched back", statistics.median(backs), "s")
