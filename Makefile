@@ -24,7 +24,7 @@ die = { echo "make $@: $(1)" >&2; exit 2; }
 
 export BREAK KEEP
 
-.PHONY: help venv demo test cluster e2e lint types check bench fuzz image apply delete kind lock clean
+.PHONY: help venv demo test cluster e2e faults lint types check bench fuzz image apply delete kind lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,10 +51,13 @@ test: $(INSTALLED) ## Run the tests that take seconds (ARGS='-k webhook -x')
 	@$(BIN)/python -m pytest -m 'not cluster' $(ARGS)
 
 cluster: $(INSTALLED) ## Run the tests that take minutes: the daemon on the stand-in cluster, and that itself
-	@$(BIN)/python -m pytest -m cluster $(ARGS)
+	@$(BIN)/python -m pytest -m cluster -n 3 --dist loadfile $(ARGS)
 
 e2e: $(INSTALLED) ## Run the demo as its users do: side by side, sabotaged, interrupted
-	@$(BIN)/python -m pytest tests/e2e $(ARGS)
+	@$(BIN)/python -m pytest tests/e2e/test_demo.py $(ARGS)
+
+faults: $(INSTALLED) ## Every step of a deployment with every kind of trouble (long)
+	@$(BIN)/python -m pytest tests/e2e/test_faults.py $(ARGS)
 
 lint: $(INSTALLED) ## Check style and common mistakes
 	@$(BIN)/ruff check .

@@ -640,8 +640,8 @@ def test_what_is_tested_is_what_is_shipped() -> None:
 # === Makefile ===
 
 TARGETS = {
-    "help", "venv", "demo", "test", "cluster", "e2e", "lint", "types", "check", "bench", "fuzz",
-    "image", "apply", "delete", "kind", "lock", "clean",
+    "help", "venv", "demo", "test", "cluster", "e2e", "faults", "lint", "types", "check", "bench",
+    "fuzz", "image", "apply", "delete", "kind", "lock", "clean",
 }  # fmt: skip
 
 
