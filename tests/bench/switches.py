@@ -231,7 +231,7 @@ def failures_of(seen: Sequence[Any]) -> int:
 
 def measure_switches(apps: Sequence[Member], clients: Pool, count: int) -> Iterator[Row]:
     """Switch under load, every second time with a version that turns sick."""
-    each = max(2, round(count / len(apps)))
+    each = -(-count // len(apps))
     ways = ("", "/turn-sick")
 
     def go(app: Member) -> list[float]:
