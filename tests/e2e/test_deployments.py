@@ -1,0 +1,342 @@
+"""Deployments that take their time: ports, sizes, adoption, foreign kinds, what is waited for."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+import yaml
+
+from tests.fleet import Fleet, Member, fleet, pod_template
+from tests.standin.kubectl import Kubectl
+from tests.world import Object, eventually
+
+RUN = "gitops-hook/run"
+APPS: dict[str, Object] = {
+    "nokey": {"rollout_timeout": "60s"},
+    "neverup": {"rollout_timeout": "5s"},
+    "ports": {"bake": "4s", "retain": 1},
+    "scaled": {"retain": 0},
+    "kinds": {"ignore_kinds": ["Ingress"]},
+    "adopted": {"bake": "3s"},
+    "refused": {},
+    "evicted": {"bake": "4s"},
+    "busy": {"bake": "1s"},
+}
+HPA = """
+apiVersion: autoscaling/v2
+kind: HorizontalPodAutoscaler
+metadata: {name: kinds}
+spec: {maxReplicas: 3, scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: kinds}}
+"""
+INGRESS = """
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: {name: kinds}
+spec: {defaultBackend: {service: {name: kinds, port: {number: 80}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Several applications on one cluster, none of them deployed yet."""
+    with fleet(tmp_path_factory.mktemp("deployments"), APPS) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def slow(apps: Fleet) -> dict[str, str]:
+    """First deployments that fail only after a while; their runs."""
+    never = apps["neverup"].go("v1", modes="never-ready")
+    return {"nokey": apps["nokey"].go("v1", change=needs_a_missing_key), "neverup": never}
+
+
+def needs_a_missing_key(objects: dict[str, Object]) -> None:
+    """Let the container need a key that its ConfigMap does not have."""
+    wanted = {"configMapKeyRef": {"name": "settings", "key": "NOT_THERE"}}
+    container(objects)["env"].append({"name": "NOT_THERE", "valueFrom": wanted})
+
+
+def container(objects: dict[str, Object]) -> Object:
+    """Return the container of an app's manifests."""
+    found: Object = objects["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    return found
+
+
+# What cannot heal, after the time it is given.
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_kind_that_is_not_deployed_is_refused_by_name_with_what_to_do(apps: Fleet) -> None:
+    kinds = apps["kinds"]
+    ended = kinds.push(kinds.release("v1", files={"deploy/hpa.yaml": HPA}))
+    line = apps.ended(ended)
+    assert (line["outcome"], line["reason"]) == ("failed", "ManifestRefused")
+    assert re.search(r"HorizontalPodAutoscaler kinds.*ignore_kinds", line["detail"])
+    assert not kinds.leftovers()
+
+
+def test_a_kind_that_is_to_be_ignored_is_reported_and_not_applied(apps: Fleet) -> None:
+    kinds = apps["kinds"]
+    kinds.repository.git("rm", "-q", "deploy/hpa.yaml")
+    run = kinds.push(kinds.release("v2", files={"deploy/ingress.yaml": INGRESS}))
+    assert apps.ended(run)["outcome"] == "deployed"
+    assert apps.said("claimed", run=run)[0]["ignored"] == ["Ingress kinds"]
+    assert apps.cluster.store.find("ingresses", "production", "kinds") is None
+
+
+# Ports.
+
+
+def node_port(target: int) -> object:
+    """Return a change that makes the Service a NodePort for a numeric target port."""
+
+    def change(objects: dict[str, Object]) -> None:
+        ports = [{"name": "http", "port": 80, "targetPort": target, "nodePort": 30123}]
+        objects["Service"]["spec"] |= {"type": "NodePort", "ports": ports}
+        container(objects)["ports"][0]["containerPort"] = target
+        objects["Deployment"]["spec"]["replicas"] = 2
+
+    return change
+
+
+def live_ports(app: Member) -> list[tuple[int, int]]:
+    """Return the target and node ports of the live Service."""
+    return [(p["targetPort"], p["nodePort"]) for p in app.service()["spec"]["ports"]]
+
+
+def test_a_numeric_target_port_travels_with_the_switch_and_back(apps: Fleet) -> None:
+    ports = apps["ports"]
+    assert ports.deployed("v1", change=node_port(8080))["outcome"] == "deployed"
+    with ports.traffic() as traffic:
+        run = ports.go("v2", modes="other-port", change=node_port(9090))
+        ports.switched(run)
+        assert live_ports(ports) == [(9090, 30123)]
+        eventually(lambda: traffic.versions[-1:] == ["v2"], 5, "v2 answers on its port")
+        ports.tell("v2", "/turn-sick")
+        assert apps.ended(run)["outcome"] == "switched-back"
+        assert live_ports(ports) == [(8080, 30123)]
+        eventually(lambda: traffic.versions[-1:] == ["v1"], 5, "v1 answers on its own")
+    assert traffic.failures == []
+
+
+def test_a_node_port_is_kept_and_the_preview_has_none(apps: Fleet) -> None:
+    ports = apps["ports"]
+    assert ports.deployed("v3", modes="other-port", change=node_port(9090))["outcome"] == "deployed"
+    assert live_ports(ports) == [(9090, 30123)]
+    preview = ports.service("ports-preview")["spec"]
+    assert (preview["type"], [p for p in preview["ports"] if "nodePort" in p]) == ("ClusterIP", [])
+    assert preview["clusterIP"] != ports.service()["spec"]["clusterIP"]
+
+
+# Sizes.
+
+
+def size(app: Member, colour: str) -> int:
+    """Return how many replicas a colour asks for."""
+    return int(app.objects("deployments")[f"{app.name}-{colour}"]["spec"]["replicas"])
+
+
+def test_retain_keeps_that_many_pods_of_the_old_colour(apps: Fleet) -> None:
+    ports = apps["ports"]
+    ports.quiet()
+    assert (size(ports, ports.selector["version"]), size(ports, ports.idle())) == (2, 1)
+
+
+def test_a_size_that_was_set_by_hand_is_kept(apps: Fleet) -> None:
+    scaled = apps["scaled"]
+    assert scaled.deployed("v1")["outcome"] == "deployed"
+    args = ("scale", "deployment/scaled-blue", "-n", "production", "--replicas=3")
+    assert apps.kubectl(*args).code == 0
+    assert scaled.deployed("v2")["outcome"] == "deployed"
+    assert (scaled.standing("green"), size(scaled, "green")) == ("v2", 3)
+
+
+def test_a_target_without_pods_is_brought_up_to_the_live_size_before_traffic_goes_back(
+    apps: Fleet,
+) -> None:
+    scaled = apps["scaled"]
+    eventually(lambda: not scaled.pods("v1"), 20, "the old colour is drained to nothing")
+    scaled.quiet()
+    with scaled.traffic() as traffic:
+        done = apps.command("rollback", "scaled")
+        assert done.returncode == 0, done
+        eventually(lambda: traffic.versions[-1:] == ["v1"], 10, "v1 serves")
+    assert (traffic.failures, traffic.versions) == ([], ["v2", "v1"])
+    assert size(scaled, "blue") >= 3
+
+
+# Adoption.
+
+
+def foreign(app: Member, *, bare: bool) -> None:
+    """Put a Service with a selector of its own there, and pods; bare ones have no owner."""
+    template = pod_template("v0", "", app.fleet.image)
+    template["metadata"]["labels"] = {"app": app.name}
+    spec = {
+        "selector": {"app": app.name},
+        "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
+    }
+    pod: Object = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"{app.name}-old"}}
+    owner: Object = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": f"{app.name}-old"},
+    }
+    chosen = pod if bare else owner
+    if bare:
+        chosen["spec"] = template["spec"]
+        chosen["metadata"]["labels"] = {"app": app.name}
+    else:
+        labels = {"matchLabels": {"app": app.name}}
+        chosen["spec"] = {"replicas": 1, "selector": labels, "template": template}
+    settings = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "settings"},
+        "data": {},
+    }
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": app.name}, "spec": spec}
+    stream = yaml.safe_dump_all([settings, chosen, service])
+    done = app.fleet.kubectl("apply", "-n", app.namespace, "-f", "-", stdin=stream)
+    assert done.code == 0, done
+    eventually(lambda: answers(app) == "v0", 20, "the application of before answers")
+
+
+def answers(app: Member) -> str:
+    """Return the version that answers, or nothing."""
+    slices = app.fleet.cluster.store.list("endpointslices", app.namespace)
+    label = "kubernetes.io/service-name"
+    mine = [s for s in slices if s["metadata"]["labels"].get(label) == app.name]
+    ready = [e for s in mine for e in s.get("endpoints") or [] if e["conditions"].get("ready")]
+    return str(app.answer()["version"]) if ready else ""
+
+
+def same_labels(objects: dict[str, Object]) -> None:
+    """Give the new pods the labels that the Service of before selects."""
+    name = objects["Deployment"]["metadata"]["name"]
+    labels = {"app": name}
+    objects["Deployment"]["spec"]["selector"] = {"matchLabels": labels}
+    objects["Deployment"]["spec"]["template"]["metadata"]["labels"] = labels
+    objects["Service"]["spec"]["selector"] = labels
+
+
+def test_an_existing_service_is_narrowed_and_never_sends_traffic_to_both(apps: Fleet) -> None:
+    adopted = apps["adopted"]
+    foreign(adopted, bare=False)
+    with adopted.traffic() as traffic:
+        ended = adopted.deployed("v1", change=same_labels)
+    assert (ended["outcome"], traffic.failures, traffic.versions) == ("deployed", [], ["v0", "v1"])
+    before = adopted.note("previous-selector")
+    assert (before["app"], "pod-template-hash" in before) == ("adopted", True)
+
+
+def test_what_was_there_before_the_adoption_can_be_gone_back_to(apps: Fleet) -> None:
+    adopted = apps["adopted"]
+    adopted.quiet()
+    with adopted.traffic() as traffic:
+        done = apps.command("rollback", "adopted")
+        assert done.returncode == 0, done
+        eventually(lambda: traffic.versions[-1:] == ["v0"], 5, "v0 serves")
+    assert traffic.failures == []
+
+
+def test_a_service_that_cannot_be_narrowed_is_refused_with_a_command_that_mends_it(
+    apps: Fleet,
+) -> None:
+    refused = apps["refused"]
+    foreign(refused, bare=True)
+    commit = refused.release("v1", change=same_labels)
+    ended = apps.ended(refused.push(commit))
+    assert (ended["outcome"], ended["reason"]) == ("failed", "AdoptionRefused")
+    assert (refused.selector, answers(refused)) == ({"app": "refused"}, "v0")
+    command = ended["detail"].partition("run: ")[2]
+    environ = Kubectl(apps.directory, apps.cluster.kubeconfig()).environment
+    path = apps.environ["PATH"]
+    done = subprocess.run(
+        ["sh", "-ec", command],
+        env={**environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done
+    with refused.traffic() as traffic:
+        run = refused.push(commit)
+        again = lambda: apps.said("run ended", run=run, outcome="deployed")  # noqa: E731 - one use
+        eventually(again, 60, "the same push is deployed now")
+    assert (traffic.failures, traffic.versions) == ([], ["v0", "v1"])
+
+
+# A node that goes away.
+
+
+def two_replicas(objects: dict[str, Object]) -> None:
+    """Ask for two pods."""
+    objects["Deployment"]["spec"]["replicas"] = 2
+
+
+def test_a_pod_evicted_during_the_bake_is_not_sickness(apps: Fleet) -> None:
+    evicted = apps["evicted"]
+    assert evicted.deployed("v1", change=two_replicas)["outcome"] == "deployed"
+    run = evicted.go("v2", change=two_replicas)
+    evicted.switched(run)
+    apps.cluster.evict("production", evicted.pods("v2")[0]["metadata"]["name"])
+    assert apps.ended(run)["outcome"] == "deployed"
+
+
+def test_a_node_lost_during_the_bake_is_not_sickness(apps: Fleet) -> None:
+    evicted = apps["evicted"]
+    evicted.quiet()
+    run = evicted.go("v3", change=two_replicas)
+    evicted.switched(run)
+    apps.cluster.lose_node_of("production", evicted.pods("v3")[0]["metadata"]["name"])
+    assert apps.ended(run)["outcome"] == "deployed"
+
+
+# A rollback in the middle.
+
+
+def test_rollback_works_with_the_daemon_down(apps: Fleet) -> None:
+    busy = apps["busy"]
+    for version in ("v1", "v2"):
+        assert busy.deployed(version)["outcome"] == "deployed"
+        busy.quiet()
+    busy.stands("blue", "v1")
+    assert apps.stop() == 0
+    with busy.traffic() as traffic:
+        done = apps.command("rollback", "busy")
+        assert done.returncode == 0, done
+        eventually(lambda: traffic.versions[-1:] == ["v1"], 5, "v1 serves")
+    apps.start()
+    assert (traffic.failures, traffic.versions) == ([], ["v2", "v1"])
+
+
+def test_the_version_that_was_rolled_back_is_not_deployed_again_by_catch_up(apps: Fleet) -> None:
+    busy = apps["busy"]
+    ledger = apps.cluster.store.get("configmaps", "orchestration", "gitops-hook-busy")["data"]
+    commit = busy.repository.git("rev-parse", "HEAD")
+    assert f"rejected-{commit}" in ledger
+    run = busy.push(commit)
+    eventually(lambda: apps.said("push needs nothing", run=run, reason="Rejected"), 10)
+    assert busy.answer()["version"] == "v1"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("nokey", "ContainerConfigError"), ("neverup", "NeverReady")]
+)
+def test_what_could_still_heal_is_red_after_its_time(
+    apps: Fleet, slow: dict[str, str], name: str, reason: str
+) -> None:
+    ended = apps.ended(slow[name])
+    assert (ended["outcome"], ended["reason"]) == ("failed", reason)
+    eventually(lambda: not apps[name].leftovers(), 20, "nothing is left")
+
+
+def test_the_container_that_could_not_be_made_is_named_with_what_it_lacks(
+    apps: Fleet, slow: dict[str, str]
+) -> None:
+    detail = apps.ended(slow["nokey"])["detail"]
+    assert "NOT_THERE" in detail
