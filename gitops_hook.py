@@ -216,6 +216,8 @@ class Phase(StrEnum):
 
 def clip(text: str, limit: int = 300) -> str:
     """Return foreign text fit for a log line: printable, one line, at most limit characters."""
+    if len(text) <= limit and text.isprintable() and "  " not in text:
+        return text.strip()
     flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."
 
@@ -285,13 +287,17 @@ class KubectlError(ProcessError):
     @property
     def kind(self) -> str:
         """The API server's word, such as Conflict; or Unreachable, Invalid, Unknown."""
+        # of several refusals the one without a word of the server's counts: it may mend itself
+        rest = re.sub(r"^Error from server \(\w+\).*$", "", self.stderr, flags=re.MULTILINE)
+        if self.code is None or UNREACHABLE.search(rest):
+            return "Unreachable"
         if found := re.search(r"Error from server \((\w+)\)", self.stderr):
             return "Unreachable" if found[1] in OVERLOADED else found[1]
         if re.search(r"^The \w+ (.* )?is invalid", self.stderr, re.MULTILINE):
             return "Invalid"
         if "denied the request" in self.stderr:
             return "Denied"
-        return "Unreachable" if self.code is None or UNREACHABLE.search(self.stderr) else "Unknown"
+        return "Unknown"
 
 
 class RunError(HookError):
@@ -2825,6 +2831,8 @@ class Deployer:
         self.kubectl.create([*release.configmaps, release.configmap(task.app.name)], task.namespace)
         self.check_claim(task, claimed, self.service(task))
         try:
+            self.apply(task, release)
+            self.check_claim(task, claimed, self.service(task))
             self.roll_out(task, release, pods)
             self.smoke_test(task, release)
         finally:
@@ -2997,8 +3005,8 @@ class Deployer:
         if self.stop.is_set():
             raise InterruptedError
 
-    def roll_out(self, task: Task, release: Release, pods: Watch[Pod]) -> None:
-        """Apply a release and wait for its pods; raises StageError at once for what cannot heal."""
+    def apply(self, task: Task, release: Release) -> None:
+        """Apply a release; raises StageError for what the server refuses in it."""
         try:
             self.kubectl.apply([release.deployment], task.namespace)
         except KubectlError as refused:
@@ -3009,6 +3017,9 @@ class Deployer:
                 detail = self.secrets.mask(refused.said)
                 raise StageError(Reason.MANIFEST_INVALID, detail) from refused
             raise
+
+    def roll_out(self, task: Task, release: Release, pods: Watch[Pod]) -> None:
+        """Wait for the pods of a release; raises StageError at once for what cannot heal."""
         name = f"deployment/{release.deployment['metadata']['name']}"
         timeout = int(release.deployment["spec"]["progressDeadlineSeconds"])
         args = ("rollout", "status", name, f"--timeout={timeout}s")
@@ -3017,12 +3028,12 @@ class Deployer:
             self.follow(task, release, pods, process, timeout + KUBECTL_TIMEOUT)
         finally:
             _, stderr = end_process(process)
-        if process.returncode == 0:
+        ours = [p for p in pods.items() if p.run == release.run]
+        if process.returncode == 0 or sum(p.ready for p in ours) >= release.wanted:
             return self.prove(task, release)
         ended = re.search("exceeded its progress deadline|timed out waiting", stderr)
         if process.returncode != -signal.SIGKILL and not ended:
             raise KubectlError([self.kubectl.program, *args], process.returncode, stderr)
-        ours = [p for p in pods.items() if p.run == release.run]
         detail = f"{sum(p.ready for p in ours)} of {release.wanted} pods ready within {timeout} s"
         raise StageError(Reason.NEVER_READY, self.with_logs(detail, ours, task.namespace))
 
@@ -3410,6 +3421,17 @@ class Deployer:
         self.kubectl.apply([release.deployment], task.namespace)
         return info("healed", target=release.run, colour=release.colour, **task.words)
 
+    def mend(self, task: Task) -> None:
+        """Put the live version back where a write of a run that lost its claim has hit it."""
+        service = self.service(task)
+        live = service.live if service else {}
+        name = f"{task.app.name}-{live.get('colour')}"
+        found = (
+            self.kubectl.get("deployment", name, task.namespace) if live.get("release") else None
+        )
+        if service and found and found["metadata"]["labels"].get(LABEL_RUN) != service.run:
+            self.heal(task, name, live["release"])
+
     def collect_garbage(self, task: Task) -> None:
         """Delete what a failed first deployment left, and records that nothing names any more."""
         namespace, name = task.namespace, task.app.name
@@ -3493,6 +3515,7 @@ class Deployer:
         record = release.configmap(task.app.name)
         self.kubectl.create([*release.configmaps, record], task.namespace)
         with self.watched_pods(task) as pods:
+            self.apply(task, release)
             self.roll_out(task, release, pods)
         changed = {"colour": release.colour, "selector": release.selector, "overwritten": False}
         return {**target, **changed, "release": record["metadata"]["name"]}
@@ -3687,6 +3710,7 @@ class Controller:
                 self.stop.wait(backoff(failures))
             failures = failures + 1 if left else 0
             self.spooled.wait(0 if left else 30.0)
+            self.stop.wait(0.03)  # a burst of pushes is one call
 
     def take_in(self, stored: Sequence[tuple[Path, Run]]) -> int:
         """Bring stored pushes into the cluster; return how many must stay. Raises KubectlError."""
@@ -3707,8 +3731,10 @@ class Controller:
 
     def admit(self, app: App, runs: dict[str, Run]) -> set[str]:
         """Create the Jobs of pushes that ask for a run; return the ids that are dealt with."""
-        rejected, live, done = self.ledger.read(app.name)[1], self.live_commit(app), set()
-        for run in (r for r in runs.values() if r.ref == app.deploy_ref):
+        deploys, done = [r for r in runs.values() if r.ref == app.deploy_ref], set()
+        rejected = self.ledger.read(app.name)[1] if deploys else {}
+        live = self.live_commit(app) if deploys else ""
+        for run in deploys:
             why = "AlreadyLive" if run.commit == live else Reason.REJECTED
             if run.commit == live or run.commit in rejected:
                 info("push needs nothing", reason=why, **run_words(run))
@@ -3835,12 +3861,15 @@ class Controller:
         for state in ("suspended", "active"):
             self.metrics.queue.labels(state).set(states.count(state))
         places, release = self.config.limits.max_running - states.count("active"), []
+        latest: dict[tuple[str, str], float] = {}
+        for run in map(newest, active.values()):
+            latest[run.app, run.ref] = max(run.received, latest.get((run.app, run.ref), 0.0))
         pods: dict[str, list[Pod]] = {}
         for pod in (p for w in self.pods for p in w.items()):
             pods.setdefault(pod.run, []).append(pod)
         for key, jobs in sorted(active.items(), key=lambda item: -newest(item[1]).received):
             if newest(jobs).app in self.apps:
-                view = self.view(jobs, pods.get(key, []), active.values(), places)
+                view = self.view(jobs, pods.get(key, []), latest, places)
                 action = decide(view)
                 places -= action.do in (Do.RELEASE, Do.BUILD, Do.REMAKE)
                 try:
@@ -3873,24 +3902,26 @@ class Controller:
                 self.kubectl.delete("job", [found.name], found.namespace)
 
     def view(
-        self, jobs: dict[str, Job], pods: list[Pod], active: Iterable[dict[str, Job]], places: int
+        self,
+        jobs: dict[str, Job],
+        pods: list[Pod],
+        latest: dict[tuple[str, str], float],
+        places: int,
     ) -> View:
         """Gather what decides over one run."""
         run, now = newest(jobs), self.clock.now()
         read = self.heads.get(run.app, (0.0, {}))
         age = self.clock.monotonic() - read[0]
         heads = read[1] if read[0] and now - age >= run.received else None
-        others = [newest(g) for g in active]
         symptoms = [
             s for p in pods for s in pod_symptoms(p) if s.reason is not Reason.UNSCHEDULABLE
         ]
         symptoms += [s for j in jobs.values() if (s := self.creation_trouble(j, pods))]
         services = {e: s for e, w in self.services.items() for s in w.items() if s.name == run.app}
-        newer = [r for r in others if (r.app, r.ref) == (run.app, run.ref)]
         doomed = self.doom.setdefault(run.id, Doom()).verdict(symptoms, now)
         unseen = {e for e, w in self.services.items() if not w.synced.is_set()}
         busy = frozenset({e for a, e in list(self.busy) if a == run.app} | unseen)
-        head, again = head_word(run, heads, age, now), any(r.received > run.received for r in newer)
+        head, again = head_word(run, heads, age, now), latest[run.app, run.ref] > run.received
         limit, app = self.config.limits.queue_timeout, self.apps[run.app]
         seen: Object = {
             "app": app,
@@ -4084,6 +4115,7 @@ class Controller:
         except SupersededError as stopped:
             result, back = "superseded", stopped.reason is Reason.ROLLED_BACK
             service = self.deployer.service(task)
+            self.deployer.mend(task)
             if (
                 stopped.reason is Reason.CLAIM_LOST
                 and service
