@@ -296,9 +296,13 @@ class Member:
 
     def stands(self, colour: str, version: str, seconds: float = 20.0) -> None:
         """Wait until a version stands in a colour with all its pods ready."""
-        eventually(
-            lambda: self.standing(colour) == version, seconds, f"{version} stands in {colour}"
-        )
+        try:
+            eventually(lambda: self.standing(colour) == version, seconds)
+        except AssertionError as late:
+            where = (f"deployment/{self.name}-{colour}", "-n", self.namespace)
+            told = self.fleet.kubectl("describe", *where).out
+            told += self.fleet.kubectl("get", "pods,replicasets", "-n", self.namespace).out
+            raise AssertionError(f"{late}: {version} does not stand in {colour}\n{told}") from None
 
     # What its clients do.
 
