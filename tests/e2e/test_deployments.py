@@ -303,12 +303,12 @@ def test_a_node_lost_during_the_bake_is_not_sickness(apps: Fleet) -> None:
 
 def test_applications_with_equal_settings_keep_their_own_copies(apps: Fleet) -> None:
     twin, failing = apps["twin"], apps["twin-that-fails"]
-    run = failing.go("v1", modes="smoke-fails")
+    run = failing.go("equal", modes="smoke-fails")
     with apps.held("create", "services", body_contains="twin-that-fails-preview"):
-        assert twin.deployed("v1")["outcome"] == "deployed"
+        assert twin.deployed("equal")["outcome"] == "deployed"
     assert apps.ended(run)["reason"] == "SmokeFailed"
     eventually(lambda: not failing.leftovers(), 20, "the failed one is swept away")
-    source = twin.pods("v1")[0]["spec"]["containers"][0]["envFrom"][0]["configMapRef"]["name"]
+    source = twin.pods("equal")[0]["spec"]["containers"][0]["envFrom"][0]["configMapRef"]["name"]
     assert apps.cluster.store.find("configmaps", "production", source)
 
 
