@@ -3035,7 +3035,10 @@ class Deployer:
         if process.returncode != -signal.SIGKILL and not ended:
             raise KubectlError([self.kubectl.program, *args], process.returncode, stderr)
         detail = f"{sum(p.ready for p in ours)} of {release.wanted} pods ready within {timeout} s"
-        raise StageError(Reason.NEVER_READY, self.with_logs(detail, ours, task.namespace))
+        seen = [s for p in ours for s in pod_symptoms(p)] + [
+            Symptom("", Reason.NEVER_READY, detail)
+        ]
+        raise StageError(seen[0].reason, self.with_logs(seen[0].detail, ours, task.namespace))
 
     def follow(
         self,
@@ -3510,15 +3513,18 @@ class Deployer:
             )
         release = self.release(task, target)
         live = service.selector.get(LABEL_VERSION, "")
-        if release.colour == live:
-            release = recoloured(release, task.app, next(c for c in COLOURS if c != live))
+        colour = next(c for c in COLOURS if c != live) if release.colour == live else release.colour
+        standing = self.kubectl.get("deployment", f"{task.app.name}-{live}", task.namespace) or {}
+        size = int(standing.get("spec", {}).get("replicas", 1))
+        release = recoloured(release, task.app, colour, max(size, release.wanted))
         record = release.configmap(task.app.name)
         self.kubectl.create([*release.configmaps, record], task.namespace)
         with self.watched_pods(task) as pods:
             self.apply(task, release)
             self.roll_out(task, release, pods)
-        changed = {"colour": release.colour, "selector": release.selector, "overwritten": False}
-        return {**target, **changed, "release": record["metadata"]["name"]}
+        changed = {"colour": colour, "selector": release.selector, "replicas": release.wanted}
+        more = {"overwritten": False, "release": record["metadata"]["name"]}
+        return {**target, **changed, **more}
 
 
 def rolled_back(history: list[Object], target: Object, goal: Object, reason: str) -> list[Object]:
@@ -3543,11 +3549,12 @@ def selector_text(selector: Mapping[str, str]) -> str:
     return ",".join(f"{k}={v}" for k, v in selector.items())
 
 
-def recoloured(release: Release, app: App, colour: str) -> Release:
-    """Return a release as it is rendered for the other colour."""
+def recoloured(release: Release, app: App, colour: str, replicas: int) -> Release:
+    """Return a release as it is rendered for a colour and a size."""
     deployment = copy.deepcopy(release.deployment)
     deployment["metadata"]["name"] = f"{app.name}-{colour}"
     spec = deployment["spec"]
+    spec["replicas"] = replicas
     template = spec["template"]["metadata"]["labels"]
     for labels in (deployment["metadata"]["labels"], template, spec["selector"]["matchLabels"]):
         labels[LABEL_VERSION] = colour

@@ -90,7 +90,7 @@ def test_traffic_moves_to_the_new_version_without_a_failed_request(live: Fleet) 
 
 def test_after_the_drain_the_old_colour_is_restarted_and_stays_a_target(live: Fleet) -> None:
     shop = live["shop"]
-    eventually(lambda: restarted(shop, "blue"), 10, "the old colour is restarted")
+    eventually(lambda: restarted(shop, "blue"), 30, "the old colour is restarted")
     shop.stands("blue", "v1")
 
 
