@@ -552,11 +552,15 @@ class Served:
         )
 
     def close(self) -> None:
+        pulled = threading.Event()
+
         def end() -> None:
+            pulled.wait(10)  # the loop may be awake already: the trigger is not yet done with
             self.server.task_dispatcher.shutdown()
             wasyncore.close_all(self.server._map)
 
         self.server.trigger.pull_trigger(end)
+        pulled.set()
         self.thread.join(10)
         assert not self.thread.is_alive()
 
