@@ -301,17 +301,6 @@ def test_a_push_that_was_stored_survives_a_kill_before_it_is_in_the_cluster(apps
     assert apps.created(f"test-{run}") == 1
 
 
-def test_a_daemon_killed_after_the_switch_bakes_and_ends_the_run(apps: Fleet) -> None:
-    outage = apps["outage"]
-    run = outage.go("v3")
-    outage.switched(run)
-    apps.kill()
-    apps.start()
-    assert apps.ended(run, 60)["outcome"] == "deployed"
-    outage.quiet()
-    assert (outage.answer()["version"], apps.created(f"test-{run}")) == ("v3", 1)
-
-
 # Real tests.
 
 

@@ -11,13 +11,14 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
 from tests.fleet import Fleet, Gate, Member, fleet, variable
-from tests.world import Object, eventually
+from tests.world import Object, eventually, world
 
 CALLS = ("refuse", "409", "500", "hang", "hang-after")
 RUN = "gitops-hook/run"
@@ -389,3 +390,43 @@ def test_a_daemon_killed_after_switching_back_still_writes_why_and_rejects(kille
     eventually(lambda: not shop.pods("sick"), 20, "the sick pods are gone")
     found = killed.cluster.store.get("configmaps", "orchestration", "gitops-hook-shop")["data"]
     assert f"rejected-{shop.repository.git('rev-parse', 'HEAD')}" in found
+
+
+def test_a_daemon_killed_while_the_image_is_built_builds_it_once(tmp_path: Path) -> None:
+    with world(tmp_path) as one:
+        one.start()
+        run = one.push(one.repository.release("v1"))
+        built = eventually(lambda: one.cluster.store.find("jobs", "build", f"build-{run}"), 30)
+        one.kill()
+        one.start()
+        assert one.ended(run)["outcome"] == "deployed"
+        assert one.answer()["version"] == "v1"
+        again = one.cluster.store.get("jobs", "build", f"build-{run}")
+        assert again["metadata"]["uid"] == built["metadata"]["uid"]
+
+
+# The API server away for a while.
+
+
+@pytest.mark.parametrize("step", ["wait", "preview", "bake"])
+def test_an_api_server_that_is_away_for_a_while_delays_a_deployment(
+    killed: Fleet, step: str
+) -> None:
+    shop, old = killed["shop"], killed["shop"].answer()["version"]
+    shop.quiet()
+    with shop.traffic(0.1) as traffic:
+        run = shop.go(f"away-{step}")
+        if step == "bake":
+            shop.switched(run)
+            killed.cluster.down()
+        else:
+            with killed.held(**STEPS[step].matching(shop, shop.idle())):
+                killed.cluster.down()
+        try:
+            lost = len(killed.said("watch lost"))
+            eventually(lambda: len(killed.said("watch lost")) > lost, 30, "the daemon notices")
+        finally:
+            killed.cluster.up()
+        assert killed.ended(run, 120)["outcome"] == "deployed"
+        shop.quiet()
+    assert (traffic.failures, traffic.versions) == ([], [old, f"away-{step}"])
