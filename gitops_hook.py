@@ -1796,7 +1796,9 @@ def immutable(name: str, labels: Mapping[str, str], **content: Any) -> Object:
     text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
     if len(text) > CONFIGMAP_BYTES:
         refuse(f"ConfigMap {clip(name, 60)} of {len(text)} bytes: {CONFIGMAP_BYTES} are possible")
-    name = f"{name}-{hashlib.sha256(text).hexdigest()[:8]}"
+    # the app counts too: what two apps shared would go with the first of them
+    named = labels[LABEL_APP].encode() + b" " + text
+    name = f"{name}-{hashlib.sha256(named).hexdigest()[:8]}"
     return manifest("ConfigMap", name, labels, immutable=True, **content)
 
 
