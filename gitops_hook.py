@@ -278,7 +278,7 @@ UNREACHABLE = re.compile(
     r"|context .* does not exist|Error in configuration|network is unreachable|broken pipe"
     r"|timed out waiting for a connection|connection timed out|failure in name resolution|x509: "
 )
-OVERLOADED = ("InternalError", "ServiceUnavailable", "Timeout", "TooManyRequests")
+OVERLOADED = {"InternalError", "ServerTimeout", "ServiceUnavailable", "Timeout", "TooManyRequests"}
 
 
 class KubectlError(ProcessError):
@@ -286,18 +286,18 @@ class KubectlError(ProcessError):
 
     @property
     def kind(self) -> str:
-        """The API server's word, such as Conflict; or Unreachable, Invalid, Unknown."""
-        # of several refusals the one without a word of the server's counts: it may mend itself
-        rest = re.sub(r"^Error from server \(\w+\).*$", "", self.stderr, flags=re.MULTILINE)
-        if self.code is None or UNREACHABLE.search(rest):
+        """The API server's word, such as Conflict; or Unreachable, Invalid, Denied, Unknown.
+
+        Of several refusals the one that may mend itself counts: the call is made again.
+        """
+        refused = r"^Error from server \((\w+)\).*$"
+        words = re.findall(refused, self.stderr, re.MULTILINE)
+        rest = re.sub(refused, "", self.stderr, flags=re.MULTILINE)
+        if self.code is None or UNREACHABLE.search(rest) or OVERLOADED.intersection(words):
             return "Unreachable"
-        if found := re.search(r"Error from server \((\w+)\)", self.stderr):
-            return "Unreachable" if found[1] in OVERLOADED else found[1]
-        if re.search(r"^The \w+ (.* )?is invalid", self.stderr, re.MULTILINE):
-            return "Invalid"
-        if "denied the request" in self.stderr:
-            return "Denied"
-        return "Unknown"
+        others = {"Invalid": r"(?m)^The \w+ (.* )?is invalid", "Denied": "denied the request"}
+        words += [word for word, text in others.items() if re.search(text, self.stderr)]
+        return words[0] if words else "Unknown"
 
 
 class RunError(HookError):

@@ -53,6 +53,7 @@ def kubectl(stderr: str, code: int | None = 1) -> KubectlError:
         ("Error from server (InternalError): an error on the server", "Unreachable"),
         ("Error from server (TooManyRequests): the server has received too many", "Unreachable"),
         ("Error from server (Timeout): request timed out", "Unreachable"),
+        ("Error from server (ServerTimeout): could not be completed at this time", "Unreachable"),
         ('The Service "x" is invalid: spec.ports: Required value', "Invalid"),
         (REFUSED, "Unreachable"),
         ("Unable to connect to the server: dial tcp: lookup x: no such host", "Unreachable"),
@@ -66,6 +67,26 @@ def kubectl(stderr: str, code: int | None = 1) -> KubectlError:
 )
 def test_failures_of_kubectl_are_told_apart_by_its_words(stderr: str, kind: str) -> None:
     assert kubectl(stderr).kind == kind
+
+
+KNOWN = 'Error from server (AlreadyExists): error when creating "STDIN": jobs "x" already exists'
+MENDS = 'Error from server (InternalError): error when creating "STDIN": an error on the server'
+
+
+@pytest.mark.parametrize(
+    "stderr", [f"{KNOWN}\n{MENDS}", f"{MENDS}\n{KNOWN}\n", f"{KNOWN}\n{REFUSED}"]
+)
+def test_of_several_refusals_the_one_that_mends_itself_counts(stderr: str) -> None:
+    assert kubectl(stderr).kind == "Unreachable"
+
+
+def test_of_several_refusals_that_stay_the_first_counts() -> None:
+    assert kubectl(f'{KNOWN}\nThe Job "y" is invalid: spec').kind == "AlreadyExists"
+
+
+def test_a_word_that_a_refusal_quotes_is_not_the_servers() -> None:
+    quoted = 'Error from server (Forbidden): jobs "Error from server (Timeout)" is forbidden'
+    assert kubectl(quoted).kind == "Forbidden"
 
 
 def test_no_answer_in_time_is_no_answer() -> None:
