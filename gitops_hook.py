@@ -137,7 +137,6 @@ CLAIM_SECONDS = 900.0  # a claim of a command that old belongs to a process that
 HEAD_GRACE = 30.0  # a git server may show a pushed head so much later than the webhook
 HEAD_FRESH = 10.0  # age up to which a read head decides over a release
 DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0)  # back-off, the last one repeats
-POD_UID = 65532
 BATCH = 200  # Jobs in one create
 
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
@@ -1370,116 +1369,108 @@ class Git:
 
 RUN_FIELDS = ("ref", "commit", "before", "title", "delivery")  # each an annotation of the Job
 TEST_CONTAINER, BUILD_CONTAINER, RESULTS_CONTAINER = "test-runner", "kaniko", "results"
-TERMINATION_LOG, CREDENTIALS_MOUNT = "/dev/termination-log", "/var/run/gitops-hook"
-TMP = "/tmp"  # noqa: S108 - an emptyDir of the pod
-SOURCE, REPORT = "/workspace/src", "/workspace/results/junit.xml"
-SMALL = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "500m", "memory": "512Mi"}}
-SECCOMP = {"seccompProfile": {"type": "RuntimeDefault"}}
-NO_RIGHTS: Object = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-LOCKED = {**NO_RIGHTS, "readOnlyRootFilesystem": True}
-KANIKO_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "SETFCAP"]
-JUNIT_BYTES = 20 * 1024 * 1024
-JUNIT_KINDS = {"failure": "failures", "error": "errors", "skipped": "skipped"}
+SOURCE, CREDENTIALS_MOUNT = "/workspace/src", "/var/run/gitops-hook"
+# What every Job has; what every container has, fit for Pod Security `restricted`; what the builder
+# has instead, which unpacks images over its own root, /tmp included, fit for `baseline`.
+JOB, CONTAINER, BUILDER, REGISTRY = yaml.safe_load_all("""
+apiVersion: batch/v1
+kind: Job
+spec:
+  suspend: true  # so that the queue is in the cluster
+  backoffLimit: 2
+  podFailurePolicy:
+    rules:  # in this order: an evicted test has an exit code too
+    - {action: Ignore, onPodConditions: [{type: DisruptionTarget, status: "True"}]}
+    - {action: FailJob, onExitCodes: {operator: NotIn, values: [0]}}
+  template:
+    spec:
+      restartPolicy: Never
+      automountServiceAccountToken: false
+      enableServiceLinks: false
+      terminationGracePeriodSeconds: 5  # a shell as process 1 ignores SIGTERM anyway
+      securityContext: {runAsNonRoot: true, runAsUser: 65532, runAsGroup: 65532, fsGroup: 65532,
+                        seccompProfile: {type: RuntimeDefault}}
+      volumes:
+      - {name: workspace, emptyDir: {}}
+      - {name: tmp, emptyDir: {}}
+      - {name: git, secret: {secretName: git-credentials, optional: true, defaultMode: 0400}}
+---
+env:
+- {name: HOME, value: /tmp}
+- {name: TERMINATION_LOG, value: /dev/termination-log}
+- {name: JUNIT_XML, value: /workspace/results/junit.xml}
+resources: {requests: {cpu: 50m, memory: 64Mi}, limits: {cpu: 500m, memory: 512Mi}}
+securityContext: {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true,
+                  capabilities: {drop: [ALL]}}
+volumeMounts: [{name: workspace, mountPath: /workspace}, {name: tmp, mountPath: /tmp}]
+---
+env: []
+securityContext: {runAsNonRoot: false, runAsUser: 0, runAsGroup: 0, allowPrivilegeEscalation: false,
+  capabilities: {drop: [ALL], add: [CHOWN, DAC_OVERRIDE, FOWNER, SETUID, SETGID, SETFCAP]}}
+volumeMounts: [{name: workspace, mountPath: /workspace},
+               {name: registry, mountPath: /kaniko/.docker}]
+---
+name: registry
+secret: {secretName: registry-credentials, optional: true, defaultMode: 0400,
+         items: [{key: .dockerconfigjson, path: config.json}]}
+""")
 
 
-def container(name: str, image: str, args: Sequence[str], **more: Any) -> Object:
-    """Return a container that may write to the workspace and /tmp only, unless told otherwise.
+def container(name: str, image: str, args: Sequence[str], **env: str) -> Object:
+    """Return a container; Kubernetes expands $(NAME) and $$ in its texts: they are escaped."""
+    made = {**CONTAINER, "name": name, "image": image, "args": [a.replace("$", "$$") for a in args]}
+    told = [{"name": k, "value": v.replace("$", "$$")} for k, v in env.items()]
+    return {**made, "env": [*CONTAINER["env"], *told]}
 
-    `env` and `mounts` are mappings. Kubernetes expands $(NAME) and $$ in texts: they are escaped.
+
+def job(config: Config, app: App, run: Run, stage: str, *containers: Object) -> Object:
+    """Return the Job of a stage: side-cars and the clone of the commit, then the main container.
+
+    Its deadline is only the backstop of a daemon that is down: waiting for quota counts towards it,
+    so the time-out proper is the controller's.
     """
-    env = [{"name": k, "value": v.replace("$", "$$")} for k, v in more.pop("env", {}).items()]
-    paths = {"workspace": "/workspace", **more.pop("mounts", {"tmp": TMP})}
-    mounts = [{"name": k, "mountPath": v} for k, v in paths.items()]
-    made = {"name": name, "image": image, "args": [a.replace("$", "$$") for a in args], "env": env}
-    return {**made, "resources": SMALL, "securityContext": LOCKED, "volumeMounts": mounts, **more}
-
-
-def clone_container(config: Config, app: App, run: Run) -> Object:
-    """Return the init container that checks out exactly the pushed commit."""
-    credentials = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
-    env = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
-    env |= {"CREDENTIALS_FILE": credentials, "TERMINATION_LOG": TERMINATION_LOG, "HOME": TMP}
-    user = {**LOCKED, "runAsNonRoot": True, "runAsUser": POD_UID}
-    mounts = {"tmp": TMP, "git": CREDENTIALS_MOUNT}
-    image = config.images.hook
-    return container("clone", image, ["clone"], env=env, securityContext=user, mounts=mounts)
-
-
-def secret_volume(name: str, secret: str, key: str, path: str) -> Object:
-    """Return a volume of one optional Secret, readable by its pod's group only."""
-    source = {"secretName": secret, "optional": True, "defaultMode": 0o400}
-    return {"name": name, "secret": {**source, "items": [{"key": key, "path": path}]}}
-
-
-def job(config: Config, app: App, run: Run, stage: str, pod: Object) -> Object:
-    """Return a suspended Job of one stage around its pod.
-
-    Suspended, so that the queue is in the cluster. Its deadline is only the backstop of a daemon
-    that is down: waiting for quota counts towards it, so the time-out proper is the controller's.
-    """
-    timeout = app.test.timeout if stage == "test" else app.build.timeout
+    *sidecars, main = containers
     labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name, LABEL_RUN: run.id, LABEL_STAGE: stage}
     notes = {f"{MANAGER}/{name}": getattr(run, name) for name in RUN_FIELDS}
     notes |= {NOTE_REPOSITORY: app.repository, NOTE_RECEIVED: f"{run.received:.3f}"}
-    volumes: list[Object] = [{"name": n, "emptyDir": {}} for n in ("workspace", "tmp")]
-    volumes += [secret_volume("git", *[GIT_CREDENTIALS] * 3), *pod.get("volumes", ())]
-    common: Object = {"restartPolicy": "Never", "serviceAccountName": f"{stage}-runner-sa"}
-    common |= {"automountServiceAccountToken": False, "enableServiceLinks": False}
-    common["terminationGracePeriodSeconds"] = 5  # a shell as process 1 ignores SIGTERM anyway
-    # in this order: an evicted test has an exit code too
-    disrupted = {"type": "DisruptionTarget", "status": "True"}
-    exits = {"containerName": pod["containers"][0]["name"], "operator": "NotIn", "values": [0]}
-    ignored = {"action": "Ignore", "onPodConditions": [disrupted]}
-    spec = {
-        "suspend": True,
-        "backoffLimit": 2,
-        "activeDeadlineSeconds": int(timeout + config.limits.queue_timeout),
-        "podFailurePolicy": {"rules": [ignored, {"action": "FailJob", "onExitCodes": exits}]},
-        "template": {"metadata": {"labels": labels}, "spec": {**common, **pod, "volumes": volumes}},
-    }
     meta: Object = {"name": f"{stage}-{run.id}", "namespace": config.namespaces[stage]}
-    meta |= {"labels": labels, "annotations": notes}
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": spec}
+    env = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
+    env["CREDENTIALS_FILE"] = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
+    clone = container("clone", config.images.hook, ["clone"], **env)
+    git = {"name": "git", "mountPath": CREDENTIALS_MOUNT}
+    made: Object = copy.deepcopy(JOB)
+    spec, template, settings = made["spec"], made["spec"]["template"], getattr(app, stage)
+    made["metadata"] = {**meta, "labels": labels, "annotations": notes}
+    spec["activeDeadlineSeconds"] = int(settings.timeout + config.limits.queue_timeout)
+    spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] = main["name"]
+    template["metadata"] = {"labels": labels}
+    template["spec"] |= {
+        "serviceAccountName": f"{stage}-runner-sa",
+        # a side-car first: it is listening long before the tests can end
+        "initContainers": [*sidecars, {**clone, "volumeMounts": [*clone["volumeMounts"], git]}],
+        "containers": [{**main, "resources": settings.resources}],
+    }
+    return made
 
 
 def test_job(config: Config, app: App, run: Run) -> Object:
-    """Return the Job that checks out the commit and runs its tests, fit for `restricted`."""
-    env = {"JUNIT_XML": REPORT, "TERMINATION_LOG": TERMINATION_LOG}
-    results = container(RESULTS_CONTAINER, config.images.hook, ["collect"], env=env)
-    results["restartPolicy"] = "Always"
-    env = {"CI": "true", "JUNIT_XML": REPORT, "HOME": TMP}
-    env |= {"GIT_BRANCH": run.branch, "GIT_COMMIT": run.commit}
-    tests = container(TEST_CONTAINER, app.test.image, [app.test.command], env=env)
-    tests |= {"command": ["sh", "-ec"], "workingDir": SOURCE, "resources": app.test.resources}
-    user = {"runAsUser": POD_UID, "runAsGroup": POD_UID, "fsGroup": POD_UID}
-    pod = {
-        "securityContext": {"runAsNonRoot": True, **user, **SECCOMP},
-        # the side-car first: it is listening long before the tests can end
-        "initContainers": [results, clone_container(config, app, run)],
-        "containers": [tests],
-    }
-    return job(config, app, run, "test", pod)
+    """Return the Job that checks out the commit, runs its tests and sums up their report."""
+    results = container(RESULTS_CONTAINER, config.images.hook, ["collect"])
+    env = {"CI": "true", "GIT_BRANCH": run.branch, "GIT_COMMIT": run.commit}
+    tests = container(TEST_CONTAINER, app.test.image, [app.test.command], **env)
+    tests |= {"command": ["sh", "-ec"], "workingDir": SOURCE}
+    return job(config, app, run, "test", {**results, "restartPolicy": "Always"}, tests)
 
 
 def build_job(config: Config, app: App, run: Run) -> Object:
-    """Return the Job that builds and pushes the image, fit for `baseline`; it leaves the digest."""
+    """Return the Job that builds and pushes the image; its last words are the digest."""
     options = [f"--context=dir://{SOURCE}", f"--dockerfile={app.build.dockerfile}"]
     options += [f"--destination={app.build.image}:{run.commit[:8]}", *app.build.args]
-    options += [f"--digest-file={TERMINATION_LOG}"]
-    mounts = {"registry": "/kaniko/.docker"}
-    build = container(BUILD_CONTAINER, config.images.kaniko, options, mounts=mounts)
-    rights = {"drop": ["ALL"], "add": KANIKO_CAPABILITIES}
-    root = {**NO_RIGHTS, "runAsUser": 0, "capabilities": rights}
-    build |= {"resources": app.build.resources, "securityContext": root}
-    pod = {
-        "securityContext": {"fsGroup": POD_UID, **SECCOMP},
-        "initContainers": [clone_container(config, app, run)],
-        "containers": [build],
-        "volumes": [
-            secret_volume("registry", "registry-credentials", ".dockerconfigjson", "config.json")
-        ],
-    }
-    return job(config, app, run, "build", pod)
+    options += ["--digest-file=/dev/termination-log"]
+    build = container(BUILD_CONTAINER, config.images.kaniko, options)
+    made = job(config, app, run, "build", {**build, **BUILDER})
+    made["spec"]["template"]["spec"]["volumes"] += [REGISTRY]
+    return made
 
 
 def run_of_job(found: Object) -> Run:
@@ -1492,39 +1483,33 @@ def run_of_job(found: Object) -> Run:
 
 def seconds_of(value: Any) -> float:
     """Return a number of seconds kept as text, or 0 for anything else."""
-    try:
+    with suppress(TypeError, ValueError):
         return float(value)
-    except (TypeError, ValueError):
-        return 0.0
+    return 0.0
 
 
 def junit_summary(report: Path) -> str:
     """Return counts and the first failures of a JUnit report, at most 4096 bytes of JSON.
 
-    "" when there is no report that can be read. It is the tests' own: it is read up to a limit, and
-    a document type, which could declare entities, is refused.
+    "" when there is no report that can be read. It is the tests' own: a document type, which could
+    declare entities, is refused, and how much is read the container's memory limits.
     """
-    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    failed: list[str] = []
     parser: Any = ElementTree.XMLPullParser(("end",))
     try:
-        with report.open("rb") as file:
-            content = file.read(JUNIT_BYTES)
+        content = report.read_bytes()
         parser.feed(b"" if b"<!DOCTYPE" in content else content)
         parser.close()
         cases = [case for _, case in parser.read_events() if case.tag == "testcase"]
     except (OSError, ValueError, LookupError, ElementTree.ParseError):
         return ""
-    for case in cases:
-        kinds = {JUNIT_KINDS[c.tag] for c in case if c.tag in JUNIT_KINDS}
-        for kind in ("tests", *kinds):
-            counts[kind] += 1
-        if kinds - {"skipped"}:
-            failed.append(clip(f"{case.get('classname', '')}.{case.get('name', '')}", 120))
-    del failed[20:]
-    while len(found := json.dumps({**counts, "failed": failed})) > TERMINATION_LENGTH:
-        failed.pop()
-    return found
+    found: Object = {"tests": len(cases)}
+    for kind, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+        found[kind] = sum(case.find(tag) is not None for case in cases)
+    red = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    names = [clip(f"{c.get('classname', '')}.{c.get('name', '')}", 120) for c in red[:20]]
+    while len(text := json.dumps({**found, "failed": names})) > TERMINATION_LENGTH:
+        names.pop()
+    return text
 
 
 def summary_text(summary: str) -> str:

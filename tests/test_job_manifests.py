@@ -161,13 +161,17 @@ def test_a_build_is_root_with_six_capabilities_and_its_clone_is_nobody() -> None
     job = of_build(config())
     assert pod(job)["serviceAccountName"] == "build-runner-sa"
     security = container(job, "kaniko")["securityContext"]
-    assert (security["runAsUser"], security["allowPrivilegeEscalation"]) == (0, False)
+    assert (security["runAsUser"], security["runAsGroup"]) == (0, 0)
+    assert (security["runAsNonRoot"], security["allowPrivilegeEscalation"]) == (False, False)
+    assert "readOnlyRootFilesystem" not in security, "it unpacks images over its root"
     assert security["capabilities"]["drop"] == ["ALL"]
     assert security["capabilities"]["add"] == [
         "CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "SETFCAP"
     ]  # fmt: skip
-    clone = container(job, "clone")["securityContext"]
-    assert (clone["runAsUser"], clone["runAsNonRoot"]) == (65532, True)
+    # what a container says counts before what its pod says
+    clone = pod(job)["securityContext"] | container(job, "clone")["securityContext"]
+    assert (clone["runAsUser"], clone["runAsGroup"], clone["runAsNonRoot"]) == (65532, 65532, True)
+    assert clone["readOnlyRootFilesystem"] is True
     assert clone["capabilities"] == {"drop": ["ALL"]}
 
 
@@ -180,7 +184,6 @@ def test_git_credentials_are_optional_files_that_only_the_clone_sees(make: Make)
         "secretName": "git-credentials",
         "optional": True,
         "defaultMode": 0o400,
-        "items": [{"key": "git-credentials", "path": "git-credentials"}],
     }
     assert pod(job)["securityContext"]["fsGroup"] == 65532
     seeing = {
