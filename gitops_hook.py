@@ -2343,7 +2343,7 @@ NEVER = float("inf")
 PULL = re.compile("ErrImage.*|ImagePullBackOff|ImageInspectError|InvalidImageName|Registry.*")
 HOPELESS_PULL = re.compile(
     r"(?i)not found|manifest unknown|denied|unauthorized|forbidden|authentication required"
-    r"|no basic auth|insufficient_scope|authorization failed|invalid reference"
+    r"|no basic auth|insufficient_scope|authorization failed|invalid reference|InvalidImageName"
     r"|couldn't parse image|does not exist|no match for platform"
 )
 START = re.compile("(Create|Run)Container.*Error|StartError|ContainerCannotRun")
@@ -2368,36 +2368,35 @@ class Symptom:
 
 def container_symptom(container: Container, pod: Pod) -> Symptom | None:
     """Return what is wrong with a container, by the texts a real cluster gives."""
-    kind, code, why = container.kind, container.exit_code, container.exit_reason
+    code, why, waiting = container.exit_code, container.exit_reason, container.waiting
     key, name = f"{pod.name}/{container.name}", f"container {container.name} of {pod.name}"
-    text, waiting = f"{name}: {clip(container.text, 800)}", container.waiting
+    text = f"{name}: {clip(container.text, 800)}"
     if PULL.fullmatch(waiting):
         unquoted = re.sub(r'"[^"]*"', "", container.text)  # an image may be called what it likes
-        if waiting == "InvalidImageName" or HOPELESS_PULL.search(unquoted):
+        if HOPELESS_PULL.search(f"{waiting}: {unquoted}"):
             return Symptom(f"{key}/pull", Reason.IMAGE_NOT_FOUND, text)
         return Symptom(f"{key}/pull", Reason.IMAGE_PULL_FAILED, text, 60.0)
     if not container.running and (START.fullmatch(waiting) or START.fullmatch(why)):
         grace = NEVER if "failed to sync" in text else 30.0  # the kubelet's cache, not the object
         return Symptom(f"{key}/start", Reason.CONTAINER_CONFIG, text, grace)
     worked, oom = container.ready or pod.seen_ready, why == "OOMKilled"
-    fine = code is None or (code == 0 and kind != "app") or (pod.job and kind == "sidecar")
-    if fine or (worked and not oom):
+    done = code is None or (code == 0 and container.kind != "app")
+    if done or (worked and not oom) or (pod.job and container.kind == "sidecar"):
         return None
-    reason = Reason.INIT_FAILED if kind == "init" else Reason.CRASH_LOOP
-    text = f"{name} ended {container.exits} times, last with exit code {code} ({why})"
-    grace, reason = 15.0, Reason.OUT_OF_MEMORY if oom else reason
-    if worked or container.exits == 1:
-        grace = NEVER
-    return Symptom(f"{key}/exit", reason, text, grace, container.exits, f"{code} {why}")
+    reason = Reason.INIT_FAILED if container.kind == "init" else Reason.CRASH_LOOP
+    reason, cause = Reason.OUT_OF_MEMORY if oom else reason, f"{code} ({why})"
+    text = f"{name} ended {container.exits} times, last with exit code {cause}"
+    grace = NEVER if worked or container.exits == 1 else 15.0
+    return Symptom(f"{key}/exit", reason, text, grace, container.exits, cause)
 
 
 def pod_symptoms(pod: Pod) -> Iterator[Symptom]:
     """Yield what is wrong with a pod; one that the cluster takes away is replaced, not sick."""
-    if pod.unschedulable and not pod.leaving:
+    if pod.leaving:
+        return
+    if pod.unschedulable:
         yield Symptom(f"{pod.name}/schedule", Reason.UNSCHEDULABLE, clip(pod.unschedulable), 120.0)
-    for container in () if pod.leaving else pod.containers:
-        if found := container_symptom(container, pod):
-            yield found
+    yield from filter(None, (container_symptom(c, pod) for c in pod.containers))
 
 
 def creation_symptom(message: str, key: str) -> Symptom:
@@ -2418,8 +2417,8 @@ class Doom:
         """Return a symptom that has lasted too long or recurred; what is gone is forgotten."""
         present = {s.key: s for s in symptoms}
         self._first = {k: self._first.get(k, (now, s)) for k, s in present.items()}
-        for key, (since, first) in self._first.items():
-            found = present[key]
+        for key, found in present.items():
+            since, first = self._first[key]
             again = found.times > first.times and found.cause == first.cause
             unwatched = first.times > 1 and found.grace < NEVER
             if again or unwatched or now - since >= found.grace:
@@ -2456,20 +2455,10 @@ class View:
     queue_timeout: float
 
     @property
-    def deploys(self) -> bool:
-        """Whether the run goes further than its tests."""
-        return self.run.ref == self.app.deploy_ref and bool(self.app.deploy.environments)
-
-    @property
     def report(self) -> str:
         """The sentence of the test report, if there is one."""
-        notes = self.jobs["test"].notes if "test" in self.jobs else {}
-        return summary_text(notes.get(NOTE_SUMMARY, ""))
-
-
-def waits(reason: Reason, detail: str, stage: str = "") -> Action:
-    """Return that a run waits, and for what."""
-    return Action(Do.WAIT, stage, reason, detail)
+        test = self.jobs.get("test")
+        return summary_text(test.notes.get(NOTE_SUMMARY, "")) if test else ""
 
 
 def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
@@ -2484,7 +2473,7 @@ def decide(view: View) -> Action:
         return Action(Do.NOTHING)
     if test and (action := decide_job(view, test)):
         return action
-    if not view.deploys:
+    if view.run.ref != view.app.deploy_ref or not view.app.deploy.environments:
         return ends(Outcome.TESTED, Reason.OK, view.report, "test")
     if view.app.build.builder == "none":
         return decide_deploy(view)
@@ -2493,91 +2482,87 @@ def decide(view: View) -> Action:
     return decide_job(view, build) or decide_deploy(view)
 
 
-def decide_start(view: View, do: Do, stage: str) -> Action:
-    """Return whether a Job may start: newest of its ref, head of a deploy branch, a free place."""
-    deploys = view.run.ref == view.app.deploy_ref
+def outdated(view: View, stage: str) -> Action | None:
+    """Return how a run ends, or that it waits for git, unless its commit is its ref's newest."""
+    deploys = view.run.ref == view.app.deploy_ref  # another ref needs no git
     if view.head == "moved" if deploys else view.newer:
         return ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", stage)
-    if view.places <= 0:
-        if do is Do.RELEASE and view.now - view.jobs[stage].created > view.queue_timeout:
-            return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, "no free place in time", stage)
-        return waits(Reason.OK, "for a free place", stage)
     if deploys and view.head == "unknown":
-        return waits(Reason.GIT_ERROR, "for the head of the branch", stage)
-    return Action(do, stage)
+        return Action(Do.WAIT, stage, Reason.GIT_ERROR, "for the head of the branch")
+    return None
+
+
+def decide_start(view: View, do: Do, stage: str) -> Action:
+    """Return whether a Job may start: of the newest commit, and where there is a free place."""
+    if action := outdated(view, stage):
+        return action
+    if view.places > 0:
+        return Action(do, stage)
+    if do is Do.RELEASE and view.now - view.jobs[stage].created > view.queue_timeout:
+        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, "no free place in time", stage)
+    return Action(Do.WAIT, stage, detail="for a free place")
 
 
 def decide_job(view: View, found: Job) -> Action | None:
     """Return what a Job needs, or None when it has succeeded and said what it had to."""
-    stage, (_, container, note, _) = found.stage, STAGES[found.stage]
-    said = "" if note in found.notes else last_words(view, found, container)
+    stage, (_, teller, note, _) = found.stage, STAGES[found.stage]
     if found.deleting:
-        return waits(Reason.OK, f"Job {found.name} is being deleted", stage)
+        return Action(Do.WAIT, stage, detail=f"Job {found.name} is being deleted")
     if found.state == "suspended":
         return decide_start(view, Do.RELEASE, stage)
-    if said and (stage == "test" or DIGEST.fullmatch(said)):
+    pods = [p for p in view.pods if p.job == found.name and not p.leaving]
+    pods.sort(key=lambda p: -p.created)
+    ended = [c for p in pods for c in p.containers if c.exit_code is not None]
+    said = next((c.text.strip() for c in ended if c.name == teller and c.text), "")
+    if note not in found.notes and (said if stage == "test" else DIGEST.fullmatch(said)):
         return Action(Do.NOTE, stage, detail=said)
     if found.state == "succeeded":
         return None if stage == "test" or note in found.notes else no_digest(view, found)
-    reason, detail = (failure if found.state == "failed" else lateness)(view, found)
     if view.doomed:
-        reason, detail = view.doomed.reason, view.doomed.detail
-    if reason is Reason.OK:
-        return waits(reason, detail, stage)
-    return ends(Outcome.FAILED, reason, detail, stage)
+        return ends(Outcome.FAILED, view.doomed.reason, view.doomed.detail, stage)
+    failed, started = found.state == "failed", max((p.started for p in pods), default=0.0)
+    return failure(view, found, ended) if failed else lateness(view, found, started)
 
 
 def no_digest(view: View, build: Job) -> Action:
     """Return what to do about a finished build that left no digest: it is made once more."""
     if view.now - build.finished < LAG:
-        return waits(Reason.OK, "for the digest", "build")
+        return Action(Do.WAIT, "build", detail="for the digest")
     if NOTE_REMADE in build.notes:
         return ends(Outcome.FAILED, Reason.NO_DIGEST, "the build left no digest, twice", "build")
     return decide_start(view, Do.REMAKE, "build")
 
 
-def lateness(view: View, found: Job) -> tuple[Reason, str]:
-    """Return which time a released Job has exceeded, or Ok and what it waits for."""
-    started = max((p.started for p in pods_of(view, found)), default=0.0)
-    limit = (view.app.test if found.stage == "test" else view.app.build).timeout
+def lateness(view: View, found: Job, started: float) -> Action:
+    """Return what a released Job waits for, or which of its times is over."""
+    stage, why = found.stage, found.notes.get(NOTE_DETAIL, "")
+    limit = getattr(view.app, stage).timeout
     if started and view.now - started > limit:
-        return Reason.TIMEOUT, f"no result within {limit:.0f} s"
-    why = found.notes.get(NOTE_DETAIL, "")
+        return ends(Outcome.FAILED, Reason.TIMEOUT, f"no result within {limit:.0f} s", stage)
     if not started and found.released and view.now - found.released > view.queue_timeout:
-        return Reason.QUEUE_TIMEOUT, why or "no pod could start in time"
-    return Reason.OK, "its pod runs" if started else why or "for its pod"
+        why = why or "no pod could start in time"
+        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, why, stage)
+    return Action(Do.WAIT, stage, detail="its pod runs" if started else why or "for its pod")
 
 
-def failure(view: View, found: Job) -> tuple[Reason, str]:
-    """Return why a Job failed, by its pods or its own condition; Ok while they may yet tell."""
+def failure(view: View, found: Job, ended: Iterable[Container]) -> Action:
+    """Return why a Job failed, by its pods or its own condition, or that they may yet tell."""
     main, _, _, red = STAGES[found.stage]
-    ended = [c for p in pods_of(view, found) for c in p.containers if c.exit_code]
-    for container in (c for c in ended if c.name in ("clone", main)):
-        if container.exit_reason == "OOMKilled":
-            return Reason.OUT_OF_MEMORY, f"{container.name} was killed for its memory"
-        said = clip(container.text) or f"exit code {container.exit_code}"
-        if container.name == main:
-            return red, (view.report if found.stage == "test" else "") or said
-        return Reason.CLONE_FAILED, said
-    if found.reason == "DeadlineExceeded":
-        return Reason.TIMEOUT, "the Job's deadline passed"
-    if view.now - found.finished < LAG:
-        return Reason.OK, "for its pod's last words"
-    reason = red if found.reason == "PodFailurePolicy" else Reason.VANISHED
-    return reason, view.report or f"its pods left no result ({clip(found.reason, 60)})"
-
-
-def pods_of(view: View, found: Job) -> list[Pod]:
-    """Return the pods of a Job that the cluster did not take away, newest first."""
-    ours = (p for p in view.pods if p.job == found.name and not p.leaving)
-    return sorted(ours, key=lambda p: -p.created)
-
-
-def last_words(view: View, found: Job, name: str) -> str:
-    """Return the termination message of a container of a Job's newest pod that left one."""
-    mine = (c for p in pods_of(view, found) for c in p.containers if c.name == name)
-    said = (c.text for c in mine if c.text and c.exit_code is not None)
-    return next(said, "")[:TERMINATION_LENGTH].strip()
+    report = view.report if found.stage == "test" else ""
+    told = next((c for c in ended if c.exit_code and c.name in (main, "clone")), None)
+    if told and told.exit_reason == "OOMKilled":
+        reason, detail = Reason.OUT_OF_MEMORY, f"{told.name} was killed for its memory"
+    elif told:
+        said = clip(told.text) or f"exit code {told.exit_code}"
+        reason, detail = (red, report or said) if told.name == main else (Reason.CLONE_FAILED, said)
+    elif found.reason == "DeadlineExceeded":
+        reason, detail = Reason.TIMEOUT, "the Job's deadline passed"
+    elif view.now - found.finished < LAG:
+        return Action(Do.WAIT, found.stage, detail="for its pod's last words")
+    else:
+        reason = red if found.reason == "PodFailurePolicy" else Reason.VANISHED
+        detail = report or f"its pods left no result ({clip(found.reason, 60)})"
+    return ends(Outcome.FAILED, reason, detail, found.stage)
 
 
 def decide_deploy(view: View) -> Action:
@@ -2585,21 +2570,18 @@ def decide_deploy(view: View) -> Action:
     name, bad = "", (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED)
     for name in view.app.deploy.environments:
         service = view.services.get(name)
-        switched = bool(service and service.run == view.run.id)
+        switched = service is not None and service.run == view.run.id
         entry = service.entry(view.run.id, view.run.received) if service else {}
         live = service.live if service and switched else {}
         if Outcome.DEPLOYED in (live.get("outcome"), entry.get("outcome")):
             continue
         if name in view.busy:
-            return waits(Reason.OK, f"{name} is being changed", name)
+            return Action(Do.WAIT, name, detail=f"{name} is being changed")
         if (outcome := entry.get("outcome")) in bad:
             known = [r for r in Reason if r == entry.get("reason")] or [Reason.SICK_AFTER_SWITCH]
             return ends(Outcome(outcome), known[0], str(entry.get("detail", "")), name)
-        if not switched and view.head == "moved":
-            return ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", name)
-        if not switched and view.head == "unknown":
-            return waits(Reason.GIT_ERROR, "for the head of the branch", name)
-        return Action(Do.DEPLOY, name)
+        stale = None if switched else outdated(view, name)
+        return stale or Action(Do.DEPLOY, name)
     return ends(Outcome.DEPLOYED, Reason.OK, view.report, name)
 
 
@@ -2616,35 +2598,30 @@ def head_word(run: Run, heads: Mapping[str, str] | None, age: float, now: float)
     return "unknown" if lagging and now - run.received < HEAD_GRACE else "moved"
 
 
-def stayed(pods: Iterable[Pod], run: str) -> list[Pod]:
-    """Return the pods of a run that the cluster does not take away."""
-    return [p for p in pods if p.run == run and not p.leaving]
-
-
-def sickness(pods: Iterable[Pod], run: str, since: float) -> str:
+def sickness(pods: Iterable[Pod], since: float) -> str:
     """Return how an app container of a switched-to run failed on its own since a time, or ""."""
-    for pod in stayed(pods, run):
+    for pod in (p for p in pods if not p.leaving):
         for found in (c for c in pod.containers if c.kind == "app" and c.ended >= int(since)):
             if code := found.exit_code:
                 return f"container {found.name} of {pod.name} ended with exit code {code}"
     return ""
 
 
-def unready(pods: Iterable[Pod], run: str, since: float) -> list[str]:
+def unready(pods: Iterable[Pod], since: float) -> list[str]:
     """Return the pods that were ready at the switch and are not now by their own containers' word.
 
     The Ready condition falls with a node, too, but a node that is lost is not sickness.
     """
-    old = (p for p in stayed(pods, run) if p.created <= since)
+    old = (p for p in pods if p.created <= since and not p.leaving)
     return [p.name for p in old if not all(c.ready for c in p.containers if c.kind == "app")]
 
 
-def disturbed(pods: Sequence[Pod], run: str, wanted: int) -> bool:
+def disturbed(pods: Sequence[Pod], wanted: int) -> bool:
     """Whether the cluster took pods of a run away: eviction, a lost node, a deletion."""
-    ours = stayed(pods, run)
-    asleep = (p for p in ours if not p.ready and {c.ready for c in p.containers} == {True})
-    running = (p for p in pods if p.run == run and any(c.running for c in p.containers))
-    return any(asleep) or len(ours) < max(wanted, len([*running]))
+    stayed = [p for p in pods if not p.leaving]
+    asleep = (p for p in stayed if not p.ready and {c.ready for c in p.containers} == {True})
+    running = [p for p in pods if any(c.running for c in p.containers)]
+    return any(asleep) or len(stayed) < max(wanted, len(running))
 
 
 def narrowed(
@@ -2654,11 +2631,9 @@ def narrowed(
     if any(new.get(k) != v for k, v in selector.items()):
         return dict(selector)
     shared = set.intersection(*(set(p.labels.items()) for p in pods)) if pods else set()
-    order = {"version": 0, "pod-template-hash": 1}
-    for key, value in sorted(shared, key=lambda label: (order.get(label[0], 2), label)):
-        if new.get(key) != value:
-            return {**selector, key: value}
-    return None
+    apart = {key: value for key, value in sorted(shared) if new.get(key) != value}
+    key = next((k for k in ("version", "pod-template-hash", *apart) if k in apart), None)
+    return {**selector, key: apart[key]} if key else None
 
 
 # === deploy =======================================================================================
@@ -3232,14 +3207,14 @@ class Deployer:
         failures, sound, looked, asked = 0, *[self.clock.monotonic()] * 3
         while self.clock.now() < until:
             self.wait_change(pods, max(0.0, asked + HEALTH_INTERVAL - self.clock.monotonic()))
-            known = pods.items()
+            known = [p for p in pods.items() if p.run == release.run]
             if self.clock.monotonic() >= asked + HEALTH_INTERVAL:
                 asked, refusal = self.clock.monotonic(), health_refusal(url)
-                calm = not disturbed(known, release.run, release.wanted)
+                calm = not disturbed(known, release.wanted)
                 failures = failures + 1 if refusal and calm else 0
-            down = unready(known, release.run, since)
+            down = unready(known, since)
             sound = sound if down else self.clock.monotonic()
-            sick = sickness(known, release.run, since)
+            sick = sickness(known, since)
             if failures >= health.failures:
                 sick = f"{health.path} failed {failures} times in a row: {refusal}"
             elif self.clock.monotonic() - sound > UNREADY_SECONDS:
@@ -3272,7 +3247,7 @@ class Deployer:
         Only onto a version with more ready pods than the sick one: with both sick it stays.
         """
         ours = [p for p in pods.items() if p.run == task.run.id]
-        sound = [p for p in ours if p.ready and not sickness([p], task.run.id, since)]
+        sound = [p for p in ours if p.ready and not sickness([p], since)]
         new = 0 if unhealthy else len(sound)
         for failures in itertools.count():
             with self.again("switch back", task, failures):

@@ -696,7 +696,7 @@ def test_a_recorded_job_without_a_pod_waits(scenario: str) -> None:
     jobs = [hook.view_job(e["object"]) for e in recorded(scenario, "jobs")]
     found = hook.replace(jobs[-1], stage="test")
     view = a_view(jobs={"test": found}, now=found.released + 600)
-    assert hook.decide(view) == hook.waits(Reason.OK, "for its pod", "test")
+    assert hook.decide(view) == hook.Action(Do.WAIT, "test", detail="for its pod")
     late = hook.decide(hook.replace(view, now=found.released + 3601))
     assert (late.outcome, late.reason) == (Outcome.FAILED, Reason.QUEUE_TIMEOUT)
 
@@ -902,22 +902,21 @@ def test_a_second_symptom_does_not_renew_the_first() -> None:
 
 def test_a_recorded_version_that_turns_sick_is_found_at_its_first_exit() -> None:
     pods = [p for _, known in replayed("deploy-sick-later", "shop-green-759b") for p in known]
-    run, switched = pods[0].run, max(p.started for p in pods) + 3
+    switched = max(p.started for p in pods) + 3
     fell = []
     for now, known in replayed("deploy-sick-later", "shop-green-759b"):
-        if sick := hook.sickness(known, run, switched):
+        if sick := hook.sickness(known, switched):
             fell.append((now, sick))
     assert fell[0][0] == pytest.approx(10.62, abs=0.1)
     assert "exit code 3" in fell[0][1]
     down = [now for now, known in replayed("deploy-sick-later", "shop-green-759b")
-            if now > 4 and hook.unready(known, run, switched)]  # fmt: skip
+            if now > 4 and hook.unready(known, switched)]  # fmt: skip
     assert down[0] == pytest.approx(10.62, abs=0.1)
 
 
 def test_a_recorded_restart_of_a_colour_is_not_sickness() -> None:
     for _, known in replayed("deploy-restarted", "shop-"):
-        for run in {p.run for p in known}:
-            assert not hook.sickness(known, run, 0)
+        assert not hook.sickness(known, 0)
 
 
 def new_pod(name: str = "a", **more: Any) -> hook.Pod:
@@ -950,7 +949,6 @@ GONE = {"deletionTimestamp": stamp(NOW)}
         (new_pod(apps=[entry("web", RUNNING, terminated(255, reason="Unknown"), 1)]),
             False, False, False),
         (new_pod(inits=[entry("results", RUNNING, terminated(1), 1)]), False, False, False),
-        (new_pod(run="other", apps=BAD_EXIT), False, False, True),
         (new_pod(apps=NOT_READY, ready=False), False, True, False),
         (new_pod(apps=[*NOT_READY, entry("proxy", RUNNING)], ready=False), False, True, False),
         (new_pod(apps=NOT_READY, ready=False, started=5.0), False, False, False),
@@ -960,7 +958,7 @@ GONE = {"deletionTimestamp": stamp(NOW)}
     ],
     ids=[
         "well", "exits with an error", "exits without one", "ended before the switch",
-        "its machine was restarted", "a side-car ends", "another run's pod", "not ready",
+        "its machine was restarted", "a side-car ends", "not ready",
         "one container of two is not ready",
         "made after the switch and not ready yet", "evicted", "deleted", "its machine is silent",
     ],
@@ -969,15 +967,15 @@ def test_what_is_sickness_and_what_is_not(
     pod: hook.Pod, sick: bool, down: bool, disturbed: bool
 ) -> None:
     switched = NOW - 20
-    assert bool(hook.sickness([pod], "r", switched)) is sick
-    assert bool(hook.unready([pod], "r", switched)) is down
-    assert hook.disturbed([pod], "r", 1) is disturbed
+    assert bool(hook.sickness([pod], switched)) is sick
+    assert bool(hook.unready([pod], switched)) is down
+    assert hook.disturbed([pod], 1) is disturbed
 
 
 def test_a_missing_pod_is_a_disturbance() -> None:
-    assert hook.disturbed([new_pod()], "r", 2)
-    assert not hook.disturbed([new_pod("a"), new_pod("b")], "r", 2)
-    assert hook.disturbed([new_pod("a"), new_pod("b"), new_pod("c", meta=GONE)], "r", 2)
+    assert hook.disturbed([new_pod()], 2)
+    assert not hook.disturbed([new_pod("a"), new_pod("b")], 2)
+    assert hook.disturbed([new_pod("a"), new_pod("b"), new_pod("c", meta=GONE)], 2)
 
 
 # === A foreign Service ===
