@@ -113,6 +113,7 @@ NOTE_PREVIOUS = "gitops-hook/previous-selector"
 NOTE_HISTORY = "gitops-hook/history"
 NOTE_CLAIM = "gitops-hook/deploying"
 NOTE_BAKE = "gitops-hook/bake-until"
+NOTE_WRITER = "gitops-hook/written-by"
 
 LOOK_SECONDS = 2.0  # between looks at what is not watched
 AGAIN_SECONDS = 10.0  # before an action whose effect does not show is tried again
@@ -1267,9 +1268,16 @@ class Kubectl:
             return refused | dict(zip(left, unnamed, strict=False))
         return {}
 
-    def apply(self, objects: Sequence[Object], namespace: str) -> None:
-        """Apply objects as a person would; the server refuses unknown fields."""
-        self.run("apply", "-f", "-", namespace=namespace, stdin="\n".join(map(json.dumps, objects)))
+    def put(self, wanted: Object, found: Object | None, namespace: str) -> None:
+        """Write a whole object in the place of exactly what was read, or where nothing was.
+
+        The server refuses unknown fields, and what was changed or made since (Conflict,
+        AlreadyExists).
+        """
+        seen = {"resourceVersion": found["metadata"]["resourceVersion"]} if found else {}
+        stdin = json.dumps({**wanted, "metadata": {**wanted["metadata"], **seen}})
+        verb = "replace" if found else "create"
+        self.run(verb, "-f", "-", namespace=namespace, stdin=stdin)
 
     def patch(self, resource: str, name: str, namespace: str, change: Object) -> Object:
         """Merge a change into an object, return it; with a resourceVersion it compares and sets."""
@@ -2638,6 +2646,8 @@ def narrowed(
 
 # === deploy =======================================================================================
 
+AGAIN = ("Conflict", "AlreadyExists", "Unreachable")  # look once more: it mends itself, or is done
+
 
 class Clock:
     """The one door to time, so that a test can hold it."""
@@ -2679,22 +2689,19 @@ class Ledger:
         return entries["ref"], entries["rejected"]
 
     def write(self, app: str, data: Mapping[str, Object | None]) -> None:
-        """Merge entries into the ConfigMap, creating it first if need be; None removes one.
-
-        In parts: a patch is one argument of kubectl, and the kernel takes 128 KiB for one.
-        """
-        name, texts = f"{MANAGER}-{app}", [(k, v and json.dumps(v)) for k, v in data.items()]
-        parts = [dict(texts[i : i + 200]) for i in range(0, len(texts), 200)]
-        for part in parts:
-            try:
-                self.kubectl.patch("configmap", name, ORCHESTRATION, {"data": part})
-            except KubectlError as missing:
-                if missing.kind != "NotFound":
-                    raise
-                meta = {"name": name, "labels": {LABEL_MANAGED: MANAGER, LABEL_APP: app}}
-                empty = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta}
-                self.kubectl.create([empty], ORCHESTRATION)
-                self.kubectl.patch("configmap", name, ORCHESTRATION, {"data": part})
+        """Merge entries into the ConfigMap, which is made at first need; None removes one."""
+        name = f"{MANAGER}-{app}"
+        change = {"data": {k: v and json.dumps(v) for k, v in data.items()}}
+        try:
+            if data:
+                self.kubectl.patch("configmap", name, ORCHESTRATION, change)
+        except KubectlError as missing:
+            if missing.kind != "NotFound":
+                raise
+            meta = {"name": name, "labels": {LABEL_MANAGED: MANAGER, LABEL_APP: app}}
+            empty = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta}
+            self.kubectl.create([empty], ORCHESTRATION)
+            self.kubectl.patch("configmap", name, ORCHESTRATION, change)
 
     def seen(self, run: Run, outcome: str | None, reason: str = "") -> dict[str, Object | None]:
         """Return the entry that a run is the last seen of its ref, with its outcome if it ended."""
@@ -2733,27 +2740,10 @@ class Task:
         """The labels of its metrics."""
         return self.app.name, self.environment
 
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """A change of the live Service: annotations (None removes), selector, ports, in one patch."""
-
-    notes: Mapping[str, Any]
-    selector: Mapping[str, str] | None = None
-    ports: Sequence[Object] = ()
-
-    def patch(self, service: Service) -> Object:
-        """Return the compare-and-set merge patch that makes this change to what was read."""
-        notes = {k: None if v is None else json.dumps(v) for k, v in self.notes.items()}
-        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: service.name, LABEL_STAGE: "live"}
-        meta = {"resourceVersion": str(service.version), "annotations": notes, "labels": labels}
-        spec: Object = {}
-        if self.selector is not None and self.selector != service.selector:
-            # a merge keeps keys that are not named: those that must go are set to null
-            spec["selector"] = {**dict.fromkeys(service.selector), **self.selector}
-        if self.ports:
-            spec["ports"] = ports_like(self.ports, service.found["spec"].get("ports") or [])
-        return {"metadata": meta, **({"spec": spec} if spec else {})}
+    @property
+    def last(self) -> bool:
+        """Whether this is the environment that bakes."""
+        return self.environment == self.app.deploy.environments[-1]
 
 
 class Deployer:
@@ -2791,10 +2781,8 @@ class Deployer:
         claimed = self.claim(task, release)
         info("claimed", colour=release.colour, ignored=objects.ignored or None, **task.words)
         self.kubectl.create([*release.configmaps, release.configmap(task.app.name)], task.namespace)
-        self.check_claim(task, claimed, self.service(task))
         try:
-            self.apply(task, release)
-            self.check_claim(task, claimed, self.service(task))
+            self.apply(task, release, claimed)
             self.roll_out(task, release, pods)
             self.smoke_test(task, release)
         finally:
@@ -2809,37 +2797,41 @@ class Deployer:
         found = self.kubectl.get("service", task.app.name, task.namespace)
         return view_service(found) if found else None
 
-    def edit(self, task: Task, change: Callable[[Service], Edit | None]) -> Service | None:
+    def pause(self, seconds: float) -> None:
+        """Wait; raises InterruptedError when the program is to stop."""
+        if self.stop.wait(seconds):
+            raise InterruptedError
+
+    def persist(self, task: Task, step: Callable[[], T]) -> T:
+        """Take a step that looks and acts, until it gets an answer that another try cannot change.
+
+        It is repeated after a conflict, and where no answer came, so that its effect is unknown.
+        """
+        failures = 0
+        while True:
+            try:
+                return step()
+            except KubectlError as failed:
+                if failed.kind not in AGAIN:
+                    raise
+                warn("will look again", detail=str(failed), **task.words)
+                self.pause(0.05 if failed.kind != "Unreachable" else min(backoff(failures), 2.0))
+                failures += 1
+
+    def edit(self, task: Task, change: Callable[[Service], Object | None]) -> Service | None:
         """Compare-and-set the live Service; return it, None where there is none.
 
-        Reads, lets `change` decide (None: nothing to do), patches. On a conflict, and where no
-        answer came, so that the effect is unknown, it looks again. Ends only by success, by what
-        `change` raises, or by an error that another try does not mend.
+        `change` gets what was read and returns the patch, or None when there is nothing to do.
         """
-        for failures in itertools.count():
-            with self.again("service", task, failures):
-                service = self.service(task)
-                wanted = change(service) if service else None
-                if service is None or wanted is None:
-                    return service
-                patch = wanted.patch(service)
-                return view_service(
-                    self.kubectl.patch("service", service.name, task.namespace, patch)
-                )
-        raise AssertionError("unreachable")
 
-    @contextmanager
-    def again(self, what: str, task: Task, failures: int) -> Iterator[None]:
-        """Let the loop around a conflicting or unanswered call look again, after a pause."""
-        try:
-            yield
-        except KubectlError as failed:
-            if failed.kind not in ("Conflict", "AlreadyExists", "Unreachable"):
-                raise
-            warn("will look again", what=what, detail=str(failed), **task.words)
-            pause = 0.05 if failed.kind != "Unreachable" else min(backoff(failures), 2.0)
-            if self.stop.wait(pause):
-                raise InterruptedError from failed
+        def step() -> Service | None:
+            service = self.service(task)
+            patch = change(service) if service else None
+            if service is None or patch is None:
+                return service
+            return view_service(self.kubectl.patch("service", service.name, task.namespace, patch))
+
+        return self.persist(task, step)
 
     def place(self, task: Task) -> Placement:
         """Choose the idle colour, and see how large the live one is.
@@ -2848,26 +2840,32 @@ class Deployer:
         our own pods among it, or neither.
         """
         service, name = self.service(task), task.app.name
-        terms = selector_text(service.selector) if service else ""
-        reached = self.kubectl.list("pods", task.namespace, "-l", terms) if terms else []
-        labels = [p["metadata"]["labels"] for p in reached]
+        selector = service.selector if service else {}
+        labels = [p["metadata"]["labels"] for p in self.pods(task.namespace, selector)]
         live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == name}
-        if service:
-            live.add(service.selector.get(LABEL_VERSION))
+        live.add(selector.get(LABEL_VERSION))
         replicas, free = 0, [c for c in COLOURS if c not in live]
+        detail = "both colours serve; point the Service at one of them"
         for colour in COLOURS:
             found = self.kubectl.get("deployment", f"{name}-{colour}", task.namespace)
             if found and colour in live:
                 replicas = max(replicas, int(found["spec"].get("replicas", 1)))
             elif found and LABEL_APP not in found["spec"]["selector"].get("matchLabels", {}):
+                detail = f"Deployment {name}-{colour} was not made here; delete or rename it"
                 free.remove(colour)
         if not free:
-            detail = "both colours serve; point the Service at one of them"
-            if idle := [c for c in COLOURS if c not in live]:
-                detail = f"Deployment {name}-{idle[0]} was not made here; delete or rename it"
             raise StageError(Reason.ADOPTION_REFUSED, detail)
         where: Object = {"namespace": task.namespace, "colour": free[0], "image": task.image}
         return Placement(app=task.app, run=task.run, live_replicas=replicas, **where)
+
+    def pods(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
+        """Return the pods that a selector reaches; an empty one reaches none."""
+        terms = selector_text(selector)
+        return self.kubectl.list("pods", namespace, "-l", terms) if terms else []
+
+    def ready_pods(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
+        """Return the ready pods that a selector reaches."""
+        return [p for p in self.pods(namespace, selector) if view_pod(p).ready]
 
     def note(self, run: str, colour: str, phase: str, heal: str = "") -> Object:
         """Return the claim of this process."""
@@ -2882,20 +2880,18 @@ class Deployer:
         if it was a rollback target, so that it can be healed, and narrows a foreign selector.
         """
 
-        def change(service: Service) -> Edit:
-            claim, history = service.claim, service.history
-            if service.selector.get(LABEL_VERSION) == release.colour:
+        def change(service: Service) -> Object:
+            claim, history, colour = service.claim, service.history, release.colour
+            if service.selector.get(LABEL_VERSION) == colour:
                 raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
             fresh = self.clock.now() - seconds_of(claim.get("since")) < CLAIM_SECONDS
             if fresh and claim.get("phase") == Phase.ROLLBACK:
                 raise HookError("a rollback is under way")
-            colour = release.colour
+            heal = claim.get("heal", "") if claim.get("colour") == colour else ""
             stood = [e for e in history if e.get("colour") == colour and not e.get("overwritten")]
             if stood:
                 well = stood[0].get("outcome") in (Outcome.DEPLOYED, "")
                 heal = stood[0]["release"] if well else ""
-            else:
-                heal = claim.get("heal", "") if claim.get("colour") == colour else ""
             notes: Object = {NOTE_CLAIM: self.note(task.run.id, colour, Phase.PREPARING, heal)}
             selector = None if service.ours else self.adopted(task, release, service)
             if selector and not history:
@@ -2904,20 +2900,20 @@ class Deployer:
                 history = [{**first, "ports": ports, "at": self.clock.now()}]
                 notes[NOTE_PREVIOUS] = selector
             notes[NOTE_HISTORY] = [{**e, "overwritten": True} if e in stood else e for e in history]
-            return Edit(notes, selector)
+            return service_patch(service, notes, selector)
 
         return self.edit(task, change)
 
     def adopted(self, task: Task, release: Release, service: Service) -> dict[str, str]:
         """Return the selector that keeps a foreign Service on exactly today's pods."""
-        terms, name = selector_text(service.selector), task.app.name
-        pods = self.kubectl.list("pods", task.namespace, "-l", terms) if terms else []
+        pods = [view_pod(p) for p in self.pods(task.namespace, service.selector)]
         labels = release.deployment["spec"]["template"]["metadata"]["labels"]
-        found = narrowed(service.selector, [view_pod(p) for p in pods], labels) if terms else None
+        found = narrowed(service.selector, pods, labels) if service.selector else None
         if found is None:
-            run = f"kubectl -n {task.namespace} label pods -l {terms} version=before && "
+            call, terms = f"kubectl -n {task.namespace}", selector_text(service.selector)
             patch = '{"spec":{"selector":{"version":"before"}}}'
-            run += f"kubectl -n {task.namespace} patch service {name} -p '{patch}'"
+            run = f"{call} label pods -l {terms} version=before && "
+            run += f"{call} patch service {task.app.name} -p '{patch}'"
             detail = f"its selector would also match the new pods; run: {run}"
             raise StageError(Reason.ADOPTION_REFUSED, detail)
         return found
@@ -2926,11 +2922,10 @@ class Deployer:
         """Raise when someone else holds the claim now or has changed the live Service."""
         if claimed is None and now is None:
             return
-        claim = now.claim if now else {}
-        if claimed is None or (claim.get("holder"), claim.get("run")) != (self.holder, task.run.id):
-            who = claim.get("run") or "someone else"
+        if claimed is None or now is None or now.claim != claimed.claim:
+            who = (now.claim.get("run") if now else "") or "someone else"
             raise SupersededError(Reason.CLAIM_LOST, f"{who} has taken the claim")
-        if now and now.selector != claimed.selector:
+        if now.selector != claimed.selector:
             raise StageError(Reason.SELECTOR_CHANGED, self.last_manager(task))
 
     def last_manager(self, task: Task) -> str:
@@ -2960,78 +2955,83 @@ class Deployer:
             watch.stop()
             thread.join(KUBECTL_TIMEOUT)
 
-    def wait_change(self, pods: Watch[Pod], seconds: float) -> None:
-        """Wait for a change of the pods, or so long; raises when the program is to stop."""
-        pods.changed.wait(seconds)
-        pods.changed.clear()
-        if self.stop.is_set():
-            raise InterruptedError
+    def apply(self, task: Task, release: Release, claimed: Service | None) -> None:
+        """Put a release's Deployment in the place of what stands there, while the claim is held.
 
-    def apply(self, task: Task, release: Release) -> None:
-        """Apply a release; raises StageError for what the server refuses in it."""
+        It is written against the version read before the look at the claim, and each write differs:
+        the late write of one who has lost the claim meets a newer version and changes nothing.
+        """
+        meta = release.deployment["metadata"]
+        mark = {NOTE_WRITER: writer(claimed.claim if claimed else {"holder": self.holder})}
+        marked = {**meta, "annotations": {**meta.get("annotations", {}), **mark}}
+
+        def step() -> None:
+            found = self.kubectl.get("deployment", meta["name"], task.namespace)
+            self.check_claim(task, claimed, self.service(task))
+            self.kubectl.put({**release.deployment, "metadata": marked}, found, task.namespace)
+
+        self.offer(task, step)
+
+    def offer(self, task: Task, step: Callable[[], None]) -> None:
+        """Persist with a step that writes what the app's manifests ask for.
+
+        Raises StageError for what the server refuses in it.
+        """
         try:
-            self.kubectl.apply([release.deployment], task.namespace)
+            self.persist(task, step)
         except KubectlError as refused:
-            role = re.search(
-                r"cannot \w+ resource", refused.stderr
-            )  # ours lacks it: not their fault
-            if refused.kind in ("Invalid", "BadRequest", "Forbidden", "Denied") and not role:
-                detail = self.secrets.mask(refused.said)
-                raise StageError(Reason.MANIFEST_INVALID, detail) from refused
-            raise
+            # that our own role lacks a verb is not the manifest's fault
+            ours = re.search(r"cannot \w+ resource", refused.stderr)
+            if refused.kind not in ("Invalid", "BadRequest", "Forbidden", "Denied") or ours:
+                raise
+            detail = self.secrets.mask(refused.said)
+            raise StageError(Reason.MANIFEST_INVALID, detail) from refused
 
     def roll_out(self, task: Task, release: Release, pods: Watch[Pod]) -> None:
         """Wait for the pods of a release; raises StageError at once for what cannot heal."""
-        name = f"deployment/{release.deployment['metadata']['name']}"
+        name = release.deployment["metadata"]["name"]
         timeout = int(release.deployment["spec"]["progressDeadlineSeconds"])
-        args = ("rollout", "status", name, f"--timeout={timeout}s")
+        args = ("rollout", "status", f"deployment/{name}", f"--timeout={timeout}s")
         process = self.kubectl.stream(*args, namespace=task.namespace)
+        # bounded, since a process whose complaints nobody reads may hang on them
+        doom, until = Doom(), self.clock.monotonic() + timeout + KUBECTL_TIMEOUT
         try:
-            self.follow(task, release, pods, process, timeout + KUBECTL_TIMEOUT)
+            while process.poll() is None and self.clock.monotonic() < until:
+                symptoms = [
+                    s for p in pods.items() if p.run == release.run for s in pod_symptoms(p)
+                ]
+                symptoms += self.creation_symptoms(task, name)
+                if symptom := doom.verdict(symptoms, self.clock.now()):
+                    raise self.failed(task, release, pods, symptom)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(1.0)
+                self.pause(0)
         finally:
             _, stderr = end_process(process)
-        ours = [p for p in pods.items() if p.run == release.run]
-        if process.returncode == 0 or sum(p.ready for p in ours) >= release.wanted:
+        ready = sum(p.ready and p.run == release.run for p in pods.items())
+        if process.returncode == 0 or ready >= release.wanted:
             return self.prove(task, release)
         ended = re.search("exceeded its progress deadline|timed out waiting", stderr)
         if process.returncode != -signal.SIGKILL and not ended:
             raise KubectlError([self.kubectl.program, *args], process.returncode, stderr)
-        detail = f"{sum(p.ready for p in ours)} of {release.wanted} pods ready within {timeout} s"
-        seen = [s for p in ours for s in pod_symptoms(p)] + [
-            Symptom("", Reason.NEVER_READY, detail)
-        ]
-        raise StageError(seen[0].reason, self.with_logs(seen[0].detail, ours, task.namespace))
+        late = f"{ready} of {release.wanted} pods ready within {timeout} s"
+        raise self.failed(task, release, pods, Symptom("", Reason.NEVER_READY, late))
 
-    def follow(
-        self,
-        task: Task,
-        release: Release,
-        pods: Watch[Pod],
-        process: subprocess.Popen[bytes],
-        seconds: float,
-    ) -> None:
-        """Follow a release's pods while a process runs; raises StageError for what cannot heal.
+    def failed(
+        self, task: Task, release: Release, pods: Watch[Pod], symptom: Symptom
+    ) -> StageError:
+        """Return the end of a rollout; one that is only late is told by what is wrong with it."""
+        ours = [p for p in pods.items() if p.run == release.run]
+        seen = (s for p in ours for s in pod_symptoms(p))
+        told = symptom if symptom.key else next(seen, symptom)
+        return StageError(told.reason, self.with_logs(told.detail, ours, task.namespace))
 
-        Bounded, since a process whose complaints nobody reads may hang on them.
-        """
-        doom, until = Doom(), self.clock.monotonic() + seconds
-        while process.poll() is None and self.clock.monotonic() < until:
-            ours = [p for p in pods.items() if p.run == release.run]
-            symptoms = [s for p in ours for s in pod_symptoms(p)]
-            symptoms += self.creation_symptoms(task, release)
-            if symptom := doom.verdict(symptoms, self.clock.now()):
-                detail = self.with_logs(symptom.detail, ours, task.namespace)
-                raise StageError(symptom.reason, detail)
-            self.wait_change(pods, 1.0)
-
-    def creation_symptoms(self, task: Task, release: Release) -> list[Symptom]:
-        """Return why a release's pods cannot be created, if so."""
-        name = release.deployment["metadata"]["name"]
+    def creation_symptoms(self, task: Task, name: str) -> Iterator[Symptom]:
+        """Yield why a Deployment's pods cannot be created, if so."""
         with suppress(KubectlError):
             found = self.kubectl.get("deployment", name, task.namespace) or {}
             if failure := true_condition(found.get("status") or {}, "ReplicaFailure"):
-                return [creation_symptom(str(failure.get("message")), name)]
-        return []
+                yield creation_symptom(str(failure.get("message")), name)
 
     def with_logs(self, detail: str, pods: Iterable[Pod], namespace: str) -> str:
         """Return a detail with the last log lines of what failed, secrets masked."""
@@ -3051,40 +3051,29 @@ class Deployer:
 
         `rollout status` is no proof: it is content with no replicas, and a status may be old.
         """
-        name, until = (
-            release.deployment["metadata"]["name"],
-            self.clock.monotonic() + VERIFY_SECONDS,
-        )
+        name, until = release.deployment["metadata"]["name"], self.clock.monotonic()
+        until += VERIFY_SECONDS
         while self.clock.monotonic() < until:
             found = self.kubectl.get("deployment", name, task.namespace)
-            ready = self.ready_pods(task.namespace, release.selector)
+            ready = len(self.ready_pods(task.namespace, release.selector))
             if found and proven(found, ready, release.run):
                 return
-            if self.stop.wait(0.3):
-                raise InterruptedError
+            self.pause(0.3)
         raise StageError(Reason.NEVER_READY, f"the pods of {release.run} are not all ready")
-
-    def ready_pods(self, namespace: str, selector: Mapping[str, str]) -> int:
-        """Return how many pods that match a selector are ready."""
-        found = self.kubectl.list("pods", namespace, "-l", selector_text(selector))
-        return sum(view_pod(p).ready for p in found)
 
     def smoke_test(self, task: Task, release: Release) -> None:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
         url, health = self.preview(task, release), task.app.deploy.health
-        terms, port = selector_text(release.selector), release.ports[0]
-        found = self.kubectl.list("pods", task.namespace, "-l", terms)
         # the pods themselves first: the preview may lead to those before for a moment
-        own = [pod_address(p, port, health.path) for p in found if view_pod(p).ready]
-        urls = [*filter(None, own), url]
+        found = self.ready_pods(task.namespace, release.selector)
+        own = [pod_address(p, release.ports[0], health.path) for p in found]
         until, passed = self.clock.monotonic() + health.timeout, 0
         while passed < health.successes:
-            refusal = next((r for u in urls if (r := health_refusal(u))), None)
+            refusal = next((r for u in (*own, url) if u and (r := health_refusal(u))), None)
             passed = 0 if refusal else passed + 1
             if refusal and self.clock.monotonic() > until:
                 raise StageError(Reason.SMOKE_FAILED, f"{health.path}: {refusal}")
-            if self.stop.wait(HEALTH_INTERVAL if refusal else 0.05):
-                raise InterruptedError
+            self.pause(HEALTH_INTERVAL if refusal else 0.05)
 
     def preview(self, task: Task, release: Release) -> str:
         """Point the preview Service at a release; return the address of its health path."""
@@ -3114,32 +3103,28 @@ class Deployer:
         entry |= {"ports": release.ports, "release": record, "replicas": release.wanted}
         entry |= {"at": round(self.clock.now(), 3), "by": MANAGER, "outcome": ""}
         notes: Object = {NOTE_CLAIM: self.note(release.run, release.colour, Phase.BAKING)}
-        if task.environment == task.app.deploy.environments[-1]:
+        if task.last:
             notes[NOTE_BAKE] = round(self.clock.now() + task.app.deploy.bake, 3)
 
-        def change(service: Service) -> Edit | None:
+        def change(service: Service) -> Object | None:
             if service.run == release.run:
                 return None
             self.check_claim(task, claimed, service)
             history = [entry, *service.history][:HISTORY_LENGTH]
             more = {NOTE_PREVIOUS: service.selector, NOTE_HISTORY: history}
-            return Edit({**notes, **more}, release.selector, release.ports)
+            return service_patch(service, {**notes, **more}, release.selector, release.ports)
 
-        for failures in itertools.count():
-            if self.edit(task, change):
-                break
-            with self.again("first service", task, failures):
-                self.create_live(task, release, {**notes, NOTE_HISTORY: [entry]})
+        def step() -> None:
+            if self.edit(task, change) is None:
+                live = release.live_service(task.app)
+                told = {k: json.dumps(v) for k, v in {**notes, NOTE_HISTORY: [entry]}.items()}
+                given = live["metadata"].get("annotations") or {}
+                live["metadata"]["annotations"] = {**given, **told}
+                self.kubectl.put(live, None, task.namespace)
+
+        self.offer(task, step)
         self.metrics.switches.labels(*task.labels, "forward").inc()
         info("switched", colour=release.colour, commit=release.commit, **task.words)
-
-    def create_live(self, task: Task, release: Release, notes: Mapping[str, Any]) -> None:
-        """Create the live Service of a first deployment."""
-        live = release.live_service(task.app)
-        told = live["metadata"].get("annotations") or {}
-        live["metadata"]["annotations"] = {**told, **{k: json.dumps(v) for k, v in notes.items()}}
-        for line in self.kubectl.create_each([live], task.namespace).values():
-            raise KubectlError([self.kubectl.program, "create"], 1, line)
 
     def require_head(self, task: Task) -> None:
         """Return only while the commit is its branch's head; waits while git does not answer."""
@@ -3154,18 +3139,21 @@ class Deployer:
                 raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
             if word == "same":
                 return
-            if self.stop.wait(backoff(failures)):
-                raise InterruptedError
+            self.pause(backoff(failures))
 
     def settle(self, task: Task, pods: Watch[Pod]) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
         service = self.judge_live(task, self.service(task))
-        if not service.live.get("outcome"):
-            release = self.release(task, service.live)
-            self.verify(task, release)
-            if task.environment == task.app.deploy.environments[-1]:
-                self.bake(task, release, pods, service)
-            self.conclude(task)
+        if service.live.get("outcome"):
+            return
+        release = self.release(task, service.live)
+        if not self.followed(task, release.selector, release.wanted):
+            detail = f"the endpoints did not become the {release.wanted} pods of {release.run}"
+            self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
+            raise StageError(Reason.ENDPOINTS_MISSING, detail)
+        if task.last:
+            self.bake(task, release, pods, service)
+        self.conclude(task)
 
     def release(self, task: Task, entry: Mapping[str, Any]) -> Release:
         """Return the release that a history entry names."""
@@ -3175,43 +3163,35 @@ class Deployer:
             raise StageError(Reason.VANISHED, f"release record {name} is gone")
         return Release.from_configmap(found)
 
-    def verify(self, task: Task, release: Release) -> None:
-        """See the ready endpoints follow the selector; else put the old selector back and raise."""
+    def followed(self, task: Task, selector: Mapping[str, str], wanted: int) -> bool:
+        """Whether the ready endpoints become the wanted pods of the live selector in time."""
         since = looked = self.clock.monotonic()  # only looks that were answered count
         while looked < since + VERIFY_SECONDS:
             with suppress(KubectlError):
                 terms = f"kubernetes.io/service-name={task.app.name}"
                 slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
-                terms = selector_text(release.selector)
-                ours = self.kubectl.list("pods", task.namespace, "-l", terms)
                 ready = ready_endpoints(slices)
-                known = {p["metadata"]["name"] for p in ours}
-                if ready and ready <= known and len(ready) >= release.wanted:
-                    return
+                known = {p["metadata"]["name"] for p in self.pods(task.namespace, selector)}
+                if ready and ready <= known and len(ready) >= wanted:
+                    return True
                 looked = self.clock.monotonic()
             self.still_live(task)
-            if self.stop.wait(0.1):
-                raise InterruptedError
-        detail = f"the endpoints did not become the {release.wanted} pods of {release.run}"
-        self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
-        raise StageError(Reason.ENDPOINTS_MISSING, detail)
+            self.pause(0.1)
+        return False
 
     def bake(self, task: Task, release: Release, pods: Watch[Pod], service: Service) -> None:
         """Watch a switched-to version; sick: take the traffic back and raise StageError."""
         health, since = task.app.deploy.health, seconds_of(service.live.get("at"))
         least = self.clock.now() + min(REBAKE_SECONDS, task.app.deploy.bake)
-        until, url = (
-            max(seconds_of(service.note(NOTE_BAKE, 0.0)), least),
-            self.preview(task, release),
-        )
-        failures, sound, looked, asked = 0, *[self.clock.monotonic()] * 3
+        until = max(seconds_of(service.note(NOTE_BAKE, 0.0)), least)
+        url, failures = self.preview(task, release), 0
+        sound = looked = self.clock.monotonic()
         while self.clock.now() < until:
-            self.wait_change(pods, max(0.0, asked + HEALTH_INTERVAL - self.clock.monotonic()))
+            self.pause(HEALTH_INTERVAL)
+            refusal = health_refusal(url)
             known = [p for p in pods.items() if p.run == release.run]
-            if self.clock.monotonic() >= asked + HEALTH_INTERVAL:
-                asked, refusal = self.clock.monotonic(), health_refusal(url)
-                calm = not disturbed(known, release.wanted)
-                failures = failures + 1 if refusal and calm else 0
+            calm = not disturbed(known, release.wanted)
+            failures = failures + 1 if refusal and calm else 0
             down = unready(known, since)
             sound = sound if down else self.clock.monotonic()
             sick = sickness(known, since)
@@ -3248,27 +3228,22 @@ class Deployer:
         """
         ours = [p for p in pods.items() if p.run == task.run.id]
         sound = [p for p in ours if p.ready and not sickness([p], since)]
-        new = 0 if unhealthy else len(sound)
-        for failures in itertools.count():
-            with self.again("switch back", task, failures):
-                service = self.service(task)
-                target = service.before if service else {}
-                old = self.answering(task, target, probe=unhealthy) if target else 0
-                break
+        new, path = 0 if unhealthy else len(sound), task.app.deploy.health.path
+
+        def look() -> tuple[Object, int]:
+            service = self.service(task)
+            target = service.before if service else {}
+            ready = self.ready_pods(task.namespace, target["selector"]) if target else []
+            port = (target.get("ports") or [{}])[0]
+            urls = [pod_address(p, port, path) if unhealthy else None for p in ready]
+            return target, sum(not (url and health_refusal(url)) for url in urls)
+
+        target, old = self.persist(task, look)
         if old <= new:
             other = "the version before is no better" if target else "there is no version before"
             raise StageError(Reason.BOTH_SICK, f"{sick}; {other}")
         self.switch_back(task, Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH, sick)
         raise StageError(Reason.SICK_AFTER_SWITCH, self.with_logs(sick, ours, task.namespace))
-
-    def answering(self, task: Task, target: Mapping[str, Any], *, probe: bool) -> int:
-        """Return how many pods of a rollback target are ready, and by probe also healthy."""
-        terms = selector_text(target["selector"])
-        found = self.kubectl.list("pods", task.namespace, "-l", terms)
-        ready = [p for p in found if view_pod(p).ready]
-        port, path = (target.get("ports") or [{}])[0], task.app.deploy.health.path
-        urls = [pod_address(p, port, path) if probe else None for p in ready]
-        return sum(not (url and health_refusal(url)) for url in urls)
 
     def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
         """Point the live Service back at the version before, in one patch that carries the outcome.
@@ -3277,20 +3252,19 @@ class Deployer:
         a first deployment has nothing to go back to, so its Service is removed.
         """
 
-        def change(service: Service) -> Edit | None:
+        def change(service: Service) -> Object | None:
             target = service.before
             if service.run != task.run.id or not target or target.get("overwritten"):
                 return None
+            colour, live = service.selector.get(LABEL_VERSION, ""), service.live
             ended = {"outcome": outcome, "reason": reason, "detail": clip(detail)}
-            live, history = service.live, service.history
-            colour = service.selector.get(LABEL_VERSION, "")
             notes = {
-                NOTE_HISTORY: [{**e, **ended} if e == live else e for e in history],
+                NOTE_HISTORY: [{**e, **ended} if e == live else e for e in service.history],
                 NOTE_CLAIM: self.note(task.run.id, colour, Phase.SWITCHED_BACK),
                 NOTE_PREVIOUS: service.selector,
                 NOTE_BAKE: None,
             }
-            return Edit(notes, target["selector"], target.get("ports") or ())
+            return service_patch(service, notes, target["selector"], target.get("ports") or ())
 
         service = self.edit(task, change)
         if service and service.run == task.run.id:
@@ -3303,7 +3277,7 @@ class Deployer:
     def conclude(self, task: Task) -> None:
         """Write that a version stays, and leave a claim by which the old one is drained."""
 
-        def change(service: Service) -> Edit:
+        def change(service: Service) -> Object:
             self.judge_live(task, service)
             if service.claim.get("phase") == Phase.ROLLBACK:
                 raise SupersededError(Reason.ROLLED_BACK, "a rollback is under way")
@@ -3312,7 +3286,8 @@ class Deployer:
             drain = {**self.note(task.run.id, old, Phase.DRAINING), "since": live.get("at", 0)}
             history = [ended if e == live else e for e in service.history]
             claim = drain if old in COLOURS else None
-            return Edit({NOTE_HISTORY: history, NOTE_BAKE: None, NOTE_CLAIM: claim})
+            notes = {NOTE_HISTORY: history, NOTE_BAKE: None, NOTE_CLAIM: claim}
+            return service_patch(service, notes)
 
         self.edit(task, change)
 
@@ -3325,77 +3300,63 @@ class Deployer:
             return
         colour, phase = str(claim.get("colour", "")), claim.get("phase")
         if colour in COLOURS and service.selector.get(LABEL_VERSION) != colour:
-            name = f"{task.app.name}-{colour}"
-            if phase == Phase.SWITCHED_BACK:
-                self.scale(task.namespace, name, 0, str(claim.get("run")))
+            name, retain = f"{task.app.name}-{colour}", task.app.deploy.retain
+            if phase == Phase.PREPARING:
+                self.heal(task, name, service)
+            elif phase == Phase.SWITCHED_BACK:
+                self.scale(task, name, 0, str(claim.get("run")))
+            elif phase == Phase.DRAINING and retain is not None:
+                self.scale(task, name, retain)
             elif phase == Phase.DRAINING:
-                self.drain(task, name)
-            elif phase == Phase.PREPARING:
-                with self.once("heal", task):
-                    self.heal(task, name, str(claim.get("heal", "")))
+                self.restart(task, name)
 
-        def change(now: Service) -> Edit | None:
+        def change(now: Service) -> Object | None:
             if now.claim != claim:
                 return None
             healed = claim.get("heal") if phase == Phase.PREPARING else None
+            stands = {"overwritten": False}
             history = [
-                {**e, "overwritten": False} if healed and e.get("release") == healed else e
-                for e in now.history
+                {**e, **stands} if healed and e.get("release") == healed else e for e in now.history
             ]
-            return Edit({NOTE_CLAIM: None, NOTE_HISTORY: history})
+            return service_patch(now, {NOTE_CLAIM: None, NOTE_HISTORY: history})
 
         self.edit(task, change)
         self.collect_garbage(task)
 
-    @contextmanager
-    def once(self, what: str, task: Task) -> Iterator[None]:
-        """Let what is tried once fail for good, said and counted, unless the API is away."""
-        try:
-            yield
-        except HookError as failed:
-            if isinstance(failed, KubectlError) and failed.kind == "Unreachable":
-                raise
-            error("given up", what=what, detail=str(failed), **task.words)
-            self.metrics.errors.labels(what).inc()
-
-    def scale(self, namespace: str, name: str, replicas: int, run: str = "") -> None:
+    def scale(self, task: Task, name: str, replicas: int, run: str = "") -> None:
         """Set the size of a Deployment, with a run only if it still carries it."""
-        found = self.kubectl.get("deployment", name, namespace)
+        found = self.kubectl.get("deployment", name, task.namespace)
         if found and (not run or found["metadata"]["labels"].get(LABEL_RUN) == run):
-            self.kubectl.patch("deployment", name, namespace, {"spec": {"replicas": replicas}})
+            meta = {"resourceVersion": found["metadata"]["resourceVersion"]}
+            change = {"metadata": meta, "spec": {"replicas": replicas}}
+            self.kubectl.patch("deployment", name, task.namespace, change)
 
-    def drain(self, task: Task, name: str) -> None:
-        """Move what is still connected to the old colour: restart it, or shrink it to `retain`."""
-        if task.app.deploy.retain is not None:
-            return self.scale(task.namespace, name, task.app.deploy.retain)
+    def restart(self, task: Task, name: str) -> None:
+        """Restart what an old colour has of pods: so kept-alive connections move."""
         found = self.kubectl.get("deployment", name, task.namespace)
         if found and found["spec"].get("replicas"):
             self.kubectl.run("rollout", "restart", f"deployment/{name}", namespace=task.namespace)
-        return None
 
-    def heal(self, task: Task, name: str, record: str) -> None:
+    def heal(self, task: Task, name: str, service: Service) -> None:
         """Put the rollback target back into the idle colour that a failed deployment overwrote.
 
-        By applying its release, never by `rollout undo`, which leaves last-applied wrong. Where no
-        target stood, the Deployment goes.
+        From its release, never by `rollout undo`. Where no target stood, the Deployment goes. Tried
+        once: what does not work is said and counted, unless only the API server is away.
         """
-        if not record:
-            return self.kubectl.delete("deployment", [name], task.namespace)
-        release = self.release(task, {"release": record})
-        self.kubectl.create(release.configmaps, task.namespace)
-        self.kubectl.apply([release.deployment], task.namespace)
-        return info("healed", target=release.run, colour=release.colour, **task.words)
-
-    def mend(self, task: Task) -> None:
-        """Put the live version back where a write of a run that lost its claim has hit it."""
-        service = self.service(task)
-        live = service.live if service else {}
-        name = f"{task.app.name}-{live.get('colour')}"
-        found = (
-            self.kubectl.get("deployment", name, task.namespace) if live.get("release") else None
-        )
-        if service and found and found["metadata"]["labels"].get(LABEL_RUN) != service.run:
-            self.heal(task, name, live["release"])
+        record = service.claim.get("heal")
+        try:
+            if not record:
+                return self.kubectl.delete("deployment", [name], task.namespace)
+            release = self.release(task, {"release": record})
+            self.kubectl.create(release.configmaps, task.namespace)
+            self.apply(task, release, service)
+            return info("healed", target=release.run, colour=release.colour, **task.words)
+        except HookError as failed:
+            away = isinstance(failed, KubectlError) and failed.kind == "Unreachable"
+            if away or isinstance(failed, SupersededError):
+                raise
+            error("given up", what="heal", detail=str(failed), **task.words)
+            self.metrics.errors.labels("heal").inc()
 
     def collect_garbage(self, task: Task) -> None:
         """Delete what a failed first deployment left, and records that nothing names any more."""
@@ -3403,22 +3364,19 @@ class Deployer:
         ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP}={name}"
         service, named = self.service(task), ""
         deployments = self.kubectl.list("deployments", namespace, "-l", ours)
-        if service is None:
-            run = task.run.id
-            left = [
-                d["metadata"] for d in deployments if d["metadata"]["labels"].get(LABEL_RUN) == run
-            ]
-            self.kubectl.delete("deployment", [m["name"] for m in left], namespace)
-            self.kubectl.delete("service", [f"{name}-preview"], namespace)
-        else:
+        if service:
             sets = self.kubectl.list("replicasets", namespace, "-l", f"{LABEL_APP}={name}")
             named = json.dumps([service.history, service.claim, deployments, sets])
-        maps = {
-            m["metadata"]["name"]: m for m in self.kubectl.list("configmaps", namespace, "-l", ours)
-        }
-        for key, found in maps.items():
-            if key in named and found["metadata"]["labels"].get(LABEL_STAGE) == "release":
-                release = Release.from_configmap(found)
+        else:
+            metas = [d["metadata"] for d in deployments]
+            left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
+            self.kubectl.delete("deployment", left, namespace)
+            self.kubectl.delete("service", [f"{name}-preview"], namespace)
+        found = self.kubectl.list("configmaps", namespace, "-l", ours)
+        maps = {m["metadata"]["name"]: m for m in found}
+        for key, record in maps.items():
+            if key in named and record["metadata"]["labels"].get(LABEL_STAGE) == "release":
+                release = Release.from_configmap(record)
                 named += json.dumps([c["metadata"]["name"] for c in release.configmaps])
         self.kubectl.delete("configmap", [key for key in maps if key not in named], namespace)
 
@@ -3438,17 +3396,21 @@ class Deployer:
             raise RefusedError(f"{where}: there is no proven version to go back to")
         task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
         claim = self.note(task.run.id, str(target.get("colour", "")), Phase.ROLLBACK)
-        goal, claimed = target, self.edit(task, lambda _: Edit({NOTE_CLAIM: claim})) or service
+        goal = target
+        claimed = self.edit(task, lambda s: service_patch(s, {NOTE_CLAIM: claim})) or service
 
-        def change(now: Service) -> Edit | None:
+        def change(now: Service) -> Object | None:
             if now.selector == goal["selector"]:
                 return None
-            if now.claim != claim:
+            if (now.claim, now.selector) != (claim, claimed.selector):
                 raise RefusedError(f"{now.claim.get('run') or 'someone'} has taken over meanwhile")
             history = rolled_back(now.history, target, goal, reason)
-            notes = {NOTE_HISTORY: history, NOTE_CLAIM: None, NOTE_BAKE: None}
-            more = {**notes, NOTE_PREVIOUS: now.selector}
-            return Edit(more, goal["selector"], goal.get("ports") or ())
+            notes: Object = {NOTE_HISTORY: history, NOTE_CLAIM: None, NOTE_BAKE: None}
+            notes[NOTE_PREVIOUS] = now.selector
+            return service_patch(now, notes, goal["selector"], goal.get("ports") or ())
+
+        def give_up(now: Service) -> Object | None:
+            return service_patch(now, {NOTE_CLAIM: None}) if now.claim == claim else None
 
         try:
             if claimed.selector != service.selector:
@@ -3457,36 +3419,76 @@ class Deployer:
             self.edit(task, change)
         finally:
             with suppress(KubectlError):
-                self.edit(task, lambda s: Edit({NOTE_CLAIM: None}) if s.claim == claim else None)
+                self.edit(task, give_up)
         self.metrics.switches.labels(*task.labels, "rollback").inc()
+        if not self.followed(task, goal["selector"], int(goal.get("replicas", 1))):
+            raise StageError(Reason.ENDPOINTS_MISSING, "switched, but no endpoint follows")
         return service.live, goal
 
-    def raise_target(self, task: Task, service: Service, target: Object) -> Object:
+    def raise_target(self, task: Task, claimed: Service, target: Object) -> Object:
         """Return a rollback target's entry once its pods are ready, brought back if need be."""
-        ready, name = self.ready_pods(task.namespace, target["selector"]), str(target.get("colour"))
-        found = self.kubectl.get("deployment", f"{task.app.name}-{name}", task.namespace) or {}
-        # ready pods are no proof: a rollout may be replacing them
-        carried = found.get("metadata", {}).get("labels", {}).get(LABEL_RUN) == target.get("run")
-        if ready >= int(target.get("replicas", 1)) and (carried or not target.get("run")):
+        app, namespace, run = task.app.name, task.namespace, target.get("run")
+        carried = not run or self.fenced(task, target, claimed) == run
+        ready = len(self.ready_pods(task.namespace, target["selector"]))
+        if ready >= int(target.get("replicas", 1)) and carried:
             return target
         if not target.get("release"):
-            raise RefusedError(
-                "the version before has no ready pods and was not deployed from here"
-            )
+            gone = "the version before has no ready pods and was not deployed from here"
+            raise RefusedError(gone)
         release = self.release(task, target)
-        live = service.selector.get(LABEL_VERSION, "")
-        colour = next(c for c in COLOURS if c != live) if release.colour == live else release.colour
-        standing = self.kubectl.get("deployment", f"{task.app.name}-{live}", task.namespace) or {}
+        live = claimed.selector.get(LABEL_VERSION, "")
+        colour = next(c for c in (release.colour, *COLOURS) if c != live)
+        standing = self.kubectl.get("deployment", f"{app}-{live}", namespace) or {}
         size = int(standing.get("spec", {}).get("replicas", 1))
         release = recoloured(release, task.app, colour, max(size, release.wanted))
-        record = release.configmap(task.app.name)
-        self.kubectl.create([*release.configmaps, record], task.namespace)
+        record = release.configmap(app)
+        self.kubectl.create([*release.configmaps, record], namespace)
         with self.watched_pods(task) as pods:
-            self.apply(task, release)
+            self.apply(task, release, claimed)
             self.roll_out(task, release, pods)
         changed = {"colour": colour, "selector": release.selector, "replicas": release.wanted}
-        more = {"overwritten": False, "release": record["metadata"]["name"]}
-        return {**target, **changed, **more}
+        changed |= {"overwritten": False, "release": record["metadata"]["name"]}
+        return {**target, **changed}
+
+    def fenced(self, task: Task, target: Object, claimed: Service) -> str:
+        """Mark a target's Deployment as ours from now on; return the run it carries, "" for none.
+
+        Ready pods are no proof that it stands: a rollout may be replacing them. And a write that is
+        late, of a deployment that has lost its claim, finds a conflict after this.
+        """
+        name = f"{task.app.name}-{target.get('colour')}"
+        fence = {"metadata": {"annotations": {NOTE_WRITER: writer(claimed.claim)}}}
+        patch = partial(self.kubectl.patch, "deployment", name, task.namespace, fence)
+        try:
+            return str(self.persist(task, patch)["metadata"]["labels"].get(LABEL_RUN, ""))
+        except KubectlError as gone:
+            if gone.kind != "NotFound":
+                raise
+            return ""
+
+
+def writer(claim: Mapping[str, Any]) -> str:
+    """Return the text that tells the writes under one claim from all others."""
+    return f"{claim.get('holder')} {claim.get('since', '')}".strip()
+
+
+def service_patch(
+    service: Service,
+    notes: Mapping[str, Any],
+    selector: Mapping[str, str] | None = None,
+    ports: Sequence[Object] = (),
+) -> Object:
+    """Return the compare-and-set merge patch of the live Service; a note of None is removed."""
+    texts = {k: None if v is None else json.dumps(v) for k, v in notes.items()}
+    labels = {LABEL_MANAGED: MANAGER, LABEL_APP: service.name, LABEL_STAGE: "live"}
+    meta = {"resourceVersion": str(service.version), "annotations": texts, "labels": labels}
+    spec: Object = {}
+    if selector is not None and selector != service.selector:
+        # a merge keeps keys that are not named: those that must go are set to null
+        spec["selector"] = {**dict.fromkeys(service.selector), **selector}
+    if ports:
+        spec["ports"] = ports_like(ports, service.found["spec"].get("ports") or [])
+    return {"metadata": meta, **({"spec": spec} if spec else {})}
 
 
 def rolled_back(history: list[Object], target: Object, goal: Object, reason: str) -> list[Object]:
@@ -4084,7 +4086,6 @@ class Controller:
         except SupersededError as stopped:
             result, back = "superseded", stopped.reason is Reason.ROLLED_BACK
             service = self.deployer.service(task)
-            self.deployer.mend(task)
             if (
                 stopped.reason is Reason.CLAIM_LOST
                 and service
@@ -4512,7 +4513,7 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
         listed = tools.deployer.kubectl.get("service", app.name, namespace) or {"spec": {}}
         service = view_service({"metadata": {"name": app.name, "resourceVersion": "0"}, **listed})
         target = service.target()
-        ready = bool(target) and tools.deployer.ready_pods(namespace, target["selector"]) > 0
+        ready = bool(target) and len(tools.deployer.ready_pods(namespace, target["selector"])) > 0
         found[name] = {
             **{k: service.live.get(k, "") for k in keys},
             "previous": {k: target.get(k, "") for k in keys} if target else {},

@@ -194,7 +194,7 @@ def test_what_is_sent_is_in_no_argument(tmp_path: Path) -> None:
     program = script(tmp_path, f'echo "$@" >> {tmp_path}/argv; cat > {tmp_path}/in; echo "{{}}"')
     kubectl = Kubectl(Metrics(), program=program)
     kubectl.create([configmap("a", key="hunter2")], SPACE)
-    kubectl.apply([configmap("a", key="hunter2")], SPACE)
+    kubectl.put(configmap("a", key="hunter2"), None, SPACE)
     kubectl.patch("configmap", "a", SPACE, {"data": {"key": "hunter2"}})
     assert "hunter2" in (tmp_path / "in").read_text()
     assert "hunter2" not in (tmp_path / "argv").read_text()
@@ -250,14 +250,24 @@ def test_a_patch_that_was_done_but_never_answered_is_of_unknown_effect(
     assert (kubectl.get("configmap", "answered", SPACE) or {})["data"] == {"a": "2"}
 
 
-def test_objects_are_applied_and_an_unknown_field_is_refused(kubectl: Kubectl) -> None:
-    kubectl.apply([configmap("applied", a="1", b="1")], SPACE)
-    kubectl.apply([configmap("applied", a="2")], SPACE)
-    assert (kubectl.get("configmap", "applied", SPACE) or {})["data"] == {"a": "2"}
-    for name, kind in (("applied", "Invalid"), ("applied-anew", "BadRequest")):
+def test_a_whole_object_takes_the_place_of_exactly_what_was_read(kubectl: Kubectl) -> None:
+    kubectl.put(configmap("whole", a="1", b="1"), None, SPACE)
+    first = kubectl.get("configmap", "whole", SPACE)
+    kubectl.put(configmap("whole", a="2"), first, SPACE)
+    assert (kubectl.get("configmap", "whole", SPACE) or {})["data"] == {"a": "2"}
+    for found, kind in ((first, "Conflict"), (None, "AlreadyExists")):
         with pytest.raises(KubectlError) as failed:
-            kubectl.apply([{**configmap(name), "dataa": {}}], SPACE)
+            kubectl.put(configmap("whole", a="3"), found, SPACE)
         assert failed.value.kind == kind
+    assert (kubectl.get("configmap", "whole", SPACE) or {})["data"] == {"a": "2"}
+
+
+def test_a_whole_object_with_an_unknown_field_is_refused(kubectl: Kubectl) -> None:
+    kubectl.put(configmap("strict"), None, SPACE)
+    for name, found in (("strict", kubectl.get("configmap", "strict", SPACE)), ("new", None)):
+        with pytest.raises(KubectlError) as failed:
+            kubectl.put({**configmap(name), "dataa": {}}, found, SPACE)
+        assert failed.value.kind == "BadRequest"
         assert 'unknown field "dataa"' in failed.value.stderr
 
 

@@ -213,14 +213,14 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             command("our colours", f"get deployments -l {OURS} -o json", "deployments: list"),
             command(
                 "a colour's first time",
-                "apply -f -",
-                "deployments: get create",
+                "create -f -",
+                "deployments: create",
                 listed(deployment("made")),
             ),
             command(
                 "a colour again",
-                "apply -f -",
-                "deployments: get patch",
+                "replace -f -",
+                "deployments: get update",
                 listed(
                     {**deployment("blue"), "spec": {**deployment("blue")["spec"], "replicas": 2}}
                 ),
@@ -497,7 +497,7 @@ CALLS = (
     r'\bargs = \(\s*"(\w+)",\s*"(\w+)"()',
     r'\bWatch\(\s*(?:self\.)?(kubectl),\s*"(\w+)"()',
 )
-METHODS = {"list": "get", "kubectl": "get", "create_each": "create"}
+METHODS = {"list": "get", "kubectl": "get", "create_each": "create", "put": "replace"}
 SINGULAR = re.compile(r"s$")
 
 
@@ -507,13 +507,13 @@ def calls_in(source: str) -> set[str]:
     for method, first, second in (m for call in CALLS for m in re.findall(call, source)):
         words = (first, second) if method in ("run", "stream") else (method, first)
         found.add(" ".join((METHODS.get(words[0], words[0]), SINGULAR.sub("", words[1]))))
-    alone = re.findall(r"kubectl\.(create|create_each|apply|logs)\(", source)
+    alone = re.findall(r"kubectl\.(create|create_each|put|logs)\(", source)
     return found | {METHODS.get(verb, verb) for verb in alone}
 
 
 def call_of(argv: Sequence[str]) -> str:
     """Return the same of a command line."""
-    if argv[0] in ("create", "apply", "logs"):
+    if argv[0] in ("create", "replace", "logs"):
         return argv[0]
     resource = argv[1].partition("/")[0]
     return f"{argv[0]} {resource if argv[0] == 'rollout' else SINGULAR.sub('', resource)}"

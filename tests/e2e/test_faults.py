@@ -46,7 +46,7 @@ STEPS = {
     "read": Step("get", "deployments", "{app}-blue"),
     "claim": Step("patch", "services", "{app}", body="preparing"),
     "record": Step("create", "configmaps", body="{app}-release-"),
-    "apply": Step("patch", "deployments", "{app}-{idle}"),
+    "apply": Step("update", "deployments", "{app}-{idle}"),
     "wait": Step("watch", "deployments", path="metadata.name%3D{app}-{idle}"),
     "preview": Step("patch", "services", "{app}-preview"),
     "switch": Step("patch", "services", "{app}", body="baking"),
