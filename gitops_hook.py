@@ -52,9 +52,10 @@ import time
 import traceback
 import uuid
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -234,16 +235,19 @@ class ConfigError(HookError):
         self.faults = tuple(faults)
 
 
-class SpoolError(HookError):
-    """A push cannot be stored now: the spool is full or the disk refuses."""
-
-
 class DeliveryError(HookError):
-    """A request is refused with an HTTP status, a reason code and a sentence for its sender."""
+    """A request ends early: with an HTTP status, a reason code and a sentence for its sender."""
 
-    def __init__(self, status: http.HTTPStatus, code: str, text: str) -> None:
+    def __init__(self, status: int, code: str, text: str) -> None:
         super().__init__(text)
         self.status, self.code = status, code
+
+
+class SpoolError(DeliveryError):
+    """A push cannot be stored now: the spool is full or the disk refuses."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(http.HTTPStatus.SERVICE_UNAVAILABLE, code, text)
 
 
 # What kubectl says around its own words: its library's log, and the patch that was refused.
@@ -778,58 +782,20 @@ class Metrics:
             "stage_seconds", "Stages.", ("app", "stage", "result"), buckets=STAGE_BUCKETS, **ours
         )
 
-    def render(self) -> bytes:
-        """Return the Prometheus text format."""
-        return prometheus_client.generate_latest(self.registry)
-
 
 # === signatures ===================================================================================
 
+SIGNED = ("webhook-id", "webhook-timestamp", "webhook-signature")
 
-def verify_delivery(
-    mode: str, keys: Sequence[bytes], headers: Mapping[str, str], body: bytes, now: float
-) -> None:
-    """Check that a delivery is authentic; raises DeliveryError 401, which says what was missing.
 
-    Exactly the configured mode counts: there is no fallback to a weaker one. Header names are lower
-    case. See https://docs.gitlab.com/user/project/integrations/webhooks/ and
-    https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md.
+def sign(key: bytes, message_id: bytes, stamp: bytes, body: bytes) -> bytes:
+    """Return the webhook-signature that GitLab would send: Standard Webhooks v1, HMAC-SHA256.
+
+    https://docs.gitlab.com/user/project/integrations/webhooks/ and
+    https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
     """
-    if mode == "signature":
-        refusal = signature_refusal(keys, headers, body, now)
-    else:
-        given = header_bytes(headers, "x-gitlab-token")
-        expected = keys if mode == "token" else [hex_hmac(k, body) for k in keys]
-        # Digests have one length, so that the time of a comparison tells nothing about lengths.
-        seen = hashlib.sha256(given).digest()
-        matches = [hmac.compare_digest(hashlib.sha256(e).digest(), seen) for e in expected]
-        refusal = None if given and any(matches) else "X-Gitlab-Token does not match"
-    if refusal:
-        raise DeliveryError(http.HTTPStatus.UNAUTHORIZED, "NotAuthentic", refusal)
-
-
-def signature_refusal(
-    keys: Sequence[bytes], headers: Mapping[str, str], body: bytes, now: float
-) -> str | None:
-    """Return why a signed delivery is refused, or None: Standard Webhooks v1, HMAC-SHA256."""
-    names = ("webhook-id", "webhook-timestamp", "webhook-signature")
-    message_id, stamp, given = (header_bytes(headers, n) for n in names)
-    if not (message_id and stamp and given):
-        return f"{', '.join(names)} are required"
-    if not re.fullmatch(rb"[0-9]{1,12}", stamp):
-        return "webhook-timestamp is not a Unix time"
     signed = b".".join((message_id, stamp, body))
-    expected = [b"v1," + base64.b64encode(hmac.digest(k, signed, "sha256")) for k in keys]
-    matches = [hmac.compare_digest(e, x) for e in given.split(b" ")[:20] for x in expected]
-    if not any(matches):
-        return "webhook-signature does not match"
-    recent = abs(now - int(stamp)) <= SIGNATURE_TOLERANCE
-    return None if recent else "webhook-timestamp is not recent"
-
-
-def header_bytes(headers: Mapping[str, str], name: str) -> bytes:
-    """Return a header's bytes as they came: WSGI hands them over as latin-1 text (PEP 3333)."""
-    return headers.get(name, "").encode("latin-1", "replace")
+    return b"v1," + base64.b64encode(hmac.digest(key, signed, "sha256"))
 
 
 def hex_hmac(key: bytes, body: bytes) -> bytes:
@@ -837,131 +803,39 @@ def hex_hmac(key: bytes, body: bytes) -> bytes:
     return hmac.digest(key, body, "sha256").hex().encode()
 
 
-def sign(token: bytes, message_id: str, stamp: int, body: bytes) -> str:
-    """Return the webhook-signature header that GitLab would send for these bytes."""
-    signed = b".".join((message_id.encode(), str(stamp).encode(), body))
-    digest = hmac.digest(decode_signing_token(token, 1), signed, "sha256")
-    return "v1," + base64.b64encode(digest).decode()
+def verify_delivery(
+    mode: str, keys: Sequence[bytes], headers: Mapping[str, str], body: bytes, now: float
+) -> None:
+    """Check that a delivery is authentic; raises DeliveryError 401, which says what was wrong.
+
+    Exactly the configured mode counts, there is no fallback. Header names are lower case.
+    """
+    names = SIGNED if mode == "signature" else ("x-gitlab-token",)
+    # WSGI hands the bytes of headers over as latin-1 text (PEP 3333)
+    given = [headers.get(n, "").encode("latin-1", "replace") for n in names]
+    entries, expected, age, refusal = given, keys, 0.0, ""
+    if mode == "hmac":
+        expected = [hex_hmac(k, body) for k in keys]
+    elif mode == "signature":
+        message_id, stamp, listed = given
+        entries = listed.split(b" ")[:20]
+        expected = [sign(k, message_id, stamp, body) for k in keys]
+        age = abs(now - int(stamp)) if re.fullmatch(rb"[0-9]{1,12}", stamp) else math.inf
+    # digests have one length, so that the time of a comparison tells nothing about lengths
+    seen, right = ([hashlib.sha256(x).digest() for x in side] for side in (entries, expected))
+    if not all(given):
+        refusal = f"{', '.join(names)}: required"
+    elif not any(hmac.compare_digest(a, b) for a in seen for b in right):
+        refusal = f"{names[-1]} does not match"
+    elif age > SIGNATURE_TOLERANCE:
+        refusal = "webhook-timestamp is not a recent Unix time"
+    if refusal:
+        raise DeliveryError(401, "NotAuthentic", refusal)
 
 
 # === pushes =======================================================================================
 
 REF_LENGTH = 500  # characters; file systems hold 255 bytes between two slashes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Push:
-    """One branch that moved, as a delivery or the catch-up tells it."""
-
-    urls: tuple[str, ...]
-    ref: str
-    commit: str
-    before: str = ""
-    title: str = ""
-    delivery: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Ignored:
-    """A delivery that is in order and asks for nothing, with its reason code."""
-
-    reason: str
-
-
-def deny(status: int, code: str, text: str) -> NoReturn:
-    """Refuse a request with an HTTP status, a reason code and a sentence for its sender."""
-    raise DeliveryError(http.HTTPStatus(status), code, text)
-
-
-def bad(text: str) -> NoReturn:
-    """Refuse a delivery as malformed."""
-    deny(400, "Malformed", text)
-
-
-def typed(data: Mapping[str, Any], key: str, kind: type[T]) -> T:
-    """Return a field of a payload; a 400 that names it when it is missing or of another type."""
-    value = data.get(key)
-    if not isinstance(value, kind):
-        bad(f"{key}: {'missing' if value is None else f'not a {kind.__name__}'}")
-    return value
-
-
-def parse_delivery(body: bytes, delivery: str) -> Push | Ignored:
-    """Return the push that a delivery tells of, or for which reason it is ignored.
-
-    Only the fields it needs are read; raises DeliveryError 400 when they are not right. The body
-    decides what it is, never the X-Gitlab-Event header: old servers send samples whose header and
-    body disagree. Clone URL, image and commands never come from here.
-    """
-    try:
-        data = json.loads(body)
-    except (ValueError, RecursionError) as wrong:
-        bad(f"the body is not JSON: {clip(str(wrong), 80)}")
-    if not isinstance(data, dict):
-        bad("the body is not a JSON object")
-    # Of system hooks, some have only the second.
-    key = next((k for k in ("object_kind", "event_name") if k in data), "object_kind")
-    kind = typed(data, key, str)
-    if kind != "push":
-        return Ignored("TagPush" if kind == "tag_push" else "OtherEvent")
-    ref, after = typed(data, "ref", str), typed(data, "after", str)
-    if not ref.startswith("refs/heads/"):
-        return Ignored("TagPush" if ref.startswith("refs/tags/") else "OtherRef")
-    if not SHA.fullmatch(after):
-        bad("after: not a full commit id")
-    if set(after) == {"0"}:
-        return Ignored("RefDeleted")
-    if not valid_ref(ref):
-        bad("ref: not a branch name that git allows")
-    before = data.get("before")
-    before = before if isinstance(before, str) and SHA.fullmatch(before) else ""
-    title = commit_title(data.get("commits"), after)
-    urls = project_urls(data)
-    return Push(urls=urls, ref=ref, commit=after, before=before, title=title, delivery=delivery)
-
-
-def valid_ref(ref: str) -> bool:
-    """Whether git would accept the name: https://git-scm.com/docs/git-check-ref-format."""
-    forbidden = r"[\x00-\x20~^:?*\[\\\x7f\ud800-\udfff]|\.\.|@\{|\.$|(^|/)(\.|/|$)|\.lock(/|$)"
-    return len(ref) <= REF_LENGTH and not re.search(forbidden, ref)
-
-
-def project_urls(data: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return every address by which a payload names its project; a 400 when there is none."""
-    keys = ("git_http_url", "git_ssh_url", "http_url", "ssh_url", "web_url")
-    places = (typed(data, "project", dict), data.get("repository"))
-    named = [place.get(k) for place in places if isinstance(place, dict) for k in keys]
-    urls = tuple(dict.fromkeys(u for u in named if isinstance(u, str) and u))
-    return urls or bad("project: names no git_http_url, git_ssh_url or web_url")
-
-
-def commit_title(commits: Any, after: str) -> str:
-    """Return the first line of the pushed commit's message where the payload has it, clipped."""
-    for commit in commits if isinstance(commits, list) else []:
-        if isinstance(commit, dict) and commit.get("id") == after:
-            texts = (commit.get("message"), commit.get("title"))
-            lines = [t.strip().split("\n")[0] for t in texts if isinstance(t, str) and t.strip()]
-            return clip(lines[0], 120) if lines else ""
-    return ""
-
-
-def normalise_url(url: str) -> tuple[str, str] | None:
-    """Return (host, path) by which two addresses of one repository are equal, None if it is none.
-
-    Scheme, user, port, case and `.git` do not count; `git@host:path` is read as ssh. A local path
-    is compared as it is, with an empty host.
-    """
-    if url.startswith(("/", "file://")):
-        local = url.removeprefix("file://").rstrip("/").removesuffix(".git")
-        return ("", local) if local else None
-    if "://" not in url:
-        url = "ssh://" + url.replace(":", "/", 1)
-    try:
-        split = urlsplit(url)
-    except ValueError:
-        return None
-    path = split.path.strip("/").removesuffix(".git").strip("/")
-    return (split.hostname.casefold(), path.casefold()) if split.hostname and path else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -988,38 +862,103 @@ def run_id(app: str, ref: str, commit: str) -> str:
     return f"{app}-{commit[:8]}-{hashlib.sha256(f'{ref} {commit}'.encode()).hexdigest()[:4]}"
 
 
-def runs_of_push(config: Config, push: Push, now: float) -> list[Run] | Ignored:
-    """Return the run of each app that a push concerns, or for which reason there is none."""
-    named = {normalise_url(u) for u in push.urls} - {None}
+def run_of(app: App, ref: str, commit: str, **more: Any) -> Run | None:
+    """Return an app's run of a commit, None where it does not want the branch."""
+    run = Run(id=run_id(app.name, ref, commit), app=app.name, ref=ref, commit=commit, **more)
+    wanted = any(fnmatchcase(run.branch, p) for p in (app.branch, *app.test_branches))
+    return run if wanted else None
+
+
+def deny(status: int, code: str, text: str) -> NoReturn:
+    """End a request early; with a 200 where nothing is wrong, or GitLab switches the hook off."""
+    raise DeliveryError(status, code, text)
+
+
+def typed(data: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    """Return a field of a payload; a 400 that names it when it is missing or of another type."""
+    value = data.get(key)
+    if not isinstance(value, kind):
+        deny(400, "Malformed", f"{key}: {'missing' if value is None else f'not a {kind.__name__}'}")
+    return value
+
+
+def parse_delivery(config: Config, body: bytes, **more: Any) -> list[Run]:
+    """Return the run of each app that a push concerns; DeliveryError says why there is none.
+
+    Clone URL, image names and commands never come from here.
+    """
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as wrong:
+        deny(400, "Malformed", f"the body is not JSON: {clip(str(wrong), 80)}")
+    if not isinstance(data, dict):
+        deny(400, "Malformed", "the body is not a JSON object")
+    ref, commit = pushed_branch(data)
+    before = data.get("before")
+    if isinstance(before, str) and SHA.fullmatch(before):
+        more["before"] = before
+    more["title"], named = commit_title(data.get("commits"), commit), projects(data)
     apps = [a for a in config.apps if normalise_url(a.repository) in named]
-    branch = push.ref.removeprefix("refs/heads/")
-    wanted = [a for a in apps if any(fnmatchcase(branch, p) for p in (*a.test_branches, a.branch))]
-    if not wanted:
-        return Ignored("OtherBranch" if apps else "UnknownProject")
-    known: Object = {f.name: getattr(push, f.name) for f in fields(push) if f.name != "urls"}
-    ids = {a.name: run_id(a.name, push.ref, push.commit) for a in wanted}
-    return [Run(id=ids[name], app=name, received=now, **known) for name in ids]
+    runs = [run for a in apps if (run := run_of(a, ref, commit, **more))]
+    return runs or deny(200, "OtherBranch" if apps else "UnknownProject", "no app asks for it")
 
 
-class Deliveries:
-    """The ids of recent deliveries, bounded in number and age; safe to share between threads."""
+def pushed_branch(data: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the ref and commit of a pushed branch; DeliveryError for anything else.
 
-    def __init__(self) -> None:
-        self._seen: dict[str, float] = {}
-        self._lock = threading.Lock()
+    The body decides what it is, never the X-Gitlab-Event header: old servers send samples whose
+    header and body disagree. Of system hooks, some have only `event_name`.
+    """
+    key = next((k for k in ("object_kind", "event_name") if k in data), "object_kind")
+    if (kind := typed(data, key, str)) != "push":
+        deny(200, "TagPush" if kind == "tag_push" else "OtherEvent", "only pushes start anything")
+    ref, after = typed(data, "ref", str), typed(data, "after", str)
+    if not ref.startswith("refs/heads/"):
+        deny(200, "TagPush" if ref.startswith("refs/tags/") else "OtherRef", "it is no branch")
+    if not SHA.fullmatch(after):
+        deny(400, "Malformed", "after: not a full commit id")
+    if set(after) == {"0"}:
+        deny(200, "RefDeleted", "the branch was deleted")
+    if not valid_ref(ref):
+        deny(400, "Malformed", "ref: not a branch name that git allows")
+    return ref, after
 
-    def known(self, delivery: str, now: float) -> bool:
-        """Whether this id was remembered lately."""
-        with self._lock:
-            return delivery in self._seen and now - self._seen[delivery] <= DEDUPE_SECONDS
 
-    def remember(self, delivery: str, now: float) -> None:
-        """Remember an id whose push is stored, and forget the oldest beyond the bound."""
-        with self._lock:
-            self._seen.pop(delivery, None)
-            self._seen[delivery] = now
-            if len(self._seen) > DEDUPE_ENTRIES:
-                del self._seen[next(iter(self._seen))]
+def valid_ref(ref: str) -> bool:
+    """Whether git would accept the name: https://git-scm.com/docs/git-check-ref-format."""
+    forbidden = r"[\x00-\x20~^:?*\[\\\x7f\ud800-\udfff]|\.\.|@\{|\.$|(^|/)(\.|/|$)|\.lock(/|$)"
+    return len(ref) <= REF_LENGTH and not re.search(forbidden, ref)
+
+
+def commit_title(commits: Any, after: str) -> str:
+    """Return the first line of the pushed commit's message where the payload has it, clipped."""
+    listed = (c for c in commits if isinstance(c, dict)) if isinstance(commits, list) else ()
+    message = next((c.get("message") for c in listed if c.get("id") == after), "")
+    return clip(message.strip().partition("\n")[0], 120) if isinstance(message, str) else ""
+
+
+def projects(data: Mapping[str, Any]) -> set[tuple[str, str] | None]:
+    """Return every address by which a payload names its project; a 400 when there is none."""
+    keys, project = ("git_http_url", "git_ssh_url", "web_url"), typed(data, "project", dict)
+    urls = [url for k in keys if isinstance(url := project.get(k), str)]
+    found = {normalise_url(u) for u in urls} - {None}
+    return found or deny(400, "Malformed", f"project: names no {', '.join(keys)}")
+
+
+def normalise_url(url: str) -> tuple[str, str] | None:
+    """Return (host, path) by which two addresses of one repository are equal, None if it is none.
+
+    Scheme, user, port, case and `.git` do not count; `git@host:path` is read as ssh. A local path
+    is compared as it is, with an empty host.
+    """
+    if not url.startswith("/") and "://" not in url:
+        url = "ssh://" + url.replace(":", "/", 1)
+    with suppress(ValueError):
+        split = urlsplit(url)
+        host, path = split.hostname or "", split.path.strip("/").removesuffix(".git").strip("/")
+        if path and (host or split.scheme in ("", "file")):
+            return host, path.casefold() if host else path
+    return None
 
 
 # === spool ========================================================================================
@@ -1030,14 +969,12 @@ SPOOL_RECORD = 16384  # bytes a stored push has at most; times limits.spool_file
 class Spool:
     """Accepted pushes on disk, one file a run, until the cluster has them.
 
-    A file is there after a crash once `store` has returned. What is no stored push is moved aside
-    to `bad/`, never deleted. Threads may share it: each file belongs to who wrote it until `store`
-    returns, and what another thread took away meanwhile is passed over.
+    Threads may share it. What is no stored push is moved aside to `bad/`, never deleted.
     """
 
     def __init__(self, directory: Path, max_files: int) -> None:
         self.directory, self.max_files = directory, max_files
-        self._lock = threading.Lock()
+        self._lock, self._folder = threading.Lock(), -1
         self._names: set[str] = set()  # what is stored or being stored: a count would drift
 
     def __len__(self) -> int:
@@ -1047,11 +984,13 @@ class Spool:
         """Create the folder, take stock, prove it writable; raises SpoolError."""
         try:
             (self.directory / "bad").mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob("*.tmp"):
-                self._set_aside(leftover, "half-written, its push was not accepted")
             self.probe()
+            self._folder = os.open(self.directory, os.O_RDONLY)
         except OSError as refused:
-            raise SpoolError(f"spool {self.directory}: {refused.strerror}") from refused
+            where = f"spool {self.directory}: {refused.strerror}"
+            raise SpoolError("SpoolUnwritable", where) from refused
+        for leftover in self.directory.glob("*.tmp"):
+            self._set_aside(leftover, "half-written, its push was not accepted")
         self._names = {path.name for path, _ in self.read()}
 
     def probe(self) -> None:
@@ -1061,35 +1000,27 @@ class Spool:
 
     def store(self, runs: Sequence[Run]) -> None:
         """Write the runs of one push durably, all or none; raises SpoolError with why not."""
-        records = {f"{time.time_ns():020d}-{run.id}.json": run for run in runs}
+        paths = {self.directory / f"{time.time_ns():020d}-{run.id}.json": run for run in runs}
         with self._lock:
-            if len(self._names) + len(records) > self.max_files:
-                raise SpoolError(f"{len(self._names)} pushes are waiting already")
-            self._names |= records.keys()
+            if len(self) + len(paths) > self.max_files:
+                raise SpoolError("SpoolFull", f"{len(self)} pushes are waiting already")
+            self._names |= {path.name for path in paths}
         try:
-            for name, run in records.items():
-                self._write(self.directory / name, json.dumps(asdict(run)).encode())
-            handle = os.open(self.directory, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            for path, run in paths.items():
+                part = path.with_suffix(".tmp")
+                with part.open("xb") as file:
+                    record = {f.name: getattr(run, f.name) for f in fields(run)}
+                    file.write(json.dumps(record).encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.rename(path)
+            os.fsync(self._folder)
         except OSError as refused:
-            for name in records:
+            for path in paths:
                 with suppress(OSError):
-                    self.done(self.directory / name)
-            raise SpoolError(f"the disk refuses: {refused.strerror}") from refused
-
-    def _write(self, path: Path, content: bytes) -> None:
-        part = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        try:
-            with part.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.rename(path)
-        finally:
-            part.unlink(missing_ok=True)
+                    self.done(path)
+                    path.with_suffix(".tmp").unlink(missing_ok=True)
+            raise SpoolError("SpoolUnwritable", str(refused.strerror)) from refused
 
     def read(self) -> list[tuple[Path, Run]]:
         """Return everything stored, oldest first."""
@@ -1113,9 +1044,9 @@ class Spool:
 
     def done(self, path: Path) -> None:
         """Forget a push that the cluster has or that needs nothing more."""
-        path.unlink(missing_ok=True)
         with self._lock:
             self._names.discard(path.name)
+        path.unlink(missing_ok=True)
 
 
 def parse_run(content: bytes) -> Run:
@@ -1124,13 +1055,13 @@ def parse_run(content: bytes) -> Run:
         run = Run(**json.loads(content))
     except (TypeError, RecursionError) as wrong:
         raise ValueError("not a stored push") from wrong
-    kinds = {f.name: float if f.name == "received" else str for f in fields(run)}
-    if not all(type(getattr(run, name)) is kind for name, kind in kinds.items()):
+    kinds = {f.name: type(getattr(run, f.name)) for f in fields(run)}
+    if kinds != {**dict.fromkeys(kinds, str), "received": float}:
         raise ValueError("a field has another type")
-    if not SHA.fullmatch(run.commit) or not valid_ref(run.ref) or not math.isfinite(run.received):
-        raise ValueError("not a commit of a branch")
-    if run.id != run_id(run.app, run.ref, run.commit) or not DNS_LABEL.fullmatch(run.id):
-        raise ValueError("its id is not that of its commit")
+    named = run.id == run_id(run.app, run.ref, run.commit) and DNS_LABEL.fullmatch(run.id)
+    pushed = SHA.fullmatch(run.commit) and valid_ref(run.ref) and math.isfinite(run.received)
+    if not (named and pushed):
+        raise ValueError("not a commit of a branch by its id")
     return run
 
 
@@ -3681,7 +3612,10 @@ class Controller:
                 self.stop.wait(backoff(failures))
             failures = failures + 1 if left else 0
             self.spooled.wait(0 if left else 30.0)
-            self.stop.wait(0.03)  # a burst of pushes is one call
+            for _ in range(5):  # a burst of pushes is one call
+                known = len(self.spool)
+                if self.stop.wait(0.05) or len(self.spool) == known:
+                    break
 
     def take_in(self, stored: Sequence[tuple[Path, Run]]) -> int:
         """Bring stored pushes into the cluster; return how many must stay. Raises KubectlError."""
@@ -3779,10 +3713,8 @@ class Controller:
         }
         for ref, commit in heads.items():
             seen = refs.get(ref, {})
-            push = Push(urls=(app.repository,), ref=ref, commit=commit, delivery="catch-up")
-            found = runs_of_push(self.config, push, self.clock.now())
-            mine = [] if isinstance(found, Ignored) else [r for r in found if r.app == app.name]
-            run = mine[0] if mine else None
+            told = {"before": str(seen.get("commit", "")), "received": self.clock.now()}
+            run = run_of(app, ref, commit, delivery="catch-up", **told)
             if run is None or seen.get("commit") == commit:
                 continue
             baseline = not seen and ref != app.deploy_ref
@@ -3791,7 +3723,7 @@ class Controller:
             elif run.id not in known or seen:
                 info("head moved unannounced", **run_words(run))
                 self.metrics.catch_up.labels(app.name).inc()
-                self.spool.store([replace(run, before=str(seen.get("commit", "")))])
+                self.spool.store([run])
                 self.spooled.set()
         self.ledger.write(app.name, entries)
 
@@ -4199,7 +4131,8 @@ class WebhookApp:
     ) -> None:
         self.config, self.secrets, self.spool, self.controller = config, secrets, spool, controller
         self.metrics, self.clock = controller.metrics, controller.clock
-        self.deliveries, self.stopping = Deliveries(), threading.Event()
+        self.seen: OrderedDict[str, float] = OrderedDict()  # ids of deliveries; each step is atomic
+        self.stopping = threading.Event()
         self.routes: dict[str, tuple[str, Callable[[WSGIEnvironment], Answer]]] = {
             "/webhook": ("POST", self.webhook),
             "/healthz": ("GET", self.healthz),
@@ -4218,72 +4151,51 @@ class WebhookApp:
                 headers.append(("Allow", method))
                 deny(405, "MethodNotAllowed", f"only {method}")
             status, body = handler(environ)
-        except DeliveryError as refused:
-            status = refused.status
-            body = {"status": "refused", "reason": refused.code, "text": str(refused)}
+        except DeliveryError as early:
+            status, body = early.status, {"reason": early.code, "text": str(early)}
         except Exception:  # noqa: BLE001 - a request ends here; it is logged and counted
             error("request failed", exc=True, path=clip(path, 80))
             self.metrics.errors.labels("request").inc()
             status, body = 500, {"status": "error"}
+        fine = status < http.HTTPStatus.BAD_REQUEST
+        body.setdefault("status", "ignored" if fine else "refused")
         if path == "/webhook":
-            self.report(environ, status, body)
-        content = json.dumps(body).encode() + b"\n"
-        headers.append(("Content-Length", str(len(content))))
-        start_response(f"{int(status)} {http.HTTPStatus(status).phrase}", headers)
-        return [content]
-
-    def report(self, environ: WSGIEnvironment, status: int, body: Object) -> None:
-        """Log and count what became of a delivery."""
-        result = body.get("reason") or body["status"]
-        self.metrics.deliveries.labels(result).inc()
-        say = info if status < http.HTTPStatus.BAD_REQUEST else warn
-        more = {k: body.get(k) for k in ("runs", "text")}
-        say("delivery", delivery=delivery_id(environ), status=status, result=result, **more)
+            result = body.get("reason", body["status"])
+            more = {k: body.get(k) for k in ("runs", "text")}
+            self.metrics.deliveries.labels(result).inc()
+            more |= {"delivery": delivery_id(environ), "status": status, "result": result}
+            (info if fine else warn)("delivery", **more)
+        start_response(f"{status} {http.HTTPStatus(status).phrase}", headers)
+        return [json.dumps(body).encode() + b"\n"]
 
     def webhook(self, environ: WSGIEnvironment) -> Answer:
         """Authenticate, understand and store a delivery; in this order, for security."""
-        body, mode = self.body(environ), self.config.webhook.verify
+        limit, size = self.config.webhook.max_body, int(environ.get("CONTENT_LENGTH") or 0)
+        if size > limit:
+            deny(413, "TooLarge", f"more than {limit} bytes")
+        body, now = environ["wsgi.input"].read(size), self.clock.now()
         try:
-            keys = self.secrets.keys(mode)
+            keys = self.secrets.keys(self.config.webhook.verify)
         except ConfigError as broken:
             error("secrets cannot be used", detail=str(broken))
             deny(503, "NoSecrets", "not configured")
-        headers = {
-            k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k[:5] == "HTTP_"
-        }
-        verify_delivery(mode, keys, headers, body, self.clock.now())
+        given = {k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k[:5] == "HTTP_"}
+        verify_delivery(self.config.webhook.verify, keys, given, body, now)
         kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             deny(415, "NotJson", "send application/json")
-        found: Push | Ignored | list[Run] = parse_delivery(body, delivery_id(environ))
-        if isinstance(found, Push):
-            found = runs_of_push(self.config, found, self.clock.now())
-        if isinstance(found, Ignored):
-            return 200, {"status": "ignored", "reason": found.reason}
-        return self.store(found, delivery_id(environ))
-
-    def store(self, runs: list[Run], delivery: str) -> Answer:
-        """Spool the runs of a delivery unless it is known."""
+        delivery = delivery_id(environ)
+        runs = parse_delivery(self.config, body, delivery=delivery, received=now)
         answer = {"status": "duplicate", "runs": [r.id for r in runs]}
-        if delivery and self.deliveries.known(delivery, self.clock.now()):
+        if delivery and now - self.seen.get(delivery, -math.inf) <= DEDUPE_SECONDS:
             return 200, answer
-        try:
-            self.spool.store(runs)
-        except SpoolError as refused:
-            deny(503, "SpoolUnwritable" if refused.__cause__ else "SpoolFull", str(refused))
-        self.deliveries.remember(delivery, self.clock.now())
+        self.spool.store(runs)
+        self.seen.pop(delivery, None)
+        self.seen[delivery] = now
+        if len(self.seen) > DEDUPE_ENTRIES:
+            self.seen.popitem(last=False)
         self.controller.spooled.set()
         return 202, answer | {"status": "accepted"}
-
-    def body(self, environ: WSGIEnvironment) -> bytes:
-        """Read the body of declared length; 413 beyond the limit, before anything is read."""
-        limit, declared = self.config.webhook.max_body, environ.get("CONTENT_LENGTH") or "0"
-        if not re.fullmatch(r"[0-9]{1,18}", declared, re.ASCII):
-            bad("Content-Length is not a number")
-        if int(declared) > limit:
-            deny(413, "TooLarge", f"more than {limit} bytes")
-        content: bytes = environ["wsgi.input"].read(int(declared))
-        return content
 
     def healthz(self, _: WSGIEnvironment) -> Answer:
         """Whether every thread moves."""
@@ -4304,18 +4216,6 @@ class WebhookApp:
 def delivery_id(environ: WSGIEnvironment) -> str:
     """Return the id that stays when GitLab sends a delivery again, "" when there is none."""
     return clip(environ.get("HTTP_WEBHOOK_ID") or environ.get("HTTP_IDEMPOTENCY_KEY", ""), 100)
-
-
-def admin_app(metrics: Metrics) -> WSGIApplication:
-    """Return the application of the second port: /metrics."""
-
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-        found = environ.get("PATH_INFO") == "/metrics" and environ["REQUEST_METHOD"] == "GET"
-        status = "200 OK" if found else "404 Not Found"
-        start_response(status, [("Content-Type", prometheus_client.CONTENT_TYPE_LATEST)])
-        return [metrics.render() if found else b"not found\n"]
-
-    return app
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress has no types
@@ -4419,7 +4319,8 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
     controller = Controller(config, deployer, spool)
     app = WebhookApp(config, deployer.secrets, spool, controller)
     server = make_server(app, process.listen, config.webhook.max_body)
-    admin = make_server(admin_app(deployer.metrics), process.admin_listen, 0)
+    metrics = prometheus_client.make_wsgi_app(deployer.metrics.registry)
+    admin = make_server(metrics, process.admin_listen, 0)
     stop_on_signals(app.stopping)
     threading.Thread(target=admin.run, name="admin", daemon=True).start()
     controller.start()
@@ -4456,11 +4357,11 @@ def push(tools: Tools, args: argparse.Namespace) -> int:
     body, delivery = json.dumps(payload).encode(), str(uuid.uuid4())
     headers = {"Content-Type": "application/json", "webhook-id": delivery}
     mode, secrets = tools.config.webhook.verify, tools.deployer.secrets
-    secrets.keys(mode)
-    key, stamp = secrets.lines(SECRET_OF_MODE[mode])[0], int(tools.deployer.clock.now())
+    key = secrets.keys(mode)[0]
     if mode == "signature":
-        headers["webhook-timestamp"] = str(stamp)
-        headers["webhook-signature"] = sign(key, delivery, stamp, body)
+        stamp = str(int(tools.deployer.clock.now()))
+        signature = sign(key, delivery.encode(), stamp.encode(), body)
+        headers |= {"webhook-timestamp": stamp, "webhook-signature": signature.decode()}
     else:
         token = key if mode == "token" else hex_hmac(key, body)
         headers["X-Gitlab-Token"] = token.decode("latin-1")
