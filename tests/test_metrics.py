@@ -31,7 +31,8 @@ def test_two_daemons_in_one_process_count_apart() -> None:
 
 
 def test_every_metric_is_ours_by_name_and_says_what_it_means() -> None:
-    families = list(text_string_to_metric_families(generate_latest(hook.Metrics().registry).decode()))
+    text = generate_latest(hook.Metrics().registry).decode()
+    families = list(text_string_to_metric_families(text))
     assert {f.name for f in families} == {
         f"gitops_hook_{name}" for name in (
             "deliveries", "runs", "switches", "kubectl_calls", "errors", "selector_drift",
@@ -75,5 +76,6 @@ def test_probes_and_wrong_paths_are_not_deliveries(receiver: Receiver) -> None:
 def test_durations_are_told_from_a_tenth_of_a_second_to_an_hour() -> None:
     metrics = hook.Metrics()
     metrics.stage_seconds.labels("shop", "test", "ok").observe(3.0)
-    bounds = re.findall(r'stage_seconds_bucket{app="shop",le="([^"]+)"', generate_latest(metrics.registry).decode())
+    text = generate_latest(metrics.registry).decode()
+    bounds = re.findall(r'stage_seconds_bucket{app="shop",le="([^"]+)"', text)
     assert (bounds[0], bounds[-2:]) == ("0.1", ["3600.0", "+Inf"])
