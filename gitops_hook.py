@@ -2164,6 +2164,11 @@ class Watch(Generic[V]):
             gone, self._gone = self._gone, []
             return gone
 
+    def learn(self, found: Object) -> None:
+        """Take over what a patch returned, before the watch tells; what is gone stays so."""
+        if found["metadata"]["name"] in self._items:
+            self._take({"type": "MODIFIED", "object": found})
+
     def stop(self) -> None:
         """End the watch; its thread returns."""
         self.stopped.set()
@@ -2400,6 +2405,18 @@ class View:
         return summary_text(test.notes.get(NOTE_SUMMARY, "")) if test else ""
 
 
+def newest(jobs: Mapping[str, Job]) -> Run:
+    """Return the run of a group of Jobs, as its test Job has it if that is still there."""
+    return (jobs.get("test") or jobs["build"]).run
+
+
+def over(jobs: Mapping[str, Job]) -> bool:
+    """Whether a run has ended: its last Job says so, and not of the time before it was received."""
+    last = jobs.get("build") or jobs["test"]
+    ended = seconds_of(last.notes.get(NOTE_ENDED))
+    return bool(last.outcome) and ended >= newest(jobs).received
+
+
 def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
     """Return that a run has ended."""
     return Action(Do.END, stage, reason, detail, outcome)
@@ -2408,7 +2425,7 @@ def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
 def decide(view: View) -> Action:
     """Return the next step of a run from what is observed; every call could be the first."""
     test, build = (view.jobs.get(stage) for stage in STAGES)
-    if not view.jobs or any(j.outcome for j in view.jobs.values()):
+    if not view.jobs or over(view.jobs):
         return Action(Do.NOTHING)
     if test and (action := decide_job(view, test)):
         return action
@@ -2416,8 +2433,8 @@ def decide(view: View) -> Action:
         return ends(Outcome.TESTED, Reason.OK, view.report, "test")
     if view.app.build.builder == "none":
         return decide_deploy(view)
-    if not build:
-        return decide_start(view, Do.BUILD, "build")
+    if not build or build.outcome:  # of the time before
+        return decide_start(view, Do.REMAKE if build else Do.BUILD, "build")
     return decide_job(view, build) or decide_deploy(view)
 
 
@@ -3759,7 +3776,7 @@ class Controller:
         while self.lost:
             self.vanished(self.lost[0], runs.get(self.lost[0].run.id, {}))
             del self.lost[0]
-        active = {k: g for k, g in runs.items() if not any(j.outcome for j in g.values())}
+        active = {k: g for k, g in runs.items() if not over(g)}
         states = [j.state for g in active.values() for j in g.values()]
         for state in ("suspended", "active"):
             self.metrics.queue.labels(state).set(states.count(state))
@@ -3918,8 +3935,9 @@ class Controller:
     def note(self, found: Job, notes: Mapping[str, str | None], **spec: Any) -> None:
         """Write annotations on a Job; one that is gone needs none."""
         change: Object = {"metadata": {"annotations": dict(notes)}, "spec": spec}
+        watch = next(w for w in self.jobs if w.namespace == found.namespace)
         try:
-            self.kubectl.patch("job", found.name, found.namespace, change)
+            watch.learn(self.kubectl.patch("job", found.name, found.namespace, change))
         except KubectlError as gone:
             if gone.kind != "NotFound":
                 raise
@@ -3938,7 +3956,8 @@ class Controller:
             newest_pod = sorted(mine, key=lambda p: -p.created)[:1]
             detail = self.deployer.with_logs(detail, newest_pod, jobs[stage].namespace)
         notes = {NOTE_OUTCOME: str(outcome), NOTE_REASON: str(action.reason)}
-        notes |= {NOTE_DETAIL: detail[:DETAIL_LENGTH], NOTE_ENDED: f"{self.clock.now():.3f}"}
+        ended = max(self.clock.now(), run.received)  # by a clock that may be ahead
+        notes |= {NOTE_DETAIL: detail[:DETAIL_LENGTH], NOTE_ENDED: f"{ended:.3f}"}
         notes[NOTE_STAGE] = stage
         for found in jobs.values():
             stop = {"activeDeadlineSeconds": 1} if found.state == "active" else {}
@@ -3964,9 +3983,9 @@ class Controller:
 
     def vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
         """End a run whose Job disappeared before its end: missing is failed."""
-        ended = lost.outcome or any(j.outcome for j in left.values())
-        expected = lost.stage in left or (lost.stage == "test" and "build" in left)
-        if ended or expected or lost.state == "failed":
+        ended = lost.outcome or over({lost.stage: lost, **left})
+        green = "build" in left and not left["build"].outcome  # only green tests are built
+        if ended or lost.stage in left or green or lost.state == "failed":
             return
         acted = self.acted.get(lost.run.id)
         if acted and acted[0][0] is Do.REMAKE:
@@ -4074,11 +4093,6 @@ class Controller:
             error("selector drift", by=self.deployer.last_manager(task), **task.words)
 
 
-def newest(jobs: Mapping[str, Job]) -> Run:
-    """Return the run of a group of Jobs, as its test Job has it if that is still there."""
-    return (jobs.get("test") or next(iter(jobs.values()))).run
-
-
 def run_words(run: Run) -> dict[str, Any]:
     """Return the log fields of a run."""
     words = ("app", "delivery", "ref", "commit")
@@ -4100,7 +4114,7 @@ def reopen(kubectl: Kubectl, config: Config, run: Run) -> bool:
     ended = max((seconds_of(j.notes.get(NOTE_ENDED)) for j in jobs), default=0.0)
     if not jobs or any(j.deleting for j in jobs):
         return False
-    if not any(j.outcome for j in jobs) or ended > run.received:
+    if not over({j.stage: j for j in jobs}) or ended > run.received:
         return True
     failed = [j for j in jobs if j.state != "succeeded"]
     lost = jobs if any(j.stage == "test" for j in failed) else failed

@@ -183,6 +183,8 @@ DONE, BUILT = (
 )
 LIVE = a_service(a_run().id, history_entry("deployed"))
 SINCE = a_service("shop-other", history_entry("deployed", run="shop-other", colour="green"))
+ENDED = {hook.NOTE_OUTCOME: "failed", hook.NOTE_ENDED: f"{NOW - 5}"}
+BEFORE = {hook.NOTE_OUTCOME: "failed", hook.NOTE_ENDED: f"{NOW - 100}"}  # before it was received
 DOOMED = hook.Symptom("k", Reason.IMAGE_NOT_FOUND, "image: not found")
 
 
@@ -198,6 +200,9 @@ ACTIONS: dict[str, Case] = {
     "nothing is there": (a_view(), Do.NOTHING, "", Reason.OK, ""),
     "a queued run is released": (
         a_view(a_job("test", "suspended")), Do.RELEASE, "test", Reason.OK, ""),
+    "git does not answer, and no place is free": (
+        a_view(a_job("test", "suspended", since=9999), head="unknown", places=0),
+        Do.WAIT, "test", Reason.GIT_ERROR, "head"),
     "no place is free": (
         a_view(a_job("test", "suspended"), places=0), Do.WAIT, "test", Reason.OK, "free place"),
     "no place was free for too long": (
@@ -374,6 +379,10 @@ ACTIONS: dict[str, Case] = {
             "failed"),
             pods=ended("build", main=terminated(1))),
         Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "exit code 1"),
+    "a build's pods vanished after a green report": (
+        a_view(a_job("test", "succeeded", notes={hook.NOTE_SUMMARY: SUMMARY}), a_job("build",
+            "failed", since=60)),
+        Do.END, "build", (Outcome.FAILED, Reason.VANISHED), "no result"),
     "a digest is kept": (
         a_view(DONE, a_job("build", "succeeded"), pods=ended("build", main=terminated(0,
             DIGEST + "\n"))),
@@ -467,14 +476,40 @@ ACTIONS: dict[str, Case] = {
         Do.DEPLOY, "staging", Reason.OK, ""),
     # after its end
     "a run that has ended": (
-        a_view(a_job("test", "failed", notes={hook.NOTE_OUTCOME: "failed"})), Do.NOTHING, "",
-            Reason.OK, ""),
+        a_view(a_job("test", "failed", notes=ENDED)), Do.NOTHING, "", Reason.OK, ""),
     "a run that has ended, told by its last Job": (
-        a_view(DONE, a_job("build", "failed", notes={hook.NOTE_OUTCOME: "failed"})),
-        Do.NOTHING, "", Reason.OK, ""),
+        a_view(DONE, a_job("build", "failed", notes=ENDED)), Do.NOTHING, "", Reason.OK, ""),
+    "a run that has ended and whose test Job has gone by its time to live": (
+        a_view(a_job("build", "failed", notes=ENDED)), Do.NOTHING, "", Reason.OK, ""),
     "a run that has ended and whose Job is being deleted": (
-        a_view(a_job("test", notes={hook.NOTE_OUTCOME: "failed"}, deletionTimestamp=stamp(NOW))),
+        a_view(a_job("test", notes=ENDED, deletionTimestamp=stamp(NOW))),
         Do.NOTHING, "", Reason.OK, ""),
+    "an end that was not written on the last Job is written once more": (
+        a_view(a_job("test", "succeeded", notes=ENDED), a_job("build", "failed", since=60)),
+        Do.END, "build", (Outcome.FAILED, Reason.VANISHED), ""),
+    # opened again, when only the build of the time before is left
+    "opened again beside a failed build of before": (
+        a_view(a_job("test", "suspended"), a_job("build", "failed", notes=BEFORE)),
+        Do.RELEASE, "test", Reason.OK, ""),
+    "opened again beside a green build of before": (
+        a_view(a_job("test"), a_job("build", "succeeded", notes={hook.NOTE_DIGEST: DIGEST,
+            **BEFORE})),
+        Do.WAIT, "test", Reason.OK, "for its pod"),
+    "a failed build of before is made anew": (
+        a_view(DONE, a_job("build", "failed", notes=BEFORE)), Do.REMAKE, "build", Reason.OK, ""),
+    "a green build of before is made anew, its time to live runs": (
+        a_view(DONE, a_job("build", "succeeded", notes={hook.NOTE_DIGEST: DIGEST, **BEFORE})),
+        Do.REMAKE, "build", Reason.OK, ""),
+    "a build of before that is being deleted is made anew": (
+        a_view(DONE, a_job("build", notes=BEFORE, deletionTimestamp=stamp(NOW))),
+        Do.REMAKE, "build", Reason.OK, ""),
+    "a build of before waits for a place": (
+        a_view(DONE, a_job("build", "failed", notes=BEFORE), places=0),
+        Do.WAIT, "build", Reason.OK, "free place"),
+    "the tests fail beside a build of before": (
+        a_view(a_job("test", "failed"), a_job("build", "failed", notes=BEFORE),
+            pods=ended("test", main=terminated(1))),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 1"),
 }  # fmt: skip
 
 
@@ -1017,7 +1052,7 @@ def test_a_selector_is_narrowed_to_todays_pods(
 
 # === Purity ===
 
-HELPERS = {"clip", "summary_text"}
+HELPERS = {"clip", "seconds_of", "summary_text"}
 FORBIDDEN = {
     "open",
     "print",
