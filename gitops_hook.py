@@ -2406,8 +2406,8 @@ class View:
 
 
 def newest(jobs: Mapping[str, Job]) -> Run:
-    """Return the run of a group of Jobs, as its test Job has it if that is still there."""
-    return (jobs.get("test") or jobs["build"]).run
+    """Return the run of a group of Jobs, as the one has it that was made or opened again last."""
+    return max((j.run for j in jobs.values()), key=lambda run: run.received)
 
 
 def over(jobs: Mapping[str, Job]) -> bool:
@@ -3662,17 +3662,18 @@ class Controller:
                 info("push needs nothing", reason=why, **run_words(run))
                 done.add(run.id)
         wanted = sorted((r for k, r in runs.items() if k not in done), key=lambda r: r.received)
+        entries: dict[str, Object | None] = {}
+        for run in wanted:
+            entries |= self.ledger.seen(run, None)
+        self.ledger.write(app.name, entries)  # before a Job could end
         jobs = [test_job(self.config, app, r) for r in wanted]
         refused = self.kubectl.create_each(jobs, self.config.namespaces["test"]) if jobs else {}
-        entries: dict[str, Object | None] = {}
         for run in wanted:
             line = refused.get(f"test-{run.id}", "")
             if line and not self.settle_refusal(app, run, line):
                 continue
             info("run known" if line else "run queued", **run_words(run))
-            entries |= self.ledger.seen(run, None)
             done.add(run.id)
-        self.ledger.write(app.name, entries)
         return done
 
     def live_commit(self, app: App) -> str:
@@ -3690,6 +3691,8 @@ class Controller:
         if re.search("is invalid|denied the request|BadRequest", line):
             error("job refused", reason=Reason.JOB_REFUSED, detail=clip(line), **run_words(run))
             self.metrics.runs.labels(app.name, Outcome.FAILED, "test", Reason.JOB_REFUSED).inc()
+            ended = self.ledger.seen(run, Outcome.FAILED, Reason.JOB_REFUSED)
+            self.ledger.write(app.name, ended)
             return True
         warn("job not created, will be tried again", detail=clip(line), **run_words(run))
         return False
@@ -3733,6 +3736,8 @@ class Controller:
             told = {"before": str(seen.get("commit", "")), "received": self.clock.now()}
             run = run_of(app, ref, commit, delivery="catch-up", **told)
             if run is None or seen.get("commit") == commit:
+                if run and not seen["outcome"] and run.id not in known:
+                    self.miss(app, run)
                 continue
             baseline = not seen and ref != app.deploy_ref
             if baseline or commit == live or commit in rejected:
@@ -3743,6 +3748,14 @@ class Controller:
                 self.spool.store([run])
                 self.spooled.set()
         self.ledger.write(app.name, entries)
+
+    def miss(self, app: App, run: Run) -> None:
+        """End a run whose Jobs were deleted while nobody looked."""
+        names = self.config.namespaces
+        if not any(self.kubectl.get("job", f"{s}-{run.id}", names[s]) for s in STAGES):
+            made = test_job(self.config, app, run)
+            made["metadata"]["resourceVersion"] = "0"
+            self.vanished(view_job(made), {})
 
     # The loop.
 
@@ -4120,8 +4133,9 @@ def reopen(kubectl: Kubectl, config: Config, run: Run) -> bool:
     lost = jobs if any(j.stage == "test" for j in failed) else failed
     for known in lost:
         kubectl.delete("job", [known.name], known.namespace)
-    for known in (j for j in jobs if j not in lost):
-        cleared: Object = dict.fromkeys((NOTE_OUTCOME, NOTE_REASON, NOTE_DETAIL, NOTE_ENDED))
+    told = (NOTE_OUTCOME, NOTE_REASON, NOTE_DETAIL, NOTE_ENDED, NOTE_STAGE)
+    for known in (j for j in reversed(jobs) if j not in lost):  # the last one tells
+        cleared: Object = dict.fromkeys(told)
         notes = {**cleared, NOTE_RECEIVED: f"{run.received:.3f}", NOTE_DELIVERY: run.delivery}
         change = {"metadata": {"annotations": notes}, "spec": {"ttlSecondsAfterFinished": None}}
         kubectl.patch("job", known.name, known.namespace, change)

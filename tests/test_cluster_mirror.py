@@ -787,6 +787,24 @@ def test_pauses_grow_to_a_limit_and_differ() -> None:
         assert delay * 0.7 <= min(pauses) < max(pauses) <= delay * 1.3
 
 
+def test_what_a_patch_returned_is_known_at_once_unless_it_is_older_or_gone() -> None:
+    kubectl = hook.Kubectl(hook.Metrics())
+    watch = Watch(kubectl, "jobs", "test", hook.view_job, SELECTOR)
+    found = recorded("job-succeeds.jobs.jsonl")[0]["object"]
+    version, name = int(found["metadata"]["resourceVersion"]), found["metadata"]["name"]
+
+    def patched(change: int) -> Object:
+        meta = {**found["metadata"], "resourceVersion": str(version + change)}
+        return {**found, "metadata": meta}
+
+    watch.learn(patched(0))
+    assert not watch.items(), "it was not there, or has gone"
+    watch._take({"type": "ADDED", "object": found})
+    watch.learn(patched(2))
+    watch.learn(patched(1))
+    assert {j.name: j.version for j in watch.items()} == {name: version + 2}
+
+
 def test_views_are_values() -> None:
     one, two = hook.view_pod(LEAST), hook.view_pod(LEAST)
     assert one == two

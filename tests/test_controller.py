@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fleet import Fleet, Gate, fleet
-from tests.world import Object, eventually
+from tests.world import Object, daemon_config, eventually, world
 
 NOTHING = "0" * 40
 PYTEST = "python -m pytest -q -p no:cacheprovider tests/ --junitxml=$JUNIT_XML"
@@ -162,6 +162,16 @@ def test_a_job_deleted_by_hand_ends_its_run_as_vanished(apps: Fleet, gate: Gate)
     assert (ended["outcome"], ended["reason"]) == ("failed", "Vanished")
 
 
+def test_a_job_deleted_while_the_daemon_was_down_is_missed_as_well(apps: Fleet, gate: Gate) -> None:
+    run = apps["gone"].go("v2")
+    eventually(lambda: released(apps, run), what="its tests run")
+    assert apps.stop() == 0
+    assert apps.kubectl("delete", "job", f"test-{run}", "-n", "test").code == 0
+    apps.start()
+    ended = apps.ended(run)
+    assert (ended["outcome"], ended["reason"]) == ("failed", "Vanished")
+
+
 # The same commit again.
 
 
@@ -195,6 +205,31 @@ def test_a_branch_forced_back_to_an_earlier_commit_deploys_that_again(apps: Flee
     eventually(lambda: len(apps.said("run ended", run=run, outcome="deployed")) == 2, 60)
     assert back.answer()["version"] == "v1"
     assert apps.created(f"test-{run}") == 1
+
+
+def quick_tests(repository: Path) -> Object:
+    """Return a configuration that builds images and whose tests are always green."""
+    config = daemon_config(repository)
+    config["apps"][0]["test"] = {"command": "true"}
+    return config
+
+
+def test_a_rerun_beside_an_old_build_job_makes_that_anew(tmp_path: Path) -> None:
+    with world(tmp_path, quick_tests, speed=2.0) as one:
+        one.start()
+        run = one.push(one.repository.release("v1", Dockerfile="NONSENSE\n"))
+        assert one.ended(run)["reason"] == "BuildFailed"
+        old = one.cluster.store.get("jobs", "build", f"build-{run}")["metadata"]["uid"]
+        # as after its time to live, which is over before that of the build
+        one.cluster.store.delete("jobs", "test", f"test-{run}")
+        assert one.command("rerun", run).returncode == 0
+
+        def ends() -> list[Object]:
+            return [e for e in one.logged() if e["msg"] == "run ended" and e["run"] == run]
+
+        eventually(lambda: len(ends()) == 2, 30, "it ends again")
+        assert [e["reason"] for e in ends()] == ["BuildFailed"] * 2
+        assert one.cluster.store.get("jobs", "build", f"build-{run}")["metadata"]["uid"] != old
 
 
 # Outages.

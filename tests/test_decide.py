@@ -487,6 +487,11 @@ ACTIONS: dict[str, Case] = {
     "an end that was not written on the last Job is written once more": (
         a_view(a_job("test", "succeeded", notes=ENDED), a_job("build", "failed", since=60)),
         Do.END, "build", (Outcome.FAILED, Reason.VANISHED), ""),
+    # opened again, its last Job first
+    "opened again as far as its build": (
+        a_view(a_job("test", "succeeded", run=a_run(received=NOW - 200), notes=BEFORE), BUILT,
+            run=a_run()),
+        Do.DEPLOY, "staging", Reason.OK, ""),
     # opened again, when only the build of the time before is left
     "opened again beside a failed build of before": (
         a_view(a_job("test", "suspended"), a_job("build", "failed", notes=BEFORE)),
