@@ -1465,140 +1465,143 @@ def summary_text(summary: str) -> str:
 # === app manifests ================================================================================
 
 MANIFEST_BYTES = 2 * 1024 * 1024  # of one file, or of what kustomize prints
-MANIFEST_DEPTH = 60
+MANIFEST_NODES = 100_000  # keys and values in it, a kilobyte of memory each
 CONFIGMAP_BYTES = 1024 * 1024 - 4096  # what the API server takes, its own additions left out
+UNSHAPED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+INVALID = Reason.MANIFEST_INVALID
 KINDS = {"Deployment": "apps/v1", "Service": "v1", "ConfigMap": "v1"}
-TEXTS = {"labels", "annotations", "data", "binaryData", "matchLabels", "nodeSelector"}
-SHAPES: dict[str, type] = {  # of what is read here, wherever it stands
-    **dict.fromkeys(("metadata", "spec", "template", "configMap", "projected", "valueFrom"), dict),
-    **dict.fromkeys(("lifecycle", "configMapKeyRef", "configMapRef", *TEXTS), dict),
-    **dict.fromkeys(("containers", "initContainers", "volumes", "sources"), list),
-    **dict.fromkeys(("env", "envFrom", "ports"), list),
-    **dict.fromkeys(("replicas", "minReadySeconds", "terminationGracePeriodSeconds"), int),
-    **dict.fromkeys(("name", "image", "namespace", "value"), str),
-}
-SHAPE_NAMES = {dict: "a mapping", list: "a list", int: "a whole number", str: "a text (quote it)"}
+DATA = ("data", "binaryData")  # of a ConfigMap
+GENTLE = {"maxSurge": 1, "maxUnavailable": 0}
+SERVICE_ACCOUNTS = ("serviceAccountName", "serviceAccount")
+CONFIGMAP_REFERENCES = ("configMap", "configMapRef", "configMapKeyRef")
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
+KUSTOMIZATION_VISITS = 100  # each counts as often as it is named, since they multiply
 KUSTOMIZE_PATHS = {  # the keys under which kustomize reads, or fetches, what is named there
-    *("resources", "bases", "components", "crds", "configurations", "patchesstrategicmerge"),
-    *("path", "files", "envs", "env"),
+    *("resources", "bases", "components", "crds", "configurations", "patches"),
+    *("patchesstrategicmerge", "path", "files", "envs", "env"),
 }
-KUSTOMIZE_TEXTS = {"commonlabels", "commonannotations", "labels", "annotations", "pairs", "target"}
+KUSTOMIZE_TEXTS = {"commonlabels", "commonannotations", "labels", "metadata", "generatoroptions"}
 KUSTOMIZE_REFUSED = {"generators", "transformers", "validators", "helmcharts", "helmglobals"}
 
 
-def invalid(detail: str) -> NoReturn:
-    """End a run because its manifests cannot be read."""
-    raise StageError(Reason.MANIFEST_INVALID, detail)
-
-
-def refuse(detail: str) -> NoReturn:
-    """End a run because its manifests ask for what the hook does not do."""
-    raise StageError(Reason.MANIFEST_REFUSED, detail)
+def refuse(detail: str, reason: Reason = Reason.MANIFEST_REFUSED) -> NoReturn:
+    """End a run because of its manifests."""
+    raise StageError(reason, detail)
 
 
 class ManifestLoader(yaml.SafeLoader):
     """YAML with dates as texts, as kubectl reads it. The loader in C dies of deep nesting."""
 
-    def construct_date(self, node: yaml.ScalarNode) -> Any:
-        """Return the text."""
-        return self.construct_scalar(node)
+    nodes = 0
+
+    def compose_node(self, *where: Any) -> yaml.Node | None:
+        """Return the next node, unless there were too many."""
+        self.nodes += 1
+        if self.nodes > MANIFEST_NODES:
+            raise yaml.YAMLError(f"more than {MANIFEST_NODES} keys and values")
+        return super().compose_node(*where)
 
 
-ManifestLoader.add_constructor("tag:yaml.org,2002:timestamp", ManifestLoader.construct_date)
+ManifestLoader.yaml_implicit_resolvers = {
+    first: [known for known in forms if not known[0].endswith(":timestamp")]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_documents(text: str, source: str) -> list[Object]:
-    """Return the documents of a YAML or JSON text, without nulls; faults name file and line."""
-    chunks, left, in_json = [], 10 * len(text) + 4096, source.endswith(".json")
+    """Return the documents of a YAML or JSON text; faults name file and line."""
+    chunks, left, in_json = [], 2 * len(text) + 2**19, source.endswith(".json")
     try:
         read = [json.loads(text)] if in_json else yaml.load_all(text, ManifestLoader)
+        # through JSON: what it cannot say is refused, and what anchors share is copied, to a limit
         for chunk in json.JSONEncoder(allow_nan=False, ensure_ascii=False).iterencode([*read]):
             chunks.append(chunk)
             left -= len(chunk)
             if left < 0:
-                invalid(f"{source}: expands to too much; its anchors multiply")
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError) as wrong:
-        mark = getattr(wrong, "problem_mark", None)
-        line = mark.line + 1 if mark else getattr(wrong, "lineno", 0)
-        said = getattr(wrong, "problem", None) or wrong
-        invalid(f"{source}{f':{line}' if line else ''}: {clip(str(said), 120)}")
-    found = json.loads(
-        "".join(chunks), object_hook=lambda m: {k: v for k, v in m.items() if v is not None}
-    )
-    documents = [d for d in found if d is not None]
+                refuse(f"{source}: expands to too much; its anchors multiply", INVALID)
+        documents = [d for d in json.loads("".join(chunks)) if d is not None]
+    except (yaml.YAMLError, *UNSHAPED) as wrong:
+        said = str(wrong).replace('"<unicode string>", ', "")
+        refuse(f"{source}: {clip(said)}", INVALID)
     if not all(isinstance(d, dict) for d in documents):
-        invalid(f"{source}: a document is not a mapping (links are not followed)")
+        refuse(f"{source}: a document is not a mapping (links are not followed)", INVALID)
     return documents
 
 
 def parse_objects(text: str, source: str) -> list[tuple[str, Object]]:
-    """Return the Kubernetes objects in a text, those in Lists too, each with its source."""
+    """Return the Kubernetes objects in a text, those in Lists too, each with what to call it."""
     found: list[Any] = []
     for document in parse_documents(text, source):
         items, kind = document.get("items"), str(document.get("kind"))
         found += items if isinstance(items, list) and kind.endswith("List") else [document]
-    if not all(isinstance(o, dict) and isinstance(o.get("kind"), str) for o in found):
-        invalid(f"{source}: not a Kubernetes object, it has no kind")
-    return [(source, o) for o in found]
-
-
-def read_text(file: Path, source: str) -> str:
-    """Return the text of a file of the commit."""
-    if file.is_symlink() or not file.is_file() or file.stat().st_size > MANIFEST_BYTES:
-        invalid(f"{source}: not a plain file of at most {MANIFEST_BYTES >> 20} MiB")
     try:
-        return file.read_text("utf-8-sig")
+        names = [" ".join((o["kind"], o["metadata"]["name"])) for o in found]
+    except (KeyError, TypeError):
+        refuse(f"{source}: not a Kubernetes object, kind or metadata.name is missing", INVALID)
+    return [(f"{source}: {clip(n, 100)}", o) for n, o in zip(names, found, strict=True)]
+
+
+def read_text(root: Path, file: Path) -> tuple[str, str]:
+    """Return the text of a file of the commit, and its path in there."""
+    source = str(file.relative_to(root))
+    if file.is_symlink() or not file.is_file() or file.stat().st_size > MANIFEST_BYTES:
+        refuse(f"{source}: not a plain file of at most {MANIFEST_BYTES >> 20} MiB", INVALID)
+    try:
+        return file.read_text("utf-8-sig"), source
     except UnicodeDecodeError:
-        invalid(f"{source}: not UTF-8")
+        refuse(f"{source}: not UTF-8", INVALID)
 
 
 def read_manifests(root: Path, path: str) -> list[tuple[str, Object]]:
     """Return the objects of an app's manifests folder, plain or built by kustomize."""
     root, directory = root.resolve(), (root / path).resolve()
     if not directory.is_dir() or not directory.is_relative_to(root):
-        invalid(f"there is no folder {path!r} in the commit")
+        refuse(f"there is no folder {path!r} in the commit", INVALID)
     if any((directory / k).exists() for k in KUSTOMIZATIONS):
-        check_kustomization(root, directory, set())
+        check_kustomization(root, directory, [])
         return parse_objects(kustomize(directory), f"{path}/kustomization")
     files = [f for f in sorted(directory.iterdir()) if f.suffix in (".yaml", ".yml", ".json")]
-    sources = {f"{path}/{f.name}": f for f in files if not f.name.startswith(".")}
-    return [o for source, f in sources.items() for o in parse_objects(read_text(f, source), source)]
+    texts = [read_text(root, f) for f in files if not f.name.startswith(".")]
+    return [o for text in texts for o in parse_objects(*text)]
 
 
-def check_kustomization(root: Path, directory: Path, seen: set[Path]) -> None:
+def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a value and all that is in it, each with the key it stands under."""
+    yield key, value
+    listed = [(key, v) for v in value] if isinstance(value, list) else []
+    for name, inner in value.items() if isinstance(value, dict) else listed:
+        yield from walk(name, inner)
+
+
+def check_kustomization(root: Path, directory: Path, visits: list[str]) -> None:
     """Refuse a kustomization that names what is not in the commit: kubectl would fetch it."""
-    files = [directory / k for k in KUSTOMIZATIONS if (directory / k).exists()]
-    for file in files if directory not in seen else ():
-        seen.add(directory)
-        where = str(file.relative_to(root))
-        for path in kustomize_paths(parse_documents(read_text(file, where), where), where):
+    for file in [directory / k for k in KUSTOMIZATIONS if (directory / k).exists()]:
+        text, where = read_text(root, file)
+        visits.append(where)
+        if len(visits) > KUSTOMIZATION_VISITS:
+            refuse(f"{where}: includes itself, or is one of too many")
+        for path in kustomize_paths(parse_documents(text, where), where):
             # kustomize takes a URL for one, and github.com too, even where a file has that name
             named = re.fullmatch(r"(?!github\.com)[\w./ +=~-]{1,200}", path, re.IGNORECASE)
             target = (directory / path).resolve() if named else root.parent
             if not target.is_relative_to(root) or not target.exists():
                 refuse(f"{where}: {clip(path, 80)!r} is not in the commit; copy it there")
             if target.is_dir():
-                check_kustomization(root, target, seen)
+                check_kustomization(root, target, visits)
 
 
-def kustomize_paths(value: Any, where: str, key: str = "") -> Iterator[str]:
+def kustomize_paths(documents: Iterable[Object], where: str) -> Iterator[str]:
     """Yield every text in a kustomization that kustomize takes for a path."""
-    if key in KUSTOMIZE_REFUSED:
-        refuse(f"{where}: {key} is not supported; put what it makes into the repository")
-    if isinstance(value, list):
-        for inner in value:
-            yield from kustomize_paths(inner, where, key)
-    elif isinstance(value, dict):
-        # kustomize does not tell upper from lower case in keys
-        for name, inner in ((k.casefold(), v) for k, v in value.items()):
-            if name not in KUSTOMIZE_TEXTS:
-                yield from kustomize_paths(inner, where, name)
-    elif key in KUSTOMIZE_PATHS and isinstance(value, str):
-        if key == "files":
-            yield value.rpartition("=")[2]
-        elif key != "patchesstrategicmerge" or "\n" not in value:
-            yield value
+    items = [i for d in documents for i in d.items() if i[0].casefold() not in KUSTOMIZE_TEXTS]
+    # kustomize does not tell upper from lower case in keys
+    for key, value in ((k.casefold(), v) for item in items for k, v in walk(*item)):
+        if key in KUSTOMIZE_REFUSED:
+            refuse(f"{where}: {key} is not supported; put what it makes into the repository")
+        if key in KUSTOMIZE_PATHS and isinstance(value, str):
+            if key == "files":
+                yield value.rpartition("=")[2]
+            elif "\n" not in value or not key.startswith("patches"):
+                yield value
 
 
 def kustomize(directory: Path) -> str:
@@ -1609,110 +1612,54 @@ def kustomize(directory: Path) -> str:
         environ = {"PATH": home, "HOME": home, **closed}
         code, stdout, stderr = execute(argv, timeout=KUBECTL_TIMEOUT, environ=environ)
     if code != 0 or len(stdout) > MANIFEST_BYTES:
-        said = "no answer in time" if code is None else "it makes too much" if code == 0 else stderr
-        invalid(f"kustomize: {clip(said.replace(str(directory), ''))}")
+        said = clip(stderr.replace(str(directory), "")) or "it makes too much, or does not end"
+        refuse(f"kustomize: {said}", INVALID)
     return stdout
 
 
 @dataclass(frozen=True, slots=True)
 class AppObjects:
-    """What an app's manifests hold, checked: one Deployment, one Service, ConfigMaps."""
+    """What an app's manifests hold: one Deployment, one Service, ConfigMaps; what is left out."""
 
+    app: App
     deployment: Object
     service: Object
-    configmaps: tuple[Object, ...]
-    ignored: tuple[str, ...]
+    configmaps: list[Object]
+    ignored: list[str]
 
 
 def check_objects(app: App, namespace: str, found: Sequence[tuple[str, Object]]) -> AppObjects:
     """Return the objects of an app, or end the run before anything changes, saying what to do."""
     kept: dict[str, dict[str, Object]] = {kind: {} for kind in KINDS}
     ignored = []
-    for source, item in found:
-        kind, meta = item["kind"], item.get("metadata")
-        name = meta.get("name") if isinstance(meta, dict) else None
-        where = f"{source}: {clip(kind, 40)} {clip(str(name), 60)}"
+    for where, item in found:
+        kind, version = item["kind"], clip(str(item.get("apiVersion")), 40)
+        name, space = item["metadata"]["name"], item["metadata"].get("namespace")
         if kind in app.deploy.ignore_kinds:
-            ignored.append(f"{clip(kind, 40)} {clip(str(name), 60)}")
+            ignored.append(where)
             continue
-        if KINDS.get(kind, "") != item.get("apiVersion"):
-            version = clip(str(item.get("apiVersion")), 40)
+        if (kind, version) not in KINDS.items():
             refuse(f"{where} of {version} is not deployed; apply it, list its kind in ignore_kinds")
-        check_shape(item, where)
-        if not name or name in kept[kind]:
-            invalid(f"{where} is there twice" if name else f"{where} has no metadata.name")
-        if item["metadata"].get("namespace", namespace) != namespace:
+        if (space or namespace) != namespace:
             refuse(f"{where} names a namespace that is not {namespace!r}; leave it out")
-        check_spec(item, where)
+        if name in kept[kind]:
+            refuse(f"{where} is there twice", INVALID)
         kept[kind][name] = item
-    if [len(kept["Deployment"]), list(kept["Service"])] != [1, [app.name]]:
-        counts = f"{len(kept['Deployment'])} and {', '.join(kept['Service']) or 'none'}"
+    deployments, services, maps = (list(found.values()) for found in kept.values())
+    if len(deployments) != 1 or list(kept["Service"]) != [app.name]:
+        counts = f"{len(deployments)} and {', '.join(kept['Service']) or 'none'}"
         refuse(f"needed are one Deployment and one Service {app.name!r}, found {clip(counts)}")
-    (deployment,), (service,) = kept["Deployment"].values(), kept["Service"].values()
-    return AppObjects(deployment, service, tuple(kept["ConfigMap"].values()), tuple(ignored))
+    return AppObjects(app, deployments[0], services[0], maps, ignored)
 
 
-def check_shape(value: Any, where: str, field: str = "", depth: int = 0) -> None:
-    """End the run unless every field that is read here has the type that Kubernetes gives it."""
-    wanted = SHAPES.get(field)
-    if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
-        invalid(f"{where} is not {SHAPE_NAMES[wanted]}")
-    if depth > MANIFEST_DEPTH:
-        invalid(f"{where}: nested too deeply")
-    inner = value.items() if isinstance(value, dict) else ()
-    for key, each in enumerate(value) if isinstance(value, list) else inner:
-        # entries of these lists are mappings, and what stands in these mappings is text
-        kind = "spec" if wanted is list else "value" if field in TEXTS else str(key)
-        if kind != "selector":  # ours takes its place
-            check_shape(each, f"{where}.{clip(str(key), 60)}", kind, depth + 1)
-
-
-def check_spec(item: Object, where: str) -> None:
-    """End the run if a Deployment has no usable pods or a Service no usable ports."""
-    spec = item.get("spec", {})
-    if item["kind"] == "Deployment":
-        pod = spec.get("template", {}).get("spec", {})
-        if not pod.get("containers"):
-            invalid(f"{where} has no containers")
-        if not all(c.get("name") and c.get("image") for c in all_containers(pod)):
-            invalid(f"{where}: a container has no name or no image")
-        if pod.get("serviceAccountName") or pod.get("serviceAccount"):
-            refuse(f"{where} names a service account; pods run with the namespace's default one")
-    if item["kind"] == "Service":
-        if not spec.get("ports") or not all(isinstance(p.get("port"), int) for p in spec["ports"]):
-            invalid(f"{where} has no ports")
-        if spec.get("type") == "ExternalName":
-            refuse(f"{where} is an ExternalName, which selects no pods")
-
-
-def all_containers(pod: Object) -> list[Object]:
-    """Return the containers and init containers of a pod spec."""
-    return [*pod["containers"], *pod.get("initContainers", ())]
-
-
-def set_images(app: App, pod: Object, image: str) -> None:
-    """Put the built image, by digest, wherever the manifests name it; end the run if nowhere.
-
-    With builder none every image must already be named by digest.
-    """
-    containers = all_containers(pod)
-    if app.build.builder == "none":
-        images = [c["image"] for c in containers]
-        if loose := [i for i in images if not re.search(rf"@{DIGEST.pattern}$", i)]:
-            refuse(f"builder none: image {clip(loose[0], 120)!r} is not named by digest")
-        return
-    tail, names = re.compile(r"(:[^/:@]*)?(@.*)?$"), {app.build.image, app.name}
-    ours = [c for c in containers if tail.sub("", c["image"], count=1) in names]
-    if not ours:
-        refuse(f"no container's image is {app.build.image!r} (or {app.name!r}): nothing to set")
-    for container in ours:
-        container["image"] = image
-
-
-def manifest(kind: str, name: str, labels: Mapping[str, str], **content: Any) -> Object:
-    """Return an object with our labels."""
-    meta = {"name": name, "labels": {**labels, LABEL_MANAGED: MANAGER}}
-    return {"apiVersion": KINDS[kind], "kind": kind, "metadata": meta, **content}
+def manifest(kind: str, name: str, labels: Mapping[str, str], given: Object) -> Object:
+    """Return an object with our labels, and the labels and annotations of a repository's."""
+    meta: Object = {"name": name}
+    for field in ("labels", "annotations"):
+        told = (given.get(field) or {}).items()
+        meta[field] = {k: v for k, v in told if not k.startswith(f"{MANAGER}/")}
+    meta["labels"] |= {**labels, LABEL_MANAGED: MANAGER}
+    return {"apiVersion": KINDS[kind], "kind": kind, "metadata": meta}
 
 
 def immutable(name: str, labels: Mapping[str, str], **content: Any) -> Object:
@@ -1721,139 +1668,44 @@ def immutable(name: str, labels: Mapping[str, str], **content: Any) -> Object:
     if len(text) > CONFIGMAP_BYTES:
         refuse(f"ConfigMap {clip(name, 60)} of {len(text)} bytes: {CONFIGMAP_BYTES} are possible")
     # the app counts too: what two apps shared would go with the first of them
-    named = labels[LABEL_APP].encode() + b" " + text
-    name = f"{name}-{hashlib.sha256(named).hexdigest()[:8]}"
-    return manifest("ConfigMap", name, labels, immutable=True, **content)
+    digest = hashlib.sha256(labels[LABEL_APP].encode() + b" " + text).hexdigest()
+    made = manifest("ConfigMap", f"{name}-{digest[:8]}", labels, {})
+    return {**made, "immutable": True, **content}
 
 
-def rewrite_references(pod: Object, copies: Mapping[str, Object]) -> None:
-    """Point every reference to a ConfigMap at its copy: volumes, projected, env, envFrom."""
-    volumes, containers = pod.get("volumes", []), all_containers(pod)
-    sources = [s for v in volumes for s in v.get("projected", {}).get("sources", ())]
-    values = [e.get("valueFrom", {}) for c in containers for e in c.get("env", ())]
-    named = [
-        *(holder.get("configMap") for holder in (*volumes, *sources)),
-        *(value.get("configMapKeyRef") for value in values),
-        *(each.get("configMapRef") for c in containers for each in c.get("envFrom", ())),
-    ]
-    for reference in named:
-        if reference and reference.get("name") in copies:
-            reference["name"] = copies[reference["name"]]["metadata"]["name"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
-    """Where and as what a run is rendered."""
-
-    app: App
-    run: Run
-    namespace: str
-    colour: str
-    image: str
-    live_replicas: int
-
-    @property
-    def selector(self) -> dict[str, str]:
-        """What a Service selects to reach exactly this run: always the same three keys."""
-        return {LABEL_APP: self.app.name, LABEL_VERSION: self.colour, LABEL_RUN: self.run.id}
-
-
-def render_deployment(place: Placement, objects: AppObjects, copies: Object) -> Object:
-    """Return the coloured Deployment of a run. What the app says stays, but names and labels."""
-    given = copy.deepcopy(objects.deployment)
-    meta, spec, template = given["metadata"], given["spec"], given["spec"]["template"]
-    inner, ours = template.get("metadata", {}), {LABEL_MANAGED: MANAGER, **place.selector}
-    template["metadata"] = {**inner, "labels": {**inner.get("labels", {}), **ours}}
-    set_images(place.app, template["spec"], place.image)
-    rewrite_references(template["spec"], copies)
-    set_probes(place.app, template["spec"], objects.service)
-    replicas = max(spec.get("replicas", 1), place.live_replicas, 1)
-    calm = spec.get("minReadySeconds", 10)
-    longest = max(place.app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, calm + 10))
-    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
-    defaults = {"minReadySeconds": 10, "revisionHistoryLimit": 3, "strategy": rolling}
-    chosen = {"matchLabels": {LABEL_APP: place.app.name, LABEL_VERSION: place.colour}}
-    fixed = {"replicas": replicas, "paused": False, "selector": chosen}
-    fixed["progressDeadlineSeconds"] = max(int(longest), calm + 1)
-    name, labels = f"{place.app.name}-{place.colour}", {**meta.get("labels", {}), **ours}
-    made = manifest("Deployment", name, labels, spec={**defaults, **spec, **fixed})
-    notes = {**meta.get("annotations", {}), NOTE_COMMIT: place.run.commit}
-    made["metadata"]["annotations"] = notes
+def ports_like(ports: Iterable[Object], live: Iterable[Object] = ()) -> list[Object]:
+    """Return ports with the node ports that a live Service has for them; none where it has none."""
+    nodes = {(p["port"], p.get("protocol")): p["nodePort"] for p in live if p.get("nodePort")}
+    made = []
+    for port in ports:
+        node = nodes.get((port["port"], port.get("protocol") or "TCP"))
+        known = {"nodePort": node, **port} if node else port
+        made.append({k: v for k, v in known.items() if nodes or k != "nodePort"})
     return made
 
 
-def set_probes(app: App, pod: Object, service: Object) -> None:
-    """Add a readiness probe and a preStop sleep where the app says nothing; never a liveness."""
-    port, containers = service["spec"]["ports"][0], pod["containers"]
-    target = port.get("targetPort", port["port"])
-    declared = [(c, p) for c in containers for p in c.get("ports", ())]
-    serving = [c for c, p in declared if target in (p.get("name"), p.get("containerPort"))]
-    if not serving and not isinstance(target, int):
-        invalid(f"the Service's targetPort {clip(str(target), 60)!r} is no port of a container")
-    if not any(c.get("readinessProbe") for c in containers):
-        probe = {"httpGet": {"path": app.deploy.health.path, "port": target}}
-        times = {"initialDelaySeconds": 5, "periodSeconds": 5}
-        (serving or containers)[0]["readinessProbe"] = {**probe, **times}
-    # Kubernetes refuses a sleep that is longer than the grace period
-    if seconds := min(5, pod.get("terminationGracePeriodSeconds", 30)):
-        for container in containers:
-            hooks = container.get("lifecycle", {})
-            container["lifecycle"] = {"preStop": {"sleep": {"seconds": seconds}}, **hooks}
-
-
-def service_object(
-    app: App, name: str, spec: Object, selector: Mapping[str, str], stage: str
-) -> Object:
-    """Return a Service of ours; stage tells the live one from the preview."""
-    labels = {LABEL_APP: app.name, LABEL_STAGE: stage}
-    return manifest("Service", name, labels, spec={**spec, "selector": dict(selector)})
-
-
-def plain_ports(ports: Iterable[Object]) -> list[Object]:
-    """Return Service ports without node ports."""
-    return [{k: v for k, v in p.items() if k != "nodePort"} for p in ports]
-
-
-def ports_like(ports: Iterable[Object], live: Iterable[Object]) -> list[Object]:
-    """Return ports with the node ports that a live Service has for them; none where it has none."""
-    nodes = {(p["port"], p.get("protocol", "TCP")): p.get("nodePort") for p in live}
-    if not any(nodes.values()):
-        return plain_ports(ports)
-    known = [(p, nodes.get((p["port"], p.get("protocol", "TCP")))) for p in ports]
-    return [{"nodePort": node, **p} if node else dict(p) for p, node in known]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Release:
     """The rendered objects of one run in one environment: what applying it again needs."""
 
     run: str
     commit: str
-    ref: str
     image: str
     colour: str
     selector: dict[str, str]
     deployment: Object
-    configmaps: tuple[Object, ...]
+    configmaps: list[Object]
     service: Object
-    service_meta: Object
 
     @property
     def ports(self) -> list[Object]:
         """The ports of the run's Service."""
-        return list(self.service["ports"])
+        return list(self.service["spec"]["ports"])
 
     @property
     def wanted(self) -> int:
         """How many replicas the run was rendered with."""
         return int(self.deployment["spec"]["replicas"])
-
-    def live_service(self, app: App) -> Object:
-        """Return the live Service of a first deployment, with the labels and notes of the app."""
-        made = service_object(app, app.name, self.service, self.selector, "live")
-        labels = {**self.service_meta["labels"], **made["metadata"]["labels"]}
-        made["metadata"] |= {**self.service_meta, "labels": labels}
-        return made
 
     def configmap(self, app: str) -> Object:
         """Return the immutable ConfigMap that records the release."""
@@ -1866,30 +1718,123 @@ class Release:
     def from_configmap(cls, found: Object) -> Release:
         """Return the release that a ConfigMap records; raises StageError when it cannot be read."""
         try:
-            content = json.loads(zlib.decompress(base64.b64decode(found["binaryData"]["release"])))
-            return cls(**{**content, "configmaps": tuple(content["configmaps"])})
-        except (KeyError, TypeError, ValueError, zlib.error) as wrong:
-            raise StageError(Reason.MANIFEST_INVALID, "a release record cannot be read") from wrong
+            packed = base64.b64decode(found["binaryData"]["release"])
+            return cls(**json.loads(zlib.decompress(packed)))
+        except (KeyError, TypeError, ValueError, zlib.error):
+            refuse("a release record cannot be read", INVALID)
 
 
-def render(place: Placement, objects: AppObjects) -> Release:
-    """Return everything that a run puts into an environment; pure."""
-    copies = {}
-    for original in objects.configmaps:
-        content = {k: original[k] for k in ("data", "binaryData") if original.get(k)}
-        name = original["metadata"]["name"]
-        copies[name] = immutable(name, {LABEL_APP: place.app.name}, **content)
-    service, run = objects.service, place.run
-    told: Object = {"run": run.id, "commit": run.commit, "ref": run.ref, "image": place.image}
-    told |= {"colour": place.colour, "selector": place.selector}
-    spec = {k: v for k, v in service["spec"].items() if k != "selector"}
-    said = {k: service["metadata"].get(k, {}).items() for k in ("labels", "annotations")}
-    meta = {k: {n: v for n, v in s if not n.startswith(f"{MANAGER}/")} for k, s in said.items()}
-    deployment, maps = render_deployment(place, objects, copies), tuple(copies.values())
-    told |= {"deployment": deployment, "configmaps": maps, "service": spec, "service_meta": meta}
-    release = Release(**told)
-    release.configmap(place.app.name)  # refuses what is too large before anything changes
+def render(objects: AppObjects, run: Run, image: str, colour: str, live_replicas: int) -> Release:
+    """Return everything that a run puts into an environment; pure.
+
+    Only what is read here must have the right shape; the rest is for the API server to judge.
+    """
+    app = objects.app
+    selector = {LABEL_APP: app.name, LABEL_VERSION: colour, LABEL_RUN: run.id}
+    try:
+        given = copy.deepcopy(objects)
+        service = live_service(app, given.service, selector)
+        copies = {m["metadata"]["name"]: copied(app, m) for m in given.configmaps}
+        pod = given.deployment["spec"]["template"]["spec"]
+        if {pod.get(k) for k in SERVICE_ACCOUNTS} - {None, "", "default"}:
+            refuse("the Deployment names a service account; its pods get the namespace's default")
+        for key, value in walk("", pod):
+            named = key in CONFIGMAP_REFERENCES and isinstance(value, dict) and value.get("name")
+            if named in copies:
+                value["name"] = copies[named]["metadata"]["name"]
+        set_images(app, pod, image)
+        set_probes(app, pod, service["spec"]["ports"][0])
+        name, meta = f"{app.name}-{colour}", given.deployment["metadata"]
+        deployment = manifest("Deployment", name, selector, meta)
+        deployment["metadata"]["annotations"][NOTE_COMMIT] = run.commit
+        deployment["spec"] = coloured(app, given.deployment["spec"], selector, live_replicas)
+        place = (run.id, run.commit, image, colour, selector)
+        release = Release(*place, deployment, [*copies.values()], service)
+        release.configmap(app.name)  # refuses what is too large before anything changes
+    except UNSHAPED as wrong:
+        near = clip(repr(getattr(wrong, "obj", None) or wrong), 80)
+        told = f"the Deployment or the Service is not formed well, near {near}"
+        refuse(f"{told}; `kubectl apply --dry-run=server` on them says more", INVALID)
     return release
+
+
+def live_service(app: App, given: Object, selector: Mapping[str, str]) -> Object:
+    """Return the live Service as a first deployment creates it; later only its ports change."""
+    spec, ports = given["spec"], ports_like(given["spec"]["ports"])
+    if not ports or (len(ports) > 1 and not all(p.get("name") for p in ports)):
+        refuse(f"Service {app.name} needs ports, and of several each a name", INVALID)
+    if spec.get("type") == "ExternalName":
+        refuse(f"Service {app.name} is an ExternalName, which selects no pods")
+    labels = {LABEL_APP: app.name, LABEL_STAGE: "live"}
+    made = manifest("Service", app.name, labels, given["metadata"])
+    return {**made, "spec": {**spec, "selector": selector}}
+
+
+def copied(app: App, given: Object) -> Object:
+    """Return the immutable copy of a ConfigMap."""
+    name, content = given["metadata"]["name"], {k: given.get(k) or {} for k in DATA}
+    if loose := [k for k, v in content["data"].items() if not isinstance(v, str | None)]:
+        refuse(f"ConfigMap {clip(name, 60)}: {clip(loose[0], 60)} is not a text: quote it", INVALID)
+    return immutable(name, {LABEL_APP: app.name}, **content)
+
+
+def set_images(app: App, pod: Object, image: str) -> None:
+    """Put the built image, by digest, wherever the manifests name it; end the run if nowhere.
+
+    With builder none every image must already be named by digest.
+    """
+    containers = [*pod["containers"], *(pod.get("initContainers") or ())]
+    images = [c["image"] for c in containers]
+    if app.build.builder == "none":
+        if loose := [i for i in images if not re.search(rf"@{DIGEST.pattern}$", i)]:
+            refuse(f"builder none: image {clip(loose[0], 120)!r} is not named by digest")
+        return
+    tail, names = re.compile(r"(:[^/:@]*)?(@.*)?$"), {app.build.image, app.name}
+    ours = [c for c in containers if tail.sub("", c["image"], count=1) in names]
+    if not ours:
+        refuse(f"no container's image is {app.build.image!r} (or {app.name!r}): nothing to set")
+    for container in ours:
+        container["image"] = image
+
+
+def set_probes(app: App, pod: Object, port: Object) -> None:
+    """Add a readiness probe and a preStop sleep where the app says nothing; never a liveness."""
+    containers, inits = pod["containers"], pod.get("initContainers") or ()
+    running = [*containers, *(c for c in inits if c.get("restartPolicy") == "Always")]
+    target = port.get("targetPort") or port["port"]
+    declared = [(c, p) for c in running for p in c.get("ports") or ()]
+    serving = [c for c, p in declared if target in (p.get("name"), p.get("containerPort"))]
+    if not serving and not isinstance(target, int):
+        refuse(f"targetPort {clip(str(target), 60)!r} is no port of a container", INVALID)
+    if not any(c.get("readinessProbe") for c in running):
+        probe = {"httpGet": {"path": app.deploy.health.path, "port": target}}
+        times = {"initialDelaySeconds": 5, "periodSeconds": 5}
+        (serving or containers)[0]["readinessProbe"] = {**probe, **times}
+    # Kubernetes refuses a sleep that is longer than the grace period
+    if seconds := min(5, pod.get("terminationGracePeriodSeconds", 30)):
+        sleep = {"preStop": {"sleep": {"seconds": seconds}}}
+        for container in containers:
+            container["lifecycle"] = {**sleep, **(container.get("lifecycle") or {})}
+
+
+def coloured(app: App, spec: Object, selector: Mapping[str, str], live_replicas: int) -> Object:
+    """Return the spec of a run's Deployment. What the app says stays, but labels and size."""
+    meta = spec["template"].get("metadata") or {}
+    labels = {**(meta.get("labels") or {}), LABEL_MANAGED: MANAGER, **selector}
+    replicas = max(spec.get("replicas") or 0, live_replicas, 1)
+    calm = spec.get("minReadySeconds", 10)
+    longest = max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, calm + 10))
+    return {
+        "minReadySeconds": 10,
+        "revisionHistoryLimit": 3,
+        "strategy": {"type": "RollingUpdate", "rollingUpdate": GENTLE},
+        **spec,
+        "replicas": replicas,
+        "paused": False,
+        "progressDeadlineSeconds": max(int(longest), calm + 1),
+        "selector": {"matchLabels": {k: selector[k] for k in (LABEL_APP, LABEL_VERSION)}},
+        "template": {**spec["template"], "metadata": {**meta, "labels": labels}},
+    }
 
 
 # === cluster mirror ===============================================================================
@@ -2725,7 +2670,7 @@ class Deployer:
             self.git.checkout(task.app.repository, task.run.commit, checkout, symlinks=False)
             found = read_manifests(checkout, task.app.deploy.manifests)
         objects = check_objects(task.app, task.namespace, found)
-        release = render(self.place(task), objects)
+        release = render(objects, task.run, task.image, *self.place(task))
         claimed = self.claim(task, release)
         info("claimed", colour=release.colour, ignored=objects.ignored or None, **task.words)
         self.kubectl.create([*release.configmaps, release.configmap(task.app.name)], task.namespace)
@@ -2781,8 +2726,8 @@ class Deployer:
 
         return self.persist(task, step)
 
-    def place(self, task: Task) -> Placement:
-        """Choose the idle colour, and see how large the live one is.
+    def place(self, task: Task) -> tuple[str, int]:
+        """Return the idle colour, and how large the live one is.
 
         Live is what today's selector reaches, which may be what a person wrote: the two colours of
         our own pods among it, or neither.
@@ -2803,8 +2748,7 @@ class Deployer:
                 free.remove(colour)
         if not free:
             raise StageError(Reason.ADOPTION_REFUSED, detail)
-        where: Object = {"namespace": task.namespace, "colour": free[0], "image": task.image}
-        return Placement(app=task.app, run=task.run, live_replicas=replicas, **where)
+        return free[0], replicas
 
     def pods(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
         """Return the pods that a selector reaches; an empty one reaches none."""
@@ -3025,11 +2969,12 @@ class Deployer:
 
     def preview(self, task: Task, release: Release) -> str:
         """Point the preview Service at a release; return the address of its health path."""
-        name, ports = f"{task.app.name}-preview", plain_ports(release.ports)
+        name, ports = f"{task.app.name}-preview", ports_like(release.ports)
         found = self.kubectl.get("service", name, task.namespace)
         if found is None:
-            spec = {"ports": ports}
-            made = service_object(task.app, name, spec, release.selector, "preview")
+            labels = {LABEL_APP: task.app.name, LABEL_STAGE: "preview"}
+            made = manifest("Service", name, labels, {})
+            made["spec"] = {"ports": ports, "selector": release.selector}
             self.kubectl.create([made], task.namespace)
             found = self.kubectl.get("service", name, task.namespace) or {"spec": {}}
         elif (found["metadata"].get("labels") or {}).get(LABEL_MANAGED) != MANAGER:
@@ -3064,10 +3009,9 @@ class Deployer:
 
         def step() -> None:
             if self.edit(task, change) is None:
-                live = release.live_service(task.app)
+                live = copy.deepcopy(release.service)
                 told = {k: json.dumps(v) for k, v in {**notes, NOTE_HISTORY: [entry]}.items()}
-                given = live["metadata"].get("annotations") or {}
-                live["metadata"]["annotations"] = {**given, **told}
+                live["metadata"]["annotations"] |= told
                 self.kubectl.put(live, None, task.namespace)
 
         self.offer(task, step)
