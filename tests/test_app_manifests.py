@@ -261,6 +261,7 @@ BOMB = "\n".join(
         ("? [a, b]\n: 1\n", "found unhashable key in line 1"),
         ("kind: X\na: &a [*a]\n", "Circular reference"),
         (BOMB, "expands to too much"),
+        (f"kind: X\na: [{'x,' * 100_000}]", "more than 100000 keys and values"),
         (f"a: &a {'x' * 60_000}\nb: [{'*a, ' * 1000}*a]\n", "expands to too much"),
         ("[" * 100_000, ""),
         ("- " * 50_000, ""),
@@ -292,6 +293,7 @@ BOMB = "\n".join(
         "key",
         "circle",
         "bomb",
+        "many",
         "long-bomb",
         "deep",
         "deep-dashes",
@@ -440,6 +442,7 @@ REMOTES = {
     "crds": f"crds: ['{REMOTE}']",
     "configurations": f"configurations: ['{REMOTE}']",
     "openapi": f"openapi: {{path: '{REMOTE}'}}",
+    "patches-once": f"patches: ['{REMOTE}']",
     "patches": f"patches: [{{path: '{REMOTE}'}}]",
     "patches-upper": f"patches: [{{PATH: '{REMOTE}'}}]",
     "strategic": f"patchesStrategicMerge: ['{REMOTE}']",
@@ -517,17 +520,36 @@ def test_a_kustomization_that_cannot_be_built_says_why(
 
 
 @pytest.mark.usefixtures("_kubectl")
-def test_bases_that_share_a_base_are_looked_at_once(tmp_path: Path) -> None:
+def test_bases_that_multiply_are_refused_before_they_are_built(tmp_path: Path) -> None:
     files = {
         f"b{i}/kustomization.yaml": f"resources: [../b{i + 1}, ../b{i + 1}/.]" for i in range(60)
     }
-    files |= {"b60/kustomization.yaml": f"resources: ['{REMOTE}']"}
+    files |= {"b60/kustomization.yaml": "resources: []"}
     began = time.monotonic()
-    reason, _ = fault(
+    reason, detail = fault(
         lambda: read(tmp_path, **{"kustomization.yaml": "resources: [../b0]"}, **files)
     )
-    assert reason is Reason.MANIFEST_REFUSED
+    assert (reason, "one of too many" in detail) == (Reason.MANIFEST_REFUSED, True)
     assert time.monotonic() - began < 10
+
+
+def test_a_kustomization_that_includes_itself_is_refused(tmp_path: Path) -> None:
+    reason, detail = fault(lambda: read(tmp_path, **{"kustomization.yaml": "resources: [.]"}))
+    assert (reason, "includes itself" in detail) == (Reason.MANIFEST_REFUSED, True)
+
+
+@pytest.mark.usefixtures("_kubectl")
+def test_a_label_named_like_a_path_is_none(tmp_path: Path) -> None:
+    text = """
+commonLabels: {env: prod}
+commonAnnotations: {path: "https://wiki.example.com/x"}
+labels: [{pairs: {files: any}, fields: [{path: metadata/labels, create: true}]}]
+generatorOptions: {labels: {envs: all}, disableNameSuffixHash: true}
+metadata: {name: x, annotations: {path: "https://wiki.example.com/x"}}
+resources: [app.yaml]
+"""
+    (found,) = read(tmp_path, **{"kustomization.yaml": text, "app.yaml": CONFIGMAP})
+    assert found["metadata"]["labels"] == {"env": "prod", "files": "any"}
 
 
 def test_kustomize_gets_no_home_no_git_and_no_way_out(
@@ -822,12 +844,22 @@ def test_the_selector_has_always_the_same_three_keys() -> None:
     }
 
 
-def test_status_and_foreign_metadata_are_left_out() -> None:
-    items = changed("Deployment.status", {"replicas": 3})
-    items[0]["metadata"] |= {"resourceVersion": "7", "uid": "x", "ownerReferences": []}
-    made = released(items).deployment
-    assert "status" not in made
-    assert set(made["metadata"]) == {"name", "labels", "annotations"}
+def test_what_kubectl_get_prints_may_be_pasted_into_a_repository() -> None:
+    items, theirs = objects(), "kubectl.kubernetes.io/last-applied-configuration"
+    for item in items:
+        item["metadata"] |= {"resourceVersion": "7", "uid": "x", "creationTimestamp": None}
+        item["metadata"] |= {"ownerReferences": [], "finalizers": ["x"], "managedFields": [{}]}
+        item["metadata"]["annotations"] = {theirs: "{}", "gitops-hook/history": "forged"}
+        item["status"] = {"replicas": 3, "loadBalancer": {}}
+    items[0]["metadata"]["annotations"]["deployment.kubernetes.io/revision"] = "7"
+    spec = items[0]["spec"]["template"]["spec"]
+    spec |= {"serviceAccountName": "default", "serviceAccount": "default", "securityContext": {}}
+    items[0]["spec"]["template"]["metadata"]["creationTimestamp"] = None
+    release = released(items)
+    for made in (release.deployment, release.service, *release.configmaps):
+        assert "status" not in made
+        assert set(made["metadata"]) == {"name", "labels", "annotations"}
+        assert "gitops-hook/history" not in made["metadata"]["annotations"]
 
 
 @pytest.mark.parametrize(
@@ -1065,6 +1097,17 @@ def test_a_target_port_that_no_container_names_is_refused() -> None:
     assert (reason, "targetPort 'web' is no port" in detail) == (Reason.MANIFEST_INVALID, True)
 
 
+def test_a_side_car_may_be_what_serves() -> None:
+    proxy = {"name": "proxy", "image": "envoy:1", "ports": [{"name": "web", "containerPort": 1}]}
+    items = changed("Service.spec.ports.0.targetPort", "web")
+    items[0]["spec"]["template"]["spec"]["initContainers"] = [proxy]
+    assert "targetPort 'web'" in fault(lambda: released(items))[1]  # it ends before it can serve
+    proxy["restartPolicy"] = "Always"
+    made = pod(released(items))
+    assert made["initContainers"][0]["readinessProbe"]["httpGet"]["port"] == "web"
+    assert "readinessProbe" not in made["containers"][0]
+
+
 def test_a_readiness_probe_of_the_app_is_kept() -> None:
     mine = {"exec": {"command": ["true"]}}
     assert (
@@ -1121,6 +1164,34 @@ def test_the_live_service_keeps_what_the_app_says_but_its_selector() -> None:
     assert made["metadata"]["labels"]["gitops-hook/app"] == "shop"
     assert made["spec"]["selector"] == release.selector
     assert made["spec"]["externalTrafficPolicy"] == "Local"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"clusterIP": "None"},
+        {"sessionAffinity": "ClientIP"},
+        {"ipFamilyPolicy": "PreferDualStack", "ipFamilies": ["IPv6", "IPv4"]},
+        {"type": "NodePort", "externalTrafficPolicy": "Local", "internalTrafficPolicy": "Local"},
+        {"type": "LoadBalancer", "allocateLoadBalancerNodePorts": False},
+        {"publishNotReadyAddresses": True},
+        {"ports": [{"name": "a", "port": 80, "appProtocol": "http"}, {"name": "b", "port": 81}]},
+    ],
+    ids=["headless", "affinity", "dual-stack", "node-port", "balancer", "unready", "ports"],
+)
+def test_whatever_kind_of_service_the_app_has_it_is_created_as_it_says(spec: Object) -> None:
+    items = changed("Service.spec", {**objects(SERVICE)[0]["spec"], **spec})
+    made = released(items).service["spec"]
+    assert {k: made[k] for k in spec} == spec
+    version = kubernetes_validate.latest_version()
+    kubernetes_validate.validate(released(items).service, version, strict=True)
+
+
+def test_of_several_ports_each_needs_a_name() -> None:
+    ports = [{"name": "http", "port": 80, "targetPort": "http"}, {"port": 9090}]
+    reason, detail = fault(lambda: released(changed("Service.spec.ports", ports)))
+    said = "Service shop needs ports, and of several each a name"
+    assert (reason, detail) == (Reason.MANIFEST_INVALID, said)
 
 
 @pytest.mark.parametrize(
