@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import re
 import signal
@@ -15,8 +17,21 @@ from typing import Any
 import pytest
 import yaml
 
+import gitops_hook as hook
 from tests.standin.kubectl import Kubectl
-from tests.world import PROGRAM, Object, World, daemon_config, eventually, world
+from tests.standin.resources import RESOURCES
+from tests.world import (
+    DEPLOYMENT,
+    PROGRAM,
+    ROOT,
+    SERVICE,
+    Object,
+    World,
+    daemon_config,
+    eventually,
+    settings_map,
+    world,
+)
 
 # The first test to run plays the whole story.
 pytestmark = pytest.mark.timeout(300)
@@ -122,6 +137,7 @@ class Story:
         self.page("empty, json", "status", "--output", "json")
         self.page("rollback of nothing", "rollback", "shop")
         self.page("rerun of nothing", "rerun", UNKNOWN)
+        self.page("plan of nothing", "plan", "shop")
 
     def first_version(self) -> None:
         self.world.start()
@@ -414,3 +430,142 @@ def test_a_missing_permission_is_named(story: Story) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert "(Forbidden)" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+# plan
+
+
+def versions(told: World) -> dict[tuple[str, str, str], str]:
+    """Every object in the cluster with its version; events and the node's own signs aside."""
+    store, found = told.cluster.store, {}
+    for resource in {r.name for r in RESOURCES} - {"events", "leases", "nodes"}:
+        for meta in (o["metadata"] for o in store.list(resource)):
+            key = resource, meta.get("namespace", ""), meta["name"]
+            found[key] = meta["resourceVersion"]
+    return found
+
+
+def plan(told: World, *args: str, account: str | None = None) -> list[str]:
+    """What `plan` says to an administrator, or to an account."""
+    environ = told.environ | {"KUBECONFIG": str(told.cluster.kubeconfig(account))}
+    argv, before = [sys.executable, str(PROGRAM), "plan", "shop", *args], versions(told)
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert versions(told) == before
+    return done.stdout.splitlines()
+
+
+def line(lines: list[str], title: str) -> str:
+    """What stands behind a title."""
+    (found,) = [text for text in lines if text.startswith(f"{title}: ")]
+    return found.removeprefix(f"{title}: ")
+
+
+def test_plan_of_a_branch_that_is_not_there_is_refused(story: Story) -> None:
+    page = story.pages["plan of nothing"]
+    assert (page.status, page.stdout) == (3, "")
+    assert page.stderr.endswith("shop.git has no branch 'main'\n")
+
+
+def test_plan_of_what_is_no_commit_is_a_wrong_command_line(story: Story) -> None:
+    done = story.world.command("plan", "shop", "main")
+    assert (done.returncode, done.stderr) == (2, "gitops-hook: 'main' is not a full commit id\n")
+
+
+def test_plan_tells_what_is_live_and_what_would_come(story: Story) -> None:
+    lines = plan(story.world)
+    assert line(lines, "run") == story.run["v4"]
+    assert line(lines, "rejected") == f"CrashLoop; only `rerun {story.run['v4']}` deploys it"
+    assert line(lines, "permissions") == "all there"
+    live = story.pages["the end"].production
+    told = f"{story.run['v1']} ({live['colour']}), as it was deployed"
+    assert line(lines, "production, live") == told
+    colour = {"blue": "green", "green": "blue"}[live["colour"]]
+    assert line(lines, "production, next").startswith(f"{colour}, 2 pods in about 10 s, ")
+    image = f"  +      image: registry.example.com/demo/shop:{story.commit['v4'][:8]}"
+    assert {f"  --- shop-{colour} now", f"  +++ shop-{colour} then", image} <= {*lines}
+
+
+def test_plan_of_an_older_commit_says_that_it_would_not_be_deployed(story: Story) -> None:
+    lines = plan(story.world, story.commit["v1"])
+    assert line(lines, "run") == f"{story.run['v1']}, superseded: main is at {story.commit['v4']}"
+    assert line(lines, "rejected") == "no"
+    assert ", this commit, " in line(lines, "production, live")
+    assert line(lines, "production, next").endswith("new ConfigMaps: none")
+
+
+def test_plan_tells_how_much_of_each_quota_is_used(story: Story) -> None:
+    lines = plan(story.world)
+    assert re.search(r"(^|, )pods 0 of \d+(, |$)", line(lines, "test, quota"))
+    assert line(lines, "production, quota") == "none"
+
+
+def test_plan_masks_secrets_in_what_would_change(story: Story) -> None:
+    deployment = copy.deepcopy(DEPLOYMENT)
+    (web,) = deployment["spec"]["template"]["spec"]["containers"]
+    web["env"] = [{"name": "DB_PASSWORD", "value": "line one\nline two\n"}]
+    web["args"] = ["--db=https://me:hunter2@db/shop"]
+    files = {"deploy__app.yaml": yaml.safe_dump_all([deployment, SERVICE, settings_map("v5")])}
+    commit = story.world.repository.release("v5", branch="feature/plan", **files)
+    lines = plan(story.world, commit)
+    text = "\n".join(lines)
+    soon = line(lines, "production, next")
+    assert re.search(r" new ConfigMaps: shop-settings-[0-9a-f]{8}$", soon)
+    assert "DB_PASSWORD" in text
+    assert "--db=https://***@db/shop" in text
+    assert not re.search("hunter2|line one|line two", text)
+
+
+def test_plan_tells_what_has_drifted(story: Story) -> None:
+    live = story.pages["the end"].production["colour"]
+    change = (
+        "patch",
+        "deployment",
+        f"shop-{live}",
+        "-p",
+        '{"spec":{"progressDeadlineSeconds":77}}',
+    )
+    assert story.kubectl.run(*change, "--namespace=production").code == 0
+
+    def seen() -> bool:
+        found = story.world.cluster.store.get("deployments", "production", f"shop-{live}")
+        return bool(found["status"]["observedGeneration"] == found["metadata"]["generation"])
+
+    eventually(seen, what="the change is noticed")
+    lines = plan(story.world)
+    assert line(lines, "production, live") == f"{story.run['v1']} ({live})"
+    place = lines.index("  -progressDeadlineSeconds: 77")
+    assert lines[place + 1].startswith("  +progressDeadlineSeconds: ")
+
+
+def test_plan_tells_why_the_manifests_would_be_refused(story: Story) -> None:
+    commit = story.world.repository.release("v6", branch="feature/no", **{"deploy__app.yaml": "5"})
+    lines = plan(story.world, commit)
+    assert line(lines, "production, next").startswith("failed: ManifestInvalid: deploy/app.yaml")
+
+
+def test_plan_says_what_it_may_not_read_and_goes_on(story: Story) -> None:
+    lines = plan(story.world, account="test/default")
+    forbidden = re.compile(r"failed: kubectl get .*\(Forbidden\)")
+    titles = ["rejected", "test, quota", "production, live", "production, next"]
+    assert [t for t in titles if not forbidden.match(line(lines, t))] == []
+    rights = line(lines, "permissions").split("; ")
+    assert "get, create, patch configmaps in orchestration" in rights
+    assert "get pods/log in production" in rights
+
+
+def test_plan_asks_for_exactly_the_rights_of_the_daemon() -> None:
+    roles = yaml.safe_load_all((ROOT / "manifests/base/roles.yaml").read_text("utf-8"))
+    granted: dict[str, dict[str, set[str]]] = {}
+    for role in roles:
+        for rule in role["rules"]:
+            for group, resource in itertools.product(rule["apiGroups"], rule["resources"]):
+                place = granted.setdefault(role["metadata"]["namespace"], {})
+                place[f"{group}/{resource}"] = {*rule["verbs"]}
+    asked = {
+        **dict.fromkeys(("test", "build"), hook.JOB_RIGHTS),
+        "orchestration": hook.STATE_RIGHTS,
+    }
+    asked |= dict.fromkeys(("staging", "production"), hook.APP_RIGHTS)
+    told = {n: {r: {*v.split()} for r, v in rights.items()} for n, rights in asked.items()}
+    assert told == granted

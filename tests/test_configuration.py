@@ -506,6 +506,10 @@ def test_a_file_that_changes_is_read_again(secrets: hook.Secrets) -> None:
         ("MY_SECRET_KEY=abc", "MY_SECRET_KEY=***"),
         ("Authorization: Bearer abcdefghijklmnop1234", "Authorization: ***"),
         ("Authorization: Basic dXNlcjpwYXNzd29yZA==", "Authorization: ***"),
+        ("MY-Token: bearer abcdefghijklmnop1234 x", "MY-Token: *** x"),
+        ("GHP_0123 ghp_0123456789", "GHP_0123 ***"),
+        ("PASSWD=a Passwd: b", "PASSWD=*** Passwd: ***"),
+        ("APIKEY=a private-key = b", "APIKEY=*** private-key = ***"),
         ("X-Gitlab-Token does not match", "X-Gitlab-Token does not match"),
         ("no secret here, a basic example", "no secret here, a basic example"),
         ("", ""),
@@ -536,6 +540,30 @@ def test_every_text_within_a_value_is_masked_and_the_rest_is_left(secrets: hook.
     value = {"a": ["token=x", 5, None, True, 1.5], "b": {"c": ("glpat-abcdefgh", Path("/x"))}}
     masked: Any = secrets.mask(value)
     assert masked == {"a": ["token=***", 5, None, True, 1.5], "b": {"c": ["***", "/x"]}}
+
+
+def test_a_secret_that_changes_is_masked_at_once(secrets: hook.Secrets) -> None:
+    assert secrets.mask("zebra stripes") == "zebra stripes"
+    write(secrets, "webhook-tokens", "zebra\n")
+    assert secrets.mask("zebra stripes") == "*** stripes"
+    # as a kubelet does it: a link is put in the place of another
+    for folder, content in (("one", "zebra"), ("two", "other")):
+        (secrets.directory / folder).mkdir()
+        (secrets.directory / folder / "webhook-tokens").write_text(content)
+    (secrets.directory / "webhook-tokens").unlink()
+    (secrets.directory / "webhook-tokens").symlink_to("..data/webhook-tokens")
+    for folder, masked in (("one", "*** other"), ("two", "zebra ***")):
+        (secrets.directory / "next").symlink_to(folder)
+        (secrets.directory / "next").rename(secrets.directory / "..data")
+        assert secrets.mask("zebra other") == masked
+    (secrets.directory / "webhook-tokens").unlink()
+    assert secrets.mask("zebra other") == "zebra other"
+
+
+def test_the_value_of_a_variable_is_masked_by_its_name(secrets: hook.Secrets) -> None:
+    key = {"name": "PRIVATE_KEY", "value": "-----BEGIN\nMIIEv\n"}
+    named: Any = secrets.mask([key, {"name": "db-password", "value": 5}, {"name": "x", "value": 1}])
+    assert [each["value"] for each in named] == ["***", "***", 1]
 
 
 @pytest.mark.parametrize(
