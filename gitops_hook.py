@@ -62,17 +62,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Generic,
-    NoReturn,
-    TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, get_type_hints
 from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
@@ -145,10 +135,6 @@ BATCH = 200  # Jobs in one create
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 SHA = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-IMAGE = re.compile(
-    r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
-    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?"
-)
 
 
 class Outcome(StrEnum):
@@ -348,10 +334,8 @@ def amount(units: Mapping[str, float], what: str, low: float, high: float) -> Pa
     """Return a parser for a whole number with a unit, within bounds; of unit "" it is no text."""
 
     def parse(value: Any) -> float:
-        kind = int if "" in units else str
-        found = (
-            re.fullmatch(r"(-?[0-9]{1,9})([a-zA-Z]*)", str(value)) if type(value) is kind else None
-        )
+        text = str(value) if type(value) is (int if "" in units else str) else ""
+        found = re.fullmatch(r"(-?[0-9]{1,9})([a-zA-Z]*)", text)
         result = int(found[1]) * units.get(found[2], math.nan) if found else math.nan
         if low <= result <= high:
             return result
@@ -370,8 +354,9 @@ REPOSITORY = matching(
     r"(file://)?/[^\s\x00]+|https?://[A-Za-z0-9._:\[\]-]+/[^\s@?#\x00]+",
     "an http(s) URL without user, query and fragment",
 )
-IMAGE_NAME = matching(IMAGE.pattern, "an image reference", 400)
-TARGET_NAME = matching(f"({IMAGE.pattern})?", "an image reference", 400)
+IMAGE = matching(r"[a-z0-9][\w.:/@-]*", "an image reference")
+TARGET = matching(r"([a-z0-9][\w.:/-]*)?", "an image reference without digest")
+ADDRESS = matching(r"[^\s/]+:[0-9]{1,5}", "host:port")
 QUANTITY = matching(r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "a quantity (e.g. 250m, 1Gi)")
 MODE = matching("signature|token|hmac", "signature, token or hmac")
 NUMBER = amount({"": 1}, "a whole number from 0 to 1000", 0, 1000)
@@ -395,7 +380,7 @@ KANIKO = "ghcr.io/osscontainertools/kaniko:v1.28.3"
 class TestSettings:
     """How the tests of an app are run."""
 
-    image: Annotated[str, IMAGE_NAME, "python:3.12-slim", "image the tests run in"]
+    image: Annotated[str, IMAGE, "python:3.12-slim", "image the tests run in"]
     command: Annotated[str, TEXT, TESTS, "run under `sh -ec`; $JUNIT_XML is where a report goes"]
     timeout: Annotated[Seconds, "15m", "from the pod's start"]
     resources: Annotated[Resources, TEST_POD, "of the test container"]
@@ -406,7 +391,7 @@ class BuildSettings:
     """How the image of an app is built."""
 
     builder: Annotated[str, matching("kaniko|none", "kaniko or none"), "kaniko", "none: digests"]
-    image: Annotated[str, TARGET_NAME, "''", "where to push it, without a tag"]
+    image: Annotated[str, TARGET, "''", "where to push it, without a tag"]
     dockerfile: Annotated[str, FOLDER, "Dockerfile", "path in the repository"]
     args: Annotated[Texts, "[]", "more options for kaniko"]
     timeout: Annotated[Seconds, "20m", "from the pod's start"]
@@ -459,8 +444,8 @@ class App:
 class Images:
     """The images of Job pods."""
 
-    hook: Annotated[str, IMAGE_NAME, "gitops-hook:dev", "this program; `make apply` sets it"]
-    kaniko: Annotated[str, IMAGE_NAME, KANIKO, "the builder"]
+    hook: Annotated[str, IMAGE, "gitops-hook:dev", "this program; `make apply` sets it"]
+    kaniko: Annotated[str, IMAGE, KANIKO, "the builder"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -527,7 +512,7 @@ def load(kind: Any, parse: Parser, raw: Any, where: str, faults: list[str]) -> A
     """Return what a type makes of YAML data, None when it is wrong; every fault is added."""
     if is_dataclass(kind):
         return load_section(kind, raw, where, faults)
-    family, inner = get_origin(kind), get_args(kind)
+    family, inner = getattr(kind, "__origin__", None), getattr(kind, "__args__", [])
     if family is tuple and isinstance(raw, list):
         return tuple(load(inner[0], parse, v, f"{where}[{i}]", faults) for i, v in enumerate(raw))
     if family is dict and isinstance(raw, dict):
@@ -587,9 +572,9 @@ def load_config(document: str) -> Config:
 def settings_table(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (key, default, meaning) of every setting, for the README."""
     for key, (kind, _, default, meaning) in settings_of(section).items():
-        inner, suffix = (get_args(kind) or [kind])[0], "[]." if get_args(kind) else "."
+        inner = getattr(kind, "__args__", [kind])[0]
         if is_dataclass(inner):
-            yield from settings_table(inner, prefix + key + suffix)
+            yield from settings_table(inner, f"{prefix}{key}{'.' if inner is kind else '[].'}")
         else:
             yield prefix + key, default or "required", meaning
 
@@ -598,33 +583,27 @@ def settings_table(section: Any = Config, prefix: str = "") -> Iterator[tuple[st
 INJECTED = re.compile(r"GITOPS_HOOK(_\w+)?_(SERVICE_(HOST|PORT\w*)|PORT\w*)")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Process:
     """What the environment variables GITOPS_HOOK_* say: files, folders and addresses."""
 
-    config: Path = Path("/etc/gitops-hook/config.yaml")
-    secrets: Path = Path("/etc/gitops-hook/secrets")
-    spool: Path = Path("/var/spool/gitops-hook")
-    listen: str = "0.0.0.0:8080"
-    admin_listen: str = "127.0.0.1:8081"
+    config: Annotated[Path, Path, "/etc/gitops-hook/config.yaml", ""]
+    secrets: Annotated[Path, Path, "/etc/gitops-hook/secrets", ""]
+    spool: Annotated[Path, Path, "/var/spool/gitops-hook", ""]
+    listen: Annotated[str, ADDRESS, "0.0.0.0:8080", ""]
+    admin_listen: Annotated[str, ADDRESS, "127.0.0.1:8081", ""]
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Process:
         """Read GITOPS_HOOK_*; raises ConfigError for unknown names but those a kubelet injects."""
-        keys = {f"GITOPS_HOOK_{f.name.upper()}": f.name for f in fields(cls)}
+        faults: list[str] = []
         ours = [k for k in environ if k.startswith("GITOPS_HOOK_") and not INJECTED.fullmatch(k)]
-        faults = [
-            f"{k}: unknown variable (known: {', '.join(keys)})" for k in ours if k not in keys
-        ]
-        given: Object = {keys[k]: environ[k] for k in ours if k in keys and environ[k]}
-        for key in ("GITOPS_HOOK_LISTEN", "GITOPS_HOOK_ADMIN_LISTEN"):
-            found = re.fullmatch(r"[^\s/]+:([0-9]{1,5})", environ.get(key) or "any:0")
-            if not found or int(found[1]) >= 2**16:
-                faults.append(f"{key}: {clip(environ[key], 80)!r} is not host:port")
+        given = {k.removeprefix("GITOPS_HOOK_").lower(): environ[k] or None for k in ours}
+        process: Process = load_section(cls, given, "", faults)
         if faults:
-            raise ConfigError(faults)
-        values: Object = {k: v if "listen" in k else Path(v) for k, v in given.items()}
-        return cls(**values)
+            named = (fault.partition(":") for fault in faults)
+            raise ConfigError([f"GITOPS_HOOK_{key.upper()}:{rest}" for key, _, rest in named])
+        return process
 
 
 SIGNING_TOKENS, PLAIN_TOKENS = "webhook-signing-tokens", "webhook-tokens"
@@ -4236,7 +4215,7 @@ def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
         bound = socket.create_server((host.strip("[]"), int(port)), family=family)
-    except (OSError, ValueError) as wrong:
+    except (OSError, ValueError, OverflowError) as wrong:
         raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
     body = {"max_request_body_size": 2 * max_body + 1}
     server = waitress.server.create_server(app, sockets=[bound], ident="", **body, **TIMES, **SIZES)

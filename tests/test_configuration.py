@@ -208,6 +208,7 @@ NO_IMAGE = f"{NOT} an image reference"
         ({"build": {"builder": "docker"}}, "build.builder: 'docker' is not kaniko or none"),
         ({"build": {"image": "a b"}}, f"build.image: 'a b' {NO_IMAGE}"),
         ({"build": {"image": ""}}, "build.image: is required with builder kaniko"),
+        ({"build": {"image": "a@sha256:b"}}, f"build.image: 'a@sha256:b' {NO_IMAGE}"),
         ({"build": {"image": "shop:1"}}, "build.image: 'shop:1' must not carry a tag or digest"),
         ({"build": {"image": "r:5000/a:1"}}, "build.image: 'r:5000/a:1' must not carry a tag or"),
         ({"build": {"dockerfile": "/a"}}, f"build.dockerfile: '/a' {NO_FOLDER}"),
@@ -407,18 +408,22 @@ def test_the_process_is_told_by_its_environment() -> None:
 
 def test_a_variable_that_nobody_knows_is_a_fault() -> None:
     (fault,) = process_faults(GITOPS_HOOK_SECRET="x")
-    assert fault.startswith("GITOPS_HOOK_SECRET: unknown variable (known: GITOPS_HOOK_CONFIG, ")
+    assert fault.startswith(
+        "GITOPS_HOOK_SECRET: unknown key (known: config, secrets, spool, listen"
+    )
 
 
 def test_what_a_kubelet_injects_beside_a_service_is_no_fault() -> None:
     names = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_8080_TCP"]
     names += ["PORT_8080_TCP_ADDR", "METRICS_SERVICE_HOST", "METRICS_PORT"]
     environ = {f"GITOPS_HOOK_{name}": "tcp://10.0.0.1:80" for name in names}
-    assert hook.Process.from_environ(environ) == hook.Process()
+    assert hook.Process.from_environ(environ) == hook.Process.from_environ({})
 
 
 @pytest.mark.parametrize("key", ["LISTEN", "ADMIN_LISTEN"])
-@pytest.mark.parametrize("wrong", ["8080", ":8080", "host:", "host:http", "h:65536", "http://h:80"])
+@pytest.mark.parametrize(
+    "wrong", ["8080", ":8080", "host:", "host:http", "h:123456", "http://h:80"]
+)
 def test_where_to_listen_is_a_host_and_a_port(key: str, wrong: str) -> None:
     fault = f"GITOPS_HOOK_{key}: {wrong!r} is not host:port"
     assert process_faults(**{f"GITOPS_HOOK_{key}": wrong}) == [fault]

@@ -274,8 +274,9 @@ def test_a_port_in_use_is_refused(place: Place, variable: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_address_that_is_not_ours_is_refused(place: Place) -> None:
-    says(place.run("serve", GITOPS_HOOK_LISTEN="192.0.2.1:80"), 2, "cannot listen on", "192.0.2.1")
+@pytest.mark.parametrize("address", ["192.0.2.1:80", "127.0.0.1:65536"])
+def test_an_address_that_is_not_ours_is_refused(place: Place, address: str) -> None:
+    says(place.run("serve", GITOPS_HOOK_LISTEN=address), 2, "cannot listen on", address)
 
 
 # No kubectl, no cluster: 2

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -33,8 +32,9 @@ def settings() -> str:
 
 
 def process() -> str:
-    named = [(f.name.upper(), f.default) for f in fields(gitops_hook.Process)]
-    return ", ".join(f"`GITOPS_HOOK_{name}` (`{default}`)" for name, default in named) + "."
+    known = gitops_hook.settings_of(gitops_hook.Process).items()
+    named = [f"`GITOPS_HOOK_{key.upper()}` (`{default}`)" for key, (_, _, default, _) in known]
+    return ", ".join(named) + "."
 
 
 def metrics() -> str:
@@ -112,7 +112,9 @@ def test_its_log_lines_are_those_of_the_program(readme: str) -> None:
     named = re.findall(r"log `([a-z ]+)`|(?<=, )`([a-z ]+ [a-z ]+)`", readme)
     messages = {first or second for first, second in named}
     assert len(messages) >= 4
-    assert not {m for m in messages if not re.search(rf'(info|warn|error|say)\(\s*"{m}"', source)}
+    assert not {
+        m for m in messages if not re.search(rf'(info|warn|error|say)\)?\(\s*"{m}"', source)
+    }
 
 
 def test_its_metrics_in_prose_exist(readme: str) -> None:
@@ -132,7 +134,8 @@ def test_its_routes_are_those_of_the_program(readme: str) -> None:
     (rows,) = re.findall(r"(?s)\| route \| answers \|\n(.*?)\n\n", readme)
     named = set(re.findall(r"(?m)^\| `(?:GET|POST) (/\w+)`", rows))
     source = (ROOT / "gitops_hook.py").read_text()
-    assert named == set(re.findall(r"[\"'](/(?:webhook|healthz|readyz|metrics))[\"']", source))
+    ours = set(re.findall(r"[\"'](/(?:webhook|healthz|readyz))[\"']", source))
+    assert named == {*ours, "/metrics"}  # the client library's own application
 
 
 def test_its_files_exist(readme: str) -> None:
