@@ -237,8 +237,7 @@ class SpoolError(DeliveryError):
         super().__init__(http.HTTPStatus.SERVICE_UNAVAILABLE, code, text)
 
 
-# What kubectl says around its own words: its library's log, and the patch that was refused.
-NOISE = re.compile(r"(?m)^[EFIW][0-9]{4} .*$|(?s:error when applying patch:.*?\nfor: )")
+LIBRARY_LOG = re.compile(r"(?m)^[EFIW][0-9]{4} .*$")  # what kubectl says around its own words
 
 
 class ProcessError(HookError):
@@ -247,11 +246,9 @@ class ProcessError(HookError):
     `said` is what it wrote to stderr, made fit to be shown.
     """
 
-    def __init__(
-        self, argv: Sequence[str], code: int | None, stderr: str, stdout: str = ""
-    ) -> None:
-        self.code, self.stderr, self.stdout = code, stderr, stdout
-        self.said = clip(NOISE.sub("", stderr)) or f"exit status {code}"
+    def __init__(self, argv: Sequence[str], code: int | None, stderr: str, out: str = "") -> None:
+        self.code, self.stderr, self.stdout = code, stderr, out
+        self.said = clip(LIBRARY_LOG.sub("", stderr)) or f"exit status {code}"
         late = "no answer in time; " if code is None else ""
         call = f"{Path(argv[0]).name} {clip(' '.join(argv[1:4]), 80)}"
         super().__init__(f"{call}: {late}{self.said}")
@@ -765,10 +762,9 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
         ours: Object = {"namespace": "gitops_hook", "registry": self.registry}
-        counter: Callable[..., prometheus_client.Counter] = partial(
-            prometheus_client.Counter, **ours
-        )
-        gauge: Callable[..., prometheus_client.Gauge] = partial(prometheus_client.Gauge, **ours)
+        counter: Any = partial(prometheus_client.Counter, **ours)
+        gauge: Any = partial(prometheus_client.Gauge, **ours)
+        histogram: Any = partial(prometheus_client.Histogram, buckets=STAGE_BUCKETS, **ours)
         place = ("app", "environment")
         self.deliveries = counter("deliveries", "Webhook requests by result.", ["result"])
         self.runs = counter("runs", "Ended runs.", ["app", "outcome", "stage", "reason"])
@@ -780,9 +776,7 @@ class Metrics:
         self.spool = gauge("spool_files", "Pushes stored and not yet in the cluster.")
         self.waiting = gauge("waiting", "1 while it waits for something outside.", ["what"])
         self.queue = gauge("jobs", "Unfinished Jobs by state.", ["state"])
-        self.stage_seconds = prometheus_client.Histogram(
-            "stage_seconds", "Stages.", ("app", "stage", "result"), buckets=STAGE_BUCKETS, **ours
-        )
+        self.stage_seconds = histogram("stage_seconds", "Stages.", ["app", "stage", "result"])
 
 
 # === signatures ===================================================================================

@@ -114,17 +114,6 @@ def test_the_log_of_the_client_library_is_not_repeated() -> None:
     assert kubectl(log + log + REFUSED).kind == "Unreachable"
 
 
-def test_a_refused_patch_is_not_repeated() -> None:
-    patch = """Error from server (Forbidden): error when applying patch:
-{"metadata":{"annotations":{"x":"y"}}}
-to:
-Resource: "apps/v1, Resource=deployments", GroupVersionKind: "apps/v1, Kind=Deployment"
-Name: "shop-blue", Namespace: "production"
-for: "STDIN": error when patching "STDIN": deployments.apps "shop-blue" is forbidden"""
-    said = 'Error from server (Forbidden): "STDIN": error when patching "STDIN": '
-    assert kubectl(patch).said == said + 'deployments.apps "shop-blue" is forbidden'
-
-
 def test_a_silent_failure_still_says_something() -> None:
     assert str(GitError(["git", "fetch"], 128, "")) == "git fetch: exit status 128"
 
