@@ -882,6 +882,65 @@ def crash(times: int, code: int = 1, why: str = "Error", **more: Any) -> hook.Po
     return a_pod(apps=[entry("web", CRASHED, ended, times - 1)], **more)
 
 
+QUOTA = (
+    'Error creating: pods "x" is forbidden: exceeded quota: test-quota, requested: limits.cpu=500m,'
+    " used: limits.cpu=4, limited: limits.cpu=4"
+)
+NO_LIMITS = 'pods "x" is forbidden: failed quota: test-quota: must specify limits.cpu for: web'
+WEBHOOK = (
+    'Internal error occurred: failed calling webhook "check.example.com": failed to call webhook:'
+    ' Post "https://check.policy.svc:443/": dial tcp 10.0.0.9:443: connect: connection refused'
+)
+FULL = "0/3 nodes are available: 3 Insufficient cpu."
+NO_NODE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": FULL}
+
+
+def waits_for(reason: str, message: str = "") -> list[hook.Symptom]:
+    """The symptoms of a pod whose only container waits."""
+    return list(hook.pod_symptoms(a_pod(apps=[entry("web", waiting(reason, message))])))
+
+
+# The doom table of the design but for what recurs, which the next table has: the symptom, the
+# seconds after which it cannot heal any more, and the reason. Before that it may go away.
+LASTING: dict[str, tuple[list[hook.Symptom], int, Reason]] = {
+    "no such image": (waits_for("ErrImagePull", "x: not found"), 0, Reason.IMAGE_NOT_FOUND),
+    "no access": (waits_for("ErrImagePull", "pull access denied"), 0, Reason.IMAGE_NOT_FOUND),
+    "no manifest": (waits_for("ErrImagePull", "manifest unknown"), 0, Reason.IMAGE_NOT_FOUND),
+    "no name": (waits_for("InvalidImageName", "x"), 0, Reason.IMAGE_NOT_FOUND),
+    "no registry": (waits_for("ErrImagePull", "no such host"), 60, Reason.IMAGE_PULL_FAILED),
+    "no settings": (
+        waits_for("CreateContainerConfigError", 'configmap "not-there" not found'),
+        30, Reason.CONTAINER_CONFIG),
+    "no program": (waits_for("RunContainerError", STARTS), 30, Reason.CONTAINER_CONFIG),
+    "no quota": ([hook.creation_symptom(QUOTA, "k")], 15, Reason.QUOTA_EXCEEDED),
+    "no limits": ([hook.creation_symptom(NO_LIMITS, "k")], 3, Reason.ADMISSION_REFUSED),
+    "no webhook": ([hook.creation_symptom(WEBHOOK, "k")], 60, Reason.ADMISSION_REFUSED),
+    "no node": (
+        list(hook.pod_symptoms(a_pod(conditions=[NO_NODE]))), 120, Reason.UNSCHEDULABLE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_what_lasts_is_doomed_at_its_time_and_may_heal_before(name: str) -> None:
+    symptoms, seconds, reason = LASTING[name]
+    doom = hook.Doom()
+    for now in (0.0, seconds - 0.1) if seconds else ():
+        assert doom.verdict(symptoms, now) is None
+    found = doom.verdict(symptoms, float(seconds))
+    assert found is not None
+    assert found.reason is reason
+    healed = hook.Doom()
+    for now in (0.0, seconds - 0.1) if seconds else ():
+        healed.verdict(symptoms, now)
+    assert healed.verdict([], seconds + 0.1) is None
+    assert healed.verdict(symptoms if seconds else [], seconds + 0.2) is None
+
+
+def init_crash(times: int) -> hook.Pod:
+    """A pod whose init container has ended so often with an error."""
+    return a_pod(inits=[entry("migrate", CRASHED, terminated(1), times - 1)], apps=[])
+
+
 Steps = list[tuple[float, hook.Pod]]
 
 
@@ -904,12 +963,15 @@ Steps = list[tuple[float, hook.Pod]]
         ([(1, crash(1)), (2, a_pod(apps=[entry("web", RUNNING, terminated(1), 1, False)])),
             (3, crash(2))], 3),
         ([(1, crash(1)), (2, a_pod(ready=True)), (3, crash(2, started=60, fell=3))], None),
+        ([(1, init_crash(1)), (2, init_crash(2))], 2),
+        ([(1, init_crash(1)), (2, a_pod(inits=[entry("migrate", terminated(0))]))], None),
     ],
     ids=[
         "second exit for the same reason", "second exit for another reason", "again and again",
         "first seen at its second exit", "first seen at its fourth exit", "one exit is none",
         "memory twice", "memory twice after it was ready", "memory once after it was ready",
-        "memory long ago", "running in between", "ready in between",
+        "memory long ago", "running in between", "ready in between", "init container twice",
+        "init container once, then done",
     ],
 )  # fmt: skip
 def test_a_container_that_ends_twice_for_the_same_reason_is_doomed(
