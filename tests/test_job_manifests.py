@@ -259,6 +259,11 @@ def test_kaniko_pushes_the_commit_and_leaves_the_digest() -> None:
     ]
 
 
+def test_kaniko_knows_that_it_is_in_a_container_though_it_has_no_token() -> None:
+    # else it guesses from the type of its root, and refuses to work where that is no overlay
+    assert values(container(of_build(config()), "kaniko")) == {"container": "kube"}
+
+
 def test_resources_are_those_of_the_configuration() -> None:
     mine = {"requests": {"cpu": "1"}, "limits": {"cpu": "2", "memory": "3Gi"}}
     settings = config(
