@@ -1465,6 +1465,7 @@ MANIFEST_NODES = 100_000  # keys and values in it, a kilobyte of memory each
 CONFIGMAP_BYTES = 1024 * 1024 - 4096  # what the API server takes, its own additions left out
 UNSHAPED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 INVALID = Reason.MANIFEST_INVALID
+AppObjects = dict[str, dict[str, Object]]  # by kind and name: one Deployment, one Service, and maps
 KINDS = {"Deployment": "apps/v1", "Service": "v1", "ConfigMap": "v1"}
 DATA = ("data", "binaryData")  # of a ConfigMap
 GENTLE = {"maxSurge": 1, "maxUnavailable": 0}
@@ -1586,18 +1587,16 @@ def check_kustomization(root: Path, directory: Path, visits: list[str]) -> None:
                 check_kustomization(root, target, visits)
 
 
-def kustomize_paths(documents: Iterable[Object], where: str) -> Iterator[str]:
-    """Yield every text in a kustomization that kustomize takes for a path."""
+def kustomize_paths(documents: Iterable[Object], where: str) -> list[str]:
+    """Return every text in a kustomization that kustomize takes for a path."""
     items = [i for d in documents for i in d.items() if i[0].casefold() not in KUSTOMIZE_TEXTS]
     # kustomize does not tell upper from lower case in keys
-    for key, value in ((k.casefold(), v) for item in items for k, v in walk(*item)):
-        if key in KUSTOMIZE_REFUSED:
-            refuse(f"{where}: {key} is not supported; put what it makes into the repository")
-        if key in KUSTOMIZE_PATHS and isinstance(value, str):
-            if key == "files":
-                yield value.rpartition("=")[2]
-            elif "\n" not in value or not key.startswith("patches"):
-                yield value
+    found = [(k.casefold(), v) for item in items for k, v in walk(*item)]
+    if refused := KUSTOMIZE_REFUSED & {k for k, _ in found}:
+        refuse(f"{where}: {min(refused)} is not supported; put what it makes into the repository")
+    paths = [(k, v) for k, v in found if k in KUSTOMIZE_PATHS and isinstance(v, str)]
+    outside = [(k, v) for k, v in paths if not (k.startswith("patches") and "\n" in v)]
+    return [v.rpartition("=")[2] if k == "files" else v for k, v in outside]
 
 
 def kustomize(directory: Path) -> str:
@@ -1613,20 +1612,11 @@ def kustomize(directory: Path) -> str:
     return stdout
 
 
-@dataclass(frozen=True, slots=True)
-class AppObjects:
-    """What an app's manifests hold: one Deployment, one Service, ConfigMaps; what is left out."""
-
-    app: App
-    deployment: Object
-    service: Object
-    configmaps: list[Object]
-    ignored: list[str]
-
-
-def check_objects(app: App, namespace: str, found: Sequence[tuple[str, Object]]) -> AppObjects:
-    """Return the objects of an app, or end the run before anything changes, saying what to do."""
-    kept: dict[str, dict[str, Object]] = {kind: {} for kind in KINDS}
+def check_objects(
+    app: App, namespace: str, found: Iterable[tuple[str, Object]]
+) -> tuple[AppObjects, list[str]]:
+    """Return the objects of an app, and what is ignored; end the run before anything changes."""
+    kept: AppObjects = {kind: {} for kind in KINDS}
     ignored = []
     for where, item in found:
         kind, version = item["kind"], clip(str(item.get("apiVersion")), 40)
@@ -1641,11 +1631,10 @@ def check_objects(app: App, namespace: str, found: Sequence[tuple[str, Object]])
         if name in kept[kind]:
             refuse(f"{where} is there twice", INVALID)
         kept[kind][name] = item
-    deployments, services, maps = (list(found.values()) for found in kept.values())
-    if len(deployments) != 1 or list(kept["Service"]) != [app.name]:
-        counts = f"{len(deployments)} and {', '.join(kept['Service']) or 'none'}"
+    if len(kept["Deployment"]) != 1 or list(kept["Service"]) != [app.name]:
+        counts = f"{len(kept['Deployment'])} and {', '.join(kept['Service']) or 'none'}"
         refuse(f"needed are one Deployment and one Service {app.name!r}, found {clip(counts)}")
-    return AppObjects(app, deployments[0], services[0], maps, ignored)
+    return kept, ignored
 
 
 def manifest(kind: str, name: str, labels: Mapping[str, str], given: Object) -> Object:
@@ -1720,18 +1709,19 @@ class Release:
             refuse("a release record cannot be read", INVALID)
 
 
-def render(objects: AppObjects, run: Run, image: str, colour: str, live_replicas: int) -> Release:
-    """Return everything that a run puts into an environment; pure.
+def render(app: App, run: Run, image: str, place: tuple[str, int], objects: AppObjects) -> Release:
+    """Return everything that a run puts into a place: a colour, and the size of the live one; pure.
 
     Only what is read here must have the right shape; the rest is for the API server to judge.
     """
-    app = objects.app
+    colour, live_replicas = place
     selector = {LABEL_APP: app.name, LABEL_VERSION: colour, LABEL_RUN: run.id}
     try:
         given = copy.deepcopy(objects)
-        service = live_service(app, given.service, selector)
-        copies = {m["metadata"]["name"]: copied(app, m) for m in given.configmaps}
-        pod = given.deployment["spec"]["template"]["spec"]
+        (deployment,) = given["Deployment"].values()
+        service = live_service(app, given["Service"][app.name], selector)
+        copies = {name: copied(app, m) for name, m in given["ConfigMap"].items()}
+        pod = deployment["spec"]["template"]["spec"]
         if {pod.get(k) for k in SERVICE_ACCOUNTS} - {None, "", "default"}:
             refuse("the Deployment names a service account; its pods get the namespace's default")
         for key, value in walk("", pod):
@@ -1740,12 +1730,11 @@ def render(objects: AppObjects, run: Run, image: str, colour: str, live_replicas
                 value["name"] = copies[named]["metadata"]["name"]
         set_images(app, pod, image)
         set_probes(app, pod, service["spec"]["ports"][0])
-        name, meta = f"{app.name}-{colour}", given.deployment["metadata"]
-        deployment = manifest("Deployment", name, selector, meta)
-        deployment["metadata"]["annotations"][NOTE_COMMIT] = run.commit
-        deployment["spec"] = coloured(app, given.deployment["spec"], selector, live_replicas)
-        place = (run.id, run.commit, image, colour, selector)
-        release = Release(*place, deployment, [*copies.values()], service)
+        made = manifest("Deployment", f"{app.name}-{colour}", selector, deployment["metadata"])
+        made["metadata"]["annotations"][NOTE_COMMIT] = run.commit
+        made["spec"] = coloured(app, deployment["spec"], selector, live_replicas)
+        identity = (run.id, run.commit, image, colour, selector)
+        release = Release(*identity, made, [*copies.values()], service)
         release.configmap(app.name)  # refuses what is too large before anything changes
     except UNSHAPED as wrong:
         near = clip(repr(getattr(wrong, "obj", None) or wrong), 80)
@@ -2665,10 +2654,10 @@ class Deployer:
             checkout = Path(folder) / "src"
             self.git.checkout(task.app.repository, task.run.commit, checkout, symlinks=False)
             found = read_manifests(checkout, task.app.deploy.manifests)
-        objects = check_objects(task.app, task.namespace, found)
-        release = render(objects, task.run, task.image, *self.place(task))
+        objects, ignored = check_objects(task.app, task.namespace, found)
+        release = render(task.app, task.run, task.image, self.place(task), objects)
         claimed = self.claim(task, release)
-        info("claimed", colour=release.colour, ignored=objects.ignored or None, **task.words)
+        info("claimed", colour=release.colour, ignored=ignored or None, **task.words)
         self.kubectl.create([*release.configmaps, release.configmap(task.app.name)], task.namespace)
         try:
             self.apply(task, release, claimed)

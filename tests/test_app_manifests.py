@@ -115,12 +115,12 @@ def objects(text: str = ALL) -> list[Object]:
 
 def check(items: list[Object], **app: Any) -> AppObjects:
     text = json.dumps({"kind": "List", "items": items})
-    return check_objects(app_of(**app), "production", parse_objects(text, "deploy/app.json"))
+    return check_objects(app_of(**app), "production", parse_objects(text, "deploy/app.json"))[0]
 
 
 def released(items: list[Object] | None = None, live: int = 0, **app: Any) -> Release:
     found = check(objects() if items is None else items, **app)
-    return render(found, RUN, BUILT, "green", live)
+    return render(app_of(**app), RUN, BUILT, ("green", live), found)
 
 
 def changed(where: str, value: Any) -> list[Object]:
@@ -581,15 +581,15 @@ def test_a_missing_kubectl_is_a_fault_of_the_surroundings(
 
 
 def test_the_objects_of_an_app_are_told_apart() -> None:
-    found = check(objects())
-    assert (found.deployment["kind"], found.service["kind"]) == ("Deployment", "Service")
-    assert [m["metadata"]["name"] for m in found.configmaps] == ["settings"]
+    names = {kind: list(items) for kind, items in check(objects()).items()}
+    assert names == {"Deployment": ["web"], "Service": ["shop"], "ConfigMap": ["settings"]}
 
 
 def test_ignored_kinds_are_reported_whatever_they_hold() -> None:
-    odd = [{"kind": "Ingress", "metadata": {"name": "web"}, "spec": 5}]
-    found = check([*objects(), *odd], deploy={"ignore_kinds": ["Ingress"]})
-    assert found.ignored == ["deploy/app.json: Ingress web"]
+    odd = {"kind": "Ingress", "metadata": {"name": "web"}, "spec": 5}
+    found = parse_objects(json.dumps({"kind": "List", "items": [*objects(), odd]}), "app.json")
+    app = app_of(deploy={"ignore_kinds": ["Ingress"]})
+    assert check_objects(app, "production", found)[1] == ["app.json: Ingress web"]
 
 
 def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
@@ -787,7 +787,8 @@ def test_nesting_without_end_is_refused() -> None:
         found = [("deploy/x.json", o) for o in objects()[1:]]
         with suppress(StageError):
             found += parse_objects(deep, "deploy/x.json")
-            render(check_objects(app_of(), "production", found), RUN, BUILT, "green", 0)
+            kept, _ = check_objects(app_of(), "production", found)
+            render(app_of(), RUN, BUILT, ("green", 0), kept)
 
 
 # === Rendering: the Deployment ===
@@ -832,7 +833,7 @@ def test_what_is_rendered_is_valid_by_the_schema() -> None:
 def test_rendering_changes_nothing_that_it_was_given() -> None:
     found = check(objects())
     before = copy.deepcopy(found)
-    render(found, RUN, BUILT, "green", 0)
+    render(app_of(), RUN, BUILT, ("green", 0), found)
     assert found == before
 
 
