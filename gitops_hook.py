@@ -4554,8 +4554,8 @@ def live_version(tools: Tools, task: Task) -> str:
 def next_version(tools: Tools, task: Task, checkout: Path) -> str:
     """Return what would be applied to an environment, and how long its pods would take."""
     kubectl, manifests = tools.deployer.kubectl, read_manifests(checkout, task.app.deploy.manifests)
-    objects = check_objects(task.app, task.namespace, manifests)
-    release = render(objects, task.run, task.image, *tools.deployer.place(task))
+    objects, _ = check_objects(task.app, task.namespace, manifests)
+    release = render(task.app, task.run, task.image, tools.deployer.place(task), objects)
     deployment, names = release.deployment, [c["metadata"]["name"] for c in release.configmaps]
     new = [n for n in names if not kubectl.get("configmap", n, task.namespace)]
     standing = kubectl.get("deployment", deployment["metadata"]["name"], task.namespace)
