@@ -121,6 +121,7 @@ JOB_TTL = 3600  # seconds a finished Job is kept
 KUBECTL_TIMEOUT = 30.0  # seconds for one call, as in the article
 WATCH_SECONDS = 300  # every watch ends and relists after this: a hung one looks like a quiet one
 GIT_TIMEOUT = 60.0
+HEADS_AT_ONCE = 4  # questions to one git server: a dead one delays only its own apps
 VERIFY_SECONDS = 10.0  # the endpoints must have followed the selector by then
 HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures are seen within one second
 UNREADY_SECONDS = 5.0  # readiness below the wanted number for so long is sickness
@@ -291,6 +292,8 @@ class KubectlError(ProcessError):
 class RunError(HookError):
     """A run cannot go on, for a reason of the closed list."""
 
+    outcome: Outcome  # where the reason says nothing else
+
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
@@ -299,9 +302,13 @@ class RunError(HookError):
 class StageError(RunError):
     """It ends red; live traffic is as it was, or was taken back."""
 
+    outcome = Outcome.FAILED
+
 
 class SupersededError(RunError):
     """It ends because something newer, or someone, took its place."""
+
+    outcome = Outcome.SUPERSEDED
 
 
 class RefusedError(HookError):
@@ -1266,6 +1273,7 @@ class Git:
 
     def __init__(self, credentials: Path, timeout: float = GIT_TIMEOUT) -> None:
         self.credentials, self.timeout = credentials, timeout
+        self._places: dict[str, threading.Semaphore] = {}
 
     def run(self, *args: str, directory: Path | None = None, patience: int = 1) -> str:
         """Return what one git call prints; raises GitError."""
@@ -1282,8 +1290,15 @@ class Git:
         return stdout
 
     def heads(self, url: str) -> dict[str, str]:
-        """Return the commit of every branch, by full ref name."""
-        lines = self.run("ls-remote", "--heads", "--", url).splitlines()
+        """Return the commit of every branch, by full ref name; of one server, few at a time."""
+        host = (normalise_url(url) or ("", ""))[0]
+        place = self._places.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
+        if not place.acquire(timeout=self.timeout):
+            raise GitError(("git", "ls-remote"), None, f"too many wait for {clip(host)}")
+        try:
+            lines = self.run("ls-remote", "--heads", "--", url).splitlines()
+        finally:
+            place.release()
         found = (line.partition("\t") for line in lines)
         return {ref: sha for sha, _, ref in found if SHA.fullmatch(sha) and valid_ref(ref)}
 
@@ -2801,13 +2816,14 @@ class Deployer:
             return
         if claimed is None or now is None or now.claim != claimed.claim:
             who = (now.claim.get("run") if now else "") or "someone else"
+            if who == task.run.id:
+                raise HookError("another daemon has this run in hand")
             raise SupersededError(Reason.CLAIM_LOST, f"{who} has taken the claim")
         if now.selector != claimed.selector:
             raise StageError(Reason.SELECTOR_CHANGED, self.last_manager(task))
 
     def last_manager(self, task: Task) -> str:
-        """Return who changed the live Service last, by its managedFields; counts the drift."""
-        self.metrics.drift.labels(*task.labels).inc()
+        """Return who changed the live Service last, by its managedFields."""
         args = ("get", "service", task.app.name, "-o", "json", "--show-managed-fields")
         with suppress(KubectlError, ValueError):
             meta = json.loads(self.kubectl.run(*args, namespace=task.namespace))["metadata"]
@@ -3453,11 +3469,31 @@ class Pulses:
         return sorted(name for name, due in list(self._due.items()) if due < now)
 
 
-FORGIVEN = frozenset(  # ends of a deployment that say nothing against its commit
-    {Reason.BOTH_SICK, Reason.CLUSTER_ERROR, Reason.SELECTOR_CHANGED, Reason.ADOPTION_REFUSED}
-)
+class Once:
+    """Remembers for a while what was done, and on what ground, until its effect shows."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._done: dict[Any, tuple[Any, float]] = {}
+
+    def may(self, key: Any, ground: Any, seconds: float) -> bool:
+        """Whether to do something: on another ground than the last time, or so long after it."""
+        now = self.clock.monotonic()
+        self._done = {k: done for k, done in self._done.items() if done[1] > now}
+        if key in self._done and self._done[key][0] == ground:
+            return False
+        self._done[key] = ground, now + seconds
+        return True
 
 
+OUTCOMES = {  # of deployments that end otherwise than failed or superseded
+    Reason.ROLLED_BACK: Outcome.ROLLED_BACK,
+    Reason.SICK_AFTER_SWITCH: Outcome.SWITCHED_BACK,
+}
+FORGIVEN = {  # ends of a deployment that say nothing new against its commit
+    *(Reason.BOTH_SICK, Reason.CLUSTER_ERROR, Reason.SELECTOR_CHANGED),
+    *(Reason.ADOPTION_REFUSED, Reason.REJECTED),
+}
 RETRIED = ("Unreachable", "Conflict", "Unknown", "Forbidden", "NotFound")  # nobody's fault, or ours
 
 
@@ -3470,8 +3506,7 @@ class Controller:
         self.ledger, self.pulses = Ledger(self.kubectl, self.clock), Pulses(self.clock)
         self.stop, self.wake, self.spooled = deployer.stop, threading.Event(), threading.Event()
         ours, spaces = f"{LABEL_MANAGED}={MANAGER}", config.namespaces
-        live = f"{ours},{LABEL_STAGE}=live"
-        stages = [spaces["test"], spaces["build"]]
+        stages, live = [spaces[s] for s in STAGES], f"{ours},{LABEL_STAGE}=live"
         self.jobs = [Watch(self.kubectl, "jobs", n, view_job, ours) for n in stages]
         self.pods = [Watch(self.kubectl, "pods", n, view_pod, ours) for n in stages]
         self.services = {
@@ -3479,16 +3514,14 @@ class Controller:
             for e, n in config.environments().items()
         }
         self.apps = {a.name: a for a in config.apps}
-        self.heads: dict[str, tuple[float, dict[str, str]]] = {}
         self.asked = {name: threading.Event() for name in self.apps}
-        self.busy: set[tuple[str, str]] = set()
-        self.paused: dict[tuple[str, str], tuple[int, float]] = {}
+        self.heads: dict[str, tuple[float, dict[str, str]]] = {}  # by app, and when they were read
+        self.due = dict.fromkeys(self.apps, 0.0)  # when to compare them with what was last seen
+        self.taken: dict[tuple[str, str], tuple[int, float]] = {}  # failures, and until when
         self.doom: dict[str, Doom] = {}
-        self.acted: dict[str, tuple[Any, float]] = {}
-        self.stuck: dict[str, tuple[str, float]] = {}
-        self.drifted: dict[tuple[str, str], int] = {}
-        self.lost: list[Job] = []
+        self.once = Once(self.clock)
         self.threads: list[threading.Thread] = []
+        self.metrics.spool.set_function(lambda: len(spool))
 
     # Threads.
 
@@ -3499,13 +3532,14 @@ class Controller:
     def start(self) -> None:
         """Start every thread; none of them needs the cluster to be there."""
         for watch in self.watches():
-            name = f"watch-{watch.namespace}-{watch.resource}"
+            name = f"watch of {watch.resource} in {watch.namespace}"
             beat = partial(self.pulses.beat, name, WATCH_SECONDS + 120.0)
             self.spawn(name, partial(watch.run, beat, self.wake))
-        self.spawn("intake", self.intake)
-        self.spawn("controller", self.control)
+        self.repeat("intake", "intake waits for the cluster", self.intake, self.spooled)
+        self.repeat("controller", "a step will be tried again", self.control, self.wake)
         for app in self.config.apps:
-            self.spawn(f"heads-{app.name}", partial(self.follow_heads, app))
+            step, asked = partial(self.read_heads, app), self.asked[app.name]
+            self.repeat(f"heads of {app.name}", "catch-up waits", step, asked)
 
     def spawn(self, name: str, body: Callable[[], None], *, again: bool = True) -> None:
         """Run a thread; a bug in it is logged and counted, and its body run again if so wanted."""
@@ -3516,7 +3550,7 @@ class Controller:
                     return body()
                 except Exception:  # noqa: BLE001 - a thread ends here: logged, counted, run again
                     error("a thread failed", exc=True, thread=name)
-                    self.metrics.errors.labels(name.partition("-")[0]).inc()
+                    self.metrics.errors.labels(name.partition(" ")[0]).inc()
                     if not again or self.stop.wait(1.0):
                         break
             return None
@@ -3524,6 +3558,29 @@ class Controller:
         thread = threading.Thread(target=run, name=name, daemon=True)
         self.threads = [t for t in self.threads if t.is_alive()] + [thread]
         thread.start()
+
+    def repeat(
+        self, name: str, complaint: str, step: Callable[[], float], event: threading.Event
+    ) -> None:
+        """Run a thread that takes a step when its event is set, or so long after the last one."""
+
+        def body() -> None:
+            failures = 0
+            while not self.stop.is_set():
+                self.pulses.beat(name, 300.0 + 2 * self.config.catch_up)
+                event.clear()
+                try:
+                    pause, failures = step(), 0
+                except HookError as lost:
+                    if failures < len(DELAYS):
+                        warn(complaint, what=name, detail=str(lost))
+                    self.stop.wait(backoff(failures))
+                    pause, failures = 0.0, failures + 1
+                self.metrics.waiting.labels(name).set(bool(failures))
+                event.wait(pause)
+                self.stop.wait(0.05)  # a burst of events is one look
+
+        self.spawn(name, body)
 
     def shut_down(self, seconds: float) -> None:
         """End every thread, then drain the spool; what is cut off the next process takes up."""
@@ -3536,323 +3593,256 @@ class Controller:
         for thread in self.threads:
             thread.join(max(0.0, until - self.clock.monotonic()))
         if self.clock.monotonic() < until - seconds / 2:  # else an API that hangs would take it all
-            with suppress(KubectlError, ConfigError):
-                self.take_in(self.spool.read())
+            with suppress(HookError):
+                self.intake()
 
     # Intake: from the spool into the cluster.
 
-    def intake(self) -> None:
+    def intake(self) -> float:
         """Turn everything spooled into suspended Jobs, in as few calls as possible."""
-        failures = 0
-        while not self.stop.is_set():
-            self.pulses.beat("intake", 300.0)
-            self.spooled.clear()
+        for _ in range(5):  # a burst of pushes is one call
             stored = self.spool.read()
-            try:
-                left = self.take_in(stored)
-            except (KubectlError, ConfigError) as lost:
-                warn("intake waits for the cluster", stored=len(stored), detail=str(lost))
-                left = len(stored)
-            self.metrics.spool.set(len(self.spool))
-            if left:
-                self.stop.wait(backoff(failures))
-            failures = failures + 1 if left else 0
-            self.spooled.wait(0 if left else 30.0)
-            for _ in range(5):  # a burst of pushes is one call
-                known = len(self.spool)
-                if self.stop.wait(0.05) or len(self.spool) == known:
-                    break
-
-    def take_in(self, stored: Sequence[tuple[Path, Run]]) -> int:
-        """Bring stored pushes into the cluster; return how many must stay. Raises KubectlError."""
-        left = 0
+            if self.stop.wait(0.02) or len(stored) == len(self.spool):
+                break
+        left = len(stored)
         for name in dict.fromkeys(run.app for _, run in stored):
-            mine = [(p, r) for p, r in stored if r.app == name]
-            for start in range(0, len(mine), BATCH):
-                batch = mine[start : start + BATCH]
-                self.pulses.beat("intake", 300.0)
-                runs = {r.id: r for _, r in batch}
-                if name not in self.apps:
-                    warn("push of an app that is not configured any more", app=name)
-                done = self.admit(self.apps[name], runs) if name in self.apps else set(runs)
-                for path, _ in (item for item in batch if item[1].id in done):
+            mine = [(path, run) for path, run in stored if run.app == name]
+            for batch in (mine[i : i + BATCH] for i in range(0, len(mine), BATCH)):
+                done = self.admit(name, {run.id: run for _, run in batch})
+                for path in (path for path, run in batch if run.id in done):
                     self.spool.done(path)
-                left += len(runs) - len(done)
-        return left
+                    left -= 1
+        if left:
+            raise HookError(f"{left} pushes of {len(stored)} could not become Jobs")
+        return 30.0
 
-    def admit(self, app: App, runs: dict[str, Run]) -> set[str]:
-        """Create the Jobs of pushes that ask for a run; return the ids that are dealt with."""
-        deploys, done = [r for r in runs.values() if r.ref == app.deploy_ref], set()
-        rejected = self.ledger.read(app.name)[1] if deploys else {}
-        live = self.live_commit(app) if deploys else ""
-        for run in deploys:
-            why = "AlreadyLive" if run.commit == live else Reason.REJECTED
-            if run.commit == live or run.commit in rejected:
-                info("push needs nothing", reason=why, **run_words(run))
-                done.add(run.id)
+    def admit(self, name: str, runs: Mapping[str, Run]) -> set[str]:
+        """Create the Jobs of an app's pushes that need one; return the ids that are dealt with."""
+        if (app := self.apps.get(name)) is None:
+            warn("push of an app that is not configured any more", app=name)
+            return {*runs}
+        deploys = {k: r for k, r in runs.items() if r.ref == app.deploy_ref}
+        refs, needless = self.past(app, deploys=bool(deploys))
+        done = {k for k, r in deploys.items() if r.commit in needless}
+        for run in (runs[k] for k in done):
+            info("push needs nothing", reason=needless[run.commit], **run_words(run))
         wanted = sorted((r for k, r in runs.items() if k not in done), key=lambda r: r.received)
         entries: dict[str, Object | None] = {}
-        for run in wanted:
+        for run in (r for r in wanted if refs.get(r.ref, {}).get("commit") != r.commit):
             entries |= self.ledger.seen(run, None)
-        self.ledger.write(app.name, entries)  # before a Job could end
+        self.ledger.write(name, entries)  # before a Job could end
         jobs = [test_job(self.config, app, r) for r in wanted]
         refused = self.kubectl.create_each(jobs, self.config.namespaces["test"]) if jobs else {}
-        for run in wanted:
-            line = refused.get(f"test-{run.id}", "")
-            if line and not self.settle_refusal(app, run, line):
-                continue
-            info("run known" if line else "run queued", **run_words(run))
-            done.add(run.id)
-        return done
+        return done | {r.id for r in wanted if self.settle(r, refused.get(f"test-{r.id}", ""))}
 
-    def live_commit(self, app: App) -> str:
-        """Return the commit that is live in the last environment, "" when none is."""
-        for name in app.deploy.environments[-1:]:
-            found = self.kubectl.get("service", app.name, self.config.namespaces[name])
-            return str(view_service(found).live.get("commit", "")) if found else ""
-        return ""
+    def past(self, app: App, *, deploys: bool = True) -> tuple[dict[str, Object], dict[str, str]]:
+        """Return what was last seen of each ref, and why a commit is not to be deployed again."""
+        refs, rejected = self.ledger.read(app.name)
+        needless = dict.fromkeys(rejected, str(Reason.REJECTED))
+        for name in app.deploy.environments[-1:] if deploys else ():
+            if found := self.kubectl.get("service", app.name, self.config.namespaces[name]):
+                needless[view_service(found).live.get("commit", "")] = "AlreadyLive"
+        return refs, needless
 
-    def settle_refusal(self, app: App, run: Run, line: str) -> bool:
-        """Deal with a Job that was not created; return whether the push is dealt with."""
+    def settle(self, run: Run, refusal: str) -> bool:
+        """Deal with a Job that was created or refused; return whether its push is dealt with."""
         self.pulses.beat("intake", 300.0)
-        if "(AlreadyExists)" in line:
+        if re.search("is invalid|denied the request|BadRequest", refusal):
+            self.finish(run, {}, ends(Outcome.FAILED, Reason.JOB_REFUSED, clip(refusal), "test"))
+        elif not refusal:
+            info("run queued", **run_words(run))
+        elif "(AlreadyExists)" not in refusal:
+            warn("job not created, will be tried again", detail=clip(refusal), **run_words(run))
+            return False
+        else:
+            info("run known", **run_words(run))
             return reopen(self.kubectl, self.config, run)
-        if re.search("is invalid|denied the request|BadRequest", line):
-            error("job refused", reason=Reason.JOB_REFUSED, detail=clip(line), **run_words(run))
-            self.metrics.runs.labels(app.name, Outcome.FAILED, "test", Reason.JOB_REFUSED).inc()
-            ended = self.ledger.seen(run, Outcome.FAILED, Reason.JOB_REFUSED)
-            self.ledger.write(app.name, ended)
-            return True
-        warn("job not created, will be tried again", detail=clip(line), **run_words(run))
-        return False
+        return True
 
-    # Catch-up: what GitLab failed to announce.
+    # Catch-up: what GitLab failed to announce, and what was lost while nobody looked.
 
-    def follow_heads(self, app: App) -> None:
-        """Read an app's heads now and then, and when asked; compare them with the last seen."""
-        due, failures, asked = 0.0, 0, self.asked[app.name]
-        while not self.stop.is_set():
-            self.pulses.beat(f"heads-{app.name}", self.config.catch_up * 1.5 + 4 * GIT_TIMEOUT)
-            asked.clear()
-            try:
-                heads = self.deployer.git.heads(app.repository)
-                self.heads[app.name] = self.clock.monotonic(), heads
-                self.wake.set()
-                if self.clock.monotonic() >= due:
-                    self.catch_up(app, heads)
-                    due = self.clock.monotonic() + jittered(self.config.catch_up)
-                failures = 0
-            except (GitError, KubectlError, ConfigError, SpoolError) as lost:
-                if failures == 0:
-                    warn("catch-up waits", app=app.name, detail=str(lost))
-                failures += 1
-            self.metrics.waiting.labels("heads of " + app.name).set(bool(failures))
-            self.stop.wait(backoff(failures - 1) if failures else 0.3)
-            asked.wait(0 if failures else max(0.0, due - self.clock.monotonic()))
+    def read_heads(self, app: App) -> float:
+        """Read an app's heads; now and then compare them with what was last seen."""
+        heads = self.deployer.git.heads(app.repository)
+        self.heads[app.name] = self.clock.monotonic(), heads
+        self.wake.set()
+        if self.clock.monotonic() >= self.due[app.name]:
+            self.catch_up(app, heads)
+            self.due[app.name] = self.clock.monotonic() + jittered(self.config.catch_up)
+        self.stop.wait(0.25)  # whoever waits for a head asks all the time
+        return max(0.0, self.due[app.name] - self.clock.monotonic())
 
     def catch_up(self, app: App, heads: Mapping[str, str]) -> None:
-        """Make runs of heads that moved unannounced; the first sight of a test-only ref is none."""
-        refs, rejected = self.ledger.read(app.name)
-        live, known = (
-            self.live_commit(app),
-            {r.id for _, r in self.spool.read()} | {*self.grouped()},
-        )
-        entries: dict[str, Object | None] = {
-            self.ledger.key(r): None for r in refs.keys() - {*heads}
-        }
+        """Make runs of heads that moved unannounced, and end those that are lost.
+
+        The first sight of a test-only ref is none. Lost is what the ledger says is under way and
+        of which there is neither a Job nor a stored push: it vanished while nobody looked.
+        """
+        refs, needless = self.past(app)
+        known = {r.id for _, r in self.spool.read()} | {*self.grouped()}
+        entries: dict[str, Object | None] = {self.ledger.key(r): None for r in {*refs} - {*heads}}
         for ref, commit in heads.items():
             seen = refs.get(ref, {})
-            told = {"before": str(seen.get("commit", "")), "received": self.clock.now()}
-            run = run_of(app, ref, commit, delivery="catch-up", **told)
-            if run is None or seen.get("commit") == commit:
-                if run and not seen["outcome"] and run.id not in known:
-                    self.miss(app, run)
+            before = str(seen.get("commit", ""))
+            told = {"before": before, "received": self.clock.now(), "delivery": "catch-up"}
+            run = run_of(app, ref, commit, **told)
+            if run is None or (before == commit and (seen.get("outcome") or run.id in known)):
                 continue
-            baseline = not seen and ref != app.deploy_ref
-            if baseline or commit == live or commit in rejected:
+            if commit in needless or (not seen and ref != app.deploy_ref):
                 entries |= self.ledger.seen(run, "baseline")
-            elif run.id not in known or seen:
+            elif before == commit:
+                self.miss(run)
+            elif seen or run.id not in known:
                 info("head moved unannounced", **run_words(run))
                 self.metrics.catch_up.labels(app.name).inc()
                 self.spool.store([run])
                 self.spooled.set()
         self.ledger.write(app.name, entries)
 
-    def miss(self, app: App, run: Run) -> None:
-        """End a run whose Jobs were deleted while nobody looked."""
-        names = self.config.namespaces
-        if not any(self.kubectl.get("job", f"{s}-{run.id}", names[s]) for s in STAGES):
-            made = test_job(self.config, app, run)
-            made["metadata"]["resourceVersion"] = "0"
-            self.vanished(view_job(made), {})
+    def miss(self, run: Run) -> None:
+        """End a run of which nothing is left: missing is failed."""
+        names = [(f"{stage}-{run.id}", self.config.namespaces[stage]) for stage in STAGES]
+        if not any(self.kubectl.get("job", name, namespace) for name, namespace in names):
+            gone = ends(Outcome.FAILED, Reason.VANISHED, "its Jobs are gone", "test")
+            self.finish(run, {}, gone)
 
     # The loop.
 
-    def control(self) -> None:
-        """Decide for every run whenever something changed, and at least every few seconds."""
-        while not self.stop.is_set():
-            self.pulses.beat("controller", 300.0)
-            self.wake.clear()
-            self.metrics.waiting.labels("cluster").set(any(w.trouble for w in self.watches()))
-            stages: list[Watch[Any]] = [*self.jobs, *self.pods]
-            if all(w.synced.is_set() for w in stages):
-                try:
-                    self.tick()
-                except KubectlError as lost:
-                    warn("a step will be tried again", detail=str(lost))
-                    self.stop.wait(1.0)
-            self.wake.wait(2.0)
-            self.stop.wait(0.05)  # a burst of events is one look
+    def control(self) -> float:
+        """Decide for every run, while what is mirrored is what is there."""
+        self.metrics.waiting.labels("cluster").set(any(w.trouble for w in self.watches()))
+        stages: list[Watch[Any]] = [*self.jobs, *self.pods]
+        if all(map(current, stages)):
+            self.tick()
+        return LOOK_SECONDS
 
     def grouped(self) -> dict[str, dict[str, Job]]:
         """Return the Jobs by run and stage."""
         runs: dict[str, dict[str, Job]] = {}
-        for found in (j for w in self.jobs for j in w.items() if j.stage in ("test", "build")):
+        for found in (j for w in self.jobs for j in w.items() if j.stage in STAGES):
             runs.setdefault(found.run.id, {})[found.stage] = found
         return runs
 
     def tick(self) -> None:
         """Take the next step of every run that has one; newest first."""
         runs = self.grouped()
-        self.lost += [j for w in self.jobs for j in w.take_gone()]
-        while self.lost:
-            self.vanished(self.lost[0], runs.get(self.lost[0].run.id, {}))
-            del self.lost[0]
-        active = {k: g for k, g in runs.items() if not over(g)}
-        states = [j.state for g in active.values() for j in g.values()]
+        for lost in [x for w in self.watches() for x in w.take_gone() if isinstance(x, Job)]:
+            with self.alone(lost.run):
+                self.vanished(lost, runs.get(lost.run.id, {}))
+        groups = [g for g in runs.values() if not over(g)]
+        states = [j.state for g in groups for j in g.values()]
         for state in ("suspended", "active"):
             self.metrics.queue.labels(state).set(states.count(state))
-        places, release = self.config.limits.max_running - states.count("active"), []
-        latest: dict[tuple[str, str], float] = {}
-        for run in map(newest, active.values()):
-            latest[run.app, run.ref] = max(run.received, latest.get((run.app, run.ref), 0.0))
         pods: dict[str, list[Pod]] = {}
         for pod in (p for w in self.pods for p in w.items()):
             pods.setdefault(pod.run, []).append(pod)
-        for key, jobs in sorted(active.items(), key=lambda item: -newest(item[1]).received):
-            if newest(jobs).app in self.apps:
-                view = self.view(jobs, pods.get(key, []), latest, places)
+        active = sorted(((newest(g), g) for g in groups), key=lambda item: -item[0].received)
+        self.doom = {run.id: self.doom.get(run.id, Doom()) for run, _ in active}
+        places, pushed = self.config.limits.max_running - states.count("active"), set()
+        for run, jobs in ((r, g) for r, g in active if r.app in self.apps):
+            newer = (run.app, run.ref) in pushed
+            pushed.add((run.app, run.ref))
+            with self.alone(run):
+                view = self.view(jobs, pods.get(run.id, []), places, newer=newer)
                 action = decide(view)
                 places -= action.do in (Do.RELEASE, Do.BUILD, Do.REMAKE)
-                try:
-                    if self.act(view, action):
-                        release.append(jobs[action.stage])
-                except KubectlError as lost:  # one run's trouble does not hold back the others
-                    warn("a step will be tried again", detail=str(lost), **run_words(view.run))
-        for namespace in {j.namespace for j in release}:
-            names = [j.name for j in release if j.namespace == namespace]
-            args = ("patch", "job", *names, "--type=merge", "-p", '{"spec":{"suspend":false}}')
-            self.kubectl.run(*args, namespace=namespace)
-        self.forget(runs)
-        deploying = [r for r in map(newest, active.values()) if r.app in self.apps]
-        waiting = {r.app for r in deploying if r.ref == self.apps[r.app].deploy_ref}
-        self.look_after(set(active), waiting)
+                self.act(view, action)
+        self.sweep(runs)
+        self.look_after([run for run, _ in active])
 
-    def forget(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
-        """Forget runs without Jobs, and delete Jobs of ended runs that no time to live ends."""
-        others: list[Watch[Any]] = [*self.pods, *self.services.values()]
-        for watch in others:
-            watch.take_gone()
-        known = {*runs, *(j.name for g in runs.values() for j in g.values())}
-        memories: tuple[dict[str, Any], ...] = (self.acted, self.doom, self.stuck)
-        for memory in memories:
-            for gone in {*list(memory)} - known:
-                memory.pop(gone, None)
+    @contextmanager
+    def alone(self, run: Run) -> Iterator[None]:
+        """Let one run's trouble not hold back the others."""
+        try:
+            yield
+        except KubectlError as lost:
+            warn("a step will be tried again", detail=str(lost), **run_words(run))
+
+    def sweep(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
+        """Delete Jobs of ended runs that no time to live ends, because they never ran."""
         until = self.clock.now() - JOB_TTL
         for found in (j for g in runs.values() for j in g.values() if j.state == "suspended"):
             if found.outcome and seconds_of(found.notes.get(NOTE_ENDED)) < until:
-                self.kubectl.delete("job", [found.name], found.namespace)
+                with self.alone(found.run):
+                    self.kubectl.delete("job", [found.name], found.namespace)
 
     def view(
-        self,
-        jobs: dict[str, Job],
-        pods: list[Pod],
-        latest: dict[tuple[str, str], float],
-        places: int,
+        self, jobs: Mapping[str, Job], pods: Sequence[Pod], places: int, *, newer: bool
     ) -> View:
         """Gather what decides over one run."""
         run, now = newest(jobs), self.clock.now()
-        read = self.heads.get(run.app, (0.0, {}))
-        age = self.clock.monotonic() - read[0]
-        heads = read[1] if read[0] and now - age >= run.received else None
-        symptoms = [
-            s for p in pods for s in pod_symptoms(p) if s.reason is not Reason.UNSCHEDULABLE
-        ]
-        symptoms += [s for j in jobs.values() if (s := self.creation_trouble(j, pods))]
+        read, heads = self.heads.get(run.app, (-NEVER, {}))
+        age = self.clock.monotonic() - read
         services = {e: s for e, w in self.services.items() for s in w.items() if s.name == run.app}
-        doomed = self.doom.setdefault(run.id, Doom()).verdict(symptoms, now)
-        unseen = {e for e, w in self.services.items() if not w.synced.is_set()}
-        busy = frozenset({e for a, e in list(self.busy) if a == run.app} | unseen)
-        head, again = head_word(run, heads, age, now), latest[run.app, run.ref] > run.received
-        limit, app = self.config.limits.queue_timeout, self.apps[run.app]
-        seen: Object = {
-            "app": app,
-            "run": run,
-            "jobs": jobs,
-            "pods": tuple(pods),
-            "services": services,
-        }
-        more: Object = {
-            "head": head,
-            "newer": again,
-            "places": places,
-            "doomed": doomed,
-            "busy": busy,
-        }
-        return View(**seen, **more, now=now, queue_timeout=limit)
+        symptoms = [s for p in pods for s in pod_symptoms(p) if s.reason != Reason.UNSCHEDULABLE]
+        idle = (j for j in jobs.values() if j.name not in {p.job for p in pods})
+        symptoms += [s for j in idle for s in self.creation_trouble(j)]
+        return View(
+            app=self.apps[run.app],
+            run=run,
+            jobs=jobs,
+            pods=tuple(pods),
+            services=services,
+            head=head_word(run, heads if now - age >= run.received else None, age, now),
+            newer=newer,
+            places=places,
+            doomed=self.doom[run.id].verdict(symptoms, now),
+            busy=self.busy(run.app),
+            now=now,
+            queue_timeout=self.config.limits.queue_timeout,
+        )
 
-    def creation_trouble(self, found: Job, pods: Iterable[Pod]) -> Symptom | None:
-        """Return why a released Job has no pod. Quota is only waited for, and noted on the Job."""
-        waited = self.clock.now() - found.released
-        if (
-            found.state != "active"
-            or waited < LOOK_SECONDS
-            or any(p.job == found.name for p in pods)
-        ):
-            return None
-        text, looked = self.stuck.get(found.name, ("", 0.0))
-        if self.clock.monotonic() - looked > AGAIN_SECONDS:
-            fields_ = f"involvedObject.name={found.name},reason=FailedCreate"
-            events = self.kubectl.list("events", found.namespace, "--field-selector", fields_)
+    def busy(self, app: str) -> frozenset[str]:
+        """Return the environments in which an app is changed, has to rest, or cannot be seen."""
+        unseen = {e for e, w in self.services.items() if not current(w)}
+        now, taken = self.clock.monotonic(), list(self.taken.items())
+        return frozenset(e for (a, e), (_, until) in taken if a == app and until > now) | unseen
+
+    def creation_trouble(self, found: Job) -> Iterator[Symptom]:
+        """Note on a released Job why it has no pod, and yield it. Quota is only waited for."""
+        if found.state != "active" or self.clock.now() - found.released < LOOK_SECONDS:
+            return
+        if self.once.may(found.name, "look", AGAIN_SECONDS):
+            chosen = f"involvedObject.name={found.name},reason=FailedCreate"
+            events = self.kubectl.list("events", found.namespace, "--field-selector", chosen)
             last = str(events[-1].get("message", "")) if events else ""
-            self.stuck[found.name] = last, self.clock.monotonic()
-            if last and last != text:
-                notes = {NOTE_REASON: creation_symptom(last, "").reason, NOTE_DETAIL: clip(last)}
-                self.note(found, notes)
-        symptom = creation_symptom(text, found.name)
-        return symptom if text and symptom.reason is Reason.ADMISSION_REFUSED else None
+            if last and clip(last) != found.notes.get(NOTE_DETAIL):
+                why = creation_symptom(last, "").reason
+                self.note(found, {NOTE_REASON: why, NOTE_DETAIL: clip(last)})
+        if found.notes.get(NOTE_REASON) == Reason.ADMISSION_REFUSED:
+            yield creation_symptom(found.notes.get(NOTE_DETAIL, ""), found.name)
 
-    def act(self, view: View, action: Action) -> bool:
-        """Carry out an action, once until the cluster shows its effect; return if to release."""
+    def act(self, view: View, action: Action) -> None:
+        """Carry out an action, once until the cluster shows its effect."""
         run, do, stage = view.run, action.do, action.stage
-        if do is Do.WAIT and action.reason is Reason.GIT_ERROR:
+        if action.reason is Reason.GIT_ERROR:
             self.asked[run.app].set()
             job = view.jobs.get("build") or view.jobs["test"]
             late = view.now - run.received > AGAIN_SECONDS
             if late and job.notes.get(NOTE_REASON) != action.reason:
                 self.note(job, {NOTE_REASON: action.reason, NOTE_DETAIL: action.detail})
-        if do in (Do.NOTHING, Do.WAIT):
-            return False
-        mark = (do, stage, tuple(j.version for j in view.jobs.values()))
-        before, at = self.acted.get(run.id, (None, 0.0))
-        if before == mark and self.clock.monotonic() - at < AGAIN_SECONDS:
-            return False
-        self.acted[run.id] = mark, self.clock.monotonic()
+        ground = (do, stage, *(j.version for j in view.jobs.values()))
+        # that an environment is being changed is known without looking
+        if do in (Do.NOTHING, Do.WAIT) or not (
+            do is Do.DEPLOY or self.once.may(run.id, ground, AGAIN_SECONDS)
+        ):
+            return
         for waited in (j for j in view.jobs.values() if NOTE_REASON in j.notes):
             self.note(waited, {NOTE_REASON: None, NOTE_DETAIL: None})
         if do is Do.NOTE:
             key = NOTE_SUMMARY if stage == "test" else NOTE_DIGEST
             self.note(view.jobs[stage], {key: action.detail})
-        elif do in (Do.BUILD, Do.REMAKE):
-            self.build(view, again=do is Do.REMAKE)
+        elif do is Do.RELEASE:
+            self.note(view.jobs[stage], {}, suspend=False)
         elif do is Do.DEPLOY:
             digest = view.jobs["build"].notes.get(NOTE_DIGEST, "") if "build" in view.jobs else ""
             image = f"{view.app.build.image}@{digest}" if digest else ""
             task = self.task(view.app, stage, run, image)
             self.start_worker(task, partial(self.deploy, task, view.jobs))
         elif do is Do.END:
-            self.finish(view.jobs, action)
-        return do is Do.RELEASE
+            self.finish(run, view.jobs, action)
+        else:
+            self.build(view, again=do is Do.REMAKE)
 
     def task(self, app: App, environment: str, run: Run, image: str = "") -> Task:
         """Return a run on its way into an environment."""
@@ -3872,7 +3862,8 @@ class Controller:
         except KubectlError as refused:
             if refused.kind not in ("Invalid", "BadRequest", "Denied"):
                 raise
-            self.finish(view.jobs, ends(Outcome.FAILED, Reason.JOB_REFUSED, refused.said, "build"))
+            why = ends(Outcome.FAILED, Reason.JOB_REFUSED, refused.said, "build")
+            self.finish(view.run, view.jobs, why)
 
     def note(self, found: Job, notes: Mapping[str, str | None], **spec: Any) -> None:
         """Write annotations on a Job; one that is gone needs none."""
@@ -3884,155 +3875,126 @@ class Controller:
             if gone.kind != "NotFound":
                 raise
 
-    def finish(self, jobs: Mapping[str, Job], action: Action) -> None:
+    def finish(self, run: Run, jobs: Mapping[str, Job], action: Action) -> None:
         """Write down how a run ended: the ledger first, then its Jobs; then say it."""
-        run, outcome, stage = newest(jobs), action.outcome or Outcome.FAILED, action.stage
+        outcome, stage, detail = action.outcome or Outcome.FAILED, action.stage, action.detail
         bad = outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK)
-        entries = self.ledger.seen(run, outcome, action.reason)
-        if bad and stage not in ("test", "build") and action.reason not in FORGIVEN:
+        seen = self.ledger.read(run.app)[0].get(run.ref, {})
+        # a newer push of the ref is what was last seen of it, whichever ends first
+        same = seen.get("commit", run.commit) == run.commit
+        entries = self.ledger.seen(run, outcome, action.reason) if same else {}
+        if bad and stage not in STAGES and action.reason not in FORGIVEN:
             entries |= self.ledger.rejection(run.app, run.commit, action.reason)
         self.ledger.write(run.app, entries)
-        pods, detail = [p for w in self.pods for p in w.items() if p.run == run.id], action.detail
         if bad and stage in jobs and action.reason is not Reason.CLONE_FAILED:
-            mine = [p for p in pods if p.job == jobs[stage].name]
-            newest_pod = sorted(mine, key=lambda p: -p.created)[:1]
-            detail = self.deployer.with_logs(detail, newest_pod, jobs[stage].namespace)
-        notes = {NOTE_OUTCOME: str(outcome), NOTE_REASON: str(action.reason)}
-        ended = max(self.clock.now(), run.received)  # by a clock that may be ahead
-        notes |= {NOTE_DETAIL: detail[:DETAIL_LENGTH], NOTE_ENDED: f"{ended:.3f}"}
-        notes[NOTE_STAGE] = stage
+            mine = [p for w in self.pods for p in w.items() if p.job == jobs[stage].name]
+            last = sorted(mine, key=lambda p: -p.created)[:1]
+            detail = self.deployer.with_logs(detail, last, jobs[stage].namespace)
+        notes = {NOTE_OUTCOME: str(outcome), NOTE_REASON: str(action.reason), NOTE_STAGE: stage}
+        at = max(self.clock.now(), run.received)  # by a clock that may be ahead
+        notes |= {NOTE_DETAIL: detail[:DETAIL_LENGTH], NOTE_ENDED: f"{at:.3f}"}
         for found in jobs.values():
             stop = {"activeDeadlineSeconds": 1} if found.state == "active" else {}
             self.note(found, notes, ttlSecondsAfterFinished=JOB_TTL, **stop)
-            self.time_stage(found, pods)
+            if found.released and found.finished:
+                measure = self.metrics.stage_seconds.labels(run.app, found.stage, found.state)
+                measure.observe(max(0.0, found.finished - found.released))
         self.metrics.runs.labels(run.app, outcome, stage, action.reason).inc()
-        more: Object = {
-            "outcome": outcome,
-            "stage": stage,
-            "reason": action.reason,
-            "detail": detail or None,
-        }
+        why = {"outcome": outcome, "stage": stage, "reason": action.reason, "detail": detail}
         took = round(self.clock.now() - run.received, 1)
-        (error if bad else info)("run ended", **more, seconds=took, **run_words(run))
-        self.doom.pop(run.id, None)
-
-    def time_stage(self, found: Job, pods: Iterable[Pod]) -> None:
-        """Measure the stage of a Job by its last pod."""
-        for pod in [p for p in pods if p.job == found.name and p.started][-1:]:
-            took = max((c.ended for c in pod.containers), default=0.0) - pod.started
-            labels = (found.run.app, found.stage, found.state)
-            self.metrics.stage_seconds.labels(*labels).observe(max(took, 0.0))
+        (error if bad else info)("run ended", **why, seconds=took, **run_words(run))
 
     def vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
         """End a run whose Job disappeared before its end: missing is failed."""
         ended = lost.outcome or over({lost.stage: lost, **left})
-        green = "build" in left and not left["build"].outcome  # only green tests are built
-        if ended or lost.stage in left or green or lost.state == "failed":
-            return
-        acted = self.acted.get(lost.run.id)
-        if acted and acted[0][0] is Do.REMAKE:
-            return
-        detail = f"Job {lost.name} was deleted"
-        self.finish(
-            left or {lost.stage: lost}, ends(Outcome.FAILED, Reason.VANISHED, detail, lost.stage)
-        )
+        # only green tests are built; a finished build can be made once more
+        green = "build" in left and not left["build"].outcome
+        spare = green if lost.stage == "test" else lost.state == "succeeded"
+        if not ended and not spare and lost.stage not in left:
+            detail = f"Job {lost.name} was deleted"
+            gone = ends(Outcome.FAILED, Reason.VANISHED, detail, lost.stage)
+            self.finish(lost.run, left or {lost.stage: lost}, gone)
 
     # Workers.
 
     def start_worker(self, task: Task, body: Callable[[], None]) -> None:
         """Run one slow step for an environment; no two at once, and after a failure not at once."""
-        key = task.app.name, task.environment
-        failures, until = self.paused.get(key, (0, 0.0))
-        if key in self.busy or self.clock.monotonic() < until:
+        failures, until = self.taken.get(task.labels, (0, 0.0))
+        if until > self.clock.monotonic():
             return
-        self.busy.add(key)
+        self.taken[task.labels] = failures, NEVER
 
         def run() -> None:
-            self.paused[key] = failures + 1, self.clock.monotonic() + backoff(failures)
+            failed = failures + 1
             try:
                 body()
-                self.paused.pop(key, None)
-            except InterruptedError:
-                return
+                failed = 0
             except (HookError, OSError) as lost:
-                warn("a worker will try again", detail=str(lost), **task.words)
-                self.acted.pop(task.run.id, None)
-                self.paused[key] = failures + 1, self.clock.monotonic() + backoff(failures)
+                if not self.stop.is_set():
+                    warn("a worker will try again", detail=str(lost), **task.words)
             finally:
-                self.busy.discard(key)
+                rest = backoff(failures) if failed else 0.0
+                self.taken[task.labels] = failed, self.clock.monotonic() + rest
                 self.wake.set()
 
-        self.spawn(f"worker-{task.app.name}-{task.environment}", run, again=False)
-
-    def deploy_unless_rejected(self, task: Task) -> None:
-        """Deploy; a commit may be rejected already where its end could not be written down."""
-        if task.run.commit in self.ledger.read(task.app.name)[1]:
-            raise StageError(Reason.REJECTED, "the commit was rejected")
-        self.deployer.deploy(task)
+        self.spawn(f"worker of {task.app.name} in {task.environment}", run, again=False)
 
     def deploy(self, task: Task, jobs: Mapping[str, Job]) -> None:
-        """Deploy; write down the outcome if the run ended here."""
-        started, result, ended = self.clock.monotonic(), "failed", None
+        """Deploy; write down how the run ended if it ended here."""
+        started, place = self.clock.monotonic(), task.environment
+        ended: Action | None = None
         try:
-            self.deploy_unless_rejected(task)
-            result = "ok"
-        except SupersededError as stopped:
-            result, back = "superseded", stopped.reason is Reason.ROLLED_BACK
-            service = self.deployer.service(task)
-            if (
-                stopped.reason is Reason.CLAIM_LOST
-                and service
-                and service.claim.get("run") == task.run.id
-            ):
-                raise HookError("another daemon has this run in hand") from stopped
-            outcome = Outcome.ROLLED_BACK if back else Outcome.SUPERSEDED
-            ended = ends(outcome, stopped.reason, stopped.detail, task.environment)
-        except StageError as failed:
-            back = failed.reason is Reason.SICK_AFTER_SWITCH
-            outcome = Outcome.SWITCHED_BACK if back else Outcome.FAILED
-            ended = ends(outcome, failed.reason, failed.detail, task.environment)
+            # its end may not have been written down
+            if task.run.commit in self.ledger.read(task.app.name)[1]:
+                ended = ends(Outcome.FAILED, Reason.REJECTED, "the commit was rejected", place)
+            else:
+                self.deployer.deploy(task)
+        except RunError as stopped:
+            outcome = OUTCOMES.get(stopped.reason, stopped.outcome)
+            ended = ends(outcome, stopped.reason, stopped.detail, place)
         except KubectlError as refused:
             service = self.deployer.service(task)
             if (service and service.run == task.run.id) or refused.kind in RETRIED:
                 raise
             detail = self.deployer.secrets.mask(refused.said)
-            ended = ends(Outcome.FAILED, Reason.CLUSTER_ERROR, detail, task.environment)
-        took = self.clock.monotonic() - started
-        self.metrics.stage_seconds.labels(task.app.name, task.environment, result).observe(took)
+            ended = ends(Outcome.FAILED, Reason.CLUSTER_ERROR, detail, place)
+        took, result = self.clock.monotonic() - started, ended.outcome if ended else "ok"
+        self.metrics.stage_seconds.labels(task.app.name, place, result).observe(took)
         if ended:
             if self.deployer.service(task) is None:
                 self.deployer.collect_garbage(task)
-            self.finish(jobs, ended)
+            self.finish(task.run, jobs, ended)
 
-    def look_after(self, active: set[str], apps: set[str]) -> None:
-        """Start what claims of ended runs leave to do: heal, scale down, drain."""
-        for environment, watch in self.services.items():
-            for service in (s for s in watch.items() if s.name in self.apps):
-                app, claim = self.apps[service.name], service.claim
-                if service.history and not service.live:
-                    self.report_drift(app, environment, service)
-                if not claim:
-                    continue
-                phase, run = claim.get("phase"), str(claim.get("run"))
-                wait: dict[str, float] = {
-                    Phase.DRAINING: app.deploy.drain,
-                    Phase.ROLLBACK: CLAIM_SECONDS,
-                }
-                due = seconds_of(claim.get("since")) + wait.get(str(phase), 0.0)
-                held = run in active and phase != Phase.DRAINING
-                # a newer run overwrites the idle colour anyway: healing it would be in its way
-                pointless = phase == Phase.PREPARING and app.name in apps
-                if self.clock.now() >= due and not held and not pointless:
-                    task = self.task(app, environment, Run(id=run, app=app.name, ref="", commit=""))
-                    self.start_worker(task, partial(self.deployer.tidy, task, claim))
+    def look_after(self, runs: Iterable[Run]) -> None:
+        """Say who pointed a Service elsewhere; start what claims of ended runs leave to do."""
+        active = {r.id: r for r in runs if r.app in self.apps}
+        waiting = {r.app for r in active.values() if r.ref == self.apps[r.app].deploy_ref}
+        listed = [
+            (e, s) for e, w in self.services.items() for s in w.items() if s.name in self.apps
+        ]
+        for environment, service in listed:
+            app, claim, phase = self.apps[service.name], service.claim, service.claim.get("phase")
+            run = Run(id=str(claim.get("run", "")), app=app.name, ref="", commit="")
+            task = self.task(app, environment, run)
+            turned = self.once.may(task.labels, service.selector, NEVER)
+            if turned and service.history and not service.live:
+                self.metrics.drift.labels(*task.labels).inc()
+                error("selector drift", by=self.deployer.last_manager(task), **task.words)
+            rest: dict[Any, float] = {
+                Phase.DRAINING: app.deploy.drain,
+                Phase.ROLLBACK: CLAIM_SECONDS,
+            }
+            due = seconds_of(claim.get("since")) + rest.get(phase, 0.0)
+            held = run.id in active and phase != Phase.DRAINING
+            # a newer run overwrites the idle colour anyway: healing it would be in its way
+            pointless = phase == Phase.PREPARING and app.name in waiting
+            if claim and self.clock.now() >= due and not held and not pointless:
+                self.start_worker(task, partial(self.deployer.tidy, task, claim))
 
-    def report_drift(self, app: App, environment: str, service: Service) -> None:
-        """Say once who pointed a live Service at something that was never switched to."""
-        key = app.name, environment
-        if self.drifted.get(key) != service.version:
-            self.drifted[key] = service.version
-            task = self.task(app, environment, Run(id="", app=app.name, ref="", commit=""))
-            error("selector drift", by=self.deployer.last_manager(task), **task.words)
+
+def current(watch: Watch[Any]) -> bool:
+    """Whether a mirror follows what is there: what it lacks is gone, not only unseen."""
+    return watch.synced.is_set() and not watch.trouble
 
 
 def run_words(run: Run) -> dict[str, Any]:
@@ -4047,15 +4009,14 @@ def reopen(kubectl: Kubectl, config: Config, run: Run) -> bool:
     A run under way is left alone. Green Jobs and the digest are reused; a failed Job is deleted, so
     that the next intake makes it anew, and until it is gone the answer is False.
     """
-    found = [kubectl.get("job", f"{s}-{run.id}", config.namespaces[s]) for s in ("test", "build")]
+    found = [kubectl.get("job", f"{s}-{run.id}", config.namespaces[s]) for s in STAGES]
     jobs = [view_job(j) for j in found if j]
-    for known in jobs:
-        if (known.run.ref, known.run.commit) != (run.ref, run.commit):
-            error("two pushes have the same run id", **run_words(run))
-            return True
-    ended = max((seconds_of(j.notes.get(NOTE_ENDED)) for j in jobs), default=0.0)
+    if any((j.run.ref, j.run.commit) != (run.ref, run.commit) for j in jobs):
+        error("two pushes have the same run id", **run_words(run))
+        return True
     if not jobs or any(j.deleting for j in jobs):
         return False
+    ended = max(seconds_of(j.notes.get(NOTE_ENDED)) for j in jobs)
     if not over({j.stage: j for j in jobs}) or ended > run.received:
         return True
     failed = [j for j in jobs if j.state != "succeeded"]
@@ -4282,6 +4243,7 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
         return 0
     spool = Spool(process.spool, config.limits.spool_files)
     spool.prepare()
+    tempfile.tempdir = own_folder(process.spool)
     controller = Controller(config, deployer, spool)
     app = WebhookApp(config, deployer.secrets, spool, controller)
     server = make_server(app, process.listen, config.webhook.max_body)
@@ -4296,6 +4258,18 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
     controller.shut_down(SHUTDOWN_SECONDS)
     info("stopped", spooled=len(spool))
     return 0
+
+
+def own_folder(spool: Path) -> str:
+    """Return an empty folder for temporary files: what a killed daemon left in there is gone.
+
+    One of this daemon's own, as its spool is: others may be at work on the same machine.
+    """
+    name = f"gitops-hook-{zlib.crc32(str(spool.resolve()).encode()):08x}"
+    folder = Path(tempfile.gettempdir()) / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return str(folder)
 
 
 def stop_on_signals(stopping: threading.Event) -> None:
@@ -4454,13 +4428,14 @@ def rerun(tools: Tools, args: argparse.Namespace) -> int:
     (ref, commit), now = named[0], deployer.clock.now()
     run = Run(id=args.run, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
     ledger, namespace = Ledger(deployer.kubectl, deployer.clock), tools.config.namespaces["test"]
-    ledger.write(app.name, {f"rejected-{run.commit}": None, **ledger.seen(run, None)})
+    ledger.write(app.name, {f"rejected-{run.commit}": None})
     for _ in range(REOPEN_TRIES):
         made = deployer.kubectl.create_each([test_job(tools.config, app, run)], namespace)
         refused = made.get(f"test-{run.id}", "")
         if refused and "(AlreadyExists)" not in refused:
             raise StageError(Reason.JOB_REFUSED, clip(refused))
         if not refused or reopen(deployer.kubectl, tools.config, run):
+            ledger.write(app.name, ledger.seen(run, None))
             say(f"{run.id} goes on; `status {app.name}` tells how far it is")
             return 0
         deployer.stop.wait(0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,8 @@ def apps(tmp_path_factory: pytest.TempPathFactory, gate: Gate) -> Iterator[Fleet
         "branchy": plain,
         "noimage": {**plain, "test_image": "registry.example.com/no/such:1"},
         "quota": {**plain, "environments": []},
-        "gone": {**held, "environments": []},
+        "gone": {**plain, "environments": []},
+        "gated": {**held, "environments": []},
         "again": plain,
         "back": plain,
         "outage": plain,
@@ -155,21 +157,46 @@ def set_pods(apps: Fleet, number: str) -> None:
 
 
 def test_a_job_deleted_by_hand_ends_its_run_as_vanished(apps: Fleet, gate: Gate) -> None:
-    run = apps["gone"].go("v1")
+    run = apps["gated"].go("v0")
     eventually(lambda: released(apps, run), what="its tests run")
     assert apps.kubectl("delete", "job", f"test-{run}", "-n", "test").code == 0
     ended = apps.ended(run)
     assert (ended["outcome"], ended["reason"]) == ("failed", "Vanished")
 
 
-def test_a_job_deleted_while_the_daemon_was_down_is_missed_as_well(apps: Fleet, gate: Gate) -> None:
-    run = apps["gone"].go("v2")
+def test_a_job_deleted_while_nobody_looks_ends_its_run_as_vanished(apps: Fleet) -> None:
+    gone = apps["gone"]
+    # the Jobs of what has ended are missed by nobody
+    ended = gone.deployed("v2", branch="a-side")["run"]
+    run = apps["gated"].go("v1")
     eventually(lambda: released(apps, run), what="its tests run")
     assert apps.stop() == 0
-    assert apps.kubectl("delete", "job", f"test-{run}", "-n", "test").code == 0
+    for name in (run, ended):
+        apps.cluster.store.delete("jobs", "test", f"test-{name}")
+    commit = gone.release("v3", branch="b-side")
     apps.start()
-    ended = apps.ended(run)
-    assert (ended["outcome"], ended["reason"]) == ("failed", "Vanished")
+    line = apps.ended(run)
+    assert (line["outcome"], line["reason"]) == ("failed", "Vanished")
+    assert ledger(apps, "gated")["refs/heads/main"]["outcome"] == "failed"
+    eventually(lambda: ledger(apps, "gone").get("refs/heads/b-side", {}).get("commit") == commit)
+    assert ledger(apps, "gone")["refs/heads/a-side"]["outcome"] == "tested"
+    assert len(apps.said("run ended", run=ended)) == 1
+
+
+def test_a_step_that_failed_is_taken_again_after_a_second_and_not_ten(apps: Fleet) -> None:
+    again = apps["again"]
+    fault = apps.fault("500", "get", "deployments", namespace="production", name="again-blue")
+    run = again.go("v0")
+    assert apps.ended(run)["outcome"] == "deployed"
+    assert apps.cluster.faults.met(fault)
+    (failed,) = apps.said("a worker will try again", run=run)
+    claimed = apps.said("claimed", run=run)[0]
+    assert stamp(claimed) - stamp(failed) < 7
+
+
+def stamp(line: Object) -> float:
+    """Return when a log line was written."""
+    return datetime.fromisoformat(line["ts"]).timestamp()
 
 
 # The same commit again.

@@ -166,11 +166,6 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         (
             command("a run's Job", CREATE, "jobs: create", listed(job("made"))),
             command("note an outcome", f"patch job/one {MERGED}", "jobs: get patch", NOTE),
-            command(
-                "release suspended Jobs",
-                'patch job one two --type=merge -p {"spec":{"suspend":false}}',
-                "jobs: get patch",
-            ),
             command("follow Jobs", f"get jobs -l {OURS} {WATCHED}", "jobs: list watch"),
             command("which Jobs there are", f"get jobs -l {OURS} -o name", "jobs: list"),
             command("the Jobs of an app", f"get jobs -l {OURS} -o json", "jobs: list"),

@@ -1,0 +1,240 @@
+"""The controller's own judgement, without a cluster: what it remembers, and what it waits for."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import gitops_hook as hook
+from gitops_hook import Do, Outcome, Reason
+from tests.world import Object, eventually
+
+OLD, NEW = "a" * 40, "b" * 40
+CONFIG = """
+apps:
+  - {name: shop, repository: https://git.example.com/demo/shop.git, build: {builder: none}}
+"""
+
+
+class Desk(hook.Kubectl):
+    """A cluster that holds ConfigMaps, Jobs and Services, and notes what is asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__(hook.Metrics())
+        self.objects: dict[tuple[str, str], Object] = {}
+
+    def get(self, resource: str, name: str, namespace: str) -> Object | None:
+        return self.objects.get((resource, name))
+
+    def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
+        return []
+
+    def patch(self, resource: str, name: str, namespace: str, change: Object) -> Object:
+        found = self.objects.setdefault((resource, name), {"data": {}})
+        found.get("data", {}).update(change.get("data", {}))
+        return found
+
+
+class Watched(hook.Controller):
+    """A controller whose looks at the runs are counted."""
+
+    ticks = 0
+
+    def tick(self) -> None:
+        self.ticks += 1
+
+
+def a_controller(directory: Path, kind: type[hook.Controller] = hook.Controller) -> Any:
+    git = SimpleNamespace(heads=lambda url: {})
+    deployer = hook.Deployer(Desk(), git, hook.Secrets(directory), hook.Clock())  # type: ignore[arg-type]
+    spool = hook.Spool(directory / "spool", 100)
+    spool.prepare()
+    return kind(hook.load_config(CONFIG), deployer, spool)
+
+
+@pytest.fixture
+def controller(tmp_path: Path) -> Any:
+    return a_controller(tmp_path)
+
+
+def a_run(commit: str, ref: str = "refs/heads/main") -> hook.Run:
+    return hook.Run(id=hook.run_id("shop", ref, commit), app="shop", ref=ref, commit=commit)
+
+
+def seen(controller: Any) -> dict[str, tuple[str, str | None]]:
+    """What the ledger says was last seen of each ref, and how it ended."""
+    refs, _ = controller.ledger.read("shop")
+    return {ref: (entry["commit"], entry["outcome"]) for ref, entry in refs.items()}
+
+
+def ends(outcome: Outcome) -> hook.Action:
+    return hook.Action(Do.END, "test", Reason.OK, "", outcome)
+
+
+# What it did
+
+
+def test_what_was_done_is_not_done_again_on_the_same_ground_for_a_while() -> None:
+    now = [0.0]
+    once = hook.Once(SimpleNamespace(monotonic=lambda: now[0]))  # type: ignore[arg-type]
+    assert once.may("run", "ground", 10.0)
+    now[0] = 9.0
+    assert not once.may("run", "ground", 10.0)
+    assert once.may("another", "ground", 10.0)
+    assert once.may("run", "another ground", 10.0)
+    now[0] = 20.0
+    assert once.may("run", "another ground", 10.0)
+
+
+# The ledger
+
+
+def test_a_newer_push_stays_the_last_seen_when_the_older_run_ends_after_it(controller: Any) -> None:
+    controller.ledger.write("shop", controller.ledger.seen(a_run(OLD), None))
+    controller.ledger.write("shop", controller.ledger.seen(a_run(NEW), None))
+    controller.finish(a_run(NEW), {}, ends(Outcome.TESTED))
+    controller.finish(a_run(OLD), {}, ends(Outcome.TESTED))
+    assert seen(controller) == {"refs/heads/main": (NEW, "tested")}
+
+
+def test_a_run_under_way_of_which_nothing_is_left_vanished(controller: Any) -> None:
+    controller.ledger.write("shop", controller.ledger.seen(a_run(OLD), None))
+    controller.catch_up(controller.apps["shop"], {"refs/heads/main": OLD})
+    entry = controller.ledger.read("shop")[0]["refs/heads/main"]
+    assert (entry["outcome"], entry["reason"]) == ("failed", "Vanished")
+    assert controller.spool.read() == []
+    labels = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
+    registry = controller.metrics.registry
+    assert registry.get_sample_value("gitops_hook_runs_total", labels) == 1
+    controller.catch_up(controller.apps["shop"], {"refs/heads/main": OLD})
+    assert registry.get_sample_value("gitops_hook_runs_total", labels) == 1
+
+
+@pytest.mark.parametrize("left", ["an outcome", "a Job", "a stored push"])
+def test_a_run_of_which_something_is_left_did_not_vanish(controller: Any, left: str) -> None:
+    run = a_run(OLD)
+    ended = str(Outcome.TESTED) if left == "an outcome" else None
+    controller.ledger.write("shop", controller.ledger.seen(run, ended))
+    if left == "a Job":
+        controller.kubectl.objects["job", f"test-{run.id}"] = {"kind": "Job"}
+    if left == "a stored push":
+        controller.spool.store([run])
+    controller.catch_up(controller.apps["shop"], {"refs/heads/main": OLD})
+    assert seen(controller) == {"refs/heads/main": (OLD, ended)}
+
+
+# What it waits for
+
+
+def synced(controller: Any) -> None:
+    """Let every mirror know all that is there."""
+    for watch in controller.watches():
+        watch.synced.set()
+
+
+def test_nothing_is_decided_while_a_mirror_of_jobs_or_pods_is_not_up_to_date(
+    tmp_path: Path,
+) -> None:
+    controller = a_controller(tmp_path, Watched)
+    controller.control()
+    assert controller.ticks == 0
+    synced(controller)
+    controller.pods[1].trouble = "connection refused"
+    controller.control()
+    assert controller.ticks == 0
+    controller.pods[1].trouble = ""
+    controller.control()
+    assert controller.ticks == 1
+
+
+def test_an_environment_that_cannot_be_seen_is_left_alone(controller: Any) -> None:
+    assert controller.busy("shop") == {"staging", "production"}
+    synced(controller)
+    controller.services["production"].trouble = "connection refused"
+    assert controller.busy("shop") == {"production"}
+
+
+def worker(controller: Any, body: Callable[[], None]) -> None:
+    task = controller.task(controller.apps["shop"], "staging", a_run(OLD))
+    controller.start_worker(task, body)
+
+
+def test_an_environment_has_one_worker_at_a_time_and_is_free_after_it(controller: Any) -> None:
+    synced(controller)
+    go, started = threading.Event(), []
+
+    def body() -> None:
+        started.append(1)
+        go.wait(10)
+
+    worker(controller, body)
+    worker(controller, body)
+    assert controller.busy("shop") == {"staging"}
+    go.set()
+    eventually(lambda: not controller.busy("shop"))
+    assert started == [1]
+    worker(controller, body)
+    eventually(lambda: started == [1, 1])
+
+
+@pytest.mark.parametrize("wrong", [hook.HookError("lost"), RuntimeError("a bug")])
+def test_a_worker_that_failed_leaves_its_environment_alone_for_a_second_and_no_longer(
+    controller: Any, wrong: Exception
+) -> None:
+    synced(controller)
+
+    def body() -> None:
+        raise wrong
+
+    worker(controller, body)
+    eventually(controller.wake.is_set)
+    began = time.monotonic()
+    assert controller.busy("shop") == {"staging"}
+    eventually(lambda: not controller.busy("shop"))
+    assert 0.5 < time.monotonic() - began < 3
+
+
+def test_a_step_that_fails_is_said_and_taken_again_after_a_pause(
+    controller: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken: list[float] = []
+
+    def step() -> float:
+        taken.append(time.monotonic())
+        if len(taken) == 1:
+            raise hook.HookError("not yet")
+        return 60.0
+
+    event = threading.Event()
+    controller.repeat("intake", "it waits", step, event)
+    eventually(lambda: len(taken) == 2)
+    assert taken[1] - taken[0] > 0.6
+    assert [r.message for r in caplog.records] == ["it waits"]
+    event.set()
+    eventually(lambda: len(taken) == 3)
+    assert controller.pulses.late() == []
+    controller.shut_down(5)
+    event.set()
+    eventually(lambda: not any(t.is_alive() for t in controller.threads))
+
+
+# What a killed process left
+
+
+def test_a_daemon_finds_its_own_folder_empty_and_leaves_those_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ours, theirs = (Path(hook.own_folder(tmp_path / name)) for name in ("spool", "spool-2"))
+    for folder in (ours, theirs):
+        (folder / "gitops-hook-x" / "src").mkdir(parents=True)
+    assert Path(hook.own_folder(tmp_path / "spool")) == ours
+    assert not [*ours.iterdir()]
+    assert [*theirs.iterdir()]
