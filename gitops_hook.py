@@ -1476,7 +1476,7 @@ def summary_text(summary: str) -> str:
 # === app manifests ================================================================================
 
 MANIFEST_BYTES = 2 * 1024 * 1024  # of one file, or of what kustomize prints
-MANIFEST_NODES = 100_000  # keys and values in it, a kilobyte of memory each
+MANIFEST_NODES = 50_000  # keys and values in it, a kilobyte of memory each
 CONFIGMAP_BYTES = 1024 * 1024 - 4096  # what the API server takes, its own additions left out
 UNSHAPED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 INVALID = Reason.MANIFEST_INVALID

@@ -261,7 +261,7 @@ BOMB = "\n".join(
         ("? [a, b]\n: 1\n", "found unhashable key in line 1"),
         ("kind: X\na: &a [*a]\n", "Circular reference"),
         (BOMB, "expands to too much"),
-        (f"kind: X\na: [{'x,' * 100_000}]", "more than 100000 keys and values"),
+        (f"kind: X\na: [{'x,' * 100_000}]", "more than 50000 keys and values"),
         (f"a: &a {'x' * 60_000}\nb: [{'*a, ' * 1000}*a]\n", "expands to too much"),
         ("[" * 100_000, ""),
         ("- " * 50_000, ""),
@@ -313,12 +313,12 @@ BOMB = "\n".join(
 def test_what_cannot_be_read_is_named_with_file_and_line(
     tmp_path: Path, text: str | bytes, said: str
 ) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     reason, detail = fault(lambda: read(tmp_path, **{"app.yaml": text}))
     assert reason is Reason.MANIFEST_INVALID
     assert detail.startswith("deploy/app.yaml: ")
     assert said in detail
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize(
@@ -368,10 +368,10 @@ def test_links_are_not_followed(tmp_path: Path, link: str) -> None:
 def test_a_configmap_of_300_kilobytes_is_read_in_time(tmp_path: Path) -> None:
     lines = "".join(f"    line {i} of a large file\n" for i in range(12_000))
     text = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: large}}\ndata:\n  file: |\n{lines}"
-    began = time.monotonic()
+    began = time.process_time()
     (found,) = read(tmp_path, **{"large.yaml": text})
     assert len(found["data"]["file"]) > 300_000
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 # === Kustomizations ===
@@ -525,12 +525,12 @@ def test_bases_that_multiply_are_refused_before_they_are_built(tmp_path: Path) -
         f"b{i}/kustomization.yaml": f"resources: [../b{i + 1}, ../b{i + 1}/.]" for i in range(60)
     }
     files |= {"b60/kustomization.yaml": "resources: []"}
-    began = time.monotonic()
+    began = time.process_time()
     reason, detail = fault(
         lambda: read(tmp_path, **{"kustomization.yaml": "resources: [../b0]"}, **files)
     )
     assert (reason, "one of too many" in detail) == (Reason.MANIFEST_REFUSED, True)
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_a_kustomization_that_includes_itself_is_refused(tmp_path: Path) -> None:
