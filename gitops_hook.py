@@ -323,55 +323,51 @@ Parser = Callable[[Any], Any]
 REQUIRED = ""  # in the place of a default
 
 
-def matching(pattern: str, what: str, limit: int = 255) -> Parser:
-    """Return a parser for a string that matches the whole pattern."""
+def matching(pattern: str, what: str, make: Parser = str, kind: type[Any] = str) -> Parser:
+    """Return a parser for a value of a type whose text matches the whole pattern."""
 
-    def parse(value: Any) -> str:
-        if isinstance(value, str) and len(value) <= limit and re.fullmatch(pattern, value):
-            return value
+    def parse(value: Any) -> Any:
+        if type(value) is kind and re.fullmatch(pattern, str(value)):
+            return make(value)
         raise ValueError(f"is not {what}")
 
     return parse
 
 
-def amount(units: Mapping[str, float], what: str, low: float, high: float) -> Parser:
-    """Return a parser for a whole number with a unit, within bounds; of unit "" it is no text."""
-
-    def parse(value: Any) -> float:
-        text = str(value) if type(value) is (int if "" in units else str) else ""
-        found = re.fullmatch(r"(-?[0-9]{1,9})([a-zA-Z]*)", text)
-        result = int(found[1]) * units.get(found[2], math.nan) if found else math.nan
-        if low <= result <= high:
-            return result
-        raise ValueError(f"is not {what}")
-
-    return parse
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "KiB": 2**10, "MiB": 2**20}
 
 
-UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-TEXT = matching(r"(?s)(?=.*\S)[^\x00]+", "a text", 10_000)
-NAME = matching(DNS_LABEL.pattern, "a DNS label of at most 30 characters", 30)
-LABEL = matching(DNS_LABEL.pattern, "a DNS label", 63)
-BRANCH = matching(r"(?!refs/)[^\s~^:?*\[\\]+", "a branch name (without refs/heads/)")
+def scaled(text: str) -> float:
+    """Return an amount with a unit in seconds or bytes."""
+    unit = text.lstrip("0123456789")
+    return int(text.removesuffix(unit)) * UNITS[unit]
+
+
+TEXT = matching(r"(?s)(?=.*\S)[^\x00]{1,10000}", "a text")
+NAME = matching(rf"(?!.{{31}}){DNS_LABEL.pattern}", "a DNS label of at most 30 characters")
+LABEL = matching(rf"(?!.{{64}}){DNS_LABEL.pattern}", "a DNS label")
+BRANCH = matching(r"(?!refs/)[^\s~^:?*\[\\]{1,255}", "a branch name (without refs/heads/)")
 FOLDER = matching(r"(?![/-])(?!(.*/)?\.\.(/|$))[^\x00]+", "a relative path within the repository")
 REPOSITORY = matching(
     r"(file://)?/[^\s\x00]+|https?://[A-Za-z0-9._:\[\]-]+/[^\s@?#\x00]+",
     "an http(s) URL without user, query and fragment",
 )
 IMAGE = matching(r"[a-z0-9][\w.:/@-]*", "an image reference")
-TARGET = matching(r"([a-z0-9][\w.:/-]*)?", "an image reference without digest")
+TARGET = matching(r"([a-z0-9][\w.-]*(:[0-9]+)?/)?[\w./-]*", "an image without tag and digest")
 ADDRESS = matching(r"[^\s/]+:[0-9]{1,5}", "host:port")
 QUANTITY = matching(r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "a quantity (e.g. 250m, 1Gi)")
 MODE = matching("signature|token|hmac", "signature, token or hmac")
-NUMBER = amount({"": 1}, "a whole number from 0 to 1000", 0, 1000)
+NUMBER = matching("[0-9]{1,3}", "a whole number from 0 to 999", int, int)
 # A setting is a type, the parser of its texts or numbers, its default as YAML text, its meaning.
 Texts = Annotated[tuple[str, ...], TEXT]
 Resources = Annotated[dict[str, dict[str, str]], lambda v: QUANTITY(str(v))]
-Count = Annotated[int, amount({"": 1}, "a whole number from 1 to 1000000", 1, 10**6)]
+Count = Annotated[int, matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int, int)]
 Replicas = Annotated[int | None, lambda v: None if v == "full" else NUMBER(v)]
-Seconds = Annotated[float, amount(UNITS, "a duration (e.g. 90s, 15m, 2h)", 1, 4e8)]
-Pause = Annotated[float, amount(UNITS, "a duration (e.g. 0s, 90s, 15m)", 0, 4e8)]
-Bytes = Annotated[int, amount({"KiB": 2**10, "MiB": 2**20}, "a size up to 64MiB", 1, 2**26)]
+DURATION = "a duration (e.g. 90s, 15m, 2h)"
+Seconds = Annotated[float, matching("[1-9][0-9]{0,4}[smh]", DURATION, scaled)]
+Pause = Annotated[float, matching("[0-9]{1,5}(ms|[smh])", DURATION, scaled)]
+SIZE = "(?!0)([1-5]?[0-9]|6[0-4])MiB|[1-9][0-9]{0,4}KiB"
+Bytes = Annotated[int, matching(SIZE, "a size up to 64MiB", scaled)]
 
 TESTS = "pip install -r requirements.txt && python -m pytest tests/ -v --junitxml=$JUNIT_XML"
 TEST_POD = "{requests: {cpu: 250m, memory: 256Mi}, limits: {cpu: 500m, memory: 512Mi}}"
@@ -554,8 +550,6 @@ def cross_faults(config: Config) -> Iterator[str]:
             yield f"apps[{i}].build.image: is required with builder kaniko"
         if {*app.test.resources, *app.build.resources} - {"requests", "limits"}:
             yield f"apps[{i}]: resources have keys other than requests and limits"
-        if re.search(r"@|:[^/]*$", image):
-            yield f"apps[{i}].build.image: {image!r} must not carry a tag or digest"
 
 
 def load_config(document: str) -> Config:
@@ -649,9 +643,8 @@ class Secrets:
         found = self.lines(name)
         if not found:
             raise ConfigError([f"secret file {self.directory / name} is missing or empty"])
-        if name == SIGNING_TOKENS:
-            return [decode_signing_token(token, i + 1) for i, token in enumerate(found)]
-        return found
+        decoded = (decode_signing_token(token, i + 1) for i, token in enumerate(found))
+        return [*decoded] if name == SIGNING_TOKENS else found
 
     def mask(self, value: T) -> T:
         """Return a text, or all texts within a value, without what is or looks like a secret."""

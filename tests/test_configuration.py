@@ -129,7 +129,7 @@ def test_the_environments_are_those_that_an_app_is_deployed_to() -> None:
         ("apps: []\nlimits: 5", "limits: is not a mapping"),
         (
             "apps: []\nlimits: {kubectl: 0}",
-            "limits.kubectl: 0 is not a whole number from 1 to 1000000",
+            "limits.kubectl: 0 is not a whole number from 1 to 999999",
         ),
         ("apps: []\nlimits: {kubectl: true}", "limits.kubectl: True is not a whole number"),
         ("apps: []\nlimits: {kubectl: '8'}", "limits.kubectl: '8' is not a whole number"),
@@ -159,6 +159,7 @@ NO_URL = f"{NOT} an http(s) URL without user, query and fragment"
 NO_DURATION = f"{NOT} a duration (e.g. 90s, 15m, 2h)"
 NO_FOLDER = f"{NOT} a relative path within the repository"
 NO_IMAGE = f"{NOT} an image reference"
+NO_TARGET = f"{NOT} an image without tag and digest"
 
 
 @pytest.mark.parametrize(
@@ -206,11 +207,11 @@ NO_IMAGE = f"{NOT} an image reference"
             "test.resources.limits.cpu: 'fast' is not a quantity (e.g. 250m, 1Gi)",
         ),
         ({"build": {"builder": "docker"}}, "build.builder: 'docker' is not kaniko or none"),
-        ({"build": {"image": "a b"}}, f"build.image: 'a b' {NO_IMAGE}"),
+        ({"build": {"image": "a b"}}, f"build.image: 'a b' {NO_TARGET}"),
         ({"build": {"image": ""}}, "build.image: is required with builder kaniko"),
-        ({"build": {"image": "a@sha256:b"}}, f"build.image: 'a@sha256:b' {NO_IMAGE}"),
-        ({"build": {"image": "shop:1"}}, "build.image: 'shop:1' must not carry a tag or digest"),
-        ({"build": {"image": "r:5000/a:1"}}, "build.image: 'r:5000/a:1' must not carry a tag or"),
+        ({"build": {"image": "a@sha256:b"}}, f"build.image: 'a@sha256:b' {NO_TARGET}"),
+        ({"build": {"image": "shop:1"}}, f"build.image: 'shop:1' {NO_TARGET}"),
+        ({"build": {"image": "r:5000/a:1"}}, f"build.image: 'r:5000/a:1' {NO_TARGET}"),
         ({"build": {"dockerfile": "/a"}}, f"build.dockerfile: '/a' {NO_FOLDER}"),
         ({"build": {"dockerfile": "a/../../b"}}, f"build.dockerfile: 'a/../../b' {NO_FOLDER}"),
         ({"build": {"args": "--x"}}, "build.args: '--x' is not a list"),
@@ -228,9 +229,9 @@ NO_IMAGE = f"{NOT} an image reference"
         ({"deploy": {"health": {"path": "ready"}}}, "deploy.health.path: 'ready' is not a path"),
         ({"deploy": {"health": {"path": "/a b"}}}, "deploy.health.path: '/a b' is not a path"),
         ({"deploy": {"health": {"failures": 0}}}, "deploy.health.failures: 0 is not a whole numbe"),
-        ({"deploy": {"bake": "soon"}}, "deploy.bake: 'soon' is not a duration (e.g. 0s, 90s, 15m)"),
+        ({"deploy": {"bake": "soon"}}, "deploy.bake: 'soon' is not a duration (e.g. 90s, 15m, 2h)"),
         ({"deploy": {"retain": "some"}}, "deploy.retain: 'some' is not a whole number from 0 to"),
-        ({"deploy": {"retain": -1}}, "deploy.retain: -1 is not a whole number from 0 to 1000"),
+        ({"deploy": {"retain": -1}}, "deploy.retain: -1 is not a whole number from 0 to 999"),
     ],
     ids=str,
 )
@@ -263,7 +264,7 @@ def test_what_makes_sense_is_accepted(app: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("1500ms", 1.5), ("1s", 1.0), ("90s", 90.0), ("15m", 900.0), ("2h", 7200)]
+    ("text", "seconds"), [("1s", 1.0), ("90s", 90.0), ("15m", 900.0), ("2h", 7200)]
 )
 def test_durations_are_read_in_all_their_units(text: str, seconds: float) -> None:
     assert loaded(catch_up=text).catch_up == pytest.approx(seconds)
@@ -318,14 +319,14 @@ colour: blue
         "colour: unknown key",
         "apps[0].test.tiemout: unknown key",
         "apps[0].test.timeout: '15x' is not a duration",
+        "apps[0].build.image: 'r/a:1' is not an image without tag and digest",
         "apps[1].repository: 'nowhere' is not an http(s) URL without user, query and fragment",
-        "apps[1].deploy.retain: 'many' is not a whole number from 0 to 1000",
+        "apps[1].deploy.retain: 'many' is not a whole number from 0 to 999",
         "apps[2]: is not a mapping",
         "apps[2].name: is required",
         "apps[2].repository: is required",
         "webhook.verify: 'maybe' is not signature, token or hmac",
         "apps[0].deploy.environments: 'production' is not an environment in namespaces",
-        "apps[0].build.image: 'r/a:1' must not carry a tag or digest",
         "apps[1].name: 'shop' is the name of two apps",
         "apps[1].deploy.environments: 'qa' is not an environment in namespaces",
         "apps[1].build.image: is required with builder kaniko",
