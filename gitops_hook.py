@@ -3479,6 +3479,7 @@ class Once:
         return True
 
 
+STEP_SECONDS = 300.0  # in which a thread must have moved
 OUTCOMES = {  # of deployments that end otherwise than failed or superseded
     Reason.ROLLED_BACK: Outcome.ROLLED_BACK,
     Reason.SICK_AFTER_SWITCH: Outcome.SWITCHED_BACK,
@@ -3560,7 +3561,7 @@ class Controller:
         def body() -> None:
             failures = 0
             while not self.stop.is_set():
-                self.pulses.beat(name, 300.0 + 2 * self.config.catch_up)
+                self.pulses.beat(name, STEP_SECONDS)
                 event.clear()
                 try:
                     pause, failures = step(), 0
@@ -3570,6 +3571,7 @@ class Controller:
                     self.stop.wait(backoff(failures))
                     pause, failures = 0.0, failures + 1
                 self.metrics.waiting.labels(name).set(bool(failures))
+                self.pulses.beat(name, pause + STEP_SECONDS)
                 event.wait(pause)
                 self.stop.wait(0.05)  # a burst of events is one look
 
@@ -3620,10 +3622,9 @@ class Controller:
         for run in (runs[k] for k in done):
             info("push needs nothing", reason=needless[run.commit], **run_words(run))
         wanted = sorted((r for k, r in runs.items() if k not in done), key=lambda r: r.received)
-        entries: dict[str, Object | None] = {}
-        for run in (r for r in wanted if refs.get(r.ref, {}).get("commit") != r.commit):
-            entries |= self.ledger.seen(run, None)
-        self.ledger.write(name, entries)  # before a Job could end
+        new = [r for r in wanted if refs.get(r.ref, {}).get("commit") != r.commit]
+        entries = (entry for run in new for entry in self.ledger.seen(run, None).items())
+        self.ledger.write(name, dict(entries))  # before a Job could end
         jobs = [test_job(self.config, app, r) for r in wanted]
         refused = self.kubectl.create_each(jobs, self.config.namespaces["test"]) if jobs else {}
         return done | {r.id for r in wanted if self.settle(r, refused.get(f"test-{r.id}", ""))}
@@ -3639,18 +3640,18 @@ class Controller:
 
     def settle(self, run: Run, refusal: str) -> bool:
         """Deal with a Job that was created or refused; return whether its push is dealt with."""
-        self.pulses.beat("intake", 300.0)
-        if re.search("is invalid|denied the request|BadRequest", refusal):
-            self.finish(run, {}, ends(Outcome.FAILED, Reason.JOB_REFUSED, clip(refusal), "test"))
-        elif not refusal:
-            info("run queued", **run_words(run))
-        elif "(AlreadyExists)" not in refusal:
-            warn("job not created, will be tried again", detail=clip(refusal), **run_words(run))
-            return False
-        else:
-            info("run known", **run_words(run))
-            return reopen(self.kubectl, self.config, run)
-        return True
+        self.pulses.beat("intake", STEP_SECONDS)
+        known, words = "(AlreadyExists)" in refusal, run_words(run)
+        if refusal and not known:
+            final = re.search("is invalid|denied the request|BadRequest", refusal)
+            if final:
+                why = ends(Outcome.FAILED, Reason.JOB_REFUSED, clip(refusal), "test")
+                self.finish(run, {}, why)
+            else:
+                warn("job not created, will be tried again", detail=clip(refusal), **words)
+            return bool(final)
+        info("run known" if known else "run queued", **words)
+        return not known or reopen(self.kubectl, self.config, run)
 
     # Catch-up: what GitLab failed to announce, and what was lost while nobody looked.
 
@@ -3746,6 +3747,7 @@ class Controller:
     @contextmanager
     def alone(self, run: Run) -> Iterator[None]:
         """Let one run's trouble not hold back the others."""
+        self.pulses.beat("controller", STEP_SECONDS)
         try:
             yield
         except KubectlError as lost:
@@ -3973,11 +3975,9 @@ class Controller:
             if turned and service.history and not service.live:
                 self.metrics.drift.labels(*task.labels).inc()
                 error("selector drift", by=self.deployer.last_manager(task), **task.words)
-            rest: dict[Any, float] = {
-                Phase.DRAINING: app.deploy.drain,
-                Phase.ROLLBACK: CLAIM_SECONDS,
-            }
-            due = seconds_of(claim.get("since")) + rest.get(phase, 0.0)
+            after = app.deploy.drain if phase == Phase.DRAINING else 0.0
+            after = CLAIM_SECONDS if phase == Phase.ROLLBACK else after
+            due = seconds_of(claim.get("since")) + after
             held = run.id in active and phase != Phase.DRAINING
             # a newer run overwrites the idle colour anyway: healing it would be in its way
             pointless = phase == Phase.PREPARING and app.name in waiting
