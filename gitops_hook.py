@@ -2461,7 +2461,7 @@ def failure(view: View, found: Job, ended: Iterable[Container]) -> Action:
 
 def decide_deploy(view: View) -> Action:
     """Return which environment comes next, or how the run ended there."""
-    name, bad = "", (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED)
+    name, ended = "", (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED)
     for name in view.app.deploy.environments:
         service = view.services.get(name)
         switched = service is not None and service.run == view.run.id
@@ -2471,7 +2471,7 @@ def decide_deploy(view: View) -> Action:
             continue
         if name in view.busy:
             return Action(Do.WAIT, name, detail=f"{name} is being changed")
-        if (outcome := entry.get("outcome")) in bad:
+        if (outcome := entry.get("outcome")) in ended:
             known = [r for r in Reason if r == entry.get("reason")] or [Reason.SICK_AFTER_SWITCH]
             return ends(Outcome(outcome), known[0], str(entry.get("detail", "")), name)
         stale = None if switched else outdated(view, name)
@@ -2502,10 +2502,8 @@ def sickness(pods: Iterable[Pod], since: float) -> str:
 
 
 def unready(pods: Iterable[Pod], since: float) -> list[str]:
-    """Return the pods that were ready at the switch and are not now by their own containers' word.
-
-    The Ready condition falls with a node, too, but a node that is lost is not sickness.
-    """
+    """Return the pods of the switch that are not ready, by the word of their own containers."""
+    # not by the Ready condition: that falls with a lost node, too, which is no sickness
     old = (p for p in pods if p.created <= since and not p.leaving)
     return [p.name for p in old if not all(c.ready for c in p.containers if c.kind == "app")]
 
