@@ -25,63 +25,21 @@ import yaml
 from tests.standin.cluster import Cluster
 from tests.standin.faults import Fault
 from tests.standin.kubectl import Kubectl, Result
-from tests.world import TOKEN, Object, Repository, World, eventually, install
+from tests.world import SERVER, TOKEN, Object, Repository, World, eventually, install
 
 DAEMON = "system:serviceaccount:orchestration:orchestration-sa"
 IMAGE = "registry.example.com/demo/app"
 MISSING_IMAGE = f"{IMAGE}@sha256:{'0' * 64}"
 
-SERVER = """
-import http.server, json, os, signal, sys, threading
-MODES, VERSION = os.environ.get("MODES", "").split(), os.environ["VERSION"]
-if "crash-at-start" in MODES:
-    print("cannot log in with password=hunter2", flush=True)
-    sys.exit(7)
-state = {"sick": "never-ready" in MODES}
-port = 9090 if "other-port" in MODES else 8080
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        if self.path == "/turn-sick":
-            state["sick"] = True
-        if self.path == "/turn-well":
-            state["sick"] = False
-        if self.path == "/exit":
-            threading.Timer(0.05, os._exit, (3,)).start()
-        kubelet = "kube-probe" in self.headers.get("User-Agent", "")
-        sick = self.path == "/ready" and (state["sick"] or ("smoke-fails" in MODES and not kubelet))
-        body = json.dumps({"version": VERSION, "greeting": os.environ.get("GREETING")}).encode()
-        self.send_response(503 if sick else 200)
-        self.send_header("Content-Length", str(len(body)))
-        if stopping.is_set():
-            self.send_header("Connection", "close")
-            self.close_connection = True
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-def leave(*_):
-    stopping.set()
-    threading.Timer(0.2, os._exit, (0,)).start()
-
-stopping = threading.Event()
-signal.signal(signal.SIGTERM, leave)
-server = http.server.ThreadingHTTPServer((os.environ["POD_IP"], port), Handler)
-server.daemon_threads = True
-print("listening as", VERSION, flush=True)
-server.serve_forever()
-"""
+APP = f"import os; VERSION, MODES = os.environ['VERSION'], os.environ.get('MODES', ''){SERVER}"
 
 # What stands in for the daemon's image in Job pods: nothing is cloned, and no report is read.
 NO_CHECKOUT = 'if [ "$0" = clone ]; then exit 0; fi; trap "exit 0" TERM; sleep 600 & wait'
 
 
 def pod_template(version: str, modes: str, image: str) -> Object:
-    """Return the pods of a version."""
+    """Return the pods of a version; a patient one answers for a while after it was told to end."""
+    grace = 8 if "patient" in modes else 2
     variables = [{"name": "VERSION", "value": version}, {"name": "MODES", "value": modes}]
     probe = {
         "httpGet": {"path": "/ready", "port": "http"},
@@ -99,7 +57,7 @@ def pod_template(version: str, modes: str, image: str) -> Object:
     }
     return {
         "metadata": {"labels": {"tier": "web"}},
-        "spec": {"terminationGracePeriodSeconds": 2, "containers": [web]},
+        "spec": {"terminationGracePeriodSeconds": grace, "containers": [web]},
     }
 
 
@@ -349,7 +307,7 @@ class Fleet(World):
         super().__init__(directory, cluster)
         source = directory / "image"
         (source / "app").mkdir(parents=True)
-        (source / "app" / "server.py").write_text(SERVER)
+        (source / "app" / "server.py").write_text(APP)
         start = ["python", "server.py"]
         digest = cluster.images.add(f"{IMAGE}:1", source, cmd=start, workdir="/app")
         self.image = f"{IMAGE}@{digest}"

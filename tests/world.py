@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,29 +29,33 @@ BIN = Path(sys.executable).parent
 TOKEN = b"whsec_" + base64.b64encode(b"t" * 32)
 Object = dict[str, Any]
 
-APP = """
-import http.server, json, os, signal, threading, time
-VERSION = open("version").read().strip()
-SICK = [float("inf")]
-MODES = set(open("modes").read().split())
+# The sample application: each world puts VERSION and MODES before it.
+SERVER = """
+import http.server, json, os, signal, sys, threading, time
 if "crash-at-start" in MODES:
-    raise SystemExit("cannot read settings: password=hunter2")
+    print("cannot log in with password=hunter2", flush=True)
+    sys.exit(7)
+sick_from = [0.0 if "never-ready" in MODES else float("inf")]
+bad, stopping = threading.Event(), threading.Event()
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        if self.path == "/":
-            if "sick-later" in MODES and SICK[0] == float("inf"):
-                SICK[0] = time.monotonic() + 1.0
-            if "crash-later" in MODES:
-                threading.Timer(0.5, os._exit, (3,)).start()
-        sick = self.path == "/ready" and (time.monotonic() > SICK[0] or "never-ready" in MODES)
-        probed = "kube-probe" in self.headers.get("User-Agent", "")
-        if "smoke-fails" in MODES and self.path == "/ready" and not probed:
-            sick = True
+        if self.path == "/turn-sick":
+            sick_from[0] = 0.0
+        if self.path == "/turn-well":
+            sick_from[0] = float("inf")
+        if self.path == "/turn-bad":
+            bad.set()
+        if self.path == "/" and "sick-later" in MODES:
+            sick_from[0] = min(sick_from[0], time.monotonic() + 1.0)
+        if self.path == "/exit" or (self.path == "/" and "crash-later" in MODES):
+            threading.Timer(0.05 if self.path == "/exit" else 0.5, os._exit, (3,)).start()
+        kubelet = "kube-probe" in self.headers.get("User-Agent", "")
+        sick = time.monotonic() > sick_from[0] or ("smoke-fails" in MODES and not kubelet)
         body = json.dumps({"version": VERSION, "greeting": os.environ.get("GREETING", "")}).encode()
-        self.send_response(503 if sick else 200)
+        self.send_response(503 if bad.is_set() or (sick and self.path == "/ready") else 200)
         self.send_header("Content-Length", str(len(body)))
         if stopping.is_set():
             self.send_header("Connection", "close")
@@ -61,18 +66,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-stopping = threading.Event()
-server = http.server.ThreadingHTTPServer((os.environ.get("POD_IP", "0.0.0.0"), 8080), Handler)
-server.daemon_threads = True
-
 def leave(*_):
     stopping.set()
-    threading.Timer(0.3, os._exit, (0,)).start()
+    threading.Timer(2.0 if "patient" in MODES else 0.2, os._exit, (0,)).start()
 
 signal.signal(signal.SIGTERM, leave)
+port = 9090 if "other-port" in MODES else 8080
+server = http.server.ThreadingHTTPServer((os.environ.get("POD_IP", "0.0.0.0"), port), Handler)
+server.daemon_threads = True
 print("listening as", VERSION, flush=True)
 server.serve_forever()
 """
+APP = f"VERSION, MODES = (open(name).read().strip() for name in ('version', 'modes')){SERVER}"
 
 DEPLOYMENT = {
     "apiVersion": "apps/v1",
@@ -252,6 +257,8 @@ class World:
         self.secrets.mkdir()
         (self.secrets / "webhook-signing-tokens").write_bytes(TOKEN + b"\n")
         self.log = directory / "daemon.log"
+        self._lines: list[tuple[int, Object]] = []
+        self._read, self._reading = 0, threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
         self.url = self.admin_url = ""
 
@@ -294,16 +301,23 @@ class World:
         self.admin_url = f"http://127.0.0.1:{line['admin_port']}"
 
     def logged(self, offset: int = 0) -> list[Object]:
-        """The daemon's log lines so far."""
-        if not self.log.exists():
-            return []
-        text = self.log.read_bytes()[offset:].decode()
-        try:
-            return [
-                json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")
-            ]
-        except ValueError as wrong:
-            raise AssertionError(f"not only JSON lines: {text[-3000:]}") from wrong
+        """The daemon's log lines so far, from a byte on."""
+        with self._reading:
+            if self.log.exists():
+                with self.log.open("rb") as log:
+                    log.seek(self._read)
+                    self._take(log.read())
+            return [line for at, line in self._lines if at >= offset]
+
+    def _take(self, text: bytes) -> None:
+        """Parse what is new in the log; the last line may be half written."""
+        for line in text.splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                try:
+                    self._lines.append((self._read, json.loads(line)))
+                except ValueError as wrong:
+                    raise AssertionError(f"not only JSON lines: {text[-3000:]!r}") from wrong
+                self._read += len(line)
 
     def kill(self) -> None:
         """Kill the daemon and its kubectl processes at once, as a lost node would."""

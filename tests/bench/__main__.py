@@ -2,7 +2,7 @@
 
 Everything is measured in one run on the stand-in cluster with the real kubectl: ratios say more
 than seconds. Clients and the server of the baseline are processes of their own. `--short` measures
-only pushes, red images and rollbacks; `--full` switches 50 times instead of 20.
+only a burst of pushes, red images and rollbacks, and switches a few times.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ def measure(directory: Path, options: argparse.Namespace) -> Iterator[Row]:
         with fleet(directory / "switches", names, speed=1.0) as world:
             apps = [world[name] for name in names]
             yield from measure_deployments(apps)
-            if not options.short:
-                yield from measure_switches(apps, clients, 50 if options.full else 20)
+            yield from measure_switches(apps, clients, 4 if options.short else 50)
 
 
 def interrupt(*_: object) -> NoReturn:
@@ -71,8 +70,7 @@ def interrupt(*_: object) -> NoReturn:
 def main() -> None:
     """Measure, print the table as it grows, and write bench.json whatever happens."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="only the first rows, in a minute")
-    parser.add_argument("--full", action="store_true", help="50 switches instead of 20")
+    parser.add_argument("--short", action="store_true", help="less of everything, in two minutes")
     options, rows = parser.parse_args(), list[Row]()
     signal.signal(signal.SIGTERM, interrupt)
     print(

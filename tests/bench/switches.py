@@ -15,33 +15,17 @@ from typing import Any
 
 from tests.bench.clients import visit
 from tests.bench.observing import RUN, Recorder, Row, label, timed
-from tests.fleet import IMAGE, MISSING_IMAGE, SERVER, Fleet, Member, is_ready
+from tests.fleet import MISSING_IMAGE, Member, is_ready
 from tests.world import PROGRAM, Object, eventually
 
-
-def patient_image(world: Fleet) -> str:
-    """Store the application so that it answers for a while after it was told to end.
-
-    What clients on kept connections lose otherwise on a busy machine is not the switch's doing.
-    """
-    source, at_once = world.directory / "patient", "threading.Timer(0.2, os._exit"
-    assert at_once in SERVER
-    (source / "app").mkdir(parents=True)
-    (source / "app" / "server.py").write_text(
-        SERVER.replace(at_once, at_once.replace("0.2", "2.0"))
-    )
-    start = {"cmd": ["python", "server.py"], "workdir": "/app"}
-    return f"{IMAGE}@{world.cluster.images.add(f'{IMAGE}:patient', source, **start)}"
-
-
-def patient(objects: dict[str, Object]) -> None:
-    """Give a version's pods the time to end so."""
-    objects["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] = 6
+# What clients on kept connections lose on a busy machine, because the application ends at once when
+# it is told to, is not the switch's doing.
+PATIENT = "patient"
 
 
 def deploy(app: Member, version: str, **release: Any) -> Object:
     """Deploy a version; the log line of the end, with what happened when."""
-    commit = app.release(version, change=patient, **release)
+    commit = app.release(version, modes=PATIENT, **release)
     began = time.monotonic()
     run = app.push(commit)
     return {**app.fleet.ended(run, 120), "began": began}
@@ -147,7 +131,6 @@ def patch_alone(app: Member) -> float:
 
 def measure_deployments(apps: Sequence[Member]) -> Iterator[Row]:
     """A wrong image, a rollback, and what a deployment takes besides tests and rollout."""
-    apps[0].fleet.image = patient_image(apps[0].fleet)
     for version in ("1", "2"):
         ends = together(lambda app, v=version: deploy(app, v), apps)
         assert {end["outcome"] for end in ends} == {"deployed"}, ends
@@ -184,7 +167,7 @@ def measure_deployments(apps: Sequence[Member]) -> Iterator[Row]:
 
 def switch(app: Member, version: str, sick: str) -> float:
     """Deploy a version, which stays or is told to be sick; seconds to switched back, or 0."""
-    commit, back = app.release(version, change=patient), 0.0
+    commit, back = app.release(version, modes=PATIENT), 0.0
     run = app.push(commit)
     app.switched(run, 120)
     if sick:
@@ -248,8 +231,17 @@ def measure_switches(apps: Sequence[Member], clients: Pool, count: int) -> Itera
     yield Row(f"{name}: requests answered", asked, "", higher_is_better=True)
     yield Row(f"{name}: clients on the wrong version at the end", wrong, "", 0)
     yield Row("sick to switched back", statistics.median(backs), "s")
+    yield from measure_bad(apps, clients, "whose pages fail, too", "/turn-bad")
+    yield from measure_bad(apps, clients, "that crash", "/exit")
+
+
+def measure_bad(apps: Sequence[Member], clients: Pool, what: str, path: str) -> Iterator[Row]:
+    """Switch under load to versions that cannot answer any more after the switch."""
     with visited(apps, clients) as seen:
-        backs = together(lambda app: switch(app, "crash", "/exit"), apps)
-    name = f"{len(apps)} versions that crash under load after the switch"
+        backs = together(lambda app: switch(app, path[1:], path), apps)
+    live = {app.name: app.answer()["version"] for app in apps}
+    wrong = sum(live[app] != version for app, version, _, _ in seen)
+    name = f"{len(apps)} versions {what} under load after the switch"
     yield Row(f"{name}: failed requests", failures_of(seen), "")
-    yield Row("crash to switched back", statistics.median(backs), "s")
+    yield Row(f"{name}: clients on the wrong version at the end", wrong, "", 0)
+    yield Row(f"{name}: told to be so to switched back", statistics.median(backs), "s")

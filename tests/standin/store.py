@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partialmethod
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
@@ -254,6 +255,7 @@ class Store:
         change: Change,
         *,
         dry_run: bool = False,
+        rules: bool = True,
     ) -> Object:
         """Read, change, write under the lock; the result as stored.
 
@@ -263,30 +265,18 @@ class Store:
         with self.lock:
             old = self._require(resource, namespace, name)
             new = self._changed(resource, name, old, change)
-            self.hooks.prepare(self, resource, new, old)
-            if _spec(resource, new) != _spec(resource, old) and "generation" in old["metadata"]:
-                new["metadata"]["generation"] = old["metadata"]["generation"] + 1
+            if rules:
+                self.hooks.prepare(self, resource, new, old)
+                if _spec(resource, new) != _spec(resource, old) and "generation" in old["metadata"]:
+                    new["metadata"]["generation"] = old["metadata"]["generation"] + 1
             if new == old:
                 return copy_json(old)
-            self.hooks.check(self, resource, new, old)
+            if rules:
+                self.hooks.check(self, resource, new, old)
             return copy_json(new) if dry_run else self._replace(resource, new, old)
 
-    def update_status(
-        self,
-        resource: str,
-        namespace: str | None,
-        name: str,
-        change: Change,
-        *,
-        dry_run: bool = False,
-    ) -> Object:
-        """As update(), for status, finalizers and bindings: no defaults, rules or generation."""
-        with self.lock:
-            old = self._require(resource, namespace, name)
-            new = self._changed(resource, name, old, change)
-            if new == old or dry_run:
-                return copy_json(new)
-            return self._replace(resource, new, old)
+    # as update(), for status, finalizers and bindings: no defaults, rules or generation
+    update_status = partialmethod(update, rules=False)
 
     def delete(
         self,
