@@ -16,6 +16,8 @@ CLUSTER = {
     "test_commands",
     "test_controller",
     "test_deploy",
+    "test_deployments",
+    "test_pains",
     "test_rbac",
     "test_standin_api",
     "test_standin_cluster",
