@@ -54,9 +54,9 @@ cluster: $(INSTALLED) ## Run the tests that take minutes: the daemon on the stan
 	@$(BIN)/python -m pytest -m cluster -n 3 --dist loadfile $(ARGS)
 
 e2e: $(INSTALLED) ## Run the demo as its users do: side by side, sabotaged, interrupted
-	@$(BIN)/python -m pytest tests/e2e/test_demo.py $(ARGS)
+	@$(BIN)/python -m pytest tests/e2e/test_demo.py -n 2 $(ARGS)
 
-faults: $(INSTALLED) ## Every step of a deployment with every kind of trouble (long)
+faults: $(INSTALLED) ## Every step of a deployment with every kind of trouble (ARGS='-m short': one of each)
 	@$(BIN)/python -m pytest tests/e2e/test_faults.py $(ARGS)
 
 lint: $(INSTALLED) ## Check style and common mistakes

@@ -1,0 +1,28 @@
+"""The fault table as it came out, below what pytest says of its cells."""
+
+from __future__ import annotations
+
+from _pytest.terminal import TerminalReporter
+
+from tests.e2e.table import ENDS, LEFT_OUT, STEPS, cells
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    """Print how each cell that was gone through ended, and why others are left out."""
+    stats = terminalreporter.stats
+    ended = {r.nodeid: kind for kind in ("passed", "failed") for r in stats.get(kind, ())}
+    went = {node.partition("[")[2].rstrip("]"): kind for node, kind in ended.items()}
+    if not any(str(cell) in went for cell in cells()):
+        return
+    terminalreporter.section("how a deployment ends, by the trouble in its steps")
+    rows: dict[str, list[str]] = {"": list(STEPS)}
+    for cell in cells():
+        shown = {"passed": cell.end, "failed": "FAILED"}.get(went.get(str(cell), ""), "-")
+        rows.setdefault(cell.trouble, []).append(cell.end if cell.end in LEFT_OUT else shown)
+    for name, row in rows.items():
+        terminalreporter.write_line(f"{name:12}" + "".join(f"{word:9}" for word in row).rstrip())
+    for mark, why in LEFT_OUT.items():
+        terminalreporter.write_line(f"{mark} left out: {why}")
+    for word, end in ENDS.items():
+        text = f"run {end.outcome} ({end.reason}), served: {end.way}, beside: {end.beside}"
+        terminalreporter.write_line(f"{word:12} {text}")

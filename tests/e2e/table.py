@@ -1,0 +1,494 @@
+"""The fault table: the steps of a deployment across, kinds of trouble down, how each cell ends.
+
+A cell is one deployment of a new version onto a live one, with trouble in one of its steps. Several
+applications on one stand-in cluster go through the cells side by side, each its next when the last
+is over. A cell finds an `old` version live, and the one `before` it standing beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.fleet import Fleet, Member, Traffic, fleet, variable
+from tests.standin.faults import Fault
+from tests.world import eventually
+
+RUN = "gitops-hook/run"
+LANES = 8  # applications side by side
+# Seconds without an answer where there is only one pod, and it is lost.
+GAP = 20.0
+
+TABLE = """
+             read   claim  record apply  wait   preview switch verify bake   conclude after
+refuse       new    new    new    new    new    new     new    new    new    new      new
+conflict     (a)    new    new    new    (a)    new     new    (a)    (a)    new      (a)
+error        new    new    new    new    new    new     new    new    new    new      new
+hang         new    new    new    new    new    new     new    new    new    new      new
+hang-after   (b)    new    new    new    (b)    new     new    (b)    (b)    new      (b)
+pod-dies     (c)    (c)    (c)    (c)    new    new     back   back   back   new      new
+eviction     (c)    (c)    (c)    (c)    new    new     new    new    new    new      new
+old-dies     new    new    new    new    new    new     new    new    new    new      new
+old-sick     new    new    new    new    new    new     new    new    new    new      new
+new-sick     (c)    (c)    (c)    (c)    (d)    smoke   back   back   back   (e)      (e)
+smoke-fails  (f)    (f)    (f)    (f)    (f)    smoke   (f)    (f)    (f)    (f)      (f)
+edit         new    new    edited edited edited edited  edited left   left   left     kept
+rollback     before before before before before before  before undone undone undone   undone-later
+killed       new    new    new    new    new    new     new    new    new    new      new
+away         new    new    new    new    new    new     new    new    new    new      new
+"""
+LEFT_OUT = {
+    "(a)": "reading does not conflict",
+    "(b)": "reading has no effect to time out after",
+    "(c)": "the new version has no pods yet",
+    "(d)": "a version that was never ready fails its rollout; it cannot turn",
+    "(e)": "the bake is over: nobody watches any more, and people have `rollback`",
+    "(f)": "the smoke test is in the preview; after the switch the same path is new-sick",
+}
+
+
+class End(NamedTuple):
+    """How a cell ends: the run, its outcome in the history, and who serves.
+
+    `way` says which versions served one after the other, `beside` what stands in the other colour.
+    """
+
+    outcome: str
+    reason: str
+    entry: str
+    way: str
+    beside: str
+
+    @property
+    def serves(self) -> str:
+        """The version that serves at the end."""
+        return self.way.split()[-1]
+
+
+ENDS = {
+    "new": End("deployed", "Ok", "deployed", "old new", "old"),
+    "back": End("switched-back", "SickAfterSwitch", "switched-back", "old new old", "nothing"),
+    "smoke": End("failed", "SmokeFailed", "none", "old", "before"),
+    "edited": End("failed", "SelectorChanged", "none", "old", "before"),
+    "left": End("superseded", "SelectorChanged", "", "old new old", "new"),
+    "kept": End("deployed", "Ok", "deployed", "old new old", "new"),
+    "before": End("superseded", "ClaimLost", "none", "old before", "old"),
+    "undone": End("rolled-back", "RolledBack", "rolled-back", "old new old", "new"),
+    "undone-later": End("deployed", "Ok", "rolled-back", "old new old", "new"),
+}
+
+
+class Cell(NamedTuple):
+    """A step and the trouble in it."""
+
+    trouble: str
+    step: str
+    end: str
+
+    def __str__(self) -> str:
+        return f"{self.trouble}-in-{self.step}"
+
+
+def cells() -> Iterator[Cell]:
+    """Yield all cells of the table, those that are left out too."""
+    head, *rows = (line.split() for line in TABLE.strip().splitlines())
+    for trouble, *ends in rows:
+        yield from (Cell(trouble, *both) for both in zip(head, ends, strict=True))
+
+
+# Steps.
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step, by a call to the API that is its own once a line was logged."""
+
+    verb: str
+    resource: str
+    name: str | None = None
+    body: str | None = None
+    path: str | None = None
+    since: str = ""
+
+    def call(self, app: Member, idle: str) -> dict[str, Any]:
+        """Return the fields of a fault that meets this call of an application."""
+        texts = {"name": self.name, "body_contains": self.body, "path_contains": self.path}
+        filled = {k: v.format(app=app.name, idle=idle) for k, v in texts.items() if v is not None}
+        return {"verb": self.verb, "resource": self.resource, "namespace": app.namespace, **filled}
+
+
+STEPS = {
+    "read": Step("get", "deployments", "{app}-blue"),
+    "claim": Step("patch", "services", "{app}", body="preparing"),
+    "record": Step("create", "configmaps", body="{app}-release-"),
+    "apply": Step("update", "deployments", "{app}-{idle}"),
+    "wait": Step("watch", "deployments", path="metadata.name%3D{app}-{idle}"),
+    "preview": Step("patch", "services", "{app}-preview"),
+    "switch": Step("patch", "services", "{app}", body="baking"),
+    "verify": Step("list", "endpointslices", path="service-name%3D{app}&"),
+    "bake": Step("get", "services", "{app}-preview", since="switched"),
+    "conclude": Step("patch", "services", "{app}", body="draining"),
+    "after": Step("list", "replicasets", path="{app}&", since="run ended"),
+}
+
+# Trouble.
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Trouble: what the API does with the step's call, and what else happens meanwhile.
+
+    `one` happens to one application: its call is held meanwhile, but not that of a command which
+    comes the same way. `everyone` happens to all at once, and every such call is held meanwhile.
+    """
+
+    what: str
+    call: str = "hang"
+    times: int = 0  # calls that meet it; 0: as many as come until what happens has happened
+    one: Callable[[Member, Versions], object] | None = None
+    everyone: Callable[[Fleet, Sequence[Attempt]], None] | None = None
+    modes: str = ""
+    hits: str = ""  # the version whose only pod is lost
+
+
+class Versions(NamedTuple):
+    """The versions of a cell."""
+
+    before: str
+    old: str
+    new: str
+
+    def word(self, version: str) -> str:
+        """Return which of them a version is, or itself."""
+        return dict(zip(self, self._fields, strict=True)).get(version, version)
+
+
+def kill_pods(app: Member, version: str) -> None:
+    """Kill the containers of a version."""
+    for pod in app.pods(version):
+        app.fleet.cluster.kill_container(app.namespace, pod["metadata"]["name"], "web")
+
+
+def evict_pods(app: Member, version: str) -> None:
+    """Take the pods of a version away, as a node that is drained does."""
+    for pod in app.pods(version):
+        app.fleet.cluster.evict(app.namespace, pod["metadata"]["name"])
+
+
+def edit_service(app: Member, versions: Versions) -> None:
+    """Let a person point the live Service at all pods of the old version's colour."""
+    colour = next(c for c in ("blue", "green") if asked_for(app, c) == versions.old)
+    selector = {"gitops-hook/app": app.name, "version": colour, RUN: None}
+    patch = json.dumps({"spec": {"selector": selector}})
+    where = ("service", app.name, "-n", app.namespace, "--type=merge")
+    done = app.fleet.kubectl("patch", *where, "-p", patch, "--field-manager=kubectl-edit")
+    assert done.code == 0, done
+
+
+def asked_for(app: Member, colour: str) -> str:
+    """Return the version that a colour's Deployment asks for, or nothing."""
+    found = app.objects("deployments").get(f"{app.name}-{colour}")
+    return variable(found["spec"]["template"], "VERSION") if found else ""
+
+
+def roll_back(app: Member, _: Versions) -> None:
+    """Call `rollback`, as a person does whose patience is over."""
+    done = app.fleet.command("rollback", app.name)
+    assert done.returncode == 0, done
+
+
+def kill_daemon(apps: Fleet, attempts: Sequence[Attempt]) -> None:
+    """Kill the daemon, and start it again once nothing of it is left."""
+    apps.kill()
+    for attempt in attempts:
+        attempt.lift()
+    apps.start()
+
+
+def take_api_away(apps: Fleet, attempts: Sequence[Attempt]) -> None:
+    """Let the API server be gone until the daemon has noticed, and a while longer."""
+    lost = len(apps.said("watch lost"))
+    apps.cluster.down()
+    try:
+        for attempt in attempts:
+            attempt.lift()
+        eventually(lambda: len(apps.said("watch lost")) > lost, 30, "the daemon notices")
+        time.sleep(2)
+    finally:
+        apps.cluster.up()
+
+
+TROUBLES = {
+    "refuse": Trouble("the connection is closed without an answer", "refuse", 2),
+    "conflict": Trouble("the API server says Conflict", "409", 2),
+    "error": Trouble("the API server says InternalError", "500", 2),
+    "hang": Trouble("the call is never answered", "hang", 1),
+    "hang-after": Trouble("the call is done, but never answered", "hang-after", 1),
+    "pod-dies": Trouble("the new pods die", one=lambda app, v: kill_pods(app, v.new), hits="new"),
+    "eviction": Trouble(
+        "the new pods are evicted", one=lambda app, v: evict_pods(app, v.new), hits="new"
+    ),
+    "old-dies": Trouble("the old pods die", one=lambda app, v: kill_pods(app, v.old), hits="old"),
+    "old-sick": Trouble(
+        "the old version's health path fails",
+        one=lambda app, v: app.tell(v.old, "/turn-sick"),
+        hits="old",  # it is not ready then, and the new version not yet there
+    ),
+    "new-sick": Trouble(
+        "the new version's health path fails", one=lambda app, v: app.tell(v.new, "/turn-sick")
+    ),
+    "smoke-fails": Trouble("the smoke test fails", call="", modes="smoke-fails"),
+    "edit": Trouble("someone edits the live Service", one=edit_service),
+    "rollback": Trouble("`rollback` is called", one=roll_back),
+    "killed": Trouble("the daemon is killed and started again", everyone=kill_daemon),
+    "away": Trouble("the API server is away for a while", everyone=take_api_away),
+}
+
+# What comes of a cell.
+
+
+@dataclass
+class Seen:
+    """What came out of a cell, in the words of the table."""
+
+    outcome: str = ""
+    reason: str = ""
+    serves: str = ""
+    beside: str = ""
+    way: str = ""
+    gap: float = 0.0
+    failures: list[str] = field(default_factory=list)
+    claim: Any = None
+    tested: int = 0
+    entry: str = "none"
+    log: list[str] = field(default_factory=list)
+
+    def differences(self, cell: Cell) -> list[str]:
+        """Return what is not as the table has it, a line each."""
+        end = ENDS[cell.end]
+        names = ("outcome", "reason", "serves", "beside")
+        pairs = {name: (getattr(end, name), getattr(self, name)) for name in names}
+        pairs["claim"] = (None, self.claim)
+        pairs["test Jobs made"] = (1, self.tested)
+        pairs["outcome in the history"] = (end.entry, self.entry)
+        told = [f"{k}: expected {e}, seen {s}" for k, (e, s) in pairs.items() if e != s]
+        return [*told, *self.traffic_differences(cell, end.way.split())]
+
+    def traffic_differences(self, cell: Cell, way: list[str]) -> list[str]:
+        """Return what clients saw that they should not have."""
+        rest, seen, told = iter(way), self.way.split(), []
+        ends_right = seen[:1] == way[:1] and seen[-1:] == way[-1:]
+        if not (ends_right and all(version in rest for version in seen)):
+            told.append(f"versions that served: expected {' '.join(way)}, seen {self.way}")
+        place, switch = [*STEPS].index(cell.step), [*STEPS].index("switch")
+        serving = {"old": place <= switch, "new": place >= switch, "": False}
+        allowed = GAP if serving[TROUBLES[cell.trouble].hits] else 0.0
+        if self.failures and self.gap > allowed:
+            many = f"{len(self.failures)} requests in {self.gap:.1f} s"
+            told.append(f"failed requests: expected {allowed:.0f} s at most, seen {many}:")
+            told += [f"    {line}" for line in sorted({*self.failures})[:5]]
+        return told
+
+
+def report(cell: Cell, seen: Seen) -> str:
+    """Return what is wrong with a cell, or nothing."""
+    if not (told := seen.differences(cell)):
+        return ""
+    lines = [f"step {cell.step}, trouble: {TROUBLES[cell.trouble].what}", *told]
+    return "\n".join([*lines, "what the daemon said of it:", *seen.log])
+
+
+# Going through a cell.
+
+
+class Attempt:
+    """One cell that an application goes through: begin, then what happens, then the end."""
+
+    def __init__(self, cell: Cell, app: Member) -> None:
+        self.cell, self.app = cell, app
+        self.step, self.trouble = STEPS[cell.step], TROUBLES[cell.trouble]
+        self.fault: Fault | None = None
+        self.open = ExitStack()
+        self.run, self.versions = "", Versions("", "", "")
+        self.traffic: Traffic
+
+    def begin(self) -> None:
+        """Push a new version and wait until it is in the step and meets its trouble."""
+        app, fresh = self.app, len(self.app.fleet.said("run ended"))
+        before, old = prepared(app)
+        self.versions = Versions(before, old, f"{self.cell}-{fresh}")
+        self.traffic = self.open.enter_context(app.traffic(0.2))
+        call = self.step.call(app, app.idle())
+        if not self.step.since:
+            self.arm(call)
+        self.run = app.go(self.versions.new, modes=self.trouble.modes)
+        if self.step.since:
+            said = app.fleet.said
+            eventually(lambda: said(self.step.since, run=self.run), 60, f"{self.step.since!r}")
+            self.arm(call)
+        if fault := self.fault:
+            faults = app.fleet.cluster.faults
+            reached = faults.met if self.trouble.times else faults.holds
+            eventually(lambda: reached(fault), 60, f"the daemon makes this call: {call}")
+
+    def arm(self, call: dict[str, Any]) -> None:
+        """Let the trouble with the step's call begin."""
+        if self.trouble.call:
+            times = self.trouble.times or (1 if self.trouble.one else None)
+            fault = self.app.fleet.fault(self.trouble.call, times=times, **call)
+            self.fault = fault
+            self.open.callback(self.app.fleet.cluster.faults.lift, fault)
+
+    def lift(self) -> None:
+        """Let the calls go on that were held."""
+        if self.fault and not self.trouble.times:
+            self.app.fleet.cluster.faults.lift(self.fault)
+
+    def end(self) -> Seen:
+        """Wait until nothing is left to do; return what came out."""
+        app, seen = self.app, Seen()
+        ended = app.fleet.ended(self.run, 120)
+        seen.outcome, seen.reason = ended["outcome"], ended["reason"]
+        app.quiet(60)
+        wanted, word = ENDS[self.cell.end].beside, self.versions.word
+        with suppress(AssertionError):
+            eventually(lambda: word(beside(app)) == wanted, 60)
+        count = len(self.traffic.seen)
+        eventually(lambda: len(self.traffic.seen) > count, 15, "clients get answers")
+        self.open.close()
+        seen.beside, seen.serves = word(beside(app)), word(self.traffic.versions[-1])
+        seen.way = " ".join(word(version) for version in self.traffic.versions)
+        seen.failures, seen.claim = self.traffic.failures, app.note("deploying")
+        times = [at for at, _ in self.traffic.seen]
+        seen.gap = max((b - a for a, b in itertools.pairwise(times)), default=0.0)
+        seen.tested = app.fleet.created(f"test-{self.run}")
+        mine = [e["outcome"] for e in app.note("history") if e["run"] == self.run]
+        seen.entry = ", ".join(mine) if mine else "none"
+        seen.log = [json.dumps(e) for e in app.fleet.logged() if e.get("run") == self.run][-30:]
+        return seen
+
+
+def prepared(app: Member) -> tuple[str, str]:
+    """See to it that a version is live and an earlier one is a rollback target; return (it, live).
+
+    What the cell before left is used if it is good for that; else versions are deployed.
+    """
+    app.quiet(60)
+    if app.service():
+        app.tell("", "/turn-well")
+    for _ in range(3):
+        with suppress(AssertionError):
+            if len(proven(app)) == 2:
+                eventually(lambda: all(map(app.standing, proven(app))), 20)
+                live, idle = (app.standing(colour) for colour in proven(app))
+                return idle, live
+        version = f"fresh-{len(app.fleet.said('run ended'))}"
+        ended = app.deployed(version, 120)
+        assert ended["outcome"] == "deployed", ended
+        app.quiet(60)
+    raise AssertionError(f"{app.name}: two versions do not stand; history: {app.note('history')}")
+
+
+def proven(app: Member) -> list[str]:
+    """Return the live colour and, if `rollback` would go there by one patch, the other one."""
+    found = app.objects("deployments")
+    good = [e for e in app.note("history") or [] if e["outcome"] == "deployed"][:2]
+    there = [found.get(f"{app.name}-{entry['colour']}") or {} for entry in good]
+    runs = [(one.get("metadata") or {}).get("labels", {}).get(RUN) for one in there]
+    live = bool(good) and good[0]["selector"] == app.selector
+    stands = [runs == [e["run"] for e in good], not any(e.get("overwritten") for e in good)]
+    return [e["colour"] for e in good] if live and all(stands) else []
+
+
+def beside(app: Member) -> str:
+    """Return the version that stands in the colour that is not live, or what is there instead."""
+    found = app.objects("deployments").get(f"{app.name}-{app.idle()}")
+    wanted = found and found["spec"]["replicas"]
+    return (app.standing(app.idle()) or "not ready") if wanted else "nothing"
+
+
+def go_through(cell: Cell, app: Member) -> Seen | str:
+    """Go through a cell that concerns one application only."""
+    attempt = Attempt(cell, app)
+    with attempt.open:
+        try:
+            attempt.begin()
+            if attempt.trouble.one:
+                attempt.trouble.one(app, attempt.versions)
+            attempt.lift()
+            return attempt.end()
+        except Exception:  # noqa: BLE001 - whatever it is, it is what came of the cell
+            return failed(attempt)
+
+
+def failed(attempt: Attempt) -> str:
+    """Return why a cell could not be gone through."""
+    lines = [e for e in attempt.app.fleet.logged() if e.get("run") == attempt.run]
+    told = [traceback.format_exc(limit=-3), *(json.dumps(line) for line in lines[-30:])]
+    return "\n".join([f"step {attempt.cell.step}, trouble: {attempt.trouble.what}", *told])
+
+
+def go_together(group: Sequence[Cell], apps: Sequence[Member], pool: ThreadPoolExecutor) -> Results:
+    """Go through cells in which one thing happens to all at once."""
+    attempts = [Attempt(cell, app) for cell, app in zip(group, apps, strict=False)]
+    results: Results = {}
+
+    def each(work: Callable[[Attempt], Any]) -> None:
+        def one(attempt: Attempt) -> Any:
+            try:
+                return work(attempt)
+            except Exception:  # noqa: BLE001 - whatever it is, it is what came of the cell
+                attempt.open.close()
+                return failed(attempt)
+
+        going = [a for a in attempts if not isinstance(results.get(a.cell), str)]
+        found = pool.map(one, going)
+        results.update({a.cell: came for a, came in zip(going, found, strict=True)})
+
+    each(Attempt.begin)
+    happens = attempts[0].trouble.everyone
+    assert happens
+    happens(apps[0].fleet, attempts)
+    each(Attempt.end)
+    return results
+
+
+Results = dict[Cell, Any]
+
+
+def go_through_all(directory: Path, wanted: Sequence[Cell]) -> Results:
+    """Go through cells, as many at once as there are applications; return what came of each."""
+    lanes = min(LANES, -(-len(wanted) // 3))
+    names = {f"lane-{n}x": {"bake": "3s"} for n in range(lanes)}
+    limits = {"max_running": 2 * lanes, "kubectl": 40}
+    results: Results = {}
+    with fleet(directory, names, limits=limits) as made, ThreadPoolExecutor(lanes) as pool:
+        apps = list(made.apps.values())
+        for trouble in ("killed", "away"):
+            row = [cell for cell in wanted if cell.trouble == trouble]
+            for start in range(0, len(row), lanes):
+                results |= go_together(row[start : start + lanes], apps, pool)
+        free: queue.SimpleQueue[Member] = queue.SimpleQueue()
+        for app in apps:
+            free.put(app)
+
+        def next_one(cell: Cell) -> Seen | str:
+            app = free.get()
+            try:
+                return go_through(cell, app)
+            finally:
+                free.put(app)
+
+        rest = [cell for cell in wanted if cell not in results]
+        rest.sort(key=lambda cell: not cell.trouble.startswith("hang"))  # what waits longest first
+        results |= dict(zip(rest, pool.map(next_one, rest), strict=True))
+    return results
