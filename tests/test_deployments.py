@@ -85,7 +85,7 @@ def test_a_kind_that_is_to_be_ignored_is_reported_and_not_applied(apps: Fleet) -
     kinds.repository.git("rm", "-q", "deploy/hpa.yaml")
     run = kinds.push(kinds.release("v2", files={"deploy/ingress.yaml": INGRESS}))
     assert apps.ended(run)["outcome"] == "deployed"
-    assert apps.said("claimed", run=run)[0]["ignored"] == ["Ingress kinds"]
+    assert apps.said("claimed", run=run)[0]["ignored"] == ["deploy/ingress.yaml: Ingress kinds"]
     assert apps.cluster.store.find("ingresses", "production", "kinds") is None
 
 
