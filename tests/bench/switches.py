@@ -231,7 +231,7 @@ def measure_switches(apps: Sequence[Member], clients: Pool, count: int) -> Itera
     yield Row(f"{name}: requests answered", asked, "", higher_is_better=True)
     yield Row(f"{name}: clients on the wrong version at the end", wrong, "", 0)
     yield Row("sick to switched back", statistics.median(backs), "s")
-    yield from measure_bad(apps, clients, "whose pages fail, too", "/turn-bad")
+    yield from measure_bad(apps, clients, "whose pages also fail", "/turn-bad")
     yield from measure_bad(apps, clients, "that crash", "/exit")
 
 
