@@ -4450,8 +4450,8 @@ def plan(tools: Tools, args: argparse.Namespace) -> int:
         except (KubectlError, StageError) as failed:
             if isinstance(failed, KubectlError) and failed.kind == "Unreachable":
                 raise
-            answer = f"failed: {failed}"
-        say(f"{title}: {deployer.secrets.mask(answer)}")
+            answer = deployer.secrets.mask(f"failed: {failed}")
+        say(f"{title}: {answer}")
 
     say(f"run: {run.id}" + (f", superseded: {app.branch} is at {head}" if commit != head else ""))
     show("rejected", rejection, run)
@@ -4538,16 +4538,17 @@ def difference(tools: Tools, namespace: str, wanted: Object) -> str:
 
     Not by `kubectl diff`, in whose text the value of a variable may stand without its name.
     """
-    kubectl, name = tools.deployer.kubectl, wanted["metadata"]["name"]
+    kubectl, mask = tools.deployer.kubectl, tools.deployer.secrets.mask
+    name = wanted["metadata"]["name"]
     now = kubectl.get("deployment", name, namespace)
     try:
         then = json.loads(kubectl.put(wanted, now, namespace, "--dry-run=server", "-o=json"))
     except KubectlError as refused:
         if refused.kind == "Unreachable":
             raise
-        return f"\n  not compared: {refused}"
-    specs = [tools.deployer.secrets.mask(o["spec"]) for o in (now or {"spec": {}}, then)]
-    old, new = (yaml.safe_dump(s).splitlines() for s in specs)
+        return mask(f"\n  not compared: {refused}")
+    specs = (mask(found["spec"]) for found in (now or {"spec": {}}, then))
+    old, new = (yaml.safe_dump(spec).splitlines() for spec in specs)
     lines = difflib.unified_diff(old, new, f"{name} now", f"{name} then", lineterm="")
     return "".join(f"\n  {line}" for line in lines)
 

@@ -502,7 +502,9 @@ def test_plan_tells_how_much_of_each_quota_is_used(story: Story) -> None:
 
 def test_plan_masks_secrets_in_what_would_change(story: Story) -> None:
     deployment = copy.deepcopy(DEPLOYMENT)
-    (web,) = deployment["spec"]["template"]["spec"]["containers"]
+    pod = deployment["spec"]["template"]["spec"]
+    pod["volumes"] = [{"name": "key", "secret": {"secretName": "registry-token"}}]
+    (web,) = pod["containers"]
     web["env"] = [{"name": "DB_PASSWORD", "value": "line one\nline two\n"}]
     web["args"] = ["--db=https://me:hunter2@db/shop"]
     files = {"deploy__app.yaml": yaml.safe_dump_all([deployment, SERVICE, settings_map("v5")])}
@@ -512,6 +514,7 @@ def test_plan_masks_secrets_in_what_would_change(story: Story) -> None:
     soon = line(lines, "production, next")
     assert re.search(r" new ConfigMaps: shop-settings-[0-9a-f]{8}$", soon)
     assert "DB_PASSWORD" in text
+    assert "secretName: registry-token" in text
     assert "--db=https://***@db/shop" in text
     assert not re.search("hunter2|line one|line two", text)
 
@@ -552,6 +555,24 @@ def test_plan_says_what_it_may_not_read_and_goes_on(story: Story) -> None:
     rights = line(lines, "permissions").split("; ")
     assert "get, create, patch configmaps in orchestration" in rights
     assert "get pods/log in production" in rights
+
+
+def test_plan_tells_a_reader_what_is_live_without_a_comparison(story: Story) -> None:
+    told, meta = story.world, {"name": "reader", "namespace": "production"}
+    rule = {"apiGroups": ["*"], "resources": ["*"], "verbs": ["get", "list"]}
+    rbac = {"apiVersion": "rbac.authorization.k8s.io/v1", "metadata": meta}
+    subject = {"kind": "ServiceAccount", "name": "reader", "namespace": "orchestration"}
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "reader"}
+    told.cluster.load(
+        {**rbac, "kind": "Role", "rules": [rule]},
+        {**rbac, "kind": "RoleBinding", "roleRef": role, "subjects": [subject]},
+    )
+    lines = plan(told, account="orchestration/reader")
+    live = story.pages["the end"].production["colour"]
+    assert line(lines, "production, live") == f"{story.run['v1']} ({live})"
+    assert re.search("2 pods in about .*new ConfigMaps: ", line(lines, "production, next"))
+    assert sum(text.startswith("  not compared: kubectl replace") for text in lines) == 2
+    assert "(Forbidden)" in line(lines, "rejected")
 
 
 def test_plan_asks_for_exactly_the_rights_of_the_daemon() -> None:
