@@ -2664,7 +2664,6 @@ class Deployer:
         release = render(task.app, task.run, task.image, self.place(task), objects)
         claimed = self.claim(task, release)
         info("claimed", colour=release.colour, ignored=ignored or None, **task.words)
-        self.kubectl.create([*release.configmaps, release.configmap(task.app.name)], task.namespace)
         try:
             self.apply(task, release, claimed)
             self.roll_out(task, release, pods)
@@ -2840,7 +2839,7 @@ class Deployer:
             thread.join(KUBECTL_TIMEOUT)
 
     def apply(self, task: Task, release: Release, claimed: Service | None) -> None:
-        """Put a release's Deployment in the place of what stands there, while the claim is held.
+        """Record a release, and put its Deployment in the place of what stands there.
 
         It is written against the version read before the look at the claim, and each write differs:
         the late write of one who has lost the claim meets a newer version and changes nothing.
@@ -2850,6 +2849,8 @@ class Deployer:
         marked = {**meta, "annotations": {**meta.get("annotations", {}), **mark}}
 
         def step() -> None:
+            records = [*release.configmaps, release.configmap(task.app.name)]
+            self.kubectl.create(records, task.namespace)
             found = self.kubectl.get("deployment", meta["name"], task.namespace)
             self.check_claim(task, claimed, self.service(task))
             self.kubectl.put({**release.deployment, "metadata": marked}, found, task.namespace)
@@ -3232,7 +3233,6 @@ class Deployer:
             if not record:
                 return self.kubectl.delete("deployment", [name], task.namespace)
             release = self.release(task, {"release": record})
-            self.kubectl.create(release.configmaps, task.namespace)
             self.apply(task, release, service)
             return info("healed", target=release.run, colour=release.colour, **task.words)
         except HookError as failed:
@@ -3326,7 +3326,6 @@ class Deployer:
         size = int(standing.get("spec", {}).get("replicas", 1))
         release = recoloured(release, task.app, colour, max(size, release.wanted))
         record = release.configmap(app)
-        self.kubectl.create([*release.configmaps, record], namespace)
         with self.watched_pods(task) as pods:
             self.apply(task, release, claimed)
             self.roll_out(task, release, pods)
