@@ -544,7 +544,7 @@ def cross_faults(config: Config) -> Iterator[str]:
             yield f"apps[{i}].name: {app.name!r} is the name of another app's Deployment or Service"
         if len(set(environments)) < len(environments):
             yield f"{where}: names one of them twice"
-        for e in sorted({*environments} - (spaces.keys() - {"test", "build"})):
+        for e in sorted({*filter(None, environments)} - (spaces.keys() - {"test", "build"})):
             yield f"{where}: {e!r} is not an environment in namespaces"
         if app.build.builder == "kaniko" and environments and not image:
             yield f"apps[{i}].build.image: is required with builder kaniko"

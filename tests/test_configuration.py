@@ -335,6 +335,13 @@ colour: blue
     ]
 
 
+def test_a_list_of_right_and_wrong_texts_is_told_element_by_element() -> None:
+    assert faults(document({"deploy": {"environments": [5, "qa"]}})) == [
+        "apps[0].deploy.environments[0]: 5 is not a text",
+        "apps[0].deploy.environments: 'qa' is not an environment in namespaces",
+    ]
+
+
 def test_a_fault_quotes_no_more_than_a_line() -> None:
     (fault,) = faults(document({"branch": "x " * 5000}))
     assert len(fault) < 200
