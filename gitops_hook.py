@@ -3593,9 +3593,10 @@ class Controller:
     def intake(self) -> float:
         """Turn everything spooled into suspended Jobs, in as few calls as possible."""
         for _ in range(5):  # a burst of pushes is one call
-            stored = self.spool.read()
-            if self.stop.wait(0.02) or len(stored) == len(self.spool):
+            known = len(self.spool)
+            if self.stop.wait(0.05) or len(self.spool) == known:
                 break
+        stored = self.spool.read()
         left = len(stored)
         for name in dict.fromkeys(run.app for _, run in stored):
             mine = [(path, run) for path, run in stored if run.app == name]
@@ -3624,7 +3625,14 @@ class Controller:
         self.ledger.write(name, dict(entries))  # before a Job could end
         jobs = [test_job(self.config, app, r) for r in wanted]
         refused = self.kubectl.create_each(jobs, self.config.namespaces["test"]) if jobs else {}
-        return done | {r.id for r in wanted if self.settle(r, refused.get(f"test-{r.id}", ""))}
+        known = [r.id for r in wanted if "(AlreadyExists)" in refused.get(f"test-{r.id}", "")]
+        there = jobs_of(self.kubectl, self.config, known)
+        for run in wanted:
+            if self.settle(run, refused.get(f"test-{run.id}", ""), there.get(run.id)):
+                done.add(run.id)
+        if left := [refused[f"test-{k}"] for k in runs.keys() - done]:
+            warn("Jobs not created, will be tried again", count=len(left), detail=clip(left[0]))
+        return done
 
     def past(self, app: App, *, deploys: bool = True) -> tuple[dict[str, Object], dict[str, str]]:
         """Return what was last seen of each ref, and why a commit is not to be deployed again."""
@@ -3635,20 +3643,18 @@ class Controller:
                 needless[view_service(found).live.get("commit", "")] = "AlreadyLive"
         return refs, needless
 
-    def settle(self, run: Run, refusal: str) -> bool:
+    def settle(self, run: Run, refusal: str, there: Sequence[Job] | None) -> bool:
         """Deal with a Job that was created or refused; return whether its push is dealt with."""
         self.pulses.beat("intake", STEP_SECONDS)
-        known, words = "(AlreadyExists)" in refusal, run_words(run)
-        if refusal and not known:
-            final = re.search("is invalid|denied the request|BadRequest", refusal)
-            if final:
-                why = ends(Outcome.FAILED, Reason.JOB_REFUSED, clip(refusal), "test")
-                self.finish(run, {}, why)
-            else:
-                warn("job not created, will be tried again", detail=clip(refusal), **words)
-            return bool(final)
-        info("run known" if known else "run queued", **words)
-        return not known or reopen(self.kubectl, self.config, run)
+        if re.search("is invalid|denied the request|BadRequest", refusal):
+            self.finish(run, {}, ends(Outcome.FAILED, Reason.JOB_REFUSED, clip(refusal), "test"))
+            return True
+        if there:
+            info("run known", **run_words(run))
+            return reopen(self.kubectl, run, there)
+        if not refusal:
+            info("run queued", **run_words(run))
+        return not refusal
 
     # Catch-up: what GitLab failed to announce, and what was lost while nobody looked.
 
@@ -3993,14 +3999,22 @@ def run_words(run: Run) -> dict[str, Any]:
     return {"run": run.id, **{w: getattr(run, w) for w in words}}
 
 
-def reopen(kubectl: Kubectl, config: Config, run: Run) -> bool:
+def jobs_of(kubectl: Kubectl, config: Config, runs: Iterable[str]) -> dict[str, list[Job]]:
+    """Return the Jobs of each of these runs, in two calls for all of them."""
+    found: dict[str, list[Job]] = {run: [] for run in runs}
+    terms = f"{LABEL_RUN} in ({','.join(found)})"
+    for stage in STAGES if found else ():
+        for each in map(view_job, kubectl.list("jobs", config.namespaces[stage], "-l", terms)):
+            found[each.run.id].append(each)
+    return found
+
+
+def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
     """Let a run that has ended go on where it failed; return whether its push is dealt with.
 
     A run under way is left alone. Green Jobs and the digest are reused; a failed Job is deleted, so
     that the next intake makes it anew, and until it is gone the answer is False.
     """
-    found = [kubectl.get("job", f"{s}-{run.id}", config.namespaces[s]) for s in STAGES]
-    jobs = [view_job(j) for j in found if j]
     if any((j.run.ref, j.run.commit) != (run.ref, run.commit) for j in jobs):
         error("two pushes have the same run id", **run_words(run))
         return True
@@ -4424,7 +4438,8 @@ def rerun(tools: Tools, args: argparse.Namespace) -> int:
         refused = made.get(f"test-{run.id}", "")
         if refused and "(AlreadyExists)" not in refused:
             raise StageError(Reason.JOB_REFUSED, clip(refused))
-        if not refused or reopen(deployer.kubectl, tools.config, run):
+        there = jobs_of(deployer.kubectl, tools.config, [run.id] if refused else [])
+        if not refused or reopen(deployer.kubectl, run, there[run.id]):
             ledger.write(app.name, ledger.seen(run, None))
             say(f"{run.id} goes on; `status {app.name}` tells how far it is")
             return 0
