@@ -53,8 +53,8 @@ test: $(INSTALLED) ## Run the tests that take seconds (ARGS='-k webhook -x')
 cluster: $(INSTALLED) ## Run the tests that take minutes: the daemon on the stand-in cluster, and that itself
 	@$(BIN)/python -m pytest -m cluster -n 3 --dist loadfile $(ARGS)
 
-e2e: $(INSTALLED) ## Run the demo as its users do: side by side, sabotaged, interrupted
-	@$(BIN)/python -m pytest tests/e2e/test_demo.py -n 2 $(ARGS)
+e2e: $(INSTALLED) ## Run the demo as its users do, sabotaged and interrupted; kill the intake of 500 pushes
+	@$(BIN)/python -m pytest tests/e2e/test_demo.py tests/e2e/test_intake.py -n 2 $(ARGS)
 
 faults: $(INSTALLED) ## Every step of a deployment with every kind of trouble (ARGS='-m short': one of each)
 	@$(BIN)/python -m pytest tests/e2e/test_faults.py $(ARGS)
