@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
-import codecs
 import copy
 import difflib
 import hashlib
@@ -41,7 +40,6 @@ import math
 import os
 import random
 import re
-import select
 import shutil
 import signal
 import socket
@@ -63,7 +61,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, get_type_hints
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
 
 import prometheus_client
@@ -249,7 +247,8 @@ class ProcessError(HookError):
 
     def __init__(self, argv: Sequence[str], code: int | None, stderr: str, out: str = "") -> None:
         self.code, self.stderr, self.stdout = code, stderr, out
-        self.said = clip(LIBRARY_LOG.sub("", stderr)) or f"exit status {code}"
+        ended = "ended here" if code is None else f"exit status {code}"
+        self.said = clip(LIBRARY_LOG.sub("", stderr)) or ended
         late = "no answer in time; " if code is None else ""
         call = f"{Path(argv[0]).name} {clip(' '.join(argv[1:4]), 80)}"
         super().__init__(f"{call}: {late}{self.said}")
@@ -284,9 +283,11 @@ class KubectlError(ProcessError):
         rest = re.sub(refused, "", self.stderr, flags=re.MULTILINE)
         if self.code is None or UNREACHABLE.search(rest) or OVERLOADED.intersection(words):
             return "Unreachable"
-        others = {"Invalid": r"(?m)^The \w+ (.* )?is invalid", "Denied": "denied the request"}
-        words += [word for word, text in others.items() if re.search(text, self.stderr)]
-        return words[0] if words else "Unknown"
+        if re.search("denied (the )?request", self.stderr):  # most of them Forbidden besides
+            return "Denied"
+        if not words and re.search(r"(?m)^The \w+ (.* )?is invalid", self.stderr):
+            return "Invalid"
+        return str(words[0]) if words else "Unknown"
 
 
 class RunError(HookError):
@@ -1065,15 +1066,12 @@ def parse_run(content: bytes) -> Run:
 
 
 def start(
-    argv: Sequence[str], environ: Mapping[str, str] | None = None, stdin: int = subprocess.DEVNULL
-) -> subprocess.Popen[bytes]:
+    argv: Sequence[str], environ: Mapping[str, str] | None = None, **how: Any
+) -> subprocess.Popen[str]:
     """Start a program, never in a shell; raises ConfigError when it cannot be. The one door."""
-    # whoever gets input runs to its end, as the leader of a group: its helpers end with it
-    group, pipe = 0 if stdin == subprocess.PIPE else None, subprocess.PIPE
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "errors": "replace"}
     try:
-        return subprocess.Popen(  # noqa: S603 - a list made here, no shell
-            argv, stdin=stdin, stdout=pipe, stderr=pipe, env=environ, process_group=group
-        )
+        return subprocess.Popen(argv, env=environ, encoding="utf-8", **how)  # noqa: S603 - no shell
     except OSError as missing:
         raise ConfigError([f"{argv[0]} cannot be started: {missing.strerror}"]) from missing
 
@@ -1082,80 +1080,47 @@ def execute(
     argv: Sequence[str], timeout: float, stdin: str = "", environ: Mapping[str, str] | None = None
 ) -> tuple[int | None, str, str]:
     """Run a program to its end; return (exit code, stdout, stderr), the code None on a time-out."""
-    with start(argv, environ, subprocess.PIPE) as process:
+    # as the leader of a group: its helpers end with it
+    with start(argv, environ, stdin=subprocess.PIPE, process_group=0) as process:
         try:
-            printed, code = process.communicate(stdin.encode(), timeout), process.returncode
+            printed = process.communicate(stdin, timeout)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            printed, code = process.communicate(), None
+            printed = process.communicate()
             with suppress(ChildProcessError):
                 while True:  # as process 1 of a container it inherits what its helpers left
                     os.waitpid(-process.pid, 0)
-    return code, printed[0].decode(errors="replace"), printed[1].decode(errors="replace")
-
-
-ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-
-
-def cluster_environment(environ: Mapping[str, str], account: Path = ACCOUNT) -> dict[str, str]:
-    """Return the environment that kubectl gets: in a pod, with a kubeconfig of its account.
-
-    By itself kubectl uses a pod's account only while no flag touches its client configuration, and
-    `--request-timeout` does (kubernetes#93474): it would ask localhost. The token is named by its
-    file, so that it rotates.
-    """
-    host, port = (environ.get(f"KUBERNETES_SERVICE_{k}", "") for k in ("HOST", "PORT"))
-    known = (
-        environ.get("KUBECONFIG") or (Path(environ.get("HOME") or "/") / ".kube/config").exists()
-    )
-    if not host or known or not (account / "token").exists():
-        return dict(environ)
-    server = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
-    cluster = {"server": server, "certificate-authority": str(account / "ca.crt")}
-    content = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "pod", "cluster": cluster}],
-        "users": [{"name": "pod", "user": {"tokenFile": str(account / "token")}}],
-        "contexts": [{"name": "pod", "context": {"cluster": "pod", "user": "pod"}}],
-        "current-context": "pod",
-    }
-    path = Path(tempfile.mkdtemp(prefix="gitops-hook-")) / "kubeconfig"
-    path.write_text(json.dumps(content))
-    return {**environ, "KUBECONFIG": str(path)}
+            return None, *printed
+    return process.returncode, *printed
 
 
 class Kubectl:
-    """The one door to the cluster: each method is one kubectl process."""
+    """The one door to the cluster: each method is one kubectl process.
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        at_once: int = 8,
-        program: str = "kubectl",
-        environ: Mapping[str, str] | None = None,
-    ) -> None:
-        self.program, self.metrics, self.environ = program, metrics, environ
+    Without `--request-timeout`, with which kubectl in a pod does not use the pod's account
+    (kubernetes#93474): what does not end in time is ended here.
+    """
+
+    def __init__(self, metrics: Metrics, at_once: int = 8, program: str = "kubectl") -> None:
+        self.program, self.metrics = program, metrics
         self._places = threading.BoundedSemaphore(at_once)
 
     def run(
         self, *args: str, namespace: str = "", stdin: str = "", timeout: float = KUBECTL_TIMEOUT
     ) -> str:
         """Return what one call prints; raises KubectlError, after a time-out of unknown effect."""
-        where = ("-n", namespace) if namespace else ()
-        argv = (self.program, *where, *args, f"--request-timeout={int(timeout * 0.8) or 1}s")
         with self._places:
-            code, stdout, stderr = execute(argv, timeout, stdin, self.environ)
+            code, stdout, stderr = execute((self.program, "-n", namespace, *args), timeout, stdin)
         failure = None if code == 0 else KubectlError([self.program, *args], code, stderr, stdout)
         self.metrics.kubectl.labels(args[0], failure.kind if failure else "ok").inc()
         if failure:
             raise failure
         return stdout
 
-    def stream(self, *args: str, namespace: str) -> subprocess.Popen[bytes]:
+    def stream(self, *args: str, namespace: str) -> subprocess.Popen[str]:
         """Start a call that goes on: a watch, a rollout status. The caller ends it."""
-        return start((self.program, "-n", namespace, *args), self.environ)
+        return start((self.program, "-n", namespace, *args))
 
     def get(self, resource: str, name: str, namespace: str) -> Object | None:
         """Return one object, or None when there is none."""
@@ -1170,29 +1135,32 @@ class Kubectl:
 
     def create(self, objects: Sequence[Object], namespace: str) -> None:
         """Create what is not there yet; what exists under the same name is left as it is."""
-        for said in self.create_each(objects, namespace).values():
-            if "(AlreadyExists)" not in said:
-                raise KubectlError([self.program, "create"], 1, said)
+        for refused in self.create_each(objects, namespace).values():
+            if refused.kind != "AlreadyExists":
+                raise refused
 
-    def create_each(self, objects: Sequence[Object], namespace: str) -> dict[str, str]:
+    def create_each(self, objects: Sequence[Object], namespace: str) -> dict[str, KubectlError]:
         """Create objects in one call; return the refusal of each that was not created, by name.
 
-        Exit 1 is not "nothing happened": kubectl creates what it can, prints the created names and
-        a message for every other. What neither stream mentions raises the KubectlError itself.
+        Exit 1 is not "nothing happened": kubectl creates what it can. It names what exists; the
+        rest goes again, one at a time. Raises the KubectlError that is no object's own fault.
         """
         stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
         args = ("create", "-f", "-", "-o", "name", "--validate=false")
         try:
             self.run(*args, namespace=namespace, stdin=stdin, timeout=2 * KUBECTL_TIMEOUT)
-        except KubectlError as partly:
-            made = {line.rpartition("/")[2] for line in partly.stdout.split()}
-            names = [n for o in objects if (n := o["metadata"]["name"]) not in made]
-            refused, unnamed = refusals(partly.stderr, names)
-            left = [n for n in names if n not in refused]
-            # kubectl goes on in order: as many messages without a name as names without a message
-            if left and (len(left) != len(unnamed) or len(left) == len(objects)):
+        except KubectlError as failed:
+            if failed.kind in ("Unreachable", "Forbidden", "NotFound"):
                 raise
-            return refused | dict(zip(left, unnamed, strict=False))
+            named = {o["metadata"]["name"]: o for o in objects}
+            if len(named) == 1:
+                return dict.fromkeys(named, failed)
+            known = re.finditer(r'.+\(AlreadyExists\): .*"(.+)" already exists', failed.stderr)
+            refused = {m[1]: KubectlError([self.program, *args], 1, m[0]) for m in known}
+            made = {line.rpartition("/")[2] for line in failed.stdout.split()}
+            for left in [o for n, o in named.items() if n not in made | refused.keys()]:
+                refused |= self.create_each([left], namespace)
+            return refused
         return {}
 
     def put(self, wanted: Object, found: Object | None, namespace: str, *options: str) -> str:
@@ -1227,35 +1195,22 @@ class Kubectl:
         return ""
 
 
-def refusals(stderr: str, names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Return what kubectl says of objects that the server did not take: by name, and without."""
-    named, unnamed = {}, []
-    parts = re.split(r"^(?=Error from server|The \w+ \")", stderr, flags=re.MULTILINE)[1:]
-    for part in (p.strip() for p in parts if KubectlError(["kubectl"], 1, p).kind != "Unreachable"):
-        first = next((q for q in re.findall(r'"([^"]*)"', part) if q != "STDIN"), "")
-        if first in names:
-            named[first] = part
-        else:
-            unnamed.append(part)
-    return named, unnamed
-
-
 # === git ==========================================================================================
 
 CREDENTIAL_HELPER = (
-    '!f() { test "$1" = get && test -r "$CREDENTIALS_FILE"'
+    'credential.helper=!f() { test "$1" = get && test -r "$CREDENTIALS_FILE"'
     ' && git credential-store --file "$CREDENTIALS_FILE" get; }; f'
 )
-GIT_SETTINGS = {
-    "core.hooksPath": os.devnull,
-    "credential.helper": CREDENTIAL_HELPER,
-    "http.lowSpeedLimit": "1000",  # bytes a second; slower than that for so long is no answer
-    "http.lowSpeedTime": "60",
-    "maintenance.auto": "false",
-    "protocol.allow": "never",
-    **{f"protocol.{name}.allow": "always" for name in ("https", "http", "file")},
+GIT = ("git", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER)
+GIT_ENVIRONMENT = {
+    "GIT_ALLOW_PROTOCOL": "https:http:file",
+    "GIT_ASKPASS": "",
+    "GIT_CONFIG_GLOBAL": os.devnull,
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_HTTP_LOW_SPEED_LIMIT": "1000",  # bytes a second; slower than that for so long is no answer
+    "GIT_HTTP_LOW_SPEED_TIME": "60",
+    "GIT_TERMINAL_PROMPT": "0",
 }
-GIT_FORMATS = {40: "sha1", 64: "sha256"}  # by the length of a commit id
 
 
 class Git:
@@ -1270,14 +1225,11 @@ class Git:
 
     def run(self, *args: str, directory: Path | None = None, patience: int = 1) -> str:
         """Return what one git call prints; raises GitError."""
-        environ = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
-        environ |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-        environ |= {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": ""}
-        environ["CREDENTIALS_FILE"] = str(self.credentials)
-        settings = (part for kv in GIT_SETTINGS.items() for part in ("-c", "=".join(kv)))
+        kept = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
+        environ = {**kept, **GIT_ENVIRONMENT, "CREDENTIALS_FILE": str(self.credentials)}
         where = ("-C", str(directory)) if directory else ()
-        argv = ("git", *where, *settings, *args)
-        code, stdout, stderr = execute(argv, patience * self.timeout, environ=environ)
+        timeout = patience * self.timeout
+        code, stdout, stderr = execute((*GIT, *where, *args), timeout, environ=environ)
         if code != 0:
             raise GitError(("git", *args), code, stderr, stdout)
         return stdout
@@ -1300,10 +1252,10 @@ class Git:
         if not SHA.fullmatch(commit):
             raise GitError(("git", "fetch"), 1, f"{commit!r} is not a commit id")
         links = f"core.symlinks={'true' if symlinks else 'false'}"
-        form = f"--object-format={GIT_FORMATS[len(commit)]}"
-        self.run("init", "--quiet", form, "--", str(directory))
+        form = {40: "sha1", 64: "sha256"}[len(commit)]
+        self.run("init", "--quiet", f"--object-format={form}", "--", str(directory))
         fetch = ("fetch", "--quiet", "--depth=1", "--no-tags", "--", url, commit)
-        # a large one takes its time; a server that does not send is cut off by lowSpeedTime
+        # a large one takes its time; a server that does not send is cut off by the low speed
         self.run(*fetch, directory=directory, patience=10)
         self.run("-c", links, "checkout", "--quiet", "--detach", "FETCH_HEAD", directory=directory)
 
@@ -1832,106 +1784,139 @@ def coloured(app: App, spec: Object, selector: Mapping[str, str], live_replicas:
 
 # === cluster mirror ===============================================================================
 
-FIRST_OUTPUT = 0.5  # seconds in which a watch of an empty namespace is believed to have begun
+API = {"jobs": "/apis/batch/v1", "pods": "/api/v1", "services": "/api/v1"}
+PAGE = 100  # objects in one answer: a thousand Jobs at once are 50 MB of Python
 SHORT_WATCH = 5.0  # a watch that ends so soon did not work
-FAILING = ("Failed", "FailureTarget")
+ODD = (AttributeError, LookupError, TypeError, ValueError)  # what another shape raises
 # exit reasons after a machine was lost: they tell nothing about the program
 NODE_LOST = ("ContainerStatusUnknown", "Unknown")
 
 
-@dataclass(frozen=True, slots=True)
+def epoch(stamp: str | None) -> float:
+    """Return a Kubernetes time in seconds since the epoch, 0 for none."""
+    with suppress(ValueError):
+        return datetime.fromisoformat(stamp or "").timestamp()
+    return 0.0
+
+
+def true_condition(status: Object, *kinds: str) -> Object:
+    """Return the first condition of one of these types that is True; empty when there is none."""
+    found: list[Object] = status.get("conditions") or []
+    return next((c for c in found if c["type"] in kinds and c["status"] == "True"), {})
+
+
 class Container:
     """What a pod's status says about one container, in its current or last life."""
 
-    name: str
-    kind: str  # init, sidecar or app
-    ready: bool
-    running: bool
-    waiting: str  # reason
-    text: str  # the message beside a waiting reason, or the termination message
-    exits: int  # how often it has ended
-    exit_code: int | None  # of the last life that ended by itself
-    exit_reason: str
-    ended: float  # seconds since the epoch
+    def __init__(self, entry: Object, kind: str) -> None:
+        state, last = entry.get("state") or {}, entry.get("lastState") or {}
+        waiting = state.get("waiting") or {}
+        ended = state.get("terminated") or last.get("terminated") or {}
+        ended = {} if ended.get("reason") in NODE_LOST else ended
+        self.name: str = entry["name"]
+        self.kind = kind  # init, sidecar or app
+        self.ready, self.running = bool(entry.get("ready")), "running" in state
+        self.waiting: str = waiting.get("reason", "")
+        self.text: str = waiting.get("message") or ended.get("message") or ""
+        self.exits: int = (entry.get("restartCount") or 0) + (bool(ended) and not self.running)
+        self.exit_code: int | None = ended.get("exitCode")  # of the last life that ended by itself
+        self.exit_reason: str = ended.get("reason", "")
+        self.ended = epoch(ended.get("finishedAt"))
 
 
-@dataclass(frozen=True, slots=True)
 class Pod:
     """What matters of a pod."""
 
-    name: str
-    version: int
-    run: str
-    job: str
-    labels: Mapping[str, str]
-    ready: bool
-    seen_ready: bool  # now or at some time before
-    leaving: bool  # evicted, disrupted or deleted: the cluster replaces it
-    created: float
-    started: float
-    unschedulable: str
-    containers: tuple[Container, ...]
+    def __init__(self, found: Object) -> None:
+        meta, spec, status = found["metadata"], found["spec"], found.get("status") or {}
+        conditions = {c["type"]: c for c in status.get("conditions") or []}
+        scheduled, ready = conditions.get("PodScheduled", {}), conditions.get("Ready", {})
+        is_ready, changed = ready.get("status") == "True", epoch(ready.get("lastTransitionTime"))
+        stuck, deleting = scheduled.get("reason") == "Unschedulable", "deletionTimestamp" in meta
+        lost = status.get("reason") == "Evicted" or true_condition(status, "DisruptionTarget")
+        inits, apps = (status.get(k) or [] for k in ("initContainerStatuses", "containerStatuses"))
+        always = [c["name"] for c in spec.get("initContainers") or [] if "restartPolicy" in c]
+        kinds = ["sidecar" if e["name"] in always else "init" for e in inits]
+        self.name: str = meta["name"]
+        self.version = int(meta["resourceVersion"])
+        self.labels = {sys.intern(k): sys.intern(v) for k, v in (meta.get("labels") or {}).items()}
+        self.run = self.labels.get(LABEL_RUN, "")
+        self.job = self.labels.get("batch.kubernetes.io/job-name", "")
+        self.created = epoch(meta.get("creationTimestamp"))
+        self.started = epoch(status.get("startTime"))
+        self.ready = is_ready and not deleting
+        # now or before: a condition that was never True is as old as the pod's start
+        self.seen_ready = is_ready or 0 < self.started < changed - 1
+        self.leaving = deleting or bool(lost)  # the cluster takes it away, and replaces it
+        self.unschedulable: str = scheduled["message"] if stuck else ""
+        self.containers = [*map(Container, inits, kinds), *(Container(e, "app") for e in apps)]
 
 
-@dataclass(frozen=True, slots=True)
 class Job:
     """What matters of a Job of ours."""
 
-    name: str
-    version: int
-    namespace: str
-    stage: str
-    run: Run
-    notes: Mapping[str, str]
-    outcome: str  # of the run, if it has ended and this is its last Job
-    state: str  # suspended, active, succeeded or failed
-    deleting: bool
-    reason: str
-    created: float
-    released: float
-    finished: float
+    def __init__(self, found: Object) -> None:
+        meta, status = found["metadata"], found.get("status") or {}
+        done = true_condition(status, "Complete")
+        failed = true_condition(status, "Failed", "FailureTarget")
+        waiting = "suspended" if found["spec"].get("suspend") else "active"
+        notes: dict[str, str] = meta.get("annotations") or {}
+        self.name: str = meta["name"]
+        self.version = int(meta["resourceVersion"])
+        self.namespace: str = meta["namespace"]
+        self.stage: str = (meta.get("labels") or {}).get(LABEL_STAGE, "")
+        self.run = run_of_job(found)
+        self.notes = {k: v for k, v in notes.items() if k.startswith(MANAGER)}
+        # of the run, if it has ended and this is its last Job
+        self.outcome = notes.get(NOTE_OUTCOME, "")
+        self.state = "succeeded" if done else "failed" if failed else waiting
+        self.deleting = "deletionTimestamp" in meta
+        self.reason: str = failed.get("reason", "")
+        self.created = epoch(meta.get("creationTimestamp"))
+        self.released = epoch(status.get("startTime"))
+        self.finished = epoch((done or failed).get("lastTransitionTime"))
 
 
-@dataclass(frozen=True, slots=True)
 class Service:
-    """The live Service of an app, with what our annotations on it say as far as it can be read."""
+    """The live Service of an app, with what our annotations on it say as far as it can be read.
 
-    name: str
-    version: int
-    found: Object
-    selector: dict[str, str]  # the truth about which version is live
-    claim: Object  # who is changing this environment; empty when nobody is
-    history: list[Object]  # the switches, newest first
-    live: Object  # the entry of what is live by the selector; empty when it is not ours
+    `claim`: who is changing this environment; `history`: the switches, newest first; `live`: the
+    entry of what the selector says is live. Each is empty when there is none.
+    """
 
-    @property
-    def run(self) -> str:
-        """The id of the live run, or ""."""
-        return self.selector.get(LABEL_RUN, "")
-
-    @property
-    def ours(self) -> bool:
-        """Whether the selector is one that this program sets."""
-        return self.selector.keys() == {LABEL_APP, LABEL_VERSION, LABEL_RUN}
+    def __init__(self, found: Object) -> None:
+        meta, spec = found["metadata"], found["spec"]
+        self.name: str = meta["name"]
+        self.version = int(meta["resourceVersion"])
+        self.ports: list[Object] = spec.get("ports") or []
+        self.selector: dict[str, str] = spec.get("selector") or {}
+        self.run = self.selector.get(LABEL_RUN, "")
+        # whether the selector is one that this program sets
+        self.ours = self.selector.keys() == {LABEL_APP, LABEL_VERSION, LABEL_RUN}
+        self._notes: dict[str, str] = meta.get("annotations") or {}
+        self.claim: Object = self.note(NOTE_CLAIM, {})
+        told = [e for e in self.note(NOTE_HISTORY, []) if isinstance(e, dict)]
+        self.history = [e for e in told if isinstance(e.get("selector"), dict)]
+        live = (e for e in self.history if e["selector"] == self.selector)
+        self.live: Object = next(live, {})
 
     def note(self, key: str, empty: Any) -> Any:
         """Return the JSON in an annotation; empty when it is missing, broken or of another type."""
-        return read_note(self.found, key, empty)
+        with suppress(KeyError, ValueError, RecursionError):
+            value = json.loads(self._notes[key])
+            return value if isinstance(value, type(empty)) else empty
+        return empty
 
     def entry(self, run: str, since: float = 0.0) -> Object:
         """Return the newest history entry of a run made at or after a time; empty when none."""
         ours = (e for e in self.history if e.get("run") == run)
         return next((e for e in ours if seconds_of(e.get("at")) >= since), {})
 
-    @property
-    def older(self) -> list[Object]:
-        """The entries before the live one, newest first."""
-        place = self.history.index(self.live) + 1 if self.live else 0
-        return [e for e in self.history[place:] if e["selector"] != self.selector]
-
     def target(self, back: int = 1) -> Object:
         """Return the entry that a rollback goes to: the back-th proven one before the live one."""
-        good = [e for e in self.older if e.get("outcome") in (Outcome.DEPLOYED, "adopted")]
+        older = self.history[self.history.index(self.live) + 1 :] if self.live else self.history
+        good = [e for e in older if e.get("outcome") in (Outcome.DEPLOYED, "adopted")]
+        good = [e for e in good if e["selector"] != self.selector]
         return good[back - 1] if 0 < back <= len(good) else {}
 
     @property
@@ -1942,137 +1927,16 @@ class Service:
         return stood if stood and not stood.get("overwritten") else self.target()
 
 
-def epoch(stamp: str | None) -> float:
-    """Return a Kubernetes time in seconds since the epoch, 0 for none."""
-    with suppress(ValueError):
-        return datetime.fromisoformat(stamp or "").timestamp()
-    return 0.0
-
-
-def true_condition(status: Object, *kinds: str) -> Object | None:
-    """Return the first condition of one of these types that is True."""
-    found: list[Object] = status.get("conditions") or []
-    return next((c for c in found if c["type"] in kinds and c["status"] == "True"), None)
-
-
-def read_note(found: Object, key: str, empty: Any) -> Any:
-    """Return the JSON in an annotation; empty when it is missing, broken or of another type."""
-    with suppress(KeyError, ValueError, TypeError):
-        value = json.loads((found["metadata"].get("annotations") or {})[key])
-        return value if isinstance(value, type(empty)) else empty
-    return empty
-
-
-def view_job(found: Object) -> Job:
-    """Reduce a Job to what matters."""
-    meta, status = found["metadata"], found.get("status") or {}
-    done, failed = true_condition(status, "Complete"), true_condition(status, *FAILING)
-    waiting = "suspended" if found["spec"].get("suspend") else "active"
-    notes = {k: v for k, v in (meta.get("annotations") or {}).items() if k.startswith(MANAGER)}
-    return Job(
-        name=meta["name"],
-        version=int(meta["resourceVersion"]),
-        namespace=meta["namespace"],
-        stage=(meta.get("labels") or {}).get(LABEL_STAGE, ""),
-        run=run_of_job(found),
-        notes=notes,
-        outcome=notes.get(NOTE_OUTCOME, ""),
-        state="succeeded" if done else "failed" if failed else waiting,
-        deleting="deletionTimestamp" in meta,
-        reason=(failed or {}).get("reason", ""),
-        created=epoch(meta.get("creationTimestamp")),
-        released=epoch(status.get("startTime")),
-        finished=epoch((done or failed or {}).get("lastTransitionTime")),
-    )
-
-
-def view_container(entry: Object, kind: str) -> Container:
-    """Reduce an entry of a pod's container statuses to what matters."""
-    state, last = entry.get("state") or {}, entry.get("lastState") or {}
-    waiting, running = state.get("waiting") or {}, "running" in state
-    ended = state.get("terminated") or last.get("terminated") or {}
-    ended = {} if ended.get("reason") in NODE_LOST else ended
-    exits = (entry.get("restartCount") or 0) + (bool(ended) and not running)
-    text = waiting.get("message") or ended.get("message") or ""
-    code, why, when = ended.get("exitCode"), ended.get("reason", ""), epoch(ended.get("finishedAt"))
-    name, ready, waits_for = entry["name"], bool(entry.get("ready")), waiting.get("reason", "")
-    return Container(name, kind, ready, running, waits_for, text, exits, code, why, when)
-
-
-def view_pod(found: Object) -> Pod:
-    """Reduce a pod to what matters."""
-    meta, spec, status = found["metadata"], found["spec"], found.get("status") or {}
-    conditions = {c["type"]: c for c in status.get("conditions") or []}
-    scheduled, ready = conditions.get("PodScheduled", {}), conditions.get("Ready", {})
-    is_ready, started = ready.get("status") == "True", epoch(status.get("startTime"))
-    lost = status.get("reason") == "Evicted" or true_condition(status, "DisruptionTarget")
-    deleting, labels = "deletionTimestamp" in meta, meta.get("labels") or {}
-    always = [c["name"] for c in spec.get("initContainers") or [] if "restartPolicy" in c]
-    inits, apps = status.get("initContainerStatuses"), status.get("containerStatuses")
-    containers = [view_container(e, "init") for e in inits or []]
-    containers = [replace(c, kind="sidecar") if c.name in always else c for c in containers]
-    containers += [view_container(e, "app") for e in apps or []]
-    return Pod(
-        name=meta["name"],
-        version=int(meta["resourceVersion"]),
-        run=labels.get(LABEL_RUN, ""),
-        job=labels.get("batch.kubernetes.io/job-name", ""),
-        labels={sys.intern(k): sys.intern(v) for k, v in labels.items()},
-        ready=is_ready and not deleting,
-        # a condition that was never True is as old as the pod's start
-        seen_ready=is_ready or 0 < started < epoch(ready.get("lastTransitionTime")) - 1,
-        leaving=deleting or bool(lost),
-        created=epoch(meta.get("creationTimestamp")),
-        started=started,
-        unschedulable=scheduled["message"] if scheduled.get("reason") == "Unschedulable" else "",
-        containers=tuple(containers),
-    )
-
-
-def view_service(found: Object) -> Service:
-    """Reduce a Service to what matters."""
-    meta = {k: v for k, v in found["metadata"].items() if k not in ("managedFields", "uid")}
-    small = {"metadata": meta, "spec": found["spec"]}
-    selector, claim = found["spec"].get("selector") or {}, read_note(found, NOTE_CLAIM, {})
-    history = [e for e in read_note(found, NOTE_HISTORY, []) if isinstance(e, dict)]
-    history = [e for e in history if isinstance(e.get("selector"), dict)]
-    live = next((e for e in history if e["selector"] == selector), {})
-    name, version = meta["name"], int(meta["resourceVersion"])
-    return Service(name, version, small, selector, claim, history, live)
-
-
-def decode_stream(chunks: Iterable[bytes]) -> Iterator[Object]:
-    """Yield the JSON objects in a stream of bytes as each is complete; ends at what is none.
-
-    kubectl's watch output is indented, several lines an object, flushed an event at a time.
-    """
-    decode, buffer = json.JSONDecoder().raw_decode, ""
-    incremental = codecs.getincrementaldecoder("utf-8")("replace")
-    for chunk in chunks:
-        buffer = (buffer + incremental.decode(chunk)).lstrip()
-        while buffer:
-            if buffer[0] != "{":
-                return
-            try:
-                value, end = decode(buffer)
-            except ValueError:
-                break
-            buffer = buffer[end:].lstrip()
-            yield value
-
-
 V = TypeVar("V", Job, Pod, Service)
 
 
 class Watch(Generic[V]):
-    """A mirror of one resource type in one namespace, kept by `kubectl get --watch`.
+    """A mirror of one resource type in one namespace: a list, then what changes after it.
 
-    kubectl tells what is there, then what changes, but not where the one ends and the other begins,
-    nor what is gone: a list of names tells that, taken once kubectl has begun. Its exit code says
-    nothing, and a silent watch may be dead: each ends after some time and begins anew.
+    Both are the API server's own words, `kubectl get --raw`: its list carries the version from
+    which its watch tells every change, one a line and in order. A watch's exit code says nothing,
+    and a silent one may be dead: each ends after some time, and all is listed anew.
     """
-
-    seconds: float = WATCH_SECONDS
 
     def __init__(
         self,
@@ -2083,13 +1947,14 @@ class Watch(Generic[V]):
         selector: str,
     ) -> None:
         self.kubectl, self.resource, self.namespace = kubectl, resource, namespace
-        self.query = ("get", resource, "-l", selector, "-o")
+        path = f"{API[resource]}/namespaces/{namespace}/{resource}"
+        self._address = f"{path}?labelSelector={quote(selector, safe='')}"
         self.changed, self.synced, self.stopped = (threading.Event() for _ in range(3))
-        self.trouble, self._lock = "", threading.Lock()
+        self.trouble, self._lock = "", threading.RLock()
         self._view: Callable[[Object], V] = view
         self._items: dict[str, V] = {}
         self._gone: list[V] = []
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[str] | None = None
 
     def items(self) -> list[V]:
         """Return what is known now."""
@@ -2104,8 +1969,9 @@ class Watch(Generic[V]):
 
     def learn(self, found: Object) -> None:
         """Take over what a patch returned, before the watch tells; what is gone stays so."""
-        if found["metadata"]["name"] in self._items:
-            self._take({"type": "MODIFIED", "object": found})
+        with self._lock:
+            if found["metadata"]["name"] in self._items:
+                self._take("MODIFIED", found)
 
     def stop(self) -> None:
         """End the watch; its thread returns."""
@@ -2121,90 +1987,79 @@ class Watch(Generic[V]):
         while not self.stopped.is_set():
             pulse()
             try:
-                lost = self._follow(pulse)
-            except (KubectlError, ConfigError) as failed:
+                lost = self._follow(self._list(), pulse)
+            except HookError as failed:
                 lost = str(failed)
-            if self.stopped.is_set():
-                return
-            if lost and not failures:
+            except ODD as wrong:
+                lost = f"not an API server's answer: {clip(repr(wrong))}"
+            if lost and not (failures or self.stopped.is_set()):
                 warn("watch lost", resource=self.resource, namespace=self.namespace, detail=lost)
             self.trouble, failures = lost, failures + 1 if lost else 0
             self.stopped.wait(backoff(failures - 1) if lost else 0.1)
 
-    def _follow(self, pulse: Callable[[], None]) -> str:
-        """Follow one watch to its end; return why that was not a good one."""
-        began = time.monotonic()
-        seconds = self.seconds * (1 + backoff(0) / 10)  # not all of them at the same time
-        limit = f"--request-timeout={seconds * 1000:.0f}ms"
-        args = (*self.query, "json", "--watch", "--output-watch-events", limit)
+    def _list(self) -> str:
+        """Learn what is there, and so what is gone; return the version at which that was so."""
+        found: dict[str, V] = {}
+        token: str | None = ""
+        while token is not None:
+            args = ("get", "--raw", f"{self._address}&limit={PAGE}&continue={token}")
+            page = json.loads(self.kubectl.run(*args, namespace=self.namespace))
+            found |= {v.name: v for v in map(self._read, page["items"]) if v}
+            token = page["metadata"].get("continue") or None
+        with self._lock:
+            self._gone += [self._items[n] for n in self._items.keys() - found.keys()]
+            self._items = {name: self._newer(seen) for name, seen in found.items()}
+        self.trouble = ""
+        self.synced.set()
+        self.changed.set()
+        return str(page["metadata"]["resourceVersion"])
+
+    def _follow(self, version: str, pulse: Callable[[], None]) -> str:
+        """Let what changes after a version change the mirror; return why it was no good watch."""
+        began, seconds = time.monotonic(), math.ceil(jittered(WATCH_SECONDS))
+        query = f"&watch=true&resourceVersion={version}&timeoutSeconds={seconds}"
+        args = ("get", "--raw", self._address + query)
         process = self._process = self.kubectl.stream(*args, namespace=self.namespace)
+        # for a silent server, and for a stop before there was a process
+        deadline = threading.Timer(0 if self.stopped.is_set() else seconds * 1.05, process.kill)
+        deadline.start()
+        pulse()
         try:
-            awaited = self._begin(process)
-            for event in decode_stream(read_chunks(process, began + seconds * 1.1)):
+            for line in process.stdout or ():
                 pulse()
-                awaited.discard(self._take(event))
-                if not awaited:
-                    self.synced.set()
-                self.changed.set()
+                event = json.loads(line)
+                if event["type"] == "ERROR":  # 410 above all: the version is forgotten
+                    break
+                self._take(event["type"], event["object"])
         finally:
-            _, stderr = end_process(process)
+            deadline.cancel()
+            process.kill()
+            _, stderr = process.communicate()
         return (clip(stderr) or "ended at once") if time.monotonic() - began < SHORT_WATCH else ""
 
-    def _begin(self, process: subprocess.Popen[bytes]) -> set[str]:
-        """Forget what is not there any more; return the names of what is not known yet."""
-        names, begun, patience = {""}, False, FIRST_OUTPUT
-        while names and not begun:  # what goes between the list and a late watch is never told
-            begun = readable(process, patience) or patience > FIRST_OUTPUT
-            if self.stopped.is_set():
-                return set()
-            listed = self.kubectl.run(*self.query, "name", namespace=self.namespace)
-            names, patience = {n.rpartition("/")[2] for n in listed.split()}, KUBECTL_TIMEOUT
-        with self._lock:
-            self._gone += [self._items.pop(n) for n in self._items.keys() - names]
-            names -= self._items.keys()
-        self.trouble = ""
-        if not names:
-            self.synced.set()
-        self.changed.set()
-        return names
+    def _take(self, kind: str, found: Object) -> None:
+        """Let one event change the mirror."""
+        if seen := self._read(found):
+            with self._lock:
+                if kind != "DELETED":
+                    self._items[seen.name] = self._newer(seen)
+                elif self._items.pop(seen.name, None):
+                    self._gone.append(seen)
+            self.changed.set()
 
-    def _take(self, event: Object) -> str:
-        """Let an event change the mirror; return the name of its object."""
-        if (kind := event.get("type")) not in ("ADDED", "MODIFIED", "DELETED"):
-            return ""
-        seen = self._view(event["object"])
-        with self._lock:
-            known = self._items.get(seen.name)
-            if known and known.version > seen.version:
-                return seen.name
-            if kind != "DELETED":
-                self._items[seen.name] = seen
-            elif self._items.pop(seen.name, None):
-                self._gone.append(seen)
-        return seen.name
+    def _newer(self, seen: V) -> V:
+        """Return what was told of an object, or what a patch returned of it since."""
+        return max(seen, self._items.get(seen.name, seen), key=lambda view: view.version)
 
-
-def readable(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Wait until a process has printed something, or has ended; False if it did neither in time."""
-    poll = select.poll()
-    if process.stdout:
-        poll.register(process.stdout, select.POLLIN)
-    return bool(poll.poll(max(0.0, seconds) * 1000))
-
-
-def read_chunks(process: subprocess.Popen[bytes], until: float) -> Iterator[bytes]:
-    """Yield what a process prints as it comes, until it ends or the time is over."""
-    while readable(process, until - time.monotonic()) and process.stdout:
-        if not (chunk := os.read(process.stdout.fileno(), 1 << 16)):
-            return
-        yield chunk
-
-
-def end_process(process: subprocess.Popen[bytes]) -> tuple[str, str]:
-    """End a process if it has not ended, reap it, and return the rest of its output."""
-    process.kill()
-    stdout, stderr = process.communicate()
-    return stdout.decode(errors="replace"), stderr.decode(errors="replace")
+    def _read(self, found: Object) -> V | None:
+        """Return the view of an object; where it cannot be read, what was last seen of it."""
+        try:
+            return self._view(found)
+        except ODD:
+            name = found["metadata"]["name"]
+            error("object cannot be read", exc=True, resource=self.resource, name=clip(name))
+            self.kubectl.metrics.errors.labels("watch").inc()
+            return self._items.get(name)
 
 
 def jittered(seconds: float) -> float:
@@ -2678,7 +2533,7 @@ class Deployer:
     def service(self, task: Task) -> Service | None:
         """Return the live Service as it is now."""
         found = self.kubectl.get("service", task.app.name, task.namespace)
-        return view_service(found) if found else None
+        return Service(found) if found else None
 
     def pause(self, seconds: float) -> None:
         """Wait; raises InterruptedError when the program is to stop."""
@@ -2712,7 +2567,7 @@ class Deployer:
             patch = change(service) if service else None
             if service is None or patch is None:
                 return service
-            return view_service(self.kubectl.patch("service", service.name, task.namespace, patch))
+            return Service(self.kubectl.patch("service", service.name, task.namespace, patch))
 
         return self.persist(task, step)
 
@@ -2747,7 +2602,7 @@ class Deployer:
 
     def ready_pods(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
         """Return the ready pods that a selector reaches."""
-        return [p for p in self.pods(namespace, selector) if view_pod(p).ready]
+        return [p for p in self.pods(namespace, selector) if Pod(p).ready]
 
     def note(self, run: str, colour: str, phase: str, heal: str = "") -> Object:
         """Return the claim of this process."""
@@ -2778,7 +2633,7 @@ class Deployer:
             selector = None if service.ours else self.adopted(task, release, service)
             if selector and not history:
                 first = {"run": "", "colour": "", "outcome": "adopted", "selector": selector}
-                ports = service.found["spec"].get("ports") or []
+                ports = service.ports
                 history = [{**first, "ports": ports, "at": self.clock.now()}]
                 notes[NOTE_PREVIOUS] = selector
             notes[NOTE_HISTORY] = [{**e, "overwritten": True} if e in stood else e for e in history]
@@ -2788,7 +2643,7 @@ class Deployer:
 
     def adopted(self, task: Task, release: Release, service: Service) -> dict[str, str]:
         """Return the selector that keeps a foreign Service on exactly today's pods."""
-        pods = [view_pod(p) for p in self.pods(task.namespace, service.selector)]
+        pods = [Pod(p) for p in self.pods(task.namespace, service.selector)]
         labels = release.deployment["spec"]["template"]["metadata"]["labels"]
         found = narrowed(service.selector, pods, labels) if service.selector else None
         if found is None:
@@ -2829,7 +2684,7 @@ class Deployer:
     def watched_pods(self, task: Task) -> Iterator[Watch[Pod]]:
         """Keep a mirror of an app's pods in one namespace while the block runs."""
         selector = f"{LABEL_APP}={task.app.name}"
-        watch = Watch(self.kubectl, "pods", task.namespace, view_pod, selector)
+        watch = Watch(self.kubectl, "pods", task.namespace, Pod, selector)
         thread = threading.Thread(target=watch.run, name=f"pods-{task.app.name}", daemon=True)
         thread.start()
         try:
@@ -2892,7 +2747,8 @@ class Deployer:
                     process.wait(1.0)
                 self.pause(0)
         finally:
-            _, stderr = end_process(process)
+            process.kill()
+            _, stderr = process.communicate()
         ready = sum(p.ready and p.run == release.run for p in pods.items())
         if process.returncode == 0 or ready >= release.wanted:
             return self.prove(task, release)
@@ -3370,7 +3226,7 @@ def service_patch(
         # a merge keeps keys that are not named: those that must go are set to null
         spec["selector"] = {**dict.fromkeys(service.selector), **selector}
     if ports:
-        spec["ports"] = ports_like(ports, service.found["spec"].get("ports") or [])
+        spec["ports"] = ports_like(ports, service.ports)
     return {"metadata": meta, **({"spec": spec} if spec else {})}
 
 
@@ -3498,10 +3354,10 @@ class Controller:
         self.stop, self.wake, self.spooled = deployer.stop, threading.Event(), threading.Event()
         ours, spaces = f"{LABEL_MANAGED}={MANAGER}", config.namespaces
         stages, live = [spaces[s] for s in STAGES], f"{ours},{LABEL_STAGE}=live"
-        self.jobs = [Watch(self.kubectl, "jobs", n, view_job, ours) for n in stages]
-        self.pods = [Watch(self.kubectl, "pods", n, view_pod, ours) for n in stages]
+        self.jobs = [Watch(self.kubectl, "jobs", n, Job, ours) for n in stages]
+        self.pods = [Watch(self.kubectl, "pods", n, Pod, ours) for n in stages]
         self.services = {
-            e: Watch(self.kubectl, "services", n, view_service, live)
+            e: Watch(self.kubectl, "services", n, Service, live)
             for e, n in config.environments().items()
         }
         self.apps = {a.name: a for a in config.apps}
@@ -3625,13 +3481,15 @@ class Controller:
         self.ledger.write(name, dict(entries))  # before a Job could end
         jobs = [test_job(self.config, app, r) for r in wanted]
         refused = self.kubectl.create_each(jobs, self.config.namespaces["test"]) if jobs else {}
-        known = [r.id for r in wanted if "(AlreadyExists)" in refused.get(f"test-{r.id}", "")]
-        there = jobs_of(self.kubectl, self.config, known)
+        known = {name for name, refusal in refused.items() if refusal.kind == "AlreadyExists"}
+        there = jobs_of(
+            self.kubectl, self.config, [r.id for r in wanted if f"test-{r.id}" in known]
+        )
         for run in wanted:
-            if self.settle(run, refused.get(f"test-{run.id}", ""), there.get(run.id)):
+            if self.settle(run, refused.get(f"test-{run.id}"), there.get(run.id)):
                 done.add(run.id)
         if left := [refused[f"test-{k}"] for k in runs.keys() - done]:
-            warn("Jobs not created, will be tried again", count=len(left), detail=clip(left[0]))
+            warn("Jobs not created, will be tried again", count=len(left), detail=left[0].said)
         return done
 
     def past(self, app: App, *, deploys: bool = True) -> tuple[dict[str, Object], dict[str, str]]:
@@ -3640,14 +3498,14 @@ class Controller:
         needless = dict.fromkeys(rejected, str(Reason.REJECTED))
         for name in app.deploy.environments[-1:] if deploys else ():
             if found := self.kubectl.get("service", app.name, self.config.namespaces[name]):
-                needless[view_service(found).live.get("commit", "")] = "AlreadyLive"
+                needless[Service(found).live.get("commit", "")] = "AlreadyLive"
         return refs, needless
 
-    def settle(self, run: Run, refusal: str, there: Sequence[Job] | None) -> bool:
+    def settle(self, run: Run, refusal: KubectlError | None, there: Sequence[Job] | None) -> bool:
         """Deal with a Job that was created or refused; return whether its push is dealt with."""
         self.pulses.beat("intake", STEP_SECONDS)
-        if re.search("is invalid|denied the request|BadRequest", refusal):
-            self.finish(run, {}, ends(Outcome.FAILED, Reason.JOB_REFUSED, clip(refusal), "test"))
+        if refusal and refusal.kind in ("Invalid", "Denied", "BadRequest"):
+            self.finish(run, {}, ends(Outcome.FAILED, Reason.JOB_REFUSED, refusal.said, "test"))
             return True
         if there:
             info("run known", **run_words(run))
@@ -4004,7 +3862,7 @@ def jobs_of(kubectl: Kubectl, config: Config, runs: Iterable[str]) -> dict[str, 
     found: dict[str, list[Job]] = {run: [] for run in runs}
     terms = f"{LABEL_RUN} in ({','.join(found)})"
     for stage in STAGES if found else ():
-        for each in map(view_job, kubectl.list("jobs", config.namespaces[stage], "-l", terms)):
+        for each in map(Job, kubectl.list("jobs", config.namespaces[stage], "-l", terms)):
             found[each.run.id].append(each)
     return found
 
@@ -4203,19 +4061,18 @@ class Tools:
         Without a file, commands read the daemon's ConfigMap with the caller's own kubeconfig.
         """
         process, metrics = Process.from_environ(environ), Metrics()
-        reached = cluster_environment(environ)
         try:
             document = process.config.read_text("utf-8")
         except (OSError, ValueError) as wrong:
             if environ.get("GITOPS_HOOK_CONFIG") or not isinstance(wrong, FileNotFoundError):
                 raise ConfigError([f"{process.config} cannot be read: {wrong}"]) from wrong
-            found = Kubectl(metrics, environ=reached).get("configmap", MANAGER, ORCHESTRATION)
+            found = Kubectl(metrics).get("configmap", MANAGER, ORCHESTRATION)
             if found is None:
                 where = f"no file {process.config}, no ConfigMap {MANAGER} in {ORCHESTRATION}"
                 raise ConfigError([f"{where}: is this the right cluster?"]) from wrong
             document = (found.get("data") or {}).get("config.yaml", "")
         config, secrets = load_config(document), Secrets(process.secrets)
-        kubectl = Kubectl(metrics, config.limits.kubectl, environ=reached)
+        kubectl = Kubectl(metrics, config.limits.kubectl)
         git = Git(secrets.directory / GIT_CREDENTIALS)
         return cls(process, config, Deployer(kubectl, git, secrets, Clock()))
 
@@ -4356,7 +4213,7 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
     for name in app.deploy.environments:
         namespace = tools.config.namespaces[name]
         listed = tools.deployer.kubectl.get("service", app.name, namespace) or {"spec": {}}
-        service = view_service({"metadata": {"name": app.name, "resourceVersion": "0"}, **listed})
+        service = Service({"metadata": {"name": app.name, "resourceVersion": "0"}, **listed})
         target = service.target()
         wanted = int(target.get("replicas", 1))
         there = tools.deployer.ready_pods(namespace, target["selector"]) if target else []
@@ -4375,7 +4232,7 @@ def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
     found: list[tuple[str, ...]] = []
     listing, spaces = tools.deployer.kubectl.list, tools.config.namespaces
     ours = ("-l", f"{LABEL_MANAGED}={MANAGER}")
-    listed = [view_job(j) for s in ("test", "build") for j in listing("jobs", spaces[s], *ours)]
+    listed = [Job(j) for s in ("test", "build") for j in listing("jobs", spaces[s], *ours)]
     mine = [j for j in listed if j.run.app in apps]
     for job in sorted(mine, key=lambda j: (-j.run.received, j.stage)):
         run, notes = job.run, [job.notes.get(n, "") for n in (NOTE_REASON, NOTE_DETAIL)]
@@ -4435,9 +4292,9 @@ def rerun(tools: Tools, args: argparse.Namespace) -> int:
     ledger.write(app.name, {f"rejected-{run.commit}": None})
     for _ in range(REOPEN_TRIES):
         made = deployer.kubectl.create_each([test_job(tools.config, app, run)], namespace)
-        refused = made.get(f"test-{run.id}", "")
-        if refused and "(AlreadyExists)" not in refused:
-            raise StageError(Reason.JOB_REFUSED, clip(refused))
+        refused = made.get(f"test-{run.id}")
+        if refused and refused.kind != "AlreadyExists":
+            raise StageError(Reason.JOB_REFUSED, refused.said)
         there = jobs_of(deployer.kubectl, tools.config, [run.id] if refused else [])
         if not refused or reopen(deployer.kubectl, run, there[run.id]):
             ledger.write(app.name, ledger.seen(run, None))
@@ -4503,10 +4360,10 @@ def missing_rights(tools: Tools, app: App) -> str:
         asked = {"namespace": namespace, "verb": verb, "group": group, "resource": resource}
         reviews.append({**kind, "spec": {"resourceAttributes": {**asked, "subresource": part}}})
     stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": reviews})
-    args = ("create", "-f", "-", "-o", "json", "--validate=false")
-    answers = decode_stream([tools.deployer.kubectl.run(*args, stdin=stdin).encode()])
-    for (namespace, what, verb), answer in zip(rights, answers, strict=True):
-        if not answer["status"]["allowed"]:
+    args = ("create", "-f", "-", "-o", 'jsonpath={.status.allowed}{"\\n"}', "--validate=false")
+    answers = tools.deployer.kubectl.run(*args, stdin=stdin).split()
+    for (namespace, what, verb), allowed in zip(rights, answers, strict=True):
+        if allowed != "true":
             missing.setdefault(f"{what.strip('/')} in {namespace}", []).append(verb)
     return "; ".join(f"{', '.join(verbs)} {what}" for what, verbs in missing.items()) or "all there"
 

@@ -7,13 +7,11 @@ still, by a small program in kubectl's place.
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +58,7 @@ def recorded(name: str) -> list[Object]:
 def test_a_recorded_job_goes_through_its_states(scenario: str, states: list[str]) -> None:
     first = recorded(f"{scenario}.jobs.jsonl")[0]["object"]["metadata"]["name"]
     events = [e["object"] for e in recorded(f"{scenario}.jobs.jsonl")]
-    views = [hook.view_job(o) for o in events if o["metadata"]["name"] == first]
+    views = [hook.Job(o) for o in events if o["metadata"]["name"] == first]
     seen = [v.state for v in views]
     assert [s for s, before in zip(seen, ["", *seen], strict=False) if s != before] == states
     assert (views[-1].finished > 0) is (views[-1].state in ("succeeded", "failed"))
@@ -68,7 +66,7 @@ def test_a_recorded_job_goes_through_its_states(scenario: str, states: list[str]
 
 
 def test_why_a_job_failed_is_kept_from_its_first_condition() -> None:
-    views = [hook.view_job(e["object"]) for e in recorded("job-deadline.jobs.jsonl")]
+    views = [hook.Job(e["object"]) for e in recorded("job-deadline.jobs.jsonl")]
     failed = [v for v in views if v.state == "failed"]
     assert {v.reason for v in failed} == {"DeadlineExceeded"}
     assert len(failed) > 1
@@ -76,7 +74,7 @@ def test_why_a_job_failed_is_kept_from_its_first_condition() -> None:
 
 def test_a_recorded_pod_with_a_side_car_is_told_apart_by_kind() -> None:
     events = recorded("job-fails-with-results-sidecar.pods.jsonl")
-    last = hook.view_pod(events[-1]["object"])
+    last = hook.Pod(events[-1]["object"])
     assert {c.name: c.kind for c in last.containers} == {
         "clone": "init", "results": "sidecar", "test-runner": "app",
     }  # fmt: skip
@@ -87,7 +85,7 @@ def test_a_recorded_pod_with_a_side_car_is_told_apart_by_kind() -> None:
 
 def test_exits_are_counted_as_recorded() -> None:
     events = [e["object"] for e in recorded("deploy-crash-loop.pods.jsonl")]
-    pods = [hook.view_pod(o) for o in events if "59f6f85c8b" in o["metadata"]["name"]]
+    pods = [hook.Pod(o) for o in events if "59f6f85c8b" in o["metadata"]["name"]]
     exits = [c.exits for p in pods for c in p.containers]
     assert sorted(exits) == exits
     assert (exits[0], exits[-1]) == (0, 3)
@@ -96,7 +94,7 @@ def test_exits_are_counted_as_recorded() -> None:
 
 def test_a_pod_remembers_that_it_was_ready() -> None:
     events = [e["object"] for e in recorded("deploy-sick-later.pods.jsonl")]
-    pods = [hook.view_pod(o) for o in events if "dvdfr" in o["metadata"]["name"]]
+    pods = [hook.Pod(o) for o in events if "dvdfr" in o["metadata"]["name"]]
     ready = [p.ready for p in pods]
     assert [p.seen_ready for p in pods] == [False] * ready.index(True) + [True] * (
         len(pods) - ready.index(True)
@@ -105,7 +103,7 @@ def test_a_pod_remembers_that_it_was_ready() -> None:
 
 
 def test_an_evicted_pod_is_leaving_from_the_first_sign_on() -> None:
-    pods = [hook.view_pod(e["object"]) for e in recorded("job-evicted-then-succeeds.pods.jsonl")]
+    pods = [hook.Pod(e["object"]) for e in recorded("job-evicted-then-succeeds.pods.jsonl")]
     leaving = [p.leaving for p in pods if "evict" in p.name]
     assert leaving == sorted(leaving)
     assert leaving[-1]
@@ -116,9 +114,9 @@ LEAST = {"metadata": {"name": "x", "namespace": "n", "resourceVersion": "1"}, "s
 
 
 def test_an_object_without_any_status_is_understood() -> None:
-    job, pod, service = hook.view_job(LEAST), hook.view_pod(LEAST), hook.view_service(LEAST)
+    job, pod, service = hook.Job(LEAST), hook.Pod(LEAST), hook.Service(LEAST)
     assert (job.state, job.stage, job.outcome, job.run.id) == ("active", "", "", "")
-    assert (pod.ready, pod.seen_ready, pod.containers, pod.run) == (False, False, (), "")
+    assert (pod.ready, pod.seen_ready, pod.containers, pod.run) == (False, False, [], "")
     assert (service.run, service.ours, service.history, service.claim) == ("", False, [], {})
 
 
@@ -138,7 +136,7 @@ OURS = {"gitops-hook/app": "shop", "version": "blue", "gitops-hook/run": "r2"}
 def service(notes: Object, selector: Object | None = None) -> hook.Service:
     spec = {"selector": OURS if selector is None else selector, "ports": [{"port": 80}]}
     meta = {"name": "shop", "resourceVersion": "5", "annotations": notes}
-    return hook.view_service({"metadata": meta, "spec": spec})
+    return hook.Service({"metadata": meta, "spec": spec})
 
 
 @pytest.mark.parametrize(
@@ -239,39 +237,6 @@ def test_an_entry_is_the_newest_of_its_run_since_a_time() -> None:
     assert found.live == LIVE
 
 
-# === A stream of objects ===
-
-STREAM = [{"type": "ADDED", "object": {"name": "grün ✓ 💡", "n": n}} for n in range(3)]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 100_000])
-def test_objects_are_found_wherever_the_stream_is_cut(size: int) -> None:
-    text = "\n".join(json.dumps(o, indent=4, ensure_ascii=False) for o in STREAM).encode()
-    chunks = [text[i : i + size] for i in range(0, len(text), size)]
-    assert list(hook.decode_stream(chunks)) == STREAM
-
-
-def test_a_stream_that_breaks_off_yields_what_was_complete() -> None:
-    text = json.dumps(STREAM[0]).encode()
-    assert list(hook.decode_stream([text, text[:-1]])) == STREAM[:1]
-    assert list(hook.decode_stream([])) == []
-
-
-def test_bytes_that_are_no_text_spoil_only_their_object() -> None:
-    assert [o["object"] for o in hook.decode_stream([b'{"object": "\xff"}{"object": 2}'])] == [
-        "\ufffd",
-        2,
-    ]
-
-
-def test_a_stream_of_something_else_ends_instead_of_growing() -> None:
-    def chunks() -> Iterator[bytes]:
-        yield b"error: the server is on fire\n"
-        raise AssertionError("read on")
-
-    assert list(hook.decode_stream(chunks())) == []
-
-
 # === Memory ===
 
 
@@ -306,7 +271,7 @@ def job_text(number: int) -> str:
 
 
 def test_a_thousand_jobs_are_kept_in_little_memory() -> None:
-    assert kept_bytes(hook.view_job, [job_text(n) for n in range(300)]) < 3500
+    assert kept_bytes(hook.Job, [job_text(n) for n in range(300)]) < 3500
 
 
 def test_a_thousand_pods_are_kept_in_little_memory() -> None:
@@ -316,7 +281,7 @@ def test_a_thousand_pods_are_kept_in_little_memory() -> None:
     for number in range(300):
         last["metadata"] |= {"name": f"test-{number}", "resourceVersion": str(number)}
         texts.append(json.dumps(last))
-    assert kept_bytes(hook.view_pod, texts) < 4000
+    assert kept_bytes(hook.Pod, texts) < 4000
 
 
 # === The watch, on the stand-in cluster ===
@@ -361,7 +326,7 @@ def put(cluster: Cluster, space: str, name: str, run: str = "r1", **labels: str)
 
 
 def services(kubectl: hook.Kubectl, space: str) -> Watch[hook.Service]:
-    return Watch(kubectl, "services", space, hook.view_service, SELECTOR)
+    return Watch(kubectl, "services", space, hook.Service, SELECTOR)
 
 
 @contextmanager
@@ -375,6 +340,12 @@ def running(watch: Watch[Any], **more: Any) -> Iterator[threading.Thread]:
         watch.stop()
         thread.join(15)
         assert not thread.is_alive()
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each watch ends after a second or two."""
+    monkeypatch.setattr(hook, "WATCH_SECONDS", 1.0)
 
 
 def runs(watch: Watch[hook.Service]) -> dict[str, str]:
@@ -450,6 +421,7 @@ def test_whoever_waits_for_several_mirrors_is_woken_by_each(
         assert len(beats) > before
 
 
+@pytest.mark.usefixtures("short")
 def test_a_watch_that_fell_silent_is_begun_anew(
     cluster: Cluster, space: str, kubectl: hook.Kubectl
 ) -> None:
@@ -458,7 +430,6 @@ def test_a_watch_that_fell_silent_is_begun_anew(
     silent = Fault("drop-watch", verb="watch", resource="services", namespace=space, seconds=0)
     cluster.faults.add(silent)
     watch = services(kubectl, space)
-    watch.seconds = 0.8
     with running(watch):
         assert watch.synced.wait(10)
         eventually(lambda: cluster.faults.log and watch.items())
@@ -519,12 +490,12 @@ def test_a_watch_that_is_forbidden_is_told_and_not_tried_all_the_time(
         assert runs(watch) == {"a": "r1"}
 
 
+@pytest.mark.usefixtures("short")
 def test_a_stop_while_the_api_server_hangs_loses_nothing(
     cluster: Cluster, space: str, kubectl: hook.Kubectl
 ) -> None:
     put(cluster, space, "a")
     watch = services(kubectl, space)
-    watch.seconds = 0.8
     with running(watch) as thread:
         assert watch.synced.wait(10)
         cluster.faults.add(Fault("hang", verb="list", namespace=space, times=None))
@@ -565,8 +536,8 @@ def test_an_idle_watch_does_nothing_at_all(
 PROGRAM = """#!/bin/sh
 cd {directory}
 case "$*" in
-  *--watch*) echo x >> watches; . ./watch ;;
-  *) echo x >> lists; . ./names ;;
+  *watch=true*) echo "$*" >> watches; . ./watch ;;
+  *) echo "$*" >> lists; . ./list ;;
 esac
 """
 
@@ -574,12 +545,12 @@ esac
 class Puppet:
     """A program in kubectl's place that does what two small scripts say."""
 
-    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory, program = directory, directory / "kubectl"
         program.write_text(PROGRAM.format(directory=directory))
         program.chmod(0o755)
         self.kubectl = hook.Kubectl(hook.Metrics(), program=str(program))
-        self.script(names="true", watch="exec sleep 60")
+        self.script(list=self.listing(), watch="exec sleep 60")
 
     def script(self, **parts: str) -> None:
         for name, text in parts.items():
@@ -587,91 +558,104 @@ class Puppet:
             fresh.write_text(text + "\n")
             fresh.rename(self.directory / name)
 
-    def events(self, *events: Object) -> str:
-        """A command that prints events as kubectl does."""
-        name = f"events-{len(list(self.directory.glob('events-*')))}"
-        text = "".join(json.dumps(e, indent=4) + "\n" for e in events)
-        (self.directory / name).write_text(text)
+    def saying(self, *lines: Object | str) -> str:
+        """A command that prints lines as kubectl does."""
+        name = f"said-{len(list(self.directory.glob('said-*')))}"
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (self.directory / name).write_text("".join(f"{text}\n" for text in texts))
         return f"cat {name}"
 
-    def count(self, what: str) -> int:
+    def listing(self, *items: Object, version: int = 100, **meta: str) -> str:
+        """A command that prints a list as kubectl does."""
+        return self.saying({"metadata": {"resourceVersion": f"{version}", **meta}, "items": items})
+
+    def calls(self, what: str) -> list[str]:
         path = self.directory / what
-        return len(path.read_text().split()) if path.exists() else 0
+        return path.read_text().splitlines() if path.exists() else []
 
     def watch(self) -> Watch[hook.Service]:
         return services(self.kubectl, "any")
 
 
 @pytest.fixture
-def puppet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Puppet:
-    return Puppet(tmp_path, monkeypatch)
+def puppet(tmp_path: Path) -> Puppet:
+    return Puppet(tmp_path)
+
+
+def a_service(name: str, version: int, run: str = "r1") -> Object:
+    meta = {"name": name, "resourceVersion": str(version)}
+    return {"metadata": meta, "spec": {"selector": {"gitops-hook/run": run}}}
 
 
 def event(kind: str, name: str, version: int, run: str = "r1") -> Object:
-    meta = {"name": name, "resourceVersion": str(version)}
-    return {
-        "type": kind,
-        "object": {"metadata": meta, "spec": {"selector": {"gitops-hook/run": run}}},
-    }
-
-
-NAMES = "printf 'service/%s\\n' "
+    return {"type": kind, "object": a_service(name, version, run)}
 
 
 def test_nothing_is_known_before_all_of_it_is(puppet: Puppet) -> None:
-    first, second = puppet.events(event("ADDED", "a", 1)), puppet.events(event("ADDED", "b", 2))
-    go = "while [ ! -e go ]; do sleep 0.02; done"
-    puppet.script(names=NAMES + "a b", watch=f"{first}; {go}; {second}; exec sleep 60")
+    """The second page of a list is of the same moment as the first; the watch begins there."""
+    first = puppet.listing(a_service("a", 1), **{"continue": "abc"})
+    second = puppet.listing(a_service("b", 2))
+    go = f"while [ ! -e go ]; do sleep 0.02; done; {second}"
+    page = f'case "$*" in *"&continue=abc"*) {go};; *) {first};; esac'
+    puppet.script(list=page)
     watch = puppet.watch()
     with running(watch):
-        eventually(lambda: runs(watch) == {"a": "r1"})
+        eventually(lambda: len(puppet.calls("lists")) == 2)
+        assert watch.items() == []
         assert not watch.synced.is_set()
         (puppet.directory / "go").touch()
         assert watch.synced.wait(10)
         assert runs(watch) == {"a": "r1", "b": "r1"}
-
-
-def test_what_goes_before_a_late_watch_begins_is_not_waited_for(puppet: Puppet) -> None:
-    late = "while [ ! -s lists ]; do sleep 0.02; done"
-    names = f"if [ $(wc -l < lists) -lt 2 ]; then {NAMES}a b; else {NAMES}a; fi"
-    shown = puppet.events(event("ADDED", "a", 1))
-    puppet.script(names=names, watch=f"{late}; {shown}; exec sleep 60")
-    watch = puppet.watch()
-    with running(watch):
-        assert watch.synced.wait(10)
-        assert runs(watch) == {"a": "r1"}
-        assert puppet.count("lists") == 2
-
-
-def test_an_event_older_than_what_is_known_changes_nothing(puppet: Puppet) -> None:
-    told = puppet.events(
-        event("ADDED", "a", 9, "new"), event("MODIFIED", "a", 5, "old"),
-        event("DELETED", "a", 6, "old"), event("ADDED", "b", 10),
-    )  # fmt: skip
-    puppet.script(names=NAMES + "a b", watch=f"{told}; exec sleep 60")
-    watch = puppet.watch()
-    with running(watch):
-        assert watch.synced.wait(10)
-        assert runs(watch) == {"a": "new", "b": "r1"}
-        assert watch.take_gone() == []
+        [call] = eventually(lambda: puppet.calls("watches"))
+        assert "&resourceVersion=100&" in call
 
 
 @pytest.mark.parametrize(
     "odd",
     [
-        {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired"}},
-        {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "7"}}},
-        {"kind": "Status", "apiVersion": "v1", "message": "too old resource version"},
+        {"type": "BOOKMARK", "object": {"metadata": {"name": "", "resourceVersion": "7"}}},
+        {"type": "ADDED", "object": {"metadata": {"name": "odd"}, "spec": "odd"}},
+        {"type": "MODIFIED", "object": {"metadata": {"name": "a"}}},
     ],
-    ids=["410 Gone", "bookmark", "bare status"],
+    ids=["bookmark", "another shape", "of a known one"],
 )
-def test_what_is_no_change_changes_nothing(puppet: Puppet, odd: Object) -> None:
-    told = puppet.events(event("ADDED", "a", 1), odd, event("ADDED", "b", 2))
-    puppet.script(names=NAMES + "a b", watch=f"{told}; exec sleep 60")
+def test_an_object_that_cannot_be_read_stays_as_it_was_seen_and_ends_nothing(
+    puppet: Puppet, odd: Object, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = puppet.saying(odd, event("ADDED", "b", 102))
+    puppet.script(list=puppet.listing(a_service("a", 1)), watch=f"{told}; exec sleep 60")
+    watch = puppet.watch()
+    with running(watch):
+        eventually(lambda: runs(watch) == {"a": "r1", "b": "r1"})
+        assert [r.message for r in caplog.records] == ["object cannot be read"]
+        assert puppet.kubectl.metrics.errors.labels("watch")._value.get() == 1
+        assert len(puppet.calls("watches")) == 1
+
+
+@pytest.mark.usefixtures("short")
+def test_an_object_in_a_list_that_cannot_be_read_is_not_gone(puppet: Puppet) -> None:
+    puppet.script(list=puppet.listing(a_service("a", 1), a_service("b", 1)))
     watch = puppet.watch()
     with running(watch):
         assert watch.synced.wait(10)
-        assert runs(watch) == {"a": "r1", "b": "r1"}
+        puppet.script(list=puppet.listing({"metadata": {"name": "a"}}, a_service("c", 1)))
+        eventually(lambda: runs(watch) == {"a": "r1", "c": "r1"})
+        assert [s.name for s in watch.take_gone()] == ["b"]
+
+
+def test_a_forgotten_version_is_listed_anew(puppet: Puppet) -> None:
+    gone = {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired"}}
+    once = f"if [ $(wc -l < watches) -lt 2 ]; then {puppet.saying(gone)}; fi; exec sleep 60"
+    second = puppet.listing(a_service("b", 2), version=200)
+    listing = puppet.listing(a_service("a", 1))
+    page = f"if [ $(wc -l < lists) -lt 2 ]; then {listing}; else {second}; fi"
+    puppet.script(list=page, watch=once)
+    watch = puppet.watch()
+    with running(watch):
+        eventually(lambda: runs(watch) == {"b": "r1"})
+        assert [s.name for s in watch.take_gone()] == ["a"]
+        calls = eventually(lambda: puppet.calls("watches")[1:])
+        assert "&resourceVersion=200&" in calls[0]
 
 
 @pytest.mark.parametrize(
@@ -679,15 +663,24 @@ def test_what_is_no_change_changes_nothing(puppet: Puppet, odd: Object) -> None:
     [
         ("echo 'error: oh no' >&2; exit 1", "error: oh no"),
         ("exit 0", "ended at once"),
-        ("echo 'not json'; exec sleep 60", "ended at once"),
+        ("echo 'not json'; exec sleep 60", "not an API server's answer: JSONDecodeError"),
+        ("echo '{{}}'; exec sleep 60", "not an API server's answer: "),
+        ("echo '[]'; exec sleep 60", "not an API server's answer: TypeError"),
+        (r"printf '\377\n'; exec sleep 60", "not an API server's answer: JSONDecodeError"),
     ],
-    ids=["fails", "ends", "talks"],
+    ids=["fails", "ends", "talks", "another object", "another type", "no text"],
 )
-def test_a_watch_that_does_not_work_is_told(puppet: Puppet, script: str, trouble: str) -> None:
-    puppet.script(watch=script)
+@pytest.mark.parametrize("part", ["list", "watch"])
+def test_a_watch_that_does_not_work_is_told(
+    puppet: Puppet, part: str, script: str, trouble: str
+) -> None:
+    puppet.script(**{part: script.replace("exec sleep 60", "exit 0") if part == "list" else script})
     watch = puppet.watch()
     with running(watch):
-        assert eventually(lambda: watch.trouble) == trouble
+        said = eventually(lambda: watch.trouble)
+        if part == "watch" or "error:" in trouble:
+            assert trouble in said
+        assert watch.synced.is_set() is (part == "watch")
 
 
 def test_a_watch_that_does_not_work_is_tried_again_after_a_pause(puppet: Puppet) -> None:
@@ -695,45 +688,38 @@ def test_a_watch_that_does_not_work_is_tried_again_after_a_pause(puppet: Puppet)
     watch = puppet.watch()
     with running(watch):
         began = time.monotonic()
-        eventually(lambda: puppet.count("watches") == 2)
+        eventually(lambda: len(puppet.calls("watches")) == 2)
         assert time.monotonic() - began > 0.6
-        shown = puppet.events(event("ADDED", "a", 1))
-        puppet.script(names=NAMES + "a", watch=f"{shown}; exec sleep 60")
+        puppet.script(list=puppet.listing(a_service("a", 1)), watch="exec sleep 60")
         eventually(lambda: runs(watch) == {"a": "r1"})
         assert watch.synced.is_set()
         assert watch.trouble == ""
 
 
+@pytest.mark.usefixtures("short")
 def test_a_watch_stuck_on_its_own_complaints_is_ended(puppet: Puppet) -> None:
-    shown = puppet.events(event("ADDED", "a", 1))
     once = "if [ $(wc -l < watches) -lt 2 ]; then exec head -c 1000000 /dev/zero >&2; fi"
-    puppet.script(names=NAMES + "a", watch=f"{once}; {shown}; exec sleep 60")
+    told = puppet.saying(event("ADDED", "a", 101))
+    puppet.script(watch=f"{once}; {told}; exec sleep 60")
     watch = puppet.watch()
-    watch.seconds = 0.8
     with running(watch):
-        assert watch.synced.wait(10)
-        assert runs(watch) == {"a": "r1"}
+        eventually(lambda: runs(watch) == {"a": "r1"})
 
 
 def test_a_missing_kubectl_is_told_and_waited_for(tmp_path: Path) -> None:
-    program = tmp_path / "kubectl"
-    watch = services(hook.Kubectl(hook.Metrics(), program=str(program)), "any")
+    watch = services(hook.Kubectl(hook.Metrics(), program=str(tmp_path / "kubectl")), "any")
     with running(watch):
         assert "cannot be started" in eventually(lambda: watch.trouble)
         assert not watch.synced.is_set()
-        program.write_text('#!/bin/sh\ncase "$*" in *--watch*) exec sleep 60;; esac\n')
-        program.chmod(0o755)
+        Puppet(tmp_path)
         assert watch.synced.wait(10)
 
 
-def test_a_stop_during_the_list_forgets_nothing(puppet: Puppet) -> None:
-    shown = puppet.events(event("ADDED", "a", 1))
-    puppet.script(names=NAMES + "a", watch=f"{shown}; exec sleep 60")
+def test_a_stop_during_the_list_begins_no_watch_that_lasts(puppet: Puppet) -> None:
+    listing = puppet.listing(a_service("a", 1))
+    puppet.script(list=f"touch listing; while [ ! -e go ]; do sleep 0.02; done; {listing}")
     watch = puppet.watch()
-    watch.seconds = 0.8
     with running(watch) as thread:
-        assert watch.synced.wait(10)
-        puppet.script(names=f"touch listing; while [ ! -e go ]; do sleep 0.02; done; {NAMES}a")
         eventually((puppet.directory / "listing").exists)
         watch.stop()
         (puppet.directory / "go").touch()
@@ -747,38 +733,58 @@ def test_a_watch_stopped_before_it_runs_starts_nothing(puppet: Puppet) -> None:
     watch = puppet.watch()
     watch.stop()
     watch.run()
-    assert puppet.count("watches") == 0
+    assert puppet.calls("watches") == puppet.calls("lists") == []
+
+
+@pytest.mark.parametrize(
+    ("resource", "view", "scenario"),
+    [
+        ("jobs", hook.Job, "job-deleted-while-running.jobs.jsonl"),
+        ("pods", hook.Pod, "job-evicted-then-succeeds.pods.jsonl"),
+        ("pods", hook.Pod, "deploy-crash-loop.pods.jsonl"),
+    ],
+)
+def test_a_recorded_watch_leaves_what_was_there_at_its_end(
+    puppet: Puppet, resource: str, view: Callable[[Object], Any], scenario: str
+) -> None:
+    def plain(views: Iterable[Any]) -> list[str]:
+        return sorted(
+            json.dumps(v, default=lambda o: getattr(o, "__dict__", str(o))) for v in views
+        )
+
+    told = [(e["type"] == "DELETED", view(e["object"])) for e in recorded(scenario)]
+    lasts = {seen.name: (gone, seen) for gone, seen in told}.values()
+    puppet.script(watch=f"{puppet.saying(*recorded(scenario))}; exec sleep 60")
+    watch: Watch[Any] = Watch(puppet.kubectl, resource, "test", view, SELECTOR)
+    with running(watch):
+        eventually(lambda: plain([told[-1][1]])[0] in plain([*watch.items(), *watch._gone]))
+        assert plain(watch.take_gone()) == plain(seen for gone, seen in lasts if gone)
+        assert plain(watch.items()) == plain(seen for gone, seen in lasts if not gone)
 
 
 def test_the_first_list_of_a_thousand_jobs_needs_little_memory_at_any_time(puppet: Puppet) -> None:
-    events = [{"type": "ADDED", "object": json.loads(job_text(n))} for n in range(1000)]
-    names = "seq -f 'job.batch/test-shop-%08g' 0 0"
-    puppet.script(names=names, watch=f"{puppet.events(*events)}; exec sleep 60")
-    del events
-    watch = Watch(puppet.kubectl, "jobs", "test", hook.view_job, SELECTOR)
+    cases = ""
+    for first in range(0, 1000, hook.PAGE):
+        jobs = [json.loads(job_text(n)) for n in range(first, first + hook.PAGE)]
+        more = {"continue": f"t{first + hook.PAGE}"} if first + hook.PAGE < 1000 else {}
+        cases = f'*"&continue=t{first}"*) {puppet.listing(*jobs, **more)};; {cases}'
+        cases = cases.replace("&continue=t0", "&continue=")
+    puppet.script(list=f'case "$*" in {cases} esac')
+    del jobs
+    watch = Watch(puppet.kubectl, "jobs", "test", hook.Job, SELECTOR)
     tracemalloc.start()
     try:
         with running(watch):
-            eventually(lambda: len(watch.items()) == 1000, 60)
+            assert watch.synced.wait(60)
             _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+    assert len(watch.items()) == 1000
+    print("PEAK", peak)
     assert peak < 8_000_000
 
 
 # === Around it ===
-
-
-def test_the_end_of_a_process_is_waited_for_and_its_words_returned(puppet: Puppet) -> None:
-    puppet.script(watch="echo out; echo err >&2; exec sleep 60")
-    process = puppet.kubectl.stream("get", "--watch", namespace="any")
-    assert hook.readable(process, 10)
-    eventually(lambda: puppet.count("watches"))
-    printed = hook.end_process(process)
-    assert printed[0] == "out\n"
-    assert process.returncode == -9
-    with pytest.raises(ProcessLookupError):
-        os.kill(process.pid, 0)
 
 
 def test_pauses_grow_to_a_limit_and_differ() -> None:
@@ -789,7 +795,7 @@ def test_pauses_grow_to_a_limit_and_differ() -> None:
 
 def test_what_a_patch_returned_is_known_at_once_unless_it_is_older_or_gone() -> None:
     kubectl = hook.Kubectl(hook.Metrics())
-    watch = Watch(kubectl, "jobs", "test", hook.view_job, SELECTOR)
+    watch = Watch(kubectl, "jobs", "test", hook.Job, SELECTOR)
     found = recorded("job-succeeds.jobs.jsonl")[0]["object"]
     version, name = int(found["metadata"]["resourceVersion"]), found["metadata"]["name"]
 
@@ -799,13 +805,26 @@ def test_what_a_patch_returned_is_known_at_once_unless_it_is_older_or_gone() -> 
 
     watch.learn(patched(0))
     assert not watch.items(), "it was not there, or has gone"
-    watch._take({"type": "ADDED", "object": found})
+    watch._take("ADDED", found)
     watch.learn(patched(2))
     watch.learn(patched(1))
     assert {j.name: j.version for j in watch.items()} == {name: version + 2}
 
 
-def test_views_are_values() -> None:
-    one, two = hook.view_pod(LEAST), hook.view_pod(LEAST)
-    assert one == two
-    assert replace(one, version=2) != two
+def test_neither_a_late_event_nor_a_late_list_takes_back_what_a_patch_returned(
+    puppet: Puppet,
+) -> None:
+    late = puppet.saying(event("MODIFIED", "a", 105, "late"), event("ADDED", "b", 106))
+    again = puppet.listing(a_service("a", 107, "late"), a_service("c", 107), version=107)
+    first, wait = puppet.listing(a_service("a", 100)), "while [ ! -e go ]; do sleep 0.02; done"
+    puppet.script(
+        list=f"if [ $(wc -l < lists) -lt 2 ]; then {first}; else {again}; fi",
+        watch=f"[ $(wc -l < watches) -lt 2 ] || exec sleep 60; {wait}; {late}; sleep 0.2",
+    )
+    watch = puppet.watch()
+    with running(watch):
+        assert watch.synced.wait(10)
+        watch.learn(a_service("a", 109, "patched"))
+        (puppet.directory / "go").touch()
+        eventually(lambda: runs(watch) == {"a": "patched", "b": "r1"})
+        eventually(lambda: runs(watch) == {"a": "patched", "c": "r1"})

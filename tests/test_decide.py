@@ -76,7 +76,7 @@ def a_job(
     condition = {"type": ended, "status": "True", "lastTransitionTime": stamp(NOW - since)}
     found["status"] = {} if state == "suspended" else {"startTime": stamp(NOW - since)}
     found["status"]["conditions"] = [{**condition, "reason": reason}] if ended else []
-    return hook.view_job(found)
+    return hook.Job(found)
 
 
 def terminated(code: int, message: str = "", reason: str = "", at: float = NOW - 5) -> Object:
@@ -139,7 +139,7 @@ def a_pod(
     meta |= more.pop("meta", {})
     status = {"conditions": conditions, "initContainerStatuses": inits, "containerStatuses": apps}
     spec = {"initContainers": [{"name": "results", "restartPolicy": "Always"}, {"name": "clone"}]}
-    return hook.view_pod({"metadata": meta, "spec": spec, "status": {**status, **begun, **more}})
+    return hook.Pod({"metadata": meta, "spec": spec, "status": {**status, **begun, **more}})
 
 
 DISRUPTED = {"type": "DisruptionTarget", "status": "True"}
@@ -160,7 +160,7 @@ def a_service(live: str, *history: Object, colour: str = "blue") -> hook.Service
     selector = {"gitops-hook/app": "shop", "version": colour, "gitops-hook/run": live}
     notes = {"gitops-hook/history": json.dumps(history)}
     meta = {"name": "shop", "resourceVersion": "3", "annotations": notes}
-    return hook.view_service({"metadata": meta, "spec": {"selector": selector}})
+    return hook.Service({"metadata": meta, "spec": {"selector": selector}})
 
 
 def a_view(*jobs: hook.Job, **changes: Any) -> hook.View:
@@ -592,7 +592,7 @@ def replayed(
     known: dict[str, hook.Pod] = {}
     for now in times:
         for event in (e for e in events if e["at"] == now):
-            pod = hook.view_pod(event["object"])
+            pod = hook.Pod(event["object"])
             known[pod.name] = pod
             if event["type"] == "DELETED":
                 del known[pod.name]
@@ -703,11 +703,11 @@ def story(scenario: str) -> Iterator[tuple[float, hook.Action]]:
     for now in sorted({e["at"] for e in events} | {float(n) for n in range(70)}):
         for found in (e["object"] for e in events if e["at"] == now):
             if found["kind"] == "Pod":
-                pods[found["metadata"]["name"]] = hook.view_pod(found)
+                pods[found["metadata"]["name"]] = hook.Pod(found)
             elif found["metadata"]["name"] == name:
                 labels = found["metadata"]["labels"] | {"gitops-hook/stage": "test"}
                 meta = found["metadata"] | {"labels": labels, "annotations": notes}
-                jobs["test"] = hook.view_job({**found, "metadata": meta})
+                jobs["test"] = hook.Job({**found, "metadata": meta})
         symptoms = [s for p in pods.values() for s in hook.pod_symptoms(p)]
         view = a_view(
             a_job("test", run=OTHER), jobs=jobs, pods=tuple(pods.values()), now=begin + now
@@ -733,8 +733,9 @@ def test_a_recorded_test_job_ends_as_it_should(scenario: str) -> None:
 
 @pytest.mark.parametrize("scenario", ["job-quota-exceeded"])
 def test_a_recorded_job_without_a_pod_waits(scenario: str) -> None:
-    jobs = [hook.view_job(e["object"]) for e in recorded(scenario, "jobs")]
-    found = hook.replace(jobs[-1], stage="test")
+    jobs = [hook.Job(e["object"]) for e in recorded(scenario, "jobs")]
+    found = jobs[-1]
+    found.stage = "test"
     view = a_view(jobs={"test": found}, now=found.released + 600)
     assert hook.decide(view) == hook.Action(Do.WAIT, "test", detail="for its pod")
     late = hook.decide(hook.replace(view, now=found.released + 3601))
@@ -1084,7 +1085,7 @@ def test_a_missing_pod_is_a_disturbance() -> None:
 
 
 def labelled(**labels: str) -> hook.Pod:
-    return hook.view_pod(
+    return hook.Pod(
         {"metadata": {"name": "p", "resourceVersion": "1", "labels": labels}, "spec": {}}
     )
 

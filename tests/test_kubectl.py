@@ -18,7 +18,6 @@ from gitops_hook import (
     Kubectl,
     KubectlError,
     Metrics,
-    cluster_environment,
     execute,
 )
 from tests.standin.cluster import Cluster
@@ -168,10 +167,10 @@ def test_output_that_is_not_utf8_is_still_text(tmp_path: Path) -> None:
     assert execute((program,), 10.0) == (0, "\ufffd out", "\ufffd err")
 
 
-def test_kubectl_is_told_to_give_up_before_it_is_ended(tmp_path: Path) -> None:
-    kubectl = Kubectl(Metrics(), program=script(tmp_path, 'echo "$@"'))
-    assert kubectl.run("get", "x", timeout=10).split()[-1] == "--request-timeout=8s"
-    assert kubectl.run("get", "x", timeout=0.5).split()[-1] == "--request-timeout=1s"
+def test_in_a_pod_nothing_keeps_kubectl_from_the_account_of_the_pod(tmp_path: Path) -> None:
+    """It uses that only while no flag or file touches its client configuration."""
+    kubectl = Kubectl(Metrics(), program=script(tmp_path, 'printf "%s " "$@"'))
+    assert kubectl.run("get", "x", namespace=SPACE, timeout=10) == f"-n {SPACE} get x "
 
 
 def test_only_so_many_run_at_once(tmp_path: Path) -> None:
@@ -291,15 +290,28 @@ def test_a_list_can_be_filtered(kubectl: Kubectl) -> None:
 # === Creating several ===
 
 
+def kinds(refused: dict[str, KubectlError]) -> dict[str, str]:
+    return {name: failed.kind for name, failed in refused.items()}
+
+
 def test_each_refusal_belongs_to_its_object_even_when_names_begin_alike(kubectl: Kubectl) -> None:
     kubectl.create([configmap("shop"), configmap("shop-blue")], SPACE)
     asked = [configmap(n) for n in ("shop", "shop-b", "shop-blue", "shop-blue-1", "Shop_Bad")]
     refused = kubectl.create_each(asked, SPACE)
-    assert set(refused) == {"shop", "shop-blue", "Shop_Bad"}
-    assert "AlreadyExists" in refused["shop-blue"]
-    assert '"shop-blue"' in refused["shop-blue"]
-    assert "RFC 1123" in refused["Shop_Bad"]
+    assert kinds(refused) == {
+        "shop": "AlreadyExists", "shop-blue": "AlreadyExists", "Shop_Bad": "Invalid",
+    }  # fmt: skip
+    assert '"shop-blue"' in refused["shop-blue"].said
+    assert "RFC 1123" in refused["Shop_Bad"].said
     assert {"shop-b", "shop-blue-1"} <= names(kubectl)
+
+
+def test_what_is_all_there_already_is_known_after_one_call(kubectl: Kubectl) -> None:
+    many = [configmap(f"many-{i}") for i in range(500)]
+    assert kubectl.create_each(many, SPACE) == {}
+    assert set(kinds(kubectl.create_each(many, SPACE)).values()) == {"AlreadyExists"}
+    assert kubectl.metrics.kubectl.labels("create", "ok")._value.get() == 1
+    assert kubectl.metrics.kubectl.labels("create", "AlreadyExists")._value.get() == 1
 
 
 def test_creating_again_is_done_already_and_leaves_what_is_there(kubectl: Kubectl) -> None:
@@ -325,7 +337,9 @@ def test_a_recorded_list_of_which_one_exists_is_read_from_both_streams(tmp_path:
     entry = RECORDED["list-create: one of three exists already"]
     kubectl = saying(tmp_path, entry["exit"], entry["stdout"], entry["stderr"])
     refused = kubectl.create_each(json.loads(entry["stdin"])["items"], "test")
-    assert refused == {"test-ok": entry["stderr"].strip()}
+    assert kinds(refused) == {"test-ok": "AlreadyExists"}
+    assert refused["test-ok"].stderr == entry["stderr"].strip()
+    assert kubectl.metrics.kubectl.labels("create", "AlreadyExists")._value.get() == 1
 
 
 CREATING = 'error when creating "STDIN": '
@@ -335,40 +349,57 @@ DENIED = (
     "denied the request: images must be signed\n"
 )
 GONE = f'{CREATING}Post "https://10.0.0.1/apis": dial tcp: connect: connection refused\n'
-BUSY = f"Error from server (TooManyRequests): {CREATING}the server has received too many requests"
+BUSY = f"Error from server (TooManyRequests): {CREATING}the server has received too many requests\n"
+FULL = f"Error from server (Forbidden): {CREATING}exceeded quota: few, requested: count/jobs=1\n"
 INVALID = 'The Job "{}" is invalid: \n* spec: Required value\n* metadata.labels: Invalid: "b"\n'
+NOBODY = "error: You must be logged in to the server (Unauthorized)\n"
+
+
+def refusing(directory: Path, stdout: str, stderr: str, **alone: str) -> Kubectl:
+    """kubectl that says this of several objects, and of one alone what its name is given here."""
+    for name, text in {"out": stdout, "err": stderr, **alone}.items():
+        (directory / name).write_text(text)
+    one = "".join(f"""*'"items": [{{"'*'"{name}"'*) cat {name} >&2; exit 1;; """ for name in alone)
+    several = """*'}, {'*) cat out; cat err >&2; exit 1;;"""
+    body = f'cd {directory}; case "$(cat)" in {several} {one} esac'
+    return Kubectl(Metrics(), program=script(directory, body))
 
 
 @pytest.mark.parametrize(
-    ("stdout", "stderr", "expected"),
+    ("stdout", "stderr", "alone", "expected"),
     [
-        ("job.batch/a\n", EXISTS.format("b") + EXISTS.format("c"), {"b": "exists", "c": "exists"}),
-        ("job.batch/a\njob.batch/b\n", DENIED, {"c": "must be signed"}),
-        ("job.batch/b\n", DENIED + EXISTS.format("c"), {"a": "must be signed", "c": "exists"}),
-        ("job.batch/b\n", DENIED + DENIED, {"a": "must be signed", "c": "must be signed"}),
-        ("", INVALID.format("a") + EXISTS.format("b") + EXISTS.format("c"),
-         {"a": "metadata.labels", "b": "exists", "c": "exists"}),
-        ("job.batch/a\n", GONE + GONE, None),
-        ("job.batch/a\n", BUSY + "\n" + BUSY, None),
-        ("job.batch/a\n", EXISTS.format("b"), None),
-        ("", DENIED * 3, None),
-        ("", "error: You must be logged in to the server (Unauthorized)\n", None),
+        ("job.batch/a\n", EXISTS.format("b") + EXISTS.format("c"), {},
+         {"b": "AlreadyExists", "c": "AlreadyExists"}),
+        ("job.batch/b\n", DENIED + EXISTS.format("c"), {"a": DENIED},
+         {"a": "Denied", "c": "AlreadyExists"}),
+        ("", INVALID.format("a") + EXISTS.format("b") + DENIED,
+         {"a": INVALID.format("a"), "c": DENIED},
+         {"a": "Invalid", "b": "AlreadyExists", "c": "Denied"}),
+        ("", DENIED * 3, {"a": DENIED, "b": DENIED, "c": DENIED}, dict.fromkeys("abc", "Denied")),
+        ("job.batch/a\n", EXISTS.format("b"), {}, {"b": "AlreadyExists"}),
+        ("job.batch/a\n", EXISTS.format("b"), {"c": EXISTS.format("c")},
+         {"b": "AlreadyExists", "c": "AlreadyExists"}),
+        ("job.batch/a\n", GONE + GONE, {}, "Unreachable"),
+        ("job.batch/a\n", BUSY + BUSY, {}, "Unreachable"),
+        ("", INVALID.format("a") * 3, {"a": INVALID.format("a"), "b": GONE}, "Unreachable"),
+        ("job.batch/a\n", FULL + FULL, {}, "Forbidden"),
+        ("", NOBODY, {}, "Unreachable"),
     ],
-    ids=["exist", "denied-last", "denied-first", "denied-twice", "several-lines", "server-gone",
-         "server-busy", "one-unmentioned", "all-denied", "nobody-asked"],
+    ids=["exist", "one-denied", "each-its-own", "all-denied", "one-unmentioned",
+         "made-meanwhile", "server-gone", "server-busy", "server-gone-in-the-middle", "quota",
+         "nobody-asked"],
 )  # fmt: skip
 def test_what_was_not_created_is_told_object_by_object_or_not_at_all(
-    tmp_path: Path, stdout: str, stderr: str, expected: dict[str, str] | None
+    tmp_path: Path, stdout: str, stderr: str, alone: dict[str, str], expected: dict[str, str] | str
 ) -> None:
-    kubectl = saying(tmp_path, 1, stdout, stderr)
+    kubectl = refusing(tmp_path, stdout, stderr, **alone)
     objects = [configmap(n) for n in "abc"]
-    if expected is None:
-        with pytest.raises(KubectlError):
+    if isinstance(expected, str):
+        with pytest.raises(KubectlError) as failed:
             kubectl.create_each(objects, SPACE)
+        assert failed.value.kind == expected
         return
-    refused = kubectl.create_each(objects, SPACE)
-    assert refused.keys() == expected.keys()
-    assert all(word in refused[name] for name, word in expected.items())
+    assert kinds(kubectl.create_each(objects, SPACE)) == expected
 
 
 def test_a_server_that_fails_for_one_object_only_is_asked_again(
@@ -379,7 +410,7 @@ def test_a_server_that_fails_for_one_object_only_is_asked_again(
     with pytest.raises(KubectlError):
         kubectl.create_each(objects, SPACE)
     refused = kubectl.create_each(objects, SPACE)
-    assert all("AlreadyExists" in said for said in refused.values())
+    assert set(kinds(refused).values()) == {"AlreadyExists"}
     assert {"half-0", "half-1", "half-2"} <= names(kubectl)
 
 
@@ -407,42 +438,8 @@ def test_a_stream_goes_on_until_its_caller_ends_it(kubectl: Kubectl) -> None:
     kubectl.create([configmap("streamed")], SPACE)
     process = kubectl.stream("get", "configmaps", "--watch", "-o", "name", namespace=SPACE)
     assert process.stdout is not None
-    assert process.stdout.readline().startswith(b"configmap/")
+    assert process.stdout.readline().startswith("configmap/")
     assert process.poll() is None
     assert os.getpgid(process.pid) == os.getpgid(0), "Ctrl-C reaches it"
     process.kill()
     process.communicate()
-
-
-# === In a pod ===
-
-
-def test_in_a_pod_the_account_of_the_pod_is_used_although_a_time_limit_is_given(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    account = tmp_path / "account"
-    account.mkdir()
-    (account / "ca.crt").write_bytes(cluster.api.ca_pem)
-    (account / "token").write_text(cluster.api.admin_token)
-    pod = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "KUBERNETES_SERVICE_HOST": "127.0.0.1",
-        "KUBERNETES_SERVICE_PORT": str(cluster.api.port),
-    }
-    environ = cluster_environment(pod, account)
-    kubectl = Kubectl(Metrics(), program=find_kubectl(), environ=environ)
-    assert kubectl.list("configmaps", SPACE) is not None
-    assert cluster.api.admin_token not in Path(environ["KUBECONFIG"]).read_text()
-
-
-@pytest.mark.parametrize("known", ["KUBECONFIG", "no host", "no token"])
-def test_elsewhere_kubectl_finds_its_cluster_by_its_own_rules(tmp_path: Path, known: str) -> None:
-    (tmp_path / "token").write_text("t")
-    environ = {"HOME": str(tmp_path), "KUBERNETES_SERVICE_HOST": "10.0.0.1"}
-    if known == "KUBECONFIG":
-        environ["KUBECONFIG"] = "/somewhere"
-    if known == "no host":
-        del environ["KUBERNETES_SERVICE_HOST"]
-    account = tmp_path / "none" if known == "no token" else tmp_path
-    assert cluster_environment(environ, account) == environ

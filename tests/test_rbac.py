@@ -11,10 +11,11 @@ import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -54,7 +55,11 @@ class Command:
     @property
     def goes_on(self) -> bool:
         """Whether it ends by its time-out alone."""
-        return "--watch" in self.argv or self.argv[:2] == ("rollout", "status")
+        return "watch=true" in self.argv[-1] or self.argv[:2] == ("rollout", "status")
+
+    def line(self, namespace: str) -> list[str]:
+        """Return the arguments of kubectl in a namespace."""
+        return ["-n", namespace, *(word.replace("{namespace}", namespace) for word in self.argv)]
 
 
 def command(
@@ -67,8 +72,18 @@ def command(
         for verb in verbs.split()
     ]
     argv, needed = tuple(line.split()), frozenset(grants)
-    made = Command(purpose=purpose, argv=argv, needs=needed, stdin=stdin, **more)
-    return made if made.goes_on else replace(made, argv=(*argv, "--request-timeout=24s"))
+    return Command(purpose=purpose, argv=argv, needs=needed, stdin=stdin, **more)
+
+
+def mirror(resource: str, api: str) -> tuple[Command, Command]:
+    """Return the two commands of a mirror: a page of its list, and its watch."""
+    path = f"get --raw {api}/namespaces/{{namespace}}/{resource}"
+    query = f"?labelSelector={quote(OURS, safe='')}"
+    page, changes = "&limit=100&continue=", "&watch=true&resourceVersion=0&timeoutSeconds=2"
+    return (
+        command(f"which {resource} there are", path + query + page, f"{resource}: list"),
+        command(f"follow {resource}", path + query + changes, f"{resource}: watch"),
+    )
 
 
 # === What the commands work on ===
@@ -143,14 +158,12 @@ MADE = ("jobs", "deployments", "services", "configmaps")
 
 NOTE: Object = {"metadata": {"annotations": {"gitops-hook/note": "something"}}}
 MERGED = "--type=merge --patch-file=/dev/stdin -o=json"
-WATCHED = "-o json --watch --output-watch-events --request-timeout=2s"
 LOGS = "logs web-1 -c web --tail=20 --limit-bytes=65536"
 QUIETLY = "--wait=false --ignore-not-found"
 CREATE = "create -f - -o name --validate=false"
 
 PODS = (
-    command("follow pods", f"get pods -l {OURS} {WATCHED}", "pods: list watch"),
-    command("which pods there are", f"get pods -l {OURS} -o name", "pods: list"),
+    *mirror("pods", "/api/v1"),
     command("the end of a container's log", LOGS, "pods: get, pods/log: get"),
     command(
         "the end of the log before a restart",
@@ -166,8 +179,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         (
             command("a run's Job", CREATE, "jobs: create", listed(job("made"))),
             command("note an outcome", f"patch job/one {MERGED}", "jobs: get patch", NOTE),
-            command("follow Jobs", f"get jobs -l {OURS} {WATCHED}", "jobs: list watch"),
-            command("which Jobs there are", f"get jobs -l {OURS} -o name", "jobs: list"),
+            *mirror("jobs", "/apis/batch/v1"),
             command("the Jobs of an app", f"get jobs -l {OURS} -o json", "jobs: list"),
             command("a run again", "get job/one -o json --ignore-not-found", "jobs: get"),
             command("what a rerun replaces", f"delete job/one {QUIETLY}", "jobs: delete"),
@@ -194,10 +206,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             command(
                 "a first one that failed", f"delete service/shop {QUIETLY}", "services: delete"
             ),
-            command("follow Services", f"get services -l {OURS} {WATCHED}", "services: list watch"),
-            command(
-                "which Services there are", f"get services -l {OURS} -o name", "services: list"
-            ),
+            *mirror("services", "/api/v1"),
             command(
                 "what stands", "get deployment/blue -o json --ignore-not-found", "deployments: get"
             ),
@@ -345,7 +354,7 @@ class Desk:
         """Run a command as the daemon's account, with everything in its place."""
         self.prepare(namespace)
         stdin = json.dumps(wanted.stdin) if wanted.stdin else None
-        return self.kubectl.run("-n", namespace, *wanted.argv, stdin=stdin)
+        return self.kubectl.run(*wanted.line(namespace), stdin=stdin)
 
     @contextmanager
     def lacking(self, namespace: str, resource: str, verb: str) -> Iterator[None]:
@@ -407,7 +416,7 @@ def test_a_command_works_and_asks_for_what_the_table_says(
 def test_what_goes_on_works_and_asks_for_what_the_table_says(desk: Desk) -> None:
     for namespace in NAMESPACES:
         desk.prepare(namespace)
-    begun = [(n, c, desk.kubectl.start("-n", n, *c.argv)) for n, c in EACH_STREAM]
+    begun = [(n, c, desk.kubectl.start(*c.line(n))) for n, c in EACH_STREAM]
     try:
         ended = [(n, c, p, p.communicate(timeout=30)[1]) for n, c, p in begun]
     finally:
@@ -506,6 +515,8 @@ def call_of(argv: Sequence[str]) -> str:
     """Return the same of a command line."""
     if argv[0] in ("create", "replace", "logs"):
         return argv[0]
+    if argv[1] == "--raw":
+        argv = (argv[0], argv[2].partition("?")[0].rpartition("/")[2])
     resource = argv[1].partition("/")[0]
     return f"{argv[0]} {resource if argv[0] == 'rollout' else SINGULAR.sub('', resource)}"
 
@@ -525,7 +536,9 @@ def shape(argv: Sequence[str]) -> str:
         option, is_option = argv[at - 1] if at else "", word.startswith("-")
         given = option in ("-l", "-c", "-p", "--field-selector")
         named = not is_option and at >= names_from and "/" not in word
-        if given or (named and option not in ("-f", "-o")):
+        if option == "--raw":
+            short = re.sub("=[^&]*", "=…", re.sub("/namespaces/[^/]+/", "/…/", word))
+        elif given or (named and option not in ("-f", "-o")):
             short = "…"
         elif is_option:
             short = re.sub("(timeout)=.*", r"\1", word)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,18 +73,32 @@ def scale_of(plural: str, obj: Object) -> Object:
 
 
 def list_objects(store: Store, asked: Asked, resource: Resource) -> Response:
-    """Every object that the selectors let through."""
-    found, version = store.snapshot(asked.plural, asked.namespace or None)
-    test = selector_of(asked)
-    if test is not None:
-        found = [stored for stored in found if test(stored.object)]
+    """Every object that the selectors let through, or the next `limit` of them.
+
+    The pages of a list are of one moment: the rest is kept for whoever has the token.
+    """
+    if token := asked.query.get("continue"):
+        if token not in store.pages:
+            raise ApiError(410, "The provided continue parameter is too old to display a list.")
+        found, version = store.pages.pop(token)
+    else:
+        found, version = store.snapshot(asked.plural, asked.namespace or None)
+        test = selector_of(asked)
+        if test is not None:
+            found = [stored for stored in found if test(stored.object)]
     if asked.as_table:
         return reply(as_table(asked, [stored.object for stored in found], version))
-    head = {
+    head: Object = {
         "kind": f"{resource.kind}List",
         "apiVersion": resource.api_version,
         "metadata": {"resourceVersion": str(version)},
     }
+    limit = int(asked.query.get("limit") or 0)
+    if 0 < limit < len(found):
+        token = uuid.uuid4().hex
+        store.pages[token] = found[limit:], version
+        head["metadata"] |= {"continue": token, "remainingItemCount": len(found) - limit}
+        found = found[:limit]
     start = json.dumps(head, separators=(",", ":")).encode()[:-1]
     return reply(start + b',"items":[' + b",".join(item.data for item in found) + b"]}")
 

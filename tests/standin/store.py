@@ -177,6 +177,7 @@ class Store:
         self._dependents: dict[str, set[Key]] = {}
         self._gone: deque[str] = deque(maxlen=2000)
         self._event_names: dict[tuple[str, ...], str] = {}
+        self.pages: dict[str, tuple[Some, int]] = {}  # of lists, what comes after a token
         self.allocate_ip = allocate_ip or _AddressPool().next
         if hooks is None:
             hooks = ClusterHooks()
