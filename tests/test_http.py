@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -172,6 +173,26 @@ def test_a_push_for_two_apps_is_stored_for_both(tmp_path: Path) -> None:
     reply = receiver.post(recorded("gitlab-push-branch"))
     assert reply.status == 202
     assert sorted(run.app for run in receiver.stored()) == ["one", "two"]
+
+
+def test_nothing_is_started_and_nobody_is_asked_within_a_request(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the sender waits meanwhile")
+
+    for where, name in ((subprocess, "Popen"), (socket, "create_connection"), (time, "sleep")):
+        monkeypatch.setattr(where, name, never)
+    for name in NAMES:
+        assert receiver.post(recorded(name)).status == ANSWERS[name][0]
+
+
+def test_an_answer_is_small_enough_for_gitlab_to_keep(receiver: Receiver) -> None:
+    for name in NAMES:
+        assert len(json.dumps(receiver.post(recorded(name)).json)) < 300
+    long = signed(b"[" * 100_000), signed(payload(ref="x" * 100_000)), signed({"y" * 9000: 1})
+    for delivery in long:
+        assert len(json.dumps(receiver.post(delivery).json)) < 300
 
 
 # === Once is enough ===
@@ -350,6 +371,15 @@ def test_a_replay_within_the_five_minutes_changes_nothing(receiver: Receiver) ->
     assert receiver.post(delivery).json["status"] == "duplicate"
     receiver.now += 2
     refused(receiver.post(delivery), 401, "NotAuthentic")
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n", " \n"], ids=repr)
+@pytest.mark.parametrize("mode", ["signature", "token"])
+def test_a_line_end_after_a_secret_is_no_part_of_it(tmp_path: Path, mode: str, end: str) -> None:
+    receiver = Receiver(tmp_path, config(mode))
+    for name, secret in (("webhook-signing-tokens", TOKEN), ("webhook-tokens", PLAIN)):
+        (receiver.secrets / name).write_bytes(f"{secret}{end}".encode())
+    assert receiver.post(recorded("gitlab-push-branch")).status == 202
 
 
 def test_secrets_rotate_without_a_restart(receiver: Receiver) -> None:

@@ -162,6 +162,24 @@ def test_an_empty_key_is_never_among_the_keys(tmp_path: Any) -> None:
         hook.Secrets(tmp_path).keys("token")
 
 
+@pytest.mark.parametrize("mode", ["signature", "token", "hmac"])
+def test_secrets_are_compared_in_constant_time_by_digests_of_one_length(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[bytes] = []
+    real = hmac.compare_digest
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.extend((one, other))
+        return real(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    headers = A_HEADERS | {"x-gitlab-token": "short"}
+    assert refusal(mode, [bytes(32), b"longer than the other"], headers, A_BODY, A_TIME)
+    assert {len(value) for value in compared} == {32}
+    assert len(compared) == 4
+
+
 # === What must pass ===
 
 
