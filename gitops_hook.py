@@ -3546,20 +3546,14 @@ class Controller:
             if commit in needless or (not seen and ref != app.deploy_ref):
                 entries |= self.ledger.seen(run, "baseline")
             elif before == commit:
-                self.miss(run)
+                if not jobs_of(self.kubectl, self.config, [run.id])[run.id]:
+                    self.finish(run, {}, vanish("its Jobs are gone", "test"))
             elif seen or run.id not in known:
                 info("head moved unannounced", **run_words(run))
                 self.metrics.catch_up.labels(app.name).inc()
                 self.spool.store([run])
                 self.spooled.set()
         self.ledger.write(app.name, entries)
-
-    def miss(self, run: Run) -> None:
-        """End a run of which nothing is left: missing is failed."""
-        names = [(f"{stage}-{run.id}", self.config.namespaces[stage]) for stage in STAGES]
-        if not any(self.kubectl.get("job", name, namespace) for name, namespace in names):
-            gone = ends(Outcome.FAILED, Reason.VANISHED, "its Jobs are gone", "test")
-            self.finish(run, {}, gone)
 
     # The loop.
 
@@ -3761,15 +3755,14 @@ class Controller:
         (error if bad else info)("run ended", **why, seconds=took, **run_words(run))
 
     def vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
-        """End a run whose Job disappeared before its end: missing is failed."""
+        """End a run whose Job disappeared before its end."""
         ended = lost.outcome or over({lost.stage: lost, **left})
         # only green tests are built; a finished build can be made once more
         green = "build" in left and not left["build"].outcome
         spare = green if lost.stage == "test" else lost.state == "succeeded"
         if not ended and not spare and lost.stage not in left:
-            detail = f"Job {lost.name} was deleted"
-            gone = ends(Outcome.FAILED, Reason.VANISHED, detail, lost.stage)
-            self.finish(lost.run, left or {lost.stage: lost}, gone)
+            why = vanish(f"Job {lost.name} was deleted", lost.stage)
+            self.finish(lost.run, left or {lost.stage: lost}, why)
 
     # Workers.
 
@@ -3844,6 +3837,11 @@ class Controller:
             pointless = phase == Phase.PREPARING and app.name in waiting
             if claim and self.clock.now() >= due and not held and not pointless:
                 self.start_worker(task, partial(self.deployer.tidy, task, claim))
+
+
+def vanish(detail: str, stage: str) -> Action:
+    """Return that a run has ended because something of it is missing: missing is failed."""
+    return ends(Outcome.FAILED, Reason.VANISHED, detail, stage)
 
 
 def current(watch: Watch[Any]) -> bool:

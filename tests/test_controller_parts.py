@@ -34,7 +34,8 @@ class Desk(hook.Kubectl):
         return self.objects.get((resource, name))
 
     def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
-        return []
+        kept = [o for o in self.objects.values() if o.get("kind") == "Job"]
+        return [o for o in kept if resource == "jobs" and o["metadata"]["namespace"] == namespace]
 
     def patch(self, resource: str, name: str, namespace: str, change: Object) -> Object:
         found = self.objects.setdefault((resource, name), {"data": {}})
@@ -123,7 +124,9 @@ def test_a_run_of_which_something_is_left_did_not_vanish(controller: Any, left: 
     ended = str(Outcome.TESTED) if left == "an outcome" else None
     controller.ledger.write("shop", controller.ledger.seen(run, ended))
     if left == "a Job":
-        controller.kubectl.objects["job", f"test-{run.id}"] = {"kind": "Job"}
+        job = hook.test_job(controller.config, controller.apps["shop"], run)
+        job["metadata"]["resourceVersion"] = "1"
+        controller.kubectl.objects["job", job["metadata"]["name"]] = job
     if left == "a stored push":
         controller.spool.store([run])
     controller.catch_up(controller.apps["shop"], {"refs/heads/main": OLD})
