@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.fleet import Fleet, Member, Traffic, fleet, variable
+from tests.fleet import Fleet, Member, Traffic, fleet, is_ready, variable
 from tests.standin.faults import Fault
 from tests.world import eventually
 
@@ -173,9 +173,10 @@ class Versions(NamedTuple):
 
 
 def kill_pods(app: Member, version: str) -> None:
-    """Kill the containers of a version."""
+    """Kill the containers of a version, and see them not ready."""
     for pod in app.pods(version):
         app.fleet.cluster.kill_container(app.namespace, pod["metadata"]["name"], "web")
+    eventually(lambda: not any(is_ready(p) for p in app.pods(version)), 5, "no pod is ready")
 
 
 def evict_pods(app: Member, version: str) -> None:
@@ -359,12 +360,12 @@ class Attempt:
         ended = app.fleet.ended(self.run, 120)
         seen.outcome, seen.reason = ended["outcome"], ended["reason"]
         app.quiet(60)
-        wanted, word = ENDS[self.cell.end].beside, self.versions.word
-        with suppress(AssertionError):
-            eventually(lambda: word(beside(app)) == wanted, 60)
-        count = len(self.traffic.seen)
+        word, count = self.versions.word, len(self.traffic.seen)
         eventually(lambda: len(self.traffic.seen) > count, 15, "clients get answers")
         self.open.close()
+        wanted = ENDS[self.cell.end].beside
+        with suppress(AssertionError):
+            eventually(lambda: word(beside(app)) == wanted, 60)
         seen.beside, seen.serves = word(beside(app)), word(self.traffic.versions[-1])
         seen.way = " ".join(word(version) for version in self.traffic.versions)
         seen.failures, seen.claim = self.traffic.failures, app.note("deploying")
@@ -411,9 +412,13 @@ def proven(app: Member) -> list[str]:
 
 def beside(app: Member) -> str:
     """Return the version that stands in the colour that is not live, or what is there instead."""
-    found = app.objects("deployments").get(f"{app.name}-{app.idle()}")
-    wanted = found and found["spec"]["replicas"]
-    return (app.standing(app.idle()) or "not ready") if wanted else "nothing"
+    name = f"{app.name}-{app.idle()}"
+    found = app.objects("deployments").get(name)
+    if not found or not found["spec"]["replicas"]:
+        return "nothing"
+    mine = [p for p in app.pods() if p["metadata"]["labels"]["version"] == app.idle()]
+    states = [json.dumps(pod.get("status", {}).get("containerStatuses")) for pod in mine]
+    return app.standing(app.idle()) or f"not ready: {found.get('status')} {' '.join(states)}"
 
 
 def go_through(cell: Cell, app: Member) -> Seen | str:
