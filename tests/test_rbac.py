@@ -521,8 +521,12 @@ def call_of(argv: Sequence[str]) -> str:
     return f"{argv[0]} {resource if argv[0] == 'rollout' else SINGULAR.sub('', resource)}"
 
 
+# `plan` runs with its caller's permissions, and says so where they do not suffice.
+CALLERS = {"get resourcequota"}
+
+
 def test_each_kubectl_command_in_the_program_is_in_the_tables_and_no_other() -> None:
-    tables = {call_of(c.argv) for commands in COMMANDS.values() for c in commands}
+    tables = {call_of(c.argv) for commands in COMMANDS.values() for c in commands} | CALLERS
     assert {SINGULAR.sub("", call) for call in calls_in(PROGRAM.read_text("utf-8"))} == {
         SINGULAR.sub("", call) for call in tables
     }
