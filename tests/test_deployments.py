@@ -204,7 +204,7 @@ def foreign(app: Member, *, bare: bool) -> None:
     stream = yaml.safe_dump_all([settings, chosen, service])
     done = app.fleet.kubectl("apply", "-n", app.namespace, "-f", "-", stdin=stream)
     assert done.code == 0, done
-    eventually(lambda: answers(app) == "v0", 20, "the application of before answers")
+    eventually(lambda: answers(app) == "v0", 60, "the application of before answers")
 
 
 def answers(app: Member) -> str:
