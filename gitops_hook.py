@@ -627,16 +627,23 @@ class Secrets:
     """The secrets directory: one file a kind, one secret a line, read at use so that it rotates."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self._files = directory, [directory / name for name in SECRET_FILES]
-        self._known: tuple[list[Any], list[str]] = [], []
+        self.directory = directory
+        self._files: dict[str, tuple[Any, list[bytes]]] = {}  # as it was when it was read
+        self._known: tuple[list[list[bytes]], list[str]] = [], []
 
     def lines(self, name: str) -> list[bytes]:
         """Return the secrets in a file, ends of lines dropped; none when it is absent."""
+        path, (known, lines) = Path(f"{self.directory}/{name}"), self._files.get(name, (None, []))
         try:
-            content = (self.directory / name).read_bytes()
+            found = path.stat()
+            state = found.st_mtime_ns, found.st_size, found.st_ino  # the last tells a changed link
+            content = b"" if state == known else path.read_bytes()
         except OSError:
             return []
-        return [line for raw in content.split(b"\n") if (line := raw.strip(b" \t\r"))]
+        if state != known:
+            lines = [line for raw in content.split(b"\n") if (line := raw.strip(b" \t\r"))]
+            self._files[name] = state, lines
+        return lines
 
     def keys(self, mode: str) -> list[bytes]:
         """Return the keys to verify deliveries with; raises ConfigError if one is unusable."""
@@ -649,29 +656,21 @@ class Secrets:
 
     def mask(self, value: T) -> T:
         """Return a text, or all texts within a value, without what is or looks like a secret."""
-        states, (known_states, words) = [file_state(f) for f in self._files], self._known
-        if states != known_states:
-            words = self.words()
-            self._known = states, words
+        secrets, (known, words) = [self.lines(f) for f in SECRET_FILES], self._known
+        if secrets != known:
+            words = secret_words(line.decode("utf-8", "replace") for f in secrets for line in f)
+            self._known = secrets, words
         masked: T = without(value, words)
         return masked
 
-    def words(self) -> list[str]:
-        """Return what must not be shown, longest first."""
-        known = {x.decode("utf-8", "replace") for f in SECRET_FILES for x in self.lines(f)}
-        users = [u for k in known for u in re.findall(r"://([^/\s@]+)@", k)]
-        words = {u.rpartition(":")[2] for u in users}
-        known |= words | {unquote(w) for w in words}
-        return sorted((k for k in known if len(k) >= SHORTEST_MASKED), key=len, reverse=True)
 
-
-def file_state(path: Path) -> tuple[int, int, int] | None:
-    """Return what is another whenever a file is: rewritten, or replaced by way of a link."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+def secret_words(lines: Iterable[str]) -> list[str]:
+    """Return what must not be shown, longest first: secrets, and the passwords in their URLs."""
+    known = {*lines}
+    users = [u for k in known for u in re.findall(r"://([^/\s@]+)@", k)]
+    words = {u.rpartition(":")[2] for u in users}
+    known |= words | {unquote(w) for w in words}
+    return sorted((k for k in known if len(k) >= SHORTEST_MASKED), key=len, reverse=True)
 
 
 def without(value: Any, known: Sequence[str]) -> Any:
@@ -1004,11 +1003,10 @@ class Spool:
             self._names |= {path.name for path in paths}
         try:
             for path, run in paths.items():
-                part = path.with_suffix(".tmp")
-                with part.open("xb") as file:
-                    record = {f.name: getattr(run, f.name) for f in fields(run)}
+                record = {f.name: getattr(run, f.name) for f in fields(run)}
+                part = Path(f"{path}.tmp")
+                with part.open("xb", buffering=0) as file:
                     file.write(json.dumps(record).encode())
-                    file.flush()
                     os.fsync(file.fileno())
                 part.rename(path)
             os.fsync(self._folder)
@@ -1016,7 +1014,7 @@ class Spool:
             for path in paths:
                 with suppress(OSError):
                     self.done(path)
-                    path.with_suffix(".tmp").unlink(missing_ok=True)
+                    Path(f"{path}.tmp").unlink(missing_ok=True)
             raise SpoolError("SpoolUnwritable", str(refused.strerror)) from refused
 
     def read(self) -> list[tuple[Path, Run]]:
@@ -3898,7 +3896,7 @@ Answer = tuple[int, Object]
 # Seconds for one request to arrive, and for a quiet connection to stay; poll, because select knows
 # no file descriptor above 1023.
 TIMES: Object = {"channel_timeout": 20, "cleanup_interval": 5, "asyncore_use_poll": True}
-SIZES: Object = {"threads": 8, "connection_limit": 500, "max_request_header_size": 65536}
+SIZES: Object = {"threads": 4, "connection_limit": 500, "max_request_header_size": 65536}
 
 
 class WebhookApp:
@@ -4000,6 +3998,14 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
     """A connection whose every request must arrive in time, however steadily it drips."""
 
     last_activity: float
+
+    def writable(self) -> bool:
+        """Whether the server's loop has something to send or to close here.
+
+        Not while a request is answered: its thread sends for itself, and the loop, asking again and
+        again for the lock that it holds, would keep it from going on.
+        """
+        return not self.requests and bool(super().writable())
 
     def handle_read(self) -> None:
         """Receive something; of a request only its beginning counts as activity."""
