@@ -3089,9 +3089,8 @@ class Deployer:
             release = self.release(task, {"release": record})
             self.apply(task, release, service)
             return info("healed", target=release.run, colour=release.colour, **task.words)
-        except HookError as failed:
-            away = isinstance(failed, KubectlError) and failed.kind == "Unreachable"
-            if away or isinstance(failed, SupersededError):
+        except (StageError, KubectlError) as failed:
+            if isinstance(failed, KubectlError) and failed.kind == "Unreachable":
                 raise
             error("given up", what="heal", detail=str(failed), **task.words)
             self.metrics.errors.labels("heal").inc()
