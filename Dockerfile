@@ -17,6 +17,8 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/venv /opt/venv
 COPY gitops_hook.py LICENSE /app/
+# Files of a checkout with a strict umask are their owner's only.
+RUN chmod -R a+rX /app
 # Logs appear when they are written; the root file system is read-only in the cluster.
 ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp
 # Numeric, or the kubelet cannot prove runAsNonRoot.

@@ -121,6 +121,7 @@ WATCH_SECONDS = 300  # every watch ends and relists after this: a hung one looks
 GIT_TIMEOUT = 60.0
 HEADS_AT_ONCE = 4  # questions to one git server: a dead one delays only its own apps
 VERIFY_SECONDS = 10.0  # the endpoints must have followed the selector by then
+UNMOVED_SECONDS = 60.0  # ... unless nobody has acted on it: a controller-manager that starts anew
 HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures are seen within one second
 UNREADY_SECONDS = 5.0  # readiness below the wanted number for so long is sickness
 REBAKE_SECONDS = 15.0  # a bake that nobody watched to its end is watched for at least so long
@@ -1005,8 +1006,9 @@ class Spool:
             for path, run in paths.items():
                 record = {f.name: getattr(run, f.name) for f in fields(run)}
                 part = Path(f"{path}.tmp")
-                with part.open("xb", buffering=0) as file:
+                with part.open("xb") as file:
                     file.write(json.dumps(record).encode())
+                    file.flush()
                     os.fsync(file.fileno())
                 part.rename(path)
             os.fsync(self._folder)
@@ -1292,6 +1294,7 @@ env:
 - {name: HOME, value: /tmp}
 - {name: TERMINATION_LOG, value: /dev/termination-log}
 - {name: JUNIT_XML, value: /workspace/results/junit.xml}
+imagePullPolicy: IfNotPresent  # as the daemon's own: one of tag latest may be on the node only
 resources: {requests: {cpu: 50m, memory: 64Mi}, limits: {cpu: 500m, memory: 512Mi}}
 securityContext: {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true,
                   capabilities: {drop: [ALL]}}
@@ -2730,31 +2733,47 @@ class Deployer:
         name = release.deployment["metadata"]["name"]
         timeout = int(release.deployment["spec"]["progressDeadlineSeconds"])
         args = ("rollout", "status", f"deployment/{name}", f"--timeout={timeout}s")
-        process = self.kubectl.stream(*args, namespace=task.namespace)
-        # bounded, since a process whose complaints nobody reads may hang on them
-        doom, until = Doom(), self.clock.monotonic() + timeout + KUBECTL_TIMEOUT
-        try:
-            while process.poll() is None and self.clock.monotonic() < until:
-                symptoms = [
-                    s for p in pods.items() if p.run == release.run for s in pod_symptoms(p)
-                ]
-                symptoms += self.creation_symptoms(task, name)
-                if symptom := doom.verdict(symptoms, self.clock.now()):
-                    raise self.failed(task, release, pods, symptom)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(1.0)
-                self.pause(0)
-        finally:
-            process.kill()
-            _, stderr = process.communicate()
+        doom, until = Doom(), self.clock.monotonic() + timeout
+        while True:
+            process = self.kubectl.stream(*args, namespace=task.namespace)
+            try:
+                # bounded, since a process whose complaints nobody reads may hang on them
+                while process.poll() is None and self.clock.monotonic() < until + KUBECTL_TIMEOUT:
+                    seen = self.symptoms(task, release, pods)
+                    if symptom := doom.verdict(seen, self.clock.now()):
+                        raise self.failed(task, release, pods, symptom)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(1.0)
+                    self.pause(0)
+            finally:
+                process.kill()
+                _, stderr = process.communicate()
+            exceeded = "exceeded its progress deadline" in stderr
+            if not exceeded or self.clock.monotonic() > until:
+                break
+            self.pause(1.0)  # too early it is the deadline of what stood there before
         ready = sum(p.ready and p.run == release.run for p in pods.items())
         if process.returncode == 0 or ready >= release.wanted:
             return self.prove(task, release)
-        ended = re.search("exceeded its progress deadline|timed out waiting", stderr)
-        if process.returncode != -signal.SIGKILL and not ended:
+        late = exceeded or "timed out waiting" in stderr
+        if process.returncode != -signal.SIGKILL and not late:
             raise KubectlError([self.kubectl.program, *args], process.returncode, stderr)
-        late = f"{ready} of {release.wanted} pods ready within {timeout} s"
-        raise self.failed(task, release, pods, Symptom("", Reason.NEVER_READY, late))
+        detail = f"{ready} of {release.wanted} pods ready within {timeout} s"
+        raise self.failed(task, release, pods, Symptom("", Reason.NEVER_READY, detail))
+
+    def symptoms(self, task: Task, release: Release, pods: Watch[Pod]) -> list[Symptom]:
+        """Return what is wrong with a release's pods, also with those that cannot be created."""
+        seen = [s for p in pods.items() if p.run == release.run for s in pod_symptoms(p)]
+        with suppress(KubectlError):
+            name = release.deployment["metadata"]["name"]
+            found = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
+            status = found.get("status") or {}
+            # before that it speaks of what stood there
+            current = status.get("observedGeneration", 0) >= found["metadata"].get("generation", 0)
+            failure = true_condition(status, "ReplicaFailure") if current else None
+            if failure:
+                seen.append(creation_symptom(str(failure.get("message")), name))
+        return seen
 
     def failed(
         self, task: Task, release: Release, pods: Watch[Pod], symptom: Symptom
@@ -2764,13 +2783,6 @@ class Deployer:
         seen = (s for p in ours for s in pod_symptoms(p))
         told = symptom if symptom.key else next(seen, symptom)
         return StageError(told.reason, self.with_logs(told.detail, ours, task.namespace))
-
-    def creation_symptoms(self, task: Task, name: str) -> Iterator[Symptom]:
-        """Yield why a Deployment's pods cannot be created, if so."""
-        with suppress(KubectlError):
-            found = self.kubectl.get("deployment", name, task.namespace) or {}
-            if failure := true_condition(found.get("status") or {}, "ReplicaFailure"):
-                yield creation_symptom(str(failure.get("message")), name)
 
     def with_logs(self, detail: str, pods: Iterable[Pod], namespace: str) -> str:
         """Return a detail with the last log lines of what failed, secrets masked."""
@@ -2903,9 +2915,13 @@ class Deployer:
         return Release.from_configmap(found)
 
     def followed(self, task: Task, selector: Mapping[str, str], wanted: int) -> bool:
-        """Whether the ready endpoints become the wanted pods of the live selector in time."""
-        since = looked = self.clock.monotonic()  # only looks that were answered count
-        while looked < since + VERIFY_SECONDS:
+        """Whether the ready endpoints become the wanted pods of the live selector in time.
+
+        Only the time between looks that were answered counts. That they are still all of another
+        version says nothing against this one.
+        """
+        spent, limit, looked = 0.0, VERIFY_SECONDS, self.clock.monotonic()
+        while spent < limit:
             with suppress(KubectlError):
                 terms = f"kubernetes.io/service-name={task.app.name}"
                 slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
@@ -2913,7 +2929,10 @@ class Deployer:
                 known = {p["metadata"]["name"] for p in self.pods(task.namespace, selector)}
                 if ready and ready <= known and len(ready) >= wanted:
                     return True
-                looked = self.clock.monotonic()
+                unmoved = not slices or (ready and not ready & known)
+                limit = UNMOVED_SECONDS if unmoved else VERIFY_SECONDS
+                spent += min(self.clock.monotonic() - looked, 1.0)
+            looked = self.clock.monotonic()
             self.still_live(task)
             self.pause(0.1)
         return False
@@ -3115,7 +3134,11 @@ class Deployer:
             if key in named and record["metadata"]["labels"].get(LABEL_STAGE) == "release":
                 release = Release.from_configmap(record)
                 named += json.dumps([c["metadata"]["name"] for c in release.configmaps])
-        self.kubectl.delete("configmap", [key for key in maps if key not in named], namespace)
+        now = self.service(task)
+        # whoever made one of them after the first look has claimed the Service by now
+        if (now.version if now else 0) == (service.version if service else 0):
+            unnamed = [key for key in maps if key not in named]
+            self.kubectl.delete("configmap", unnamed, namespace)
 
     # Rollback on request.
 
@@ -3158,8 +3181,6 @@ class Deployer:
             with suppress(KubectlError):
                 self.edit(task, give_up)
         self.metrics.switches.labels(*task.labels, "rollback").inc()
-        if not self.followed(task, goal["selector"], int(goal.get("replicas", 1))):
-            raise StageError(Reason.ENDPOINTS_MISSING, "switched, but no endpoint follows")
         return service.live, goal
 
     def raise_target(self, task: Task, claimed: Service, target: Object) -> Object:
@@ -4275,6 +4296,9 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
         reason = clip(args.reason) or Reason.ROLLED_BACK
         ledger.write(app.name, ledger.rejection(app.name, commit, reason))
         say(f"{left['run']} is rejected until `rerun {left['run']}`")
+    task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
+    if not deployer.followed(task, target["selector"], int(target.get("replicas", 1))):
+        raise StageError(Reason.ENDPOINTS_MISSING, "switched, but no endpoints follow")
     return 0
 
 
@@ -4421,7 +4445,11 @@ def difference(tools: Tools, namespace: str, wanted: Object) -> str:
         if refused.kind == "Unreachable":
             raise
         return mask(f"\n  not compared: {refused}")
-    specs = (mask(found["spec"]) for found in (now or {"spec": {}}, then))
+    specs = [mask(found["spec"]) for found in (now or {"spec": {}}, then)]
+    for spec in specs:  # what a drain has restarted has not drifted
+        meta = spec.get("template", {}).get("metadata", {})
+        notes = {**meta.pop("annotations", {}), "kubectl.kubernetes.io/restartedAt": None}
+        meta["annotations"] = {k: v for k, v in notes.items() if v is not None}
     old, new = (yaml.safe_dump(spec).splitlines() for spec in specs)
     lines = difflib.unified_diff(old, new, f"{name} now", f"{name} then", lineterm="")
     return "".join(f"\n  {line}" for line in lines)
@@ -4509,7 +4537,7 @@ def verdict(failed: HookError) -> tuple[int, Sequence[str]]:
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one command and return its exit status; what went wrong is said on stderr."""
     args = parser().parse_args(argv)
-    logging.basicConfig(format="gitops-hook: %(message)s", level=logging.ERROR)
+    logging.basicConfig(format="gitops-hook: %(message)s", level=logging.WARNING)
     try:
         if args.command in JOB_COMMANDS:
             return JOB_COMMANDS[args.command](environ)

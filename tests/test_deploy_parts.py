@@ -1,0 +1,116 @@
+"""Pieces of a deployment that need no cluster: what is concluded from what kubectl says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gitops_hook as hook
+
+Object = dict[str, Any]
+OLD, NEW = {"gitops-hook/run": "shop-old"}, {"gitops-hook/run": "shop-new"}
+CONFIG = "apps: [{name: shop, repository: /srv/shop.git, build: {image: registry/shop}}]"
+
+
+class Seconds(hook.Clock):
+    """A clock on which a second goes by with each look at it."""
+
+    def __init__(self) -> None:
+        self.at = 1000.0
+        self.monotonic = self.tick  # type: ignore[method-assign, assignment]
+
+    def tick(self) -> float:
+        self.at += 1.0
+        return self.at
+
+
+def named(name: str) -> Object:
+    return {"metadata": {"name": name}, "spec": {}, "status": {}}
+
+
+def slices(*pods: str) -> Object:
+    """The EndpointSlice of a Service with these ready pods."""
+    ready = {"conditions": {"ready": True}, "addresses": ["10.0.0.1"]}
+    endpoints = [{**ready, "targetRef": {"kind": "Pod", "name": pod}} for pod in pods]
+    return {"items": [{**named("shop-x"), "endpoints": endpoints}]}
+
+
+def deployer(folder: Path, looks: list[Object]) -> hook.Deployer:
+    """A deployer whose kubectl answers each look at the endpoints with the next of these."""
+    live = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {"selector": NEW}}
+    (folder / "pods").write_text(json.dumps({"items": [named("shop-new-1"), named("shop-new-2")]}))
+    (folder / "service").write_text(json.dumps(live))
+    for number, look in enumerate(looks):
+        (folder / f"look{number}").write_text(json.dumps(look))
+    script = folder / "kubectl"
+    script.write_text(
+        f"""#!/bin/sh
+cd '{folder}'
+case "$*" in
+*endpointslices*) echo >> asked; n=$(wc -l < asked); last={len(looks) - 1}
+  cat "look$((n > last ? last : n))" ;;
+*pods*) cat pods ;;
+*deployment*) cat deployment ;;
+*) cat service ;;
+esac
+"""
+    )
+    script.chmod(0o755)
+    kubectl = hook.Kubectl(hook.Metrics(), program=str(script))
+    secrets = hook.Secrets(folder)
+    return hook.Deployer(kubectl, hook.Git(folder / "none"), secrets, Seconds())
+
+
+def task() -> hook.Task:
+    """The new run on its way to production."""
+    app = hook.load_config(CONFIG).apps[0]
+    run = hook.Run(id="shop-new", app="shop", ref="refs/heads/main", commit="a" * 40)
+    return hook.Task(app=app, environment="production", namespace="production", run=run)
+
+
+@pytest.mark.parametrize(
+    ("looks", "arrives"),
+    {
+        "the pods wanted, at once": ([slices("shop-new-1", "shop-new-2")], True),
+        "late, since nobody acted on the switch": (
+            [*[slices("shop-old-1")] * 15, slices("shop-new-1", "shop-new-2")],
+            True,
+        ),
+        "late, since there is no slice yet": (
+            [*[{"items": []}] * 15, slices("shop-new-1", "shop-new-2")],
+            True,
+        ),
+        "too late, since some had come": (
+            [*[slices("shop-new-1")] * 15, slices("shop-new-1", "shop-new-2")],
+            False,
+        ),
+        "too late, since nobody was served": (
+            [*[slices()] * 15, slices("shop-new-1", "shop-new-2")],
+            False,
+        ),
+    }.values(),
+    ids=["at-once", "nobody-acted", "no-slice", "some-came", "nobody-served"],
+)
+def test_endpoints_that_did_not_move_at_all_are_given_more_time_than_those_that_did(
+    tmp_path: Path, looks: list[Object], *, arrives: bool
+) -> None:
+    assert deployer(tmp_path, looks).followed(task(), NEW, 2) is arrives
+
+
+@pytest.mark.parametrize(("observed", "told"), [(1, []), (2, ["QuotaExceeded"])])
+def test_what_a_deployment_said_of_the_version_before_is_not_held_against_the_new_one(
+    tmp_path: Path, observed: int, told: list[str]
+) -> None:
+    made = deployer(tmp_path, [])
+    failure = {"type": "ReplicaFailure", "status": "True", "message": "exceeded quota: small"}
+    status = {"observedGeneration": observed, "conditions": [failure]}
+    standing = {"metadata": {"name": "shop-blue", "generation": 2}, "status": status}
+    (tmp_path / "deployment").write_text(json.dumps(standing))
+    names = ("run", "commit", "image", "colour")
+    values: Object = {**dict.fromkeys(names, ""), "selector": NEW, "configmaps": [], "service": {}}
+    release = hook.Release(**values, deployment=standing)
+    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
+    assert [str(s.reason) for s in made.symptoms(task(), release, pods)] == told
