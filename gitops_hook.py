@@ -2416,6 +2416,7 @@ class Ledger:
 
     def __init__(self, kubectl: Kubectl, clock: Clock) -> None:
         self.kubectl, self.clock = kubectl, clock
+        self.lock = threading.Lock()  # of what is written because of what was read
 
     def read(self, app: str) -> tuple[dict[str, Object], dict[str, Object]]:
         """Return (last seen by ref, rejected by commit)."""
@@ -3359,6 +3360,7 @@ FORGIVEN = {  # ends of a deployment that say nothing new against its commit
     *(Reason.BOTH_SICK, Reason.CLUSTER_ERROR, Reason.SELECTOR_CHANGED),
     *(Reason.ADOPTION_REFUSED, Reason.REJECTED),
 }
+UNMADE = "NoJobYet"  # why the ledger knows no outcome of a run that may never have had a Job
 RETRIED = ("Unreachable", "Conflict", "Unknown", "Forbidden", "NotFound")  # nobody's fault, or ours
 
 
@@ -3495,7 +3497,7 @@ class Controller:
             info("push needs nothing", reason=needless[run.commit], **run_words(run))
         wanted = sorted((r for k, r in runs.items() if k not in done), key=lambda r: r.received)
         new = [r for r in wanted if refs.get(r.ref, {}).get("commit") != r.commit]
-        entries = (entry for run in new for entry in self.ledger.seen(run, None).items())
+        entries = (e for run in new for e in self.ledger.seen(run, None, UNMADE).items())
         self.ledger.write(name, dict(entries))  # before a Job could end
         jobs = [test_job(self.config, app, r) for r in wanted]
         refused = self.kubectl.create_each(jobs, self.config.namespaces["test"]) if jobs else {}
@@ -3506,9 +3508,18 @@ class Controller:
         for run in wanted:
             if self.settle(run, refused.get(f"test-{run.id}"), there.get(run.id)):
                 done.add(run.id)
+        self.confirm(name, [r for r in wanted if r.id in done])
         if left := [refused[f"test-{k}"] for k in runs.keys() - done]:
             warn("Jobs not created, will be tried again", count=len(left), detail=left[0].said)
         return done
+
+    def confirm(self, app: str, runs: Sequence[Run]) -> None:
+        """Write down that runs got their Jobs: from now on a missing one was deleted."""
+        with self.ledger.lock:  # one that has ended already stays so
+            refs = self.ledger.read(app)[0] if runs else {}
+            waiting = {(e["ref"], e["commit"]) for e in refs.values() if e.get("reason") == UNMADE}
+            made = (self.ledger.seen(r, None) for r in runs if (r.ref, r.commit) in waiting)
+            self.ledger.write(app, {key: entry for each in made for key, entry in each.items()})
 
     def past(self, app: App, *, deploys: bool = True) -> tuple[dict[str, Object], dict[str, str]]:
         """Return what was last seen of each ref, and why a commit is not to be deployed again."""
@@ -3549,7 +3560,8 @@ class Controller:
         """Make runs of heads that moved unannounced, and end those that are lost.
 
         The first sight of a test-only ref is none. Lost is what the ledger says is under way and
-        of which there is neither a Job nor a stored push: it vanished while nobody looked.
+        of which there is neither a Job nor a stored push: its Job vanished while nobody looked,
+        or was never made, and then the run begins again.
         """
         refs, needless = self.past(app)
         known = {r.id for _, r in self.spool.read()} | {*self.grouped()}
@@ -3561,11 +3573,12 @@ class Controller:
             run = run_of(app, ref, commit, **told)
             if run is None or (before == commit and (seen.get("outcome") or run.id in known)):
                 continue
+            if before == commit and jobs_of(self.kubectl, self.config, [run.id])[run.id]:
+                continue
             if commit in needless or (not seen and ref != app.deploy_ref):
                 entries |= self.ledger.seen(run, "baseline")
-            elif before == commit:
-                if not jobs_of(self.kubectl, self.config, [run.id])[run.id]:
-                    self.finish(run, {}, vanish("its Jobs are gone", "test"))
+            elif before == commit and seen.get("reason") != UNMADE:
+                self.finish(run, {}, vanish("its Jobs are gone", "test"))
             elif seen or run.id not in known:
                 info("head moved unannounced", **run_words(run))
                 self.metrics.catch_up.labels(app.name).inc()
@@ -3747,13 +3760,14 @@ class Controller:
         """Write down how a run ended: the ledger first, then its Jobs; then say it."""
         outcome, stage, detail = action.outcome or Outcome.FAILED, action.stage, action.detail
         bad = outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK)
-        seen = self.ledger.read(run.app)[0].get(run.ref, {})
-        # a newer push of the ref is what was last seen of it, whichever ends first
-        same = seen.get("commit", run.commit) == run.commit
-        entries = self.ledger.seen(run, outcome, action.reason) if same else {}
-        if bad and stage not in STAGES and action.reason not in FORGIVEN:
-            entries |= self.ledger.rejection(run.app, run.commit, action.reason)
-        self.ledger.write(run.app, entries)
+        with self.ledger.lock:
+            seen = self.ledger.read(run.app)[0].get(run.ref, {})
+            # a newer push of the ref is what was last seen of it, whichever ends first
+            same = seen.get("commit", run.commit) == run.commit
+            entries = self.ledger.seen(run, outcome, action.reason) if same else {}
+            if bad and stage not in STAGES and action.reason not in FORGIVEN:
+                entries |= self.ledger.rejection(run.app, run.commit, action.reason)
+            self.ledger.write(run.app, entries)
         if bad and stage in jobs and action.reason is not Reason.CLONE_FAILED:
             mine = [p for w in self.pods for p in w.items() if p.job == jobs[stage].name]
             last = sorted(mine, key=lambda p: -p.created)[:1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +36,14 @@ class Desk(hook.Kubectl):
     def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
         kept = [o for o in self.objects.values() if o.get("kind") == "Job"]
         return [o for o in kept if resource == "jobs" and o["metadata"]["namespace"] == namespace]
+
+    def create_each(
+        self, objects: Sequence[Object], namespace: str
+    ) -> dict[str, hook.KubectlError]:
+        for made in objects:
+            made["metadata"]["resourceVersion"] = "1"
+            self.objects["job", made["metadata"]["name"]] = made
+        return {}
 
     def patch(self, resource: str, name: str, namespace: str, change: Object) -> Object:
         found = self.objects.setdefault((resource, name), {"data": {}})
@@ -131,6 +139,58 @@ def test_a_run_of_which_something_is_left_did_not_vanish(controller: Any, left: 
         controller.spool.store([run])
     controller.catch_up(controller.apps["shop"], {"refs/heads/main": OLD})
     assert seen(controller) == {"refs/heads/main": (OLD, ended)}
+
+
+def after_a_loss(controller: Any, tmp_path: Path) -> Any:
+    """A new daemon, in the same cluster, of a pod whose spool is gone with it."""
+    (tmp_path / "new").mkdir()
+    new = a_controller(tmp_path / "new")
+    new.kubectl.objects = controller.kubectl.objects
+    new.catch_up(new.apps["shop"], {"refs/heads/main": OLD})
+    return new
+
+
+def test_a_run_that_never_had_a_job_begins_again_when_its_stored_push_is_lost(
+    controller: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(objects: Sequence[Object], namespace: str) -> None:
+        raise hook.KubectlError(["kubectl"], 1, "Error from server (Forbidden): exceeded quota")
+
+    controller.spool.store([a_run(OLD)])
+    with monkeypatch.context() as patched:
+        patched.setattr(controller.kubectl, "create_each", refuse)
+        with pytest.raises(hook.KubectlError):
+            controller.intake()
+    new = after_a_loss(controller, tmp_path)
+    assert [run.id for _, run in new.spool.read()] == [a_run(OLD).id]
+    new.intake()
+    assert ("job", f"test-{a_run(OLD).id}") in new.kubectl.objects
+    assert seen(new) == {"refs/heads/main": (OLD, None)}
+    assert new.spool.read() == []
+
+
+def test_a_run_whose_job_was_deleted_while_nobody_looked_vanished(
+    controller: Any, tmp_path: Path
+) -> None:
+    controller.spool.store([a_run(OLD)])
+    controller.intake()
+    del controller.kubectl.objects["job", f"test-{a_run(OLD).id}"]
+    new = after_a_loss(controller, tmp_path)
+    assert seen(new) == {"refs/heads/main": (OLD, "failed")}
+    assert new.spool.read() == []
+
+
+def test_a_run_that_ends_while_its_job_is_being_created_stays_ended(
+    controller: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(objects: Sequence[Object], namespace: str) -> dict[str, hook.KubectlError]:
+        controller.finish(a_run(OLD), {}, ends(Outcome.SUPERSEDED))
+        return {}
+
+    monkeypatch.setattr(controller.kubectl, "create_each", create)
+    controller.spool.store([a_run(OLD)])
+    controller.intake()
+    assert seen(controller) == {"refs/heads/main": (OLD, "superseded")}
 
 
 # What it waits for
