@@ -3386,8 +3386,9 @@ class Controller:
         self.due = dict.fromkeys(self.apps, 0.0)  # when to compare them with what was last seen
         self.taken: dict[tuple[str, str], tuple[int, float]] = {}  # failures, and until when
         self.doom: dict[str, Doom] = {}
+        self.missed: list[Job] = []  # deleted, and what that means not yet written down
         self.once = Once(self.clock)
-        self.threads: list[threading.Thread] = []
+        self.threads: dict[str, threading.Thread] = {}
         self.metrics.spool.set_function(lambda: len(spool))
 
     # Threads.
@@ -3422,8 +3423,7 @@ class Controller:
                         break
             return None
 
-        thread = threading.Thread(target=run, name=name, daemon=True)
-        self.threads = [t for t in self.threads if t.is_alive()] + [thread]
+        thread = self.threads[name] = threading.Thread(target=run, name=name, daemon=True)
         thread.start()
 
     def repeat(
@@ -3458,7 +3458,7 @@ class Controller:
             watch.stop()
         for event in (self.wake, self.spooled, *self.asked.values()):
             event.set()
-        for thread in self.threads:
+        for thread in [*self.threads.values()]:
             thread.join(max(0.0, until - self.clock.monotonic()))
         if self.clock.monotonic() < until - seconds / 2:  # else an API that hangs would take it all
             with suppress(HookError):
@@ -3605,10 +3605,13 @@ class Controller:
 
     def tick(self) -> None:
         """Take the next step of every run that has one; newest first."""
+        # first what is gone: what goes after this is missed in the next look
+        self.missed += [x for w in self.watches() for x in w.take_gone() if isinstance(x, Job)]
         runs = self.grouped()
-        for lost in [x for w in self.watches() for x in w.take_gone() if isinstance(x, Job)]:
+        for lost in [*self.missed]:
             with self.alone(lost.run):
                 self.vanished(lost, runs.get(lost.run.id, {}))
+                self.missed.remove(lost)
         groups = [g for g in runs.values() if not over(g)]
         states = [j.state for g in groups for j in g.values()]
         for state in ("suspended", "active"):

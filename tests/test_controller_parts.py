@@ -46,6 +46,8 @@ class Desk(hook.Kubectl):
         return {}
 
     def patch(self, resource: str, name: str, namespace: str, change: Object) -> Object:
+        if resource == "job" and (resource, name) not in self.objects:
+            raise hook.KubectlError(["kubectl"], 1, "Error from server (NotFound): no such Job")
         found = self.objects.setdefault((resource, name), {"data": {}})
         found.get("data", {}).update(change.get("data", {}))
         return found
@@ -193,6 +195,58 @@ def test_a_run_that_ends_while_its_job_is_being_created_stays_ended(
     assert seen(controller) == {"refs/heads/main": (OLD, "superseded")}
 
 
+def a_mirrored_job(controller: Any) -> hook.Watch[hook.Job]:
+    """Let a run of a side branch have its Job, in the cluster and in a mirror; return that."""
+    job = hook.test_job(controller.config, controller.apps["shop"], a_run(OLD, "refs/heads/side"))
+    controller.kubectl.create_each([job], "test")
+    watch: hook.Watch[hook.Job] = controller.jobs[0]
+    watch._take("ADDED", job)
+    return watch
+
+
+def delete(controller: Any, watch: hook.Watch[hook.Job]) -> None:
+    """Delete the only Job; its mirror is told."""
+    (name,) = [j.name for j in watch.items()]
+    watch._take("DELETED", controller.kubectl.objects.pop(("job", name)))
+
+
+def test_a_deleted_job_is_told_again_after_a_failure_and_then_no_more(
+    controller: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete(controller, a_mirrored_job(controller))
+
+    def lose(resource: str, name: str, namespace: str) -> None:
+        raise hook.KubectlError(["kubectl"], None, "timed out")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(controller.kubectl, "get", lose)
+        controller.tick()
+    assert seen(controller) == {}
+    labels = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
+    for _ in range(2):
+        controller.tick()
+        assert seen(controller) == {"refs/heads/side": (OLD, "failed")}
+        ended = controller.metrics.registry.get_sample_value("gitops_hook_runs_total", labels)
+        assert ended == 1
+
+
+def test_a_job_that_is_deleted_during_a_look_is_missed_in_the_next(
+    controller: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, grouped = a_mirrored_job(controller), controller.grouped
+
+    def deleted_meanwhile() -> Object:
+        runs: Object = grouped()
+        delete(controller, watch)
+        return runs
+
+    with monkeypatch.context() as patched:
+        patched.setattr(controller, "grouped", deleted_meanwhile)
+        controller.tick()
+    controller.tick()
+    assert seen(controller) == {"refs/heads/side": (OLD, "failed")}
+
+
 # What it waits for
 
 
@@ -285,7 +339,7 @@ def test_a_step_that_fails_is_said_and_taken_again_after_a_pause(
     assert controller.pulses.late() == []
     controller.shut_down(5)
     event.set()
-    eventually(lambda: not any(t.is_alive() for t in controller.threads))
+    eventually(lambda: not any(t.is_alive() for t in controller.threads.values()))
 
 
 # What a killed process left
