@@ -1842,7 +1842,8 @@ class Pod:
         self.version = int(meta["resourceVersion"])
         self.labels = {sys.intern(k): sys.intern(v) for k, v in (meta.get("labels") or {}).items()}
         self.run = self.labels.get(LABEL_RUN, "")
-        self.job = self.labels.get("batch.kubernetes.io/job-name", "")
+        # its uid: a deleted Job's pods may outlive it, beside a new one of the same name
+        self.job = self.labels.get("batch.kubernetes.io/controller-uid", "")
         self.created = epoch(meta.get("creationTimestamp"))
         self.started = epoch(status.get("startTime"))
         self.ready = is_ready and not deleting
@@ -1863,6 +1864,7 @@ class Job:
         waiting = "suspended" if found["spec"].get("suspend") else "active"
         notes: dict[str, str] = meta.get("annotations") or {}
         self.name: str = meta["name"]
+        self.uid: str = meta["uid"]
         self.version = int(meta["resourceVersion"])
         self.namespace: str = meta["namespace"]
         self.stage: str = (meta.get("labels") or {}).get(LABEL_STAGE, "")
@@ -2260,7 +2262,7 @@ def decide_job(view: View, found: Job) -> Action | None:
         return Action(Do.WAIT, stage, detail=f"Job {found.name} is being deleted")
     if found.state == "suspended":
         return decide_start(view, Do.RELEASE, stage)
-    pods = [p for p in view.pods if p.job == found.name and not p.leaving]
+    pods = [p for p in view.pods if p.job == found.uid and not p.leaving]
     pods.sort(key=lambda p: -p.created)
     ended = [c for p in pods for c in p.containers if c.exit_code is not None]
     said = next((c.text.strip() for c in ended if c.name == teller and c.text), "")
@@ -3618,7 +3620,7 @@ class Controller:
             self.metrics.queue.labels(state).set(states.count(state))
         pods: dict[str, list[Pod]] = {}
         for pod in (p for w in self.pods for p in w.items()):
-            pods.setdefault(pod.run, []).append(pod)
+            pods.setdefault(pod.job, []).append(pod)
         active = sorted(((newest(g), g) for g in groups), key=lambda item: -item[0].received)
         self.doom = {run.id: self.doom.get(run.id, Doom()) for run, _ in active}
         places, pushed = self.config.limits.max_running - states.count("active"), set()
@@ -3626,7 +3628,8 @@ class Controller:
             newer = (run.app, run.ref) in pushed
             pushed.add((run.app, run.ref))
             with self.alone(run):
-                view = self.view(jobs, pods.get(run.id, []), places, newer=newer)
+                mine = [p for j in jobs.values() for p in pods.get(j.uid, [])]
+                view = self.view(jobs, mine, places, newer=newer)
                 action = decide(view)
                 places -= action.do in (Do.RELEASE, Do.BUILD, Do.REMAKE)
                 self.act(view, action)
@@ -3659,7 +3662,7 @@ class Controller:
         age = self.clock.monotonic() - read
         services = {e: s for e, w in self.services.items() for s in w.items() if s.name == run.app}
         symptoms = [s for p in pods for s in pod_symptoms(p) if s.reason != Reason.UNSCHEDULABLE]
-        idle = (j for j in jobs.values() if j.name not in {p.job for p in pods})
+        idle = (j for j in jobs.values() if j.uid not in {p.job for p in pods})
         symptoms += [s for j in idle for s in self.creation_trouble(j)]
         return View(
             app=self.apps[run.app],
@@ -3687,7 +3690,7 @@ class Controller:
         if found.state != "active" or self.clock.now() - found.released < LOOK_SECONDS:
             return
         if self.once.may(found.name, "look", AGAIN_SECONDS):
-            chosen = f"involvedObject.name={found.name},reason=FailedCreate"
+            chosen = f"involvedObject.uid={found.uid},reason=FailedCreate"
             events = self.kubectl.list("events", found.namespace, "--field-selector", chosen)
             last = str(events[-1].get("message", "")) if events else ""
             if last and clip(last) != found.notes.get(NOTE_DETAIL):
@@ -3772,7 +3775,7 @@ class Controller:
                 entries |= self.ledger.rejection(run.app, run.commit, action.reason)
             self.ledger.write(run.app, entries)
         if bad and stage in jobs and action.reason is not Reason.CLONE_FAILED:
-            mine = [p for w in self.pods for p in w.items() if p.job == jobs[stage].name]
+            mine = [p for w in self.pods for p in w.items() if p.job == jobs[stage].uid]
             last = sorted(mine, key=lambda p: -p.created)[:1]
             detail = self.deployer.with_logs(detail, last, jobs[stage].namespace)
         notes = {NOTE_OUTCOME: str(outcome), NOTE_REASON: str(action.reason), NOTE_STAGE: stage}

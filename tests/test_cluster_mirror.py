@@ -72,6 +72,12 @@ def test_why_a_job_failed_is_kept_from_its_first_condition() -> None:
     assert len(failed) > 1
 
 
+def test_a_recorded_pod_names_the_very_job_that_made_it() -> None:
+    job = hook.Job(recorded("job-succeeds.jobs.jsonl")[0]["object"])
+    pods = [hook.Pod(e["object"]) for e in recorded("job-succeeds.pods.jsonl")]
+    assert {p.job for p in pods} == {job.uid} == {"97b1d5d1-32c7-4aa7-81ad-215f6fec3233"}
+
+
 def test_a_recorded_pod_with_a_side_car_is_told_apart_by_kind() -> None:
     events = recorded("job-fails-with-results-sidecar.pods.jsonl")
     last = hook.Pod(events[-1]["object"])
@@ -110,7 +116,8 @@ def test_an_evicted_pod_is_leaving_from_the_first_sign_on() -> None:
     assert not leaving[0]
 
 
-LEAST = {"metadata": {"name": "x", "namespace": "n", "resourceVersion": "1"}, "spec": {}}
+META = {"name": "x", "namespace": "n", "uid": "u", "resourceVersion": "1"}
+LEAST = {"metadata": META, "spec": {}}
 
 
 def test_an_object_without_any_status_is_understood() -> None:
@@ -264,6 +271,7 @@ def job_text(number: int) -> str:
     )
     found = hook.test_job(CONFIG, CONFIG.apps[0], run)
     found["metadata"] |= {
+        "uid": f"{number:08x}-0000-4000-8000-000000000000",
         "resourceVersion": str(number),
         "creationTimestamp": "2026-01-01T00:00:00Z",
     }

@@ -29,11 +29,13 @@ class Desk(hook.Kubectl):
     def __init__(self) -> None:
         super().__init__(hook.Metrics())
         self.objects: dict[tuple[str, str], Object] = {}
+        self.filters: list[str] = []
 
     def get(self, resource: str, name: str, namespace: str) -> Object | None:
         return self.objects.get((resource, name))
 
     def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
+        self.filters += filters[1:]
         kept = [o for o in self.objects.values() if o.get("kind") == "Job"]
         return [o for o in kept if resource == "jobs" and o["metadata"]["namespace"] == namespace]
 
@@ -135,7 +137,7 @@ def test_a_run_of_which_something_is_left_did_not_vanish(controller: Any, left: 
     controller.ledger.write("shop", controller.ledger.seen(run, ended))
     if left == "a Job":
         job = hook.test_job(controller.config, controller.apps["shop"], run)
-        job["metadata"]["resourceVersion"] = "1"
+        job["metadata"] |= {"resourceVersion": "1", "uid": "u"}
         controller.kubectl.objects["job", job["metadata"]["name"]] = job
     if left == "a stored push":
         controller.spool.store([run])
@@ -340,6 +342,48 @@ def test_a_step_that_fails_is_said_and_taken_again_after_a_pause(
     controller.shut_down(5)
     event.set()
     eventually(lambda: not any(t.is_alive() for t in controller.threads.values()))
+
+
+# Whose pods those are
+
+
+class Seen(hook.Controller):
+    """A controller that only looks at its runs."""
+
+    looked: hook.View
+
+    def act(self, view: hook.View, action: hook.Action) -> None:
+        self.looked = view
+
+
+@pytest.mark.parametrize(("uid", "own"), [("this", True), ("before", False)])
+def test_a_pod_left_by_a_deleted_job_of_the_same_name_does_not_count(
+    tmp_path: Path, uid: str, own: bool
+) -> None:
+    controller = a_controller(tmp_path, Seen)
+    job = hook.test_job(controller.config, controller.apps["shop"], a_run(OLD))
+    job["metadata"] |= {"resourceVersion": "1", "uid": "this"}
+    job["spec"]["suspend"], job["status"] = False, {"startTime": "2020-01-01T00:00:00Z"}
+    labels = {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    labels |= {"batch.kubernetes.io/controller-uid": uid, hook.LABEL_RUN: a_run(OLD).id}
+    state = {"waiting": {"reason": "InvalidImageName"}}
+    pod = {
+        "metadata": {"name": "pod", "resourceVersion": "1", "labels": labels},
+        "spec": {},
+        "status": {"containerStatuses": [{"name": "test-runner", "state": state}]},
+    }
+    logs: list[str] = []
+    controller.kubectl.objects["job", job["metadata"]["name"]] = job
+    controller.deployer.with_logs = lambda said, pods, *_: logs.extend(p.name for p in pods) or said
+    controller.jobs[0]._take("ADDED", job)
+    controller.pods[0]._take("ADDED", pod)
+    controller.tick()
+    view = controller.looked
+    assert [p.name for p in view.pods] == ["pod"] * own
+    assert bool(view.doomed) is own
+    assert controller.kubectl.filters == ["involvedObject.uid=this,reason=FailedCreate"] * (not own)
+    controller.finish(view.run, view.jobs, hook.ends(Outcome.FAILED, Reason.VANISHED, "", "test"))
+    assert logs == ["pod"] * own
 
 
 # What a killed process left

@@ -69,7 +69,9 @@ def a_job(
     run = run or a_run()
     make = hook.test_job if stage == "test" else hook.build_job
     found = make(LOADED, app_of(run), run)
-    found["metadata"] |= {"resourceVersion": "7", "creationTimestamp": stamp(NOW - since), **meta}
+    uid = f"uid of {found['metadata']['name']}"
+    told = {"uid": uid, "resourceVersion": "7", "creationTimestamp": stamp(NOW - since)}
+    found["metadata"] |= {**told, **meta}
     found["metadata"]["annotations"] |= notes or {}
     found["spec"]["suspend"] = state == "suspended"
     ended = {"succeeded": "Complete", "failed": "Failed"}.get(state)
@@ -133,6 +135,7 @@ def a_pod(
         "creationTimestamp": stamp(NOW - (created or started)),
     }
     meta["labels"] = {
+        "batch.kubernetes.io/controller-uid": more.pop("uid", job and f"uid of {job}"),
         "batch.kubernetes.io/job-name": job,
         "gitops-hook/run": more.pop("run", a_run().id),
     }
@@ -188,10 +191,11 @@ BEFORE = {hook.NOTE_OUTCOME: "failed", hook.NOTE_ENDED: f"{NOW - 100}"}  # befor
 DOOMED = hook.Symptom("k", Reason.IMAGE_NOT_FOUND, "image: not found")
 
 
-def ended(stage: str, **states: Object) -> tuple[hook.Pod, ...]:
+def ended(stage: str, uid: str = "", **states: Object) -> tuple[hook.Pod, ...]:
     names = {"main": "test-runner" if stage == "test" else "kaniko"}
     job = TEST if stage == "test" else BUILD
-    return (a_pod(job, states={names.get(k, k): v for k, v in states.items()}),)
+    of = {"uid": uid} if uid else {}
+    return (a_pod(job, states={names.get(k, k): v for k, v in states.items()}, **of),)
 
 
 Case = tuple[hook.View, Do, str, Any, str]
@@ -276,6 +280,15 @@ ACTIONS: dict[str, Case] = {
     "another Job's pod says nothing": (
         a_view(a_job("test", since=30), pods=(a_pod("test-other", started=5000),)),
         Do.WAIT, "test", Reason.OK, "for its pod"),
+    "a pod of a deleted Job of the same name says nothing": (
+        a_view(a_job("test", since=30), pods=(a_pod(TEST, started=5000, uid="before"),)),
+        Do.WAIT, "test", Reason.OK, "for its pod"),
+    "the report of a deleted Job is not its successor's": (
+        a_view(a_job("test"), pods=ended("test", "before", results=terminated(0, SUMMARY))),
+        Do.WAIT, "test", Reason.OK, "for its pod"),
+    "the digest of a deleted build is not its successor's": (
+        a_view(DONE, a_job("build"), pods=ended("build", "before", main=terminated(0, DIGEST))),
+        Do.WAIT, "build", Reason.OK, "for its pod"),
     "a pod that cannot heal": (
         a_view(a_job("test"), doomed=DOOMED),
         Do.END, "test", (Outcome.FAILED, Reason.IMAGE_NOT_FOUND), "not found"),

@@ -186,7 +186,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             command("a build again", "delete job one --ignore-not-found", "jobs: delete get"),
             command(
                 "why a Job gets no pod",
-                "get events --field-selector involvedObject.name=one,reason=FailedCreate -o json",
+                "get events --field-selector involvedObject.uid=one,reason=FailedCreate -o json",
                 "events: list",
             ),
             *PODS,
