@@ -43,7 +43,7 @@ class Desk(hook.Kubectl):
         self, objects: Sequence[Object], namespace: str
     ) -> dict[str, hook.KubectlError]:
         for made in objects:
-            made["metadata"]["resourceVersion"] = "1"
+            made["metadata"] |= {"resourceVersion": "1", "uid": "u"}
             self.objects["job", made["metadata"]["name"]] = made
         return {}
 
