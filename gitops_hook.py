@@ -2448,8 +2448,10 @@ class Ledger:
 
     def seen(self, run: Run, outcome: str | None, reason: str = "") -> dict[str, Object | None]:
         """Return the entry that a run is the last seen of its ref, with its outcome if it ended."""
-        entry = {"ref": run.ref, "commit": run.commit, "outcome": outcome, "reason": reason}
-        return {self.key(run.ref): entry}
+        entry: Object = {
+            name: getattr(run, name) for name in ("ref", "commit", "before", "received")
+        }
+        return {self.key(run.ref): {**entry, "outcome": outcome, "reason": reason}}
 
     def key(self, ref: str) -> str:
         """Return the key of a ref's entry."""
@@ -3384,7 +3386,8 @@ class Controller:
         }
         self.apps = {a.name: a for a in config.apps}
         self.asked = {name: threading.Event() for name in self.apps}
-        self.heads: dict[str, tuple[float, dict[str, str]]] = {}  # by app, and when they were read
+        # by app: the time of the question, that of the answer on the other clock, the answer
+        self.heads: dict[str, tuple[float, float, dict[str, str]]] = {}
         self.due = dict.fromkeys(self.apps, 0.0)  # when to compare them with what was last seen
         self.taken: dict[tuple[str, str], tuple[int, float]] = {}  # failures, and until when
         self.doom: dict[str, Doom] = {}
@@ -3549,37 +3552,44 @@ class Controller:
 
     def read_heads(self, app: App) -> float:
         """Read an app's heads; now and then compare them with what was last seen."""
+        asked = self.clock.now()
         heads = self.deployer.git.heads(app.repository)
-        self.heads[app.name] = self.clock.monotonic(), heads
+        self.heads[app.name] = asked, self.clock.monotonic(), heads
         self.wake.set()
         if self.clock.monotonic() >= self.due[app.name]:
-            self.catch_up(app, heads)
+            self.catch_up(app, asked, heads)
             self.due[app.name] = self.clock.monotonic() + jittered(self.config.catch_up)
         self.stop.wait(0.25)  # whoever waits for a head asks all the time
         return max(0.0, self.due[app.name] - self.clock.monotonic())
 
-    def catch_up(self, app: App, heads: Mapping[str, str]) -> None:
+    def catch_up(self, app: App, asked: float, heads: Mapping[str, str]) -> None:
         """Make runs of heads that moved unannounced, and end those that are lost.
 
         The first sight of a test-only ref is none. Lost is what the ledger says is under way and
         of which there is neither a Job nor a stored push: its Job vanished while nobody looked,
-        or was never made, and then the run begins again.
+        or was never made, and then the run begins again. Of a ref with a stored push, or of which
+        the heads may be older than what was last seen, nothing is said.
         """
-        refs, needless = self.past(app)
-        known = {r.id for _, r in self.spool.read()} | {*self.grouped()}
-        entries: dict[str, Object | None] = {self.ledger.key(r): None for r in {*refs} - {*heads}}
-        for ref, commit in heads.items():
-            seen = refs.get(ref, {})
-            before = str(seen.get("commit", ""))
-            told = {"before": before, "received": self.clock.now(), "delivery": "catch-up"}
-            run = run_of(app, ref, commit, **told)
-            if run is None or (before == commit and (seen.get("outcome") or run.id in known)):
+        stored = {r.ref for _, r in self.spool.read() if r.app == app.name}
+        (refs, needless), known = self.past(app), self.grouped()
+        entries: dict[str, Object | None] = {}
+        for ref in (refs.keys() | heads.keys()) - stored:
+            seen, commit, now = refs.get(ref, {}), heads.get(ref, ""), self.clock.now()
+            last = run_seen(app, ref, seen)
+            if head_word(last, heads if asked >= last.received else None, 0.0, now) == "unknown":
                 continue
-            if before == commit and jobs_of(self.kubectl, self.config, [run.id])[run.id]:
+            if not commit:
+                entries[self.ledger.key(ref)] = None
+                continue
+            told = {"before": last.commit, "received": now, "delivery": "catch-up"}
+            run, same = run_of(app, ref, commit, **told), last.commit == commit
+            if run is None or (same and (seen.get("outcome") or run.id in known)):
+                continue
+            if same and jobs_of(self.kubectl, self.config, [run.id])[run.id]:
                 continue
             if commit in needless or (not seen and ref != app.deploy_ref):
                 entries |= self.ledger.seen(run, "baseline")
-            elif before == commit and seen.get("reason") != UNMADE:
+            elif same and seen.get("reason") != UNMADE:
                 self.finish(run, {}, vanish("its Jobs are gone", "test"))
             elif seen or run.id not in known:
                 info("head moved unannounced", **run_words(run))
@@ -3658,7 +3668,7 @@ class Controller:
     ) -> View:
         """Gather what decides over one run."""
         run, now = newest(jobs), self.clock.now()
-        read, heads = self.heads.get(run.app, (-NEVER, {}))
+        asked, read, heads = self.heads.get(run.app, (0.0, -NEVER, {}))
         age = self.clock.monotonic() - read
         services = {e: s for e, w in self.services.items() for s in w.items() if s.name == run.app}
         symptoms = [s for p in pods for s in pod_symptoms(p) if s.reason != Reason.UNSCHEDULABLE]
@@ -3670,7 +3680,7 @@ class Controller:
             jobs=jobs,
             pods=tuple(pods),
             services=services,
-            head=head_word(run, heads if now - age >= run.received else None, age, now),
+            head=head_word(run, heads if asked >= run.received else None, age, now),
             newer=newer,
             places=places,
             doomed=self.doom[run.id].verdict(symptoms, now),
@@ -3885,6 +3895,12 @@ def vanish(detail: str, stage: str) -> Action:
 def current(watch: Watch[Any]) -> bool:
     """Whether a mirror follows what is there: what it lacks is gone, not only unseen."""
     return watch.synced.is_set() and not watch.trouble
+
+
+def run_seen(app: App, ref: str, entry: Object) -> Run:
+    """Return what the ledger says was last seen of a ref."""
+    told = {name: str(entry.get(name, "")) for name in ("commit", "before")}
+    return Run(id="", app=app.name, ref=ref, **told, received=seconds_of(entry.get("received")))
 
 
 def run_words(run: Run) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +82,13 @@ def a_run(commit: str, ref: str = "refs/heads/main") -> hook.Run:
     return hook.Run(id=hook.run_id("shop", ref, commit), app="shop", ref=ref, commit=commit)
 
 
+def catch_up(controller: Any, heads: dict[str, str]) -> None:
+    """Let the heads be read, and compared with what was last seen."""
+    controller.deployer.git.heads = lambda url: heads
+    controller.due["shop"] = 0.0
+    controller.read_heads(controller.apps["shop"])
+
+
 def seen(controller: Any) -> dict[str, tuple[str, str | None]]:
     """What the ledger says was last seen of each ref, and how it ended."""
     refs, _ = controller.ledger.read("shop")
@@ -119,14 +127,14 @@ def test_a_newer_push_stays_the_last_seen_when_the_older_run_ends_after_it(contr
 
 def test_a_run_under_way_of_which_nothing_is_left_vanished(controller: Any) -> None:
     controller.ledger.write("shop", controller.ledger.seen(a_run(OLD), None))
-    controller.catch_up(controller.apps["shop"], {"refs/heads/main": OLD})
+    catch_up(controller, {"refs/heads/main": OLD})
     entry = controller.ledger.read("shop")[0]["refs/heads/main"]
     assert (entry["outcome"], entry["reason"]) == ("failed", "Vanished")
     assert controller.spool.read() == []
     labels = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
     registry = controller.metrics.registry
     assert registry.get_sample_value("gitops_hook_runs_total", labels) == 1
-    controller.catch_up(controller.apps["shop"], {"refs/heads/main": OLD})
+    catch_up(controller, {"refs/heads/main": OLD})
     assert registry.get_sample_value("gitops_hook_runs_total", labels) == 1
 
 
@@ -141,7 +149,7 @@ def test_a_run_of_which_something_is_left_did_not_vanish(controller: Any, left: 
         controller.kubectl.objects["job", job["metadata"]["name"]] = job
     if left == "a stored push":
         controller.spool.store([run])
-    controller.catch_up(controller.apps["shop"], {"refs/heads/main": OLD})
+    catch_up(controller, {"refs/heads/main": OLD})
     assert seen(controller) == {"refs/heads/main": (OLD, ended)}
 
 
@@ -150,7 +158,7 @@ def after_a_loss(controller: Any, tmp_path: Path) -> Any:
     (tmp_path / "new").mkdir()
     new = a_controller(tmp_path / "new")
     new.kubectl.objects = controller.kubectl.objects
-    new.catch_up(new.apps["shop"], {"refs/heads/main": OLD})
+    catch_up(new, {"refs/heads/main": OLD})
     return new
 
 
@@ -247,6 +255,59 @@ def test_a_job_that_is_deleted_during_a_look_is_missed_in_the_next(
         controller.tick()
     controller.tick()
     assert seen(controller) == {"refs/heads/side": (OLD, "failed")}
+
+
+# Heads that are older than the push
+
+
+def stored(controller: Any) -> list[str]:
+    """The commits of the pushes that wait for the cluster."""
+    return [run.commit for _, run in controller.spool.read()]
+
+
+def test_a_head_from_before_the_last_push_is_no_news_for_as_long_as_git_may_lag(
+    controller: Any,
+) -> None:
+    now = 1e9
+    controller.clock.now = lambda: now
+    run = replace(a_run(NEW), before=OLD, received=now)
+    controller.ledger.write("shop", controller.ledger.seen(run, Outcome.TESTED))
+    now += hook.HEAD_GRACE - 1
+    catch_up(controller, {"refs/heads/main": OLD})
+    assert (stored(controller), seen(controller)) == ([], {"refs/heads/main": (NEW, "tested")})
+    now += 2
+    catch_up(controller, {"refs/heads/main": OLD})
+    assert stored(controller) == [OLD]
+
+
+def test_a_new_branch_that_git_does_not_show_yet_is_not_forgotten(controller: Any) -> None:
+    now = 1e9
+    controller.clock.now = lambda: now
+    run = replace(a_run(NEW, "refs/heads/side"), before="0" * 40, received=now)
+    controller.ledger.write("shop", controller.ledger.seen(run, None))
+    catch_up(controller, {"refs/heads/main": OLD})
+    assert seen(controller)["refs/heads/side"] == (NEW, None)
+
+
+@pytest.mark.parametrize("spooled", [True, False])
+def test_a_push_that_comes_while_git_is_asked_is_not_undone(
+    controller: Any, spooled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller.ledger.write("shop", controller.ledger.seen(a_run("c" * 40), Outcome.TESTED))
+
+    def heads(url: str) -> dict[str, str]:
+        # two pushes: the commit before the last one is not the one that git showed
+        run = replace(a_run(NEW), before="d" * 40, received=time.time())
+        controller.spool.store([run])
+        if not spooled:
+            controller.intake()
+        return {"refs/heads/main": OLD}
+
+    monkeypatch.setattr(controller.deployer.git, "heads", heads)
+    controller.read_heads(controller.apps["shop"])
+    controller.intake()
+    assert stored(controller) == []
+    assert seen(controller) == {"refs/heads/main": (NEW, None)}
 
 
 # What it waits for
