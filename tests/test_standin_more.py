@@ -315,13 +315,18 @@ def test_replace_is_a_compare_and_set(world: World) -> None:
     assert "the object has been modified" in world.fail("replace", "-f", "-", stdin=current)
 
 
-def test_the_generation_counts_changes_of_the_spec_alone(world: World) -> None:
+def test_the_generation_of_a_deployment_counts_changes_of_spec_and_annotations(
+    world: World,
+) -> None:
+    def generation(*command: str) -> int:
+        world.run(*command)
+        return int(world.store.get("deployments", "demo", "shop")["metadata"]["generation"])
+
     world.run("apply", "-f", "-", stdin=deployment())
-    world.run("annotate", "-n", "demo", "deployment", "shop", "a=b")
-    world.run("scale", "-n", "demo", "deployment/shop", "--replicas=4")
-    found = world.store.get("deployments", "demo", "shop")
-    assert found["metadata"]["generation"] == 2
-    assert found["spec"]["replicas"] == 4
+    assert generation("label", "-n", "demo", "deployment", "shop", "a=b") == 1
+    assert generation("annotate", "-n", "demo", "deployment", "shop", "a=b") == 2
+    assert generation("annotate", "-n", "demo", "deployment", "shop", "a=b", "--overwrite") == 2
+    assert generation("scale", "-n", "demo", "deployment/shop", "--replicas=4") == 3
 
 
 def test_managed_fields_name_who_set_the_selector_last(world: World) -> None:

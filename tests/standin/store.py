@@ -660,6 +660,8 @@ def _spec(resource: str, obj: Object) -> Any:
     if resource == "endpointslices":
         return (obj.get("endpoints"), obj.get("ports"))
     spec = obj.get("spec")
+    if resource == "deployments":  # of all kinds only here, as the API server's strategy has it
+        return (spec, obj["metadata"].get("annotations") or {})
     if resource == "pods" and isinstance(spec, dict):
         return {key: value for key, value in spec.items() if key != "nodeName"}
     return spec
