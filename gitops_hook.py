@@ -110,6 +110,7 @@ AGAIN_SECONDS = 10.0  # before an action whose effect does not show is tried aga
 COLOURS = ("blue", "green")
 HISTORY_LENGTH = 10
 REJECTED_LENGTH = 50
+BASELINES = 2000  # branches of an app that are kept on sight: a ConfigMap holds 1 MiB
 DETAIL_LENGTH = 1500  # characters of explanation kept on an object
 TERMINATION_LENGTH = 4096  # bytes a container may leave behind, a kubelet's limit
 SIGNATURE_TOLERANCE = 300  # seconds, as the Standard Webhooks libraries have it
@@ -3588,7 +3589,8 @@ class Controller:
             if same and jobs_of(self.kubectl, self.config, [run.id])[run.id]:
                 continue
             if commit in needless or (not seen and ref != app.deploy_ref):
-                entries |= self.ledger.seen(run, "baseline")
+                room = seen or len(refs) + len(entries) < BASELINES
+                entries |= self.ledger.seen(run, "baseline") if room else {}
             elif same and seen.get("reason") != UNMADE:
                 self.finish(run, {}, vanish("its Jobs are gone", "test"))
             elif seen or run.id not in known:

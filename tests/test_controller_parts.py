@@ -280,6 +280,16 @@ def test_a_head_from_before_the_last_push_is_no_news_for_as_long_as_git_may_lag(
     assert stored(controller) == [OLD]
 
 
+def test_thousands_of_branches_do_not_outgrow_the_configmap_they_are_kept_in(
+    controller: Any,
+) -> None:
+    heads = {f"refs/heads/{'long-' * 10}{n:04}": f"{n + 1:040x}" for n in range(4000)}
+    catch_up(controller, heads)
+    kept = controller.kubectl.objects["configmap", "gitops-hook-shop"]["data"]
+    assert len(kept) == hook.BASELINES
+    assert sum(len(key) + len(text) for key, text in kept.items()) < 2**20 * 0.7
+
+
 def test_a_new_branch_that_git_does_not_show_yet_is_not_forgotten(controller: Any) -> None:
     now = 1e9
     controller.clock.now = lambda: now
