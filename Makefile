@@ -47,8 +47,8 @@ $(INSTALLED): requirements-dev.txt
 demo: $(INSTALLED) ## Watch pushes being tested, built, switched and switched back (KEEP=1 leaves it running)
 	@$(BIN)/python -m tests.demo
 
-test: $(INSTALLED) ## Run the tests that take seconds (ARGS='-k webhook -x')
-	@$(BIN)/python -m pytest -m 'not cluster' $(ARGS)
+test: $(INSTALLED) ## Run the tests that take a minute (ARGS='-k webhook -x')
+	@$(BIN)/python -m pytest -m 'not cluster' -n 2 --dist loadfile $(ARGS)
 
 cluster: $(INSTALLED) ## Run the tests that take minutes: the daemon on the stand-in cluster, and that itself
 	@$(BIN)/python -m pytest -m cluster -n 3 --dist loadfile $(ARGS)

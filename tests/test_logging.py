@@ -99,7 +99,7 @@ def test_a_long_traceback_keeps_its_end(log: Log) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "a\nb\r\nc", "\x00\x1b[31m\x07", "\u2028\u2029\x85\x0b\x0c\x1c", "\ud800", "🚀",
+        "a\nb\r\nc", "\x00\x1b[31m\x07", "\u2028\u2029\x85\x0b\x0c\x1c", "🚀",
         '"}\n{"a":1',
         "%s %d %(x)s {0}", "\\", "token=abc", 'password: "x", "y": "z"', "https://u:p@h",
     ],
@@ -110,6 +110,13 @@ def test_one_line_stays_one_line_of_json_whatever_the_text(log: Log, text: str) 
     (line,) = log.lines()
     assert log.text().isascii()
     assert isinstance(line["msg"], str)
+
+
+def test_half_a_character_is_written_as_an_escape() -> None:
+    record = logging.LogRecord("any", logging.WARNING, "", 1, "\ud800", (), None)
+    line = hook.JsonFormatter(lambda fields: fields).format(record)
+    assert line.isascii()
+    assert json.loads(line)["msg"] == "\ud800"
 
 
 @settings(max_examples=100, deadline=None, database=None)
