@@ -193,6 +193,7 @@ def edit_service(app: Member, versions: Versions) -> None:
     where = ("service", app.name, "-n", app.namespace, "--type=merge")
     done = app.fleet.kubectl("patch", *where, "-p", patch, "--field-manager=kubectl-edit")
     assert done.code == 0, done
+    eventually(lambda: app.answer()["version"] == versions.old, 10, "the old version serves")
 
 
 def asked_for(app: Member, colour: str) -> str:
