@@ -1965,6 +1965,11 @@ class Watch(Generic[V]):
         with self._lock:
             return list(self._items.values())
 
+    def find(self, name: str) -> V | None:
+        """Return what is known now of one object."""
+        with self._lock:
+            return self._items.get(name)
+
     def take_gone(self) -> list[V]:
         """Return what disappeared since the last call, as it was last seen."""
         with self._lock:
@@ -3670,6 +3675,9 @@ class Controller:
     ) -> View:
         """Gather what decides over one run."""
         run, now = newest(jobs), self.clock.now()
+        # in this order: who is done with an environment has written on the Jobs how it ended
+        busy = self.busy(run.app)
+        jobs = {stage: self.mirror(j).find(j.name) or j for stage, j in jobs.items()}
         asked, read, heads = self.heads.get(run.app, (0.0, -NEVER, {}))
         age = self.clock.monotonic() - read
         services = {e: s for e, w in self.services.items() for s in w.items() if s.name == run.app}
@@ -3686,7 +3694,7 @@ class Controller:
             newer=newer,
             places=places,
             doomed=self.doom[run.id].verdict(symptoms, now),
-            busy=self.busy(run.app),
+            busy=busy,
             now=now,
             queue_timeout=self.config.limits.queue_timeout,
         )
@@ -3764,12 +3772,15 @@ class Controller:
             why = ends(Outcome.FAILED, Reason.JOB_REFUSED, refused.said, "build")
             self.finish(view.run, view.jobs, why)
 
+    def mirror(self, found: Job) -> Watch[Job]:
+        """Return the mirror that a Job is in."""
+        return next(w for w in self.jobs if w.namespace == found.namespace)
+
     def note(self, found: Job, notes: Mapping[str, str | None], **spec: Any) -> None:
         """Write annotations on a Job; one that is gone needs none."""
         change: Object = {"metadata": {"annotations": dict(notes)}, "spec": spec}
-        watch = next(w for w in self.jobs if w.namespace == found.namespace)
         try:
-            watch.learn(self.kubectl.patch("job", found.name, found.namespace, change))
+            self.mirror(found).learn(self.kubectl.patch("job", found.name, found.namespace, change))
         except KubectlError as gone:
             if gone.kind != "NotFound":
                 raise

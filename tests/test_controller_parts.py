@@ -457,6 +457,22 @@ def test_a_pod_left_by_a_deleted_job_of_the_same_name_does_not_count(
     assert logs == ["pod"] * own
 
 
+def test_a_run_that_ended_during_a_look_is_not_begun_again_by_that_look(controller: Any) -> None:
+    run = a_run(OLD)
+    found = hook.test_job(controller.config, controller.apps["shop"], run)
+    found["metadata"] |= {"resourceVersion": "1", "uid": "this"}
+    found["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
+    controller.jobs[0]._take("ADDED", found)
+    controller.doom[run.id] = hook.Doom()
+    at_the_beginning = {"test": hook.Job(found)}
+    ended = {"gitops-hook/outcome": "superseded", "gitops-hook/ended-at": str(time.time())}
+    meta = {**found["metadata"], "resourceVersion": "2"}
+    meta["annotations"] = {**meta["annotations"], **ended}
+    controller.jobs[0].learn({**found, "metadata": meta})
+    view = controller.view(at_the_beginning, [], 1, newer=False)
+    assert hook.decide(view).do is Do.NOTHING
+
+
 # What a killed process left
 
 
