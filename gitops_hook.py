@@ -330,6 +330,7 @@ def matching(pattern: str, what: str, make: Parser = str, kind: type[Any] = str)
     """Return a parser for a value of a type whose text matches the whole pattern."""
 
     def parse(value: Any) -> Any:
+        """Return the value, made what it stands for."""
         if type(value) is kind and re.fullmatch(pattern, str(value)):
             return make(value)
         raise ValueError(f"is not {what}")
@@ -2575,6 +2576,7 @@ class Deployer:
         """
 
         def step() -> Service | None:
+            """Look, and patch what was seen."""
             service = self.service(task)
             patch = change(service) if service else None
             if service is None or patch is None:
@@ -2630,6 +2632,7 @@ class Deployer:
         """
 
         def change(service: Service) -> Object:
+            """Claim what was seen, unless it cannot be claimed."""
             claim, history, colour = service.claim, service.history, release.colour
             if service.selector.get(LABEL_VERSION) == colour:
                 raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
@@ -2716,6 +2719,7 @@ class Deployer:
         marked = {**meta, "annotations": {**meta.get("annotations", {}), **mark}}
 
         def step() -> None:
+            """Look, see the claim held, write."""
             records = [*release.configmaps, release.configmap(task.app.name)]
             self.kubectl.create(records, task.namespace)
             found = self.kubectl.get("deployment", meta["name"], task.namespace)
@@ -2870,6 +2874,7 @@ class Deployer:
             notes[NOTE_BAKE] = round(self.clock.now() + task.app.deploy.bake, 3)
 
         def change(service: Service) -> Object | None:
+            """Switch what was seen, if it is still what was claimed."""
             if service.run == release.run:
                 return None
             self.check_claim(task, claimed, service)
@@ -2878,6 +2883,7 @@ class Deployer:
             return service_patch(service, {**notes, **more}, release.selector, release.ports)
 
         def step() -> None:
+            """Switch, or make the first Service."""
             if self.edit(task, change) is None:
                 live = copy.deepcopy(release.service)
                 told = {k: json.dumps(v) for k, v in {**notes, NOTE_HISTORY: [entry]}.items()}
@@ -3000,6 +3006,7 @@ class Deployer:
         new, path = 0 if unhealthy else len(sound), task.app.deploy.health.path
 
         def look() -> tuple[Object, int]:
+            """See what there is to go back to, and how well it is."""
             service = self.service(task)
             target = service.before if service else {}
             ready = self.ready_pods(task.namespace, target["selector"]) if target else []
@@ -3022,6 +3029,7 @@ class Deployer:
         """
 
         def change(service: Service) -> Object | None:
+            """Go back, if there is something to go back to."""
             target = service.before
             if service.run != task.run.id or not target or target.get("overwritten"):
                 return None
@@ -3047,6 +3055,7 @@ class Deployer:
         """Write that a version stays, and leave a claim by which the old one is drained."""
 
         def change(service: Service) -> Object:
+            """Write that what is live stays."""
             self.judge_live(task, service)
             if service.claim.get("phase") == Phase.ROLLBACK:
                 raise SupersededError(Reason.ROLLED_BACK, "a rollback is under way")
@@ -3080,6 +3089,7 @@ class Deployer:
                 self.restart(task, name)
 
         def change(now: Service) -> Object | None:
+            """Drop the claim if it is still there."""
             if now.claim != claim:
                 return None
             healed = claim.get("heal") if phase == Phase.PREPARING else None
@@ -3171,6 +3181,7 @@ class Deployer:
         claimed = self.edit(task, lambda s: service_patch(s, {NOTE_CLAIM: claim})) or service
 
         def change(now: Service) -> Object | None:
+            """Go back, if nobody else has taken over."""
             if now.selector == goal["selector"]:
                 return None
             if (now.claim, now.selector) != (claim, claimed.selector):
@@ -3181,6 +3192,7 @@ class Deployer:
             return service_patch(now, notes, goal["selector"], goal.get("ports") or ())
 
         def give_up(now: Service) -> Object | None:
+            """Drop the claim if it is still there."""
             return service_patch(now, {NOTE_CLAIM: None}) if now.claim == claim else None
 
         try:
@@ -3424,6 +3436,7 @@ class Controller:
         """Run a thread; a bug in it is logged and counted, and its body run again if so wanted."""
 
         def run() -> None:
+            """Run the body, and again after a bug in it if so wanted."""
             while not self.stop.is_set():
                 try:
                     return body()
@@ -3443,6 +3456,7 @@ class Controller:
         """Run a thread that takes a step when its event is set, or so long after the last one."""
 
         def body() -> None:
+            """Take step after step until stopped."""
             failures = 0
             while not self.stop.is_set():
                 self.pulses.beat(name, STEP_SECONDS)
@@ -3835,6 +3849,7 @@ class Controller:
         self.taken[task.labels] = failures, NEVER
 
         def run() -> None:
+            """Let the body run, and the environment rest after a failure."""
             failed = failures + 1
             try:
                 body()
@@ -4213,6 +4228,7 @@ def stop_on_signals(stopping: threading.Event) -> None:
     """
 
     def leave(number_: int, _frame: Any) -> None:
+        """Be unready at once, and end when the alarm rings."""
         if number_ == signal.SIGALRM:
             raise SystemExit(0)
         if not stopping.is_set():
@@ -4392,6 +4408,7 @@ def plan(tools: Tools, args: argparse.Namespace) -> int:
     run = Run(id=run_id(app.name, ref, commit), app=app.name, ref=ref, commit=commit)
 
     def show(title: str, ask: Callable[..., str], *given: Any) -> None:
+        """Print an answer, or why there is none."""
         try:
             answer = ask(tools, *given)
         except (KubectlError, StageError) as failed:
