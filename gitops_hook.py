@@ -973,6 +973,7 @@ class Spool:
 
     def __init__(self, directory: Path, max_files: int) -> None:
         self.directory, self.max_files = directory, max_files
+        self.scratch = directory / "scratch"  # for what need not outlive the process
         self._lock, self._folder = threading.Lock(), -1
         self._names: set[str] = set()  # what is stored or being stored: a count would drift
 
@@ -983,6 +984,8 @@ class Spool:
         """Create the folder, take stock, prove it writable; raises SpoolError."""
         try:
             (self.directory / "bad").mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)  # what a killed daemon left
+            self.scratch.mkdir(mode=0o700, exist_ok=True)
             self.probe()
             self._folder = os.open(self.directory, os.O_RDONLY)
         except OSError as refused:
@@ -2749,11 +2752,11 @@ class Deployer:
         timeout = int(release.deployment["spec"]["progressDeadlineSeconds"])
         args = ("rollout", "status", f"deployment/{name}", f"--timeout={timeout}s")
         doom, until = Doom(), self.clock.monotonic() + timeout
-        while True:
+        while self.clock.monotonic() < until:
             process = self.kubectl.stream(*args, namespace=task.namespace)
             try:
                 # bounded, since a process whose complaints nobody reads may hang on them
-                while process.poll() is None and self.clock.monotonic() < until + KUBECTL_TIMEOUT:
+                while process.poll() is None and self.clock.monotonic() < until:
                     seen = self.symptoms(task, release, pods)
                     if symptom := doom.verdict(seen, self.clock.now()):
                         raise self.failed(task, release, pods, symptom)
@@ -2762,17 +2765,13 @@ class Deployer:
                     self.pause(0)
             finally:
                 process.kill()
-                _, stderr = process.communicate()
-            exceeded = "exceeded its progress deadline" in stderr
-            if not exceeded or self.clock.monotonic() > until:
-                break
-            self.pause(1.0)  # too early it is the deadline of what stood there before
-        ready = sum(p.ready and p.run == release.run for p in pods.items())
-        if process.returncode == 0 or ready >= release.wanted:
-            return self.prove(task, release)
-        late = exceeded or "timed out waiting" in stderr
-        if process.returncode != -signal.SIGKILL and not late:
-            raise KubectlError([self.kubectl.program, *args], process.returncode, stderr)
+                process.communicate()
+            # what it says is no proof: it is content with no replicas, and a status may be old
+            found = self.kubectl.get("deployment", name, task.namespace)
+            ready = len(self.ready_pods(task.namespace, release.selector))
+            if found and proven(found, ready, release.run):
+                return
+            self.pause(0.3)
         detail = f"{ready} of {release.wanted} pods ready within {timeout} s"
         raise self.failed(task, release, pods, Symptom("", Reason.NEVER_READY, detail))
 
@@ -2811,21 +2810,6 @@ class Deployer:
             printed = self.kubectl.logs(name, container, namespace).splitlines()[-20:]
             detail = "\n".join([detail, *(clip(line, 200) for line in printed)])
         return self.secrets.mask(detail)
-
-    def prove(self, task: Task, release: Release) -> None:
-        """Prove that as many pods of exactly this run are ready as wanted; raises StageError.
-
-        `rollout status` is no proof: it is content with no replicas, and a status may be old.
-        """
-        name, until = release.deployment["metadata"]["name"], self.clock.monotonic()
-        until += VERIFY_SECONDS
-        while self.clock.monotonic() < until:
-            found = self.kubectl.get("deployment", name, task.namespace)
-            ready = len(self.ready_pods(task.namespace, release.selector))
-            if found and proven(found, ready, release.run):
-                return
-            self.pause(0.3)
-        raise StageError(Reason.NEVER_READY, f"the pods of {release.run} are not all ready")
 
     def smoke_test(self, task: Task, release: Release) -> None:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
@@ -3382,7 +3366,6 @@ FORGIVEN = {  # ends of a deployment that say nothing new against its commit
     *(Reason.BOTH_SICK, Reason.CLUSTER_ERROR, Reason.SELECTOR_CHANGED),
     *(Reason.ADOPTION_REFUSED, Reason.REJECTED),
 }
-UNMADE = "NoJobYet"  # why the ledger knows no outcome of a run that may never have had a Job
 RETRIED = ("Unreachable", "Conflict", "Unknown", "Forbidden", "NotFound")  # nobody's fault, or ours
 
 
@@ -3516,14 +3499,11 @@ class Controller:
             warn("push of an app that is not configured any more", app=name)
             return {*runs}
         deploys = {k: r for k, r in runs.items() if r.ref == app.deploy_ref}
-        refs, needless = self.past(app, deploys=bool(deploys))
+        needless = self.past(app, deploys=bool(deploys))[1]
         done = {k for k, r in deploys.items() if r.commit in needless}
         for run in (runs[k] for k in done):
             info("push needs nothing", reason=needless[run.commit], **run_words(run))
         wanted = sorted((r for k, r in runs.items() if k not in done), key=lambda r: r.received)
-        new = [r for r in wanted if refs.get(r.ref, {}).get("commit") != r.commit]
-        entries = (e for run in new for e in self.ledger.seen(run, None, UNMADE).items())
-        self.ledger.write(name, dict(entries))  # before a Job could end
         jobs = [test_job(self.config, app, r) for r in wanted]
         refused = self.kubectl.create_each(jobs, self.config.namespaces["test"]) if jobs else {}
         known = {name for name, refusal in refused.items() if refusal.kind == "AlreadyExists"}
@@ -3533,17 +3513,19 @@ class Controller:
         for run in wanted:
             if self.settle(run, refused.get(f"test-{run.id}"), there.get(run.id)):
                 done.add(run.id)
-        self.confirm(name, [r for r in wanted if r.id in done])
+        self.begun(name, [r for r in wanted if r.id in done])
         if left := [refused[f"test-{k}"] for k in runs.keys() - done]:
             warn("Jobs not created, will be tried again", count=len(left), detail=left[0].said)
         return done
 
-    def confirm(self, app: str, runs: Sequence[Run]) -> None:
-        """Write down that runs got their Jobs: from now on a missing one was deleted."""
-        with self.ledger.lock:  # one that has ended already stays so
+    def begun(self, app: str, runs: Sequence[Run]) -> None:
+        """Write down that runs have their Jobs: from now on a missing one was deleted."""
+        with self.ledger.lock:
             refs = self.ledger.read(app)[0] if runs else {}
-            waiting = {(e["ref"], e["commit"]) for e in refs.values() if e.get("reason") == UNMADE}
-            made = (self.ledger.seen(r, None) for r in runs if (r.ref, r.commit) in waiting)
+            # what has ended already, or is newer, stays so
+            new = [r for r in runs if refs.get(r.ref, {}).get("commit") != r.commit]
+            new = [r for r in new if seconds_of(refs.get(r.ref, {}).get("received")) <= r.received]
+            made = (self.ledger.seen(run, None) for run in new)
             self.ledger.write(app, {key: entry for each in made for key, entry in each.items()})
 
     def past(self, app: App, *, deploys: bool = True) -> tuple[dict[str, Object], dict[str, str]]:
@@ -3586,9 +3568,9 @@ class Controller:
         """Make runs of heads that moved unannounced, and end those that are lost.
 
         The first sight of a test-only ref is none. Lost is what the ledger says is under way and
-        of which there is neither a Job nor a stored push: its Job vanished while nobody looked,
-        or was never made, and then the run begins again. Of a ref with a stored push, or of which
-        the heads may be older than what was last seen, nothing is said.
+        of which there is neither a Job nor a stored push: its Job vanished while nobody looked. Of
+        a ref with a stored push, or of which the heads may be older than what was last seen,
+        nothing is said.
         """
         stored = {r.ref for _, r in self.spool.read() if r.app == app.name}
         (refs, needless), known = self.past(app), self.grouped()
@@ -3610,7 +3592,7 @@ class Controller:
             if commit in needless or (not seen and ref != app.deploy_ref):
                 room = seen or len(refs) + len(entries) < BASELINES
                 entries |= self.ledger.seen(run, "baseline") if room else {}
-            elif same and seen.get("reason") != UNMADE:
+            elif same:
                 self.finish(run, {}, vanish("its Jobs are gone", "test"))
             elif seen or run.id not in known:
                 info("head moved unannounced", **run_words(run))
@@ -3806,8 +3788,10 @@ class Controller:
         with self.ledger.lock:
             seen = self.ledger.read(run.app)[0].get(run.ref, {})
             # a newer push of the ref is what was last seen of it, whichever ends first
-            same = seen.get("commit", run.commit) == run.commit
-            entries = self.ledger.seen(run, outcome, action.reason) if same else {}
+            last = (
+                seen.get("commit") == run.commit or seconds_of(seen.get("received")) <= run.received
+            )
+            entries = self.ledger.seen(run, outcome, action.reason) if last else {}
             if bad and stage not in STAGES and action.reason not in FORGIVEN:
                 entries |= self.ledger.rejection(run.app, run.commit, action.reason)
             self.ledger.write(run.app, entries)
@@ -4192,7 +4176,7 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
         return 0
     spool = Spool(process.spool, config.limits.spool_files)
     spool.prepare()
-    tempfile.tempdir = own_folder(process.spool)
+    tempfile.tempdir = str(spool.scratch)
     controller = Controller(config, deployer, spool)
     app = WebhookApp(config, deployer.secrets, spool, controller)
     server = make_server(app, process.listen, config.webhook.max_body)
@@ -4207,18 +4191,6 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
     controller.shut_down(SHUTDOWN_SECONDS)
     info("stopped", spooled=len(spool))
     return 0
-
-
-def own_folder(spool: Path) -> str:
-    """Return an empty folder for temporary files: what a killed daemon left in there is gone.
-
-    One of this daemon's own, as its spool is: others may be at work on the same machine.
-    """
-    name = f"gitops-hook-{zlib.crc32(str(spool.resolve()).encode()):08x}"
-    folder = Path(tempfile.gettempdir()) / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return str(folder)
 
 
 def stop_on_signals(stopping: threading.Event) -> None:

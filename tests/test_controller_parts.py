@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -118,10 +117,11 @@ def test_what_was_done_is_not_done_again_on_the_same_ground_for_a_while() -> Non
 
 
 def test_a_newer_push_stays_the_last_seen_when_the_older_run_ends_after_it(controller: Any) -> None:
-    controller.ledger.write("shop", controller.ledger.seen(a_run(OLD), None))
-    controller.ledger.write("shop", controller.ledger.seen(a_run(NEW), None))
-    controller.finish(a_run(NEW), {}, ends(Outcome.TESTED))
-    controller.finish(a_run(OLD), {}, ends(Outcome.TESTED))
+    old, new = (replace(a_run(c), received=at) for c, at in ((OLD, 1.0), (NEW, 2.0)))
+    controller.ledger.write("shop", controller.ledger.seen(old, None))
+    controller.ledger.write("shop", controller.ledger.seen(new, None))
+    controller.finish(new, {}, ends(Outcome.TESTED))
+    controller.finish(old, {}, ends(Outcome.TESTED))
     assert seen(controller) == {"refs/heads/main": (NEW, "tested")}
 
 
@@ -471,18 +471,3 @@ def test_a_run_that_ended_during_a_look_is_not_begun_again_by_that_look(controll
     controller.jobs[0].learn({**found, "metadata": meta})
     view = controller.view(at_the_beginning, [], 1, newer=False)
     assert hook.decide(view).do is Do.NOTHING
-
-
-# What a killed process left
-
-
-def test_a_daemon_finds_its_own_folder_empty_and_leaves_those_of_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    ours, theirs = (Path(hook.own_folder(tmp_path / name)) for name in ("spool", "spool-2"))
-    for folder in (ours, theirs):
-        (folder / "gitops-hook-x" / "src").mkdir(parents=True)
-    assert Path(hook.own_folder(tmp_path / "spool")) == ours
-    assert not [*ours.iterdir()]
-    assert [*theirs.iterdir()]

@@ -36,7 +36,7 @@ def opened(folder: Path, max_files: int = 1000) -> hook.Spool:
 
 
 def names(spool: hook.Spool) -> list[str]:
-    return sorted(p.name for p in spool.directory.iterdir() if p.name != "bad")
+    return sorted(p.name for p in spool.directory.iterdir() if p.name not in ("bad", "scratch"))
 
 
 def aside(spool: hook.Spool) -> list[str]:
@@ -291,6 +291,17 @@ def test_a_push_that_was_not_accepted_before_a_crash_is_moved_aside(
     assert (again.read(), len(again)) == ([], 0)
     assert aside(again) == ["1-x.json.abc.tmp"]
     assert "spool file moved aside" in caplog.messages
+
+
+def test_what_a_killed_process_left_in_its_scratch_folder_is_gone(
+    spool: hook.Spool, tmp_path: Path
+) -> None:
+    (spool.scratch / "checkout" / "src").mkdir(parents=True)
+    spool.store([run(1)])
+    again = opened(tmp_path)
+    assert again.scratch == spool.scratch
+    assert [*again.scratch.iterdir()] == []
+    assert len(again) == 1
 
 
 def test_what_a_file_system_keeps_for_itself_is_left_alone(tmp_path: Path) -> None:
