@@ -1961,7 +1961,6 @@ class Watch(Generic[V]):
         self.trouble, self._lock = "", threading.RLock()
         self._view: Callable[[Object], V] = view
         self._items: dict[str, V] = {}
-        self._gone: list[V] = []
         self._process: subprocess.Popen[str] | None = None
 
     def items(self) -> list[V]:
@@ -1973,12 +1972,6 @@ class Watch(Generic[V]):
         """Return what is known now of one object."""
         with self._lock:
             return self._items.get(name)
-
-    def take_gone(self) -> list[V]:
-        """Return what disappeared since the last call, as it was last seen."""
-        with self._lock:
-            gone, self._gone = self._gone, []
-            return gone
 
     def learn(self, found: Object) -> None:
         """Take over what a patch returned, before the watch tells; what is gone stays so."""
@@ -2011,7 +2004,7 @@ class Watch(Generic[V]):
             self.stopped.wait(backoff(failures - 1) if lost else 0.1)
 
     def _list(self) -> str:
-        """Learn what is there, and so what is gone; return the version at which that was so."""
+        """Learn what is there; return the version at which that was so."""
         found: dict[str, V] = {}
         token: str | None = ""
         while token is not None:
@@ -2020,7 +2013,6 @@ class Watch(Generic[V]):
             found |= {v.name: v for v in map(self._read, page["items"]) if v}
             token = page["metadata"].get("continue") or None
         with self._lock:
-            self._gone += [self._items[n] for n in self._items.keys() - found.keys()]
             self._items = {name: self._newer(seen) for name, seen in found.items()}
         self.trouble = ""
         self.synced.set()
@@ -2054,10 +2046,10 @@ class Watch(Generic[V]):
         """Let one event change the mirror."""
         if seen := self._read(found):
             with self._lock:
-                if kind != "DELETED":
+                if kind == "DELETED":
+                    self._items.pop(seen.name, None)
+                else:
                     self._items[seen.name] = self._newer(seen)
-                elif self._items.pop(seen.name, None):
-                    self._gone.append(seen)
             self.changed.set()
 
     def _newer(self, seen: V) -> V:
@@ -3392,7 +3384,7 @@ class Controller:
         self.due = dict.fromkeys(self.apps, 0.0)  # when to compare them with what was last seen
         self.taken: dict[tuple[str, str], tuple[int, float]] = {}  # failures, and until when
         self.doom: dict[str, Doom] = {}
-        self.missed: list[Job] = []  # deleted, and what that means not yet written down
+        self.known: dict[str, dict[str, Job]] = {}  # what the last look found, by run and stage
         self.once = Once(self.clock)
         self.threads: dict[str, threading.Thread] = {}
         self.metrics.spool.set_function(lambda: len(spool))
@@ -3620,13 +3612,10 @@ class Controller:
 
     def tick(self) -> None:
         """Take the next step of every run that has one; newest first."""
-        # first what is gone: what goes after this is missed in the next look
-        self.missed += [x for w in self.watches() for x in w.take_gone() if isinstance(x, Job)]
         runs = self.grouped()
-        for lost in [*self.missed]:
-            with self.alone(lost.run):
-                self.vanished(lost, runs.get(lost.run.id, {}))
-                self.missed.remove(lost)
+        for lost in (j for g in self.known.values() for j in g.values()):
+            self.vanished(lost, runs.get(lost.run.id, {}))
+        self.known = runs
         groups = [g for g in runs.values() if not over(g)]
         states = [j.state for g in groups for j in g.values()]
         for state in ("suspended", "active"):
@@ -3814,12 +3803,14 @@ class Controller:
         (error if bad else info)("run ended", **why, seconds=took, **run_words(run))
 
     def vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
-        """End a run whose Job disappeared before its end."""
+        """End a run whose Job, seen in the last look, disappeared before its end."""
+        if lost.stage in left:
+            return
         ended = lost.outcome or over({lost.stage: lost, **left})
         # only green tests are built; a finished build can be made once more
         green = "build" in left and not left["build"].outcome
         spare = green if lost.stage == "test" else lost.state == "succeeded"
-        if not ended and not spare and lost.stage not in left:
+        if not ended and not spare:
             why = vanish(f"Job {lost.name} was deleted", lost.stage)
             self.finish(lost.run, left or {lost.stage: lost}, why)
 

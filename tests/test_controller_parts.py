@@ -223,14 +223,17 @@ def delete(controller: Any, watch: hook.Watch[hook.Job]) -> None:
 def test_a_deleted_job_is_told_again_after_a_failure_and_then_no_more(
     controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delete(controller, a_mirrored_job(controller))
+    watch = a_mirrored_job(controller)
+    controller.tick()
+    delete(controller, watch)
 
     def lose(resource: str, name: str, namespace: str) -> None:
         raise hook.KubectlError(["kubectl"], None, "timed out")
 
     with monkeypatch.context() as patched:
         patched.setattr(controller.kubectl, "get", lose)
-        controller.tick()
+        with pytest.raises(hook.KubectlError):
+            controller.tick()
     assert seen(controller) == {}
     labels = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
     for _ in range(2):
