@@ -2501,7 +2501,7 @@ class Deployer:
 
     def __init__(self, kubectl: Kubectl, git: Git, secrets: Secrets, clock: Clock) -> None:
         self.kubectl, self.git, self.secrets, self.clock = kubectl, git, secrets, clock
-        self.metrics = kubectl.metrics
+        self.metrics, self.ledger = kubectl.metrics, Ledger(kubectl, clock)
         self.holder = uuid.uuid4().hex[:12]
         self.stop = threading.Event()
 
@@ -3367,7 +3367,7 @@ class Controller:
     def __init__(self, config: Config, deployer: Deployer, spool: Spool) -> None:
         self.config, self.deployer, self.spool = config, deployer, spool
         self.kubectl, self.metrics, self.clock = deployer.kubectl, deployer.metrics, deployer.clock
-        self.ledger, self.pulses = Ledger(self.kubectl, self.clock), Pulses(self.clock)
+        self.ledger, self.pulses = deployer.ledger, Pulses(self.clock)
         self.stop, self.wake, self.spooled = deployer.stop, threading.Event(), threading.Event()
         ours, spaces = f"{LABEL_MANAGED}={MANAGER}", config.namespaces
         stages, live = [spaces[s] for s in STAGES], f"{ours},{LABEL_STAGE}=live"
@@ -4292,7 +4292,7 @@ def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
         found.append((run.id, run.app, run.ref, run.commit, stage, state, job.outcome, *notes))
     rejected = {}
     for app in apps:
-        seen, rejected[app] = Ledger(tools.deployer.kubectl, tools.deployer.clock).read(app)
+        seen, rejected[app] = tools.deployer.ledger.read(app)
         for e in (e for e in seen.values() if e.get("outcome") not in (None, "baseline")):
             ref, commit = e["ref"], e["commit"]
             known = (run_id(app, ref, commit), app, ref, commit, "", "ended")
@@ -4320,9 +4320,8 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
     what = f"{target.get('run') or 'what was there before'} ({target.get('colour') or 'adopted'})"
     say(f"{app.name} {environment}: back on {what}")
     if commit := left.get("commit"):
-        ledger = Ledger(deployer.kubectl, deployer.clock)
         reason = clip(args.reason) or Reason.ROLLED_BACK
-        ledger.write(app.name, ledger.rejection(app.name, commit, reason))
+        deployer.ledger.write(app.name, deployer.ledger.rejection(app.name, commit, reason))
         say(f"{left['run']} is rejected until `rerun {left['run']}`")
     task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
     if not deployer.followed(task, target["selector"], int(target.get("replicas", 1))):
@@ -4343,7 +4342,7 @@ def rerun(tools: Tools, args: argparse.Namespace) -> int:
         raise RefusedError(text)
     (ref, commit), now = named[0], deployer.clock.now()
     run = Run(id=args.run, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
-    ledger, namespace = Ledger(deployer.kubectl, deployer.clock), tools.config.namespaces["test"]
+    ledger, namespace = deployer.ledger, tools.config.namespaces["test"]
     ledger.write(app.name, {f"rejected-{run.commit}": None})
     for _ in range(REOPEN_TRIES):
         made = deployer.kubectl.create_each([test_job(tools.config, app, run)], namespace)
@@ -4399,7 +4398,7 @@ def plan(tools: Tools, args: argparse.Namespace) -> int:
 
 def rejection(tools: Tools, run: Run) -> str:
     """Return whether a commit is rejected, and why."""
-    found = Ledger(tools.deployer.kubectl, tools.deployer.clock).read(run.app)[1].get(run.commit)
+    found = tools.deployer.ledger.read(run.app)[1].get(run.commit)
     return f"{found.get('reason')}; only `rerun {run.id}` deploys it" if found else "no"
 
 
