@@ -85,6 +85,8 @@ apply: $(HAS_KUBECTL) ## Install or update (IMAGE=registry/name:tag, OVERLAY=pat
 		$(call die,say which image: make apply IMAGE=registry.example.com/tools/gitops-hook:1.0.0)
 	rendered=$$($(KUBECTL) kustomize '$(OVERLAY)' | \
 		sed -E "s#(^|[^a-zA-Z0-9._/-])gitops-hook:dev($$|[^a-zA-Z0-9._-])#\1$(IMAGE)\2#g")
+	grep -qE '(^|[ {,])hook: *[^ ]' <<<"$$rendered" || \
+		$(call die,config.yaml does not say images.hook: add  images: {hook: gitops-hook:dev}  as it stands)
 	digest=$$(sha256sum <<<"$$rendered" | cut -c 1-16)
 	$(KUBECTL) apply -f - <<<"$${rendered//digest-of-what-was-applied/$$digest}"
 	$(KUBECTL) -n orchestration get secret gitops-hook-secrets -o name >/dev/null || \
@@ -102,14 +104,17 @@ kind: ## Try it on a kind cluster: make one, load the image, apply
 	docker info >/dev/null 2>&1 || $(call die,the docker command is here but reaches no docker engine; start one)
 	kind get clusters | grep -qx $(KIND) || kind create cluster --name $(KIND) --wait 120s
 	$(MAKE) image IMAGE='$(LOCAL_IMAGE)'
-	kind load docker-image '$(LOCAL_IMAGE)' --name $(KIND)
+	# by its content: a name that stays the same would not restart the daemon
+	id=$$(docker image inspect --format '{{.Id}}' '$(LOCAL_IMAGE)') && image=gitops-hook:$${id:7:12}
+	docker tag '$(LOCAL_IMAGE)' "$$image"
+	kind load docker-image "$$image" --name $(KIND)
 	$(if $(HAS_KUBECTL),$(MAKE) venv)
 	kubectl='$(KUBECTL) --context kind-$(KIND)'
 	$$kubectl create namespace orchestration --dry-run=client -o yaml | $$kubectl apply -f -
 	$$kubectl -n orchestration get secret gitops-hook-secrets -o name || \
 		printf 'whsec_%s\n' "$$(head -c 32 /dev/urandom | base64)" | $$kubectl -n orchestration \
 			create secret generic gitops-hook-secrets --from-file=webhook-signing-tokens=/dev/stdin
-	$(MAKE) apply IMAGE='$(LOCAL_IMAGE)' KUBECTL="$$kubectl"
+	$(MAKE) apply IMAGE="$$image" KUBECTL="$$kubectl"
 
 lock: $(INSTALLED) ## Pin what *.in asks for, with hashes (ARGS=--upgrade for newer versions)
 	@$(BIN)/uv --version 2>/dev/null | grep -q '^uv $(UV:uv==%=%)' || \

@@ -282,7 +282,7 @@ class KubectlError(ProcessError):
         """
         refused = r"^Error from server \((\w+)\).*$"
         words = re.findall(refused, self.stderr, re.MULTILINE)
-        rest = re.sub(refused, "", self.stderr, flags=re.MULTILINE)
+        rest = re.sub(refused, "", LIBRARY_LOG.sub("", self.stderr), flags=re.MULTILINE)
         if self.code is None or UNREACHABLE.search(rest) or OVERLOADED.intersection(words):
             return "Unreachable"
         if re.search("denied (the )?request", self.stderr):  # most of them Forbidden besides
@@ -348,7 +348,8 @@ def scaled(text: str) -> float:
 
 
 TEXT = matching(r"(?s)(?=.*\S)[^\x00]{1,10000}", "a text")
-NAME = matching(rf"(?!.{{31}}){DNS_LABEL.pattern}", "a DNS label of at most 30 characters")
+SHORT = "a DNS label of at most 30 characters that begins with a letter"  # as Services want it
+NAME = matching(rf"(?![0-9]|.{{31}}){DNS_LABEL.pattern}", SHORT)
 LABEL = matching(rf"(?!.{{64}}){DNS_LABEL.pattern}", "a DNS label")
 BRANCH = matching(r"(?!refs/)[^\s~^:?*\[\\]{1,255}", "a branch name (without refs/heads/)")
 FOLDER = matching(r"(?![/-])(?!(.*/)?\.\.(/|$))[^\x00]+", "a relative path within the repository")
@@ -1270,6 +1271,7 @@ class Git:
 RUN_FIELDS = ("ref", "commit", "before", "title", "delivery")  # each an annotation of the Job
 TEST_CONTAINER, BUILD_CONTAINER, RESULTS_CONTAINER = "test-runner", "kaniko", "results"
 SOURCE, CREDENTIALS_MOUNT = "/workspace/src", "/var/run/gitops-hook"
+BUILD_CONTEXT = "/kaniko/source/src"  # the same: what a Dockerfile puts into a mount gets lost
 # What every Job has; what every container has, fit for Pod Security `restricted`; what the builder
 # has instead, which unpacks images over its own root, /tmp included, fit for `baseline`.
 JOB, CONTAINER, BUILDER, REGISTRY = yaml.safe_load_all("""
@@ -1308,7 +1310,7 @@ volumeMounts: [{name: workspace, mountPath: /workspace}, {name: tmp, mountPath: 
 env: [{name: container, value: kube}]  # it looks for that, or a token, before it writes to its root
 securityContext: {runAsNonRoot: false, runAsUser: 0, runAsGroup: 0, allowPrivilegeEscalation: false,
   capabilities: {drop: [ALL], add: [CHOWN, DAC_OVERRIDE, FOWNER, SETUID, SETGID, SETFCAP]}}
-volumeMounts: [{name: workspace, mountPath: /workspace},
+volumeMounts: [{name: workspace, mountPath: /kaniko/source},
                {name: registry, mountPath: /kaniko/.docker}]
 ---
 name: registry
@@ -1365,7 +1367,7 @@ def test_job(config: Config, app: App, run: Run) -> Object:
 
 def build_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that builds and pushes the image; its last words are the digest."""
-    options = [f"--context=dir://{SOURCE}", f"--dockerfile={app.build.dockerfile}"]
+    options = [f"--context=dir://{BUILD_CONTEXT}", f"--dockerfile={app.build.dockerfile}"]
     options += [f"--destination={app.build.image}:{run.commit[:8]}", *app.build.args]
     options += ["--digest-file=/dev/termination-log"]
     build = container(BUILD_CONTAINER, config.images.kaniko, options)
@@ -2088,6 +2090,9 @@ HOPELESS_PULL = re.compile(
     r"|no basic auth|insufficient_scope|authorization failed|invalid reference|InvalidImageName"
     r"|couldn't parse image|does not exist|no match for platform"
 )
+HEALING_REFUSAL = re.compile(
+    "failed calling webhook|Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown"
+)
 START = re.compile("(Create|Run)Container.*Error|StartError|ContainerCannotRun")
 STAGES = {  # who works, who leaves its last words where, and how it fails
     "test": (TEST_CONTAINER, RESULTS_CONTAINER, NOTE_SUMMARY, Reason.TESTS_FAILED),
@@ -2145,7 +2150,7 @@ def creation_symptom(message: str, key: str) -> Symptom:
     """Return why pods cannot be created, from a FailedCreate event or ReplicaFailure condition."""
     if "exceeded quota" in message:
         return Symptom(f"{key}/quota", Reason.QUOTA_EXCEEDED, clip(message), 15.0)
-    heals = re.search("failed calling webhook|Internal error|timed? ?out|etcd", message)
+    heals = re.search(HEALING_REFUSAL, message)
     return Symptom(f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 60.0 if heals else 3.0)
 
 
@@ -2604,6 +2609,12 @@ class Deployer:
             raise StageError(Reason.ADOPTION_REFUSED, detail)
         return free[0], replicas
 
+    def size(self, task: Task, selector: Mapping[str, str]) -> int:
+        """Return how many pods a colour is to have now: an autoscaler may have changed it."""
+        name = f"{task.app.name}-{selector.get(LABEL_VERSION, '')}"
+        found = self.kubectl.get("deployment", name, task.namespace) or {}
+        return int(found.get("spec", {}).get("replicas", 1))
+
     def pods(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
         """Return the pods that a selector reaches; an empty one reaches none."""
         terms = selector_text(selector)
@@ -2925,6 +2936,7 @@ class Deployer:
                 unmoved = not slices or (ready and not ready & known)
                 limit = UNMOVED_SECONDS if unmoved else VERIFY_SECONDS
                 spent += min(self.clock.monotonic() - looked, 1.0)
+                wanted = min(wanted, self.size(task, selector))
             looked = self.clock.monotonic()
             self.still_live(task)
             self.pause(0.1)
@@ -2935,13 +2947,13 @@ class Deployer:
         health, since = task.app.deploy.health, seconds_of(service.live.get("at"))
         least = self.clock.now() + min(REBAKE_SECONDS, task.app.deploy.bake)
         until = max(seconds_of(service.note(NOTE_BAKE, 0.0)), least)
-        url, failures = self.preview(task, release), 0
+        url, failures, wanted = self.preview(task, release), 0, release.wanted
         sound = looked = self.clock.monotonic()
         while self.clock.now() < until:
             self.pause(HEALTH_INTERVAL)
             refusal = health_refusal(url)
             known = [p for p in pods.items() if p.run == release.run]
-            calm = not disturbed(known, release.wanted)
+            calm = not disturbed(known, wanted)
             failures = failures + 1 if refusal and calm else 0
             down = unready(known, since)
             sound = sound if down else self.clock.monotonic()
@@ -2956,6 +2968,8 @@ class Deployer:
             if self.clock.monotonic() - looked > LOOK_SECONDS:
                 looked = self.clock.monotonic()
                 self.still_live(task)
+                with suppress(KubectlError):
+                    wanted = min(wanted, self.size(task, release.selector))
 
     def still_live(self, task: Task) -> None:
         """Raise when the live Service was switched away from a run, as far as it can be seen."""
@@ -3184,7 +3198,7 @@ class Deployer:
 
     def raise_target(self, task: Task, claimed: Service, target: Object) -> Object:
         """Return a rollback target's entry once its pods are ready, brought back if need be."""
-        app, namespace, run = task.app.name, task.namespace, target.get("run")
+        app, run = task.app.name, target.get("run")
         carried = not run or self.fenced(task, target, claimed) == run
         ready = len(self.ready_pods(task.namespace, target["selector"]))
         if ready >= int(target.get("replicas", 1)) and carried:
@@ -3195,8 +3209,7 @@ class Deployer:
         release = self.release(task, target)
         live = claimed.selector.get(LABEL_VERSION, "")
         colour = next(c for c in (release.colour, *COLOURS) if c != live)
-        standing = self.kubectl.get("deployment", f"{app}-{live}", namespace) or {}
-        size = int(standing.get("spec", {}).get("replicas", 1))
+        size = self.size(task, claimed.selector)
         release = recoloured(release, task.app, colour, max(size, release.wanted))
         record = release.configmap(app)
         with self.watched_pods(task) as pods:
@@ -4083,7 +4096,9 @@ def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
     host, _, port = listen.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
-        bound = socket.create_server((host.strip("[]"), int(port)), family=family)
+        both = host == "[::]" and socket.has_dualstack_ipv6()
+        where = (host.strip("[]"), int(port))
+        bound = socket.create_server(where, family=family, dualstack_ipv6=both)
     except (OSError, ValueError, OverflowError) as wrong:
         raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
     body = {"max_request_body_size": 2 * max_body + 1}

@@ -154,7 +154,7 @@ def test_a_fault_at_the_top_is_told(text: str, fault: str) -> None:
 
 
 NOT = "is not"
-NO_NAME = f"{NOT} a DNS label of at most 30 characters"
+NO_NAME = f"{NOT} a DNS label of at most 30 characters that begins with a letter"
 NO_URL = f"{NOT} an http(s) URL without user, query and fragment"
 NO_DURATION = f"{NOT} a duration (e.g. 90s, 15m, 2h)"
 NO_FOLDER = f"{NOT} a relative path within the repository"

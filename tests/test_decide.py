@@ -905,6 +905,10 @@ WEBHOOK = (
     'Internal error occurred: failed calling webhook "check.example.com": failed to call webhook:'
     ' Post "https://check.policy.svc:443/": dial tcp 10.0.0.9:443: connect: connection refused'
 )
+EDITED = (
+    'pods "x" is forbidden: Operation cannot be fulfilled on resourcequotas "test-quota": the'
+    " object has been modified; please apply your changes to the latest version and try again"
+)
 FULL = "0/3 nodes are available: 3 Insufficient cpu."
 NO_NODE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": FULL}
 
@@ -928,6 +932,7 @@ LASTING: dict[str, tuple[list[hook.Symptom], int, Reason]] = {
     "no program": (waits_for("RunContainerError", STARTS), 30, Reason.CONTAINER_CONFIG),
     "no quota": ([hook.creation_symptom(QUOTA, "k")], 15, Reason.QUOTA_EXCEEDED),
     "no limits": ([hook.creation_symptom(NO_LIMITS, "k")], 3, Reason.ADMISSION_REFUSED),
+    "no count": ([hook.creation_symptom(EDITED, "k")], 60, Reason.ADMISSION_REFUSED),
     "no webhook": ([hook.creation_symptom(WEBHOOK, "k")], 60, Reason.ADMISSION_REFUSED),
     "no node": (
         list(hook.pod_symptoms(a_pod(conditions=[NO_NODE]))), 120, Reason.UNSCHEDULABLE),

@@ -100,6 +100,13 @@ def test_endpoints_that_did_not_move_at_all_are_given_more_time_than_those_that_
     assert deployer(tmp_path, looks).followed(task(), NEW, 2) is arrives
 
 
+def test_endpoints_are_as_many_as_an_autoscaler_wants_by_now(tmp_path: Path) -> None:
+    made = deployer(tmp_path, [slices("shop-new-1")])
+    smaller = {"metadata": {"name": "shop-green"}, "spec": {"replicas": 1}}
+    (tmp_path / "deployment").write_text(json.dumps(smaller))
+    assert made.followed(task(), NEW, 2)
+
+
 @pytest.mark.parametrize(("observed", "told"), [(1, []), (2, ["QuotaExceeded"])])
 def test_what_a_deployment_said_of_the_version_before_is_not_held_against_the_new_one(
     tmp_path: Path, observed: int, told: list[str]

@@ -250,7 +250,7 @@ def test_kaniko_pushes_the_commit_and_leaves_the_digest() -> None:
     }
     args = [expand(a, {}) for a in container(of_build(config(build=build)), "kaniko")["args"]]
     assert args == [
-        "--context=dir:///workspace/src",
+        "--context=dir:///kaniko/source/src",
         "--dockerfile=docker/Dockerfile.prod",
         "--destination=registry.example.com:5000/demo/shop:1a2b3c4d",
         "--build-arg=PRICE=$(5)",

@@ -27,7 +27,7 @@ PLACEHOLDER = "gitops-hook:dev"
 NAME_LABEL = "kubernetes.io/metadata.name"
 OURS = {"orchestration", "test", "build", "staging", "production"}
 # Namespaces that a cluster brings or a user has; what they hold is theirs.
-THEIRS = {"kube-system", "monitoring", "registry"}
+THEIRS = {"kube-system", "monitoring", "registry", "git"}
 DAEMON = "orchestration-sa"
 
 Object = dict[str, Any]
@@ -501,7 +501,7 @@ def test_the_daemon_is_reached_on_its_ports_and_reaches_its_applications(base: I
     assert [p["port"] for p in metrics["ports"]] == [ports["metrics"]]
     assert selected_namespaces(metrics["from"][0]["namespaceSelector"]) == {"monitoring"}
     _, api_server, http, smoke = spec["egress"]
-    assert {p["port"] for p in api_server["ports"]} == {443, 6443}
+    assert {p["port"] for p in api_server["ports"]} == {443, 6443, 8443, 16443}
     assert not any(allows(peer["ipBlock"], "169.254.169.254") for peer in http["to"])
     assert selected_namespaces(smoke["to"][0]["namespaceSelector"]) == {"staging", "production"}
     assert "ports" not in smoke
@@ -743,6 +743,22 @@ def test_make_apply_says_which_secret_is_missing_instead_of_waiting(fake_kubectl
     assert done.returncode != 0
     assert "secrets.example" in done.stderr
     assert not [call for call in calls(fake_kubectl) if "rollout" in call]
+
+
+@pytest.mark.parametrize(
+    ("images", "fine"),
+    [("", False), ("images: {kaniko: k:1}", False), ("images: {kaniko: k:1, hook: own:1}", True)],
+)
+def test_make_apply_refuses_a_configuration_whose_jobs_would_have_no_image(
+    fake_kubectl: Path, tmp_path: Path, images: str, *, fine: bool
+) -> None:
+    overlay = tmp_path / "manifests"
+    shutil.copytree(ROOT / "manifests", overlay)
+    (overlay / "example" / "config.yaml").write_text(f"apps: []\n{images}\n", "utf-8")
+    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY=f"{overlay}/example")
+    assert (done.returncode == 0) is fine
+    assert ("images.hook" in done.stderr) is not fine
+    assert bool(calls(fake_kubectl)) is fine
 
 
 @pytest.mark.parametrize("image", ["", "gitops-hook", "a b:1", "x:1'; echo no; '", "x:1#g;s/a/b/"])
