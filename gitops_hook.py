@@ -60,7 +60,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
 
@@ -2498,6 +2498,30 @@ class Task:
         return self.environment == self.app.deploy.environments[-1]
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def persistent(step: F) -> F:
+    """Repeat a step that looks and acts, until it gets an answer another try cannot change.
+
+    After a conflict, and where no answer came, so that its effect is unknown.
+    """
+
+    def persist(self: Deployer, task: Task, *args: Any, **more: Any) -> Any:
+        """Take the step until it is answered."""
+        for failures in itertools.count():
+            try:
+                return step(self, task, *args, **more)
+            except KubectlError as failed:
+                if failed.kind not in AGAIN:
+                    raise
+                warn("will look again", detail=str(failed), **task.words)
+                self.pause(0.05 if failed.kind != "Unreachable" else min(backoff(failures), 2.0))
+        return None
+
+    return cast(F, persist)
+
+
 class Deployer:
     """Brings runs into environments, and takes traffic back. Every step looks before it acts.
 
@@ -2519,7 +2543,11 @@ class Deployer:
         with self.watched_pods(task) as pods:
             service = self.service(task)
             if not (service and service.run == task.run.id):
-                self.switch(task, *self.prepare(task, pods))
+                release, claimed = self.prepare(task, pods)
+                self.require_head(task)
+                self.switch(task, release, claimed)
+                self.metrics.switches.labels(*task.labels, "forward").inc()
+                info("switched", colour=release.colour, commit=release.commit, **task.words)
             self.settle(task, pods)
 
     def prepare(self, task: Task, pods: Watch[Pod]) -> tuple[Release, Service | None]:
@@ -2553,37 +2581,21 @@ class Deployer:
         if self.stop.wait(seconds):
             raise InterruptedError
 
-    def persist(self, task: Task, step: Callable[[], T]) -> T:
-        """Take a step that looks and acts, until it gets an answer that another try cannot change.
-
-        It is repeated after a conflict, and where no answer came, so that its effect is unknown.
-        """
-        failures = 0
-        while True:
-            try:
-                return step()
-            except KubectlError as failed:
-                if failed.kind not in AGAIN:
-                    raise
-                warn("will look again", detail=str(failed), **task.words)
-                self.pause(0.05 if failed.kind != "Unreachable" else min(backoff(failures), 2.0))
-                failures += 1
-
-    def edit(self, task: Task, change: Callable[[Service], Object | None]) -> Service | None:
-        """Compare-and-set the live Service; return it, None where there is none.
-
-        `change` gets what was read and returns the patch, or None when there is nothing to do.
-        """
-
-        def step() -> Service | None:
-            """Look, and patch what was seen."""
-            service = self.service(task)
-            patch = change(service) if service else None
-            if service is None or patch is None:
-                return service
-            return Service(self.kubectl.patch("service", service.name, task.namespace, patch))
-
-        return self.persist(task, step)
+    def write(
+        self, task: Task, seen: Service, notes: Object, goal: Object | None = None
+    ) -> Service:
+        """Compare-and-set the live Service: notes, None removes one, and where it points."""
+        texts = {k: None if v is None else json.dumps(v) for k, v in notes.items()}
+        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: seen.name, LABEL_STAGE: "live"}
+        meta = {"resourceVersion": str(seen.version), "annotations": texts, "labels": labels}
+        change: Object = {"metadata": meta, "spec": {}}
+        if goal:
+            # a merge keeps keys that are not named: those that must go are set to null
+            selector = {**dict.fromkeys(seen.selector), **goal["selector"]}
+            change["spec"] = {"selector": selector}
+        if goal and goal.get("ports"):
+            change["spec"]["ports"] = ports_like(goal["ports"], seen.ports)
+        return Service(self.kubectl.patch("service", seen.name, task.namespace, change))
 
     def place(self, task: Task) -> tuple[str, int]:
         """Return the idle colour, and how large the live one is.
@@ -2630,37 +2642,34 @@ class Deployer:
         known = {"run": run, "colour": colour, "phase": phase, "since": since}
         return {**known, "holder": self.holder, "heal": heal}
 
+    @persistent
     def claim(self, task: Task, release: Release) -> Service | None:
         """Say on the live Service that this run is changing the environment; None if there is none.
 
         The same patch marks what stands in the idle colour as overwritten and remembers its release
         if it was a rollback target, so that it can be healed, and narrows a foreign selector.
         """
-
-        def change(service: Service) -> Object:
-            """Claim what was seen, unless it cannot be claimed."""
-            claim, history, colour = service.claim, service.history, release.colour
-            if service.selector.get(LABEL_VERSION) == colour:
-                raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
-            fresh = self.clock.now() - seconds_of(claim.get("since")) < CLAIM_SECONDS
-            if fresh and claim.get("phase") == Phase.ROLLBACK:
-                raise HookError("a rollback is under way")
-            heal = claim.get("heal", "") if claim.get("colour") == colour else ""
-            stood = [e for e in history if e.get("colour") == colour and not e.get("overwritten")]
-            if stood:
-                well = stood[0].get("outcome") in (Outcome.DEPLOYED, "")
-                heal = stood[0]["release"] if well else ""
-            notes: Object = {NOTE_CLAIM: self.note(task.run.id, colour, Phase.PREPARING, heal)}
-            selector = None if service.ours else self.adopted(task, release, service)
-            if selector and not history:
-                first = {"run": "", "colour": "", "outcome": "adopted", "selector": selector}
-                ports = service.ports
-                history = [{**first, "ports": ports, "at": self.clock.now()}]
-                notes[NOTE_PREVIOUS] = selector
-            notes[NOTE_HISTORY] = [{**e, "overwritten": True} if e in stood else e for e in history]
-            return service_patch(service, notes, selector)
-
-        return self.edit(task, change)
+        if (service := self.service(task)) is None:
+            return None
+        claim, history, colour = service.claim, service.history, release.colour
+        if service.selector.get(LABEL_VERSION) == colour:
+            raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
+        fresh = self.clock.now() - seconds_of(claim.get("since")) < CLAIM_SECONDS
+        if fresh and claim.get("phase") == Phase.ROLLBACK:
+            raise HookError("a rollback is under way")
+        heal = claim.get("heal", "") if claim.get("colour") == colour else ""
+        stood = [e for e in history if e.get("colour") == colour and not e.get("overwritten")]
+        if stood:
+            well = stood[0].get("outcome") in (Outcome.DEPLOYED, "")
+            heal = stood[0]["release"] if well else ""
+        notes: Object = {NOTE_CLAIM: self.note(task.run.id, colour, Phase.PREPARING, heal)}
+        goal = None if service.ours else {"selector": self.adopted(task, release, service)}
+        if goal and not history:
+            first = {"run": "", "colour": "", "outcome": "adopted", **goal}
+            history = [{**first, "ports": service.ports, "at": self.clock.now()}]
+            notes[NOTE_PREVIOUS] = goal["selector"]
+        notes[NOTE_HISTORY] = [{**e, "overwritten": True} if e in stood else e for e in history]
+        return self.write(task, service, notes, goal)
 
     def adopted(self, task: Task, release: Release, service: Service) -> dict[str, str]:
         """Return the selector that keeps a foreign Service on exactly today's pods."""
@@ -2714,33 +2723,27 @@ class Deployer:
             watch.stop()
             thread.join(KUBECTL_TIMEOUT)
 
+    @persistent
     def apply(self, task: Task, release: Release, claimed: Service | None) -> None:
         """Record a release, and put its Deployment in the place of what stands there.
 
         It is written against the version read before the look at the claim, and each write differs:
         the late write of one who has lost the claim meets a newer version and changes nothing.
         """
-        meta = release.deployment["metadata"]
+        meta, records = release.deployment["metadata"], release.configmap(task.app.name)
         mark = {NOTE_WRITER: writer(claimed.claim if claimed else {"holder": self.holder})}
         marked = {**meta, "annotations": {**meta.get("annotations", {}), **mark}}
-
-        def step() -> None:
-            """Look, see the claim held, write."""
-            records = [*release.configmaps, release.configmap(task.app.name)]
-            self.kubectl.create(records, task.namespace)
+        with self.offered():
+            self.kubectl.create([*release.configmaps, records], task.namespace)
             found = self.kubectl.get("deployment", meta["name"], task.namespace)
             self.check_claim(task, claimed, self.service(task))
             self.kubectl.put({**release.deployment, "metadata": marked}, found, task.namespace)
 
-        self.offer(task, step)
-
-    def offer(self, task: Task, step: Callable[[], None]) -> None:
-        """Persist with a step that writes what the app's manifests ask for.
-
-        Raises StageError for what the server refuses in it.
-        """
+    @contextmanager
+    def offered(self) -> Iterator[None]:
+        """Raise StageError for what the server refuses in what the app's manifests ask for."""
         try:
-            self.persist(task, step)
+            yield
         except KubectlError as refused:
             # that our own role lacks a verb is not the manifest's fault
             ours = re.search(r"cannot \w+ resource", refused.stderr)
@@ -2849,37 +2852,29 @@ class Deployer:
 
     # The switch and the way back.
 
+    @persistent
     def switch(self, task: Task, release: Release, claimed: Service | None) -> None:
-        """Point the live Service at a release in one compare-and-set patch."""
-        self.require_head(task)
+        """Point the live Service at a release in one compare-and-set patch, or make the first."""
+        service = self.service(task)
+        if service and service.run == release.run:
+            return
+        self.check_claim(task, claimed, service)
         entry = {f: getattr(release, f) for f in ("run", "commit", "image", "colour", "selector")}
         record = release.configmap(task.app.name)["metadata"]["name"]
         entry |= {"ports": release.ports, "release": record, "replicas": release.wanted}
         entry |= {"at": round(self.clock.now(), 3), "by": MANAGER, "outcome": ""}
-        notes: Object = {NOTE_CLAIM: self.note(release.run, release.colour, Phase.BAKING)}
+        history = [entry, *(service.history if service else ())][:HISTORY_LENGTH]
+        claim = self.note(release.run, release.colour, Phase.BAKING)
+        notes: Object = {NOTE_HISTORY: history, NOTE_CLAIM: claim}
         if task.last:
             notes[NOTE_BAKE] = round(self.clock.now() + task.app.deploy.bake, 3)
-
-        def change(service: Service) -> Object | None:
-            """Switch what was seen, if it is still what was claimed."""
-            if service.run == release.run:
-                return None
-            self.check_claim(task, claimed, service)
-            history = [entry, *service.history][:HISTORY_LENGTH]
-            more = {NOTE_PREVIOUS: service.selector, NOTE_HISTORY: history}
-            return service_patch(service, {**notes, **more}, release.selector, release.ports)
-
-        def step() -> None:
-            """Switch, or make the first Service."""
-            if self.edit(task, change) is None:
-                live = copy.deepcopy(release.service)
-                told = {k: json.dumps(v) for k, v in {**notes, NOTE_HISTORY: [entry]}.items()}
-                live["metadata"]["annotations"] |= told
-                self.kubectl.put(live, None, task.namespace)
-
-        self.offer(task, step)
-        self.metrics.switches.labels(*task.labels, "forward").inc()
-        info("switched", colour=release.colour, commit=release.commit, **task.words)
+        with self.offered():
+            if service:
+                self.write(task, service, {**notes, NOTE_PREVIOUS: service.selector}, entry)
+                return
+            live = copy.deepcopy(release.service)
+            live["metadata"]["annotations"] |= {k: json.dumps(v) for k, v in notes.items()}
+            self.kubectl.put(live, None, task.namespace)
 
     def require_head(self, task: Task) -> None:
         """Return only while the commit is its branch's head; waits while git does not answer."""
@@ -2993,37 +2988,39 @@ class Deployer:
         """
         ours = [p for p in pods.items() if p.run == task.run.id]
         sound = [p for p in ours if p.ready and not sickness([p], since)]
-        new, path = 0 if unhealthy else len(sound), task.app.deploy.health.path
-
-        def look() -> tuple[Object, int]:
-            """See what there is to go back to, and how well it is."""
-            service = self.service(task)
-            target = service.before if service else {}
-            ready = self.ready_pods(task.namespace, target["selector"]) if target else []
-            port = (target.get("ports") or [{}])[0]
-            urls = [pod_address(p, port, path) if unhealthy else None for p in ready]
-            return target, sum(not (url and health_refusal(url)) for url in urls)
-
-        target, old = self.persist(task, look)
+        new = 0 if unhealthy else len(sound)
+        target, old = self.look_back(task, unhealthy=unhealthy)
         if old <= new:
             other = "the version before is no better" if target else "there is no version before"
             raise StageError(Reason.BOTH_SICK, f"{sick}; {other}")
         self.switch_back(task, Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH, sick)
         raise StageError(Reason.SICK_AFTER_SWITCH, self.with_logs(sick, ours, task.namespace))
 
+    @persistent
+    def look_back(self, task: Task, *, unhealthy: bool) -> tuple[Object, int]:
+        """Return what there is to go back to, and how many pods of it are well."""
+        service = self.service(task)
+        target = service.before if service else {}
+        ready = self.ready_pods(task.namespace, target["selector"]) if target else []
+        port, path = (target.get("ports") or [{}])[0], task.app.deploy.health.path
+        urls = [pod_address(p, port, path) if unhealthy else None for p in ready]
+        return target, sum(not (url and health_refusal(url)) for url in urls)
+
+    @persistent
     def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
         """Point the live Service back at the version before, in one patch that carries the outcome.
 
         It does not look at the pods it leaves. Tried until it is done or someone else has switched;
         a first deployment has nothing to go back to, so its Service is removed.
         """
-
-        def change(service: Service) -> Object | None:
-            """Go back, if there is something to go back to."""
-            target = service.before
-            if service.run != task.run.id or not target or target.get("overwritten"):
-                return None
-            colour, live = service.selector.get(LABEL_VERSION, ""), service.live
+        service = self.service(task)
+        if service and service.run == task.run.id:
+            target, live = service.before, service.live
+            if not target or target.get("overwritten"):
+                if not service.note(NOTE_PREVIOUS, {}):
+                    self.kubectl.delete("service", [task.app.name], task.namespace)
+                return
+            colour = service.selector.get(LABEL_VERSION, "")
             ended = {"outcome": outcome, "reason": reason, "detail": clip(detail)}
             notes = {
                 NOTE_HISTORY: [{**e, **ended} if e == live else e for e in service.history],
@@ -3031,33 +3028,22 @@ class Deployer:
                 NOTE_PREVIOUS: service.selector,
                 NOTE_BAKE: None,
             }
-            return service_patch(service, notes, target["selector"], target.get("ports") or ())
-
-        service = self.edit(task, change)
-        if service and service.run == task.run.id:
-            if not service.note(NOTE_PREVIOUS, {}):
-                self.kubectl.delete("service", [task.app.name], task.namespace)
-            return
+            self.write(task, service, notes, target)
         self.metrics.switches.labels(*task.labels, "back").inc()
         error("switched back", reason=reason, detail=clip(detail), **task.words)
 
+    @persistent
     def conclude(self, task: Task) -> None:
         """Write that a version stays, and leave a claim by which the old one is drained."""
-
-        def change(service: Service) -> Object:
-            """Write that what is live stays."""
-            self.judge_live(task, service)
-            if service.claim.get("phase") == Phase.ROLLBACK:
-                raise SupersededError(Reason.ROLLED_BACK, "a rollback is under way")
-            live, old = service.live, service.before.get("colour", "")
-            ended = {**live, "outcome": Outcome.DEPLOYED}
-            drain = {**self.note(task.run.id, old, Phase.DRAINING), "since": live.get("at", 0)}
-            history = [ended if e == live else e for e in service.history]
-            claim = drain if old in COLOURS else None
-            notes = {NOTE_HISTORY: history, NOTE_BAKE: None, NOTE_CLAIM: claim}
-            return service_patch(service, notes)
-
-        self.edit(task, change)
+        service = self.judge_live(task, self.service(task))
+        if service.claim.get("phase") == Phase.ROLLBACK:
+            raise SupersededError(Reason.ROLLED_BACK, "a rollback is under way")
+        live, old = service.live, service.before.get("colour", "")
+        ended = {**live, "outcome": Outcome.DEPLOYED}
+        drain = {**self.note(task.run.id, old, Phase.DRAINING), "since": live.get("at", 0)}
+        history = [ended if e == live else e for e in service.history]
+        claim = drain if old in COLOURS else None
+        self.write(task, service, {NOTE_HISTORY: history, NOTE_BAKE: None, NOTE_CLAIM: claim})
 
     # What is left behind.
 
@@ -3078,19 +3064,19 @@ class Deployer:
             elif phase == Phase.DRAINING:
                 self.restart(task, name)
 
-        def change(now: Service) -> Object | None:
-            """Drop the claim if it is still there."""
-            if now.claim != claim:
-                return None
-            healed = claim.get("heal") if phase == Phase.PREPARING else None
-            stands = {"overwritten": False}
-            history = [
-                {**e, **stands} if healed and e.get("release") == healed else e for e in now.history
-            ]
-            return service_patch(now, {NOTE_CLAIM: None, NOTE_HISTORY: history})
-
-        self.edit(task, change)
+        self.hold(task, None, claim)
         self.collect_garbage(task)
+
+    @persistent
+    def hold(self, task: Task, claim: Object | None, was: Object | None = None) -> Service | None:
+        """Put a claim in the place of another, or of any; None drops it, what it healed stands."""
+        service = self.service(task)
+        if service is None or (was and service.claim != was):
+            return service
+        healed = was.get("heal") if was else None
+        stands = [e for e in service.history if healed and e.get("release") == healed]
+        history = [{**e, "overwritten": False} if e in stands else e for e in service.history]
+        return self.write(task, service, {NOTE_CLAIM: claim, NOTE_HISTORY: history})
 
     def scale(self, task: Task, name: str, replicas: int, run: str = "") -> None:
         """Set the size of a Deployment, with a run only if it still carries it."""
@@ -3167,34 +3153,31 @@ class Deployer:
             raise RefusedError(f"{where}: there is no proven version to go back to")
         task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
         claim = self.note(task.run.id, str(target.get("colour", "")), Phase.ROLLBACK)
-        goal = target
-        claimed = self.edit(task, lambda s: service_patch(s, {NOTE_CLAIM: claim})) or service
-
-        def change(now: Service) -> Object | None:
-            """Go back, if nobody else has taken over."""
-            if now.selector == goal["selector"]:
-                return None
-            if (now.claim, now.selector) != (claim, claimed.selector):
-                raise RefusedError(f"{now.claim.get('run') or 'someone'} has taken over meanwhile")
-            history = rolled_back(now.history, target, goal, reason)
-            notes: Object = {NOTE_HISTORY: history, NOTE_CLAIM: None, NOTE_BAKE: None}
-            notes[NOTE_PREVIOUS] = now.selector
-            return service_patch(now, notes, goal["selector"], goal.get("ports") or ())
-
-        def give_up(now: Service) -> Object | None:
-            """Drop the claim if it is still there."""
-            return service_patch(now, {NOTE_CLAIM: None}) if now.claim == claim else None
-
+        claimed = self.hold(task, claim) or service
         try:
             if claimed.selector != service.selector:
                 raise RefusedError("traffic was switched this very moment; look, and try again")
             goal = self.raise_target(task, claimed, target)
-            self.edit(task, change)
+            self.go_back(task, claimed, target, goal, reason)
         finally:
             with suppress(KubectlError):
-                self.edit(task, give_up)
+                self.hold(task, None, claim)
         self.metrics.switches.labels(*task.labels, "rollback").inc()
         return service.live, goal
+
+    @persistent
+    def go_back(
+        self, task: Task, claimed: Service, target: Object, goal: Object, reason: str
+    ) -> None:
+        """Point the live Service at a rollback's goal, if nobody else has taken over."""
+        now = self.service(task)
+        if now is None or now.selector == goal["selector"]:
+            return
+        if (now.claim, now.selector) != (claimed.claim, claimed.selector):
+            raise RefusedError(f"{now.claim.get('run') or 'someone'} has taken over meanwhile")
+        history = rolled_back(now.history, target, goal, reason)
+        notes = {NOTE_HISTORY: history, NOTE_CLAIM: None, NOTE_BAKE: None}
+        self.write(task, now, {**notes, NOTE_PREVIOUS: now.selector}, goal)
 
     def raise_target(self, task: Task, claimed: Service, target: Object) -> Object:
         """Return a rollback target's entry once its pods are ready, brought back if need be."""
@@ -3219,6 +3202,7 @@ class Deployer:
         changed |= {"overwritten": False, "release": record["metadata"]["name"]}
         return {**target, **changed}
 
+    @persistent
     def fenced(self, task: Task, target: Object, claimed: Service) -> str:
         """Mark a target's Deployment as ours from now on; return the run it carries, "" for none.
 
@@ -3227,9 +3211,9 @@ class Deployer:
         """
         name = f"{task.app.name}-{target.get('colour')}"
         fence = {"metadata": {"annotations": {NOTE_WRITER: writer(claimed.claim)}}}
-        patch = partial(self.kubectl.patch, "deployment", name, task.namespace, fence)
         try:
-            return str(self.persist(task, patch)["metadata"]["labels"].get(LABEL_RUN, ""))
+            found = self.kubectl.patch("deployment", name, task.namespace, fence)
+            return str(found["metadata"]["labels"].get(LABEL_RUN, ""))
         except KubectlError as gone:
             if gone.kind != "NotFound":
                 raise
@@ -3239,25 +3223,6 @@ class Deployer:
 def writer(claim: Mapping[str, Any]) -> str:
     """Return the text that tells the writes under one claim from all others."""
     return f"{claim.get('holder')} {claim.get('since', '')}".strip()
-
-
-def service_patch(
-    service: Service,
-    notes: Mapping[str, Any],
-    selector: Mapping[str, str] | None = None,
-    ports: Sequence[Object] = (),
-) -> Object:
-    """Return the compare-and-set merge patch of the live Service; a note of None is removed."""
-    texts = {k: None if v is None else json.dumps(v) for k, v in notes.items()}
-    labels = {LABEL_MANAGED: MANAGER, LABEL_APP: service.name, LABEL_STAGE: "live"}
-    meta = {"resourceVersion": str(service.version), "annotations": texts, "labels": labels}
-    spec: Object = {}
-    if selector is not None and selector != service.selector:
-        # a merge keeps keys that are not named: those that must go are set to null
-        spec["selector"] = {**dict.fromkeys(service.selector), **selector}
-    if ports:
-        spec["ports"] = ports_like(ports, service.ports)
-    return {"metadata": meta, **({"spec": spec} if spec else {})}
 
 
 def rolled_back(history: list[Object], target: Object, goal: Object, reason: str) -> list[Object]:
