@@ -120,7 +120,6 @@ JOB_TTL = 3600  # seconds a finished Job is kept
 KUBECTL_TIMEOUT = 30.0  # seconds for one call, as in the article
 WATCH_SECONDS = 300  # every watch ends and relists after this: a hung one looks like a quiet one
 GIT_TIMEOUT = 60.0
-HEADS_AT_ONCE = 4  # questions to one git server: a dead one delays only its own apps
 VERIFY_SECONDS = 10.0  # the endpoints must have followed the selector by then
 UNMOVED_SECONDS = 60.0  # ... unless nobody has acted on it: a controller-manager that starts anew
 HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures are seen within one second
@@ -229,13 +228,6 @@ class DeliveryError(HookError):
     def __init__(self, status: int, code: str, text: str) -> None:
         super().__init__(text)
         self.status, self.code = status, code
-
-
-class SpoolError(DeliveryError):
-    """A push cannot be stored now: the spool is full or the disk refuses."""
-
-    def __init__(self, code: str, text: str) -> None:
-        super().__init__(http.HTTPStatus.SERVICE_UNAVAILABLE, code, text)
 
 
 LIBRARY_LOG = re.compile(r"(?m)^[EFIW][0-9]{4} .*$")  # what kubectl says around its own words
@@ -982,7 +974,7 @@ class Spool:
         return len(self._names)
 
     def prepare(self) -> None:
-        """Create the folder, take stock, prove it writable; raises SpoolError."""
+        """Create the folder, take stock, prove it writable; raises ConfigError."""
         try:
             (self.directory / "bad").mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)  # what a killed daemon left
@@ -990,8 +982,7 @@ class Spool:
             self.probe()
             self._folder = os.open(self.directory, os.O_RDONLY)
         except OSError as refused:
-            where = f"spool {self.directory}: {refused.strerror}"
-            raise SpoolError("SpoolUnwritable", where) from refused
+            raise ConfigError([f"spool {self.directory}: {refused.strerror}"]) from refused
         for leftover in self.directory.glob("*.tmp"):
             self._set_aside(leftover, "half-written, its push was not accepted")
         self._names = {path.name for path, _ in self.read()}
@@ -1002,11 +993,11 @@ class Spool:
             file.write(b"x")
 
     def store(self, runs: Sequence[Run]) -> None:
-        """Write the runs of one push durably, all or none; raises SpoolError with why not."""
+        """Write the runs of one push durably, all or none; raises DeliveryError with why not."""
         paths = {self.directory / f"{time.time_ns():020d}-{run.id}.json": run for run in runs}
         with self._lock:
             if len(self) + len(paths) > self.max_files:
-                raise SpoolError("SpoolFull", f"{len(self)} pushes are waiting already")
+                deny(503, "SpoolFull", f"{len(self)} pushes are waiting already")
             self._names |= {path.name for path in paths}
         try:
             for path, run in paths.items():
@@ -1023,7 +1014,7 @@ class Spool:
                 with suppress(OSError):
                     self.done(path)
                     Path(f"{path}.tmp").unlink(missing_ok=True)
-            raise SpoolError("SpoolUnwritable", str(refused.strerror)) from refused
+            raise DeliveryError(503, "SpoolUnwritable", str(refused.strerror)) from refused
 
     def read(self) -> list[tuple[Path, Run]]:
         """Return everything stored, oldest first."""
@@ -1227,7 +1218,6 @@ class Git:
 
     def __init__(self, credentials: Path, timeout: float = GIT_TIMEOUT) -> None:
         self.credentials, self.timeout = credentials, timeout
-        self._places: dict[str, threading.Semaphore] = {}
 
     def run(self, *args: str, directory: Path | None = None, patience: int = 1) -> str:
         """Return what one git call prints; raises GitError."""
@@ -1241,15 +1231,8 @@ class Git:
         return stdout
 
     def heads(self, url: str) -> dict[str, str]:
-        """Return the commit of every branch, by full ref name; of one server, few at a time."""
-        host = (normalise_url(url) or ("", ""))[0]
-        place = self._places.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
-        if not place.acquire(timeout=self.timeout):
-            raise GitError(("git", "ls-remote"), None, f"too many wait for {clip(host)}")
-        try:
-            lines = self.run("ls-remote", "--heads", "--", url).splitlines()
-        finally:
-            place.release()
+        """Return the commit of every branch, by full ref name."""
+        lines = self.run("ls-remote", "--heads", "--", url).splitlines()
         found = (line.partition("\t") for line in lines)
         return {ref: sha for sha, _, ref in found if SHA.fullmatch(sha) and valid_ref(ref)}
 
@@ -1959,8 +1942,9 @@ class Watch(Generic[V]):
         self.kubectl, self.resource, self.namespace = kubectl, resource, namespace
         path = f"{API[resource]}/namespaces/{namespace}/{resource}"
         self._address = f"{path}?labelSelector={quote(selector, safe='')}"
-        self.changed, self.synced, self.stopped = (threading.Event() for _ in range(3))
-        self.trouble, self._lock = "", threading.RLock()
+        self.changed, self.stopped = threading.Event(), threading.Event()
+        # why it may not follow what is there: what it lacks is then not gone, only unseen
+        self.trouble, self._lock = "not listed yet", threading.RLock()
         self._view: Callable[[Object], V] = view
         self._items: dict[str, V] = {}
         self._process: subprocess.Popen[str] | None = None
@@ -2017,7 +2001,6 @@ class Watch(Generic[V]):
         with self._lock:
             self._items = {name: self._newer(seen) for name, seen in found.items()}
         self.trouble = ""
-        self.synced.set()
         self.changed.set()
         return str(page["metadata"]["resourceVersion"])
 
@@ -2877,19 +2860,12 @@ class Deployer:
             self.kubectl.put(live, None, task.namespace)
 
     def require_head(self, task: Task) -> None:
-        """Return only while the commit is its branch's head; waits while git does not answer."""
-        for failures in itertools.count():
-            try:
-                heads = self.git.heads(task.app.repository)
-                word = head_word(task.run, heads, 0, self.clock.now())
-            except GitError as lost:
-                warn("waiting for git", detail=str(lost), **task.words)
-                word = "unknown"
-            if word == "moved":
-                raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
-            if word == "same":
-                return
-            self.pause(backoff(failures))
+        """Raise unless the commit is its branch's head; without an answer it is tried again."""
+        heads = self.git.heads(task.app.repository)
+        if (word := head_word(task.run, heads, 0, self.clock.now())) == "moved":
+            raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
+        if word == "unknown":
+            raise HookError("the git server does not show the push yet")
 
     def settle(self, task: Task, pods: Watch[Pod]) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
@@ -3577,7 +3553,7 @@ class Controller:
         """Decide for every run, while what is mirrored is what is there."""
         self.metrics.waiting.labels("cluster").set(any(w.trouble for w in self.watches()))
         stages: list[Watch[Any]] = [*self.jobs, *self.pods]
-        if all(map(current, stages)):
+        if not any(w.trouble for w in stages):
             self.tick()
         return LOOK_SECONDS
 
@@ -3664,7 +3640,7 @@ class Controller:
 
     def busy(self, app: str) -> frozenset[str]:
         """Return the environments in which an app is changed, has to rest, or cannot be seen."""
-        unseen = {e for e, w in self.services.items() if not current(w)}
+        unseen = {e for e, w in self.services.items() if w.trouble}
         now, taken = self.clock.monotonic(), list(self.taken.items())
         return frozenset(e for (a, e), (_, until) in taken if a == app and until > now) | unseen
 
@@ -3871,11 +3847,6 @@ class Controller:
 def vanish(detail: str, stage: str) -> Action:
     """Return that a run has ended because something of it is missing: missing is failed."""
     return ends(Outcome.FAILED, Reason.VANISHED, detail, stage)
-
-
-def current(watch: Watch[Any]) -> bool:
-    """Whether a mirror follows what is there: what it lacks is gone, not only unseen."""
-    return watch.synced.is_set() and not watch.trouble
 
 
 def run_seen(app: App, ref: str, entry: Object) -> Run:
@@ -4539,7 +4510,7 @@ def verdict(failed: HookError) -> tuple[int, Sequence[str]]:
         return 2, [f"no cluster answers; is KUBECONFIG the right one? {failed}"]
     if isinstance(failed, RefusedError | SupersededError) or kind == "Conflict":
         return 3, [str(failed)]
-    return 2 if isinstance(failed, SpoolError) else 1, [str(failed)]
+    return 1, [str(failed)]
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -367,7 +367,7 @@ def test_what_is_there_is_known_and_then_what_changes(
     put(cluster, space, "b")
     watch = services(kubectl, space)
     with running(watch):
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
         assert runs(watch) == {"a": "r1", "b": "r1"}
         watch.changed.clear()
         put(cluster, space, "a", "r2")
@@ -385,7 +385,7 @@ def test_an_empty_namespace_is_known_to_be_empty(
 ) -> None:
     watch = services(kubectl, space)
     with running(watch):
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
         assert watch.items() == []
         put(cluster, space, "a")
         eventually(lambda: runs(watch) == {"a": "r1"})
@@ -396,7 +396,7 @@ def test_only_what_matches_is_mirrored(cluster: Cluster, space: str, kubectl: ho
     put(cluster, space, "theirs", **{"app.kubernetes.io/managed-by": "someone"})
     watch = services(kubectl, space)
     with running(watch):
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
         assert runs(watch) == {"ours": "r1"}
 
 
@@ -406,7 +406,7 @@ def test_what_is_made_again_under_its_name_is_the_new_one(
     put(cluster, space, "a", "old")
     watch = services(kubectl, space)
     with running(watch):
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
         cluster.store.delete("services", space, "a")
         put(cluster, space, "a", "new")
         eventually(lambda: runs(watch) == {"a": "new"})
@@ -418,7 +418,7 @@ def test_whoever_waits_for_several_mirrors_is_woken_by_each(
     wake, beats = threading.Event(), []
     watch = services(kubectl, space)
     with running(watch, changed=wake, pulse=lambda: beats.append(1)):
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
         wake.clear()
         before = len(beats)
         put(cluster, space, "a")
@@ -436,7 +436,7 @@ def test_a_watch_that_fell_silent_is_begun_anew(
     cluster.faults.add(silent)
     watch = services(kubectl, space)
     with running(watch):
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
         eventually(lambda: cluster.faults.log and watch.items())
         put(cluster, space, "a", "r2")
         cluster.store.delete("services", space, "b")
@@ -450,7 +450,7 @@ def test_an_outage_is_told_and_what_was_missed_is_caught_up(
     put(cluster, space, "b")
     watch = services(kubectl, space)
     with running(watch):
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
         with outage(cluster):
             eventually(lambda: "refused" in watch.trouble)
             assert runs(watch) == {"a": "r1", "b": "r1"}
@@ -470,8 +470,8 @@ def test_a_cluster_that_is_not_there_yet_is_waited_for(
         with outage(cluster):
             stack.enter_context(running(watch))
             eventually(lambda: "refused" in watch.trouble)
-            assert not watch.synced.is_set()
-        assert watch.synced.wait(10)
+            assert watch.trouble
+        eventually(lambda: not watch.trouble)
         assert runs(watch) == {"a": "r1"}
 
 
@@ -486,7 +486,7 @@ def test_a_watch_that_is_forbidden_is_told_and_not_tried_all_the_time(
         return sum((r.verb, r.namespace) == ("watch", space) for r in cluster.faults.log)
 
     with running(watch):
-        assert "orbidden" in eventually(lambda: watch.trouble)
+        assert "orbidden" in eventually(lambda: watch.trouble.removeprefix("not listed yet"))
         first = time.monotonic()
         eventually(lambda: tried() >= 2)
         assert time.monotonic() - first > 0.5
@@ -500,7 +500,7 @@ def test_a_stop_while_the_api_server_hangs_loses_nothing(
     put(cluster, space, "a")
     watch = services(kubectl, space)
     with running(watch) as thread:
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
         cluster.faults.add(Fault("hang", verb="list", namespace=space, times=None))
         eventually(lambda: cluster.faults._waiting)
         watch.stop()
@@ -528,7 +528,7 @@ def test_an_idle_watch_does_nothing_at_all(
     put(cluster, space, "a")
     watch = services(kubectl, space)
     with running(watch) as thread:
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
         eventually(lambda: unmoved(thread, 0.2))
         assert unmoved(thread, 0.5)
 
@@ -604,9 +604,9 @@ def test_nothing_is_known_before_all_of_it_is(puppet: Puppet) -> None:
     with running(watch):
         eventually(lambda: len(puppet.calls("lists")) == 2)
         assert watch.items() == []
-        assert not watch.synced.is_set()
+        assert watch.trouble
         (puppet.directory / "go").touch()
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
         assert runs(watch) == {"a": "r1", "b": "r1"}
         [call] = eventually(lambda: puppet.calls("watches"))
         assert "&resourceVersion=100&" in call
@@ -639,7 +639,7 @@ def test_an_object_in_a_list_that_cannot_be_read_is_not_gone(puppet: Puppet) -> 
     puppet.script(list=puppet.listing(a_service("a", 1), a_service("b", 1)))
     watch = puppet.watch()
     with running(watch):
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
         puppet.script(list=puppet.listing({"metadata": {"name": "a"}}, a_service("c", 1)))
         eventually(lambda: runs(watch) == {"a": "r1", "c": "r1"})
 
@@ -677,10 +677,9 @@ def test_a_watch_that_does_not_work_is_told(
     puppet.script(**{part: script.replace("exec sleep 60", "exit 0") if part == "list" else script})
     watch = puppet.watch()
     with running(watch):
-        said = eventually(lambda: watch.trouble)
+        said = eventually(lambda: watch.trouble.removeprefix("not listed yet"))
         if part == "watch" or "error:" in trouble:
             assert trouble in said
-        assert watch.synced.is_set() is (part == "watch")
 
 
 def test_a_watch_that_does_not_work_is_tried_again_after_a_pause(puppet: Puppet) -> None:
@@ -692,7 +691,6 @@ def test_a_watch_that_does_not_work_is_tried_again_after_a_pause(puppet: Puppet)
         assert time.monotonic() - began > 0.6
         puppet.script(list=puppet.listing(a_service("a", 1)), watch="exec sleep 60")
         eventually(lambda: runs(watch) == {"a": "r1"})
-        assert watch.synced.is_set()
         assert watch.trouble == ""
 
 
@@ -709,10 +707,12 @@ def test_a_watch_stuck_on_its_own_complaints_is_ended(puppet: Puppet) -> None:
 def test_a_missing_kubectl_is_told_and_waited_for(tmp_path: Path) -> None:
     watch = services(hook.Kubectl(hook.Metrics(), program=str(tmp_path / "kubectl")), "any")
     with running(watch):
-        assert "cannot be started" in eventually(lambda: watch.trouble)
-        assert not watch.synced.is_set()
+        assert "cannot be started" in eventually(
+            lambda: watch.trouble.removeprefix("not listed yet")
+        )
+        assert watch.trouble
         Puppet(tmp_path)
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
 
 
 def test_a_stop_during_the_list_begins_no_watch_that_lasts(puppet: Puppet) -> None:
@@ -777,7 +777,7 @@ def test_the_first_list_of_a_thousand_jobs_needs_little_memory_at_any_time(puppe
     tracemalloc.start()
     try:
         with running(watch):
-            assert watch.synced.wait(60)
+            eventually(lambda: not watch.trouble, 60)
             _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -825,7 +825,7 @@ def test_neither_a_late_event_nor_a_late_list_takes_back_what_a_patch_returned(
     )
     watch = puppet.watch()
     with running(watch):
-        assert watch.synced.wait(10)
+        eventually(lambda: not watch.trouble)
         watch.learn(a_service("a", 109, "patched"))
         (puppet.directory / "go").touch()
         eventually(lambda: runs(watch) == {"a": "patched", "b": "r1"})

@@ -280,7 +280,7 @@ def test_a_git_server_that_is_away_before_the_switch_is_waited_for(apps: Fleet) 
     run = git.go("v2")
     with apps.held("patch", "services", name="git-preview"):
         git.repository.bare.rename(away)
-    eventually(lambda: apps.said("waiting for git", run=run), what="it waits for git")
+    eventually(lambda: apps.said("a worker will try again", run=run), what="it waits for git")
     assert (git.answer()["version"], apps.said("switched", run=run)) == ("v1", [])
     away.rename(git.repository.bare)
     assert apps.ended(run)["outcome"] == "deployed"

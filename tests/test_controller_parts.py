@@ -329,7 +329,7 @@ def test_a_push_that_comes_while_git_is_asked_is_not_undone(
 def synced(controller: Any) -> None:
     """Let every mirror know all that is there."""
     for watch in controller.watches():
-        watch.synced.set()
+        watch.trouble = ""
 
 
 def test_nothing_is_decided_while_a_mirror_of_jobs_or_pods_is_not_up_to_date(

@@ -160,7 +160,7 @@ def test_nobody_sees_a_push_that_is_only_half_written(
 def test_a_full_spool_refuses_and_says_how_much_waits(tmp_path: Path) -> None:
     spool = opened(tmp_path, max_files=2)
     spool.store([run(1), run(2)])
-    with pytest.raises(hook.SpoolError, match="2 pushes are waiting already"):
+    with pytest.raises(hook.DeliveryError, match="2 pushes are waiting already"):
         spool.store([run(3)])
     spool.done(spool.read()[0][0])
     spool.store([run(3)])
@@ -170,7 +170,7 @@ def test_a_full_spool_refuses_and_says_how_much_waits(tmp_path: Path) -> None:
 def test_a_delivery_that_does_not_fit_as_a_whole_is_not_stored_at_all(tmp_path: Path) -> None:
     spool = opened(tmp_path, max_files=2)
     spool.store([run(1)])
-    with pytest.raises(hook.SpoolError):
+    with pytest.raises(hook.DeliveryError):
         spool.store([run(2), run(3)])
     assert [found for _, found in spool.read()] == [run(1)]
     assert len(spool) == 1
@@ -178,7 +178,7 @@ def test_a_delivery_that_does_not_fit_as_a_whole_is_not_stored_at_all(tmp_path: 
 
 def test_what_waited_before_a_restart_counts(tmp_path: Path) -> None:
     opened(tmp_path).store([run(1), run(2)])
-    with pytest.raises(hook.SpoolError, match="2 pushes"):
+    with pytest.raises(hook.DeliveryError, match="2 pushes"):
         opened(tmp_path, max_files=2).store([run(3)])
 
 
@@ -195,7 +195,7 @@ def test_a_disk_that_refuses_leaves_nothing_behind_and_no_count(
         return real(*args, **more)
 
     monkeypatch.setattr(os, call, refusing)
-    with pytest.raises(hook.SpoolError, match="No space left on device"):
+    with pytest.raises(hook.DeliveryError, match="No space left on device"):
         spool.store([run(2), run(3)])
     assert [found for _, found in spool.read()] == [run(1)]
     assert len(names(spool)) == len(spool) == 1
@@ -205,7 +205,7 @@ def test_a_disk_that_refuses_leaves_nothing_behind_and_no_count(
 
 def test_a_spool_that_cannot_be_made_is_an_error_before_the_first_push(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", "utf-8")
-    with pytest.raises(hook.SpoolError, match="Not a directory"):
+    with pytest.raises(hook.ConfigError, match="Not a directory"):
         hook.Spool(tmp_path / "file" / "spool", 10).prepare()
 
 
@@ -214,7 +214,7 @@ def test_a_spool_that_went_away_is_seen_by_the_probe(spool: hook.Spool) -> None:
     spool.directory.rename(spool.directory.with_name("elsewhere"))
     with pytest.raises(OSError, match="No such file"):
         spool.probe()
-    with pytest.raises(hook.SpoolError):
+    with pytest.raises(hook.DeliveryError):
         spool.store([run(1)])
     assert spool.read() == []
 
@@ -384,7 +384,7 @@ def test_the_bound_holds_for_many_writers_at_once(tmp_path: Path) -> None:
     def write(number: int) -> None:
         try:
             spool.store([run(number)])
-        except hook.SpoolError:
+        except hook.DeliveryError:
             refused.append(number)
 
     together(*(partial(write, n) for n in range(25)))
