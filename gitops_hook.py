@@ -182,7 +182,6 @@ class Reason(StrEnum):
     NOT_HEAD = "NotHead"
     REJECTED = "Rejected"
     ROLLED_BACK = "RolledBack"
-    CLUSTER_ERROR = "ClusterError"
     GIT_ERROR = "GitError"
 
 
@@ -2716,24 +2715,10 @@ class Deployer:
         meta, records = release.deployment["metadata"], release.configmap(task.app.name)
         mark = {NOTE_WRITER: writer(claimed.claim if claimed else {"holder": self.holder})}
         marked = {**meta, "annotations": {**meta.get("annotations", {}), **mark}}
-        with self.offered():
-            self.kubectl.create([*release.configmaps, records], task.namespace)
-            found = self.kubectl.get("deployment", meta["name"], task.namespace)
-            self.check_claim(task, claimed, self.service(task))
-            self.kubectl.put({**release.deployment, "metadata": marked}, found, task.namespace)
-
-    @contextmanager
-    def offered(self) -> Iterator[None]:
-        """Raise StageError for what the server refuses in what the app's manifests ask for."""
-        try:
-            yield
-        except KubectlError as refused:
-            # that our own role lacks a verb is not the manifest's fault
-            ours = re.search(r"cannot \w+ resource", refused.stderr)
-            if refused.kind not in ("Invalid", "BadRequest", "Forbidden", "Denied") or ours:
-                raise
-            detail = self.secrets.mask(refused.said)
-            raise StageError(Reason.MANIFEST_INVALID, detail) from refused
+        self.kubectl.create([*release.configmaps, records], task.namespace)
+        found = self.kubectl.get("deployment", meta["name"], task.namespace)
+        self.check_claim(task, claimed, self.service(task))
+        self.kubectl.put({**release.deployment, "metadata": marked}, found, task.namespace)
 
     def roll_out(self, task: Task, release: Release, pods: Watch[Pod]) -> None:
         """Wait for the pods of a release; raises StageError at once for what cannot heal."""
@@ -2851,13 +2836,12 @@ class Deployer:
         notes: Object = {NOTE_HISTORY: history, NOTE_CLAIM: claim}
         if task.last:
             notes[NOTE_BAKE] = round(self.clock.now() + task.app.deploy.bake, 3)
-        with self.offered():
-            if service:
-                self.write(task, service, {**notes, NOTE_PREVIOUS: service.selector}, entry)
-                return
-            live = copy.deepcopy(release.service)
-            live["metadata"]["annotations"] |= {k: json.dumps(v) for k, v in notes.items()}
-            self.kubectl.put(live, None, task.namespace)
+        if service:
+            self.write(task, service, {**notes, NOTE_PREVIOUS: service.selector}, entry)
+            return
+        live = copy.deepcopy(release.service)
+        live["metadata"]["annotations"] |= {k: json.dumps(v) for k, v in notes.items()}
+        self.kubectl.put(live, None, task.namespace)
 
     def require_head(self, task: Task) -> None:
         """Raise unless the commit is its branch's head; without an answer it is tried again."""
@@ -3309,8 +3293,7 @@ OUTCOMES = {  # of deployments that end otherwise than failed or superseded
     Reason.SICK_AFTER_SWITCH: Outcome.SWITCHED_BACK,
 }
 FORGIVEN = {  # ends of a deployment that say nothing new against its commit
-    *(Reason.BOTH_SICK, Reason.CLUSTER_ERROR, Reason.SELECTOR_CHANGED),
-    *(Reason.ADOPTION_REFUSED, Reason.REJECTED),
+    *(Reason.BOTH_SICK, Reason.SELECTOR_CHANGED, Reason.ADOPTION_REFUSED, Reason.REJECTED),
 }
 RETRIED = ("Unreachable", "Conflict", "Unknown", "Forbidden", "NotFound")  # nobody's fault, or ours
 
@@ -3808,10 +3791,12 @@ class Controller:
             ended = ends(outcome, stopped.reason, stopped.detail, place)
         except KubectlError as refused:
             service = self.deployer.service(task)
-            if (service and service.run == task.run.id) or refused.kind in RETRIED:
+            # that our own role lacks a verb is not the manifest's fault
+            ours = refused.kind != "Forbidden" or re.search(r"cannot \w+ resource", refused.stderr)
+            if (service and service.run == task.run.id) or (refused.kind in RETRIED and ours):
                 raise
             detail = self.deployer.secrets.mask(refused.said)
-            ended = ends(Outcome.FAILED, Reason.CLUSTER_ERROR, detail, place)
+            ended = ends(Outcome.FAILED, Reason.MANIFEST_INVALID, detail, place)
         took, result = self.clock.monotonic() - started, ended.outcome if ended else "ok"
         self.metrics.stage_seconds.labels(task.app.name, place, result).observe(took)
         if ended:
