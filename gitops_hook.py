@@ -3791,9 +3791,10 @@ class Controller:
             ended = ends(outcome, stopped.reason, stopped.detail, place)
         except KubectlError as refused:
             service = self.deployer.service(task)
-            # that our own role lacks a verb is not the manifest's fault
-            ours = refused.kind != "Forbidden" or re.search(r"cannot \w+ resource", refused.stderr)
-            if (service and service.run == task.run.id) or (refused.kind in RETRIED and ours):
+            # a role of ours that lacks a verb is not the manifest's fault, another Forbidden is
+            lacking = re.search(r"cannot \w+ resource", refused.stderr)
+            again = refused.kind in RETRIED and (lacking or refused.kind != "Forbidden")
+            if again or (service and service.run == task.run.id):
                 raise
             detail = self.deployer.secrets.mask(refused.said)
             ended = ends(Outcome.FAILED, Reason.MANIFEST_INVALID, detail, place)
