@@ -103,7 +103,7 @@ NOTE_PREVIOUS = "gitops-hook/previous-selector"
 NOTE_HISTORY = "gitops-hook/history"
 NOTE_CLAIM = "gitops-hook/deploying"
 NOTE_BAKE = "gitops-hook/bake-until"
-NOTE_WRITER = "gitops-hook/written-by"
+NOTE_WRITTEN = "gitops-hook/written-at"
 
 LOOK_SECONDS = 2.0  # between looks at what is not watched
 AGAIN_SECONDS = 10.0  # before an action whose effect does not show is tried again
@@ -2505,16 +2505,12 @@ def persistent(step: F) -> F:
 
 
 class Deployer:
-    """Brings runs into environments, and takes traffic back. Every step looks before it acts.
-
-    `holder` tells this process from another in a claim; `stop` ends all waiting.
-    """
+    """Brings runs into environments, and takes traffic back. Every step looks before it acts."""
 
     def __init__(self, kubectl: Kubectl, git: Git, secrets: Secrets, clock: Clock) -> None:
         self.kubectl, self.git, self.secrets, self.clock = kubectl, git, secrets, clock
         self.metrics, self.ledger = kubectl.metrics, Ledger(kubectl, clock)
-        self.holder = uuid.uuid4().hex[:12]
-        self.stop = threading.Event()
+        self.stop = threading.Event()  # ends all waiting
 
     def deploy(self, task: Task) -> None:
         """Bring a run into an environment, through its bake in the last one.
@@ -2619,10 +2615,9 @@ class Deployer:
         return [p for p in self.pods(namespace, selector) if Pod(p).ready]
 
     def note(self, run: str, colour: str, phase: str, heal: str = "") -> Object:
-        """Return the claim of this process."""
+        """Return a claim; its time tells it from that of another process."""
         since = round(self.clock.now(), 3)
-        known = {"run": run, "colour": colour, "phase": phase, "since": since}
-        return {**known, "holder": self.holder, "heal": heal}
+        return {"run": run, "colour": colour, "phase": phase, "since": since, "heal": heal}
 
     @persistent
     def claim(self, task: Task, release: Release) -> Service | None:
@@ -2712,13 +2707,13 @@ class Deployer:
         It is written against the version read before the look at the claim, and each write differs:
         the late write of one who has lost the claim meets a newer version and changes nothing.
         """
-        meta, records = release.deployment["metadata"], release.configmap(task.app.name)
-        mark = {NOTE_WRITER: writer(claimed.claim if claimed else {"holder": self.holder})}
-        marked = {**meta, "annotations": {**meta.get("annotations", {}), **mark}}
-        self.kubectl.create([*release.configmaps, records], task.namespace)
-        found = self.kubectl.get("deployment", meta["name"], task.namespace)
+        made = copy.deepcopy(release.deployment)
+        made["metadata"]["annotations"][NOTE_WRITTEN] = str(self.clock.now())
+        records = [*release.configmaps, release.configmap(task.app.name)]
+        self.kubectl.create(records, task.namespace)
+        found = self.kubectl.get("deployment", made["metadata"]["name"], task.namespace)
         self.check_claim(task, claimed, self.service(task))
-        self.kubectl.put({**release.deployment, "metadata": marked}, found, task.namespace)
+        self.kubectl.put(made, found, task.namespace)
 
     def roll_out(self, task: Task, release: Release, pods: Watch[Pod]) -> None:
         """Wait for the pods of a release; raises StageError at once for what cannot heal."""
@@ -3142,7 +3137,7 @@ class Deployer:
     def raise_target(self, task: Task, claimed: Service, target: Object) -> Object:
         """Return a rollback target's entry once its pods are ready, brought back if need be."""
         app, run = task.app.name, target.get("run")
-        carried = not run or self.fenced(task, target, claimed) == run
+        carried = not run or self.fenced(task, target) == run
         ready = len(self.ready_pods(task.namespace, target["selector"]))
         if ready >= int(target.get("replicas", 1)) and carried:
             return target
@@ -3163,14 +3158,14 @@ class Deployer:
         return {**target, **changed}
 
     @persistent
-    def fenced(self, task: Task, target: Object, claimed: Service) -> str:
+    def fenced(self, task: Task, target: Object) -> str:
         """Mark a target's Deployment as ours from now on; return the run it carries, "" for none.
 
         Ready pods are no proof that it stands: a rollout may be replacing them. And a write that is
         late, of a deployment that has lost its claim, finds a conflict after this.
         """
         name = f"{task.app.name}-{target.get('colour')}"
-        fence = {"metadata": {"annotations": {NOTE_WRITER: writer(claimed.claim)}}}
+        fence = {"metadata": {"annotations": {NOTE_WRITTEN: str(self.clock.now())}}}
         try:
             found = self.kubectl.patch("deployment", name, task.namespace, fence)
             return str(found["metadata"]["labels"].get(LABEL_RUN, ""))
@@ -3178,11 +3173,6 @@ class Deployer:
             if gone.kind != "NotFound":
                 raise
             return ""
-
-
-def writer(claim: Mapping[str, Any]) -> str:
-    """Return the text that tells the writes under one claim from all others."""
-    return f"{claim.get('holder')} {claim.get('since', '')}".strip()
 
 
 def rolled_back(history: list[Object], target: Object, goal: Object, reason: str) -> list[Object]:
