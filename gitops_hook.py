@@ -1913,10 +1913,10 @@ class Service:
 
     @property
     def before(self) -> Object:
-        """What was live before, proven or not, if it still stands; else where a rollback goes."""
+        """What was live before, proven or not, if it is known; else where a rollback goes."""
         was = self.note(NOTE_PREVIOUS, {})
-        stood = next((e for e in self.history if e["selector"] == was != self.selector), {})
-        return stood if stood and not stood.get("overwritten") else self.target()
+        stood = (e for e in self.history if e["selector"] == was != self.selector)
+        return next(stood, {}) or self.target()
 
 
 V = TypeVar("V", Job, Pod, Service)
@@ -2623,8 +2623,8 @@ class Deployer:
     def claim(self, task: Task, release: Release) -> Service | None:
         """Say on the live Service that this run is changing the environment; None if there is none.
 
-        The same patch marks what stands in the idle colour as overwritten and remembers its release
-        if it was a rollback target, so that it can be healed, and narrows a foreign selector.
+        The same patch remembers the release that stands in the idle colour if it is a rollback
+        target, so that it can be healed, and narrows a foreign selector.
         """
         if (service := self.service(task)) is None:
             return None
@@ -2635,17 +2635,17 @@ class Deployer:
         if fresh and claim.get("phase") == Phase.ROLLBACK:
             raise HookError("a rollback is under way")
         heal = claim.get("heal", "") if claim.get("colour") == colour else ""
-        stood = [e for e in history if e.get("colour") == colour and not e.get("overwritten")]
-        if stood:
-            well = stood[0].get("outcome") in (Outcome.DEPLOYED, "")
-            heal = stood[0]["release"] if well else ""
+        standing = self.kubectl.get("deployment", f"{task.app.name}-{colour}", task.namespace)
+        labels = (standing or {"metadata": {}})["metadata"].get("labels") or {}
+        stood = service.entry(labels.get(LABEL_RUN, ""))
+        if stood.get("colour") == colour:
+            heal = stood["release"] if stood.get("outcome") in (Outcome.DEPLOYED, "") else ""
         notes: Object = {NOTE_CLAIM: self.note(task.run.id, colour, Phase.PREPARING, heal)}
         goal = None if service.ours else {"selector": self.adopted(task, release, service)}
         if goal and not history:
             first = {"run": "", "colour": "", "outcome": "adopted", **goal}
-            history = [{**first, "ports": service.ports, "at": self.clock.now()}]
-            notes[NOTE_PREVIOUS] = goal["selector"]
-        notes[NOTE_HISTORY] = [{**e, "overwritten": True} if e in stood else e for e in history]
+            told = [{**first, "ports": service.ports, "at": self.clock.now()}]
+            notes |= {NOTE_PREVIOUS: goal["selector"], NOTE_HISTORY: told}
         return self.write(task, service, notes, goal)
 
     def adopted(self, task: Task, release: Release, service: Service) -> dict[str, str]:
@@ -2971,7 +2971,7 @@ class Deployer:
         service = self.service(task)
         if service and service.run == task.run.id:
             target, live = service.before, service.live
-            if not target or target.get("overwritten"):
+            if not target:
                 if not service.note(NOTE_PREVIOUS, {}):
                     self.kubectl.delete("service", [task.app.name], task.namespace)
                 return
@@ -3024,14 +3024,11 @@ class Deployer:
 
     @persistent
     def hold(self, task: Task, claim: Object | None, was: Object | None = None) -> Service | None:
-        """Put a claim in the place of another, or of any; None drops it, what it healed stands."""
+        """Put a claim in the place of another, or of any; None drops it."""
         service = self.service(task)
         if service is None or (was and service.claim != was):
             return service
-        healed = was.get("heal") if was else None
-        stands = [e for e in service.history if healed and e.get("release") == healed]
-        history = [{**e, "overwritten": False} if e in stands else e for e in service.history]
-        return self.write(task, service, {NOTE_CLAIM: claim, NOTE_HISTORY: history})
+        return self.write(task, service, {NOTE_CLAIM: claim})
 
     def scale(self, task: Task, name: str, replicas: int, run: str = "") -> None:
         """Set the size of a Deployment, with a run only if it still carries it."""
@@ -3154,8 +3151,7 @@ class Deployer:
             self.apply(task, release, claimed)
             self.roll_out(task, release, pods)
         changed = {"colour": colour, "selector": release.selector, "replicas": release.wanted}
-        changed |= {"overwritten": False, "release": record["metadata"]["name"]}
-        return {**target, **changed}
+        return {**target, **changed, "release": record["metadata"]["name"]}
 
     @persistent
     def fenced(self, task: Task, target: Object) -> str:
@@ -3176,10 +3172,7 @@ class Deployer:
 
 
 def rolled_back(history: list[Object], target: Object, goal: Object, reason: str) -> list[Object]:
-    """Return a history in which what came after a target is rolled back and the target is `goal`.
-
-    Where the goal is not the target as it was, it was applied again, over what stood there.
-    """
+    """Return a history in which what came after a target is rolled back; the target is `goal`."""
     keys = [(e.get("run"), e.get("at")) for e in history]
     if (key := (target.get("run"), target.get("at"))) not in keys:
         raise RefusedError("the history was changed meanwhile; look, and try again")
@@ -3187,9 +3180,7 @@ def rolled_back(history: list[Object], target: Object, goal: Object, reason: str
     gone = {"outcome": Outcome.ROLLED_BACK, "reason": Reason.ROLLED_BACK, "detail": reason}
     stayed = (Outcome.DEPLOYED, "")
     newer = [{**e, **gone} if e.get("outcome") in stayed else e for e in history[:place]]
-    told, lost = [*newer, goal, *history[place + 1 :]], {"overwritten": True}
-    over = [e for e in told if goal != target and e.get("colour") == goal["colour"]]
-    return [{**e, **lost} if e in over and e is not goal else e for e in told]
+    return [*newer, goal, *history[place + 1 :]]
 
 
 def selector_text(selector: Mapping[str, str]) -> str:

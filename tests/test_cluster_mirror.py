@@ -216,13 +216,12 @@ def test_a_rollback_goes_to_the_proven_one_before(
         ("r1", [LIVE, entry("r1"), entry("r0")], "r1"),
         ("r1", [LIVE, entry("r1", ""), entry("r0")], "r1"),
         ("r0", [LIVE, entry("r1", "switched-back"), entry("r0")], "r0"),
-        ("r1", [LIVE, {**entry("r1", ""), "overwritten": True}, entry("r0")], "r0"),
         ("r9", [LIVE, entry("r1")], "r1"),
         ("r2", [LIVE, LIVE, entry("r1")], "r1"),
         ("r1", [LIVE], None),
     ],
     ids=[
-        "proven", "not proven yet", "further back", "overwritten since", "unknown",
+        "proven", "not proven yet", "further back", "unknown",
         "the live one itself", "nothing",
     ],
 )  # fmt: skip

@@ -407,8 +407,8 @@ def proven(app: Member) -> list[str]:
     there = [found.get(f"{app.name}-{entry['colour']}") or {} for entry in good]
     runs = [(one.get("metadata") or {}).get("labels", {}).get(RUN) for one in there]
     live = bool(good) and good[0]["selector"] == app.selector
-    stands = [runs == [e["run"] for e in good], not any(e.get("overwritten") for e in good)]
-    return [e["colour"] for e in good] if live and all(stands) else []
+    stands = runs == [e["run"] for e in good]
+    return [e["colour"] for e in good] if live and stands else []
 
 
 def beside(app: Member) -> str:
