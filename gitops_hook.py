@@ -112,7 +112,6 @@ HISTORY_LENGTH = 10
 REJECTED_LENGTH = 50
 BASELINES = 2000  # branches of an app that are kept on sight: a ConfigMap holds 1 MiB
 DETAIL_LENGTH = 1500  # characters of explanation kept on an object
-TERMINATION_LENGTH = 4096  # bytes a container may leave behind, a kubelet's limit
 SIGNATURE_TOLERANCE = 300  # seconds, as the Standard Webhooks libraries have it
 DEDUPE_SECONDS = 1200  # twice the tolerance: a replay is refused by age before it is forgotten
 DEDUPE_ENTRIES = 20_000
@@ -1374,10 +1373,10 @@ def seconds_of(value: Any) -> float:
 
 
 def junit_summary(report: Path) -> str:
-    """Return counts and the first failures of a JUnit report, at most 4096 bytes of JSON.
+    """Return the counts and the first failures of a JUnit report, "" when it cannot be read.
 
-    "" when there is no report that can be read. It is the tests' own: a document type, which could
-    declare entities, is refused, and how much is read the container's memory limits.
+    It is the tests' own: a document type, which could declare entities, is refused, and how much
+    is read the container's memory limits.
     """
     parser: Any = ElementTree.XMLPullParser(("end",))
     try:
@@ -1387,25 +1386,11 @@ def junit_summary(report: Path) -> str:
         cases = [case for _, case in parser.read_events() if case.tag == "testcase"]
     except (OSError, ValueError, LookupError, ElementTree.ParseError):
         return ""
-    found: Object = {"tests": len(cases)}
-    for kind, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
-        found[kind] = sum(case.find(tag) is not None for case in cases)
     red = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    names = [clip(f"{c.get('classname', '')}.{c.get('name', '')}", 120) for c in red[:20]]
-    while len(text := json.dumps({**found, "failed": names})) > TERMINATION_LENGTH:
-        names.pop()
-    return text
-
-
-def summary_text(summary: str) -> str:
-    """Return a JUnit summary as a sentence, "" when there is none."""
-    try:
-        found = json.loads(summary)
-        bad_ones = found["failures"] + found["errors"]
-        names = ": " + ", ".join(map(str, found["failed"][:5])) if found["failed"] else ""
-        return f"{found['tests'] - bad_ones - found['skipped']} passed, {bad_ones} failed{names}"
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return ""
+    skipped = sum(c.find("skipped") is not None for c in cases)
+    names = [clip(f"{c.get('classname', '')}.{c.get('name', '')}", 120) for c in red[:5]]
+    told = f": {', '.join(names)}" if names else ""
+    return f"{len(cases) - len(red) - skipped} passed, {len(red)} failed{told}"
 
 
 # === app manifests ================================================================================
@@ -2080,7 +2065,7 @@ STAGES = {  # who works, who leaves its last words where, and how it fails
     "test": (TEST_CONTAINER, RESULTS_CONTAINER, NOTE_SUMMARY, Reason.TESTS_FAILED),
     "build": (BUILD_CONTAINER, BUILD_CONTAINER, NOTE_DIGEST, Reason.BUILD_FAILED),
 }
-Do = StrEnum("Do", "NOTHING WAIT RELEASE BUILD REMAKE NOTE DEPLOY END")
+Do = StrEnum("Do", "NOTHING WAIT RELEASE BUILD NOTE DEPLOY END")
 
 
 @dataclass(frozen=True, slots=True)
@@ -2187,7 +2172,7 @@ class View:
     def report(self) -> str:
         """The sentence of the test report, if there is one."""
         test = self.jobs.get("test")
-        return summary_text(test.notes.get(NOTE_SUMMARY, "")) if test else ""
+        return clip(test.notes.get(NOTE_SUMMARY, ""), 1000) if test else ""
 
 
 def newest(jobs: Mapping[str, Job]) -> Run:
@@ -2219,7 +2204,7 @@ def decide(view: View) -> Action:
     if view.app.build.builder == "none":
         return decide_deploy(view)
     if not build or build.outcome:  # of the time before
-        return decide_start(view, Do.REMAKE if build else Do.BUILD, "build")
+        return decide_start(view, Do.BUILD, "build")
     return decide_job(view, build) or decide_deploy(view)
 
 
@@ -2271,7 +2256,7 @@ def no_digest(view: View, build: Job) -> Action:
         return Action(Do.WAIT, "build", detail="for the digest")
     if NOTE_REMADE in build.notes:
         return ends(Outcome.FAILED, Reason.NO_DIGEST, "the build left no digest, twice", "build")
-    return decide_start(view, Do.REMAKE, "build")
+    return decide_start(view, Do.BUILD, "build")
 
 
 def lateness(view: View, found: Job, started: float) -> Action:
@@ -3551,7 +3536,7 @@ class Controller:
                 mine = [p for j in jobs.values() for p in pods.get(j.uid, [])]
                 view = self.view(jobs, mine, places, newer=newer)
                 action = decide(view)
-                places -= action.do in (Do.RELEASE, Do.BUILD, Do.REMAKE)
+                places -= action.do in (Do.RELEASE, Do.BUILD)
                 self.act(view, action)
         self.sweep(runs)
         self.look_after([run for run, _ in active])
@@ -3652,19 +3637,19 @@ class Controller:
         elif do is Do.END:
             self.finish(run, view.jobs, action)
         else:
-            self.build(view, again=do is Do.REMAKE)
+            self.build(view)
 
     def task(self, app: App, environment: str, run: Run, image: str = "") -> Task:
         """Return a run on its way into an environment."""
         namespace = self.config.namespaces[environment]
         return Task(app=app, environment=environment, namespace=namespace, run=run, image=image)
 
-    def build(self, view: View, *, again: bool) -> None:
-        """Create a build Job, released; again, when a digest was lost with its pod."""
+    def build(self, view: View) -> None:
+        """Create a build Job, released; in the place of one whose digest was lost with its pod."""
         made = build_job(self.config, view.app, view.run)
         made["spec"]["suspend"] = False
         name, namespace = made["metadata"]["name"], made["metadata"]["namespace"]
-        if again:
+        if "build" in view.jobs:
             made["metadata"]["annotations"][NOTE_REMADE] = "1"
             self.kubectl.run("delete", "job", name, "--ignore-not-found", namespace=namespace)
         try:

@@ -24,7 +24,6 @@ from gitops_hook import (
     load_config,
     run_of_job,
     seconds_of,
-    summary_text,
 )
 from gitops_hook import (
     test_job as make_test_job,
@@ -334,10 +333,10 @@ def report(*cases: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "counts", "sentence"),
+    ("content", "sentence"),
     [
-        (report(), (0, 0, 0, 0), "0 passed, 0 failed"),
-        (report(CASE.format("a", "b", "")), (1, 0, 0, 0), "1 passed, 0 failed"),
+        (report(), "0 passed, 0 failed"),
+        (report(CASE.format("a", "b", "")), "1 passed, 0 failed"),
         (
             report(
                 CASE.format("a", "b", "<failure>x</failure>"),
@@ -345,26 +344,19 @@ def report(*cases: str) -> bytes:
                 CASE.format("a", "d", "<skipped/>"),
                 CASE.format("a", "e", "<system-out>x</system-out>"),
             ),
-            (4, 1, 1, 1),
             "1 passed, 2 failed: a.b, a.c",
         ),
         (
             report(CASE.format("a", "b", "<failure/><failure/>")),
-            (1, 1, 0, 0),
             "0 passed, 1 failed: a.b",
         ),
     ],
     ids=["empty", "green", "one-of-each", "two-failures-of-one-case"],
 )
-def test_a_report_is_counted(
-    tmp_path: Path, content: bytes, counts: tuple[int, ...], sentence: str
-) -> None:
+def test_a_report_is_counted(tmp_path: Path, content: bytes, sentence: str) -> None:
     path = tmp_path / "junit.xml"
     path.write_bytes(content)
-    summary = junit_summary(path)
-    found = json.loads(summary)
-    assert tuple(found[k] for k in ("tests", "failures", "errors", "skipped")) == counts
-    assert summary_text(summary) == sentence
+    assert junit_summary(path) == sentence
 
 
 LAUGH = b'<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><testsuites>&b;</testsuites>'
@@ -394,16 +386,4 @@ def test_the_summary_of_any_report_fits_a_termination_message(tmp_path: Path, le
     path.write_bytes(report(*[CASE.format(letter * 500, "n", "<error/>")] * 1000))
     summary = junit_summary(path)
     assert len(summary.encode()) <= 4096
-    assert json.loads(summary)["errors"] == 1000
-    assert summary_text(summary).startswith("0 passed, 1000 failed: ")
-
-
-@pytest.mark.parametrize(
-    "summary",
-    ["", "text", "[]", "5", "null", "{}", '{"tests": 1}', "[" * 4000,
-     '{"tests": "1", "failures": 1, "errors": 0, "skipped": 0, "failed": []}',
-     '{"tests": 1, "failures": 0, "errors": 0, "skipped": 0, "failed": 7}'],
-    ids=["empty", "text", "list", "number", "null", "nothing", "half", "deep", "texts", "no-list"],
-)  # fmt: skip
-def test_a_summary_that_is_none_is_no_sentence(summary: str) -> None:
-    assert summary_text(summary) == ""
+    assert summary.startswith("0 passed, 1000 failed: ")
