@@ -3063,15 +3063,11 @@ class Deployer:
             self.kubectl.delete("deployment", left, namespace)
             self.kubectl.delete("service", [f"{name}-preview"], namespace)
         found = self.kubectl.list("configmaps", namespace, "-l", ours)
-        maps = {m["metadata"]["name"]: m for m in found}
-        for key, record in maps.items():
-            if key in named and record["metadata"]["labels"].get(LABEL_STAGE) == "release":
-                release = Release.from_configmap(record)
-                named += json.dumps([c["metadata"]["name"] for c in release.configmaps])
         now = self.service(task)
         # whoever made one of them after the first look has claimed the Service by now
         if (now.version if now else 0) == (service.version if service else 0):
-            unnamed = [key for key in maps if key not in named]
+            names = [m["metadata"]["name"] for m in found]  # of copies, releases have their own
+            unnamed = [n for n in names if n not in named]
             self.kubectl.delete("configmap", unnamed, namespace)
 
     # Rollback on request.

@@ -141,16 +141,13 @@ class Observer:
         run, end = run_of(job), finished(job)
         if job.get("status", {}).get("active"):
             self._once("tests", f"of {self.version(run)} run as Job {_name(job)}", run, "run")
-        summary = parsed(job, "summary") or {}
+        summary = noted(job, "summary")
         if not end or not (summary or noted(job, "outcome")):
             return
-        red = summary.get("failures", 0) + summary.get("errors", 0)
-        counts = f"{summary.get('tests', 0)} tests, {red} failed"
         if end == "Complete":
-            self._once("tests", f"passed: {counts}", run, "end")
+            self._once("tests", f"green: {summary}", run, "end")
         elif noted(job, "reason"):
-            names = ", ".join(summary.get("failed", []))
-            self._once("tests", f"{noted(job, 'reason')}: {counts}: {names}", run, "end")
+            self._once("tests", f"{noted(job, 'reason')}: {summary}", run, "end")
 
     def _tell_build(self, job: Object) -> None:
         run = run_of(job)
