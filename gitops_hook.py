@@ -3256,6 +3256,7 @@ OUTCOMES = {  # of deployments that end otherwise than failed or superseded
 }
 FORGIVEN = {  # ends of a deployment that say nothing new against its commit
     *(Reason.BOTH_SICK, Reason.SELECTOR_CHANGED, Reason.ADOPTION_REFUSED, Reason.REJECTED),
+    *(Reason.QUOTA_EXCEEDED, Reason.UNSCHEDULABLE),  # a full cluster
 }
 RETRIED = ("Unreachable", "Conflict", "Unknown", "Forbidden", "NotFound")  # nobody's fault, or ours
 

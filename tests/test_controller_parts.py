@@ -125,6 +125,24 @@ def test_a_newer_push_stays_the_last_seen_when_the_older_run_ends_after_it(contr
     assert seen(controller) == {"refs/heads/main": (NEW, "tested")}
 
 
+@pytest.mark.parametrize(
+    ("stage", "reason", "rejects"),
+    [
+        ("production", Reason.CRASH_LOOP, True),
+        ("staging", Reason.MANIFEST_INVALID, True),
+        ("production", Reason.BOTH_SICK, False),
+        ("production", Reason.QUOTA_EXCEEDED, False),
+        ("staging", Reason.UNSCHEDULABLE, False),
+        ("test", Reason.TESTS_FAILED, False),
+    ],
+)
+def test_a_commit_is_rejected_for_what_a_deployment_says_against_it_alone(
+    controller: Any, stage: str, reason: Reason, *, rejects: bool
+) -> None:
+    controller.finish(a_run(NEW), {}, hook.ends(Outcome.FAILED, reason, "", stage))
+    assert [*controller.ledger.read("shop")[1]] == [NEW] * rejects
+
+
 def test_a_run_under_way_of_which_nothing_is_left_vanished(controller: Any) -> None:
     controller.ledger.write("shop", controller.ledger.seen(a_run(OLD), None))
     catch_up(controller, {"refs/heads/main": OLD})
