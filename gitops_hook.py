@@ -119,6 +119,7 @@ JOB_TTL = 3600  # seconds a finished Job is kept
 KUBECTL_TIMEOUT = 30.0  # seconds for one call, as in the article
 WATCH_SECONDS = 300  # every watch ends and relists after this: a hung one looks like a quiet one
 GIT_TIMEOUT = 60.0
+HEADS_AT_ONCE = 4  # questions to one git server: a dead one delays only its own apps
 VERIFY_SECONDS = 10.0  # the endpoints must have followed the selector by then
 UNMOVED_SECONDS = 60.0  # ... unless nobody has acted on it: a controller-manager that starts anew
 HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures are seen within one second
@@ -471,11 +472,6 @@ class Config:
     webhook: Webhook
     limits: Limits
     catch_up: Annotated[Seconds, "5m", "between looks at the heads of all repositories"]
-
-    def environments(self) -> dict[str, str]:
-        """Return the namespace of each environment that apps are deployed to, in order of use."""
-        names = dict.fromkeys(e for app in self.apps for e in app.deploy.environments)
-        return {name: self.namespaces[name] for name in names}
 
 
 def settings_of(section: type[Any]) -> dict[str, tuple[Any, Parser, str, str]]:
@@ -1216,6 +1212,7 @@ class Git:
 
     def __init__(self, credentials: Path, timeout: float = GIT_TIMEOUT) -> None:
         self.credentials, self.timeout = credentials, timeout
+        self._places: dict[str, threading.Semaphore] = {}
 
     def run(self, *args: str, directory: Path | None = None, patience: int = 1) -> str:
         """Return what one git call prints; raises GitError."""
@@ -1229,8 +1226,15 @@ class Git:
         return stdout
 
     def heads(self, url: str) -> dict[str, str]:
-        """Return the commit of every branch, by full ref name."""
-        lines = self.run("ls-remote", "--heads", "--", url).splitlines()
+        """Return the commit of every branch, by full ref name; of one server, few at a time."""
+        host = (normalise_url(url) or ("", ""))[0]
+        place = self._places.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
+        if not place.acquire(timeout=self.timeout):
+            raise GitError(("git", "ls-remote"), None, f"too many wait for {clip(host)}")
+        try:
+            lines = self.run("ls-remote", "--heads", "--", url).splitlines()
+        finally:
+            place.release()
         found = (line.partition("\t") for line in lines)
         return {ref: sha for sha, _, ref in found if SHA.fullmatch(sha) and valid_ref(ref)}
 
@@ -2370,7 +2374,6 @@ class Clock:
 
     now = staticmethod(time.time)
     monotonic = staticmethod(time.monotonic)
-    sleep = staticmethod(time.sleep)
 
 
 def health_refusal(url: str) -> str | None:
@@ -2547,17 +2550,21 @@ class Deployer:
     def write(
         self, task: Task, seen: Service, notes: Object, goal: Object | None = None
     ) -> Service:
-        """Compare-and-set the live Service: notes, None removes one, and where it points."""
+        """Compare-and-set the live Service: notes, None removes one, and where it points.
+
+        The same patch stores the selector that it replaces, as the previous one.
+        """
+        spec: Object = {}
+        if goal:
+            # a merge keeps keys that are not named: those that must go are set to null
+            spec["selector"] = {**dict.fromkeys(seen.selector), **goal["selector"]}
+            notes = {NOTE_PREVIOUS: seen.selector, **notes}
+        if goal and goal.get("ports"):
+            spec["ports"] = ports_like(goal["ports"], seen.ports)
         texts = {k: None if v is None else json.dumps(v) for k, v in notes.items()}
         labels = {LABEL_MANAGED: MANAGER, LABEL_APP: seen.name, LABEL_STAGE: "live"}
         meta = {"resourceVersion": str(seen.version), "annotations": texts, "labels": labels}
-        change: Object = {"metadata": meta, "spec": {}}
-        if goal:
-            # a merge keeps keys that are not named: those that must go are set to null
-            selector = {**dict.fromkeys(seen.selector), **goal["selector"]}
-            change["spec"] = {"selector": selector}
-        if goal and goal.get("ports"):
-            change["spec"]["ports"] = ports_like(goal["ports"], seen.ports)
+        change = {"metadata": meta, "spec": spec}
         return Service(self.kubectl.patch("service", seen.name, task.namespace, change))
 
     def place(self, task: Task) -> tuple[str, int]:
@@ -2817,7 +2824,7 @@ class Deployer:
         if task.last:
             notes[NOTE_BAKE] = round(self.clock.now() + task.app.deploy.bake, 3)
         if service:
-            self.write(task, service, {**notes, NOTE_PREVIOUS: service.selector}, entry)
+            self.write(task, service, notes, entry)
             return
         live = copy.deepcopy(release.service)
         live["metadata"]["annotations"] |= {k: json.dumps(v) for k, v in notes.items()}
@@ -2965,7 +2972,6 @@ class Deployer:
             notes = {
                 NOTE_HISTORY: [{**e, **ended} if e == live else e for e in service.history],
                 NOTE_CLAIM: self.note(task.run.id, colour, Phase.SWITCHED_BACK),
-                NOTE_PREVIOUS: service.selector,
                 NOTE_BAKE: None,
             }
             self.write(task, service, notes, target)
@@ -3110,7 +3116,7 @@ class Deployer:
             raise RefusedError(f"{now.claim.get('run') or 'someone'} has taken over meanwhile")
         history = rolled_back(now.history, target, goal, reason)
         notes = {NOTE_HISTORY: history, NOTE_CLAIM: None, NOTE_BAKE: None}
-        self.write(task, now, {**notes, NOTE_PREVIOUS: now.selector}, goal)
+        self.write(task, now, notes, goal)
 
     def raise_target(self, task: Task, claimed: Service, target: Object) -> Object:
         """Return a rollback target's entry once its pods are ready, brought back if need be."""
@@ -3273,10 +3279,8 @@ class Controller:
         stages, live = [spaces[s] for s in STAGES], f"{ours},{LABEL_STAGE}=live"
         self.jobs = [Watch(self.kubectl, "jobs", n, Job, ours) for n in stages]
         self.pods = [Watch(self.kubectl, "pods", n, Pod, ours) for n in stages]
-        self.services = {
-            e: Watch(self.kubectl, "services", n, Service, live)
-            for e, n in config.environments().items()
-        }
+        used = dict.fromkeys(e for app in config.apps for e in app.deploy.environments)
+        self.services = {e: Watch(self.kubectl, "services", spaces[e], Service, live) for e in used}
         self.apps = {a.name: a for a in config.apps}
         self.asked = {name: threading.Event() for name in self.apps}
         # by app: the time of the question, that of the answer on the other clock, the answer

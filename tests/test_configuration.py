@@ -105,12 +105,6 @@ def test_values_do_not_change() -> None:
         config.catch_up = 1.0
 
 
-def test_the_environments_are_those_that_an_app_is_deployed_to() -> None:
-    spaces = {"test": "t", "build": "b", "qa": "q", "unused": "u", "live": "l"}
-    config = loaded({"deploy": {"environments": ["qa", "live"]}}, namespaces=spaces)
-    assert config.environments() == {"qa": "q", "live": "l"}
-
-
 # === Faults ===
 
 

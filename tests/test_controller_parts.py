@@ -64,12 +64,14 @@ class Watched(hook.Controller):
         self.ticks += 1
 
 
-def a_controller(directory: Path, kind: type[hook.Controller] = hook.Controller) -> Any:
+def a_controller(
+    directory: Path, kind: type[hook.Controller] = hook.Controller, config: str = CONFIG
+) -> Any:
     git = SimpleNamespace(heads=lambda url: {})
     deployer = hook.Deployer(Desk(), git, hook.Secrets(directory), hook.Clock())  # type: ignore[arg-type]
     spool = hook.Spool(directory / "spool", 100)
     spool.prepare()
-    return kind(hook.load_config(CONFIG), deployer, spool)
+    return kind(hook.load_config(config), deployer, spool)
 
 
 @pytest.fixture
@@ -111,6 +113,15 @@ def test_what_was_done_is_not_done_again_on_the_same_ground_for_a_while() -> Non
     assert once.may("run", "another ground", 10.0)
     now[0] = 20.0
     assert once.may("run", "another ground", 10.0)
+
+
+def test_the_services_of_environments_that_no_app_uses_are_not_watched(tmp_path: Path) -> None:
+    spaces = "namespaces: {test: t, build: b, staging: s, production: p, unused: u}"
+    watches = a_controller(tmp_path, config=CONFIG + spaces).services
+    assert {name: watch.namespace for name, watch in watches.items()} == {
+        "staging": "s",
+        "production": "p",
+    }
 
 
 # The ledger

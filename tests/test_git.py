@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -322,6 +323,32 @@ def test_a_server_that_hangs_is_left_in_time(tmp_path: Path) -> None:
         with connection:
             while connection.recv(65536):
                 pass
+
+
+def test_a_server_that_hangs_is_asked_by_few_at_once_and_holds_up_no_other(
+    repository: Repository, tmp_path: Path
+) -> None:
+    commit, git = repository.commit(app="1"), Git(tmp_path / "none", timeout=3.0)
+    with socket.create_server(("127.0.0.1", 0), backlog=20) as silent, ExitStack() as asked:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/shop.git"
+
+        def ask() -> None:
+            with pytest.raises(GitError):
+                git.heads(url)
+
+        threads = [threading.Thread(target=ask) for _ in range(7)]
+        began = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for _ in range(4):
+            asked.enter_context(silent.accept()[0])
+        assert git.heads(str(repository.path)) == {"refs/heads/main": commit}
+        silent.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            silent.accept()
+        for thread in threads:
+            thread.join(20)
+        assert time.monotonic() - began < 20
 
 
 def test_a_missing_git_is_a_fault_of_the_surroundings(
