@@ -85,7 +85,7 @@ apply: $(HAS_KUBECTL) ## Install or update (IMAGE=registry/name:tag, OVERLAY=pat
 		$(call die,say which image: make apply IMAGE=registry.example.com/tools/gitops-hook:1.0.0)
 	rendered=$$($(KUBECTL) kustomize '$(OVERLAY)' | \
 		sed -E "s#(^|[^a-zA-Z0-9._/-])gitops-hook:dev($$|[^a-zA-Z0-9._-])#\1$(IMAGE)\2#g")
-	grep -qE '(^|[ {,])hook: *[^ ]' <<<"$$rendered" || \
+	grep -qE "^([^#]*[ {,])?['\"]?hook['\"]?: *[^ ]" <<<"$$rendered" || \
 		$(call die,config.yaml does not say images.hook: add  images: {hook: gitops-hook:dev}  as it stands)
 	digest=$$(sha256sum <<<"$$rendered" | cut -c 1-16)
 	$(KUBECTL) apply -f - <<<"$${rendered//digest-of-what-was-applied/$$digest}"

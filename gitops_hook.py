@@ -2063,6 +2063,7 @@ HOPELESS_PULL = re.compile(
 )
 HEALING_REFUSAL = re.compile(
     "failed calling webhook|Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown"
+    "|being terminated"
 )
 START = re.compile("(Create|Run)Container.*Error|StartError|ContainerCannotRun")
 STAGES = {  # who works, who leaves its last words where, and how it fails
@@ -2630,7 +2631,8 @@ class Deployer:
         standing = self.kubectl.get("deployment", f"{task.app.name}-{colour}", task.namespace)
         labels = (standing or {"metadata": {}})["metadata"].get("labels") or {}
         stood = service.entry(labels.get(LABEL_RUN, ""))
-        if stood.get("colour") == colour:
+        same = (claim.get("colour"), claim.get("run")) == (colour, stood.get("run"))
+        if stood.get("colour") == colour and not same:
             heal = stood["release"] if stood.get("outcome") in (Outcome.DEPLOYED, "") else ""
         notes: Object = {NOTE_CLAIM: self.note(task.run.id, colour, Phase.PREPARING, heal)}
         goal = None if service.ours else {"selector": self.adopted(task, release, service)}
@@ -2727,11 +2729,15 @@ class Deployer:
             finally:
                 process.kill()
                 process.communicate()
-            # what it says is no proof: it is content with no replicas, and a status may be old
-            found = self.kubectl.get("deployment", name, task.namespace)
+            # what it says is no proof: it is content with no replicas, and with another's pods
+            found = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
+            if (found["metadata"].get("labels") or {}).get(LABEL_RUN) != release.run:
+                raise HookError(f"Deployment {name} was deleted or replaced meanwhile")
             ready = len(self.ready_pods(task.namespace, release.selector))
-            if found and proven(found, ready, release.run):
+            if proven(found, ready):
                 return
+            if process.returncode == 0:
+                until = min(until, self.clock.monotonic() + VERIFY_SECONDS)
             self.pause(0.3)
         detail = f"{ready} of {release.wanted} pods ready within {timeout} s"
         raise self.failed(task, release, pods, Symptom("", Reason.NEVER_READY, detail))
@@ -2846,7 +2852,10 @@ class Deployer:
         release = self.release(task, service.live)
         if not self.followed(task, release.selector, release.wanted):
             detail = f"the endpoints did not become the {release.wanted} pods of {release.run}"
-            self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
+            ready = len(self.ready_pods(task.namespace, release.selector))
+            target, old = self.look_back(task, unhealthy=False)
+            if not target or old >= max(ready, 1):
+                self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
             raise StageError(Reason.ENDPOINTS_MISSING, detail)
         if task.last:
             self.bake(task, release, pods, service)
@@ -3059,10 +3068,12 @@ class Deployer:
         namespace, name = task.namespace, task.app.name
         ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP}={name}"
         service, named = self.service(task), ""
+        if service and service.claim:
+            return
         deployments = self.kubectl.list("deployments", namespace, "-l", ours)
         if service:
             sets = self.kubectl.list("replicasets", namespace, "-l", f"{LABEL_APP}={name}")
-            named = json.dumps([service.history, service.claim, deployments, sets])
+            named = json.dumps([service.history, deployments, sets])
         else:
             metas = [d["metadata"] for d in deployments]
             left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
@@ -3188,13 +3199,13 @@ def recoloured(release: Release, app: App, colour: str, replicas: int) -> Releas
     return replace(release, colour=colour, selector=selector, deployment=deployment)
 
 
-def proven(deployment: Object, ready: int, run: str) -> bool:
-    """Whether a Deployment's status and its pods prove that all wanted pods of a run are ready."""
+def proven(deployment: Object, ready: int) -> bool:
+    """Whether a Deployment's status and its ready pods prove that all wanted ones are ready."""
     meta, spec, status = deployment["metadata"], deployment["spec"], deployment.get("status") or {}
     counts = ("updatedReplicas", "readyReplicas", "availableReplicas", "replicas")
     wanted, current = spec.get("replicas", 1), status.get("observedGeneration", 0)
     whole = {status.get(k, 0) for k in counts} == {wanted} and ready >= wanted > 0
-    return bool(whole and current >= meta["generation"] and meta["labels"].get(LABEL_RUN) == run)
+    return bool(whole and current >= meta["generation"])
 
 
 def ready_endpoints(slices: Iterable[Object]) -> set[str]:
@@ -3288,7 +3299,7 @@ class Controller:
         self.due = dict.fromkeys(self.apps, 0.0)  # when to compare them with what was last seen
         self.taken: dict[tuple[str, str], tuple[int, float]] = {}  # failures, and until when
         self.doom: dict[str, Doom] = {}
-        self.known: dict[str, dict[str, Job]] = {}  # what the last look found, by run and stage
+        self.known: dict[str, Job] = {}  # by name; what is gone until that is written down
         self.once = Once(self.clock)
         self.threads: dict[str, threading.Thread] = {}
         self.metrics.spool.set_function(lambda: len(spool))
@@ -3517,9 +3528,12 @@ class Controller:
     def tick(self) -> None:
         """Take the next step of every run that has one; newest first."""
         runs = self.grouped()
-        for lost in (j for g in self.known.values() for j in g.values()):
-            self.vanished(lost, runs.get(lost.run.id, {}))
-        self.known = runs
+        there = {j.name: j for g in runs.values() for j in g.values()}
+        self.known |= there
+        for lost in [j for name, j in self.known.items() if name not in there]:
+            with self.alone(lost.run):
+                self.vanished(lost, runs.get(lost.run.id, {}))
+                del self.known[lost.name]
         groups = [g for g in runs.values() if not over(g)]
         states = [j.state for g in groups for j in g.values()]
         for state in ("suspended", "active"):
@@ -3707,8 +3721,11 @@ class Controller:
         (error if bad else info)("run ended", **why, seconds=took, **run_words(run))
 
     def vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
-        """End a run whose Job, seen in the last look, disappeared before its end."""
-        if lost.stage in left:
+        """End a run whose Job disappeared before its end."""
+        # who ended the run since it was seen, or pushed the ref again, has written so
+        last = self.ledger.read(lost.run.app)[0].get(lost.run.ref, {})
+        told = last and (last.get("outcome") or last.get("commit") != lost.run.commit)
+        if told and seconds_of(last.get("received")) >= lost.run.received:
             return
         ended = lost.outcome or over({lost.stage: lost, **left})
         # only green tests are built; a finished build can be made once more
@@ -3761,10 +3778,12 @@ class Controller:
             # a role of ours that lacks a verb is not the manifest's fault, another Forbidden is
             lacking = re.search(r"cannot \w+ resource", refused.stderr)
             again = refused.kind in RETRIED and (lacking or refused.kind != "Forbidden")
+            again = again or HEALING_REFUSAL.search(refused.stderr) is not None
             if again or (service and service.run == task.run.id):
                 raise
-            detail = self.deployer.secrets.mask(refused.said)
-            ended = ends(Outcome.FAILED, Reason.MANIFEST_INVALID, detail, place)
+            full = "exceeded quota" in refused.stderr
+            reason = Reason.QUOTA_EXCEEDED if full else Reason.MANIFEST_INVALID
+            ended = ends(Outcome.FAILED, reason, self.deployer.secrets.mask(refused.said), place)
         took, result = self.clock.monotonic() - started, ended.outcome if ended else "ok"
         self.metrics.stage_seconds.labels(task.app.name, place, result).observe(took)
         if ended:

@@ -261,8 +261,7 @@ def test_a_deleted_job_is_told_again_after_a_failure_and_then_no_more(
 
     with monkeypatch.context() as patched:
         patched.setattr(controller.kubectl, "get", lose)
-        with pytest.raises(hook.KubectlError):
-            controller.tick()
+        controller.tick()
     assert seen(controller) == {}
     labels = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
     for _ in range(2):
@@ -270,6 +269,36 @@ def test_a_deleted_job_is_told_again_after_a_failure_and_then_no_more(
         assert seen(controller) == {"refs/heads/side": (OLD, "failed")}
         ended = controller.metrics.registry.get_sample_value("gitops_hook_runs_total", labels)
         assert ended == 1
+
+
+def test_a_job_that_goes_after_its_run_has_ended_is_not_told_again(controller: Any) -> None:
+    watch = a_mirrored_job(controller)
+    controller.tick()
+    controller.finish(a_run(OLD, "refs/heads/side"), {}, ends(Outcome.TESTED))
+    delete(controller, watch)
+    controller.tick()
+    assert seen(controller) == {"refs/heads/side": (OLD, "tested")}
+    labels = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
+    assert controller.metrics.registry.get_sample_value("gitops_hook_runs_total", labels) is None
+
+
+def test_one_vanished_job_that_cannot_be_written_down_holds_back_no_other_run(
+    controller: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, acted = a_mirrored_job(controller), []
+    controller.tick()
+    delete(controller, watch)
+    other = hook.test_job(controller.config, controller.apps["shop"], a_run(NEW, "refs/heads/x"))
+    controller.kubectl.create_each([other], "test")
+    watch._take("ADDED", other)
+
+    def refuse(app: str, data: Object) -> None:
+        raise hook.KubectlError(["kubectl"], 1, "Error from server (Forbidden): no")
+
+    monkeypatch.setattr(controller.ledger, "write", refuse)
+    monkeypatch.setattr(controller, "act", lambda view, action: acted.append(view.run.commit))
+    controller.tick()
+    assert acted == [NEW]
 
 
 def test_a_job_that_is_deleted_during_a_look_is_missed_in_the_next(

@@ -327,10 +327,11 @@ def test_every_mount_has_its_volume_and_every_volume_its_mount(installed: Instal
         "config": "/etc/gitops-hook",
         "secrets": "/etc/gitops-hook/secrets",
         "spool": "/var/spool/gitops-hook",
+        "scratch": "/var/spool/gitops-hook/scratch",
         "tmp": "/tmp",
     }
     writable = {m["name"] for m in installed.container["volumeMounts"] if not m.get("readOnly")}
-    assert writable == {"spool", "tmp"}
+    assert writable == {"spool", "scratch", "tmp"}
 
 
 def test_what_the_volumes_name_exists_or_is_made_as_the_example_says(installed: Installed) -> None:
