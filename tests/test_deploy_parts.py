@@ -121,3 +121,77 @@ def test_what_a_deployment_said_of_the_version_before_is_not_held_against_the_ne
     release = hook.Release(**values, deployment=standing)
     pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
     assert [str(s.reason) for s in made.symptoms(task(), release, pods)] == told
+
+
+def a_release(deployment: Object) -> hook.Release:
+    names = ("run", "commit", "image", "colour")
+    values: Object = {**dict.fromkeys(names, ""), "selector": NEW, "configmaps": [], "service": {}}
+    return hook.Release(**{**values, "run": "shop-new"}, deployment=deployment)
+
+
+@pytest.mark.parametrize(
+    ("carried", "raised", "said"),
+    [
+        ("shop-old", hook.HookError, "deleted or replaced meanwhile"),
+        ("shop-new", hook.StageError, "0 of 0 pods ready"),
+    ],
+    ids=["replaced", "scaled-to-nothing"],
+)
+def test_a_rollout_that_cannot_end_well_any_more_is_not_waited_for(
+    tmp_path: Path, carried: str, raised: type[Exception], said: str
+) -> None:
+    made = deployer(tmp_path, [])
+    meta = {"name": "shop-blue", "generation": 2, "labels": {hook.LABEL_RUN: carried}}
+    spec = {"replicas": 0, "progressDeadlineSeconds": 600}
+    standing = {"metadata": meta, "spec": spec, "status": {"observedGeneration": 2}}
+    (tmp_path / "deployment").write_text(json.dumps(standing))
+    (tmp_path / "pods").write_text('{"items": []}')
+    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
+    with pytest.raises(raised, match=said):
+        made.roll_out(task(), a_release(standing), pods)
+    assert made.clock.monotonic() < 1000 + 10 * hook.VERIFY_SECONDS
+
+
+def ready_pod(name: str) -> Object:
+    condition = {"type": "Ready", "status": "True"}
+    meta = {"name": name, "resourceVersion": "1"}
+    return {"metadata": meta, "spec": {}, "status": {"conditions": [condition]}}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "back"),
+    [(2, 1, True), (2, 2, True), (1, 2, False), (0, 0, False)],
+    ids=["better", "as-good", "worse", "nothing"],
+)
+def test_missing_endpoints_send_traffic_back_only_to_a_version_that_is_as_well(
+    tmp_path: Path, old: int, new: int, *, back: bool
+) -> None:
+    made = deployer(tmp_path, [slices()])
+    deployment = {"metadata": {"name": "shop-green"}, "spec": {"replicas": 2}}
+    release = a_release(deployment)
+    entries = [
+        {"run": "shop-new", "selector": NEW, "outcome": "", "release": "record", "at": 2},
+        {"run": "shop-old", "selector": OLD, "outcome": "deployed", "at": 1},
+    ]
+    notes = {hook.NOTE_HISTORY: json.dumps(entries), hook.NOTE_PREVIOUS: json.dumps(OLD)}
+    live = {"metadata": {"name": "shop", "resourceVersion": "1", "annotations": notes}}
+    texts = {
+        "service": {**live, "spec": {"selector": NEW}},
+        "deployment": deployment,
+        "record": release.configmap("shop"),
+        "old": {"items": [ready_pod(f"shop-old-{n}") for n in range(old)]},
+        "new": {"items": [ready_pod(f"shop-new-{n}") for n in range(new)]},
+    }
+    for name, content in texts.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    script = tmp_path / "kubectl"
+    cases = """case "$*" in
+*configmap*) cat record ;;
+*pods*shop-old*) cat old ;;
+*pods*shop-new*) cat new ;;
+*patch*) cat > patched; cat service ;;"""
+    script.write_text(script.read_text().replace('case "$*" in', cases))
+    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
+    with pytest.raises(hook.StageError, match="EndpointsMissing"):
+        made.settle(task(), pods)
+    assert (tmp_path / "patched").exists() is back
