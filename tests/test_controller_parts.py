@@ -124,6 +124,40 @@ def test_the_services_of_environments_that_no_app_uses_are_not_watched(tmp_path:
     }
 
 
+REFUSED = (
+    'Error from server (Forbidden): error when creating "STDIN": configmaps "x" is forbidden: '
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("exceeded quota: small, requested: count/configmaps=1", "QuotaExceeded"),
+        ("violates PodSecurity", "ManifestInvalid"),
+        ('User "system:x" cannot create resource "configmaps" in API group ""', None),
+        ("status unknown for quota: small", None),
+        ("unable to create new content in namespace x because it is being terminated", None),
+    ],
+)
+def test_a_refusal_ends_a_deployment_unless_it_is_nobody_s_fault_or_ours(
+    controller: Any, monkeypatch: pytest.MonkeyPatch, said: str, reason: str | None
+) -> None:
+    def deploy(task: hook.Task) -> None:
+        raise hook.KubectlError(["kubectl", "create"], 1, REFUSED + said)
+
+    monkeypatch.setattr(controller.deployer, "deploy", deploy)
+    there = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {}}
+    controller.kubectl.objects["service", "shop"] = there
+    task = controller.task(controller.apps["shop"], "staging", a_run(NEW))
+    if reason is None:
+        with pytest.raises(hook.KubectlError):
+            controller.deploy(task, {})
+    else:
+        controller.deploy(task, {})
+        entry = controller.ledger.read("shop")[0]["refs/heads/main"]
+        assert (entry["outcome"], entry["reason"]) == ("failed", reason)
+
+
 # The ledger
 
 
