@@ -33,7 +33,6 @@ import difflib
 import hashlib
 import hmac
 import http
-import itertools
 import json
 import logging
 import math
@@ -1256,7 +1255,7 @@ class Git:
 RUN_FIELDS = ("ref", "commit", "before", "title", "delivery")  # each an annotation of the Job
 TEST_CONTAINER, BUILD_CONTAINER, RESULTS_CONTAINER = "test-runner", "kaniko", "results"
 SOURCE, CREDENTIALS_MOUNT = "/workspace/src", "/var/run/gitops-hook"
-BUILD_CONTEXT = "/kaniko/source/src"  # the same: what a Dockerfile puts into a mount gets lost
+BUILD_CONTEXT = "/kaniko/source/src"  # SOURCE, where no Dockerfile writes: kaniko leaves mounts out
 # What every Job has; what every container has, fit for Pod Security `restricted`; what the builder
 # has instead, which unpacks images over its own root, /tmp included, fit for `baseline`.
 JOB, CONTAINER, BUILDER, REGISTRY = yaml.safe_load_all("""
@@ -2480,7 +2479,8 @@ def persistent(step: F) -> F:
 
     def persist(self: Deployer, task: Task, *args: Any, **more: Any) -> Any:
         """Take the step until it is answered."""
-        for failures in itertools.count():
+        failures = 0
+        while True:
             try:
                 return step(self, task, *args, **more)
             except KubectlError as failed:
@@ -2488,7 +2488,7 @@ def persistent(step: F) -> F:
                     raise
                 warn("will look again", detail=str(failed), **task.words)
                 self.pause(0.05 if failed.kind != "Unreachable" else min(backoff(failures), 2.0))
-        return None
+                failures += 1
 
     return cast(F, persist)
 
@@ -2621,7 +2621,7 @@ class Deployer:
         """
         if (service := self.service(task)) is None:
             return None
-        claim, history, colour = service.claim, service.history, release.colour
+        claim, colour = service.claim, release.colour
         if service.selector.get(LABEL_VERSION) == colour:
             raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
         fresh = self.clock.now() - seconds_of(claim.get("since")) < CLAIM_SECONDS
@@ -2636,7 +2636,7 @@ class Deployer:
             heal = stood["release"] if stood.get("outcome") in (Outcome.DEPLOYED, "") else ""
         notes: Object = {NOTE_CLAIM: self.note(task.run.id, colour, Phase.PREPARING, heal)}
         goal = None if service.ours else {"selector": self.adopted(task, release, service)}
-        if goal and not history:
+        if goal and not service.history:
             first = {"run": "", "colour": "", "outcome": "adopted", **goal}
             told = [{**first, "ports": service.ports, "at": self.clock.now()}]
             notes |= {NOTE_PREVIOUS: goal["selector"], NOTE_HISTORY: told}
@@ -3083,9 +3083,9 @@ class Deployer:
         now = self.service(task)
         # whoever made one of them after the first look has claimed the Service by now
         if (now.version if now else 0) == (service.version if service else 0):
-            names = [m["metadata"]["name"] for m in found]  # of copies, releases have their own
-            unnamed = [n for n in names if n not in named]
-            self.kubectl.delete("configmap", unnamed, namespace)
+            # a release has the text of its copies: applying it makes them again
+            names = (m["metadata"]["name"] for m in found)
+            self.kubectl.delete("configmap", [n for n in names if n not in named], namespace)
 
     # Rollback on request.
 
