@@ -2854,8 +2854,9 @@ class Deployer:
             detail = f"the endpoints did not become the {release.wanted} pods of {release.run}"
             ready = len(self.ready_pods(task.namespace, release.selector))
             target, old = self.look_back(task, unhealthy=False)
-            if not target or old >= max(ready, 1):
-                self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
+            if target and old < max(ready, 1):
+                raise StageError(Reason.BOTH_SICK, f"{detail}; the version before is no better")
+            self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
             raise StageError(Reason.ENDPOINTS_MISSING, detail)
         if task.last:
             self.bake(task, release, pods, service)
