@@ -981,6 +981,25 @@ def test_a_token_that_was_revoked_is_unauthorised(world: World) -> None:
     assert done.err == "error: You must be logged in to the server (Unauthorized)\n"
 
 
+def test_a_kubeconfig_that_is_being_read_is_never_half_written(world: World) -> None:
+    path, ended = world.directory / "shared", threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            world.api.kubeconfig(path)
+
+    world.api.kubeconfig(path)
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(500):
+            authority = json.loads(path.read_text())["clusters"][0]["cluster"]
+            assert Path(authority["certificate-authority"]).read_bytes() == world.api.ca_pem
+    finally:
+        ended.set()
+        writer.join()
+
+
 def test_cluster_roles_count_where_they_are_bound(world: World) -> None:
     rule = {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["list"]}
     world.store.create("clusterroles", {"metadata": {"name": "lister"}, "rules": [rule]})

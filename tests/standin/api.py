@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import ssl
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,7 @@ class Api:
             owner, _, name = account.partition("/")
             token = self.tokens.of_account(owner, name)
         authority = path.with_name(f"{path.name}.ca.crt")
-        authority.write_bytes(self.ca_pem)
+        _put(authority, self.ca_pem)
         context = {"cluster": "standin", "user": "user"}
         if namespace:
             context["namespace"] = namespace
@@ -107,8 +108,7 @@ class Api:
             "contexts": [{"name": "standin", "context": context}],
             "current-context": "standin",
         }
-        path.write_text(json.dumps(config, indent=1))
-        path.chmod(0o600)
+        _put(path, json.dumps(config, indent=1).encode())
         return path
 
     # One request
@@ -247,3 +247,11 @@ class Api:
         if found is not None:
             return reply(found)
         raise ApiError(404, "the server could not find the requested resource")
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Replace a file in one step: a kubectl of another thread may be reading it."""
+    new = path.with_name(f".{path.name}.{threading.get_ident()}")
+    new.touch(0o600)
+    new.write_bytes(content)
+    new.replace(path)
