@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator
 from typing import Any
 
@@ -24,6 +25,12 @@ CLUSTER = {
     "test_standin_more",
     "test_standin_watch",
 }
+
+
+def pytest_configure() -> None:
+    """Let what the tests start be interrupted, also where a script in the background runs them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import socket
 import ssl
 import threading
 import time
@@ -18,7 +19,8 @@ import yaml
 
 from tests.standin import make_fields
 from tests.standin.api import Api
-from tests.standin.faults import Fault
+from tests.standin.faults import Fault, Faults, Request
+from tests.standin.httpd import Connection, Leavers
 from tests.standin.kubectl import Kubectl
 from tests.standin.store import ApiError, Store
 
@@ -1076,6 +1078,24 @@ def test_clearing_the_faults_lets_a_hanging_request_go_on(world: World) -> None:
         process.kill()
         process.communicate()
     assert annotated(world)
+
+
+def test_a_fault_that_was_lifted_holds_no_request_that_had_met_it() -> None:
+    faults, leavers, (near, far) = Faults(), Leavers(), socket.socketpair()
+    request = Request("patch", "services", "demo", "shop", "worker", 0, 0.0)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    sock = context.wrap_socket(near, server_side=True, do_handshake_on_connect=False)
+    with sock, far:
+        for free in (faults.lift, lambda _: faults.clear()):
+            fault = faults.add(Fault("hang"))
+            assert faults.take(request, b"") is fault
+            free(fault)
+            args = (Connection(sock, leavers), fault, None)
+            waiting = threading.Thread(target=faults.hang, args=args, daemon=True)
+            waiting.start()
+            waiting.join(PATIENCE)
+            assert not waiting.is_alive()
+    leavers.stop()
 
 
 def test_faults_count_wait_and_look_into_the_body(world: World) -> None:

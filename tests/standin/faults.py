@@ -156,10 +156,12 @@ class Faults:
     def hang(self, connection: Connection, fault: Fault, seconds: float | None) -> None:
         """Wait until lift(), clear() or the time is over; Closed when the client leaves before."""
         release = threading.Event()
+        with self._lock:
+            if not any(armed.fault is fault for armed in self._armed):
+                return  # lifted since the request met it
+            self._waiting[release] = fault
         connection.on_gone(release.set)
         connection.watch_leaving()
-        with self._lock:
-            self._waiting[release] = fault
         release.wait(seconds)
         with self._lock:
             self._waiting.pop(release, None)

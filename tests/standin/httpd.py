@@ -53,7 +53,7 @@ class Closed(Exception):
 class Connection:
     """One client's connection."""
 
-    def __init__(self, sock: ssl.SSLSocket, leavers: _Leavers) -> None:
+    def __init__(self, sock: ssl.SSLSocket, leavers: Leavers) -> None:
         self.socket = sock
         self.gone = threading.Event()
         self._leavers = leavers
@@ -163,7 +163,7 @@ class Connection:
         self.socket.close()
 
 
-class _Leavers:
+class Leavers:
     """Waits, in one thread, for clients that close their end during a stream."""
 
     def __init__(self) -> None:
@@ -226,11 +226,11 @@ class HttpServer:
     _connections: set[Connection] = field(default_factory=set)
     _threads: set[threading.Thread] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _leavers: _Leavers | None = None
+    _leavers: Leavers | None = None
 
     def start(self) -> None:
         """Listen; the port is chosen by the system at the first start."""
-        self._leavers = _Leavers()
+        self._leavers = Leavers()
         self.up()
 
     def up(self) -> None:
