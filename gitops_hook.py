@@ -345,14 +345,15 @@ BRANCH = matching(r"(?!refs/)[^\s~^:?*\[\\]{1,255}", "a branch name (without ref
 FOLDER = matching(r"(?![/-])(?!(.*/)?\.\.(/|$))[^\x00]+", "a relative path within the repository")
 REPOSITORY = matching(
     r"(file://)?/[^\s\x00]+|https?://[A-Za-z0-9._:\[\]-]+/[^\s@?#\x00]+",
-    "an http(s) URL without user, query and fragment",
+    "an http(s) URL without user, query and fragment (a user belongs in file git-credentials)",
 )
-IMAGE = matching(r"[a-z0-9][\w.:/@-]*", "an image reference")
-TARGET = matching(r"([a-z0-9][\w.-]*(:[0-9]+)?/)?[\w./-]*", "an image without tag and digest")
+PATH = r"([a-z0-9][\w.-]*(:[0-9]+)?/)?[a-z0-9._/-]*"  # of an image: lower case but for its host
+IMAGE = matching(rf"(?=[a-z0-9]){PATH}(:[\w.-]+)?(@\w+:[0-9a-f]+)?", "an image reference")
+TARGET = matching(PATH, "an image without tag and digest")
 ADDRESS = matching(r"[^\s/]+:[0-9]{1,5}", "host:port")
 QUANTITY = matching(r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "a quantity (e.g. 250m, 1Gi)")
 MODE = matching("signature|token|hmac", "signature, token or hmac")
-NUMBER = matching("[0-9]{1,3}", "a whole number from 0 to 999", int, int)
+NUMBER = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, int)
 # A setting is a type, the parser of its texts or numbers, its default as YAML text, its meaning.
 Texts = Annotated[tuple[str, ...], TEXT]
 Resources = Annotated[dict[str, dict[str, str]], lambda v: QUANTITY(str(v))]
@@ -518,6 +519,17 @@ def load(kind: Any, parse: Parser, raw: Any, where: str, faults: list[str]) -> A
         return None
 
 
+class ConfigLoader(yaml.SafeLoader):
+    """YAML in which no key stands twice: the first of two values would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; raises YAMLError for a key that is there again."""
+        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
+        if again := sorted({k for k in keys if keys.count(k) > 1}):
+            raise yaml.YAMLError(f"{', '.join(again)} twice in one mapping{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def cross_faults(config: Config) -> Iterator[str]:
     """Yield what is wrong between settings that are each right."""
     names, spaces = [a.name for a in config.apps], config.namespaces
@@ -535,7 +547,7 @@ def cross_faults(config: Config) -> Iterator[str]:
         if len(set(environments)) < len(environments):
             yield f"{where}: names one of them twice"
         for e in sorted({*filter(None, environments)} - (spaces.keys() - {"test", "build"})):
-            yield f"{where}: {e!r} is not an environment in namespaces"
+            yield f"{where}: {e!r} is not an environment in namespaces ({', '.join(spaces)})"
         if app.build.builder == "kaniko" and environments and not image:
             yield f"apps[{i}].build.image: is required with builder kaniko"
         if {*app.test.resources, *app.build.resources} - {"requests", "limits"}:
@@ -545,7 +557,7 @@ def cross_faults(config: Config) -> Iterator[str]:
 def load_config(document: str) -> Config:
     """Parse and check the YAML text of the configuration; raises ConfigError with all faults."""
     try:
-        data = yaml.safe_load(document)
+        data = yaml.load(document, ConfigLoader)  # noqa: S506 - a SafeLoader that is stricter
     except (yaml.YAMLError, ValueError, RecursionError) as wrong:
         raise ConfigError([f"configuration: not YAML: {clip(str(wrong))}"]) from wrong
     faults: list[str] = []
@@ -885,7 +897,10 @@ def parse_delivery(config: Config, body: bytes, **more: Any) -> list[Run]:
     more["title"], named = commit_title(data.get("commits"), commit), projects(data)
     apps = [a for a in config.apps if normalise_url(a.repository) in named]
     runs = [run for a in apps if (run := run_of(a, ref, commit, **more))]
-    return runs or deny(200, "OtherBranch" if apps else "UnknownProject", "no app asks for it")
+    if not apps:
+        urls = " ".join(f"{host}/{path}" for host, path in sorted(filter(None, named)))
+        deny(200, "UnknownProject", f"no app has the repository {clip(urls)}")
+    return runs or deny(200, "OtherBranch", f"no app asks for {clip(ref)}")
 
 
 def pushed_branch(data: Mapping[str, Any]) -> tuple[str, str]:
@@ -1221,7 +1236,8 @@ class Git:
         timeout = patience * self.timeout
         code, stdout, stderr = execute((*GIT, *where, *args), timeout, environ=environ)
         if code != 0:
-            raise GitError(("git", *args), code, stderr, stdout)
+            told = [a for a in args if not a.startswith("-")]  # the address above all
+            raise GitError(("git", *told), code, stderr, stdout)
         return stdout
 
     def heads(self, url: str) -> dict[str, str]:
@@ -1570,8 +1586,9 @@ def check_objects(
             refuse(f"{where} is there twice", INVALID)
         kept[kind][name] = item
     if len(kept["Deployment"]) != 1 or list(kept["Service"]) != [app.name]:
-        counts = f"{len(kept['Deployment'])} and {', '.join(kept['Service']) or 'none'}"
-        refuse(f"needed are one Deployment and one Service {app.name!r}, found {clip(counts)}")
+        names = (", ".join(kept[kind]) or "none" for kind in ("Deployment", "Service"))
+        told = clip("; Services: ".join(names))
+        refuse(f"needed: one Deployment and one Service {app.name!r}; Deployments: {told}")
     return kept, ignored
 
 
@@ -4498,7 +4515,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         code, lines = verdict(failed)
     except KeyboardInterrupt:
         code, lines = 1, ["interrupted; `status` shows how things stand"]
-    sys.stderr.writelines(f"gitops-hook: {line}\n" for line in lines)
+    sys.stderr.writelines(f"gitops-hook: {without(line, ())}\n" for line in lines)
     return code
 
 

@@ -646,14 +646,14 @@ def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
         (changed("Service.spec.type", "ExternalName"), "is an ExternalName"),
         (
             changed("Service.metadata.name", "web"),
-            "one Deployment and one Service 'shop', found 1 and web",
+            "one Deployment and one Service 'shop'; Deployments: web; Services: web",
         ),
-        (objects(SERVICE), "one Deployment and one Service 'shop', found 0 and shop"),
-        (objects(DEPLOYMENT), "found 1 and none"),
-        ([], "found 0 and none"),
+        (objects(SERVICE), "one Service 'shop'; Deployments: none; Services: shop"),
+        (objects(DEPLOYMENT), "Deployments: web; Services: none"),
+        ([], "Deployments: none; Services: none"),
         (
             objects(f"{ALL}---{DEPLOYMENT.replace('name: web,', 'name: second,')}"),
-            "found 2 and shop",
+            "Deployments: web, second; Services: shop",
         ),
     ],
     ids=[

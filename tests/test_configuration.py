@@ -134,6 +134,9 @@ def test_values_do_not_change() -> None:
         ("apps: []\nwebhook: {max_body: 99MiB}", "webhook.max_body: '99MiB' is not a size"),
         ("apps: []\ncatch_up: 0s", "catch_up: '0s' is not a duration (e.g. 90s, 15m, 2h)"),
         ("apps: []\nimages: {hook: UPPER}", "images.hook: 'UPPER' is not an image reference"),
+        ("apps: []\nimages: {hook: r/A/b}", "images.hook: 'r/A/b' is not an image reference"),
+        ("apps: []\napps: []", "configuration: not YAML: apps twice in one mapping"),
+        ("apps:\n- {name: a, name: b}", "configuration: not YAML: name twice in one mapping"),
         ("a: *b", "configuration: not YAML: found undefined alias"),
         ("a: [", "configuration: not YAML: while parsing"),
         ("a: 2024-13-45", "configuration: not YAML: month must be in 1..12"),
@@ -148,8 +151,9 @@ def test_a_fault_at_the_top_is_told(text: str, fault: str) -> None:
 
 
 NOT = "is not"
+SPACES = "test, build, staging, production"
 NO_NAME = f"{NOT} a DNS label of at most 30 characters that begins with a letter"
-NO_URL = f"{NOT} an http(s) URL without user, query and fragment"
+NO_URL = f"{NOT} an http(s) URL without user, query and fragment (a user belongs in"
 NO_DURATION = f"{NOT} a duration (e.g. 90s, 15m, 2h)"
 NO_FOLDER = f"{NOT} a relative path within the repository"
 NO_IMAGE = f"{NOT} an image reference"
@@ -202,6 +206,10 @@ NO_TARGET = f"{NOT} an image without tag and digest"
         ),
         ({"build": {"builder": "docker"}}, "build.builder: 'docker' is not kaniko or none"),
         ({"build": {"image": "a b"}}, f"build.image: 'a b' {NO_TARGET}"),
+        (
+            {"build": {"image": "r.example.com/Shop"}},
+            f"build.image: 'r.example.com/Shop' {NO_TARGET}",
+        ),
         ({"build": {"image": ""}}, "build.image: is required with builder kaniko"),
         ({"build": {"image": "a@sha256:b"}}, f"build.image: 'a@sha256:b' {NO_TARGET}"),
         ({"build": {"image": "shop:1"}}, f"build.image: 'shop:1' {NO_TARGET}"),
@@ -224,8 +232,14 @@ NO_TARGET = f"{NOT} an image without tag and digest"
         ({"deploy": {"health": {"path": "/a b"}}}, "deploy.health.path: '/a b' is not a path"),
         ({"deploy": {"health": {"failures": 0}}}, "deploy.health.failures: 0 is not a whole numbe"),
         ({"deploy": {"bake": "soon"}}, "deploy.bake: 'soon' is not a duration (e.g. 90s, 15m, 2h)"),
-        ({"deploy": {"retain": "some"}}, "deploy.retain: 'some' is not a whole number from 0 to"),
-        ({"deploy": {"retain": -1}}, "deploy.retain: -1 is not a whole number from 0 to 999"),
+        (
+            {"deploy": {"retain": "some"}},
+            "deploy.retain: 'some' is not full or a whole number from",
+        ),
+        (
+            {"deploy": {"retain": -1}},
+            "deploy.retain: -1 is not full or a whole number from 0 to 999",
+        ),
     ],
     ids=str,
 )
@@ -315,7 +329,7 @@ colour: blue
         "apps[0].test.timeout: '15x' is not a duration",
         "apps[0].build.image: 'r/a:1' is not an image without tag and digest",
         "apps[1].repository: 'nowhere' is not an http(s) URL without user, query and fragment",
-        "apps[1].deploy.retain: 'many' is not a whole number from 0 to 999",
+        "apps[1].deploy.retain: 'many' is not full or a whole number from 0 to 999",
         "apps[2]: is not a mapping",
         "apps[2].name: is required",
         "apps[2].repository: is required",
@@ -332,7 +346,7 @@ colour: blue
 def test_a_list_of_right_and_wrong_texts_is_told_element_by_element() -> None:
     assert faults(document({"deploy": {"environments": [5, "qa"]}})) == [
         "apps[0].deploy.environments[0]: 5 is not a text",
-        "apps[0].deploy.environments: 'qa' is not an environment in namespaces",
+        f"apps[0].deploy.environments: 'qa' is not an environment in namespaces ({SPACES})",
     ]
 
 

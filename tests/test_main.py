@@ -192,6 +192,13 @@ def test_a_configuration_that_is_named_must_be_there(place: Place) -> None:
     says(done, 2, "other.yaml", "No such file")
 
 
+def test_a_password_in_a_wrong_setting_is_not_printed(place: Place) -> None:
+    place.settings["apps"][0]["repository"] = "https://bot:hunter2-hunter2@git.example.com/a.git"
+    done = place.run("serve", "--check")
+    says(done, 2, "https://***@git.example.com/a.git", "a user belongs in file git-credentials")
+    assert "hunter2" not in done.stderr
+
+
 def test_a_configuration_that_is_no_text_is_refused(place: Place) -> None:
     path = place.directory / "binary.yaml"
     path.write_bytes(b"apps: \xff\xfe")

@@ -350,7 +350,8 @@ def test_any_of_the_addresses_in_a_payload_is_enough(key: str) -> None:
 
 def test_a_project_that_nobody_configured_is_ignored() -> None:
     body = payload(project={"web_url": "https://gitlab.example.com/else"}, repository=None)
-    assert ignored(body) == "UnknownProject"
+    text = "no app has the repository gitlab.example.com/else"
+    assert answer(body) == (200, "UnknownProject", text)
 
 
 def test_the_sample_of_an_empty_repository_is_a_project_that_nobody_configured() -> None:
