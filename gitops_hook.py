@@ -52,6 +52,7 @@ import uuid
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import datetime
@@ -110,6 +111,7 @@ COLOURS = ("blue", "green")
 HISTORY_LENGTH = 10
 REJECTED_LENGTH = 50
 BASELINES = 2000  # branches of an app that are kept on sight: a ConfigMap holds 1 MiB
+ADOPTED = "adopted"  # the outcome of what was there before the first run
 DETAIL_LENGTH = 1500  # characters of explanation kept on an object
 SIGNATURE_TOLERANCE = 300  # seconds, as the Standard Webhooks libraries have it
 DEDUPE_SECONDS = 1200  # twice the tolerance: a replay is refused by age before it is forgotten
@@ -1912,7 +1914,7 @@ class Service:
     def target(self, back: int = 1) -> Object:
         """Return the entry that a rollback goes to: the back-th proven one before the live one."""
         older = self.history[self.history.index(self.live) + 1 :] if self.live else self.history
-        good = [e for e in older if e.get("outcome") in (Outcome.DEPLOYED, "adopted")]
+        good = [e for e in older if e.get("outcome") in (Outcome.DEPLOYED, ADOPTED)]
         good = [e for e in good if e["selector"] != self.selector]
         return good[back - 1] if 0 < back <= len(good) else {}
 
@@ -2369,6 +2371,14 @@ def disturbed(pods: Sequence[Pod], wanted: int) -> bool:
     return any(asleep) or len(stayed) < max(wanted, len(running))
 
 
+def ahead(old: int, of_old: int, new: int, of_new: int) -> int:
+    """Return above 0 when a larger share of the old version's wanted pods is well than of the new.
+
+    By the share: a version may want more pods than the one before, or only a part of each be left.
+    """
+    return old * max(of_new, 1) - new * max(of_old, 1)
+
+
 def narrowed(
     selector: Mapping[str, str], pods: Sequence[Pod], new: Mapping[str, str]
 ) -> dict[str, str] | None:
@@ -2596,7 +2606,8 @@ class Deployer:
         labels = [p["metadata"]["labels"] for p in self.pods(task.namespace, selector)]
         live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == name}
         live.add(selector.get(LABEL_VERSION))
-        replicas, free = 0, [c for c in COLOURS if c not in live]
+        foreign = service and not service.ours
+        replicas, free = len(labels) if foreign else 0, [c for c in COLOURS if c not in live]
         detail = "both colours serve; point the Service at one of them"
         for colour in COLOURS:
             found = self.kubectl.get("deployment", f"{name}-{colour}", task.namespace)
@@ -2653,10 +2664,12 @@ class Deployer:
             heal = stood["release"] if stood.get("outcome") in (Outcome.DEPLOYED, "") else ""
         notes: Object = {NOTE_CLAIM: self.note(task.run.id, colour, Phase.PREPARING, heal)}
         goal = None if service.ours else {"selector": self.adopted(task, release, service)}
-        if goal and not service.history:
-            first = {"run": "", "colour": "", "outcome": "adopted", **goal}
-            told = [{**first, "ports": service.ports, "at": self.clock.now()}]
-            notes |= {NOTE_PREVIOUS: goal["selector"], NOTE_HISTORY: told}
+        older = [e for e in service.history if e.get("outcome") != ADOPTED]
+        if goal and (service.live or not older):
+            was = service.live.get("was", service.selector)
+            told = {"run": "", "colour": "", "outcome": ADOPTED, "was": was, **goal}
+            told |= {"ports": service.ports, "at": self.clock.now()}
+            notes |= {NOTE_PREVIOUS: goal["selector"], NOTE_HISTORY: [told, *older]}
         return self.write(task, service, notes, goal)
 
     def adopted(self, task: Task, release: Release, service: Service) -> dict[str, str]:
@@ -2867,12 +2880,15 @@ class Deployer:
         if service.live.get("outcome"):
             return
         release = self.release(task, service.live)
-        if not self.followed(task, release.selector, release.wanted):
-            detail = f"the endpoints did not become the {release.wanted} pods of {release.run}"
+        since, wanted = seconds_of(service.live.get("at")), release.wanted
+        if not self.followed(task, release.selector, wanted, since):
+            detail = f"the endpoints did not become the {wanted} pods of {release.run}"
             ready = len(self.ready_pods(task.namespace, release.selector))
-            target, old = self.look_back(task, unhealthy=False)
-            if target and old < max(ready, 1):
-                raise StageError(Reason.BOTH_SICK, f"{detail}; the version before is no better")
+            target, old, _ = self.look_back(task, unhealthy=False)
+            if ahead(old, int(target.get("replicas", 1)), ready, wanted) < 0 or (
+                target and not old
+            ):
+                raise StageError(Reason.BOTH_SICK, f"{detail}; nothing better to go back to")
             self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
             raise StageError(Reason.ENDPOINTS_MISSING, detail)
         if task.last:
@@ -2887,11 +2903,12 @@ class Deployer:
             raise StageError(Reason.VANISHED, f"release record {name} is gone")
         return Release.from_configmap(found)
 
-    def followed(self, task: Task, selector: Mapping[str, str], wanted: int) -> bool:
+    def followed(self, task: Task, selector: Mapping[str, str], wanted: int, since: float) -> bool:
         """Whether the ready endpoints become the wanted pods of the live selector in time.
 
         Only the time between looks that were answered counts. That they are still all of another
-        version says nothing against this one.
+        version says nothing against this one, nor does what the cluster took away or replaced since
+        a time.
         """
         spent, limit, looked = 0.0, VERIFY_SECONDS, self.clock.monotonic()
         while spent < limit:
@@ -2899,8 +2916,10 @@ class Deployer:
                 terms = f"kubernetes.io/service-name={task.app.name}"
                 slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
                 ready = ready_endpoints(slices)
-                known = {p["metadata"]["name"] for p in self.pods(task.namespace, selector)}
-                if ready and ready <= known and len(ready) >= wanted:
+                pods = [Pod(p) for p in self.pods(task.namespace, selector)]
+                known, stayed = {p.name for p in pods}, [p for p in pods if p.created <= since]
+                enough = min(wanted, sum(not p.leaving for p in stayed))
+                if ready and ready <= known and len(ready) >= enough:
                     return True
                 unmoved = not slices or (ready and not ready & known)
                 limit = UNMOVED_SECONDS if unmoved else VERIFY_SECONDS
@@ -2917,7 +2936,7 @@ class Deployer:
         least = self.clock.now() + min(REBAKE_SECONDS, task.app.deploy.bake)
         until = max(seconds_of(service.note(NOTE_BAKE, 0.0)), least)
         url, failures, wanted = self.preview(task, release), 0, release.wanted
-        sound = looked = self.clock.monotonic()
+        all_ready = looked = self.clock.monotonic()
         while self.clock.now() < until:
             self.pause(HEALTH_INTERVAL)
             refusal = health_refusal(url)
@@ -2925,15 +2944,17 @@ class Deployer:
             calm = not disturbed(known, wanted)
             failures = failures + 1 if refusal and calm else 0
             down = unready(known, since)
-            sound = sound if down else self.clock.monotonic()
+            all_ready = all_ready if down else self.clock.monotonic()
             sick = sickness(known, since)
             if failures >= health.failures:
                 sick = f"{health.path} failed {failures} times in a row: {refusal}"
-            elif self.clock.monotonic() - sound > UNREADY_SECONDS:
+            elif self.clock.monotonic() - all_ready > UNREADY_SECONDS:
                 sick = sick or f"not ready for {UNREADY_SECONDS:.0f} s: {', '.join(down)}"
             if sick:
-                unhealthy = failures >= health.failures
-                self.take_back(task, sick, pods, since, unhealthy=unhealthy)
+                sound = [p for p in known if p.ready and not sickness([p], since)]
+                well = None if failures >= health.failures else len(sound)
+                self.take_back(task, sick, known, well, wanted)
+                failures = 0
             if self.clock.monotonic() - looked > LOOK_SECONDS:
                 looked = self.clock.monotonic()
                 self.still_live(task)
@@ -2954,31 +2975,42 @@ class Deployer:
         raise SupersededError(Reason.SELECTOR_CHANGED, self.last_manager(task))
 
     def take_back(
-        self, task: Task, sick: str, pods: Watch[Pod], since: float, *, unhealthy: bool
-    ) -> NoReturn:
+        self, task: Task, sick: str, pods: Sequence[Pod], well: int | None, wanted: int
+    ) -> None:
         """Switch back first, then gather why; raises StageError.
 
-        Only onto a version with more ready pods than the sick one: with both sick it stays.
+        Only onto a version of which a larger share is well: with both sick it stays. Where the
+        health path failed, so that `well` is not known, the pods of both are asked one by one; the
+        verdict is dropped when as many of the new ones answer: a lost machine has pods of both.
         """
-        ours = [p for p in pods.items() if p.run == task.run.id]
-        sound = [p for p in ours if p.ready and not sickness([p], since)]
-        new = 0 if unhealthy else len(sound)
-        target, old = self.look_back(task, unhealthy=unhealthy)
-        if old <= new:
+        target, old, answering = self.look_back(task, unhealthy=well is None)
+        new = answering if well is None else well
+        if ahead(old, int(target.get("replicas", 1)), new, wanted) > 0:
+            self.switch_back(task, Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH, sick)
+            detail = self.with_logs(sick, pods, task.namespace)
+            raise StageError(Reason.SICK_AFTER_SWITCH, detail)
+        if not (target and answering):
             other = "the version before is no better" if target else "there is no version before"
             raise StageError(Reason.BOTH_SICK, f"{sick}; {other}")
-        self.switch_back(task, Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH, sick)
-        raise StageError(Reason.SICK_AFTER_SWITCH, self.with_logs(sick, ours, task.namespace))
 
     @persistent
-    def look_back(self, task: Task, *, unhealthy: bool) -> tuple[Object, int]:
-        """Return what there is to go back to, and how many pods of it are well."""
+    def look_back(self, task: Task, *, unhealthy: bool) -> tuple[Object, int, int]:
+        """Return what there is to go back to, how many pods of it are well, and of the live one.
+
+        The latter only of an unhealthy one, by the word of the pods themselves, not of a Service.
+        """
         service = self.service(task)
         target = service.before if service else {}
-        ready = self.ready_pods(task.namespace, target["selector"]) if target else []
-        port, path = (target.get("ports") or [{}])[0], task.app.deploy.health.path
-        urls = [pod_address(p, port, path) if unhealthy else None for p in ready]
-        return target, sum(not (url and health_refusal(url)) for url in urls)
+        old = self.well(task, target, ask=unhealthy) if target else 0
+        return target, old, self.well(task, service.live, ask=True) if service and unhealthy else 0
+
+    def well(self, task: Task, entry: Object, *, ask: bool) -> int:
+        """Return how many pods of a history entry are ready and, if they are asked, healthy."""
+        ready = self.ready_pods(task.namespace, entry.get("selector", {}))
+        port, path = (entry.get("ports") or [{}])[0], task.app.deploy.health.path
+        urls = [u for p in ready if ask and (u := pod_address(p, port, path))]
+        with ThreadPoolExecutor(32) as at_once:
+            return len(ready) - sum(map(bool, at_once.map(health_refusal, urls)))
 
     @persistent
     def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
@@ -3046,8 +3078,29 @@ class Deployer:
         service = self.service(task)
         if service is None or (was and service.claim != was):
             return service
-        return self.write(task, service, {NOTE_CLAIM: claim})
+        notes: Object = {NOTE_CLAIM: claim}
+        if goal := None if claim else self.widened(task, service):
+            history = [{**e, **goal} if e == service.live else e for e in service.history]
+            notes |= {NOTE_HISTORY: history, NOTE_PREVIOUS: None}
+        return self.write(task, service, notes, goal)
 
+    def widened(self, task: Task, service: Service) -> Object | None:
+        """Return the selector that a Service had before it was adopted, if it can have that again.
+
+        Its owner goes on without us, and what he changes next may not fit a narrowed one. Raises
+        HookError while pods that it would reach as well are still ending.
+        """
+        was, ours = service.live.get("was"), {LABEL_APP: task.app.name}
+        if service.live.get("outcome") != ADOPTED or not was or was == service.selector:
+            return None
+        found = self.kubectl.list("deployments", task.namespace, "-l", selector_text(ours))
+        if any(d["spec"].get("replicas", 1) for d in found):
+            return None
+        if self.pods(task.namespace, ours):
+            raise HookError("the pods of the failed version are not gone yet")
+        return {"selector": was}
+
+    @persistent
     def scale(self, task: Task, name: str, replicas: int, run: str = "") -> None:
         """Set the size of a Deployment, with a run only if it still carries it."""
         found = self.kubectl.get("deployment", name, task.namespace)
@@ -3127,6 +3180,10 @@ class Deployer:
                 raise RefusedError("traffic was switched this very moment; look, and try again")
             goal = self.raise_target(task, claimed, target)
             self.go_back(task, claimed, target, goal, reason)
+            # what served alone until now may be larger than the target was in its time
+            size, name = self.size(task, claimed.selector), f"{task.app.name}-{goal.get('colour')}"
+            if self.size(task, goal["selector"]) < size:
+                self.scale(task, name, size)
         finally:
             with suppress(KubectlError):
                 self.hold(task, None, claim)
@@ -3242,7 +3299,8 @@ def pod_address(pod: Object, port: Mapping[str, Any], path: str) -> str | None:
     """Return the address of a pod's health path by its Service's target port, None if unknown."""
     target, host = port.get("targetPort", port.get("port")), (pod.get("status") or {}).get("podIP")
     if isinstance(target, str):
-        ports = [p for c in pod["spec"]["containers"] for p in c.get("ports") or []]
+        containers = [*pod["spec"]["containers"], *(pod["spec"].get("initContainers") or [])]
+        ports = [p for c in containers for p in c.get("ports") or []]
         target = next((p["containerPort"] for p in ports if p.get("name") == target), None)
     return web_address(host, target, path) if target and host else None
 
@@ -4265,7 +4323,8 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
         deployer.ledger.write(app.name, deployer.ledger.rejection(app.name, commit, reason))
         say(f"{left['run']} is rejected until `rerun {left['run']}`")
     task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
-    if not deployer.followed(task, target["selector"], int(target.get("replicas", 1))):
+    selector, wanted = target["selector"], int(target.get("replicas", 1))
+    if not deployer.followed(task, selector, wanted, deployer.clock.now()):
         raise StageError(Reason.ENDPOINTS_MISSING, "switched, but no endpoints follow")
     return 0
 

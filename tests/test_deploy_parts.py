@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import responses
 
 import gitops_hook as hook
 
 Object = dict[str, Any]
+EARLY, LATE = "2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z"
+SWITCHED = hook.epoch("2020-01-01T12:00:00Z")
 OLD, NEW = {"gitops-hook/run": "shop-old"}, {"gitops-hook/run": "shop-new"}
 CONFIG = "apps: [{name: shop, repository: /srv/shop.git, build: {image: registry/shop}}]"
 
@@ -38,10 +41,17 @@ def slices(*pods: str) -> Object:
     return {"items": [{**named("shop-x"), "endpoints": endpoints}]}
 
 
+def ready_pod(name: str, created: str = EARLY) -> Object:
+    condition = {"type": "Ready", "status": "True"}
+    meta = {"name": name, "resourceVersion": "1", "creationTimestamp": created}
+    return {"metadata": meta, "spec": {}, "status": {"conditions": [condition]}}
+
+
 def deployer(folder: Path, looks: list[Object]) -> hook.Deployer:
     """A deployer whose kubectl answers each look at the endpoints with the next of these."""
     live = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {"selector": NEW}}
-    (folder / "pods").write_text(json.dumps({"items": [named("shop-new-1"), named("shop-new-2")]}))
+    pods = {"items": [ready_pod("shop-new-1"), ready_pod("shop-new-2")]}
+    (folder / "pods").write_text(json.dumps(pods))
     (folder / "service").write_text(json.dumps(live))
     for number, look in enumerate(looks):
         (folder / f"look{number}").write_text(json.dumps(look))
@@ -97,14 +107,28 @@ def task() -> hook.Task:
 def test_endpoints_that_did_not_move_at_all_are_given_more_time_than_those_that_did(
     tmp_path: Path, looks: list[Object], *, arrives: bool
 ) -> None:
-    assert deployer(tmp_path, looks).followed(task(), NEW, 2) is arrives
+    assert deployer(tmp_path, looks).followed(task(), NEW, 2, SWITCHED) is arrives
 
 
 def test_endpoints_are_as_many_as_an_autoscaler_wants_by_now(tmp_path: Path) -> None:
     made = deployer(tmp_path, [slices("shop-new-1")])
     smaller = {"metadata": {"name": "shop-green"}, "spec": {"replicas": 1}}
     (tmp_path / "deployment").write_text(json.dumps(smaller))
-    assert made.followed(task(), NEW, 2)
+    assert made.followed(task(), NEW, 2, SWITCHED)
+
+
+@pytest.mark.parametrize(
+    ("taken", "created", "arrives"),
+    [(True, EARLY, True), (False, LATE, True), (False, EARLY, False)],
+    ids=["taken-away", "replaced", "its-own-fault"],
+)
+def test_a_pod_that_the_cluster_takes_away_after_the_switch_is_not_waited_for(
+    tmp_path: Path, created: str, *, taken: bool, arrives: bool
+) -> None:
+    made, other = deployer(tmp_path, [slices("shop-new-1")]), ready_pod("shop-new-2", created)
+    other["metadata"] |= {"deletionTimestamp": LATE} if taken else {}
+    (tmp_path / "pods").write_text(json.dumps({"items": [ready_pod("shop-new-1"), other]}))
+    assert made.followed(task(), NEW, 2, SWITCHED) is arrives
 
 
 @pytest.mark.parametrize(("observed", "told"), [(1, []), (2, ["QuotaExceeded"])])
@@ -152,46 +176,99 @@ def test_a_rollout_that_cannot_end_well_any_more_is_not_waited_for(
     assert made.clock.monotonic() < 1000 + 10 * hook.VERIFY_SECONDS
 
 
-def ready_pod(name: str) -> Object:
-    condition = {"type": "Ready", "status": "True"}
-    meta = {"name": name, "resourceVersion": "1"}
-    return {"metadata": meta, "spec": {}, "status": {"conditions": [condition]}}
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "back"),
-    [(2, 1, True), (2, 2, True), (1, 2, False), (0, 0, False)],
-    ids=["better", "as-good", "worse", "nothing"],
-)
-def test_missing_endpoints_send_traffic_back_only_to_a_version_that_is_as_well(
-    tmp_path: Path, old: int, new: int, *, back: bool
-) -> None:
-    made = deployer(tmp_path, [slices()])
-    deployment = {"metadata": {"name": "shop-green"}, "spec": {"replicas": 2}}
-    release = a_release(deployment)
+def history(folder: Path, old: list[Object] | None, new: list[Object]) -> hook.Deployer:
+    """A deployer of which the new version is live, with these pods of it and of the one before."""
+    made, deployment = deployer(folder, [slices()]), {"metadata": {}, "spec": {"replicas": 2}}
+    ports = [{"port": 80, "targetPort": 8080}]
+    common: Object = {"ports": ports, "replicas": 2, "at": SWITCHED, "release": "record"}
     entries = [
-        {"run": "shop-new", "selector": NEW, "outcome": "", "release": "record", "at": 2},
-        {"run": "shop-old", "selector": OLD, "outcome": "deployed", "at": 1},
+        {**common, "run": "shop-new", "selector": NEW, "outcome": ""},
+        {**common, "run": "shop-old", "selector": OLD, "outcome": "deployed"},
     ]
-    notes = {hook.NOTE_HISTORY: json.dumps(entries), hook.NOTE_PREVIOUS: json.dumps(OLD)}
+    notes = {hook.NOTE_HISTORY: json.dumps(entries if old else entries[:1])}
+    notes |= {hook.NOTE_PREVIOUS: json.dumps(OLD)} if old else {}
     live = {"metadata": {"name": "shop", "resourceVersion": "1", "annotations": notes}}
     texts = {
         "service": {**live, "spec": {"selector": NEW}},
         "deployment": deployment,
-        "record": release.configmap("shop"),
-        "old": {"items": [ready_pod(f"shop-old-{n}") for n in range(old)]},
-        "new": {"items": [ready_pod(f"shop-new-{n}") for n in range(new)]},
+        "record": a_release(deployment).configmap("shop"),
+        "old": {"items": old},
+        "new": {"items": new},
     }
     for name, content in texts.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    script = tmp_path / "kubectl"
+        (folder / name).write_text(json.dumps(content))
+    script = folder / "kubectl"
     cases = """case "$*" in
+*delete*) echo > done ;;
 *configmap*) cat record ;;
 *pods*shop-old*) cat old ;;
 *pods*shop-new*) cat new ;;
-*patch*) cat > patched; cat service ;;"""
+*patch*) cat > done; cat service ;;"""
     script.write_text(script.read_text().replace('case "$*" in', cases))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "back"),
+    [(2, 1, True), (2, 2, True), (1, 2, False), (0, 0, False), (None, 1, False), (None, 0, True)],
+    ids=["better", "as-good", "worse", "nothing", "first-that-serves", "first-that-does-not"],
+)
+def test_missing_endpoints_send_traffic_back_only_to_a_version_that_is_as_well(
+    tmp_path: Path, old: int | None, new: int, *, back: bool
+) -> None:
+    before = None if old is None else [*map(ready_pod, "ab"[:old])] or [named("shop-old")]
+    made = history(tmp_path, before, [*map(ready_pod, "cd"[:new])])
+    if old == 0:
+        (tmp_path / "old").write_text('{"items": []}')
     pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
     with pytest.raises(hook.StageError, match="^EndpointsMissing: " if back else "^BothSick: "):
         made.settle(task(), pods)
-    assert (tmp_path / "patched").exists() is back
+    assert (tmp_path / "done").exists() is back
+
+
+def take_back(made: hook.Deployer, well: int | None, wanted: int = 2) -> str:
+    """Return why traffic was taken back, or had to stay; "" when the verdict was dropped."""
+    try:
+        made.take_back(task(), "it is sick", [], well, wanted)
+    except hook.StageError as ended:
+        return str(ended.reason)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("old", "well", "wanted", "verdict"),
+    [(2, 2, 3, "SickAfterSwitch"), (1, 1, 2, "BothSick"), (2, 1, 2, "SickAfterSwitch")],
+    ids=["more-were-wanted", "equal", "fewer"],
+)
+def test_a_crash_sends_traffic_back_to_where_a_larger_share_is_well(
+    tmp_path: Path, old: int, well: int, wanted: int, verdict: str
+) -> None:
+    made = history(tmp_path, [*map(ready_pod, "ab"[:old])], [])
+    assert take_back(made, well, wanted) == verdict
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        ((200, 200), (503, 503), "SickAfterSwitch"),
+        ((200, 200), (200, 503), "SickAfterSwitch"),
+        ((200, 503), (200, 503), ""),
+        ((200, 200), (200, 200), ""),
+        ((503, 503), (503, 503), "BothSick"),
+        (None, (200, 503), "BothSick"),
+    ],
+    ids=["sick", "half", "a-lost-machine", "over", "both", "first"],
+)
+@responses.activate
+def test_failed_health_checks_count_by_the_word_of_each_pod_of_both_versions(
+    tmp_path: Path, old: tuple[int, int] | None, new: tuple[int, int], verdict: str
+) -> None:
+    pods: dict[str, list[Object]] = {"old": [], "new": []}
+    for net, (name, answers) in enumerate((("old", old or ()), ("new", new))):
+        for number, status in enumerate(answers):
+            pod, address = ready_pod(f"{name}-{number}"), f"10.0.{net}.{number}"
+            pod["status"]["podIP"] = address
+            pods[name].append(pod)
+            responses.get(f"http://{address}:8080/ready", status=status)
+    made = history(tmp_path, pods["old"] or None, pods["new"])
+    assert take_back(made, None) == verdict

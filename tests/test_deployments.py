@@ -21,6 +21,8 @@ APPS: dict[str, Object] = {
     "scaled": {"retain": 0},
     "kinds": {"ignore_kinds": ["Ingress"]},
     "adopted": {"bake": "3s"},
+    "left": {},
+    "grown": {"bake": "4s"},
     "refused": {},
     "evicted": {"bake": "4s"},
     "busy": {"bake": "1s"},
@@ -174,7 +176,7 @@ def test_a_target_without_pods_is_brought_up_to_the_live_size_before_traffic_goe
 
 
 def foreign(app: Member, *, bare: bool) -> None:
-    """Put a Service with a selector of its own there, and pods; bare ones have no owner."""
+    """Put a Service with a selector of its own there, and two pods, or a bare one of no owner."""
     template = pod_template("v0", "", app.fleet.image)
     template["metadata"]["labels"] = {"app": app.name}
     spec = {
@@ -193,7 +195,7 @@ def foreign(app: Member, *, bare: bool) -> None:
         chosen["metadata"]["labels"] = {"app": app.name}
     else:
         labels = {"matchLabels": {"app": app.name}}
-        chosen["spec"] = {"replicas": 1, "selector": labels, "template": template}
+        chosen["spec"] = {"replicas": 2, "selector": labels, "template": template}
     settings = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -233,6 +235,23 @@ def test_an_existing_service_is_narrowed_and_never_sends_traffic_to_both(apps: F
     assert (ended["outcome"], traffic.failures, traffic.versions) == ("deployed", [], ["v0", "v1"])
     before = adopted.note("previous-selector")
     assert (before["app"], "pod-template-hash" in before) == ("adopted", True)
+    assert len(adopted.pods("v1")) == 2, "as many as served before, though the manifest says one"
+
+
+def test_an_adoption_that_failed_leaves_the_service_as_its_owner_had_it(apps: Fleet) -> None:
+    left = apps["left"]
+    foreign(left, bare=False)
+    with left.traffic() as traffic:
+        assert left.deployed("v1", modes="smoke-fails", change=same_labels)["outcome"] == "failed"
+        left.quiet()
+        assert left.selector == {"app": "left"}
+        place = ("deployment/left-old", "-n", left.namespace)
+        assert apps.kubectl("set", "env", *place, "VERSION=v0b").code == 0
+        eventually(lambda: traffic.versions[-1:] == ["v0b"], 30, "what its owner changed serves")
+        assert left.deployed("v2", change=same_labels)["outcome"] == "deployed"
+    assert traffic.failures == []
+    assert set(traffic.versions) == {"v0", "v0b", "v2"}
+    assert "pod-template-hash" in left.note("previous-selector")
 
 
 def test_what_was_there_before_the_adoption_can_be_gone_back_to(apps: Fleet) -> None:
@@ -270,6 +289,37 @@ def test_a_service_that_cannot_be_narrowed_is_refused_with_a_command_that_mends_
         again = lambda: apps.said("run ended", run=run, outcome="deployed")  # noqa: E731 - one use
         eventually(again, 60, "the same push is deployed now")
     assert (traffic.failures, traffic.versions) == ([], ["v0", "v1"])
+
+
+# Two versions of different sizes.
+
+
+def three_replicas(objects: dict[str, Object]) -> None:
+    """Ask for three pods."""
+    objects["Deployment"]["spec"]["replicas"] = 3
+
+
+def test_a_larger_version_that_crashes_is_switched_back_to_a_smaller_one(apps: Fleet) -> None:
+    grown = apps["grown"]
+    assert grown.deployed("v1", change=two_replicas)["outcome"] == "deployed"
+    run = grown.go("v2", change=three_replicas, modes="crash-later")
+    grown.switched(run)
+    eventually(lambda: grown.answer()["version"] == "v2", 10, "one pod has answered, and crashes")
+    assert apps.ended(run)["reason"] == "SickAfterSwitch"
+    eventually(lambda: answers(grown) == "v1", 10, "the version before serves again")
+
+
+def test_a_rollback_makes_the_target_as_large_as_what_it_replaces(apps: Fleet) -> None:
+    grown = apps["grown"]
+    grown.quiet()
+    assert grown.deployed("v3", change=two_replicas)["outcome"] == "deployed"
+    grown.quiet()
+    name = f"grown-{grown.selector['version']}"
+    assert apps.kubectl("scale", f"deployment/{name}", "-n", "production", "--replicas=4").code == 0
+    done = apps.command("rollback", "grown")
+    assert done.returncode == 0, done
+    back = f"grown-{grown.selector['version']}"
+    assert (back != name, grown.objects("deployments")[back]["spec"]["replicas"]) == (True, 4)
 
 
 # A node that goes away.
