@@ -22,7 +22,31 @@ HAS_KUBECTL = $(if $(filter $(BIN)/kubectl,$(KUBECTL)),$(INSTALLED))
 LOCAL_IMAGE = $(or $(IMAGE),gitops-hook:dev)
 die = { echo "make $@: $(1)" >&2; exit 2; }
 
-export BREAK KEEP
+export BREAK KEEP IMAGE CHECK_CONFIG
+
+# Nothing on the command line says it, and with several clusters it may be the wrong one.
+define SAY_CONTEXT
+context=$$($(KUBECTL) config view --minify -o 'jsonpath={.current-context}' 2>/dev/null) || {
+	context="none$${KUBERNETES_SERVICE_HOST:+ (in-cluster)}"
+}
+echo "make $@: kubectl context: $$context"
+endef
+
+define CHECK_OVERLAY
+why=$$($(KUBECTL) kustomize '$(OVERLAY)' 2>&1 >/dev/null) || \
+	$(call die,OVERLAY=$(OVERLAY) is no folder with a kustomization that works: $$(tail -n 1 <<<"$$why" | \
+		sed -E 's/^(error: |E[0-9]{4} .*"command failed" err=")//; s/"$$//'))
+endef
+
+define CHECK_CONFIG
+import gitops_hook, sys, yaml
+found = [o for o in yaml.safe_load_all(sys.stdin) if o and o["kind"] == "ConfigMap"]
+ours = [o.get("data") or {} for o in found if o["metadata"]["name"] == gitops_hook.MANAGER]
+try:
+    gitops_hook.load_config("".join(data.get("config.yaml", "") for data in ours))
+except gitops_hook.ConfigError as wrong:
+    sys.exit("\n".join(gitops_hook.without(wrong.faults, ())))
+endef
 
 .PHONY: help venv demo test cluster e2e faults lint types check bench fuzz image apply delete kind lock clean
 
@@ -80,21 +104,40 @@ image: ## Build the image (IMAGE=registry/name:tag, else gitops-hook:dev)
 
 # The same input gives the same objects, and the second run changes nothing. The digest in the
 # Deployment restarts the daemon when anything that was applied changed, its configuration above all.
+# A healthy daemon is not replaced by one that a wrong configuration would end.
 apply: $(HAS_KUBECTL) ## Install or update (IMAGE=registry/name:tag, OVERLAY=path/to/overlay)
-	@[[ '$(IMAGE)' =~ ^[a-zA-Z0-9][a-zA-Z0-9._/:@-]*[:@][a-zA-Z0-9._:-]+$$ ]] || \
+	@name='^[a-zA-Z0-9][a-zA-Z0-9._/:@-]*'
+	if [[ ! $$IMAGE =~ $$name[:@][a-zA-Z0-9._:-]+$$ ]]; then
+		[[ ! $$IMAGE =~ $$name$$ ]] || $(call die,IMAGE=$$IMAGE has no tag; add the version: $$IMAGE:1.0.0)
 		$(call die,say which image: make apply IMAGE=registry.example.com/tools/gitops-hook:1.0.0)
+	fi
+	$(CHECK_OVERLAY)
 	rendered=$$($(KUBECTL) kustomize '$(OVERLAY)' | \
 		sed -E "s#(^|[^a-zA-Z0-9._/-])gitops-hook:dev($$|[^a-zA-Z0-9._-])#\1$(IMAGE)\2#g")
+	if $(BIN)/python -c 'import gitops_hook' 2>/dev/null; then
+		$(BIN)/python -c "$$CHECK_CONFIG" <<<"$$rendered" || \
+			$(call die,the configuration is not valid; nothing was applied)
+	else
+		echo "make $@: the configuration is not checked: that takes what make venv installs"
+	fi
 	grep -qE "^([^#]*[ {,])?['\"]?hook['\"]?: *[^ ]" <<<"$$rendered" || \
 		$(call die,config.yaml does not say images.hook: add  images: {hook: gitops-hook:dev}  as it stands)
 	digest=$$(sha256sum <<<"$$rendered" | cut -c 1-16)
+	$(SAY_CONTEXT)
 	$(KUBECTL) apply -f - <<<"$${rendered//digest-of-what-was-applied/$$digest}"
 	$(KUBECTL) -n orchestration get secret gitops-hook-secrets -o name >/dev/null || \
 		$(call die,everything is applied; the daemon waits for its Secret: see manifests/example/secrets.example)
-	$(KUBECTL) -n orchestration rollout status deployment/gitops-hook --timeout=180s
+	$(KUBECTL) -n orchestration rollout status deployment/gitops-hook --timeout=180s || {
+		$(KUBECTL) -n orchestration logs deployment/gitops-hook --tail=20 >&2 || true
+		$(call die,everything is applied but the daemon is not ready; above are the last lines of its log \
+			and this tells of its pod: kubectl -n orchestration describe pods -l app=gitops-hook)
+	}
 
 delete: $(HAS_KUBECTL) ## Uninstall; staging and production keep running, without the daemon (OVERLAY= as applied)
-	@echo "deleting the namespaces orchestration, test and build and the daemon's permissions elsewhere"
+	@$(CHECK_OVERLAY)
+	$(SAY_CONTEXT)
+	echo "deleting the namespaces orchestration, test and build with all that is in them, whoever made it,"
+	echo "and the daemon's permissions in staging and production"
 	$(KUBECTL) kustomize '$(OVERLAY)' | \
 		$(KUBECTL) delete -f - --selector 'gitops-hook/uninstall!=keep' --ignore-not-found
 

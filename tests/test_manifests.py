@@ -23,6 +23,7 @@ from tests.standin.store import Store
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "manifests" / "base"
 EXAMPLE = ROOT / "manifests" / "example"
+BIN = Path(sys.executable).parent
 PLACEHOLDER = "gitops-hook:dev"
 NAME_LABEL = "kubernetes.io/metadata.name"
 OURS = {"orchestration", "test", "build", "staging", "production"}
@@ -35,9 +36,7 @@ Object = dict[str, Any]
 
 def kubectl() -> str:
     """The kubectl of the virtual environment, else the one on the PATH."""
-    found = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which(
-        "kubectl"
-    )
+    found = shutil.which("kubectl", path=str(BIN)) or shutil.which("kubectl")
     assert found, "no kubectl: it comes with requirements-dev.txt"
     return found
 
@@ -675,15 +674,21 @@ def fake_kubectl(tmp_path: Path) -> Path:
     script.write_text(
         f"""#!/bin/bash
 [[ $1 == kustomize ]] && exec {kubectl()} "$@"
+[[ $1 == config && -e {tmp_path}/context ]] && exec cat {tmp_path}/context
+[[ $1 == config ]] && exit 1
 number=$(ls {tmp_path}/call-* 2>/dev/null | wc -l)
 printf "%s\\n" "$*" > {tmp_path}/call-$number
 [[ " $* " == *" -f - "* ]] && cat > {tmp_path}/stdin-$number
+[[ "$*" == *" logs "* ]] && echo "last words"
+[[ "$*" != *rollout* || -e {tmp_path}/well ]] || exit 1
 [[ "$*" != *"get secret"* || -e {tmp_path}/secret ]]
 """,
         "utf-8",
     )
     script.chmod(0o755)
-    (tmp_path / "secret").touch()
+    (tmp_path / "context").write_text("somewhere\n", "utf-8")
+    for state in ("secret", "well"):
+        (tmp_path / state).touch()
     return script
 
 
@@ -694,6 +699,13 @@ def calls(fake: Path) -> list[str]:
 def sent(fake: Path, number: int) -> Installed:
     text = (fake.parent / f"stdin-{number}").read_text("utf-8")
     return Installed(list(yaml.safe_load_all(text)))
+
+
+def overlaid(directory: Path, config: str) -> str:
+    """An overlay like the example's, with another config.yaml."""
+    shutil.copytree(ROOT / "manifests", directory)
+    (directory / "example" / "config.yaml").write_text(config, "utf-8")
+    return str(directory / "example")
 
 
 IMAGE = "registry.example.com:5000/tools/gitops-hook:1.2.3"
@@ -753,13 +765,81 @@ def test_make_apply_says_which_secret_is_missing_instead_of_waiting(fake_kubectl
 def test_make_apply_refuses_a_configuration_whose_jobs_would_have_no_image(
     fake_kubectl: Path, tmp_path: Path, images: str, *, fine: bool
 ) -> None:
-    overlay = tmp_path / "manifests"
-    shutil.copytree(ROOT / "manifests", overlay)
-    (overlay / "example" / "config.yaml").write_text(f"apps: []\n{images}\n", "utf-8")
-    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY=f"{overlay}/example")
+    overlay = overlaid(tmp_path / "manifests", f"apps: []\n{images}\n")
+    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY=overlay)
     assert (done.returncode == 0) is fine
     assert ("images.hook" in done.stderr) is not fine
     assert bool(calls(fake_kubectl)) is fine
+
+
+BROKEN = """
+apps: [{name: shop, repository: https://bot:hunter2-hunter2@git.example.com/a.git}]
+catch_up: 5
+images: {hook: gitops-hook:dev}
+"""
+
+
+def test_make_apply_applies_nothing_of_a_broken_configuration(
+    fake_kubectl: Path, tmp_path: Path
+) -> None:
+    overlay = overlaid(tmp_path / "manifests", BROKEN)
+    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY=overlay, BIN=str(BIN))
+    assert done.returncode == 2
+    *faults, end, _ = done.stderr.splitlines()
+    assert [fault.partition(":")[0] for fault in faults] == [
+        "apps[0].repository",
+        "catch_up",
+        "apps[0].build.image",
+    ]
+    assert "hunter2" not in done.stderr
+    assert end == "make apply: the configuration is not valid; nothing was applied"
+    assert not calls(fake_kubectl)
+
+
+def test_make_apply_needs_nothing_but_kubectl(fake_kubectl: Path, tmp_path: Path) -> None:
+    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, BIN=str(tmp_path / "none"))
+    assert done.returncode == 0, done.stderr
+    assert "make apply: the configuration is not checked" in done.stdout
+    assert calls(fake_kubectl)[0] == "apply -f -"
+
+
+def test_make_apply_shows_the_last_words_of_a_daemon_that_is_not_ready(fake_kubectl: Path) -> None:
+    (fake_kubectl.parent / "well").unlink()
+    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE)
+    assert done.returncode == 2
+    assert calls(fake_kubectl)[-1] == "-n orchestration logs deployment/gitops-hook --tail=20"
+    words, said, _ = done.stderr.splitlines()
+    assert words == "last words"
+    assert said.startswith("make apply: everything is applied but the daemon is not ready; above")
+
+
+@pytest.mark.parametrize("target", ["apply", "delete"])
+def test_make_says_first_which_cluster_it_changes(fake_kubectl: Path, target: str) -> None:
+    def said(**variables: str) -> str:
+        return make(target, KUBECTL=str(fake_kubectl), IMAGE=IMAGE, **variables).stdout
+
+    assert said().startswith(f"make {target}: kubectl context: somewhere\n")
+    (fake_kubectl.parent / "context").unlink()
+    assert said().startswith(f"make {target}: kubectl context: none\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
+        assert said().startswith(f"make {target}: kubectl context: none (in-cluster)\n")
+
+
+@pytest.mark.parametrize("target", ["apply", "delete"])
+def test_make_says_in_one_sentence_that_an_overlay_is_none(fake_kubectl: Path, target: str) -> None:
+    done = make(target, KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY="/no/where")
+    assert done.returncode == 2
+    said, _ = done.stderr.splitlines()
+    beginning = "is no folder with a kustomization that works: must build at directory"
+    assert said.startswith(f"make {target}: OVERLAY=/no/where {beginning}")
+    assert not calls(fake_kubectl)
+
+
+@pytest.mark.parametrize("image", ["registry.example.com:5000/a/b", "gitops-hook"])
+def test_make_apply_says_that_an_image_has_no_tag(fake_kubectl: Path, image: str) -> None:
+    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=image)
+    assert f"make apply: IMAGE={image} has no tag; add the version: {image}:1.0.0\n" in done.stderr
 
 
 @pytest.mark.parametrize("image", ["", "gitops-hook", "a b:1", "x:1'; echo no; '", "x:1#g;s/a/b/"])
@@ -774,6 +854,7 @@ def test_make_delete_leaves_the_applications_namespaces(fake_kubectl: Path) -> N
     assert done.returncode == 0, done.stderr
     (call,) = calls(fake_kubectl)
     assert "--selector gitops-hook/uninstall!=keep" in call
+    assert "namespaces orchestration, test and build with all that is in them" in done.stdout
     kept = [
         (thing["kind"], thing["metadata"]["name"])
         for thing in sent(fake_kubectl, 0).objects
@@ -802,7 +883,9 @@ def test_installing_twice_changes_nothing_and_uninstalling_keeps_the_application
     )
     assert "secrets.example" in first.stderr
     second = make("apply", KUBECTL=cluster, IMAGE=IMAGE)
-    assert {line.split()[-1] for line in second.stdout.splitlines()} == {"unchanged"}
+    context, *applied = second.stdout.splitlines()
+    assert context == "make apply: kubectl context: standin"
+    assert {line.split()[-1] for line in applied} == {"unchanged"}
     ours = ["get", "roles,rolebindings,services", "-A", "-o", "name"]
     service = {
         "apiVersion": "v1",
