@@ -4096,7 +4096,9 @@ def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
 LINGER = 2.0  # seconds in which a stopping daemon still answers, while its endpoint is taken away
 SHUTDOWN_SECONDS = 40.0  # for the threads and the last intake; the grace period allows for it
 REOPEN_TRIES = 60  # half seconds in which a deleted Job must be gone
-RUN_KEYS = ("run", "app", "ref", "commit", "stage", "state", "outcome", "reason", "detail")
+TOLD = ("run", "app", "ref", "commit", "received", "stage", "state", "outcome", "reason", "detail")
+TITLES = ("RUN", "REF", "STAGE", "STATE", "OUTCOME", "REASON", "AGE", "DETAIL")
+AGES = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 START_SECONDS = 5.0  # from a pod's creation until it is ready, by and large
 # What the daemon must be able to do, as its Roles grant it, by group/resource/subresource.
 EVERY = "get list watch create patch delete"
@@ -4230,7 +4232,7 @@ def status(tools: Tools, args: argparse.Namespace) -> int:
     apps = [tools.app(args.app)] if args.app else list(tools.config.apps)
     live = {a.name: environment_status(tools, a) for a in apps}
     runs = run_status(tools, list(live))
-    rows = [("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UNDER WAY")]
+    rows = [("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UNDER WAY", "REVERTED")]
     for app, environments in live.items():
         for name, e in environments.items():
             old, claim = e["previous"], e["deploying"] or {}
@@ -4239,16 +4241,27 @@ def status(tools: Tools, args: argparse.Namespace) -> int:
             how = "at once" if e["rollback_ready"] else "by a rollout" if old else "impossible"
             before = old.get("run") or ("adopted" if old else "")
             under_way = f"{claim.get('phase', '')} {claim.get('run', '')}".strip()
-            rows.append((app, name, e["run"], e["colour"], before, how, under_way))
+            back = clip(": ".join(filter(None, e["reverted"].values())), 100)
+            rows.append((app, name, e["run"], e["colour"], before, how, under_way, back))
     if args.output == "json":
         listed = [{"name": name, "environments": found} for name, found in live.items()]
         say(json.dumps({"apps": listed, "runs": runs}, indent=2))
         return 0
     say(columns(rows))
-    keys = [k for k in RUN_KEYS if k not in ("app", "commit")]
-    cells = [[clip(r[k].removeprefix("refs/heads/")) for k in keys] for r in runs]
-    say(f"\n{columns([[k.upper() for k in keys], *cells])}" if runs else "\nno runs")
+    now = tools.deployer.clock.now()
+    for r in runs:
+        short = {"ref": r["ref"].removeprefix("refs/heads/"), "age": age(r["received"], now)}
+        r |= {**short, "detail": r["detail"].partition("\n")[0]}
+    cells = [[clip(r[title.lower()]) for title in TITLES] for r in runs]
+    say(f"\n{columns([TITLES, *cells])}" if runs else "\nno runs")
     return 0
+
+
+def age(then: float, now: float) -> str:
+    """Return how long ago a time was, in the largest unit of which that is two; "" for none."""
+    past = max(0.0, now - then)
+    unit = next((u for u, seconds in AGES.items() if past >= 2 * seconds), "s")
+    return f"{past // AGES[unit]:.0f}{unit}" if then else ""
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -4268,19 +4281,22 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
         target = service.target()
         wanted = int(target.get("replicas", 1))
         there = tools.deployer.ready_pods(namespace, target["selector"]) if target else []
+        newest = next(iter(service.history), {})
+        back = newest if newest.get("reason") and newest != service.live else {}
         found[name] = {
             **{k: service.live.get(k, "") for k in keys},
             "previous": {k: target.get(k, "") for k in keys} if target else {},
             "rollback_ready": bool(target) and len(there) >= wanted,
             "deploying": service.claim or None,
             "bake_until": service.note(NOTE_BAKE, 0.0) or None,
+            "reverted": {k: back[k] for k in ("run", "reason", "detail") if k in back},
         }
     return found
 
 
 def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
     """Return the runs that Jobs tell of, newest first; where those are gone, each branch's last."""
-    found: list[tuple[str, ...]] = []
+    found: list[tuple[Any, ...]] = []
     listing, spaces = tools.deployer.kubectl.list, tools.config.namespaces
     ours = ("-l", f"{LABEL_MANAGED}={MANAGER}")
     listed = [Job(j) for s in ("test", "build") for j in listing("jobs", spaces[s], *ours)]
@@ -4288,19 +4304,21 @@ def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
     for job in sorted(mine, key=lambda j: (-j.run.received, j.stage)):
         run, notes = job.run, [job.notes.get(n, "") for n in (NOTE_REASON, NOTE_DETAIL)]
         stage, state = job.notes.get(NOTE_STAGE, job.stage), "ended" if job.outcome else job.state
-        found.append((run.id, run.app, run.ref, run.commit, stage, state, job.outcome, *notes))
+        known = (run.id, run.app, run.ref, run.commit, run.received)
+        found.append((*known, stage, state, job.outcome, *notes))
     rejected = {}
     for app in apps:
         seen, rejected[app] = tools.deployer.ledger.read(app)
         for e in (e for e in seen.values() if e.get("outcome") not in (None, "baseline")):
-            ref, commit = e["ref"], e["commit"]
-            known = (run_id(app, ref, commit), app, ref, commit, "", "ended")
-            found.append((*known, e["outcome"], e["reason"], ""))
+            ref, commit, received = e["ref"], e["commit"], seconds_of(e.get("received"))
+            known = (run_id(app, ref, commit), app, ref, commit, received)
+            found.append((*known, "", "ended", e["outcome"], e["reason"], ""))
     runs: dict[str, Object] = {}
-    for told in (dict(zip(RUN_KEYS, values, strict=True)) for values in found):
+    for told in (dict(zip(TOLD, values, strict=True)) for values in found):
         why = rejected[told["app"]].get(told["commit"], {}).get("reason", "")
         if why and told["outcome"] == Outcome.DEPLOYED:
-            told |= {"outcome": Outcome.ROLLED_BACK, "reason": Reason.ROLLED_BACK, "detail": why}
+            told |= {"outcome": Outcome.ROLLED_BACK, "reason": Reason.ROLLED_BACK}
+            told["detail"] = "" if why == Reason.ROLLED_BACK else why
         runs.setdefault(told["run"], told)
     return list(runs.values())
 

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ def config(repository: Path) -> Object:
     health = {"path": "/ready", "successes": 1}
     short = {"environments": ["production"], "bake": "2s", "drain": "0s", "health": health}
     made = daemon_config(repository, **short)
-    made["apps"][0]["test"] = {"command": "! grep -q broken version"}
+    made["apps"][0]["test"] = {"command": "cat version; ! grep -q broken version"}
     return made
 
 
@@ -163,6 +164,7 @@ class Story:
         self.page("rollback --to 9", "rollback", "shop", "--to", "9")
         self.page("rollback --to 2", "rollback", "shop", "--to", "2", "--reason", "it is ugly")
         self.page("after the first rollback", "status", "--output", "json")
+        self.page("after the first rollback, text", "status")
 
     def rejected_version(self) -> None:
         offset = self.world.log.stat().st_size
@@ -177,6 +179,7 @@ class Story:
     def red_branch(self) -> None:
         self.release("broken", branch="feature/red")
         self.page("red", "status", "--output", "json")
+        self.page("red, text", "status")
         self.goes_again("rerun of a red run", "broken")
 
     def broken_version(self) -> None:
@@ -228,7 +231,7 @@ def test_status_of_an_empty_cluster_says_that_nothing_is_live(story: Story) -> N
     page = story.pages["empty"]
     assert (page.status, page.stderr) == (0, "")
     assert page.stdout.splitlines()[0].split("  ")[0] == "APP"
-    assert re.search(r"(?m)^shop +production +- +- +- +impossible +-$", page.stdout)
+    assert re.search(r"(?m)^shop +production +- +- +- +impossible +- +-$", page.stdout)
 
 
 def test_status_of_an_empty_cluster_as_json_has_every_key(story: Story) -> None:
@@ -240,6 +243,7 @@ def test_status_of_an_empty_cluster_as_json_has_every_key(story: Story) -> None:
         "rollback_ready": False,
         "deploying": None,
         "bake_until": None,
+        "reverted": {},
     }
 
 
@@ -275,11 +279,40 @@ def test_status_tells_what_is_live_and_what_was_before(story: Story) -> None:
 
 def test_status_as_text_is_a_table(story: Story) -> None:
     lines = story.pages["two versions, text"].stdout.splitlines()
-    cells = (story.run["v2"], "green", story.run["v1"], "at once", "-")
+    cells = (story.run["v2"], "green", story.run["v1"], "at once", "-", "-")
     assert re.split(r"  +", lines[1]) == ["shop", "production", *cells]
     assert lines[2] == ""
     newest = re.split(r"  +", lines[4])
     assert newest[:6] == [story.run["v2"], "main", "production", "ended", "deployed", "Ok"]
+    assert re.fullmatch(r"\d+[sm]", newest[6])
+    assert re.split(r"  +", lines[3])[6:] == ["AGE", "DETAIL"]
+
+
+def test_status_tells_when_a_run_was_received(story: Story) -> None:
+    runs = story.pages["two versions"].runs()
+    first, second = (runs[story.run[v]]["received"] for v in ("v1", "v2"))
+    assert 0 < second - first < 300
+    assert first < runs[story.run["v2"]]["received"] < time.time()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (-3, "0s"),
+        (0, "0s"),
+        (119.9, "119s"),
+        (120, "2m"),
+        (7199, "119m"),
+        (7200, "2h"),
+        (2e5, "2d"),
+    ],
+)
+def test_an_age_is_told_in_the_largest_unit_of_which_it_is_two(seconds: float, told: str) -> None:
+    assert hook.age(1e9, 1e9 + seconds) == told
+
+
+def test_the_age_of_what_has_no_time_is_left_open() -> None:
+    assert not hook.age(0.0, 1e9)
 
 
 def test_status_says_when_going_back_takes_a_rollout(story: Story) -> None:
@@ -300,6 +333,28 @@ def test_status_says_that_a_deployed_run_was_rolled_back_and_why(story: Story) -
     run = story.pages["after the first rollback"].runs()[story.run["v3"]]
     told = {k: run[k] for k in ("outcome", "reason", "detail")}
     assert told == {"outcome": "rolled-back", "reason": "RolledBack", "detail": "it is ugly"}
+
+
+def test_status_does_not_repeat_the_reason_of_a_rollback_without_one(story: Story) -> None:
+    run = story.pages["the end"].runs()[story.run["v3"]]
+    assert (run["outcome"], run["reason"], run["detail"]) == ("rolled-back", "RolledBack", "")
+
+
+def test_status_tells_of_each_environment_what_was_reverted_last_and_why(story: Story) -> None:
+    assert story.pages["two versions"].production["reverted"] == {}
+    told = {"run": story.run["v3"], "reason": "RolledBack", "detail": "it is ugly"}
+    assert story.pages["after the first rollback"].production["reverted"] == told
+    line = story.pages["after the first rollback, text"].stdout.splitlines()[1]
+    assert line.endswith(f"  {story.run['v3']}: RolledBack: it is ugly")
+    assert story.pages["after the rerun"].production["reverted"] == {}
+
+
+def test_status_as_text_shows_the_first_line_of_a_detail_and_json_all(story: Story) -> None:
+    detail = story.pages["red"].runs()[story.run["broken"]]["detail"]
+    assert detail == "exit code 1\nbroken"
+    text = story.pages["red, text"].stdout
+    (line,) = [each for each in text.splitlines() if each.startswith(story.run["broken"])]
+    assert line.endswith("  exit code 1")
 
 
 # rollback
