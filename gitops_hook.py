@@ -3170,8 +3170,9 @@ class Deployer:
         service = self.service(task)
         target = service.target(back) if service else {}
         if not service or not target:
-            where = f"{task.app.name} in {task.environment}"
-            raise RefusedError(f"{where}: there is no proven version to go back to")
+            known = sum(bool(service and service.target(n + 1)) for n in range(HISTORY_LENGTH))
+            some = f"{f'only {known}' if known else 'no'} proven version{'s' * (known > 1)}"
+            raise RefusedError(f"{task.app.name} in {task.environment}: {some} to go back to")
         task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
         claim = self.note(task.run.id, str(target.get("colour", "")), Phase.ROLLBACK)
         claimed = self.hold(task, claim) or service
@@ -4326,6 +4327,8 @@ def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
 def rollback(tools: Tools, args: argparse.Namespace) -> int:
     """Switch an environment back to a proven version, and reject the commit that is left."""
     app, deployer = tools.app(args.app), tools.deployer
+    if args.to < 1:
+        raise ConfigError([f"--to {args.to}: how many proven versions back, so 1 or more"])
     names = app.deploy.environments or ("",)
     environment = args.environment or names[-1]
     if environment not in app.deploy.environments:

@@ -157,6 +157,7 @@ class Story:
         self.settled()
         self.page("two versions", "status", "--output", "json")
         self.page("two versions, text", "status")
+        self.page("rollback --to 99", "rollback", "shop", "--to", "99")
 
     def third_version(self) -> None:
         self.release("v3")
@@ -386,6 +387,11 @@ def test_rollback_goes_several_versions_back_onto_one_whose_colour_was_overwritt
 def test_rollback_further_than_there_are_proven_versions_is_refused(story: Story) -> None:
     page = story.pages["rollback --to 9"]
     assert (page.status, page.version) == (3, "v3")
+    told = "shop in production: only 2 proven versions to go back to"
+    assert page.stderr == f"gitops-hook: {told}\n"
+    page = story.pages["rollback --to 99"]
+    assert (page.status, page.version) == (3, "v2")
+    assert page.stderr.endswith(": only 1 proven version to go back to\n")
 
 
 def test_after_a_rollback_nothing_is_under_way_and_nothing_is_further_back(story: Story) -> None:

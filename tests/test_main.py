@@ -216,6 +216,12 @@ def test_an_unknown_environment_is_a_wrong_command_line(place: Place) -> None:
     says(done, 2, "shop is not deployed to 'prod', only to: staging, production")
 
 
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_no_rollback_goes_to_what_is_live_or_comes_after_it(place: Place, number: str) -> None:
+    done = place.run("rollback", "shop", "--to", number)
+    says(done, 2, f"--to {number}: how many proven versions back, so 1 or more")
+
+
 @pytest.mark.parametrize("command", ["clone", "collect"])
 def test_commands_of_job_pods_say_where_they_belong(place: Place, command: str) -> None:
     says(place.run(command), 2, "this runs inside Job pods", "TERMINATION_LOG")
