@@ -4100,6 +4100,7 @@ REOPEN_TRIES = 60  # half seconds in which a deleted Job must be gone
 TOLD = ("run", "app", "ref", "commit", "received", "stage", "state", "outcome", "reason", "detail")
 TITLES = ("RUN", "REF", "STAGE", "STATE", "OUTCOME", "REASON", "AGE", "DETAIL")
 AGES = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+UNCOMPARED = "\n  not compared: "  # no line of a difference begins so
 START_SECONDS = 5.0  # from a pod's creation until it is ready, by and large
 # What the daemon must be able to do, as its Roles grant it, by group/resource/subresource.
 EVERY = "get list watch create patch delete"
@@ -4380,7 +4381,7 @@ def rerun(tools: Tools, args: argparse.Namespace) -> int:
 
 
 def plan(tools: Tools, args: argparse.Namespace) -> int:
-    """Print what a push of a commit would do now, or why that cannot be told; change nothing."""
+    """Print what a push of a commit would do now, changing nothing; 1 if some cannot be told."""
     app, deployer, spaces = tools.app(args.app), tools.deployer, tools.config.namespaces
     if args.commit and not SHA.fullmatch(args.commit):
         raise ConfigError([f"{clip(args.commit, 60)!r} is not a full commit id"])
@@ -4389,32 +4390,36 @@ def plan(tools: Tools, args: argparse.Namespace) -> int:
         raise RefusedError(f"{app.repository} has no branch {app.branch!r}")
     ref = app.deploy_ref
     run = Run(id=run_id(app.name, ref, commit), app=app.name, ref=ref, commit=commit)
-
-    def show(title: str, ask: Callable[..., str], *given: Any) -> None:
-        """Print an answer, or why there is none."""
-        try:
-            answer = ask(tools, *given)
-        except (KubectlError, StageError) as failed:
-            if isinstance(failed, KubectlError) and failed.kind == "Unreachable":
-                raise
-            answer = deployer.secrets.mask(f"failed: {failed}")
-        say(f"{title}: {answer}")
-
     say(f"run: {run.id}" + (f", superseded: {app.branch} is at {head}" if commit != head else ""))
-    show("rejected", rejection, run)
-    show("permissions", missing_rights, app)
+    ask = partial(show, tools)
+    told = [ask("rejected", rejection, run), ask("permissions", missing_rights, app)]
     with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
         checkout = Path(folder) / "src"
         deployer.git.checkout(app.repository, commit, checkout, symlinks=False)
         for name in ("test", "build", *app.deploy.environments):
-            show(f"{name}, quota", quota, spaces[name])
+            told += [ask(f"{name}, quota", quota, spaces[name])]
         for name in app.deploy.environments:
             # by tag, as it has no digest before it is built
             place = {"environment": name, "namespace": spaces[name]}
             task = Task(app=app, run=run, image=f"{app.build.image}:{commit[:8]}", **place)
-            show(f"{name}, live", live_version, task)
-            show(f"{name}, next", next_version, task, checkout)
-    return 0
+            told += [ask(f"{name}, live", live_version, task)]
+            told += [ask(f"{name}, next", next_version, task, checkout)]
+    return 0 if all(told) else 1
+
+
+def show(tools: Tools, title: str, find: Callable[..., str], *given: Any) -> bool:
+    """Print an answer, or why there is none; return whether all of it could be told."""
+    try:
+        answer = find(tools, *given)
+    except (KubectlError, StageError) as failed:
+        kind = failed.kind if isinstance(failed, KubectlError) else ""
+        if kind == "Unreachable":
+            raise
+        unread = find is quota and kind == "Forbidden"  # as the daemon's own account may not
+        why = tools.deployer.secrets.mask(f"failed: {failed}")
+        answer = "not readable with this account" if unread else why
+    say(f"{title}: {answer}")
+    return not re.match(f"failed: |.*{UNCOMPARED}", answer)
 
 
 def rejection(tools: Tools, run: Run) -> str:
@@ -4491,9 +4496,7 @@ def difference(tools: Tools, namespace: str, wanted: Object) -> str:
     try:
         then = json.loads(kubectl.put(wanted, now, namespace, "--dry-run=server", "-o=json"))
     except KubectlError as refused:
-        if refused.kind == "Unreachable":
-            raise
-        return mask(f"\n  not compared: {refused}")
+        return mask(f"{UNCOMPARED}{refused}")
     specs = [mask(found["spec"]) for found in (now or {"spec": {}}, then)]
     for spec in specs:  # what a drain has restarted has not drifted
         meta = spec.get("template", {}).get("metadata", {})

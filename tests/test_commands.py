@@ -506,12 +506,12 @@ def versions(told: World) -> dict[tuple[str, str, str], str]:
     return found
 
 
-def plan(told: World, *args: str, account: str | None = None) -> list[str]:
-    """What `plan` says to an administrator, or to an account."""
+def plan(told: World, *args: str, account: str | None = None, status: int = 0) -> list[str]:
+    """What `plan` says to an administrator, or to an account, ending with a status."""
     environ = told.environ | {"KUBECONFIG": str(told.cluster.kubeconfig(account))}
     argv, before = [sys.executable, str(PROGRAM), "plan", "shop", *args], versions(told)
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (status, "")
     assert versions(told) == before
     return done.stdout.splitlines()
 
@@ -604,18 +604,25 @@ def test_plan_tells_what_has_drifted(story: Story) -> None:
 
 def test_plan_tells_why_the_manifests_would_be_refused(story: Story) -> None:
     commit = story.world.repository.release("v6", branch="feature/no", **{"deploy__app.yaml": "5"})
-    lines = plan(story.world, commit)
+    lines = plan(story.world, commit, status=1)
     assert line(lines, "production, next").startswith("failed: ManifestInvalid: deploy/app.yaml")
 
 
 def test_plan_says_what_it_may_not_read_and_goes_on(story: Story) -> None:
-    lines = plan(story.world, account="test/default")
+    lines = plan(story.world, account="test/default", status=1)
     forbidden = re.compile(r"failed: kubectl get .*\(Forbidden\)")
-    titles = ["rejected", "test, quota", "production, live", "production, next"]
+    titles = ["rejected", "production, live", "production, next"]
     assert [t for t in titles if not forbidden.match(line(lines, t))] == []
     rights = line(lines, "permissions").split("; ")
     assert "get, create, patch configmaps in orchestration" in rights
     assert "get pods/log in production" in rights
+
+
+def test_plan_is_whole_without_the_quotas_that_the_daemon_may_not_read(story: Story) -> None:
+    lines = plan(story.world, account="orchestration/orchestration-sa")
+    for name in ("test", "build", "production"):
+        assert line(lines, f"{name}, quota") == "not readable with this account"
+    assert line(lines, "production, live").startswith(story.run["v1"])
 
 
 def test_plan_tells_a_reader_what_is_live_without_a_comparison(story: Story) -> None:
@@ -628,7 +635,7 @@ def test_plan_tells_a_reader_what_is_live_without_a_comparison(story: Story) -> 
         {**rbac, "kind": "Role", "rules": [rule]},
         {**rbac, "kind": "RoleBinding", "roleRef": role, "subjects": [subject]},
     )
-    lines = plan(told, account="orchestration/reader")
+    lines = plan(told, account="orchestration/reader", status=1)
     live = story.pages["the end"].production["colour"]
     assert line(lines, "production, live") == f"{story.run['v1']} ({live})"
     assert re.search("2 pods in about .*new ConfigMaps: ", line(lines, "production, next"))
