@@ -4224,7 +4224,10 @@ def push(tools: Tools, args: argparse.Namespace) -> int:
     try:
         answer = requests.post(args.url, body, headers=headers, timeout=10, allow_redirects=False)
     except requests.RequestException as failed:
-        raise HookError(f"no answer from {args.url}: {clip(str(failed))}") from failed
+        cause: BaseException = failed
+        while cause.__context__:  # the first of them says it without addresses of objects
+            cause = cause.__context__
+        raise HookError(f"no answer from {args.url}: {clip(str(cause))}") from failed
     say(f"{answer.status_code} {clip(answer.text, 2000)}")
     return 0 if answer.status_code in (http.HTTPStatus.OK, http.HTTPStatus.ACCEPTED) else 1
 
@@ -4283,8 +4286,7 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
         target = service.target()
         wanted = int(target.get("replicas", 1))
         there = tools.deployer.ready_pods(namespace, target["selector"]) if target else []
-        newest = next(iter(service.history), {})
-        back = newest if newest.get("reason") and newest != service.live else {}
+        back = next((e for e in service.history[:1] if e.get("reason") and e != service.live), {})
         found[name] = {
             **{k: service.live.get(k, "") for k in keys},
             "previous": {k: target.get(k, "") for k in keys} if target else {},
@@ -4352,20 +4354,20 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
 
 
 def rerun(tools: Tools, args: argparse.Namespace) -> int:
-    """Let a run that has ended go on, rejected or not; only a branch's head can.
-
-    One under way is left alone.
-    """
+    """Let a branch's head go on, rejected or not, if it has ended and is not live everywhere."""
     deployer, app = tools.deployer, tools.app(args.run.rsplit("-", 2)[0])
     heads = deployer.git.heads(app.repository).items()
     named = [(r, c) for r, c in heads if run_id(app.name, r, c) == args.run]
     if not named:
-        text = f"{clip(args.run, 60)} is not the head of a branch, and only a head can go again"
-        raise RefusedError(text)
+        raise RefusedError(f"{clip(args.run)} is not the head of a branch; only that can go again")
     (ref, commit), now = named[0], deployer.clock.now()
     run = Run(id=args.run, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
     ledger, namespace = deployer.ledger, tools.config.namespaces["test"]
     ledger.write(app.name, {f"rejected-{run.commit}": None})
+    places = environment_status(tools, app).values()
+    if places and all(e["run"] == run.id and not e["bake_until"] for e in places):
+        say(f"{run.id} is live")
+        return 0
     for _ in range(REOPEN_TRIES):
         made = deployer.kubectl.create_each([test_job(tools.config, app, run)], namespace)
         refused = made.get(f"test-{run.id}")
@@ -4541,33 +4543,33 @@ def collect(environ: Mapping[str, str]) -> int:
 
 # === main =========================================================================================
 
-COMMANDS = {"serve": serve, "push": push, "status": status, "plan": plan, "rollback": rollback}
-COMMANDS |= {"rerun": rerun}
-JOB_COMMANDS = {"clone": clone, "collect": collect}
+COMMANDS = {c.__name__: c for c in (serve, push, status, plan, rollback, rerun)}
+JOB_COMMANDS = {c.__name__: c for c in (clone, collect)}
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     root = argparse.ArgumentParser(prog="gitops-hook", description="from a push to a deployment")
+    root.epilog = str(__doc__).split("them. ")[-1]
     root.add_argument("--version", action="version", version=__version__)
     add = root.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
     one = add("serve", help="run the daemon")
     one.add_argument("--check", action="store_true", help="check configuration and secrets only")
     one = add("push", help="send a signed test delivery")
-    for name in ("--app", "--ref", "--sha"):
-        one.add_argument(name, required=True)
-    one.add_argument("--url", default="http://127.0.0.1:8080/webhook")
+    for name, what in (("--app", "its name"), ("--ref", "its branch"), ("--sha", "its commit")):
+        one.add_argument(name, required=True, help=what)
+    one.add_argument("--url", default="http://127.0.0.1:8080/webhook", help="default: %(default)s")
     one = add("status", help="what is live where, and the runs")
-    one.add_argument("app", nargs="?", default="")
-    one.add_argument("--output", choices=("text", "json"), default="text")
+    one.add_argument("app", nargs="?", default="", help="all of them if not given")
+    one.add_argument("--output", choices=("text", "json"), default="text", help="text if not given")
     one = add("rollback", help="switch back to a proven version")
-    one.add_argument("app")
+    one.add_argument("app", help="its name")
     one.add_argument("--environment", default="", help="the app's last one if not given")
     one.add_argument("--to", type=int, default=1, metavar="N", help="so many proven versions back")
-    one.add_argument("--reason", default="")
-    add("rerun", help="let a run that has ended go again").add_argument("run")
+    one.add_argument("--reason", default="", help="why; `status` shows it")
+    add("rerun", help="let a run that has ended go again").add_argument("run", help="its id")
     one = add("plan", help="what a push would do now; changes nothing")
-    one.add_argument("app")
+    one.add_argument("app", help="its name")
     one.add_argument("commit", nargs="?", default="", help="the branch's head if not given")
     add("clone", help="inside a Job pod: check out the commit")
     add("collect", help="inside a test pod: summarise the report")
@@ -4579,11 +4581,10 @@ def verdict(failed: HookError) -> tuple[int, Sequence[str]]:
     if isinstance(failed, ConfigError):
         return 2, failed.faults
     kind = failed.kind if isinstance(failed, KubectlError) else ""
-    if kind == "Unreachable":
-        return 2, [f"no cluster answers; is KUBECONFIG the right one? {failed}"]
-    if isinstance(failed, RefusedError | SupersededError) or kind == "Conflict":
-        return 3, [str(failed)]
-    return 1, [str(failed)]
+    if kind == "Unreachable" or "must be logged in to the server" in str(failed):
+        return 2, [f"no cluster answers or takes this account; is KUBECONFIG right? {failed}"]
+    refused = isinstance(failed, RefusedError | SupersededError) or kind == "Conflict"
+    return 3 if refused else 1, [str(failed)]
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -162,6 +162,7 @@ class Story:
     def third_version(self) -> None:
         self.release("v3")
         self.settled()
+        self.page("rerun of a live run", "rerun", self.run["v3"])
         self.page("rollback --to 9", "rollback", "shop", "--to", "9")
         self.page("rollback --to 2", "rollback", "shop", "--to", "2", "--reason", "it is ugly")
         self.page("after the first rollback", "status", "--output", "json")
@@ -446,6 +447,12 @@ def test_rerun_of_a_rejected_run_deploys_it(story: Story) -> None:
     assert after.production["previous"]["run"] == story.run["v1"]
     again = after.runs()[story.run["v3"]]
     assert (again["outcome"], again["reason"]) == ("deployed", "Ok")
+
+
+def test_rerun_of_what_is_live_everywhere_says_so_and_starts_nothing(story: Story) -> None:
+    page = story.pages["rerun of a live run"]
+    assert (page.status, page.stdout, page.stderr) == (0, f"{story.run['v3']} is live\n", "")
+    assert story.ends(story.run["v3"]) == 2  # its own end, and that after it was rejected
 
 
 def test_rerun_of_a_run_whose_tests_failed_tests_again(story: Story) -> None:

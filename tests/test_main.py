@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.server
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 import pytest
 import requests
 import yaml
+
+import gitops_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "gitops_hook.py"
@@ -166,7 +170,15 @@ def test_a_wrong_command_line_is_explained(place: Place, args: list[str]) -> Non
 
 def test_help_and_version_succeed(place: Place) -> None:
     says(place.run("--help"), 0, "serve", "push", "status", "rollback", "rerun")
+    says(place.run("push", "--help"), 0, "default: http://127.0.0.1:8080/webhook")
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", place.run("--version").stdout)
+
+
+def test_help_tells_of_every_argument_and_of_the_exit_statuses(place: Place) -> None:
+    root = gitops_hook.parser()
+    assert str(root.epilog).startswith("Exit status: 0 done, 1 ")
+    for command in root._subparsers._group_actions[0].choices.values():
+        assert [a.dest for a in command._actions if not a.help] == []
 
 
 @pytest.mark.parametrize(
@@ -312,6 +324,31 @@ def test_without_a_cluster_commands_say_so(place: Place, command: list[str]) -> 
     assert len(done.stderr.splitlines()) == 1
 
 
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """An API server that takes nobody's token."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        status = {"kind": "Status", "apiVersion": "v1", "reason": "Unauthorized", "code": 401}
+        self.wfile.write(json.dumps({**status, "message": "Unauthorized"}).encode())
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_a_cluster_that_refuses_the_token_is_not_said_to_be_away(place: Place) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        kubeconfig = KUBECONFIG.format(port=server.server_address[1])
+        (place.directory / "kubeconfig").write_text(kubeconfig)
+        done = place.run("status")
+        server.shutdown()
+    says(done, 2, "no cluster answers or takes this account", "must be logged in to the server")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_without_configuration_and_cluster_both_are_named(place: Place) -> None:
     done = place.run("status", GITOPS_HOOK_CONFIG="")
     says(done, 2, "no cluster answers", "gitops-hook", "was refused")
@@ -345,8 +382,12 @@ def push(place: Place, url: str, **environ: str) -> Done:
 def test_push_to_nobody_fails(place: Place) -> None:
     url = f"http://127.0.0.1:{closed_port()}/webhook"
     done = push(place, url)
-    says(done, 1, f"no answer from {url}")
-    assert len(done.stderr.splitlines()) == 1
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"gitops-hook: no answer from {url}: [Errno 111] Connection refused\n"
+
+
+def test_push_to_what_is_no_address_says_so(place: Place) -> None:
+    says(push(place, "hooks.example.com"), 1, "Invalid URL 'hooks.example.com'")
 
 
 @pytest.mark.parametrize("mode", ["signature", "token", "hmac"])
