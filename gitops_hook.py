@@ -355,6 +355,7 @@ TARGET = matching(PATH, "an image without tag and digest")
 ADDRESS = matching(r"[^\s/]+:[0-9]{1,5}", "host:port")
 QUANTITY = matching(r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "a quantity (e.g. 250m, 1Gi)")
 MODE = matching("signature|token|hmac", "signature, token or hmac")
+BUILDS = matching("kaniko|none", "kaniko or none")
 NUMBER = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, int)
 # A setting is a type, the parser of its texts or numbers, its default as YAML text, its meaning.
 Texts = Annotated[tuple[str, ...], TEXT]
@@ -388,7 +389,7 @@ class TestSettings:
 class BuildSettings:
     """How the image of an app is built."""
 
-    builder: Annotated[str, matching("kaniko|none", "kaniko or none"), "kaniko", "none: digests"]
+    builder: Annotated[str, BUILDS, "kaniko", "none: the manifests name images by digest"]
     image: Annotated[str, TARGET, "''", "where to push it, without a tag"]
     dockerfile: Annotated[str, FOLDER, "Dockerfile", "path in the repository"]
     args: Annotated[Texts, "[]", "more options for kaniko"]
@@ -4387,10 +4388,9 @@ def plan(tools: Tools, args: argparse.Namespace) -> int:
     app, deployer, spaces = tools.app(args.app), tools.deployer, tools.config.namespaces
     if args.commit and not SHA.fullmatch(args.commit):
         raise ConfigError([f"{clip(args.commit, 60)!r} is not a full commit id"])
-    head = deployer.git.heads(app.repository).get(app.deploy_ref, "")
+    head = deployer.git.heads(app.repository).get(ref := app.deploy_ref, "")
     if not (commit := args.commit or head):
         raise RefusedError(f"{app.repository} has no branch {app.branch!r}")
-    ref = app.deploy_ref
     run = Run(id=run_id(app.name, ref, commit), app=app.name, ref=ref, commit=commit)
     say(f"run: {run.id}" + (f", superseded: {app.branch} is at {head}" if commit != head else ""))
     ask = partial(show, tools)

@@ -352,6 +352,10 @@ def test_secrets_are_made_in_the_namespaces_that_mount_them() -> None:
     for namespace in ("test", "build"):
         assert f"-n {namespace} create secret generic git-credentials" in commands
     assert "for namespace in build test orchestration; do" in commands
+    assert "for namespace in staging production; do" in commands
+    spec = Installed(rendered(EXAMPLE)).one("Ingress", "gitops-hook", "orchestration")["spec"]
+    (name,) = [tls["secretName"] for tls in spec["tls"]]
+    assert f"-n orchestration create secret tls {name} --cert=" in commands
     assert "--from-literal" not in commands, "a literal shows in process lists"
 
 
