@@ -256,7 +256,7 @@ UNREACHABLE = re.compile(
     r"connection refused|connection reset|no route to host|i/o timeout|TLS handshake timeout"
     r"|Client\.Timeout exceeded|context deadline exceeded|was refused - did you specify"
     r"|no such host|unexpected EOF|EOF$|http2: |server is currently unable|etcdserver"
-    r"|no configuration has been provided|Unauthorized|the server has received too many requests"
+    r"|no configuration has been provided|Unauthorized|must be logged in|too many requests"
     r"|context .* does not exist|Error in configuration|network is unreachable|broken pipe"
     r"|timed out waiting for a connection|connection timed out|failure in name resolution|x509: "
 )
@@ -4550,7 +4550,7 @@ JOB_COMMANDS = {c.__name__: c for c in (clone, collect)}
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     root = argparse.ArgumentParser(prog="gitops-hook", description="from a push to a deployment")
-    root.epilog = str(__doc__).split("them. ")[-1]
+    root.epilog = "Exit status: 0 done, 1 tried and failed, 2 usage or surroundings, 3 refused."
     root.add_argument("--version", action="version", version=__version__)
     add = root.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
     one = add("serve", help="run the daemon")
@@ -4581,7 +4581,7 @@ def verdict(failed: HookError) -> tuple[int, Sequence[str]]:
     if isinstance(failed, ConfigError):
         return 2, failed.faults
     kind = failed.kind if isinstance(failed, KubectlError) else ""
-    if kind == "Unreachable" or "must be logged in to the server" in str(failed):
+    if kind == "Unreachable":
         return 2, [f"no cluster answers or takes this account; is KUBECONFIG right? {failed}"]
     refused = isinstance(failed, RefusedError | SupersededError) or kind == "Conflict"
     return 3 if refused else 1, [str(failed)]
