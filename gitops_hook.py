@@ -3519,7 +3519,12 @@ class Controller:
         needless = dict.fromkeys(rejected, str(Reason.REJECTED))
         for name in app.deploy.environments[-1:] if deploys else ():
             if found := self.kubectl.get("service", app.name, self.config.namespaces[name]):
-                needless[Service(found).live.get("commit", "")] = "AlreadyLive"
+                service = Service(found)
+                # the ledger goes with an uninstallation, what the Service tells of itself does not
+                last = {str(e.get("commit")): e.get("outcome") for e in service.history[::-1]}
+                left = [commit for commit, outcome in last.items() if outcome in OUTCOMES.values()]
+                needless |= dict.fromkeys(left, str(Reason.REJECTED))
+                needless[service.live.get("commit", "")] = "AlreadyLive"
         return refs, needless
 
     def settle(self, run: Run, refusal: KubectlError | None, there: Sequence[Job] | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -199,6 +200,46 @@ def test_a_run_under_way_of_which_nothing_is_left_vanished(controller: Any) -> N
     assert registry.get_sample_value("gitops_hook_runs_total", labels) == 1
     catch_up(controller, {"refs/heads/main": OLD})
     assert registry.get_sample_value("gitops_hook_runs_total", labels) == 1
+
+
+def live_service(*entries: Object) -> Object:
+    """A live Service with this history, newest first, which selects the last entry marked live."""
+    told = [{"selector": {hook.LABEL_RUN: e["run"]}, "at": 1.0, **e} for e in entries]
+    (live,) = [e["selector"] for e in told if e.get("live")]
+    notes = {hook.NOTE_HISTORY: json.dumps(told)}
+    meta = {"name": "shop", "resourceVersion": "1", "annotations": notes}
+    return {"metadata": meta, "spec": {"selector": live}}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "asks"),
+    [("rolled-back", False), ("switched-back", False), ("deployed", True), ("", True)],
+)
+def test_a_commit_that_traffic_was_taken_from_stays_rejected_after_a_reinstallation(
+    controller: Any, outcome: str, *, asks: bool
+) -> None:
+    gone = {"run": "shop-new", "commit": NEW, "outcome": outcome}
+    stays = {"run": "shop-old", "commit": OLD, "outcome": "deployed", "live": True}
+    controller.kubectl.objects["service", "shop"] = live_service(gone, stays)
+    assert controller.ledger.read("shop") == ({}, {})
+    catch_up(controller, {"refs/heads/main": NEW})
+    assert stored(controller) == [NEW] * asks
+    assert seen(controller) == ({} if asks else {"refs/heads/main": (NEW, "baseline")})
+    controller.spool.store([a_run(NEW)])
+    controller.intake()
+    assert (("job", f"test-{a_run(NEW).id}") in controller.kubectl.objects) is asks
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_of_a_commit_that_was_deployed_again_after_a_rollback_the_last_time_counts(
+    controller: Any, *, live: bool
+) -> None:
+    again = {"run": "shop-new", "commit": NEW, "outcome": "deployed", "live": live}
+    other = {"run": "shop-old", "commit": OLD, "outcome": "deployed", "live": not live}
+    before = {"run": "shop-new", "commit": NEW, "outcome": "rolled-back", "selector": {"x": "y"}}
+    controller.kubectl.objects["service", "shop"] = live_service(again, other, before)
+    _, needless = controller.past(controller.apps["shop"])
+    assert needless == {NEW if live else OLD: "AlreadyLive"}
 
 
 @pytest.mark.parametrize("left", ["an outcome", "a Job", "a stored push"])

@@ -390,6 +390,38 @@ def test_the_version_that_was_rolled_back_is_not_deployed_again_by_catch_up(apps
     assert busy.answer()["version"] == "v1"
 
 
+def test_nor_is_it_by_a_daemon_that_was_uninstalled_and_installed_again(apps: Fleet) -> None:
+    busy, known = apps["busy"], len(apps.logged())
+    assert apps.stop() == 0
+    apps.cluster.store.delete("configmaps", "orchestration", "gitops-hook-busy")
+    for job in apps.jobs():
+        apps.cluster.store.delete("jobs", "test", job)
+    apps.start()
+
+    def baseline() -> bool:
+        found = apps.cluster.store.find("configmaps", "orchestration", "gitops-hook-busy") or {}
+        return '"baseline"' in str(found.get("data"))
+
+    eventually(baseline, 20, "the catch-up has looked")
+    run = busy.push(busy.repository.git("rev-parse", "HEAD"))
+    rejected = {"msg": "push needs nothing", "run": run, "reason": "Rejected"}
+    eventually(lambda: [e for e in apps.logged()[known:] if rejected.items() <= e.items()], 10)
+    assert (busy.answer()["version"], f"test-{run}" in apps.jobs()) == ("v1", False)
+
+
+def test_a_rerun_deploys_what_was_rolled_back_although_the_service_remembers_it(
+    apps: Fleet,
+) -> None:
+    busy = apps["busy"]
+    (old,) = [e for e in busy.note("history") if e["outcome"] == "rolled-back"]
+    known = len(apps.logged())
+    done = apps.command("rerun", old["run"])
+    assert done.returncode == 0, done
+    ended = {"msg": "run ended", "run": old["run"], "outcome": "deployed"}
+    eventually(lambda: [e for e in apps.logged()[known:] if ended.items() <= e.items()], 60)
+    assert busy.answer()["version"] == "v2"
+
+
 @pytest.mark.parametrize(
     ("name", "reason"), [("nokey", "ContainerConfigError"), ("neverup", "NeverReady")]
 )
