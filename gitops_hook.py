@@ -3189,7 +3189,6 @@ class Deployer:
         finally:
             with suppress(KubectlError):
                 self.hold(task, None, claim)
-        self.metrics.switches.labels(*task.labels, "rollback").inc()
         return service.live, goal
 
     @persistent
@@ -3379,6 +3378,7 @@ class Controller:
         self.doom: dict[str, Doom] = {}
         self.known: dict[str, Job] = {}  # by name; what is gone until that is written down
         self.once = Once(self.clock)
+        self.selectors: dict[tuple[str, str], dict[str, str]] = {}  # of live Services, last seen
         self.threads: dict[str, threading.Thread] = {}
         self.metrics.spool.set_function(lambda: len(spool))
 
@@ -3878,17 +3878,23 @@ class Controller:
         """Say who pointed a Service elsewhere; start what claims of ended runs leave to do."""
         active = {r.id: r for r in runs if r.app in self.apps}
         waiting = {r.app for r in active.values() if r.ref == self.apps[r.app].deploy_ref}
-        listed = [
-            (e, s) for e, w in self.services.items() for s in w.items() if s.name in self.apps
-        ]
-        for environment, service in listed:
+        listed = [(e, s) for e, w in self.services.items() for s in w.items()]
+        for environment, service in ((e, s) for e, s in listed if s.name in self.apps):
             app, claim, phase = self.apps[service.name], service.claim, service.claim.get("phase")
             run = Run(id=str(claim.get("run", "")), app=app.name, ref="", commit="")
             task = self.task(app, environment, run)
-            turned = self.once.may(task.labels, service.selector, NEVER)
-            if turned and service.history and not service.live:
+            was, live = self.selectors.get(task.labels), service.live
+            self.selectors[task.labels], turned = service.selector, was != service.selector
+            # with nothing seen before, a rollback may be long ago
+            left = service.entry((was or {}).get(LABEL_RUN, ""))
+            back = left.get("outcome") == Outcome.ROLLED_BACK and live != service.history[0]
+            if turned and service.history and not live:
                 self.metrics.drift.labels(*task.labels).inc()
                 error("selector drift", by=self.deployer.last_manager(task), **task.words)
+            elif turned and back:
+                self.metrics.switches.labels(*task.labels, "rollback").inc()
+                words = {**task.words, "run": left["run"], "live": live.get("run")}
+                warn("rolled back", detail=clip(str(left.get("detail", ""))), **words)
             after = app.deploy.drain if phase == Phase.DRAINING else 0.0
             after = CLAIM_SECONDS if phase == Phase.ROLLBACK else after
             due = seconds_of(claim.get("since")) + after

@@ -551,6 +551,74 @@ def test_a_step_that_fails_is_said_and_taken_again_after_a_pause(
     eventually(lambda: not any(t.is_alive() for t in controller.threads.values()))
 
 
+# What others did to the live Service
+
+
+def look_at(controller: Any, service: Object) -> None:
+    """Let the mirror of production tell of the live Service, and the controller look."""
+    controller.services["production"]._items = {"shop": hook.Service(service)}
+    controller.look_after([])
+
+
+def rolled_back_lines(caplog: pytest.LogCaptureFixture) -> list[Object]:
+    said = [r for r in caplog.records if r.message == "rolled back"]
+    return [{"level": r.levelname, **getattr(r, "fields", {})} for r in said]
+
+
+OLD_ENTRY: Object = {"run": "shop-old", "outcome": "deployed", "at": 1.0}
+NEW_ENTRY: Object = {"run": "shop-new", "outcome": "deployed", "at": 2.0}
+GONE: Object = {**NEW_ENTRY, "outcome": "rolled-back", "detail": "it is ugly"}
+SICK: Object = {"run": "shop-sick", "outcome": "switched-back", "at": 3.0}
+
+
+@pytest.mark.parametrize("newest", [[], [SICK]], ids=["newest", "below-a-sick-one"])
+def test_a_rollback_from_elsewhere_is_said_and_counted_once(
+    controller: Any, caplog: pytest.LogCaptureFixture, newest: list[Object]
+) -> None:
+    look_at(controller, live_service(*newest, {**NEW_ENTRY, "live": True}, OLD_ENTRY))
+    for _ in range(2):
+        look_at(controller, live_service(*newest, GONE, {**OLD_ENTRY, "live": True}))
+    (line,) = rolled_back_lines(caplog)
+    assert line == {
+        "level": "WARNING",
+        "run": "shop-new",
+        "live": "shop-old",
+        "app": "shop",
+        "environment": "production",
+        "detail": "it is ugly",
+    }
+    labels = {"app": "shop", "environment": "production", "direction": "rollback"}
+    registry = controller.metrics.registry
+    assert registry.get_sample_value("gitops_hook_switches_total", labels) == 1
+
+
+@pytest.mark.parametrize("was", ["the target", "what was left, gone back to by hand"])
+def test_neither_a_rollback_of_before_the_start_nor_the_next_version_is_a_rollback(
+    controller: Any, caplog: pytest.LogCaptureFixture, was: str
+) -> None:
+    old = was == "the target"
+    look_at(controller, live_service({**GONE, "live": not old}, {**OLD_ENTRY, "live": old}))
+    again = {**OLD_ENTRY, "run": "shop-again", "outcome": "", "live": True}
+    look_at(controller, live_service(again, GONE, OLD_ENTRY))
+    assert rolled_back_lines(caplog) == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_selector_that_no_history_knows_is_drift_also_at_first_sight(
+    controller: Any, monkeypatch: pytest.MonkeyPatch, *, known: bool
+) -> None:
+    monkeypatch.setattr(controller.deployer, "last_manager", lambda task: "someone")
+    if known:
+        look_at(controller, live_service(GONE, {**OLD_ENTRY, "live": True}))
+    drifted = live_service(GONE, {**OLD_ENTRY, "live": True})
+    drifted["spec"]["selector"] = {"app": "shop"}
+    for _ in range(2):
+        look_at(controller, drifted)
+    labels = {"app": "shop", "environment": "production"}
+    registry = controller.metrics.registry
+    assert registry.get_sample_value("gitops_hook_selector_drift_total", labels) == 1
+
+
 # Whose pods those are
 
 

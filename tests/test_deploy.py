@@ -140,6 +140,14 @@ def test_rollback_then_serves_the_version_before_and_never_the_failed_one(live: 
     assert (traffic.failures, traffic.versions) == ([], ["v2", "v1"])
 
 
+def test_the_daemon_tells_of_a_rollback_that_a_command_made(live: Fleet) -> None:
+    old, new = (e["run"] for e in live["shop"].note("history")[::-1])
+    told = {"run": new, "live": old, "detail": "too slow", "level": "warning"}
+    eventually(lambda: live.said("rolled back", app="shop", **told), 10, "the daemon has seen it")
+    labels = {"app": "shop", "environment": "production", "direction": "rollback"}
+    assert live.metric("gitops_hook_switches_total", **labels) == 1
+
+
 # After the switch.
 
 
