@@ -757,6 +757,7 @@ def error(msg: str, **given: Any) -> None:
 
 # === metrics ======================================================================================
 
+ERRORS = ("controller", "heads", "heal", "intake", "request", "secrets", "watch", "worker")
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)
 
 
@@ -781,6 +782,17 @@ class Metrics:
         self.waiting = gauge("waiting", "1 while it waits for something outside.", ["what"])
         self.queue = gauge("jobs", "Unfinished Jobs by state.", ["state"])
         self.stage_seconds = histogram("stage_seconds", "Stages.", ["app", "stage", "result"])
+
+    def begin(self, apps: Iterable[App]) -> None:
+        """Let what is counted begin at 0, where its labels are known: 1 from nothing is no rise."""
+        for where in ERRORS:
+            self.errors.labels(where)
+        for app in apps:
+            self.catch_up.labels(app.name)
+            for environment in app.deploy.environments:
+                self.drift.labels(app.name, environment)
+                for direction in ("forward", "back", "rollback"):
+                    self.switches.labels(app.name, environment, direction)
 
 
 # === signatures ===================================================================================
@@ -3381,6 +3393,7 @@ class Controller:
         self.selectors: dict[tuple[str, str], dict[str, str]] = {}  # of live Services, last seen
         self.threads: dict[str, threading.Thread] = {}
         self.metrics.spool.set_function(lambda: len(spool))
+        self.metrics.begin(config.apps)
 
     # Threads.
 
@@ -4023,6 +4036,7 @@ class WebhookApp:
             keys = self.secrets.keys(self.config.webhook.verify)
         except ConfigError as broken:
             error("secrets cannot be used", detail=str(broken))
+            self.metrics.errors.labels("secrets").inc()
             deny(503, "NoSecrets", "not configured")
         given = {k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k[:5] == "HTTP_"}
         verify_delivery(self.config.webhook.verify, keys, given, body, now)

@@ -402,6 +402,7 @@ def test_without_usable_secrets_nobody_gets_in_and_it_is_not_ready(
     if content is not None:
         file.write_text(content, "utf-8")
     refused(receiver.post(recorded("gitlab-push-branch")), 503, "NoSecrets")
+    assert receiver.count("errors_total", where="secrets") == 1
     assert receiver.request("GET", "/readyz").status == 503
 
 

@@ -42,6 +42,36 @@ def test_every_metric_is_ours_by_name_and_says_what_it_means() -> None:
     assert all(f.documentation.endswith(".") for f in families)
 
 
+def samples(metrics: hook.Metrics) -> dict[str, set[tuple[str, ...]]]:
+    """The label values of every sample that a scrape finds at 0, by metric."""
+    families = text_string_to_metric_families(generate_latest(metrics.registry).decode())
+    found = [s for f in families for s in f.samples if s.name.endswith("_total") and not s.value]
+    names = {s.name.removeprefix("gitops_hook_").removesuffix("_total") for s in found}
+    return {n: {(*s.labels.values(),) for s in found if f"hook_{n}_total" in s.name} for n in names}
+
+
+def test_the_first_of_a_kind_is_an_increase_since_all_that_can_happen_is_0_at_the_start(
+    tmp_path: Path,
+) -> None:
+    apps = "apps: [{name: shop, repository: /x.git, build: {builder: none}}]"
+    metrics, secrets = hook.Metrics(), hook.Secrets(tmp_path)
+    deployer = hook.Deployer(hook.Kubectl(metrics), hook.Git(tmp_path), secrets, hook.Clock())
+    hook.Controller(hook.load_config(apps), deployer, hook.Spool(tmp_path, 1))
+    places = {("shop", "staging"), ("shop", "production")}
+    found = samples(metrics)
+    assert found["selector_drift"] == places
+    directions = ("forward", "back", "rollback")
+    turns = {tuple(sorted((*p, d))) for p in places for d in directions}
+    assert {tuple(sorted(values)) for values in found["switches"]} == turns
+    assert found["catch_up_runs"] == {("shop",)}
+    # what counts an error, or names a thread whose bugs are counted by the first word of its name
+    source = Path(hook.__file__).read_text("utf-8")
+    counting = r'(?:errors\.labels\(|self\.spawn\(|self\.repeat\(|\bname = )f?"([a-z]+)'
+    words = {*re.findall(counting, source)}
+    assert {word for (word,) in found["errors"]} == words
+    assert {"worker", "watch", "intake", "heads", "secrets"} <= words
+
+
 def test_a_delivery_is_counted_by_what_became_of_it(receiver: Receiver) -> None:
     accepted = signed(payload())
     for delivery in (accepted, accepted, recorded("gitlab-tag-push"), signed(b"{")):
