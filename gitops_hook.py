@@ -3390,6 +3390,7 @@ class Controller:
         self.doom: dict[str, Doom] = {}
         self.known: dict[str, Job] = {}  # by name; what is gone until that is written down
         self.once = Once(self.clock)
+        self.failing = -NEVER  # until when a run's step counts as failing: not each look takes it
         self.selectors: dict[tuple[str, str], dict[str, str]] = {}  # of live Services, last seen
         self.threads: dict[str, threading.Thread] = {}
         self.metrics.spool.set_function(lambda: len(spool))
@@ -3612,6 +3613,7 @@ class Controller:
         stages: list[Watch[Any]] = [*self.jobs, *self.pods]
         if not any(w.trouble for w in stages):
             self.tick()
+        self.metrics.waiting.labels("a step").set(self.clock.monotonic() < self.failing)
         return LOOK_SECONDS
 
     def grouped(self) -> dict[str, dict[str, Job]]:
@@ -3654,12 +3656,15 @@ class Controller:
 
     @contextmanager
     def alone(self, run: Run) -> Iterator[None]:
-        """Let one run's trouble not hold back the others."""
+        """Let one run's trouble not hold back the others; the same is said once in five minutes."""
         self.pulses.beat("controller", STEP_SECONDS)
         try:
             yield
         except KubectlError as lost:
-            warn("a step will be tried again", detail=str(lost), **run_words(run))
+            self.failing = self.clock.monotonic() + 2 * AGAIN_SECONDS
+            words = re.sub(r"\d+", "", str(lost))  # another port makes no other trouble
+            if self.once.may((run.id, words), None, 300.0):
+                warn("a step will be tried again", detail=str(lost), **run_words(run))
 
     def sweep(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
         """Delete Jobs of ended runs that no time to live ends, because they never ran."""

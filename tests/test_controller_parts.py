@@ -376,6 +376,49 @@ def test_one_vanished_job_that_cannot_be_written_down_holds_back_no_other_run(
     assert acted == [NEW]
 
 
+def test_a_step_that_fails_again_and_again_is_said_once_in_five_minutes_and_shown_all_the_time(
+    controller: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, port = [1e6], iter(range(40000, 50000))
+    controller.clock.monotonic = lambda: now[0]
+    a_mirrored_job(controller)
+    synced(controller)
+    lost = [f"read tcp 10.0.0.1:{{}}->10.0.0.2:443: no {what}" for what in ("way", "answer")]
+
+    def fail(view: hook.View, action: hook.Action) -> None:
+        # each look is a second, and every fifth takes the step
+        if troubles and now[0] % 5 == 0:
+            raise hook.KubectlError(["kubectl"], 1, troubles[0].format(next(port)))
+
+    def look(seconds: int) -> int:
+        """Look every second; return how often trouble was said and whether it is always shown."""
+        before = len(caplog.records)
+        for _ in range(seconds):
+            now[0] += 1
+            controller.control()
+            shown.add(waits("a step"))
+        return len(caplog.records) - before
+
+    def waits(what: str) -> float | None:
+        labels = {"what": what}
+        return controller.metrics.registry.get_sample_value("gitops_hook_waiting", labels)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(controller, "act", fail)
+    shown: set[float | None] = set()
+    troubles: list[str] = []
+    assert (look(1), shown) == (0, {0})
+    troubles = lost[:1]
+    assert look(5) == 1
+    shown.clear()
+    assert (look(290), shown) == (0, {1})
+    assert look(10) == 1
+    troubles = lost[1:]
+    assert (look(5), shown) == (1, {1})
+    troubles = []
+    look(30)
+    assert waits("a step") == 0
+
+
 def test_a_job_that_is_deleted_during_a_look_is_missed_in_the_next(
     controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
