@@ -3393,6 +3393,7 @@ class Controller:
         self.failing = -NEVER  # until when a run's step counts as failing: not each look takes it
         self.selectors: dict[tuple[str, str], dict[str, str]] = {}  # of live Services, last seen
         self.threads: dict[str, threading.Thread] = {}
+        self.troubles: dict[str, str] = {}  # by thread: why its last step failed
         self.metrics.spool.set_function(lambda: len(spool))
         self.metrics.begin(config.apps)
 
@@ -3445,8 +3446,11 @@ class Controller:
                 event.clear()
                 try:
                     pause, failures = step(), 0
+                    if self.troubles.pop(name, ""):
+                        info("goes on again", what=name)
                 except HookError as lost:
-                    if failures < len(DELAYS):
+                    self.troubles[name] = str(lost)
+                    if failures < len(DELAYS) or failures % 10 == 0:  # then every five minutes
                         warn(complaint, what=name, detail=str(lost))
                     self.stop.wait(backoff(failures))
                     pause, failures = 0.0, failures + 1
@@ -3730,13 +3734,15 @@ class Controller:
             self.asked[run.app].set()
             job = view.jobs.get("build") or view.jobs["test"]
             late = view.now - run.received > AGAIN_SECONDS
-            if late and job.notes.get(NOTE_REASON) != action.reason:
-                self.note(job, {NOTE_REASON: action.reason, NOTE_DETAIL: action.detail})
+            said = self.troubles.get(f"heads of {run.app}", "")  # by git, in words that vary
+            new = late and self.once.may((run.id, bool(said)), "", 300.0)
+            if new or (late and job.notes.get(NOTE_REASON) != action.reason):
+                detail = clip(self.deployer.secrets.mask(f"{action.detail}; {said}")).rstrip(";")
+                self.note(job, {NOTE_REASON: action.reason, NOTE_DETAIL: detail})
         ground = (do, stage, *(j.version for j in view.jobs.values()))
+        idle = do in (Do.NOTHING, Do.WAIT)
         # that an environment is being changed is known without looking
-        if do in (Do.NOTHING, Do.WAIT) or not (
-            do is Do.DEPLOY or self.once.may(run.id, ground, AGAIN_SECONDS)
-        ):
+        if idle or not (do is Do.DEPLOY or self.once.may(run.id, ground, AGAIN_SECONDS)):
             return
         for waited in (j for j in view.jobs.values() if NOTE_REASON in j.notes):
             self.note(waited, {NOTE_REASON: None, NOTE_DETAIL: None})

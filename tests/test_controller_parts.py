@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -660,6 +662,65 @@ def test_a_selector_that_no_history_knows_is_drift_also_at_first_sight(
     labels = {"app": "shop", "environment": "production"}
     registry = controller.metrics.registry
     assert registry.get_sample_value("gitops_hook_selector_drift_total", labels) == 1
+
+
+def test_a_thread_that_waits_says_so_now_and_then_and_when_it_goes_on(
+    controller: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "gitops_hook")
+    monkeypatch.setattr(hook, "DELAYS", (0.0,) * len(hook.DELAYS))
+    monkeypatch.setattr(controller.stop, "wait", lambda seconds: False)
+    taken, event = [0], threading.Event()
+
+    def step() -> float:
+        taken[0] += 1
+        if taken[0] <= 32:
+            raise hook.HookError(str(taken[0]))
+        return 60.0
+
+    controller.repeat("intake", "it waits", step, event)
+    eventually(lambda: taken[0] == 33)
+    event.set()
+    eventually(lambda: taken[0] == 34)
+    controller.shut_down(5)
+    event.set()
+    said = [(r.levelname, r.message, r.fields.get("detail")) for r in caplog.records]  # type: ignore[attr-defined]
+    complaints = [("WARNING", "it waits", n) for n in ("1", "2", "3", "4", "5", "11", "21", "31")]
+    assert said == [*complaints, ("INFO", "goes on again", None)]
+
+
+def test_a_run_that_waits_for_git_shows_what_git_said_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = a_controller(tmp_path)
+    job = hook.test_job(controller.config, controller.apps["shop"], a_run(NEW))
+    controller.kubectl.create_each([job], "test")
+    controller.jobs[0]._take("ADDED", job)
+    notes: list[Object] = []
+
+    def note(found: hook.Job, told: dict[str, str | None]) -> None:
+        found.notes.update({k: v for k, v in told.items() if v is not None})
+        notes.append(told)
+
+    def fail(url: str) -> None:
+        asked.append(f"refused after {len(asked)} ms")
+        raise hook.GitError(["git", "ls-remote", url], 128, f"{asked[-1]}, password=hunter2")
+
+    asked: list[str] = []
+    monkeypatch.setattr(hook, "DELAYS", (0.1,))
+    monkeypatch.setattr(controller, "note", note)
+    monkeypatch.setattr(controller.deployer.git, "heads", fail)
+    controller.tick()
+    step = partial(controller.read_heads, controller.apps["shop"])
+    controller.repeat("heads of shop", "catch-up waits", step, controller.asked["shop"])
+    eventually(lambda: controller.tick() or len(asked) > 3)
+    controller.shut_down(5)
+    assert {told[hook.NOTE_REASON] for told in notes} == {"GitError"}
+    bare, full = (told[hook.NOTE_DETAIL] for told in notes)
+    assert bare == "for the head of the branch"
+    assert full.startswith("for the head of the branch; git ls-remote https://git.example.com/")
+    assert re.search(r"refused after \d ms", full)
+    assert "hunter2" not in full
 
 
 # Whose pods those are
