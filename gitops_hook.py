@@ -3493,7 +3493,7 @@ class Controller:
                     self.spool.done(path)
                     left -= 1
         if left:
-            raise HookError(f"{left} pushes of {len(stored)} could not become Jobs")
+            raise HookError(f"{left} pushes of {len(stored)} have no new Job yet")
         return 30.0
 
     def admit(self, name: str, runs: Mapping[str, Run]) -> set[str]:
@@ -3509,15 +3509,12 @@ class Controller:
         wanted = sorted((r for k, r in runs.items() if k not in done), key=lambda r: r.received)
         jobs = [test_job(self.config, app, r) for r in wanted]
         refused = self.kubectl.create_each(jobs, self.config.namespaces["test"]) if jobs else {}
-        known = {name for name, refusal in refused.items() if refusal.kind == "AlreadyExists"}
-        there = jobs_of(
-            self.kubectl, self.config, [r.id for r in wanted if f"test-{r.id}" in known]
-        )
-        for run in wanted:
-            if self.settle(run, refused.get(f"test-{run.id}"), there.get(run.id)):
-                done.add(run.id)
-        self.begun(name, [r for r in wanted if r.id in done])
-        if left := [refused[f"test-{k}"] for k in runs.keys() - done]:
+        known = [n.removeprefix("test-") for n, r in refused.items() if r.kind == "AlreadyExists"]
+        there = jobs_of(self.kubectl, self.config, known)
+        begun = [r for r in wanted if self.settle(r, refused.get(f"test-{r.id}"), there.get(r.id))]
+        done |= {r.id for r in begun}
+        self.begun(name, begun)
+        if left := [refused[f"test-{k}"] for k in runs.keys() - done - there.keys()]:
             warn("Jobs not created, will be tried again", count=len(left), detail=left[0].said)
         return done
 
@@ -3552,8 +3549,9 @@ class Controller:
             self.finish(run, {}, ends(Outcome.FAILED, Reason.JOB_REFUSED, refusal.said, "test"))
             return True
         if there:
-            info("run known", **run_words(run))
-            return reopen(self.kubectl, run, there)
+            dealt = reopen(self.kubectl, run, there)
+            info("run known" if dealt else "an old Job is being deleted", **run_words(run))
+            return dealt
         if not refusal:
             info("run queued", **run_words(run))
         return not refusal
@@ -3974,10 +3972,9 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
     lost = jobs if any(j.stage == "test" for j in failed) else failed
     for known in lost:
         kubectl.delete("job", [known.name], known.namespace)
-    told = (NOTE_OUTCOME, NOTE_REASON, NOTE_DETAIL, NOTE_ENDED, NOTE_STAGE)
+    told: Object = dict.fromkeys((NOTE_OUTCOME, NOTE_REASON, NOTE_DETAIL, NOTE_ENDED, NOTE_STAGE))
     for known in (j for j in reversed(jobs) if j not in lost):  # the last one tells
-        cleared: Object = dict.fromkeys(told)
-        notes = {**cleared, NOTE_RECEIVED: f"{run.received:.3f}", NOTE_DELIVERY: run.delivery}
+        notes = {**told, NOTE_RECEIVED: f"{run.received:.3f}", NOTE_DELIVERY: run.delivery}
         change = {"metadata": {"annotations": notes}, "spec": {"ttlSecondsAfterFinished": None}}
         kubectl.patch("job", known.name, known.namespace, change)
     return len(lost) < len(jobs)

@@ -311,6 +311,44 @@ def test_a_run_that_ends_while_its_job_is_being_created_stays_ended(
     assert seen(controller) == {"refs/heads/main": (OLD, "superseded")}
 
 
+def test_a_run_that_goes_again_says_that_its_old_job_is_deleted_first(
+    controller: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "gitops_hook")
+    run, desk = replace(a_run(NEW), received=2.0), controller.kubectl
+    name = f"test-{run.id}"
+    old = hook.test_job(controller.config, controller.apps["shop"], a_run(NEW))
+    notes = {hook.NOTE_OUTCOME: "failed", hook.NOTE_ENDED: "1.0"}
+    old["metadata"] |= {"resourceVersion": "1", "uid": "old"}
+    old["metadata"]["annotations"] |= notes
+    made = desk.create_each
+
+    def create(objects: Sequence[Object], namespace: str) -> dict[str, hook.KubectlError]:
+        if ("job", name) not in desk.objects:
+            return made(objects, namespace)  # type: ignore[no-any-return]
+        text = f'Error from server (AlreadyExists): jobs.batch "{name}" already exists'
+        return {name: hook.KubectlError(["kubectl", "create"], 1, text)}
+
+    def delete(resource: str, names: list[str], namespace: str) -> None:
+        desk.objects[resource, names[0]]["metadata"]["deletionTimestamp"] = "now"
+
+    monkeypatch.setattr(desk, "create_each", create)
+    monkeypatch.setattr(desk, "delete", delete)
+    desk.objects["job", name] = old
+    controller.spool.store([run])
+    for _ in range(2):
+        with pytest.raises(hook.HookError, match="1 pushes of 1 have no new Job yet"):
+            controller.intake()
+    del desk.objects["job", name]
+    controller.intake()
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("INFO", "an old Job is being deleted"),
+        ("INFO", "an old Job is being deleted"),
+        ("INFO", "run queued"),
+    ]
+    assert stored(controller) == []
+
+
 def a_mirrored_job(controller: Any) -> hook.Watch[hook.Job]:
     """Let a run of a side branch have its Job, in the cluster and in a mirror; return that."""
     job = hook.test_job(controller.config, controller.apps["shop"], a_run(OLD, "refs/heads/side"))
