@@ -2465,9 +2465,7 @@ class Ledger:
 
     def seen(self, run: Run, outcome: str | None, reason: str = "") -> dict[str, Object | None]:
         """Return the entry that a run is the last seen of its ref, with its outcome if it ended."""
-        entry: Object = {
-            name: getattr(run, name) for name in ("ref", "commit", "before", "received")
-        }
+        entry: Object = {k: getattr(run, k) for k in ("ref", "commit", "before", "received")}
         return {self.key(run.ref): {**entry, "outcome": outcome, "reason": reason}}
 
     def key(self, ref: str) -> str:
@@ -3536,9 +3534,8 @@ class Controller:
             if found := self.kubectl.get("service", app.name, self.config.namespaces[name]):
                 service = Service(found)
                 # the ledger goes with an uninstallation, what the Service tells of itself does not
-                last = {str(e.get("commit")): e.get("outcome") for e in service.history[::-1]}
-                left = [commit for commit, outcome in last.items() if outcome in OUTCOMES.values()]
-                needless |= dict.fromkeys(left, str(Reason.REJECTED))
+                told = {str(e.get("commit")): e.get("outcome") for e in service.history[::-1]}
+                needless |= {c: Reason.REJECTED for c, o in told.items() if o in OUTCOMES.values()}
                 needless[service.live.get("commit", "")] = "AlreadyLive"
         return refs, needless
 
@@ -3664,8 +3661,7 @@ class Controller:
             yield
         except KubectlError as lost:
             self.failing = self.clock.monotonic() + 2 * AGAIN_SECONDS
-            words = re.sub(r"\d+", "", str(lost))  # another port makes no other trouble
-            if self.once.may((run.id, words), None, 300.0):
+            if self.once.may((run.id, re.sub(r"\d+", "", str(lost))), None, 300.0):  # ports vary
                 warn("a step will be tried again", detail=str(lost), **run_words(run))
 
     def sweep(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
@@ -3800,9 +3796,8 @@ class Controller:
         with self.ledger.lock:
             seen = self.ledger.read(run.app)[0].get(run.ref, {})
             # a newer push of the ref is what was last seen of it, whichever ends first
-            last = (
-                seen.get("commit") == run.commit or seconds_of(seen.get("received")) <= run.received
-            )
+            newer = seconds_of(seen.get("received")) > run.received
+            last = seen.get("commit") == run.commit or not newer
             entries = self.ledger.seen(run, outcome, action.reason) if last else {}
             if bad and stage not in STAGES and action.reason not in FORGIVEN:
                 entries |= self.ledger.rejection(run.app, run.commit, action.reason)
@@ -3872,9 +3867,8 @@ class Controller:
         try:
             # its end may not have been written down
             if task.run.commit in self.ledger.read(task.app.name)[1]:
-                ended = ends(Outcome.FAILED, Reason.REJECTED, "the commit was rejected", place)
-            else:
-                self.deployer.deploy(task)
+                raise StageError(Reason.REJECTED, "the commit was rejected")
+            self.deployer.deploy(task)
         except RunError as stopped:
             outcome = OUTCOMES.get(stopped.reason, stopped.outcome)
             ended = ends(outcome, stopped.reason, stopped.detail, place)
@@ -3906,14 +3900,13 @@ class Controller:
             run = Run(id=str(claim.get("run", "")), app=app.name, ref="", commit="")
             task = self.task(app, environment, run)
             was, live = self.selectors.get(task.labels), service.live
-            self.selectors[task.labels], turned = service.selector, was != service.selector
+            self.selectors[task.labels], new = service.selector, was != service.selector
             # with nothing seen before, a rollback may be long ago
             left = service.entry((was or {}).get(LABEL_RUN, ""))
-            back = left.get("outcome") == Outcome.ROLLED_BACK and live != service.history[0]
-            if turned and service.history and not live:
+            if new and service.history and not live:
                 self.metrics.drift.labels(*task.labels).inc()
                 error("selector drift", by=self.deployer.last_manager(task), **task.words)
-            elif turned and back:
+            elif new and left.get("outcome") == Outcome.ROLLED_BACK and live != service.history[0]:
                 self.metrics.switches.labels(*task.labels, "rollback").inc()
                 words = {**task.words, "run": left["run"], "live": live.get("run")}
                 warn("rolled back", detail=clip(str(left.get("detail", ""))), **words)
@@ -3940,8 +3933,7 @@ def run_seen(app: App, ref: str, entry: Object) -> Run:
 
 def run_words(run: Run) -> dict[str, Any]:
     """Return the log fields of a run."""
-    words = ("app", "delivery", "ref", "commit")
-    return {"run": run.id, **{w: getattr(run, w) for w in words}}
+    return {"run": run.id, **{w: getattr(run, w) for w in ("app", "delivery", "ref", "commit")}}
 
 
 def jobs_of(kubectl: Kubectl, config: Config, runs: Iterable[str]) -> dict[str, list[Job]]:
