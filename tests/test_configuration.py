@@ -259,6 +259,12 @@ def test_a_fault_of_an_app_is_told_with_its_place(app: Any, fault: str) -> None:
         {"branch": "release/2.x"},
         {"test": {"timeout": "90s", "resources": {}}},
         {"test": {"resources": {"limits": {"cpu": 2, "memory": 1.5, "nvidia.com/gpu": 1}}}},
+        {
+            "test": {
+                "resources": {"limits": {"a": "1m", "b": "1k", "c": "1M", "d": "1G", "e": "1T"}}
+            }
+        },
+        {"test": {"resources": {"limits": {"a": "1Ki", "b": "1Mi", "c": "1Gi", "d": "1Ti"}}}},
         {"build": {"image": "localhost:5000/demo/shop"}},
         {"build": {"builder": "none"}},
         {"deploy": {"manifests": "./deploy/live/"}},
@@ -276,6 +282,11 @@ def test_what_makes_sense_is_accepted(app: dict[str, Any]) -> None:
 )
 def test_durations_are_read_in_all_their_units(text: str, seconds: float) -> None:
     assert loaded(catch_up=text).catch_up == pytest.approx(seconds)
+
+
+def test_a_pause_may_be_shorter_than_a_second() -> None:
+    deploy = loaded({"deploy": {"bake": "250ms"}}).apps[0].deploy
+    assert deploy.bake == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("other", ["shop-blue", "shop-green", "shop-preview"])
@@ -296,6 +307,7 @@ def test_no_two_apps_have_one_name() -> None:
     "spaces",
     [
         {"test": "a", "staging": "s", "production": "p"},
+        {"build": "b", "staging": "s", "production": "p"},
         {"test": "a", "build": "a", "staging": "s", "production": "p"},
         {"test": "a", "build": "b", "staging": "s", "production": "s"},
         {"test": "a", "build": "orchestration", "staging": "s", "production": "p"},
@@ -519,12 +531,13 @@ def test_a_file_that_changes_is_read_again(secrets: hook.Secrets) -> None:
         ("https://tok3n@host", "https://***@host"),
         ("no user at https://host/a@b", "no user at https://host/a@b"),
         ("with glpat-abcdefgh12345678 in it", "with *** in it"),
-        (f"the key is {TOKEN}, yes", "the key is ***, yes"),
+        (f"it was {TOKEN}, yes", "it was ***, yes"),
         ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abc-def", "***"),
         ("password=hunter2 user=me", "password=*** user=me"),
         ("DB_PASSWORD: hunter2", "DB_PASSWORD: ***"),
         ('{"api_key": "abc", "x": 1}', '{"api_key": *** "x": 1}'),
         ("MY_SECRET_KEY=abc", "MY_SECRET_KEY=***"),
+        ("CLIENT_SECRET=abc", "CLIENT_SECRET=***"),
         ("Authorization: Bearer abcdefghijklmnop1234", "Authorization: ***"),
         ("Authorization: Basic dXNlcjpwYXNzd29yZA==", "Authorization: ***"),
         ("MY-Token: bearer abcdefghijklmnop1234 x", "MY-Token: *** x"),
@@ -543,12 +556,12 @@ def test_what_looks_like_a_secret_is_masked_and_other_text_is_not(
 
 
 def test_known_secrets_are_masked_wherever_they_stand(secrets: hook.Secrets) -> None:
-    write(secrets, "webhook-tokens", "zebra-stripes\nzebra\nab\n")
+    write(secrets, "webhook-tokens", "zebra-stripes\nzebra\nfour\nab\n")
     write(
         secrets, "git-credentials", "https://oauth2:p%40ss-word@host\nhttps://lonely-token@host\n"
     )
-    text = "xzebra-stripesx zebra ab p%40ss-word p@ss-word lonely-token oauth2"
-    assert secrets.mask(text) == "x***x *** ab *** *** *** oauth2"
+    text = "xzebra-stripesx zebra four ab p%40ss-word p@ss-word lonely-token oauth2"
+    assert secrets.mask(text) == "x***x *** *** ab *** *** *** oauth2"
 
 
 def test_no_content_of_a_secret_file_makes_masking_stumble(secrets: hook.Secrets) -> None:
