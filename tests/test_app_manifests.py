@@ -271,6 +271,7 @@ BOMB = "\n".join(
         ("[1, 2]", "a document is not a mapping"),
         ("metadata: {name: x}", "not a Kubernetes object"),
         ("kind: [List]", "not a Kubernetes object"),
+        ("items: []", "not a Kubernetes object"),
         ("kind: List\nitems: [{metadata: {}}]", "not a Kubernetes object"),
         ("kind: List\nitems: [5, text]", "not a Kubernetes object"),
         ("kind: X\n\x00", ""),
@@ -303,6 +304,7 @@ BOMB = "\n".join(
         "list",
         "no-kind",
         "odd-kind",
+        "items-without-kind",
         "no-kind-in-list",
         "scalars-in-list",
         "nul",
@@ -363,6 +365,11 @@ def test_links_are_not_followed(tmp_path: Path, link: str) -> None:
     (root / link).parent.mkdir(parents=True)
     (root / link).symlink_to(outside / link)
     assert fault(lambda: read_manifests(root, "deploy"))[0] is Reason.MANIFEST_INVALID
+
+
+def test_a_long_text_in_any_script_is_no_bomb() -> None:
+    (found,) = parse_documents(f"a: {'字' * 200_000}\n", "x.yaml")
+    assert found["a"] == "字" * 200_000
 
 
 def test_a_configmap_of_300_kilobytes_is_read_in_time(tmp_path: Path) -> None:
@@ -465,6 +472,7 @@ REMOTES = {
     "upwards": "resources: [../../outside]",
     "missing": "resources: [nowhere.yaml]",
     "long": f"resources: [{'a/' * 3000}x]",
+    "two-lines": f'resources: ["{REMOTE}\\n"]',
 }
 
 
@@ -1001,9 +1009,23 @@ def test_configmaps_are_copied_under_the_name_of_their_content() -> None:
     assert other["metadata"]["name"] != name
 
 
+def test_the_same_content_in_another_order_has_the_same_name() -> None:
+    two = {"a": "1", "b": "2"}
+    (made,) = released(changed("ConfigMap.data", two)).configmaps
+    (same,) = released(changed("ConfigMap.data", dict(reversed(two.items())))).configmaps
+    assert same["metadata"]["name"] == made["metadata"]["name"]
+
+
 def test_binary_data_is_copied() -> None:
     (made,) = released(changed("ConfigMap.binaryData", {"logo": "AAEC"})).configmaps
     assert made["binaryData"] == {"logo": "AAEC"}
+
+
+def test_a_configmap_of_binary_data_only_is_copied() -> None:
+    items = changed("ConfigMap.binaryData", {"logo": "AAEC"})
+    del items[2]["data"]
+    (made,) = released(items).configmaps
+    assert (made["data"], made["binaryData"]) == ({}, {"logo": "AAEC"})
 
 
 def test_every_reference_to_a_configmap_follows_its_copy() -> None:
@@ -1163,6 +1185,7 @@ def test_the_live_service_keeps_what_the_app_says_but_its_selector() -> None:
     assert made["metadata"]["annotations"] == {"lb.example.com/internal": "yes"}
     assert made["metadata"]["labels"]["team"] == "a"
     assert made["metadata"]["labels"]["gitops-hook/app"] == "shop"
+    assert made["metadata"]["labels"]["gitops-hook/stage"] == "live"
     assert made["spec"]["selector"] == release.selector
     assert made["spec"]["externalTrafficPolicy"] == "Local"
 
