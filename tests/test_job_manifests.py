@@ -350,8 +350,12 @@ def report(*cases: str) -> bytes:
             report(CASE.format("a", "b", "<failure/><failure/>")),
             "0 passed, 1 failed: a.b",
         ),
+        (
+            report(*(CASE.format("a", name, "<error/>") for name in "bcdefg")),
+            "0 passed, 6 failed: a.b, a.c, a.d, a.e, a.f",
+        ),
     ],
-    ids=["empty", "green", "one-of-each", "two-failures-of-one-case"],
+    ids=["empty", "green", "one-of-each", "two-failures-of-one-case", "the-first-five"],
 )
 def test_a_report_is_counted(tmp_path: Path, content: bytes, sentence: str) -> None:
     path = tmp_path / "junit.xml"
