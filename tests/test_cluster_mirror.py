@@ -108,6 +108,14 @@ def test_a_pod_remembers_that_it_was_ready() -> None:
     assert not pods[-1].ready
 
 
+@pytest.mark.parametrize(("changed", "seen"), [(10, False), (11, False), (12, True)])
+def test_a_pod_whose_readiness_changed_after_its_start_was_ready(changed: int, seen: bool) -> None:
+    at = f"2026-01-01T00:00:{changed}Z"
+    ready = {"type": "Ready", "status": "False", "lastTransitionTime": at}
+    status = {"startTime": "2026-01-01T00:00:10Z", "conditions": [ready]}
+    assert hook.Pod({**LEAST, "status": status}).seen_ready is seen
+
+
 def test_an_evicted_pod_is_leaving_from_the_first_sign_on() -> None:
     pods = [hook.Pod(e["object"]) for e in recorded("job-evicted-then-succeeds.pods.jsonl")]
     leaving = [p.leaving for p in pods if "evict" in p.name]
@@ -125,6 +133,7 @@ def test_an_object_without_any_status_is_understood() -> None:
     assert (job.state, job.stage, job.outcome, job.run.id) == ("active", "", "", "")
     assert (pod.ready, pod.seen_ready, pod.containers, pod.run) == (False, False, [], "")
     assert (service.run, service.ours, service.history, service.claim) == ("", False, [], {})
+    assert service.ports == []
 
 
 @pytest.mark.parametrize("stamp", [None, "", "yesterday", "2026-13-01T00:00:00Z"])
