@@ -442,6 +442,9 @@ ACTIONS: dict[str, Case] = {
     "live in all": (
         a_view(DONE, BUILT, services={"staging": LIVE, "production": LIVE}, head="moved"),
         Do.END, "production", (Outcome.DEPLOYED, Reason.OK), ""),
+    "live in all, and its test Job has gone by its time to live": (
+        a_view(BUILT, services={"staging": LIVE, "production": LIVE}),
+        Do.END, "production", (Outcome.DEPLOYED, Reason.OK), ""),
     "switched, not yet concluded, and git does not answer": (
         a_view(DONE, BUILT, head="unknown", services={"staging": a_service(a_run().id,
             history_entry(""))}),
@@ -566,6 +569,8 @@ ZERO = "0" * 40
         ({"refs/heads/main": A}, 11, {}, "unknown"),
         ({"refs/heads/main": B}, 0, {"before": B, "received": NOW - 5}, "unknown"),
         ({"refs/heads/main": B}, 0, {"before": B, "received": NOW - 31}, "moved"),
+        ({"refs/heads/main": B}, 0, {"before": "c" * 40, "received": NOW - 5}, "moved"),
+        ({}, 0, {"before": B, "received": NOW - 5}, "moved"),
         ({}, 0, {"before": ZERO, "received": NOW - 5}, "unknown"),
         ({}, 0, {"before": ZERO, "received": NOW - 31}, "moved"),
         ({"refs/heads/main": A}, 0, {"before": A, "received": NOW - 5}, "same"),
@@ -573,7 +578,8 @@ ZERO = "0" * 40
     ],
     ids=[
         "head", "other head", "branch gone", "git silent", "too old", "server lags behind its push",
-        "server lags too long", "new branch not shown yet", "new branch never shown",
+        "server lags too long", "pushed again at once", "deleted at once",
+        "new branch not shown yet", "new branch never shown",
         "pushed again unchanged", "another branch",
     ],
 )  # fmt: skip
@@ -778,6 +784,7 @@ PULL = 'failed to pull and unpack image "{0}": failed to resolve reference "{0}"
             0,
         ),
         ("manifest unknown: manifest unknown", 0),
+        ("no basic auth credentials", 0),
         ("no match for platform in manifest: not found", 0),
         (
             'failed to do request: Head "https://{0}": dial tcp 10.0.0.1:443: connection refused',
@@ -840,12 +847,17 @@ STARTS = 'failed to create containerd task: exec: "serve": executable file not f
             Reason.CRASH_LOOP, 15),
         (a_pod(TEST, inits=[entry("results", waiting("ErrImagePull", "x: not found"))], apps=[]),
             Reason.IMAGE_NOT_FOUND, 0),
+        (a_pod(apps=[entry("web", waiting("RegistryUnavailable", "x"))]),
+            Reason.IMAGE_PULL_FAILED, 60),
+        (a_pod(apps=[entry("web", waiting("ImageInspectError", "x"))]),
+            Reason.IMAGE_PULL_FAILED, 60),
     ],
     ids=[
         "wrong name", "missing secret", "wrong command", "start error", "start error, backing off",
         "kubelet's cache", "unschedulable", "crash loop found late",
             "ends with success again and again",
         "init loop found late", "memory", "side-car of an app", "side-car's image",
+        "registry away", "node's storage",
     ],
 )  # fmt: skip
 def test_a_sick_pod_is_known_by_its_status(pod: hook.Pod, reason: Reason, grace: float) -> None:
@@ -864,6 +876,7 @@ CRASHED = waiting("CrashLoopBackOff")
         a_pod(apps=[entry("web", RUNNING, ready=False)]),
         a_pod(apps=[entry("web", waiting("ContainerCreating"))]),
         a_pod(apps=[entry("web", RUNNING, terminated(1), 9)], ready=True),
+        a_pod(apps=[entry("web", RUNNING, terminated(1), 9), entry("log", RUNNING, ready=False)]),
         a_pod(apps=[entry("web", CRASHED, terminated(1), 9)], started=600, fell=20),
         a_pod(apps=[entry("web", RUNNING, terminated(128, "", "StartError"), 1, ready=False)],
             started=600, fell=20),
@@ -881,6 +894,7 @@ CRASHED = waiting("CrashLoopBackOff")
     ],
     ids=[
         "just made", "well", "not ready yet", "being made", "restarted before and ready",
+        "restarted before and ready beside one that is not yet",
         "crashing after it was ready", "started after all", "init container done", "disrupted",
         "evicted", "deleted", "its machine was restarted", "results side-car crashes",
         "results side-car needs memory", "held back on purpose",
@@ -905,6 +919,9 @@ WEBHOOK = (
     'Internal error occurred: failed calling webhook "check.example.com": failed to call webhook:'
     ' Post "https://check.policy.svc:443/": dial tcp 10.0.0.9:443: connect: connection refused'
 )
+SLOW = "Timeout: request did not complete within requested timeout - context deadline exceeded"
+ELECTING = "etcdserver: leader changed"
+PLUGIN = "Internal error occurred: admission plugin ResourceQuota failed to complete"
 EDITED = (
     'pods "x" is forbidden: Operation cannot be fulfilled on resourcequotas "test-quota": the'
     " object has been modified; please apply your changes to the latest version and try again"
@@ -933,6 +950,9 @@ LASTING: dict[str, tuple[list[hook.Symptom], int, Reason]] = {
     "no quota": ([hook.creation_symptom(QUOTA, "k")], 15, Reason.QUOTA_EXCEEDED),
     "no limits": ([hook.creation_symptom(NO_LIMITS, "k")], 3, Reason.ADMISSION_REFUSED),
     "no count": ([hook.creation_symptom(EDITED, "k")], 60, Reason.ADMISSION_REFUSED),
+    "no time": ([hook.creation_symptom(SLOW, "k")], 60, Reason.ADMISSION_REFUSED),
+    "no leader": ([hook.creation_symptom(ELECTING, "k")], 60, Reason.ADMISSION_REFUSED),
+    "no plug-in": ([hook.creation_symptom(PLUGIN, "k")], 60, Reason.ADMISSION_REFUSED),
     "no webhook": ([hook.creation_symptom(WEBHOOK, "k")], 60, Reason.ADMISSION_REFUSED),
     "no node": (
         list(hook.pod_symptoms(a_pod(conditions=[NO_NODE]))), 120, Reason.UNSCHEDULABLE),
