@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,156 @@ def test_failed_health_checks_count_by_the_word_of_each_pod_of_both_versions(
             responses.get(f"http://{address}:8080/ready", status=status)
     made = history(tmp_path, pods["old"] or None, pods["new"])
     assert take_back(made, None) == verdict
+
+
+def test_a_rollout_is_not_waited_for_when_the_daemon_is_to_stop(tmp_path: Path) -> None:
+    made = deployer(tmp_path, [])
+    script = tmp_path / "kubectl"
+    hangs = 'case "$*" in\n*rollout*) exec sleep 100 ;;'
+    script.write_text(script.read_text().replace('case "$*" in', hangs))
+    meta, spec = {"name": "shop-blue"}, {"replicas": 1, "progressDeadlineSeconds": 600}
+    standing = {"metadata": meta, "spec": spec}
+    (tmp_path / "deployment").write_text(json.dumps(standing))
+    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
+    made.stop.set()
+    with pytest.raises(InterruptedError):
+        made.roll_out(task(), a_release(standing), pods)
+
+
+# What objects say
+
+ALL_TWO = dict.fromkeys(["replicas", "updatedReplicas", "readyReplicas", "availableReplicas"], 2)
+
+
+@pytest.mark.parametrize(
+    ("status", "ready", "proof"),
+    [
+        ({**ALL_TWO, "observedGeneration": 7}, 2, True),
+        ({**ALL_TWO, "observedGeneration": 8}, 3, True),
+        ({**ALL_TWO, "observedGeneration": 6}, 2, False),
+        ({**ALL_TWO, "observedGeneration": 7}, 1, False),
+        ({**ALL_TWO, "observedGeneration": 7, "replicas": 3}, 2, False),
+        ({**ALL_TWO, "observedGeneration": 7, "updatedReplicas": 1}, 2, False),
+        ({**ALL_TWO, "observedGeneration": 7, "readyReplicas": 1}, 2, False),
+        ({**ALL_TWO, "observedGeneration": 7, "availableReplicas": 1}, 2, False),
+        (None, 2, False),
+    ],
+    ids=[
+        "all", "more-than-all", "status-of-before", "pods-not-ready", "an-old-one-left",
+        "not-all-new", "not-all-ready", "not-all-for-long-enough", "no-status",
+    ],
+)  # fmt: skip
+def test_a_rollout_is_proven_by_every_count_of_its_status_and_by_its_pods(
+    status: Object | None, ready: int, *, proof: bool
+) -> None:
+    found = {"metadata": {"generation": 7}, "spec": {"replicas": 2}, "status": status}
+    assert hook.proven(found, ready) is proof
+
+
+@pytest.mark.parametrize(
+    ("wanted", "missing", "proof"), [(1, "", True), (1, "readyReplicas", False), (0, "", False)]
+)
+def test_a_count_that_is_left_out_is_none_and_no_pods_prove_nothing(
+    wanted: int, missing: str, *, proof: bool
+) -> None:
+    status = {**dict.fromkeys(ALL_TWO, wanted), "observedGeneration": 7}
+    status.pop(missing, None)
+    found = {"metadata": {"generation": 7}, "spec": {"replicas": wanted}, "status": status}
+    assert hook.proven(found, wanted) is proof
+
+
+def test_an_endpoint_is_ready_unless_it_says_that_it_is_not() -> None:
+    def endpoint(name: str, conditions: Object | None) -> Object:
+        return {
+            "addresses": [f"ip of {name}"],
+            "targetRef": {"name": name},
+            "conditions": conditions,
+        }
+
+    told = [endpoint("a", {"ready": True}), endpoint("b", {"ready": False}), endpoint("c", None)]
+    other = [{"addresses": ["10.0.0.4"]}]
+    found = [{"endpoints": told}, {"endpoints": None}, {"endpoints": other}]
+    assert hook.ready_endpoints(found) == {"a", "c", "10.0.0.4"}
+
+
+@pytest.mark.parametrize(
+    ("port", "host", "address"),
+    [
+        ({"port": 80}, "10.0.0.1", "http://10.0.0.1:80/ready"),
+        ({"port": 80, "targetPort": 8081}, "10.0.0.1", "http://10.0.0.1:8081/ready"),
+        ({"port": 80, "targetPort": "http"}, "10.0.0.1", "http://10.0.0.1:8080/ready"),
+        ({"port": 80, "targetPort": "http"}, "fd00::1", "http://[fd00::1]:8080/ready"),
+        ({"port": 80, "targetPort": "other"}, "10.0.0.1", None),
+        ({"port": 80}, None, None),
+        ({}, "10.0.0.1", None),
+    ],
+    ids=["port", "target", "name", "ipv6", "unknown-name", "no-address-yet", "no-port"],
+)
+def test_a_pod_is_asked_at_the_target_port_of_its_service(
+    port: Object, host: str | None, address: str | None
+) -> None:
+    ports = [{"name": "metrics", "containerPort": 9}, {"name": "http", "containerPort": 8080}]
+    containers = [{"name": "log"}, {"name": "web", "ports": ports}]
+    pod = {"spec": {"containers": containers}, "status": {"podIP": host}}
+    assert hook.pod_address(pod, port, "/ready") == address
+
+
+def test_a_rollback_marks_all_that_came_after_its_target_and_had_not_failed() -> None:
+    def entry(run: str, outcome: str, at: int) -> Object:
+        return {"run": run, "outcome": outcome, "at": at}
+
+    failed, newer, same = entry("c", "failed", 5), entry("b", "deployed", 4), entry("a", "", 3)
+    target, older = entry("a", "deployed", 2), entry("z", "deployed", 1)
+    goal, gone = {**target, "colour": "green"}, {"outcome": "rolled-back", "reason": "RolledBack"}
+    history = [failed, newer, same, target, older]
+    found = hook.rolled_back(history, target, goal, "it is slow")
+    marked = [{**e, **gone, "detail": "it is slow"} for e in (newer, same)]
+    assert found == [failed, *marked, goal, older]
+    with pytest.raises(hook.RefusedError, match="changed meanwhile"):
+        hook.rolled_back([failed, newer], target, goal, "")
+
+
+def test_a_release_in_another_colour_is_another_deployment_of_the_same_run() -> None:
+    labels = {"app": "x", "version": "blue", hook.LABEL_RUN: "shop-new"}
+    template = {"metadata": {"labels": dict(labels)}}
+    spec = {"replicas": 1, "selector": {"matchLabels": {"version": "blue"}}, "template": template}
+    meta = {"name": "shop-blue", "labels": dict(labels)}
+    release = a_release({"metadata": meta, "spec": spec})
+    before = copy.deepcopy(release)
+    made = hook.recoloured(release, task().app, "green", 3)
+    assert release == before
+    assert (made.run, made.colour, made.wanted) == ("shop-new", "green", 3)
+    assert made.selector == {**NEW, "version": "green"}
+    assert made.deployment["metadata"] == {
+        "name": "shop-green",
+        "labels": {**labels, "version": "green"},
+    }
+    assert made.deployment["spec"]["selector"] == {"matchLabels": {"version": "green"}}
+    assert made.deployment["spec"]["template"]["metadata"]["labels"]["version"] == "green"
+
+
+def a_pod(name: str, created: int, *containers: Object, ready: bool = False) -> hook.Pod:
+    meta = {"name": name, "resourceVersion": "1"}
+    meta["creationTimestamp"] = f"2026-01-01T00:00:{created}Z"
+    status = {"conditions": [{"type": "Ready", "status": str(ready)}]}
+    spec = {"initContainers": [{"name": "car", "restartPolicy": "Always"}]}
+    inits = [{"name": "car", "ready": False}]
+    status |= {"initContainerStatuses": inits, "containerStatuses": list(containers)}
+    return hook.Pod({"metadata": meta, "spec": spec, "status": status})
+
+
+def test_the_last_words_are_those_of_the_newest_pod_that_is_not_ready(tmp_path: Path) -> None:
+    made = deployer(tmp_path, [])
+    script = tmp_path / "kubectl"
+    logs = 'case "$*" in\n*logs*) echo "$6 of $4" ;;'
+    script.write_text(script.read_text().replace('case "$*" in', logs))
+    well, sick = {"name": "log", "ready": True}, {"name": "web", "ready": False}
+    before = {"terminated": {"exitCode": 3}}
+    pods = [
+        a_pod("old", 10, sick),
+        a_pod("new", 20, well, sick, {"name": "last", "ready": False}),
+        a_pod("well", 30, {"name": "web", "ready": True, "lastState": before}, ready=True),
+    ]
+    assert made.with_logs("why", pods, "production") == "why\nweb of new"
+    assert made.with_logs("why", pods[2:], "production") == "why\nweb of well"
+    assert made.with_logs("why", [], "production") == "why"
