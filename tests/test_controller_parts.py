@@ -259,6 +259,35 @@ def test_a_run_of_which_something_is_left_did_not_vanish(controller: Any, left: 
     assert seen(controller) == {"refs/heads/main": (OLD, ended)}
 
 
+def test_what_someone_else_wrote_into_the_ledger_is_passed_over(controller: Any) -> None:
+    data = {"note": "{}", "ref-1": "{", "ref-2": "{}", "ref-3": "5", "rejected-4": "null"}
+    controller.kubectl.objects["configmap", "gitops-hook-shop"] = {"data": data}
+    assert controller.ledger.read("shop") == ({}, {})
+
+
+@pytest.mark.parametrize(("number", "gone"), [(30, []), (49, []), (50, [21])])
+def test_of_too_many_rejected_commits_the_oldest_is_forgotten(
+    controller: Any, number: int, gone: list[int]
+) -> None:
+    ages = {f"{n:040x}": (7 * n + 3) % 50 for n in range(number)}
+    known = {f"rejected-{c}": {"commit": c, "reason": "", "at": at} for c, at in ages.items()}
+    controller.ledger.write("shop", known)
+    controller.clock.now = lambda: 1e9
+    entry = {"commit": NEW, "reason": "CrashLoop", "at": 1e9}
+    expected: Object = {f"rejected-{n:040x}": None for n in gone}
+    assert controller.ledger.rejection("shop", NEW, "CrashLoop") == {
+        **expected,
+        f"rejected-{NEW}": entry,
+    }
+
+
+def test_an_older_push_that_gets_its_job_late_is_not_the_last_seen(controller: Any) -> None:
+    old, new = (replace(a_run(c), received=at) for c, at in ((OLD, 1.0), (NEW, 2.0)))
+    controller.begun("shop", [new])
+    controller.begun("shop", [old])
+    assert seen(controller) == {"refs/heads/main": (NEW, None)}
+
+
 def after_a_loss(controller: Any, tmp_path: Path) -> Any:
     """A new daemon, in the same cluster, of a pod whose spool is gone with it."""
     (tmp_path / "new").mkdir()
@@ -395,6 +424,135 @@ def test_a_job_that_goes_after_its_run_has_ended_is_not_told_again(controller: A
     assert seen(controller) == {"refs/heads/side": (OLD, "tested")}
     labels = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
     assert controller.metrics.registry.get_sample_value("gitops_hook_runs_total", labels) is None
+
+
+def a_seen_job(
+    controller: Any, stage: str, state: str, ended: float | None = None, **meta: Any
+) -> hook.Job:
+    """A Job of a run that was received at second 10, and may have ended."""
+    make = hook.test_job if stage == "test" else hook.build_job
+    found = make(controller.config, controller.apps["shop"], replace(a_run(OLD), received=10.0))
+    found["metadata"] |= {"resourceVersion": "1", "uid": stage, **meta}
+    if ended is not None:
+        told = {hook.NOTE_OUTCOME: "failed", hook.NOTE_ENDED: str(ended)}
+        found["metadata"]["annotations"] |= told
+    found["spec"]["suspend"] = False
+    done = {"succeeded": "Complete", "failed": "Failed"}.get(state)
+    found["status"] = {"conditions": [{"type": done, "status": "True"}] if done else []}
+    return hook.Job(found)
+
+
+@pytest.mark.parametrize(
+    ("lost", "left", "told"),
+    [
+        (("test", "active"), None, ["test"]),
+        (("test", "succeeded"), None, ["test"]),
+        (("build", "active"), ("test", "succeeded"), ["test"]),
+        (("build", "succeeded"), ("test", "succeeded"), None),
+        (("test", "succeeded"), ("build", "active"), None),
+        (("test", "active"), ("build", "failed", 5.0), ["build"]),
+        (("build", "failed", 5.0), ("test", "active"), None),
+        (("build", "failed", 20.0), ("test", "succeeded"), None),
+        (("test", "succeeded"), ("build", "failed", 20.0), None),
+    ],
+    ids=[
+        "its tests", "its green tests", "its build", "a build that can be made once more",
+        "tests that are built",
+        "its tests beside a build of before", "a build of before", "the build that it ended in",
+        "its tests after its build ended it",
+    ],
+)  # fmt: skip
+def test_a_run_vanishes_with_a_job_that_it_still_needs(
+    controller: Any, lost: Any, left: Any, told: list[str] | None
+) -> None:
+    ended: list[Any] = []
+    controller.finish = lambda run, jobs, why: ended.append(([*jobs], why.stage, why.reason))
+    there = {left[0]: a_seen_job(controller, *left)} if left else {}
+    controller.vanished(a_seen_job(controller, *lost), there)
+    assert ended == ([] if told is None else [(told, lost[0], Reason.VANISHED)])
+
+
+@pytest.mark.parametrize(
+    ("jobs", "dealt", "deleted", "opened"),
+    [
+        ([], False, [], []),
+        ([("test", "active")], True, [], []),
+        ([("test", "failed", 20.0)], False, ["test"], []),
+        ([("test", "failed", 40.0)], True, [], []),
+        ([("test", "succeeded", 20.0), ("build", "failed", 40.0)], True, [], []),
+        ([("test", "succeeded"), ("build", "failed", 20.0)], True, ["build"], ["test"]),
+        ([("test", "failed"), ("build", "succeeded", 20.0)], False, ["test", "build"], []),
+        ([("test", "succeeded"), ("build", "succeeded", 20.0)], True, [], ["build", "test"]),
+    ],
+    ids=[
+        "gone", "under way", "red tests", "ended since the push", "its build ended since",
+        "a red build", "tests made anew", "a deployment that failed",
+    ],
+)  # fmt: skip
+def test_a_run_that_is_pushed_again_goes_on_where_it_failed(
+    controller: Any, jobs: Any, dealt: bool, deleted: list[str], opened: list[str]
+) -> None:
+    gone, patched = list[str](), list[str]()
+
+    def delete(resource: str, names: Sequence[str], namespace: str) -> None:
+        gone.extend(name.partition("-")[0] for name in names)
+
+    def patch(resource: str, name: str, namespace: str, change: Object) -> None:
+        patched.append(name.partition("-")[0])
+        notes = change["metadata"]["annotations"]
+        assert {notes[k] for k in (hook.NOTE_OUTCOME, hook.NOTE_ENDED, hook.NOTE_STAGE)} == {None}
+        assert {notes[k] for k in (hook.NOTE_REASON, hook.NOTE_DETAIL)} == {None}
+        assert (notes[hook.NOTE_RECEIVED], notes[hook.NOTE_DELIVERY]) == ("30.000", "again")
+        assert change["spec"] == {"ttlSecondsAfterFinished": None}
+
+    kubectl: Any = SimpleNamespace(delete=delete, patch=patch)
+    run = replace(a_run(OLD), received=30.0, delivery="again")
+    found = [a_seen_job(controller, *each) for each in jobs]
+    assert hook.reopen(kubectl, run, found) is dealt
+    assert (gone, patched) == (deleted, opened)
+
+
+@pytest.mark.parametrize("other", [{"commit": NEW}, {"ref": "refs/heads/other"}])
+def test_a_run_of_the_same_id_that_is_another_is_left_alone(
+    controller: Any, other: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = replace(a_run(OLD), received=30.0, **other)  # type: ignore[arg-type]
+    kubectl: Any = None
+    assert hook.reopen(kubectl, run, [a_seen_job(controller, "test", "failed", 20.0)])
+    assert caplog.messages == ["two pushes have the same run id"]
+
+
+def test_a_job_that_is_being_deleted_is_waited_for(controller: Any) -> None:
+    leaving = a_seen_job(controller, "build", "failed", 20.0, deletionTimestamp="")
+    jobs, kubectl = [a_seen_job(controller, "test", "succeeded"), leaving], SimpleNamespace()
+    assert not hook.reopen(kubectl, replace(a_run(OLD), received=30.0), jobs)  # type: ignore[arg-type]
+
+
+def test_a_push_whose_run_is_under_way_needs_nothing_more(controller: Any) -> None:
+    refusal = hook.KubectlError(["kubectl"], 1, "Error from server (AlreadyExists): it is there")
+    assert controller.settle(a_run(OLD), refusal, [a_seen_job(controller, "test", "active")])
+    assert seen(controller) == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "dealt", "outcome"),
+    [
+        ("", True, None),
+        ('The Job "test-x" is invalid: spec: no', True, "failed"),
+        ('admission webhook "policy" denied the request: no', True, "failed"),
+        ("Error from server (BadRequest): no", True, "failed"),
+        ("Error from server (Forbidden): exceeded quota", False, None),
+        ("Error from server (AlreadyExists): and was gone the moment after", False, None),
+        ("connection refused", False, None),
+    ],
+    ids=["created", "invalid", "denied", "bad", "forbidden", "gone-since", "unreachable"],
+)
+def test_a_push_whose_job_is_refused_for_good_has_failed_and_any_other_waits(
+    controller: Any, said: str, dealt: bool, outcome: str | None
+) -> None:
+    refusal = hook.KubectlError(["kubectl"], 1, said) if said else None
+    assert controller.settle(a_run(NEW), refusal, None) is dealt
+    assert seen(controller) == ({"refs/heads/main": (NEW, outcome)} if outcome else {})
 
 
 def test_one_vanished_job_that_cannot_be_written_down_holds_back_no_other_run(
