@@ -612,7 +612,7 @@ class Process:
 SIGNING_TOKENS, PLAIN_TOKENS = "webhook-signing-tokens", "webhook-tokens"
 SECRET_OF_MODE = {"signature": SIGNING_TOKENS, "token": PLAIN_TOKENS, "hmac": PLAIN_TOKENS}
 GIT_CREDENTIALS = "git-credentials"
-SECRET_FILES = (SIGNING_TOKENS, PLAIN_TOKENS, GIT_CREDENTIALS, "gitlab-token")
+SECRET_FILES = (SIGNING_TOKENS, PLAIN_TOKENS, GIT_CREDENTIALS)
 KEY_BYTES = 32
 SHORTEST_MASKED = 4  # what is shorter occurs in innocent words
 # Bounded repetitions only: the logs of tests are searched with these, whatever is in them.
