@@ -2093,8 +2093,7 @@ HOPELESS_PULL = re.compile(
     r"|couldn't parse image|does not exist|no match for platform"
 )
 HEALING_REFUSAL = re.compile(
-    "failed calling webhook|Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown"
-    "|being terminated"
+    "Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown|being terminated"
 )
 START = re.compile("(Create|Run)Container.*Error|StartError|ContainerCannotRun")
 STAGES = {  # who works, who leaves its last words where, and how it fails
