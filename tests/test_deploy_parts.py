@@ -102,8 +102,12 @@ def task() -> hook.Task:
             [*[slices()] * 15, slices("shop-new-1", "shop-new-2")],
             False,
         ),
+        "too late, since old ones stayed": (
+            [*[slices("shop-old-1", "shop-new-1", "shop-new-2")] * 15, slices("shop-new-1")],
+            False,
+        ),
     }.values(),
-    ids=["at-once", "nobody-acted", "no-slice", "some-came", "nobody-served"],
+    ids=["at-once", "nobody-acted", "no-slice", "some-came", "nobody-served", "old-ones-stayed"],
 )
 def test_endpoints_that_did_not_move_at_all_are_given_more_time_than_those_that_did(
     tmp_path: Path, looks: list[Object], *, arrives: bool
@@ -132,6 +136,14 @@ def test_a_pod_that_the_cluster_takes_away_after_the_switch_is_not_waited_for(
     assert made.followed(task(), NEW, 2, SWITCHED) is arrives
 
 
+def test_endpoints_of_a_service_that_was_switched_away_are_not_waited_for(tmp_path: Path) -> None:
+    made = deployer(tmp_path, [slices("shop-old-1")])
+    away = {"metadata": {"name": "shop", "resourceVersion": "2"}, "spec": {"selector": OLD}}
+    (tmp_path / "service").write_text(json.dumps(away))
+    with pytest.raises(hook.SupersededError, match="SelectorChanged"):
+        made.followed(task(), NEW, 2)
+
+
 @pytest.mark.parametrize(("observed", "told"), [(1, []), (2, ["QuotaExceeded"])])
 def test_what_a_deployment_said_of_the_version_before_is_not_held_against_the_new_one(
     tmp_path: Path, observed: int, told: list[str]
@@ -152,6 +164,30 @@ def a_release(deployment: Object) -> hook.Release:
     names = ("run", "commit", "image", "colour")
     values: Object = {**dict.fromkeys(names, ""), "selector": NEW, "configmaps": [], "service": {}}
     return hook.Release(**{**values, "run": "shop-new"}, deployment=deployment)
+
+
+def pod_without_image(run: str) -> Object:
+    state = {"waiting": {"reason": "InvalidImageName", "message": "x"}}
+    meta = {"name": f"{run}-1", "resourceVersion": "1", "labels": {hook.LABEL_RUN: run}}
+    statuses = [{"name": "web", "ready": False, "state": state}]
+    return {"metadata": meta, "spec": {}, "status": {"containerStatuses": statuses}}
+
+
+def test_a_rollout_is_judged_by_the_pods_of_its_own_run(tmp_path: Path) -> None:
+    made = deployer(tmp_path, [])
+    (tmp_path / "deployment").write_text(json.dumps(named("shop-blue")))
+    release = a_release(named("shop-blue"))
+    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
+    late = hook.Symptom("", hook.Reason.NEVER_READY, "late")
+    pods._take("ADDED", pod_without_image("shop-old"))
+    assert made.symptoms(task(), release, pods) == []
+    assert made.failed(task(), release, pods, late).reason is hook.Reason.NEVER_READY
+    pods._take("ADDED", pod_without_image("shop-new"))
+    (symptom,) = made.symptoms(task(), release, pods)
+    assert symptom.reason is hook.Reason.IMAGE_NOT_FOUND
+    assert made.failed(task(), release, pods, late).reason is hook.Reason.IMAGE_NOT_FOUND
+    quota = hook.Symptom("k", hook.Reason.QUOTA_EXCEEDED, "quota")
+    assert made.failed(task(), release, pods, quota).reason is hook.Reason.QUOTA_EXCEEDED
 
 
 @pytest.mark.parametrize(
