@@ -351,6 +351,13 @@ def test_a_server_that_hangs_is_asked_by_few_at_once_and_holds_up_no_other(
         assert time.monotonic() - began < 20
 
 
+def test_whoever_waits_too_long_for_a_place_at_a_server_is_told(tmp_path: Path) -> None:
+    git = Git(tmp_path / "none", timeout=0.1)
+    git._places["git.example.com"] = threading.Semaphore(0)
+    with pytest.raises(GitError, match="too many wait for"):
+        git.heads("https://git.example.com/demo/shop.git")
+
+
 def test_a_missing_git_is_a_fault_of_the_surroundings(
     git: Git, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
