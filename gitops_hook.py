@@ -1619,7 +1619,7 @@ def manifest(kind: str, name: str, labels: Mapping[str, str], given: Object) -> 
 
 def immutable(name: str, labels: Mapping[str, str], **content: Any) -> Object:
     """Return an immutable ConfigMap, its name followed by eight digits of its content's hash."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
     if len(text) > CONFIGMAP_BYTES:
         refuse(f"ConfigMap {clip(name, 60)} of {len(text)} bytes: {CONFIGMAP_BYTES} are possible")
     # the app counts too: what two apps shared would go with the first of them
@@ -2088,7 +2088,7 @@ LAG = 10.0  # seconds that the pods' watch may be behind the Jobs'
 NEVER = float("inf")
 PULL = re.compile("ErrImage.*|ImagePullBackOff|ImageInspectError|InvalidImageName|Registry.*")
 HOPELESS_PULL = re.compile(
-    r"(?i)not found|manifest unknown|denied|unauthorized|forbidden|authentication required"
+    r"(?i)not found|(manifest|name) unknown|denied|unauthorized|forbidden|authentication required"
     r"|no basic auth|insufficient_scope|authorization failed|invalid reference|InvalidImageName"
     r"|couldn't parse image|does not exist|no match for platform"
 )

@@ -768,6 +768,7 @@ def test_a_field_of_the_wrong_type_ends_the_run_or_is_left_to_the_api_server(whe
         ("Service.spec.ports", [{"name": "x"}], "near KeyError('port')"),
         ("ConfigMap.data", {"PORT": 80}, "ConfigMap settings: PORT is not a text: quote it"),
         ("ConfigMap.data", yaml.safe_load("at: 12:30:45"), "ConfigMap settings: at is not a text"),
+        ("ConfigMap.data", {"TEXT": "\ud800"}, "near UnicodeEncodeError"),
     ],
 )
 def test_what_cannot_be_rendered_says_where_to_look(where: str, odd: Any, said: str) -> None:

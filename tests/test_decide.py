@@ -784,6 +784,7 @@ PULL = 'failed to pull and unpack image "{0}": failed to resolve reference "{0}"
             0,
         ),
         ("manifest unknown: manifest unknown", 0),
+        ("reading manifest 1 in r.example.com/shop: name unknown", 0),
         ("no basic auth credentials", 0),
         ("no match for platform in manifest: not found", 0),
         (

@@ -141,7 +141,7 @@ def test_endpoints_of_a_service_that_was_switched_away_are_not_waited_for(tmp_pa
     away = {"metadata": {"name": "shop", "resourceVersion": "2"}, "spec": {"selector": OLD}}
     (tmp_path / "service").write_text(json.dumps(away))
     with pytest.raises(hook.SupersededError, match="SelectorChanged"):
-        made.followed(task(), NEW, 2)
+        made.followed(task(), NEW, 2, SWITCHED)
 
 
 @pytest.mark.parametrize(("observed", "told"), [(1, []), (2, ["QuotaExceeded"])])

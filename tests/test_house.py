@@ -21,7 +21,7 @@ PRODUCT = ROOT / "gitops_hook.py"
 # others, or makes the case for a higher number here.
 # The aim was 3,000; what is promised under failure takes more. It is what there is, so that it can
 # only shrink.
-MAX_LINES = 4632
+MAX_LINES = 4631
 MAX_FUNCTION_LINES = 40
 MEDIAN_FUNCTION_LINES = 8
 MAX_ARGUMENTS = 5
