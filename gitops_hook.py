@@ -2678,7 +2678,8 @@ class Deployer:
         if goal and (service.live or not older):
             was = service.live.get("was", service.selector)
             told = {"run": "", "colour": "", "outcome": ADOPTED, "was": was, **goal}
-            told |= {"ports": service.ports, "at": self.clock.now()}
+            size = len(self.pods(task.namespace, service.selector))
+            told |= {"ports": service.ports, "replicas": size, "at": self.clock.now()}
             notes |= {NOTE_PREVIOUS: goal["selector"], NOTE_HISTORY: [told, *older]}
         return self.write(task, service, notes, goal)
 
@@ -3219,7 +3220,8 @@ class Deployer:
         app, run = task.app.name, target.get("run")
         carried = not run or self.fenced(task, target) == run
         ready = len(self.ready_pods(task.namespace, target["selector"]))
-        if ready >= int(target.get("replicas", 1)) and carried:
+        # what was adopted is as large as its owner wants it now
+        if ready >= (int(target.get("replicas", 1)) if run else 1) and carried:
             return target
         if not target.get("release"):
             gone = "the version before has no ready pods and was not deployed from here"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
+import requests
 import yaml
 
 from tests.fleet import Fleet, Member, fleet, pod_template
@@ -215,7 +217,10 @@ def answers(app: Member) -> str:
     label = "kubernetes.io/service-name"
     mine = [s for s in slices if s["metadata"]["labels"].get(label) == app.name]
     ready = [e for s in mine for e in s.get("endpoints") or [] if e["conditions"].get("ready")]
-    return str(app.answer()["version"]) if ready else ""
+    # the Service follows its endpoints a moment later
+    with suppress(requests.ConnectionError):
+        return str(app.answer()["version"]) if ready else ""
+    return ""
 
 
 def same_labels(objects: dict[str, Object]) -> None:
