@@ -3197,7 +3197,7 @@ class Deployer:
             if self.size(task, goal["selector"]) < size:
                 self.scale(task, name, size)
         finally:
-            with suppress(KubectlError):
+            with suppress(HookError):
                 self.hold(task, None, claim)
         return service.live, goal
 
