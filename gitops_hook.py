@@ -525,12 +525,13 @@ def load(kind: Any, parse: Parser, raw: Any, where: str, faults: list[str]) -> A
 class ConfigLoader(yaml.SafeLoader):
     """YAML in which no key stands twice: the first of two values would be lost without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return a mapping; raises YAMLError for a key that is there again."""
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return a mapping's node; raises YAMLError for a key that is there again."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
         if again := sorted({k for k in keys if keys.count(k) > 1}):
             raise yaml.YAMLError(f"{', '.join(again)} twice in one mapping{node.start_mark}")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def cross_faults(config: Config) -> Iterator[str]:
@@ -1859,6 +1860,7 @@ class Pod:
         # now or before: a condition that was never True is as old as the pod's start
         self.seen_ready = is_ready or 0 < self.started < changed - 1
         self.leaving = deleting or bool(lost)  # the cluster takes it away, and replaces it
+        self.stays = not self.leaving and status.get("phase") not in ("Failed", "Succeeded")
         self.unschedulable: str = scheduled["message"] if stuck else ""
         self.containers = [*map(Container, inits, kinds), *(Container(e, "app") for e in apps)]
 
@@ -2383,12 +2385,12 @@ def disturbed(pods: Sequence[Pod], wanted: int) -> bool:
     return any(asleep) or len(stayed) < max(wanted, len(running))
 
 
-def ahead(old: int, of_old: int, new: int, of_new: int) -> int:
-    """Return above 0 when a larger share of the old version's wanted pods is well than of the new.
+def ahead(old: tuple[int, int], new: tuple[int, int]) -> int:
+    """Return above 0 when a larger share of the old version's pods is well than of the new one's.
 
-    By the share: a version may want more pods than the one before, or only a part of each be left.
+    Each is how many are well, and of how many: a version may have more pods than the one before.
     """
-    return old * max(of_new, 1) - new * max(of_old, 1)
+    return old[0] * max(new[1], 1) - new[0] * max(old[1], 1)
 
 
 def narrowed(
@@ -2415,12 +2417,13 @@ class Clock:
     monotonic = staticmethod(time.monotonic)
 
 
-def health_refusal(url: str) -> str | None:
+def health_refusal(url: str, patience: float = 2.0) -> str | None:
     """Return why a health path does not answer as healthy, or None; the one door to HTTP."""
+    limits: Object = {"timeout": (1.0, patience), "allow_redirects": False, "stream": True}
     try:
         with requests.Session() as session:
             session.trust_env = False
-            with session.get(url, timeout=(1.0, 2.0), allow_redirects=False, stream=True) as answer:
+            with session.get(url, **limits) as answer:
                 return None if answer.ok else f"status {answer.status_code}"
     except requests.RequestException as failed:
         return type(failed).__name__
@@ -2613,7 +2616,7 @@ class Deployer:
         """
         service, name = self.service(task), task.app.name
         selector = service.selector if service else {}
-        labels = [p["metadata"]["labels"] for p in self.pods(task.namespace, selector)]
+        labels = [p["metadata"]["labels"] for p in self.staying(task.namespace, selector)]
         live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == name}
         live.add(selector.get(LABEL_VERSION))
         foreign = service and not service.ours
@@ -2640,6 +2643,10 @@ class Deployer:
         """Return the pods that a selector reaches; an empty one reaches none."""
         terms = selector_text(selector)
         return self.kubectl.list("pods", namespace, "-l", terms) if terms else []
+
+    def staying(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
+        """Return the pods that a selector reaches and that neither have ended nor are to end."""
+        return [p for p in self.pods(namespace, selector) if Pod(p).stays]
 
     def ready_pods(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
         """Return the ready pods that a selector reaches."""
@@ -2678,14 +2685,13 @@ class Deployer:
         if goal and (service.live or not older):
             was = service.live.get("was", service.selector)
             told = {"run": "", "colour": "", "outcome": ADOPTED, "was": was, **goal}
-            size = len(self.pods(task.namespace, service.selector))
-            told |= {"ports": service.ports, "replicas": size, "at": self.clock.now()}
+            told |= {"ports": service.ports, "at": self.clock.now()}
             notes |= {NOTE_PREVIOUS: goal["selector"], NOTE_HISTORY: [told, *older]}
         return self.write(task, service, notes, goal)
 
     def adopted(self, task: Task, release: Release, service: Service) -> dict[str, str]:
         """Return the selector that keeps a foreign Service on exactly today's pods."""
-        pods = [Pod(p) for p in self.pods(task.namespace, service.selector)]
+        pods = [Pod(p) for p in self.staying(task.namespace, service.selector)]
         labels = release.deployment["spec"]["template"]["metadata"]["labels"]
         found = narrowed(service.selector, pods, labels) if service.selector else None
         if found is None:
@@ -2896,9 +2902,7 @@ class Deployer:
             detail = f"the endpoints did not become the {wanted} pods of {release.run}"
             ready = len(self.ready_pods(task.namespace, release.selector))
             target, old, _ = self.look_back(task, unhealthy=False)
-            if ahead(old, int(target.get("replicas", 1)), ready, wanted) < 0 or (
-                target and not old
-            ):
+            if ahead(old, (ready, wanted)) < 0 or (target and not old[0]):
                 raise StageError(Reason.BOTH_SICK, f"{detail}; nothing better to go back to")
             self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
             raise StageError(Reason.ENDPOINTS_MISSING, detail)
@@ -2962,9 +2966,10 @@ class Deployer:
             elif self.clock.monotonic() - all_ready > UNREADY_SECONDS:
                 sick = sick or f"not ready for {UNREADY_SECONDS:.0f} s: {', '.join(down)}"
             if sick:
-                sound = [p for p in known if p.ready and not sickness([p], since)]
-                well = None if failures >= health.failures else len(sound)
-                self.take_back(task, sick, known, well, wanted)
+                sound = sum(p.ready and not sickness([p], since) for p in known)
+                of_all = max(wanted, sum(p.stays for p in known))
+                well = None if failures >= health.failures else (sound, of_all)
+                self.take_back(task, sick, known, well)
                 failures = 0
             if self.clock.monotonic() - looked > LOOK_SECONDS:
                 looked = self.clock.monotonic()
@@ -2986,7 +2991,7 @@ class Deployer:
         raise SupersededError(Reason.SELECTOR_CHANGED, self.last_manager(task))
 
     def take_back(
-        self, task: Task, sick: str, pods: Sequence[Pod], well: int | None, wanted: int
+        self, task: Task, sick: str, pods: Sequence[Pod], well: tuple[int, int] | None
     ) -> None:
         """Switch back first, then gather why; raises StageError.
 
@@ -2995,33 +3000,41 @@ class Deployer:
         verdict is dropped when as many of the new ones answer: a lost machine has pods of both.
         """
         target, old, answering = self.look_back(task, unhealthy=well is None)
-        new = answering if well is None else well
-        if ahead(old, int(target.get("replicas", 1)), new, wanted) > 0:
+        if ahead(old, well or answering) > 0:
             self.switch_back(task, Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH, sick)
             detail = self.with_logs(sick, pods, task.namespace)
             raise StageError(Reason.SICK_AFTER_SWITCH, detail)
-        if not (target and answering):
+        if not (target and answering[0]):
             other = "the version before is no better" if target else "there is no version before"
             raise StageError(Reason.BOTH_SICK, f"{sick}; {other}")
 
     @persistent
-    def look_back(self, task: Task, *, unhealthy: bool) -> tuple[Object, int, int]:
-        """Return what there is to go back to, how many pods of it are well, and of the live one.
+    def look_back(
+        self, task: Task, *, unhealthy: bool
+    ) -> tuple[Object, tuple[int, int], tuple[int, int]]:
+        """Return what there is to go back to, how many of its pods are well, and of the live one.
 
         The latter only of an unhealthy one, by the word of the pods themselves, not of a Service.
         """
         service = self.service(task)
         target = service.before if service else {}
-        old = self.well(task, target, ask=unhealthy) if target else 0
-        return target, old, self.well(task, service.live, ask=True) if service and unhealthy else 0
+        both = target, service.live if service and unhealthy else {}
+        with ThreadPoolExecutor(2) as at_once:
+            old, new = at_once.map(partial(self.well, task, ask=unhealthy), both)
+        return target, old, new
 
-    def well(self, task: Task, entry: Object, *, ask: bool) -> int:
-        """Return how many pods of a history entry are ready and, if they are asked, healthy."""
-        ready = self.ready_pods(task.namespace, entry.get("selector", {}))
+    def well(self, task: Task, entry: Object, *, ask: bool) -> tuple[int, int]:
+        """Return how many pods of a history entry are well, and of how many.
+
+        Well are those that are ready and, if they are asked, healthy within a second.
+        """
+        pods = self.staying(task.namespace, entry.get("selector", {}))
         port, path = (entry.get("ports") or [{}])[0], task.app.deploy.health.path
+        ready = [p for p in pods if Pod(p).ready]
         urls = [u for p in ready if ask and (u := pod_address(p, port, path))]
         with ThreadPoolExecutor(32) as at_once:
-            return len(ready) - sum(map(bool, at_once.map(health_refusal, urls)))
+            refused = at_once.map(partial(health_refusal, patience=1.0), urls)
+            return len(ready) - sum(map(bool, refused)), len(pods)
 
     @persistent
     def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
@@ -3099,7 +3112,7 @@ class Deployer:
         """Return the selector that a Service had before it was adopted, if it can have that again.
 
         Its owner goes on without us, and what he changes next may not fit a narrowed one. Raises
-        HookError while pods that it would reach as well are still ending.
+        HookError while it would reach pods of ours, too, that have not begun to end.
         """
         was, ours = service.live.get("was"), {LABEL_APP: task.app.name}
         if service.live.get("outcome") != ADOPTED or not was or was == service.selector:
@@ -3107,7 +3120,7 @@ class Deployer:
         found = self.kubectl.list("deployments", task.namespace, "-l", selector_text(ours))
         if any(d["spec"].get("replicas", 1) for d in found):
             return None
-        if self.pods(task.namespace, ours):
+        if self.staying(task.namespace, ours):
             raise HookError("the pods of the failed version are not gone yet")
         return {"selector": was}
 
@@ -3192,10 +3205,6 @@ class Deployer:
                 raise RefusedError("traffic was switched this very moment; look, and try again")
             goal = self.raise_target(task, claimed, target)
             self.go_back(task, claimed, target, goal, reason)
-            # what served alone until now may be larger than the target was in its time
-            size, name = self.size(task, claimed.selector), f"{task.app.name}-{goal.get('colour')}"
-            if self.size(task, goal["selector"]) < size:
-                self.scale(task, name, size)
         finally:
             with suppress(HookError):
                 self.hold(task, None, claim)
@@ -3220,8 +3229,7 @@ class Deployer:
         app, run = task.app.name, target.get("run")
         carried = not run or self.fenced(task, target) == run
         ready = len(self.ready_pods(task.namespace, target["selector"]))
-        # what was adopted is as large as its owner wants it now
-        if ready >= (int(target.get("replicas", 1)) if run else 1) and carried:
+        if ready >= int(target.get("replicas", 1)) and carried:
             return target
         if not target.get("release"):
             gone = "the version before has no ready pods and was not deployed from here"
@@ -3535,7 +3543,8 @@ class Controller:
             if found := self.kubectl.get("service", app.name, self.config.namespaces[name]):
                 service = Service(found)
                 # the ledger goes with an uninstallation, what the Service tells of itself does not
-                told = {str(e.get("commit")): e.get("outcome") for e in service.history[::-1]}
+                old = [] if app.deploy_ref in refs else service.history[::-1]
+                told = {str(e.get("commit")): e.get("outcome") for e in old}
                 needless |= {c: Reason.REJECTED for c, o in told.items() if o in OUTCOMES.values()}
                 needless[service.live.get("commit", "")] = "AlreadyLive"
         return refs, needless
@@ -3596,6 +3605,8 @@ class Controller:
             if commit in needless or (not seen and ref != app.deploy_ref):
                 room = seen or len(refs) + len(entries) < BASELINES
                 entries |= self.ledger.seen(run, "baseline") if room else {}
+                if not seen and needless.get(commit) == Reason.REJECTED:
+                    entries |= self.ledger.rejection(app.name, commit, Reason.ROLLED_BACK)
             elif same:
                 self.finish(run, {}, vanish("its Jobs are gone", "test"))
             elif seen or run.id not in known:
@@ -4373,6 +4384,10 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
         reason = clip(args.reason) or Reason.ROLLED_BACK
         deployer.ledger.write(app.name, deployer.ledger.rejection(app.name, commit, reason))
         say(f"{left['run']} is rejected until `rerun {left['run']}`")
+    # what served alone until now may be larger than the target was in its time
+    size, name = deployer.size(task, left.get("selector", {})), f"{app.name}-{target.get('colour')}"
+    if deployer.size(task, target["selector"]) < size:
+        deployer.scale(task, name, size)
     task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
     selector, wanted = target["selector"], int(target.get("replicas", 1))
     if not deployer.followed(task, selector, wanted, deployer.clock.now()):

@@ -137,6 +137,7 @@ def test_values_do_not_change() -> None:
         ("apps: []\nimages: {hook: r/A/b}", "images.hook: 'r/A/b' is not an image reference"),
         ("apps: []\napps: []", "configuration: not YAML: apps twice in one mapping"),
         ("apps:\n- {name: a, name: b}", "configuration: not YAML: name twice in one mapping"),
+        ("x: {y: &m {<<: &b {a: 1}, a: 2}}\ntop: {<<: *m}", "x: unknown key"),
         ("a: *b", "configuration: not YAML: found undefined alias"),
         ("a: [", "configuration: not YAML: while parsing"),
         ("a: 2024-13-45", "configuration: not YAML: month must be in 1..12"),

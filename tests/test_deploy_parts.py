@@ -213,6 +213,14 @@ def test_a_rollout_that_cannot_end_well_any_more_is_not_waited_for(
     assert made.clock.monotonic() < 1000 + 10 * hook.VERIFY_SECONDS
 
 
+def two_pods(ready: int) -> list[Object]:
+    """Two pods, so many of them ready."""
+    pods = [ready_pod("one"), ready_pod("other")]
+    for pod in pods[ready:]:
+        pod["status"]["conditions"][0]["status"] = "False"
+    return pods
+
+
 def history(folder: Path, old: list[Object] | None, new: list[Object]) -> hook.Deployer:
     """A deployer of which the new version is live, with these pods of it and of the one before."""
     made, deployment = deployer(folder, [slices()]), {"metadata": {}, "spec": {"replicas": 2}}
@@ -253,20 +261,17 @@ def history(folder: Path, old: list[Object] | None, new: list[Object]) -> hook.D
 def test_missing_endpoints_send_traffic_back_only_to_a_version_that_is_as_well(
     tmp_path: Path, old: int | None, new: int, *, back: bool
 ) -> None:
-    before = None if old is None else [*map(ready_pod, "ab"[:old])] or [named("shop-old")]
-    made = history(tmp_path, before, [*map(ready_pod, "cd"[:new])])
-    if old == 0:
-        (tmp_path / "old").write_text('{"items": []}')
+    made = history(tmp_path, None if old is None else two_pods(old), two_pods(new))
     pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
     with pytest.raises(hook.StageError, match="^EndpointsMissing: " if back else "^BothSick: "):
         made.settle(task(), pods)
     assert (tmp_path / "done").exists() is back
 
 
-def take_back(made: hook.Deployer, well: int | None, wanted: int = 2) -> str:
+def take_back(made: hook.Deployer, well: tuple[int, int] | None) -> str:
     """Return why traffic was taken back, or had to stay; "" when the verdict was dropped."""
     try:
-        made.take_back(task(), "it is sick", [], well, wanted)
+        made.take_back(task(), "it is sick", [], well)
     except hook.StageError as ended:
         return str(ended.reason)
     return ""
@@ -280,8 +285,8 @@ def take_back(made: hook.Deployer, well: int | None, wanted: int = 2) -> str:
 def test_a_crash_sends_traffic_back_to_where_a_larger_share_is_well(
     tmp_path: Path, old: int, well: int, wanted: int, verdict: str
 ) -> None:
-    made = history(tmp_path, [*map(ready_pod, "ab"[:old])], [])
-    assert take_back(made, well, wanted) == verdict
+    made = history(tmp_path, two_pods(old), [])
+    assert take_back(made, (well, wanted)) == verdict
 
 
 @pytest.mark.parametrize(
@@ -291,14 +296,16 @@ def test_a_crash_sends_traffic_back_to_where_a_larger_share_is_well(
         ((200, 200), (200, 503), "SickAfterSwitch"),
         ((200, 503), (200, 503), ""),
         ((200, 200), (200, 200), ""),
+        ((200,) * 6, (200,) * 6, ""),
+        ((200, 200, 503), (200, 200, 200, 503), ""),
         ((503, 503), (503, 503), "BothSick"),
         (None, (200, 503), "BothSick"),
     ],
-    ids=["sick", "half", "a-lost-machine", "over", "both", "first"],
+    ids=["sick", "half", "lost-machine", "over", "larger-now", "a-better-share", "both", "first"],
 )
 @responses.activate
 def test_failed_health_checks_count_by_the_word_of_each_pod_of_both_versions(
-    tmp_path: Path, old: tuple[int, int] | None, new: tuple[int, int], verdict: str
+    tmp_path: Path, old: tuple[int, ...] | None, new: tuple[int, ...], verdict: str
 ) -> None:
     pods: dict[str, list[Object]] = {"old": [], "new": []}
     for net, (name, answers) in enumerate((("old", old or ()), ("new", new))):
@@ -462,3 +469,60 @@ def test_the_last_words_are_those_of_the_newest_pod_that_is_not_ready(tmp_path: 
     assert made.with_logs("why", pods, "production") == "why\nweb of new"
     assert made.with_logs("why", pods[2:], "production") == "why\nweb of well"
     assert made.with_logs("why", [], "production") == "why"
+
+
+def ended_pod(name: str, phase: str = "Failed", **meta: str) -> Object:
+    pod = ready_pod(name)
+    pod["metadata"] |= {**meta, "labels": {}}
+    return {**pod, "status": {"phase": phase}}
+
+
+def test_what_was_adopted_is_as_large_as_its_pods_that_stay(tmp_path: Path) -> None:
+    made, foreign = deployer(tmp_path, []), {"app": "shop"}
+    live = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {"selector": foreign}}
+    (tmp_path / "service").write_text(json.dumps(live))
+    (tmp_path / "deployment").write_text("")
+    serving = [ready_pod("a"), ready_pod("b")]
+    for pod in serving:
+        pod["metadata"]["labels"] = foreign
+    gone = [ended_pod("c"), ended_pod("d", "Succeeded"), ended_pod("e", deletionTimestamp=LATE)]
+    (tmp_path / "pods").write_text(json.dumps({"items": [*serving, *gone]}))
+    assert made.place(task()) == ("blue", 2)
+
+
+@pytest.mark.parametrize(
+    ("pods", "dropped"),
+    [([ended_pod("a")], True), ([ended_pod("a", "", deletionTimestamp=LATE)], True), ([], True)],
+    ids=["evicted", "stuck", "none"],
+)
+def test_the_selector_of_an_adopted_service_waits_for_no_pod_that_has_ended_or_is_to_end(
+    tmp_path: Path, pods: list[Object], *, dropped: bool
+) -> None:
+    assert widens(tmp_path, pods) is dropped
+
+
+def test_the_selector_of_an_adopted_service_waits_for_pods_that_could_get_traffic(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(hook.HookError, match="not gone yet"):
+        widens(tmp_path, [ready_pod("a")])
+
+
+def widens(folder: Path, pods: list[Object]) -> bool:
+    """Whether an adopted Service gets its own selector back while there are these pods of ours."""
+    made, narrow = deployer(folder, []), {"app": "shop", "pod-template-hash": "1"}
+    entry = {"run": "", "outcome": "adopted", "selector": narrow, "was": {"app": "shop"}}
+    notes = {hook.NOTE_HISTORY: json.dumps([entry])}
+    meta = {"name": "shop", "resourceVersion": "1", "annotations": notes}
+    (folder / "service").write_text(json.dumps({"metadata": meta, "spec": {"selector": narrow}}))
+    (folder / "deployment").write_text(json.dumps({"items": [{"spec": {"replicas": 0}}]}))
+    (folder / "pods").write_text(json.dumps({"items": pods}))
+    script = folder / "kubectl"
+    patched = 'case "$*" in\n*patch*) cat > patched; cat service ;;'
+    script.write_text(script.read_text().replace('case "$*" in', patched))
+    made.hold(task(), None)
+    change = json.loads((folder / "patched").read_text())
+    history = json.loads(change["metadata"]["annotations"][hook.NOTE_HISTORY])
+    assert history[0]["selector"] == {"app": "shop"}
+    wanted = {"app": "shop", "pod-template-hash": None}
+    return bool(change["spec"]["selector"] == wanted)
