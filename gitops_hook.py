@@ -3738,13 +3738,8 @@ class Controller:
         run, do, stage = view.run, action.do, action.stage
         if action.reason is Reason.GIT_ERROR:
             self.asked[run.app].set()
-            job = view.jobs.get("build") or view.jobs["test"]
-            late = view.now - run.received > AGAIN_SECONDS
-            said = self.troubles.get(f"heads of {run.app}", "")  # by git, in words that vary
-            new = late and self.once.may((run.id, bool(said)), "", 300.0)
-            if new or (late and job.notes.get(NOTE_REASON) != action.reason):
-                detail = clip(self.deployer.secrets.mask(f"{action.detail}; {said}")).rstrip(";")
-                self.note(job, {NOTE_REASON: action.reason, NOTE_DETAIL: detail})
+            if view.now - run.received > AGAIN_SECONDS:
+                self.tell_wait(view.jobs.get("build") or view.jobs["test"], action)
         ground = (do, stage, *(j.version for j in view.jobs.values()))
         idle = do in (Do.NOTHING, Do.WAIT)
         # that an environment is being changed is known without looking
@@ -3766,6 +3761,15 @@ class Controller:
             self.finish(run, view.jobs, action)
         else:
             self.build(view)
+
+    def tell_wait(self, found: Job, action: Action) -> None:
+        """Note on a Job that its run waits for git, and now and then what git says to it."""
+        said = self.troubles.get(f"heads of {found.run.app}", "")
+        new = self.once.may((found.run.id, bool(said)), "", 300.0)  # its words vary
+        if new or found.notes.get(NOTE_REASON) != action.reason:
+            words = "; ".join(filter(None, (action.detail, said)))
+            detail = clip(self.deployer.secrets.mask(words))
+            self.note(found, {NOTE_REASON: action.reason, NOTE_DETAIL: detail})
 
     def task(self, app: App, environment: str, run: Run, image: str = "") -> Task:
         """Return a run on its way into an environment."""
