@@ -50,8 +50,8 @@ import time
 import traceback
 import uuid
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -97,7 +97,6 @@ NOTE_DETAIL = "gitops-hook/detail"
 NOTE_ENDED = "gitops-hook/ended-at"
 NOTE_DIGEST = "gitops-hook/digest"
 NOTE_SUMMARY = "gitops-hook/summary"
-NOTE_STAGE = "gitops-hook/ended-in"
 NOTE_REMADE = "gitops-hook/remade"
 NOTE_PREVIOUS = "gitops-hook/previous-selector"
 NOTE_HISTORY = "gitops-hook/history"
@@ -110,7 +109,11 @@ AGAIN_SECONDS = 10.0  # before an action whose effect does not show is tried aga
 COLOURS = ("blue", "green")
 HISTORY_LENGTH = 10
 REJECTED_LENGTH = 50
-BASELINES = 2000  # branches of an app that are kept on sight: a ConfigMap holds 1 MiB
+RUNS_LENGTH = 100  # the newest runs of an app that are recorded, besides those that have a Job
+STATE_BYTES = 600 * 1024  # of all records of an app: a ConfigMap holds 1 MiB
+RECORD_BYTES = 2048  # of one record
+RECORD_VERSION = 1
+STATE_TRIES = 5  # of a write that finds that another process has written meanwhile
 ADOPTED = "adopted"  # the outcome of what was there before the first run
 DETAIL_LENGTH = 1500  # characters of explanation kept on an object
 SIGNATURE_TOLERANCE = 300  # seconds, as the Standard Webhooks libraries have it
@@ -849,6 +852,8 @@ def verify_delivery(
 # === pushes =======================================================================================
 
 REF_LENGTH = 500  # characters; file systems hold 255 bytes between two slashes
+# Digits of the hash in a run's id: as usual, where two pushes would have the same, in version 0.1.
+ID_DIGITS = (10, 16, 4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -870,9 +875,15 @@ class Run:
         return self.ref.removeprefix("refs/heads/")
 
 
-def run_id(app: str, ref: str, commit: str) -> str:
+def run_id(app: str, ref: str, commit: str, digits: int = ID_DIGITS[0]) -> str:
     """Return the deterministic id: the same push always makes the same run."""
-    return f"{app}-{commit[:8]}-{hashlib.sha256(f'{ref} {commit}'.encode()).hexdigest()[:4]}"
+    digest = hashlib.sha256(f"{ref} {commit}".encode()).hexdigest()
+    return f"{app}-{commit[:8]}-{digest[:digits]}"
+
+
+def run_ids(app: str, ref: str, commit: str) -> list[str]:
+    """Return every id that a push may have, the usual one first."""
+    return [run_id(app, ref, commit, digits) for digits in ID_DIGITS]
 
 
 def run_of(app: App, ref: str, commit: str, **more: Any) -> Run | None:
@@ -1076,7 +1087,7 @@ def parse_run(content: bytes) -> Run:
     kinds = {f.name: type(getattr(run, f.name)) for f in fields(run)}
     if kinds != {**dict.fromkeys(kinds, str), "received": float}:
         raise ValueError("a field has another type")
-    named = run.id == run_id(run.app, run.ref, run.commit) and DNS_LABEL.fullmatch(run.id)
+    named = run.id in run_ids(run.app, run.ref, run.commit) and DNS_LABEL.fullmatch(run.id)
     pushed = SHA.fullmatch(run.commit) and valid_ref(run.ref) and math.isfinite(run.received)
     if not (named and pushed):
         raise ValueError("not a commit of a branch by its id")
@@ -2199,11 +2210,11 @@ class View:
     services: Mapping[str, Service]  # the live Service by environment
     head: str  # same, moved or unknown: what git says about the run's ref
     newer: bool  # the same ref was pushed again
-    places: int  # how many more Jobs may run
     doomed: Symptom | None
     busy: frozenset[str]  # environments that a worker is changing
     now: float
     queue_timeout: float
+    slot: bool = True  # whether one more Job of the run may start
 
     @property
     def report(self) -> str:
@@ -2256,14 +2267,14 @@ def outdated(view: View, stage: str) -> Action | None:
 
 
 def decide_start(view: View, do: Do, stage: str) -> Action:
-    """Return whether a Job may start: of the newest commit, and where there is a free place."""
+    """Return whether a Job may start: of the newest commit, and where there is a free slot."""
     if action := outdated(view, stage):
         return action
-    if view.places > 0:
+    if view.slot:
         return Action(do, stage)
     if do is Do.RELEASE and view.now - view.jobs[stage].created > view.queue_timeout:
-        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, "no free place in time", stage)
-    return Action(Do.WAIT, stage, detail="for a free place")
+        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, "no free slot in time", stage)
+    return Action(Do.WAIT, stage, detail="for a free slot")
 
 
 def decide_job(view: View, found: Job) -> Action | None:
@@ -2348,6 +2359,41 @@ def decide_deploy(view: View) -> Action:
     return ends(Outcome.DEPLOYED, Reason.OK, view.report, name)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slot:
+    """One Job that runs, or that a run wants to start."""
+
+    run: str
+    app: str
+    deploys: bool
+    received: float = 0.0
+
+
+def grant_slots(
+    wanted: Sequence[Slot], running: Sequence[Slot], served: Mapping[str, float], limit: int
+) -> set[str]:
+    """Return the runs that may start a Job now; `served` says when each app last started one.
+
+    Deploy branches come before test-only branches, then apps in turn, then the newest push. One
+    slot is left to deploy branches. An app has at most half of the slots while another one waits.
+    """
+    used, turns, granted = [*running], dict(served), set[str]()
+    while True:
+        tests = sum(not s.deploys for s in used)
+        room_for_tests = tests < max(limit - 1, 1)
+        waiting = [s for s in wanted if s.run not in granted and (s.deploys or room_for_tests)]
+        apps = Counter(s.app for s in used)
+        alone = len({s.app for s in waiting}) == 1
+        most = limit if alone else (limit + 1) // 2
+        fair = [s for s in waiting if apps[s.app] < most]
+        if len(used) >= limit or not fair:
+            return granted
+        best = min(fair, key=lambda s: (not s.deploys, turns.get(s.app, 0.0), -s.received))
+        granted.add(best.run)
+        used.append(best)
+        turns[best.app] = NEVER
+
+
 def head_word(run: Run, heads: Mapping[str, str] | None, age: float, now: float) -> str:
     """Return what read heads say about a run: same, moved, or unknown where they are too old.
 
@@ -2405,9 +2451,154 @@ def narrowed(
     return {**selector, key: apart[key]} if key else None
 
 
-# === deploy =======================================================================================
+# === state ========================================================================================
+# How runs ended and which commits are rejected: a ConfigMap for each app, a key for each record, so
+# that what one app leaves in it neither stops nor delays another.
 
-AGAIN = ("Conflict", "AlreadyExists", "Unreachable")  # look once more: it mends itself, or is done
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """How far a run has come, or how it ended: key `run-<id>`."""
+
+    id: str
+    ref: str
+    commit: str
+    before: str = ""
+    delivery: str = ""
+    received: float = 0.0
+    outcome: str = ""  # empty while it is under way
+    reason: str = ""
+    stage: str = ""
+    detail: str = ""
+    ended: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """The key of the record in the ConfigMap."""
+        return f"run-{self.id}"
+
+    @classmethod
+    def of(cls, run: Run) -> RunRecord:
+        """Return the record of a run that has just begun."""
+        copied = ("id", "ref", "commit", "before", "delivery", "received")
+        return cls(**{name: getattr(run, name) for name in copied})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejection:
+    """Why a commit is not deployed again until `rerun`: key `rejected-<commit>`."""
+
+    commit: str
+    reason: str = ""
+    at: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """The key of the record in the ConfigMap."""
+        return f"rejected-{self.commit}"
+
+
+Record = TypeVar("Record", RunRecord, Rejection)
+
+
+def read_record(kind: type[Record], text: Any, **more: Any) -> Record:
+    """Return the record in a text, unknown fields ignored; raises ValueError for anything else."""
+    if not isinstance(text, str) or len(text) > 4 * RECORD_BYTES:
+        raise ValueError("not a text of a record's size")
+    hints = get_type_hints(kind)
+    values = {k: v for k, v in {**json.loads(text), **more}.items() if k in hints}
+    for name, value in values.items():
+        number = type(value) in (int, float) and math.isfinite(value)
+        if not (number if hints[name] is float else type(value) is str):
+            raise ValueError(f"{name} has another type")
+    return kind(**values)
+
+
+def record_text(record: RunRecord | Rejection) -> str:
+    """Return a record as it is stored, its detail cut until it has the size of one."""
+    content = {f.name: getattr(record, f.name) for f in fields(record)} | {"v": RECORD_VERSION}
+    kept = {k: v for k, v in content.items() if v not in ("", 0.0) and k != "id"}
+    while len(json.dumps(kept, ensure_ascii=False).encode()) > RECORD_BYTES and kept.get("detail"):
+        kept["detail"] = kept["detail"][: len(kept["detail"]) // 2]
+    return json.dumps(kept, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AppState:
+    """What is recorded of one app."""
+
+    runs: dict[str, RunRecord]  # by id
+    rejected: dict[str, Rejection]  # by commit
+    version: str  # the ConfigMap's resourceVersion, empty where there is none
+    repairs: dict[str, str | None]  # what is to be written because of what was read
+
+    @classmethod
+    def from_configmap(cls, app: App, configmap: Object | None) -> AppState:
+        """Return what a ConfigMap records; what cannot be read is dropped, with an error."""
+        meta = (configmap or {}).get("metadata") or {}
+        state = cls({}, {}, str(meta.get("resourceVersion", "")), {})
+        dropped = []
+        for key, text in ((configmap or {}).get("data") or {}).items():
+            try:
+                state._take(app, key, text)
+            except (LookupError, ValueError, TypeError, RecursionError) as wrong:
+                dropped.append(clip(f"{key}: {wrong}", 120))
+                state.repairs[key] = None
+        if dropped:
+            error("records dropped", app=app.name, count=len(dropped), detail=dropped[0])
+        return state
+
+    def _take(self, app: App, key: str, text: Any) -> None:
+        """Take one entry over; raises what reading it raises."""
+        kind, _, name = key.partition("-")
+        if kind == "run":
+            self.runs[name] = read_record(RunRecord, text, id=name)
+        elif kind == "rejected":
+            self.rejected[name] = read_record(Rejection, text, commit=name)
+        elif kind == "ref":  # of version 0.1: the last push of each ref, by a hash of its name
+            self.repairs[key] = None
+            record = migrated(app, text)
+            if record and self.runs.setdefault(record.id, record) is record:
+                self.repairs[record.key] = record_text(record)
+
+    def find(self, ref: str, commit: str) -> RunRecord | None:
+        """Return the record of a push by what identifies it, whatever its id."""
+        records = self.runs.values()
+        return next((r for r in records if (r.ref, r.commit) == (ref, commit)), None)
+
+    def last(self, ref: str) -> RunRecord | None:
+        """Return the record of the newest push of a ref that was not found to be outdated."""
+        pushed = (r for r in self.runs.values() if r.ref == ref and r.reason != Reason.NOT_HEAD)
+        return max(pushed, key=lambda r: r.received, default=None)
+
+
+def migrated(app: App, text: Any) -> RunRecord | None:
+    """Return the record that an entry of version 0.1 becomes, None for a branch it only knew of."""
+    old = json.loads(text)
+    if old["outcome"] == "baseline":
+        return None
+    push = read_record(RunRecord, json.dumps({**old, "outcome": old["outcome"] or ""}), id="")
+    ended = push.received if push.outcome else 0.0
+    return replace(push, id=run_id(app.name, push.ref, push.commit, ID_DIGITS[-1]), ended=ended)
+
+
+def forgotten(state: AppState, deploy_ref: str, with_job: Set[str] | None) -> list[str]:
+    """Return the keys of the records that are too many or too much, of test-only runs first.
+
+    Kept are the newest runs and those that have a Job, all if that is not known, as far as there is
+    room for them.
+    """
+    order = sorted(state.runs.values(), key=lambda r: (r.ref == deploy_ref, r.received))
+    newest = {r.id for r in order[-RUNS_LENGTH:]}
+    sizes = {r.id: len(record_text(r).encode()) + len(r.key) for r in order}
+    size, keys = sum(sizes.values()), []
+    for record in order:
+        spare = record.outcome and with_job is not None and record.id not in newest | with_job
+        if spare or size > STATE_BYTES:
+            size -= sizes[record.id]
+            keys.append(record.key)
+    rejected = sorted(state.rejected.values(), key=lambda r: r.at)
+    return keys + [r.key for r in rejected[: max(0, len(rejected) - REJECTED_LENGTH)]]
 
 
 class Clock:
@@ -2415,6 +2606,83 @@ class Clock:
 
     now = staticmethod(time.time)
     monotonic = staticmethod(time.monotonic)
+
+
+class StateStore:
+    """Reads and writes what is recorded of the apps."""
+
+    def __init__(self, kubectl: Kubectl, clock: Clock) -> None:
+        self.kubectl, self.clock = kubectl, clock
+        self._seen: dict[str, AppState] = {}
+        self._locks: dict[str, threading.RLock] = {}
+
+    def lock(self, app: App) -> threading.RLock:
+        """Return the lock of what is written because of what was read."""
+        return self._locks.setdefault(app.name, threading.RLock())
+
+    def read(self, app: App) -> AppState:
+        """Return what is recorded of an app now."""
+        found = self.kubectl.get("configmap", f"{MANAGER}-{app.name}", ORCHESTRATION)
+        state = self._seen[app.name] = AppState.from_configmap(app, found)
+        return state
+
+    def write(
+        self,
+        app: App,
+        *records: RunRecord | Rejection,
+        forget: Iterable[str] = (),
+        with_job: Set[str] | None = None,
+    ) -> None:
+        """Write records, forget keys, and what is too old: one compare-and-set patch.
+
+        `with_job` has the ids of the runs that have a Job, if that is known. Raises KubectlError.
+        """
+        change = {**dict.fromkeys(forget), **{r.key: record_text(r) for r in records}}
+        with self.lock(app):
+            for left in reversed(range(STATE_TRIES)):
+                state = self._seen.get(app.name) or self.read(app)
+                try:
+                    return self._patch(app, state, change, with_job)
+                except KubectlError as failed:
+                    self._seen.pop(app.name, None)
+                    if failed.kind not in ("NotFound", "Conflict") or not left:
+                        raise
+                    if failed.kind == "NotFound":
+                        self._create(app)
+        return None
+
+    def _create(self, app: App) -> None:
+        """Create the ConfigMap, empty."""
+        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name}
+        meta = {"name": f"{MANAGER}-{app.name}", "labels": labels}
+        empty = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta}
+        self.kubectl.create([empty], ORCHESTRATION)
+
+    def _patch(
+        self, app: App, state: AppState, change: Mapping[str, str | None], with_job: Set[str] | None
+    ) -> None:
+        """Merge a change into the ConfigMap that a state was read from."""
+        name, data = f"{MANAGER}-{app.name}", {**state.repairs, **change}
+        records: list[RunRecord | Rejection] = [*state.runs.values(), *state.rejected.values()]
+        texts = {record.key: record_text(record) for record in records}
+        after = {k: v for k, v in {**texts, **data}.items() if v is not None}
+        merged = AppState.from_configmap(app, {"data": after})
+        data |= dict.fromkeys(forgotten(merged, app.deploy_ref, with_job))
+        if not data:
+            return
+        meta = {"resourceVersion": state.version} if state.version else {}
+        body = {"metadata": meta, "data": data}
+        patched = self.kubectl.patch("configmap", name, ORCHESTRATION, body)
+        self._seen[app.name] = AppState.from_configmap(app, patched)
+
+    def reject(self, app: App, commit: str, reason: str) -> None:
+        """Reject a commit until `rerun`."""
+        self.write(app, Rejection(commit=commit, reason=reason, at=self.clock.now()))
+
+
+# === deploy =======================================================================================
+
+AGAIN = ("Conflict", "AlreadyExists", "Unreachable")  # look once more: it mends itself, or is done
 
 
 def health_refusal(url: str, patience: float = 2.0) -> str | None:
@@ -2427,59 +2695,6 @@ def health_refusal(url: str, patience: float = 2.0) -> str | None:
                 return None if answer.ok else f"status {answer.status_code}"
     except requests.RequestException as failed:
         return type(failed).__name__
-
-
-class Ledger:
-    """Per app, in a ConfigMap: the last seen commit of each ref, and which commits are rejected.
-
-    Each entry has its own key, so that concurrent writers merge instead of overwriting each other.
-    """
-
-    def __init__(self, kubectl: Kubectl, clock: Clock) -> None:
-        self.kubectl, self.clock = kubectl, clock
-        self.lock = threading.Lock()  # of what is written because of what was read
-
-    def read(self, app: str) -> tuple[dict[str, Object], dict[str, Object]]:
-        """Return (last seen by ref, rejected by commit)."""
-        found = self.kubectl.get("configmap", f"{MANAGER}-{app}", ORCHESTRATION) or {}
-        entries: dict[str, dict[str, Object]] = {"ref": {}, "rejected": {}}
-        for key, value in (found.get("data") or {}).items():
-            kind, name = key.partition("-")[0], {"ref": "ref", "rejected": "commit"}
-            with suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(value)
-                entries[kind][entry[name[kind]]] = entry
-        return entries["ref"], entries["rejected"]
-
-    def write(self, app: str, data: Mapping[str, Object | None]) -> None:
-        """Merge entries into the ConfigMap, which is made at first need; None removes one."""
-        name = f"{MANAGER}-{app}"
-        change = {"data": {k: v and json.dumps(v) for k, v in data.items()}}
-        try:
-            if data:
-                self.kubectl.patch("configmap", name, ORCHESTRATION, change)
-        except KubectlError as missing:
-            if missing.kind != "NotFound":
-                raise
-            meta = {"name": name, "labels": {LABEL_MANAGED: MANAGER, LABEL_APP: app}}
-            empty = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta}
-            self.kubectl.create([empty], ORCHESTRATION)
-            self.kubectl.patch("configmap", name, ORCHESTRATION, change)
-
-    def seen(self, run: Run, outcome: str | None, reason: str = "") -> dict[str, Object | None]:
-        """Return the entry that a run is the last seen of its ref, with its outcome if it ended."""
-        entry: Object = {k: getattr(run, k) for k in ("ref", "commit", "before", "received")}
-        return {self.key(run.ref): {**entry, "outcome": outcome, "reason": reason}}
-
-    def key(self, ref: str) -> str:
-        """Return the key of a ref's entry."""
-        return "ref-" + hashlib.sha256(ref.encode()).hexdigest()[:16]
-
-    def rejection(self, app: str, commit: str, reason: str) -> dict[str, Object | None]:
-        """Return the entry that rejects a commit until `rerun`, without the oldest of too many."""
-        known = sorted(self.read(app)[1].values(), key=lambda e: seconds_of(e.get("at")))
-        drop = known[: max(0, len(known) + 1 - REJECTED_LENGTH)]
-        entry: Object = {"commit": commit, "reason": reason, "at": self.clock.now()}
-        return {**{f"rejected-{e['commit']}": None for e in drop}, f"rejected-{commit}": entry}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -2538,7 +2753,7 @@ class Deployer:
 
     def __init__(self, kubectl: Kubectl, git: Git, secrets: Secrets, clock: Clock) -> None:
         self.kubectl, self.git, self.secrets, self.clock = kubectl, git, secrets, clock
-        self.metrics, self.ledger = kubectl.metrics, Ledger(kubectl, clock)
+        self.metrics, self.state = kubectl.metrics, StateStore(kubectl, clock)
         self.stop = threading.Event()  # ends all waiting
 
     def deploy(self, task: Task) -> None:
@@ -3362,6 +3577,34 @@ class Once:
         return True
 
 
+class Retry:
+    """When each item that failed is tried again, while the others go on."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._failed: dict[str, tuple[int, float]] = {}
+
+    def due(self, item: str) -> bool:
+        """Whether an item may be tried now."""
+        return self._failed.get(item, (0, 0.0))[1] <= self.clock.monotonic()
+
+    def failed(self, item: str) -> int:
+        """Put an item off, longer each time; return how often it has failed in a row."""
+        failures = self._failed.get(item, (0, 0.0))[0] + 1
+        self._failed[item] = failures, self.clock.monotonic() + backoff(failures - 1)
+        return failures
+
+    def succeeded(self, item: str) -> None:
+        """Forget that an item had failed."""
+        self._failed.pop(item, None)
+
+    def pause(self, longest: float) -> float:
+        """Return the seconds until the next item is due."""
+        times = [until for _, until in self._failed.values()]
+        return max(0.0, min([longest, *(t - self.clock.monotonic() for t in times)]))
+
+
+CATCH_UP = "catch-up"  # in the place of a delivery's id
 STEP_SECONDS = 300.0  # in which a thread must have moved
 OUTCOMES = {  # of deployments that end otherwise than failed or superseded
     Reason.ROLLED_BACK: Outcome.ROLLED_BACK,
@@ -3380,7 +3623,7 @@ class Controller:
     def __init__(self, config: Config, deployer: Deployer, spool: Spool) -> None:
         self.config, self.deployer, self.spool = config, deployer, spool
         self.kubectl, self.metrics, self.clock = deployer.kubectl, deployer.metrics, deployer.clock
-        self.ledger, self.pulses = deployer.ledger, Pulses(self.clock)
+        self.state, self.pulses = deployer.state, Pulses(self.clock)
         self.stop, self.wake, self.spooled = deployer.stop, threading.Event(), threading.Event()
         ours, spaces = f"{LABEL_MANAGED}={MANAGER}", config.namespaces
         stages, live = [spaces[s] for s in STAGES], f"{ours},{LABEL_STAGE}=live"
@@ -3394,6 +3637,8 @@ class Controller:
         self.heads: dict[str, tuple[float, float, dict[str, str]]] = {}
         self.due = dict.fromkeys(self.apps, 0.0)  # when to compare them with what was last seen
         self.taken: dict[tuple[str, str], tuple[int, float]] = {}  # failures, and until when
+        self.admissions = Retry(self.clock)  # by app
+        self.collisions: dict[str, tuple[str, str]] = {}  # ids that were taken, by ref and commit
         self.doom: dict[str, Doom] = {}
         self.known: dict[str, Job] = {}  # by name; what is gone until that is written down
         self.once = Once(self.clock)
@@ -3485,69 +3730,163 @@ class Controller:
     # Intake: from the spool into the cluster.
 
     def intake(self) -> float:
-        """Turn everything spooled into suspended Jobs, in as few calls as possible."""
-        for _ in range(5):  # a burst of pushes is one call
-            known = len(self.spool)
-            if self.stop.wait(0.05) or len(self.spool) == known:
-                break
-        stored = self.spool.read()
-        left = len(stored)
-        for name in dict.fromkeys(run.app for _, run in stored):
-            mine = [(path, run) for path, run in stored if run.app == name]
-            for batch in (mine[i : i + BATCH] for i in range(0, len(mine), BATCH)):
-                done = self.admit(name, {run.id: run for _, run in batch})
-                for path in (path for path, run in batch if run.id in done):
-                    self.spool.done(path)
-                    left -= 1
-        if left:
-            raise HookError(f"{left} pushes of {len(stored)} have no new Job yet")
-        return 30.0
+        """Turn what is spooled into suspended Jobs, a batch of each app, deploy branches first.
 
-    def admit(self, name: str, runs: Mapping[str, Run]) -> set[str]:
-        """Create the Jobs of an app's pushes that need one; return the ids that are dealt with."""
+        What is left of one app is tried again by itself, and delays no other app.
+        """
+        for _ in range(5):  # a burst of pushes is one call
+            stored = len(self.spool)
+            if self.stop.wait(0.05) or len(self.spool) == stored:
+                break
+        pushes = self.spool.read()
+        batches, unreachable = self.batches(pushes), 0
+        for app, batch in batches:
+            if not self.admissions.due(app):
+                continue
+            try:
+                done = self.admit(app, [run for _, run in batch])
+            except KubectlError as failed:
+                self.put_off(app, failed)
+                unreachable += failed.kind == "Unreachable"
+                if unreachable > 1 or len(batches) == 1:  # it is the cluster, not what one app has
+                    raise
+                continue
+            for path, run in batch:
+                if run in done:
+                    self.spool.done(path)
+            if len(done) == len({run for _, run in batch}):
+                self.admissions.succeeded(app)
+                self.metrics.waiting.labels(f"intake of {app}").set(0)
+            else:
+                self.put_off(app, None)
+        more = len(pushes) > sum(len(batch) for _, batch in batches)
+        return self.admissions.pause(0.0 if more else 30.0)
+
+    def batches(
+        self, pushes: Sequence[tuple[Path, Run]]
+    ) -> list[tuple[str, list[tuple[Path, Run]]]]:
+        """Return what is admitted next of each app: pushes that are deployed, then the others."""
+        deploys: dict[str, list[tuple[Path, Run]]] = {}
+        tests: dict[str, list[tuple[Path, Run]]] = {}
+        for path, run in pushes:
+            app = self.apps.get(run.app)
+            kind = deploys if app and run.ref == app.deploy_ref else tests
+            kind.setdefault(run.app, []).append((path, run))
+        return [(app, runs[:BATCH]) for kind in (deploys, tests) for app, runs in kind.items()]
+
+    def put_off(self, app: str, failed: KubectlError | None) -> None:
+        """Try an app's pushes again later, and say so now and then."""
+        failures = self.admissions.failed(app)
+        self.metrics.waiting.labels(f"intake of {app}").set(1)
+        if failed and (failures <= len(DELAYS) or failures % 10 == 0):
+            warn("intake waits for the cluster", app=app, detail=str(failed))
+
+    def recorded(self, app: App) -> AppState:
+        """Return what is recorded of an app now, after mending what could not be read."""
+        state = self.state.read(app)
+        if state.repairs:
+            self.state.write(app, with_job=self.runs_with_job(app.name))
+        return state
+
+    def runs_with_job(self, app: str) -> set[str]:
+        """Return the ids of an app's runs of which there is a Job, as far as it can be seen."""
+        return {j.run.id for w in self.jobs for j in w.items() if j.run.app == app}
+
+    def runs_of_jobs(self, app: App, pushed: Iterable[Run]) -> list[Run]:
+        """Return the runs of an app's Jobs; of these pushes, while the Jobs cannot be followed."""
+        if not any(w.trouble for w in self.jobs):
+            return [j.run for w in self.jobs for j in w.items() if j.run.app == app.name]
+        ids = [k for run in pushed for k in run_ids(*run_key(run))]
+        return [j.run for jobs in jobs_of(self.kubectl, self.config, ids).values() for j in jobs]
+
+    def admit(self, name: str, pushed: Sequence[Run]) -> set[Run]:
+        """Create the Jobs of an app's pushes that need one; return those that are dealt with."""
         if (app := self.apps.get(name)) is None:
             warn("push of an app that is not configured any more", app=name)
-            return {*runs}
-        deploys = {k: r for k, r in runs.items() if r.ref == app.deploy_ref}
-        needless = self.past(app, deploys=bool(deploys))[1]
-        done = {k for k, r in deploys.items() if r.commit in needless}
-        for run in (runs[k] for k in done):
-            info("push needs nothing", reason=needless[run.commit], **run_words(run))
-        wanted = sorted((r for k, r in runs.items() if k not in done), key=lambda r: r.received)
-        jobs = [test_job(self.config, app, r) for r in wanted]
+            return {*pushed}
+        state = self.recorded(app)
+        needless = self.needless(app, state) if any(r.ref == app.deploy_ref for r in pushed) else {}
+        done, wanted = set[Run](), dict[str, list[Run]]()
+        for run, id_ in self.identified(app, state, pushed):
+            if why := self.needs_nothing(app, run, state.runs.get(id_), needless):
+                info("push needs nothing", reason=why, **run_words(run))
+                done.add(run)
+            else:
+                wanted.setdefault(id_, []).append(run)
+        return done | self.create_jobs(app, wanted)
+
+    def needs_nothing(
+        self, app: App, run: Run, record: RunRecord | None, needless: Mapping[str, str]
+    ) -> str:
+        """Return why a push starts nothing, empty if it does: it is known, live or rejected."""
+        same = record if record and run.delivery not in ("", CATCH_UP) else None
+        if same and same.delivery == run.delivery and same.received > run.received - DEDUPE_SECONDS:
+            return "Replayed"
+        return needless.get(run.commit, "") if run.ref == app.deploy_ref else ""
+
+    def create_jobs(self, app: App, wanted: Mapping[str, Sequence[Run]]) -> set[Run]:
+        """Create suspended Jobs by run id, each for the newest of equal pushes; as in admit."""
+        runs = {k: replace(max(v, key=lambda r: r.received), id=k) for k, v in wanted.items()}
+        by_age = sorted(runs.values(), key=lambda r: r.received)
+        jobs = [test_job(self.config, app, r) for r in by_age]
         refused = self.kubectl.create_each(jobs, self.config.namespaces["test"]) if jobs else {}
-        known = [n.removeprefix("test-") for n, r in refused.items() if r.kind == "AlreadyExists"]
-        there = jobs_of(self.kubectl, self.config, known)
-        begun = [r for r in wanted if self.settle(r, refused.get(f"test-{r.id}"), there.get(r.id))]
-        done |= {r.id for r in begun}
-        self.begun(name, begun)
-        if left := [refused[f"test-{k}"] for k in runs.keys() - done - there.keys()]:
-            warn("Jobs not created, will be tried again", count=len(left), detail=left[0].said)
-        return done
+        refusals = {name.removeprefix("test-"): refusal for name, refusal in refused.items()}
+        existing = [k for k, refusal in refusals.items() if refusal.kind == "AlreadyExists"]
+        there = jobs_of(self.kubectl, self.config, existing)
+        begun = [r for k, r in runs.items() if self.settle(r, refusals.get(k), there.get(k))]
+        self.record_started(app, begun)
+        left = runs.keys() - {r.id for r in begun} - there.keys()
+        if left:
+            why = refusals[min(left)].said
+            warn("Jobs not created, will be tried again", count=len(left), detail=why)
+        return {run for each in begun for run in wanted[each.id]}
 
-    def begun(self, app: str, runs: Sequence[Run]) -> None:
-        """Write down that runs have their Jobs: from now on a missing one was deleted."""
-        with self.ledger.lock:
-            refs = self.ledger.read(app)[0] if runs else {}
-            # what has ended already, or is newer, stays so
-            new = [r for r in runs if refs.get(r.ref, {}).get("commit") != r.commit]
-            new = [r for r in new if seconds_of(refs.get(r.ref, {}).get("received")) <= r.received]
-            made = (self.ledger.seen(run, None) for run in new)
-            self.ledger.write(app, {key: entry for each in made for key, entry in each.items()})
+    def identified(
+        self, app: App, state: AppState, pushed: Sequence[Run]
+    ) -> Iterator[tuple[Run, str]]:
+        """Yield each push with the id of its run, the one that it has or a free one.
 
-    def past(self, app: App, *, deploys: bool = True) -> tuple[dict[str, Object], dict[str, str]]:
-        """Return what was last seen of each ref, and why a commit is not to be deployed again."""
-        refs, rejected = self.ledger.read(app.name)
-        needless = dict.fromkeys(rejected, str(Reason.REJECTED))
-        for name in app.deploy.environments[-1:] if deploys else ():
+        A push is known by ref and commit: version 0.1 made shorter ids, and two pushes may have the
+        same, by chance or by somebody's trying. Then the second gets a longer one.
+        """
+        ids = {(r.ref, r.commit): k for k, r in state.runs.items()}
+        ids |= {(r.ref, r.commit): r.id for r in self.runs_of_jobs(app, pushed)}
+        owners = {**self.collisions, **{k: push for push, k in ids.items()}}
+        for run in pushed:
+            push = run.ref, run.commit
+            if push not in ids:
+                free = [k for k in run_ids(*run_key(run)) if owners.get(k, push) == push]
+                ids[push] = free[0] if free else run.id
+                owners[ids[push]] = push
+                if ids[push] != run.id:
+                    error("two pushes have the same run id", now=ids[push], **run_words(run))
+            yield run, ids[push]
+
+    def record_started(self, app: App, runs: Sequence[Run]) -> None:
+        """Record that runs have their Jobs: from now on a missing one was deleted."""
+        with self.state.lock(app):
+            state = self.state.read(app) if runs else None
+            # what has ended since it was pushed, or was pushed again, stays as it is
+            records = [RunRecord.of(r) for r in runs if state and newer_than(r, state)]
+            if records:
+                ids = {r.id for r in records}
+                self.state.write(app, *records, with_job=self.runs_with_job(app.name) | ids)
+
+    def needless(self, app: App, state: AppState) -> dict[str, str]:
+        """Return why commits are not to be deployed again: rejected, or live already."""
+        needless = dict.fromkeys(state.rejected, str(Reason.REJECTED))
+        for name in app.deploy.environments[-1:]:
             if found := self.kubectl.get("service", app.name, self.config.namespaces[name]):
                 service = Service(found)
-                # the ledger goes with an uninstallation, what the Service tells of itself does not
-                old = [] if app.deploy_ref in refs else service.history[::-1]
-                told = {str(e.get("commit")): e.get("outcome") for e in old}
-                needless |= {c: Reason.REJECTED for c, o in told.items() if o in OUTCOMES.values()}
+                # what is recorded goes with an uninstallation, what a Service tells of itself not
+                old = [] if state.last(app.deploy_ref) else service.history[::-1]
+                ended = {str(e.get("commit")): e.get("outcome") for e in old}
+                gone = {c for c, o in ended.items() if o in OUTCOMES.values() and SHA.fullmatch(c)}
+                needless |= dict.fromkeys(gone, str(Reason.REJECTED))
+                for commit in sorted(gone - state.rejected.keys()):
+                    self.state.reject(app, commit, Reason.ROLLED_BACK)
                 needless[service.live.get("commit", "")] = "AlreadyLive"
-        return refs, needless
+        return needless
 
     def settle(self, run: Run, refusal: KubectlError | None, there: Sequence[Job] | None) -> bool:
         """Deal with a Job that was created or refused; return whether its push is dealt with."""
@@ -3555,6 +3894,9 @@ class Controller:
         if refusal and refusal.kind in ("Invalid", "Denied", "BadRequest"):
             self.finish(run, {}, ends(Outcome.FAILED, Reason.JOB_REFUSED, refusal.said, "test"))
             return True
+        if other := next((j.run for j in there or () if run_key(j.run) != run_key(run)), None):
+            self.collisions[run.id] = other.ref, other.commit  # the next try takes another id
+            return False
         if there:
             dealt = reopen(self.kubectl, run, there)
             info("run known" if dealt else "an old Job is being deleted", **run_words(run))
@@ -3578,43 +3920,45 @@ class Controller:
         return max(0.0, self.due[app.name] - self.clock.monotonic())
 
     def catch_up(self, app: App, asked: float, heads: Mapping[str, str]) -> None:
-        """Make runs of heads that moved unannounced, and end those that are lost.
+        """Make a run of a deploy branch's head that nobody announced, and end runs that are lost.
 
-        The first sight of a test-only ref is none. Lost is what the ledger says is under way and
-        of which there is neither a Job nor a stored push: its Job vanished while nobody looked. Of
-        a ref with a stored push, or of which the heads may be older than what was last seen,
-        nothing is said.
+        A lost push of a test-only branch is not looked for. Nothing is done about a head with a
+        stored push, or that may be older than the last push.
         """
-        stored = {r.ref for _, r in self.spool.read() if r.app == app.name}
-        (refs, needless), known = self.past(app), self.grouped()
-        entries: dict[str, Object | None] = {}
-        for ref in (refs.keys() | heads.keys()) - stored:
-            seen, commit, now = refs.get(ref, {}), heads.get(ref, ""), self.clock.now()
-            last = run_seen(app, ref, seen)
-            if head_word(last, heads if asked >= last.received else None, 0.0, now) == "unknown":
-                continue
-            if not commit:
-                entries[self.ledger.key(ref)] = None
-                continue
-            told = {"before": last.commit, "received": now, "delivery": "catch-up"}
-            run, same = run_of(app, ref, commit, **told), last.commit == commit
-            if run is None or (same and (seen.get("outcome") or run.id in known)):
-                continue
-            if same and jobs_of(self.kubectl, self.config, [run.id])[run.id]:
-                continue
-            if commit in needless or (not seen and ref != app.deploy_ref):
-                room = seen or len(refs) + len(entries) < BASELINES
-                entries |= self.ledger.seen(run, "baseline") if room else {}
-                if not seen and needless.get(commit) == Reason.REJECTED:
-                    entries |= self.ledger.rejection(app.name, commit, Reason.ROLLED_BACK)
-            elif same:
-                self.finish(run, {}, vanish("its Jobs are gone", "test"))
-            elif seen or run.id not in known:
-                info("head moved unannounced", **run_words(run))
-                self.metrics.catch_up.labels(app.name).inc()
-                self.spool.store([run])
-                self.spooled.set()
-        self.ledger.write(app.name, entries)
+        state, ref = self.recorded(app), app.deploy_ref
+        stored = {(r.ref, r.commit) for _, r in self.spool.read() if r.app == app.name}
+        self.end_lost(app, state, asked, stored)
+        last, commit, now = state.last(ref), heads.get(ref, ""), self.clock.now()
+        pushed = run_of_record(app, last) if last else Run(id="", app=app.name, ref=ref, commit="")
+        word = head_word(pushed, heads if asked >= pushed.received else None, 0.0, now)
+        same, waits = pushed.commit == commit, any(stored_ref == ref for stored_ref, _ in stored)
+        if not commit or same or word == "unknown" or waits:
+            return
+        more = {"before": pushed.commit, "received": now, "delivery": CATCH_UP}
+        run = run_of(app, ref, commit, **more)
+        if run is None or commit in self.needless(app, state):
+            return
+        known = {run_key(r) for r in self.runs_of_jobs(app, [run])}
+        if state.find(ref, commit) or run_key(run) not in known:
+            info("head moved unannounced", **run_words(run))
+            self.metrics.catch_up.labels(app.name).inc()
+            self.spool.store([run])
+            self.spooled.set()
+
+    def end_lost(
+        self, app: App, state: AppState, asked: float, stored: Set[tuple[str, str]]
+    ) -> None:
+        """End runs that are under way and have neither a Job nor a stored push: missing is failed.
+
+        Their Jobs were deleted while nobody looked.
+        """
+        open_runs = [r for r in state.runs.values() if not r.outcome and r.received < asked]
+        open_runs = [r for r in open_runs if (r.ref, r.commit) not in stored]
+        open_runs = [r for r in open_runs if r.id not in self.runs_with_job(app.name)][:BATCH]
+        for run, jobs in jobs_of(self.kubectl, self.config, [r.id for r in open_runs]).items():
+            if not jobs:
+                lost = run_of_record(app, state.runs[run])
+                self.finish(lost, {}, vanish("its Jobs are gone", "test"))
 
     # The loop.
 
@@ -3652,18 +3996,43 @@ class Controller:
             pods.setdefault(pod.job, []).append(pod)
         active = sorted(((newest(g), g) for g in groups), key=lambda item: -item[0].received)
         self.doom = {run.id: self.doom.get(run.id, Doom()) for run, _ in active}
-        places, pushed = self.config.limits.max_running - states.count("active"), set()
+        pushed, steps = set[tuple[str, str]](), list[tuple[View, Action]]()
         for run, jobs in ((r, g) for r, g in active if r.app in self.apps):
             newer = (run.app, run.ref) in pushed
             pushed.add((run.app, run.ref))
             with self.alone(run):
                 mine = [p for j in jobs.values() for p in pods.get(j.uid, [])]
-                view = self.view(jobs, mine, places, newer=newer)
-                action = decide(view)
-                places -= action.do in (Do.RELEASE, Do.BUILD)
+                view = self.view(jobs, mine, newer=newer)
+                steps.append((view, decide(view)))
+        running = [self.slot(j.run) for g in groups for j in g.values() if j.state == "active"]
+        for view, action in self.with_slots(steps, running):
+            with self.alone(view.run):
                 self.act(view, action)
         self.sweep(runs)
         self.look_after([run for run, _ in active])
+
+    def slot(self, run: Run) -> Slot:
+        """Return what a Job of a run takes, or would take."""
+        app = self.apps.get(run.app)
+        deploys = app is not None and run.ref == app.deploy_ref
+        return Slot(run=run.id, app=run.app, deploys=deploys, received=run.received)
+
+    def with_slots(
+        self, steps: Sequence[tuple[View, Action]], running: Sequence[Slot]
+    ) -> Iterator[tuple[View, Action]]:
+        """Yield each run's next step; one that would start a Job without a slot waits."""
+        served = dict[str, float]()
+        for found in (j for w in self.jobs for j in w.items()):
+            served[found.run.app] = max(served.get(found.run.app, 0.0), found.released)
+        wanted = [self.slot(v.run) for v, action in steps if action.do in (Do.RELEASE, Do.BUILD)]
+        granted = grant_slots(wanted, running, served, self.config.limits.max_running)
+        for view, action in steps:
+            starts = action.do in (Do.RELEASE, Do.BUILD)
+            if starts and view.run.id not in granted:
+                without_slot = replace(view, slot=False)
+                yield without_slot, decide(without_slot)
+            else:
+                yield view, action
 
     @contextmanager
     def alone(self, run: Run) -> Iterator[None]:
@@ -3684,9 +4053,7 @@ class Controller:
                 with self.alone(found.run):
                     self.kubectl.delete("job", [found.name], found.namespace)
 
-    def view(
-        self, jobs: Mapping[str, Job], pods: Sequence[Pod], places: int, *, newer: bool
-    ) -> View:
+    def view(self, jobs: Mapping[str, Job], pods: Sequence[Pod], *, newer: bool) -> View:
         """Gather what decides over one run."""
         run, now = newest(jobs), self.clock.now()
         # in this order: who is done with an environment has written on the Jobs how it ended
@@ -3706,7 +4073,6 @@ class Controller:
             services=services,
             head=head_word(run, heads if asked >= run.received else None, age, now),
             newer=newer,
-            places=places,
             doomed=self.doom[run.id].verdict(symptoms, now),
             busy=busy,
             now=now,
@@ -3806,25 +4172,17 @@ class Controller:
                 raise
 
     def finish(self, run: Run, jobs: Mapping[str, Job], action: Action) -> None:
-        """Write down how a run ended: the ledger first, then its Jobs; then say it."""
+        """Record how a run ended, mark its Jobs as done with; then say it."""
         outcome, stage, detail = action.outcome or Outcome.FAILED, action.stage, action.detail
         bad = outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK)
-        with self.ledger.lock:
-            seen = self.ledger.read(run.app)[0].get(run.ref, {})
-            # a newer push of the ref is what was last seen of it, whichever ends first
-            newer = seconds_of(seen.get("received")) > run.received
-            last = seen.get("commit") == run.commit or not newer
-            entries = self.ledger.seen(run, outcome, action.reason) if last else {}
-            if bad and stage not in STAGES and action.reason not in FORGIVEN:
-                entries |= self.ledger.rejection(run.app, run.commit, action.reason)
-            self.ledger.write(run.app, entries)
+        at = max(self.clock.now(), run.received)  # by a clock that may be ahead
+        self.record_end(run, action, outcome, at)
         if bad and stage in jobs and action.reason is not Reason.CLONE_FAILED:
             mine = [p for w in self.pods for p in w.items() if p.job == jobs[stage].uid]
             last = sorted(mine, key=lambda p: -p.created)[:1]
             detail = self.deployer.with_logs(detail, last, jobs[stage].namespace)
-        notes = {NOTE_OUTCOME: str(outcome), NOTE_REASON: str(action.reason), NOTE_STAGE: stage}
-        at = max(self.clock.now(), run.received)  # by a clock that may be ahead
-        notes |= {NOTE_DETAIL: detail[:DETAIL_LENGTH], NOTE_ENDED: f"{at:.3f}"}
+        notes: dict[str, str | None] = {NOTE_OUTCOME: str(outcome), NOTE_ENDED: f"{at:.3f}"}
+        notes |= dict.fromkeys((NOTE_REASON, NOTE_DETAIL))  # what it waited for
         for found in jobs.values():
             stop = {"activeDeadlineSeconds": 1} if found.state == "active" else {}
             self.note(found, notes, ttlSecondsAfterFinished=JOB_TTL, **stop)
@@ -3836,12 +4194,32 @@ class Controller:
         took = round(self.clock.now() - run.received, 1)
         (error if bad else info)("run ended", **why, seconds=took, **run_words(run))
 
+    def record_end(self, run: Run, action: Action, outcome: Outcome, at: float) -> None:
+        """Record how a run ended; reject its commit if a deployment says something against it."""
+        if (app := self.apps.get(run.app)) is None:
+            return
+        detail = clip(self.deployer.secrets.mask(action.detail))
+        ended = replace(
+            RunRecord.of(run),
+            outcome=str(outcome),
+            reason=str(action.reason),
+            stage=action.stage,
+            detail=detail,
+            ended=round(at, 3),
+        )
+        records: list[RunRecord | Rejection] = [ended]
+        bad = outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK)
+        if bad and action.stage not in STAGES and action.reason not in FORGIVEN:
+            reason, now = str(action.reason), self.clock.now()
+            records.append(Rejection(commit=run.commit, reason=reason, at=now))
+        self.state.write(app, *records, with_job=self.runs_with_job(app.name))
+
     def vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
         """End a run whose Job disappeared before its end."""
-        # who ended the run since it was seen, or pushed the ref again, has written so
-        last = self.ledger.read(lost.run.app)[0].get(lost.run.ref, {})
-        told = last and (last.get("outcome") or last.get("commit") != lost.run.commit)
-        if told and seconds_of(last.get("received")) >= lost.run.received:
+        app = self.apps.get(lost.run.app)
+        record = self.state.read(app).runs.get(lost.run.id) if app else None
+        # who ended the run since it was seen has recorded so
+        if record and record.outcome and record.ended >= lost.run.received:
             return
         ended = lost.outcome or over({lost.stage: lost, **left})
         # only green tests are built; a finished build can be made once more
@@ -3882,7 +4260,7 @@ class Controller:
         ended: Action | None = None
         try:
             # its end may not have been written down
-            if task.run.commit in self.ledger.read(task.app.name)[1]:
+            if task.run.commit in self.state.read(task.app).rejected:
                 raise StageError(Reason.REJECTED, "the commit was rejected")
             self.deployer.deploy(task)
         except RunError as stopped:
@@ -3941,10 +4319,21 @@ def vanish(detail: str, stage: str) -> Action:
     return ends(Outcome.FAILED, Reason.VANISHED, detail, stage)
 
 
-def run_seen(app: App, ref: str, entry: Object) -> Run:
-    """Return what the ledger says was last seen of a ref."""
-    told = {name: str(entry.get(name, "")) for name in ("commit", "before")}
-    return Run(id="", app=app.name, ref=ref, **told, received=seconds_of(entry.get("received")))
+def run_of_record(app: App, record: RunRecord) -> Run:
+    """Return the run that a record is of."""
+    copied = ("id", "ref", "commit", "before", "delivery", "received")
+    return Run(app=app.name, **{name: getattr(record, name) for name in copied})
+
+
+def run_key(run: Run) -> tuple[str, str, str]:
+    """Return what identifies a push: app, ref and commit."""
+    return run.app, run.ref, run.commit
+
+
+def newer_than(run: Run, state: AppState) -> bool:
+    """Whether a push came after what is recorded of its run."""
+    record = state.runs.get(run.id)
+    return record is None or max(record.received, record.ended) < run.received
 
 
 def run_words(run: Run) -> dict[str, Any]:
@@ -3968,9 +4357,6 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
     A run under way is left alone. Green Jobs and the digest are reused; a failed Job is deleted, so
     that the next intake makes it anew, and until it is gone the answer is False.
     """
-    if any((j.run.ref, j.run.commit) != (run.ref, run.commit) for j in jobs):
-        error("two pushes have the same run id", **run_words(run))
-        return True
     if not jobs or any(j.deleting for j in jobs):
         return False
     ended = max(seconds_of(j.notes.get(NOTE_ENDED)) for j in jobs)
@@ -3980,7 +4366,7 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
     lost = jobs if any(j.stage == "test" for j in failed) else failed
     for known in lost:
         kubectl.delete("job", [known.name], known.namespace)
-    told: Object = dict.fromkeys((NOTE_OUTCOME, NOTE_REASON, NOTE_DETAIL, NOTE_ENDED, NOTE_STAGE))
+    told: Object = dict.fromkeys((NOTE_OUTCOME, NOTE_REASON, NOTE_DETAIL, NOTE_ENDED))
     for known in (j for j in reversed(jobs) if j not in lost):  # the last one tells
         notes = {**told, NOTE_RECEIVED: f"{run.received:.3f}", NOTE_DELIVERY: run.delivery}
         change = {"metadata": {"annotations": notes}, "spec": {"ttlSecondsAfterFinished": None}}
@@ -4278,7 +4664,7 @@ def status(tools: Tools, args: argparse.Namespace) -> int:
     """Print what is live where, what it could go back to, and the runs the cluster knows."""
     apps = [tools.app(args.app)] if args.app else list(tools.config.apps)
     live = {a.name: environment_status(tools, a) for a in apps}
-    runs = run_status(tools, list(live))
+    runs = run_status(tools, apps)
     rows = [("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UNDER WAY", "REVERTED")]
     for app, environments in live.items():
         for name, e in environments.items():
@@ -4340,33 +4726,40 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
     return found
 
 
-def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
+def run_status(tools: Tools, apps: Sequence[App]) -> list[Object]:
     """Return the runs that Jobs tell of, newest first; where those are gone, each branch's last."""
-    found: list[tuple[Any, ...]] = []
     listing, spaces = tools.deployer.kubectl.list, tools.config.namespaces
     ours = ("-l", f"{LABEL_MANAGED}={MANAGER}")
-    listed = [Job(j) for s in ("test", "build") for j in listing("jobs", spaces[s], *ours)]
-    mine = [j for j in listed if j.run.app in apps]
-    for job in sorted(mine, key=lambda j: (-j.run.received, j.stage)):
-        run, notes = job.run, [job.notes.get(n, "") for n in (NOTE_REASON, NOTE_DETAIL)]
-        stage, state = job.notes.get(NOTE_STAGE, job.stage), "ended" if job.outcome else job.state
-        known = (run.id, run.app, run.ref, run.commit, run.received)
-        found.append((*known, stage, state, job.outcome, *notes))
-    rejected = {}
+    jobs: dict[str, dict[str, Job]] = {}
+    for job in (Job(j) for s in STAGES for j in listing("jobs", spaces[s], *ours)):
+        jobs.setdefault(job.run.id, {})[job.stage] = job
+    rows = list[Object]()
     for app in apps:
-        seen, rejected[app] = tools.deployer.ledger.read(app)
-        for e in (e for e in seen.values() if e.get("outcome") not in (None, "baseline")):
-            ref, commit, received = e["ref"], e["commit"], seconds_of(e.get("received"))
-            known = (run_id(app, ref, commit), app, ref, commit, received)
-            found.append((*known, "", "ended", e["outcome"], e["reason"], ""))
-    runs: dict[str, Object] = {}
-    for told in (dict(zip(TOLD, values, strict=True)) for values in found):
-        why = rejected[told["app"]].get(told["commit"], {}).get("reason", "")
-        if why and told["outcome"] == Outcome.DEPLOYED:
-            told |= {"outcome": Outcome.ROLLED_BACK, "reason": Reason.ROLLED_BACK}
-            told["detail"] = "" if why == Reason.ROLLED_BACK else why
-        runs.setdefault(told["run"], told)
-    return list(runs.values())
+        state = tools.deployer.state.read(app)
+        mine = {k: group for k, group in jobs.items() if newest(group).app == app.name}
+        for run in mine.keys() | state.runs.keys():
+            row = run_row(state.runs.get(run), mine.get(run, {}), app)
+            why = state.rejected.get(row["commit"])
+            if why and row["outcome"] == Outcome.DEPLOYED:
+                row |= {"outcome": Outcome.ROLLED_BACK, "reason": Reason.ROLLED_BACK}
+                row["detail"] = "" if why.reason == Reason.ROLLED_BACK else why.reason
+            rows.append(row)
+    return sorted(rows, key=lambda row: (-row["received"], row["run"]))
+
+
+def run_row(record: RunRecord | None, jobs: Mapping[str, Job], app: App) -> Object:
+    """Return what `status` says of a run by its record and its Jobs; there is one of them."""
+    run = newest(jobs) if jobs else run_of_record(app, cast(RunRecord, record))
+    row: Object = {"run": run.id, **{k: getattr(run, k) for k in TOLD[1:5]}}
+    if record and record.outcome and record.ended >= run.received:
+        row |= {k: getattr(record, k) for k in ("stage", "outcome", "reason", "detail")}
+        return row | {"state": "ended"}
+    if not jobs:
+        return row | dict.fromkeys(TOLD[5:], "") | {"state": "lost"}
+    last = jobs.get("build") or jobs["test"]
+    row |= {"stage": last.stage, "state": "ended" if over(jobs) else last.state}
+    texts = {"reason": last.notes.get(NOTE_REASON, ""), "detail": last.notes.get(NOTE_DETAIL, "")}
+    return row | {"outcome": last.outcome, **texts}
 
 
 def rollback(tools: Tools, args: argparse.Namespace) -> int:
@@ -4386,7 +4779,7 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
     say(f"{app.name} {environment}: back on {what}")
     if commit := left.get("commit"):
         reason = clip(args.reason) or Reason.ROLLED_BACK
-        deployer.ledger.write(app.name, deployer.ledger.rejection(app.name, commit, reason))
+        deployer.state.reject(app, commit, reason)
         say(f"{left['run']} is rejected until `rerun {left['run']}`")
     # what served alone until now may be larger than the target was in its time
     size, name = deployer.size(task, left.get("selector", {})), f"{app.name}-{target.get('colour')}"
@@ -4402,14 +4795,15 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
 def rerun(tools: Tools, args: argparse.Namespace) -> int:
     """Let a branch's head go on, rejected or not, if it has ended and is not live everywhere."""
     deployer, app = tools.deployer, tools.app(args.run.rsplit("-", 2)[0])
-    heads = deployer.git.heads(app.repository).items()
-    named = [(r, c) for r, c in heads if run_id(app.name, r, c) == args.run]
+    state, heads = deployer.state.read(app), deployer.git.heads(app.repository).items()
+    named = [(r, c) for r, c in heads if args.run in run_ids(app.name, r, c)]
     if not named:
         raise RefusedError(f"{clip(args.run)} is not the head of a branch; only that can go again")
     (ref, commit), now = named[0], deployer.clock.now()
-    run = Run(id=args.run, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
-    ledger, namespace = deployer.ledger, tools.config.namespaces["test"]
-    ledger.write(app.name, {f"rejected-{run.commit}": None})
+    record, namespace = state.find(ref, commit), tools.config.namespaces["test"]
+    name = record.id if record else args.run
+    run = Run(id=name, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
+    deployer.state.write(app, forget=[Rejection(commit=commit).key])
     places = environment_status(tools, app).values()
     if places and all(e["run"] == run.id and not e["bake_until"] for e in places):
         say(f"{run.id} is live")
@@ -4421,7 +4815,7 @@ def rerun(tools: Tools, args: argparse.Namespace) -> int:
             raise StageError(Reason.JOB_REFUSED, refused.said)
         there = jobs_of(deployer.kubectl, tools.config, [run.id] if refused else [])
         if not refused or reopen(deployer.kubectl, run, there[run.id]):
-            ledger.write(app.name, ledger.seen(run, None))
+            deployer.state.write(app, RunRecord.of(run))
             say(f"{run.id} goes on; `status {app.name}` tells how far it is")
             return 0
         deployer.stop.wait(0.5)
@@ -4471,8 +4865,8 @@ def show(tools: Tools, title: str, find: Callable[..., str], *given: Any) -> boo
 
 def rejection(tools: Tools, run: Run) -> str:
     """Return whether a commit is rejected, and why."""
-    found = tools.deployer.ledger.read(run.app)[1].get(run.commit)
-    return f"{found.get('reason')}; only `rerun {run.id}` deploys it" if found else "no"
+    rejected = tools.deployer.state.read(tools.app(run.app)).rejected.get(run.commit)
+    return f"{rejected.reason}; only `rerun {run.id}` deploys it" if rejected else "no"
 
 
 def missing_rights(tools: Tools, app: App) -> str:

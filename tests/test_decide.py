@@ -170,7 +170,7 @@ def a_view(*jobs: hook.Job, **changes: Any) -> hook.View:
     run = jobs[0].run if jobs else a_run()
     given: Object = {
         "app": app_of(run), "run": run, "jobs": {j.stage: j for j in jobs}, "pods": (),
-        "services": {}, "head": "same", "newer": False, "places": 2, "doomed": None,
+        "services": {}, "head": "same", "newer": False, "doomed": None,
         "busy": frozenset(), "now": NOW, "queue_timeout": 3600.0,
     }  # fmt: skip
     return hook.View(**given | changes)
@@ -205,18 +205,18 @@ ACTIONS: dict[str, Case] = {
     "a queued run is released": (
         a_view(a_job("test", "suspended")), Do.RELEASE, "test", Reason.OK, ""),
     "git does not answer, and no place is free": (
-        a_view(a_job("test", "suspended", since=9999), head="unknown", places=0),
+        a_view(a_job("test", "suspended", since=9999), head="unknown", slot=False),
         Do.WAIT, "test", Reason.GIT_ERROR, "head"),
     "no place is free": (
-        a_view(a_job("test", "suspended"), places=0), Do.WAIT, "test", Reason.OK, "free place"),
+        a_view(a_job("test", "suspended"), slot=False), Do.WAIT, "test", Reason.OK, "free slot"),
     "no place was free for too long": (
-        a_view(a_job("test", "suspended", since=3601), places=0),
-        Do.END, "test", (Outcome.FAILED, Reason.QUEUE_TIMEOUT), "no free place"),
+        a_view(a_job("test", "suspended", since=3601), slot=False),
+        Do.END, "test", (Outcome.FAILED, Reason.QUEUE_TIMEOUT), "no free slot"),
     "a place is free after too long": (
         a_view(a_job("test", "suspended", since=9999)), Do.RELEASE, "test", Reason.OK, ""),
     "a push that was stored for hours while the cluster was down": (
-        a_view(a_job("test", "suspended", run=a_run(received=NOW - 9999)), places=0),
-        Do.WAIT, "test", Reason.OK, "free place"),
+        a_view(a_job("test", "suspended", run=a_run(received=NOW - 9999)), slot=False),
+        Do.WAIT, "test", Reason.OK, "free slot"),
     "git does not answer": (
         a_view(a_job("test", "suspended"), head="unknown"), Do.WAIT, "test", Reason.GIT_ERROR,
             "head"),
@@ -224,7 +224,7 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "suspended", since=9999), head="unknown"),
         Do.WAIT, "test", Reason.GIT_ERROR, "head"),
     "the branch moved on before release": (
-        a_view(a_job("test", "suspended"), head="moved", places=0),
+        a_view(a_job("test", "suspended"), head="moved", slot=False),
         Do.END, "test", (Outcome.SUPERSEDED, Reason.NOT_HEAD), "pushed again"),
     "a deploy branch is judged by git, not by deliveries": (
         a_view(a_job("test", "suspended"), newer=True), Do.RELEASE, "test", Reason.OK, ""),
@@ -371,7 +371,7 @@ ACTIONS: dict[str, Case] = {
         Do.END, "test", (Outcome.TESTED, Reason.OK), ""),
     "green tests are built": (a_view(DONE), Do.BUILD, "build", Reason.OK, ""),
     "a build waits for a place": (
-        a_view(DONE, places=0), Do.WAIT, "build", Reason.OK, "free place"),
+        a_view(DONE, slot=False), Do.WAIT, "build", Reason.OK, "free slot"),
     "a build waits for git": (
         a_view(DONE, head="unknown"), Do.WAIT, "build", Reason.GIT_ERROR, "head"),
     "nothing is built of a branch that moved on": (
@@ -412,8 +412,8 @@ ACTIONS: dict[str, Case] = {
     "a digest is lost": (
         a_view(DONE, a_job("build", "succeeded", since=60)), Do.BUILD, "build", Reason.OK, ""),
     "a digest is lost and no place is free": (
-        a_view(DONE, a_job("build", "succeeded", since=60), places=0),
-        Do.WAIT, "build", Reason.OK, "free place"),
+        a_view(DONE, a_job("build", "succeeded", since=60), slot=False),
+        Do.WAIT, "build", Reason.OK, "free slot"),
     "a digest is lost twice": (
         a_view(DONE, a_job("build", "succeeded", since=60, notes={hook.NOTE_REMADE: "1"})),
         Do.END, "build", (Outcome.FAILED, Reason.NO_DIGEST), "twice"),
@@ -525,8 +525,8 @@ ACTIONS: dict[str, Case] = {
         a_view(DONE, a_job("build", notes=BEFORE, deletionTimestamp=stamp(NOW))),
         Do.BUILD, "build", Reason.OK, ""),
     "a build of before waits for a place": (
-        a_view(DONE, a_job("build", "failed", notes=BEFORE), places=0),
-        Do.WAIT, "build", Reason.OK, "free place"),
+        a_view(DONE, a_job("build", "failed", notes=BEFORE), slot=False),
+        Do.WAIT, "build", Reason.OK, "free slot"),
     "the tests fail beside a build of before": (
         a_view(a_job("test", "failed"), a_job("build", "failed", notes=BEFORE),
             pods=ended("test", main=terminated(1))),
@@ -587,6 +587,65 @@ def test_what_git_says_about_a_run(
     heads: dict[str, str] | None, age: float, run: Object, word: str
 ) -> None:
     assert hook.head_word(a_run(**run), heads, age, NOW) == word
+
+
+# === Slots ===
+
+
+def slots(words: str) -> list[hook.Slot]:
+    """Slots by words: the app, in capitals for its deploy branch, and when it was pushed."""
+    made = []
+    for word in words.split():
+        app, pushed = word[:-1], float(word[-1])
+        made.append(hook.Slot(run=word, app=app.lower(), deploys=app.isupper(), received=pushed))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("wanted", "running", "limit", "served", "granted"),
+    [
+        ("", "", 4, {}, ""),
+        ("a1 a2", "", 4, {}, "a1 a2"),
+        ("a1 a2 a3 a4 a5", "", 4, {}, "a5 a4 a3"),
+        ("A1 A2 A3 A4 A5", "", 4, {}, "A5 A4 A3 A2"),
+        ("a9 a8 a7 a6 B1", "", 4, {}, "B1 a9 a8 a7"),
+        ("a9 a8 B1", "a1 a2 a3", 4, {}, "B1"),
+        ("a9", "a1 a2 a3", 4, {}, ""),
+        ("a9 a8 b1", "", 2, {"a": 5.0}, "b1"),
+        ("a9 a8 b1", "", 2, {"b": 5.0}, "a9"),
+        ("a9 B1", "", 1, {}, "B1"),
+        ("a9", "", 1, {}, "a9"),
+        ("a9 a8 a7 a6 b1", "", 5, {"b": 9.0}, "a9 b1 a8 a7"),
+        ("A9 A8 A7 B1", "", 4, {"b": 9.0}, "A9 B1 A8 A7"),
+        ("A9 A8 B1", "A2 A3 A4", 4, {}, "B1"),
+        ("A9 a8 b7 B6", "", 2, {}, "A9 B6"),
+        ("a9 b8 c7 a6 b5 c4", "", 3, {"a": 3.0, "b": 1.0, "c": 2.0}, "b8 c7"),
+    ],
+    ids=[
+        "nothing waits", "an app alone", "one slot is left to deploy branches",
+        "deploy branches take all", "a deploy branch first, though it waited longest",
+        "the slot that was left", "that slot is for no test", "apps in turn", "served last",
+        "a single slot, deploy branch first", "a single slot is also for tests",
+        "at most half while another waits", "no more than half until no other waits", "an app above its half",
+        "two deploy branches before all tests", "three apps in turn",
+    ],
+)  # fmt: skip
+def test_slots_are_granted_fairly(
+    wanted: str, running: str, limit: int, served: dict[str, float], granted: str
+) -> None:
+    assert hook.grant_slots(slots(wanted), slots(running), served, limit) == {*granted.split()}
+
+
+def test_an_app_whose_tests_are_pushed_all_the_time_keeps_no_other_from_its_turn() -> None:
+    served, last = {"flood": 0.0, "calm": 0.0}, list[str]()
+    for second in range(1, 9):
+        flood = [hook.Slot(run=f"f{second}", app="flood", deploys=False, received=second)]
+        calm = [hook.Slot(run="c", app="calm", deploys=False, received=0.5)]
+        (run,) = hook.grant_slots(flood + calm, [], served, 1)
+        app = "calm" if run == "c" else "flood"
+        last.append(app)
+        served[app] = float(second)
+    assert last[:4] in (["flood", "calm"] * 2, ["calm", "flood"] * 2)
 
 
 # === Doom, as recorded ===
