@@ -667,6 +667,161 @@ def test_a_push_that_comes_while_git_is_asked_is_not_undone(
     assert seen(controller) == {"refs/heads/main": (NEW, None)}
 
 
+# From the spool into the cluster
+
+
+TWO_APPS = """
+apps:
+  - {name: shop, repository: https://git.example.com/demo/shop.git, build: {builder: none}}
+  - {name: blog, repository: https://git.example.com/demo/blog.git, build: {builder: none}}
+"""
+
+
+def a_push(app: str, commit: str, ref: str = "refs/heads/main", **more: Any) -> hook.Run:
+    return hook.Run(id=hook.run_id(app, ref, commit), app=app, ref=ref, commit=commit, **more)
+
+
+def jobs_made(controller: Any) -> list[str]:
+    """The names of the Jobs in the cluster, in the order in which they were made."""
+    return [name for kind, name in controller.kubectl.objects if kind == "job"]
+
+
+def test_what_one_app_has_recorded_neither_stops_nor_delays_another_app(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = a_controller(tmp_path, config=TWO_APPS)
+    synced(controller)
+    patch, now = controller.kubectl.patch, [0.0]
+    controller.clock.monotonic = lambda: now[0]
+
+    def refuse(resource: str, name: str, namespace: str, change: Object) -> Object:
+        if name == "gitops-hook-shop":
+            raise hook.KubectlError(["kubectl"], 1, 'The ConfigMap "x" is invalid: Too long')
+        return patch(resource, name, namespace, change)  # type: ignore[no-any-return]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(controller.kubectl, "patch", refuse)
+        controller.spool.store([a_push("shop", OLD), a_push("blog", OLD)])
+        pause = controller.intake()
+        assert stored(controller) == [OLD]
+        assert f"test-{a_push('blog', OLD).id}" in jobs_made(controller)
+        assert 0 < pause < 10
+        controller.spool.store([a_push("blog", NEW)])
+        controller.intake()
+        assert f"test-{a_push('blog', NEW).id}" in jobs_made(controller)
+        waits = {"what": "intake of shop"}
+        registry = controller.metrics.registry
+        assert registry.get_sample_value("gitops_hook_waiting", waits) == 1
+    now[0] += 60
+    controller.intake()
+    assert stored(controller) == []
+    assert registry.get_sample_value("gitops_hook_waiting", waits) == 0
+
+
+def test_a_cluster_that_is_away_is_asked_twice_and_not_for_each_app(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apps = [f"app{n}" for n in range(10)]
+    entries = "".join(
+        f"  - {{name: {a}, repository: https://g.example.com/{a}.git, build: {{builder: none}}}}\n"
+        for a in apps
+    )
+    controller, asked = a_controller(tmp_path, config=f"apps:\n{entries}"), []
+
+    def lose(resource: str, name: str, namespace: str) -> None:
+        asked.append(name)
+        raise hook.KubectlError(["kubectl"], None, "")
+
+    monkeypatch.setattr(controller.kubectl, "get", lose)
+    controller.spool.store([a_push(a, OLD) for a in apps])
+    with pytest.raises(hook.KubectlError):
+        controller.intake()
+    assert len(asked) == 2
+
+
+def test_pushes_of_deploy_branches_get_their_jobs_before_a_heap_of_others(
+    tmp_path: Path,
+) -> None:
+    controller = a_controller(tmp_path, config=TWO_APPS)
+    synced(controller)
+    controller.spool.max_files = 1000
+    controller.spool.store([a_push("shop", f"{n:040x}", f"refs/heads/b{n}") for n in range(300)])
+    controller.spool.store([a_push("blog", OLD)])
+    assert controller.intake() == 0
+    assert jobs_made(controller)[0] == f"test-{a_push('blog', OLD).id}"
+    assert len(jobs_made(controller)) == 1 + hook.BATCH
+    controller.intake()
+    assert stored(controller) == []
+
+
+@pytest.mark.parametrize("where", ["a Job", "a record", "a Job that was met"])
+def test_a_push_whose_id_another_push_has_gets_a_longer_one(
+    controller: Any, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    synced(controller)
+    push, app = a_run(NEW), controller.apps["shop"]
+    taken = replace(a_run(OLD, "refs/heads/other"), id=push.id)
+    state = hook.AppState({}, {}, "", {})
+    if where == "a Job":
+        job = hook.test_job(controller.config, app, taken)
+        job["metadata"] |= {"resourceVersion": "1", "uid": "u"}
+        controller.jobs[0]._take("ADDED", job)
+    elif where == "a record":
+        state.runs[taken.id] = hook.RunRecord.of(taken)
+    else:
+        refusal = hook.KubectlError(
+            ["kubectl"], 1, "Error from server (AlreadyExists): it is there"
+        )
+        made = hook.test_job(controller.config, app, taken)
+        made["metadata"] |= {"resourceVersion": "1", "uid": "u"}
+        assert not controller.settle(push, refusal, [hook.Job(made)])
+    assert [*controller.identified(app, state, [push])] == [
+        (push, hook.run_ids(*hook.run_key(push))[1])
+    ]
+    assert caplog.messages == ["two pushes have the same run id"]
+    controller.spool.store([push])
+    if where != "a record":
+        controller.intake()
+        assert jobs_made(controller) == [f"test-{hook.run_ids(*hook.run_key(push))[1]}"]
+        assert stored(controller) == []
+
+
+def test_a_push_that_has_a_run_of_version_0_1_keeps_its_id(controller: Any) -> None:
+    synced(controller)
+    push, app = a_run(NEW), controller.apps["shop"]
+    old = replace(push, id=hook.run_ids(*hook.run_key(push))[-1])
+    job = hook.test_job(controller.config, app, old)
+    job["metadata"] |= {"resourceVersion": "1", "uid": "u"}
+    controller.jobs[0]._take("ADDED", job)
+    state = hook.AppState({}, {}, "", {})
+    assert [*controller.identified(app, state, [push])] == [(push, old.id)]
+
+
+@pytest.mark.parametrize(
+    ("delivery", "later", "runs"),
+    [("first", 100, False), ("second", 100, True), ("first", 2000, True), ("catch-up", 100, True)],
+    ids=["the same", "another", "the same after its time", "found by the catch-up"],
+)
+def test_a_delivery_that_is_replayed_after_a_restart_runs_nothing_again(
+    tmp_path: Path, delivery: str, later: float, runs: bool
+) -> None:
+    controller = a_controller(tmp_path)
+    now = time.time()
+    sent = "catch-up" if delivery == "catch-up" else "first"
+    run = replace(a_run(NEW), delivery=sent, received=now)
+    controller.spool.store([run])
+    controller.intake()
+    controller.finish(run, {}, ends(Outcome.TESTED))
+    del controller.kubectl.objects["job", f"test-{a_run(NEW).id}"]
+    (tmp_path / "new").mkdir()
+    new = a_controller(tmp_path / "new")
+    new.kubectl.objects = controller.kubectl.objects
+    new.spool.store([replace(a_run(NEW), delivery=delivery, received=now + later)])
+    new.intake()
+    assert stored(new) == []
+    assert bool(jobs_made(new)) is runs
+
+
 # What it waits for
 
 

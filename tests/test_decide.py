@@ -626,7 +626,8 @@ def slots(words: str) -> list[hook.Slot]:
         "deploy branches take all", "a deploy branch first, though it waited longest",
         "the slot that was left", "that slot is for no test", "apps in turn", "served last",
         "a single slot, deploy branch first", "a single slot is also for tests",
-        "at most half while another waits", "no more than half until no other waits", "an app above its half",
+        "at most half while another waits", "more than half when no other waits",
+        "an app above its half",
         "two deploy branches before all tests", "three apps in turn",
     ],
 )  # fmt: skip

@@ -403,11 +403,11 @@ def test_nor_is_it_by_a_daemon_that_was_uninstalled_and_installed_again(apps: Fl
         apps.cluster.store.delete("jobs", "test", job)
     apps.start()
 
-    def baseline() -> bool:
+    def remembered() -> bool:
         found = apps.cluster.store.find("configmaps", "orchestration", "gitops-hook-busy") or {}
-        return '"baseline"' in str(found.get("data"))
+        return "RolledBack" in str(found.get("data"))
 
-    eventually(baseline, 20, "the catch-up has looked")
+    eventually(remembered, 20, "the catch-up has looked")
     run = busy.push(busy.repository.git("rev-parse", "HEAD"))
     rejected = {"msg": "push needs nothing", "run": run, "reason": "Rejected"}
     eventually(lambda: [e for e in apps.logged()[known:] if rejected.items() <= e.items()], 10)

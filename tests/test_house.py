@@ -31,8 +31,8 @@ MAX_EXEMPTIONS = 8
 
 SECTIONS = [
     "constants", "errors", "configuration", "logging", "metrics", "signatures", "pushes", "spool",
-    "kubectl", "git", "job manifests", "app manifests", "cluster mirror", "decide", "state", "deploy",
-    "controller", "http", "commands", "main",
+    "kubectl", "git", "job manifests", "app manifests", "cluster mirror", "decide", "state",
+    "deploy", "controller", "http", "commands", "main",
 ]  # fmt: skip
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -106,7 +106,7 @@ def test_a_daemon_killed_after_switching_back_still_writes_why_and_rejects(kille
         run = shop.go("sick")
         shop.switched(run)
         shop.tell("sick", "/turn-sick")
-        # the ledger is written before anything else that tells how the run ended
+        # how it ended is recorded before anything else that tells how the run ended
         with killed.held("patch", "configmaps", name="gitops-hook-shop"):
             killed.kill()
         killed.start()
