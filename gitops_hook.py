@@ -2456,6 +2456,12 @@ def narrowed(
 # that what one app leaves in it neither stops nor delays another.
 
 
+def recorded_ref(ref: str) -> str:
+    """Return a ref as it is recorded: of a long one the beginning and a hash."""
+    long = len(json.dumps(ref, ensure_ascii=False).encode()) > RECORD_BYTES // 4
+    return f"{ref[:80]}~{hashlib.sha256(ref.encode()).hexdigest()}" if long else ref
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
     """How far a run has come, or how it ended: key `run-<id>`."""
@@ -2480,8 +2486,8 @@ class RunRecord:
     @classmethod
     def of(cls, run: Run) -> RunRecord:
         """Return the record of a run that has just begun."""
-        copied = ("id", "ref", "commit", "before", "delivery", "received")
-        return cls(**{name: getattr(run, name) for name in copied})
+        copied = ("id", "commit", "before", "delivery", "received")
+        return cls(ref=recorded_ref(run.ref), **{name: getattr(run, name) for name in copied})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -2563,12 +2569,13 @@ class AppState:
 
     def find(self, ref: str, commit: str) -> RunRecord | None:
         """Return the record of a push by what identifies it, whatever its id."""
-        records = self.runs.values()
-        return next((r for r in records if (r.ref, r.commit) == (ref, commit)), None)
+        push, records = (recorded_ref(ref), commit), self.runs.values()
+        return next((r for r in records if (r.ref, r.commit) == push), None)
 
     def last(self, ref: str) -> RunRecord | None:
         """Return the record of the newest push of a ref that was not found to be outdated."""
-        pushed = (r for r in self.runs.values() if r.ref == ref and r.reason != Reason.NOT_HEAD)
+        short, records = recorded_ref(ref), self.runs.values()
+        pushed = (r for r in records if r.ref == short and r.reason != Reason.NOT_HEAD)
         return max(pushed, key=lambda r: r.received, default=None)
 
 
@@ -2577,9 +2584,11 @@ def migrated(app: App, text: Any) -> RunRecord | None:
     old = json.loads(text)
     if old["outcome"] == "baseline":
         return None
-    push = read_record(RunRecord, json.dumps({**old, "outcome": old["outcome"] or ""}), id="")
-    ended = push.received if push.outcome else 0.0
-    return replace(push, id=run_id(app.name, push.ref, push.commit, ID_DIGITS[-1]), ended=ended)
+    ref, outcome = old["ref"], old["outcome"] or ""
+    kept = {**old, "ref": recorded_ref(ref), "outcome": outcome}
+    push = read_record(RunRecord, json.dumps(kept, ensure_ascii=False), id="")
+    ended = push.received if outcome else 0.0
+    return replace(push, id=run_id(app.name, ref, push.commit, ID_DIGITS[-1]), ended=ended)
 
 
 def forgotten(state: AppState, deploy_ref: str, with_job: Set[str] | None) -> list[str]:
@@ -2588,7 +2597,8 @@ def forgotten(state: AppState, deploy_ref: str, with_job: Set[str] | None) -> li
     Kept are the newest runs and those that have a Job, all if that is not known, as far as there is
     room for them.
     """
-    order = sorted(state.runs.values(), key=lambda r: (r.ref == deploy_ref, r.received))
+    deploys = recorded_ref(deploy_ref)
+    order = sorted(state.runs.values(), key=lambda r: (r.ref == deploys, r.received))
     newest = {r.id for r in order[-RUNS_LENGTH:]}
     sizes = {r.id: len(record_text(r).encode()) + len(r.key) for r in order}
     size, keys = sum(sizes.values()), []
@@ -3850,10 +3860,11 @@ class Controller:
         same, by chance or by somebody's trying. Then the second gets a longer one.
         """
         ids = {(r.ref, r.commit): k for k, r in state.runs.items()}
-        ids |= {(r.ref, r.commit): r.id for r in self.runs_of_jobs(app, pushed)}
+        jobs = self.runs_of_jobs(app, pushed)
+        ids |= {(recorded_ref(r.ref), r.commit): r.id for r in jobs}
         owners = {**self.collisions, **{k: push for push, k in ids.items()}}
         for run in pushed:
-            push = run.ref, run.commit
+            push = recorded_ref(run.ref), run.commit
             if push not in ids:
                 free = [k for k in run_ids(*run_key(run)) if owners.get(k, push) == push]
                 ids[push] = free[0] if free else run.id
@@ -3895,7 +3906,8 @@ class Controller:
             self.finish(run, {}, ends(Outcome.FAILED, Reason.JOB_REFUSED, refusal.said, "test"))
             return True
         if other := next((j.run for j in there or () if run_key(j.run) != run_key(run)), None):
-            self.collisions[run.id] = other.ref, other.commit  # the next try takes another id
+            # the next try takes another id
+            self.collisions[run.id] = recorded_ref(other.ref), other.commit
             return False
         if there:
             dealt = reopen(self.kubectl, run, there)
@@ -3926,12 +3938,13 @@ class Controller:
         stored push, or that may be older than the last push.
         """
         state, ref = self.recorded(app), app.deploy_ref
-        stored = {(r.ref, r.commit) for _, r in self.spool.read() if r.app == app.name}
+        spooled = [r for _, r in self.spool.read() if r.app == app.name]
+        stored = {(recorded_ref(r.ref), r.commit) for r in spooled}
         self.end_lost(app, state, asked, stored)
         last, commit, now = state.last(ref), heads.get(ref, ""), self.clock.now()
         pushed = run_of_record(app, last) if last else Run(id="", app=app.name, ref=ref, commit="")
         word = head_word(pushed, heads if asked >= pushed.received else None, 0.0, now)
-        same, waits = pushed.commit == commit, any(stored_ref == ref for stored_ref, _ in stored)
+        same, waits = pushed.commit == commit, any(r.ref == ref for r in spooled)
         if not commit or same or word == "unknown" or waits:
             return
         more = {"before": pushed.commit, "received": now, "delivery": CATCH_UP}
@@ -4338,7 +4351,8 @@ def newer_than(run: Run, state: AppState) -> bool:
 
 def run_words(run: Run) -> dict[str, Any]:
     """Return the log fields of a run."""
-    return {"run": run.id, **{w: getattr(run, w) for w in ("app", "delivery", "ref", "commit")}}
+    words = {"run": run.id, "app": run.app, "delivery": run.delivery}
+    return {**words, "ref": clip(run.ref, 200), "commit": run.commit}
 
 
 def jobs_of(kubectl: Kubectl, config: Config, runs: Iterable[str]) -> dict[str, list[Job]]:

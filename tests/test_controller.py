@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -328,6 +331,97 @@ def recorded(apps: Fleet, app: str) -> dict[str, Object]:
     found = apps.cluster.store.find("configmaps", "orchestration", f"gitops-hook-{app}") or {}
     entries = [json.loads(v) for k, v in (found.get("data") or {}).items() if k.startswith("run-")]
     return {e["ref"]: e for e in entries}
+
+
+# Crowds: what one app's branches do to another app.
+
+LONG = "\U0001f600"  # a character of those that take the most room
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """An application whose branches are many, and one that is to be deployed all the same."""
+    directory = tmp_path_factory.mktemp("crowd")
+    apps: dict[str, Object] = {"flood": {"test": "sleep 1"}, "calm": {"bake": "1s"}}
+    limits = {"max_running": 2, "queue_timeout": "90s"}
+    with fleet(directory, apps, limits=limits) as made:
+        yield made
+
+
+def announce(apps: Fleet, app: str, ref: str, commit: str) -> None:
+    """Announce a commit that need not be there: the tests of these applications clone nothing."""
+    answer = apps.deliver(apps[app].repository.bare, ref, commit)
+    assert answer.status_code == 202, answer.text
+
+
+def test_an_app_is_deployed_while_another_ones_test_branches_are_pushed_all_the_time(
+    crowd: Fleet,
+) -> None:
+    done = threading.Event()
+
+    def flood() -> None:
+        for number in range(400):
+            announce(crowd, "flood", f"refs/heads/f{number}", f"{number + 1:040x}")
+            if done.wait(0.25):
+                return
+
+    with ThreadPoolExecutor(1) as pool:
+        flooding = pool.submit(flood)
+        try:
+            eventually(lambda: len(crowd.jobs()) > 8, what="more is pushed than can run")
+            assert crowd["calm"].deployed("v1", 80)["outcome"] == "deployed"
+        finally:
+            done.set()
+        flooding.result(30)
+
+
+def test_200_branches_with_long_names_stop_no_other_app_also_after_a_restart(crowd: Fleet) -> None:
+    for number in range(200):
+        announce(crowd, "flood", f"refs/heads/{LONG * 480}{number:06}", "a" * 40)
+    crowd["calm"].quiet()
+    assert crowd["calm"].deployed("v2", 80)["outcome"] == "deployed"
+    crowd.kill()
+    crowd.start()
+    crowd["calm"].quiet()
+    assert crowd["calm"].deployed("v3", 80)["outcome"] == "deployed"
+    eventually(lambda: not list(crowd.spool.glob("*.json")), what="every push is in the cluster")
+    found = crowd.cluster.store.get("configmaps", "orchestration", "gitops-hook-flood")
+    assert len(json.dumps(found["data"], ensure_ascii=False).encode()) < 2**20
+
+
+def test_a_record_that_cannot_be_read_stops_neither_its_app_nor_another(crowd: Fleet) -> None:
+    entries = {"run-x": "[" * 100_000, "rejected-y": "{", "run-z": '{"replicas": "many"}'}
+    patch = json.dumps({"data": entries})
+    where = ("configmap", "gitops-hook-calm", "-n", "orchestration", "--type=merge")
+    done = crowd.kubectl("patch", *where, "--patch-file=/dev/stdin", stdin=patch)
+    assert done.code == 0, done
+    crowd.kill()
+    crowd.start()
+    status = crowd.command("status")
+    assert status.returncode == 0, status.stderr
+    assert "Traceback" not in status.stderr
+    crowd["calm"].quiet()
+    assert crowd["calm"].deployed("v4", 80)["outcome"] == "deployed"
+    found = crowd.cluster.store.get("configmaps", "orchestration", "gitops-hook-calm")
+    assert not entries.keys() & found["data"].keys()
+
+
+def test_two_branches_whose_short_ids_are_equal_are_both_tested(crowd: Fleet) -> None:
+    first: dict[str, str] = {}
+    for number in range(100_000):
+        ref = f"refs/heads/twin-{number}"
+        name = hashlib.sha256(f"{ref} {'c' * 40}".encode()).hexdigest()[:4]
+        if name in first:
+            break
+        first[name] = ref
+    for twin in (first[name], ref):
+        announce(crowd, "calm", twin, "c" * 40)
+
+    def tested() -> bool:
+        lines = crowd.said("run ended", app="calm", commit="c" * 40, outcome="tested")
+        return {line["ref"] for line in lines} == {first[name], ref}
+
+    eventually(tested, 60, "both are tested")
 
 
 # Killed.

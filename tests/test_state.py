@@ -228,6 +228,20 @@ def test_a_command_that_cannot_see_the_jobs_forgets_nothing(store: hook.StateSto
     assert len(store.read(APP).runs) == 300
 
 
+@pytest.mark.parametrize("letter", ["x", "é", '"', "\U0001f600"])
+def test_a_run_of_a_branch_with_a_long_name_is_recorded_shortly_and_found(
+    store: hook.StateStore, letter: str
+) -> None:
+    refs = [f"refs/heads/{letter * 485}{end}" for end in "ab"]
+    runs = [
+        hook.Run(id=f"shop-{i}", app="shop", ref=ref, commit="a" * 40) for i, ref in enumerate(refs)
+    ]
+    store.write(APP, *(hook.RunRecord.of(run) for run in runs))
+    state = store.read(APP)
+    assert [state.find(ref, "a" * 40) for ref in refs] == [state.runs[run.id] for run in runs]
+    assert all(len(hook.record_text(r).encode()) < hook.RECORD_BYTES for r in state.runs.values())
+
+
 @pytest.mark.parametrize("text", ["x" * 5000, "é" * 5000, '"\\' * 3000, "\U0001f600" * 3000])
 def test_a_record_has_a_bounded_size_and_loses_only_of_its_detail(text: str) -> None:
     record = a_record(1, "refs/heads/" + '"' * 480, detail=text, delivery="d" * 100)
