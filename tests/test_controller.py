@@ -391,9 +391,10 @@ def test_200_branches_with_long_names_stop_no_other_app_also_after_a_restart(cro
 
 def test_a_record_that_cannot_be_read_stops_neither_its_app_nor_another(crowd: Fleet) -> None:
     entries = {"run-x": "[" * 100_000, "rejected-y": "{", "run-z": '{"replicas": "many"}'}
-    patch = json.dumps({"data": entries})
-    where = ("configmap", "gitops-hook-calm", "-n", "orchestration", "--type=merge")
-    done = crowd.kubectl("patch", *where, "--patch-file=/dev/stdin", stdin=patch)
+    where = ("configmap", "gitops-hook-calm", "-n", "orchestration")
+    crowd.kubectl("create", *where)  # if nothing was recorded so far
+    patch, options = json.dumps({"data": entries}), ("--type=merge", "--patch-file=/dev/stdin")
+    done = crowd.kubectl("patch", *where, *options, stdin=patch)
     assert done.code == 0, done
     crowd.kill()
     crowd.start()
