@@ -206,7 +206,8 @@ def clip(text: str, limit: int = 300) -> str:
     """Return foreign text fit for a log line: printable, one line, at most limit characters."""
     if len(text) <= limit and text.isprintable() and "  " not in text:
         return text.strip()
-    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    # of megabytes only the beginning is looked at: the rest is cut off anyway
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * limit]).split())
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."
 
 
@@ -849,6 +850,7 @@ def verify_delivery(
 # === pushes =======================================================================================
 
 REF_LENGTH = 500  # characters; file systems hold 255 bytes between two slashes
+ADDRESS_LENGTH = 2048  # characters; urlsplit keeps the addresses that it has parsed last
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -950,13 +952,15 @@ def commit_title(commits: Any, after: str) -> str:
     """Return the first line of the pushed commit's message where the payload has it, clipped."""
     listed = (c for c in commits if isinstance(c, dict)) if isinstance(commits, list) else ()
     message = next((c.get("message") for c in listed if c.get("id") == after), "")
-    return clip(message.strip().partition("\n")[0], 120) if isinstance(message, str) else ""
+    return clip(message.lstrip()[:1000].partition("\n")[0], 120) if isinstance(message, str) else ""
 
 
 def projects(data: Mapping[str, Any]) -> set[tuple[str, str] | None]:
     """Return every address by which a payload names its project; a 400 when there is none."""
     keys, project = ("git_http_url", "git_ssh_url", "web_url"), typed(data, "project", dict)
     urls = [url for k in keys if isinstance(url := project.get(k), str)]
+    if any(len(url) > ADDRESS_LENGTH for url in urls):
+        deny(400, "Malformed", f"project: an address is longer than {ADDRESS_LENGTH} characters")
     found = {normalise_url(u) for u in urls} - {None}
     return found or deny(400, "Malformed", f"project: names no {', '.join(keys)}")
 

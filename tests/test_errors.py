@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def test_clipped_text_is_one_printable_line_of_bounded_length(text: str, limit: 
 
 def test_short_text_is_not_changed() -> None:
     assert clip("no such file") == "no such file"
+
+
+def test_of_a_text_of_megabytes_only_the_beginning_is_looked_at() -> None:
+    tracemalloc.start()
+    assert clip("x y " * 1_000_000, 20) == "x y x y x y x y x..."
+    assert tracemalloc.get_traced_memory()[1] < 8_000_000  # twice the text itself
+    tracemalloc.stop()
 
 
 def test_what_is_cut_is_marked() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tracemalloc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given, settings
@@ -150,6 +152,29 @@ def test_a_project_of_another_type_is_refused(wrong: Any) -> None:
 def test_a_project_without_an_address_is_refused(wrong: Any) -> None:
     for project in ({"name": "x", "web_url": wrong}, {"git_http_url": 5, "git_ssh_url": wrong}):
         assert "names no git_http_url" in refusal(payload(project=project))
+
+
+@pytest.mark.parametrize("key", ["git_http_url", "git_ssh_url", "web_url"])
+def test_an_address_that_is_too_long_is_refused_before_it_is_parsed_and_kept(key: str) -> None:
+    project = payload()["project"]
+    room = hook.ADDRESS_LENGTH - len("https://h/")
+    assert push(project=project | {key: "https://h/" + "x" * room}).ref == "refs/heads/main"
+    before = urlsplit.cache_info().misses  # type: ignore[attr-defined]
+    text = refusal(payload(project=project | {key: "https://h/" + "x" * (room + 1)}))
+    assert text == "project: an address is longer than 2048 characters"
+    assert urlsplit.cache_info().misses == before  # type: ignore[attr-defined]
+
+
+def test_a_message_of_megabytes_costs_no_more_than_its_beginning() -> None:
+    message = "first line " * 2 + "x y " * 1_000_000
+    body = json.dumps(payload(commits=[{"id": HEAD, "message": message}])).encode()
+    tracemalloc.start()
+    (found,) = parsed(body)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.title.startswith("first line first line x y x y")
+    assert len(found.title) == 120
+    assert peak < 4 * len(body)
 
 
 @pytest.mark.parametrize("wrong", [0, "x", [], {}, [[]], [None], [{"id": 5}]], ids=repr)
