@@ -984,6 +984,73 @@ def normalise_url(url: str) -> tuple[str, str] | None:
 # === spool ========================================================================================
 
 SPOOL_RECORD = 16384  # bytes a stored push has at most; times limits.spool_files the spool's bound
+ACCEPTED_LINE = re.compile(rb"([0-9]{1,12}\.[0-9]{3}) ([0-9a-f]{64})")
+
+
+class Accepted:
+    """Which pushes of which deliveries were accepted lately, also before a restart.
+
+    A stored push tells its delivery itself. When the cluster has it a line in a file does so, which
+    is not synced: only a lost machine loses it. Ids of senders are hashed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, threading.Lock()
+        self.times: OrderedDict[str, float] = OrderedDict()  # when, the oldest first
+        self.handle, self._lines = -1, 0  # of the file, and how many are in it
+
+    @staticmethod
+    def key(run: Run) -> str:
+        """Return the hash of a delivery and one of its runs, "" for a delivery without an id."""
+        text = f"{run.delivery}\n{run.id}".encode(errors="replace")
+        return hashlib.sha256(text).hexdigest() if run.delivery else ""
+
+    def load(self, stored: Iterable[Run]) -> None:
+        """Take over what the file and the stored pushes tell; raises OSError."""
+        with suppress(FileNotFoundError):
+            # what is no file, a pipe say, is not waited for
+            with os.fdopen(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                lines = file.read(200 * DEDUPE_ENTRIES).split(b"\n")
+            for match in filter(None, map(ACCEPTED_LINE.fullmatch, lines)):
+                self.times[match[2].decode()] = float(match[1])
+        self.add(stored)
+        self._write_anew()
+
+    def has(self, run: Run) -> bool:
+        """Whether this push of this delivery was accepted before."""
+        at = self.times.get(self.key(run), -math.inf)
+        return abs(run.received - at) <= DEDUPE_SECONDS
+
+    def add(self, runs: Iterable[Run]) -> None:
+        """Remember pushes that are stored, and forget the oldest."""
+        with self._lock:
+            for key, at in ((self.key(run), run.received) for run in runs if run.delivery):
+                self.times.pop(key, None)
+                self.times[key] = at
+            while len(self.times) > DEDUPE_ENTRIES:
+                self.times.popitem(last=False)
+
+    def write(self, key: str) -> None:
+        """Write down a push that is stored no longer; the file is bounded as well."""
+        with self._lock:
+            if at := self.times.get(key):
+                try:
+                    # it begins a line: one that a full disk cut off spoils no other
+                    os.write(self.handle, f"\n{at:.3f} {key}".encode())
+                    self._lines += 1
+                    if self._lines > 2 * DEDUPE_ENTRIES:
+                        self._write_anew()
+                except OSError as refused:
+                    warn("an accepted delivery is not written down", detail=refused.strerror)
+
+    def _write_anew(self) -> None:
+        """Write the file with what is remembered; raises OSError."""
+        part = Path(f"{self.path}.new")
+        part.write_text("".join(f"\n{at:.3f} {key}" for key, at in self.times.items()))
+        part.replace(self.path)
+        if self.handle >= 0:
+            os.close(self.handle)
+        self.handle, self._lines = os.open(self.path, os.O_WRONLY | os.O_APPEND), len(self.times)
 
 
 class Spool:
@@ -996,7 +1063,9 @@ class Spool:
         self.directory, self.max_files = directory, max_files
         self.scratch = directory / "scratch"  # for what need not outlive the process
         self._lock, self._folder = threading.Lock(), -1
-        self._names: set[str] = set()  # what is stored or being stored: a count would drift
+        # what is stored or being stored, with its delivery: a count would drift
+        self._names: dict[str, str] = {}
+        self.accepted = Accepted(directory / "accepted")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -1009,11 +1078,13 @@ class Spool:
             self.scratch.mkdir(mode=0o700, exist_ok=True)
             self.probe()
             self._folder = os.open(self.directory, os.O_RDONLY)
+            stored = self.read()
+            self.accepted.load(run for _, run in stored)
         except OSError as refused:
             raise ConfigError([f"spool {self.directory}: {refused.strerror}"]) from refused
         for leftover in self.directory.glob("*.tmp"):
             self._set_aside(leftover, "half-written, its push was not accepted")
-        self._names = {path.name for path, _ in self.read()}
+        self._names = {path.name: self.accepted.key(run) for path, run in stored}
 
     def probe(self) -> None:
         """Prove that a file can be written; raises OSError."""
@@ -1026,7 +1097,7 @@ class Spool:
         with self._lock:
             if len(self) + len(paths) > self.max_files:
                 deny(503, "SpoolFull", f"{len(self)} pushes are waiting already")
-            self._names |= {path.name for path in paths}
+            self._names |= {path.name: self.accepted.key(run) for path, run in paths.items()}
         try:
             for path, run in paths.items():
                 record = {f.name: getattr(run, f.name) for f in fields(run)}
@@ -1043,10 +1114,12 @@ class Spool:
                     self.done(path)
                     Path(f"{path}.tmp").unlink(missing_ok=True)
             raise DeliveryError(503, "SpoolUnwritable", str(refused.strerror)) from refused
+        self.accepted.add(runs)
 
     def read(self) -> list[tuple[Path, Run]]:
         """Return everything stored, oldest first."""
-        found = []
+        found: list[tuple[Path, Run]] = []
+        unread: list[str] = []
         for path in sorted(self.directory.glob("*.json")):
             try:
                 with path.open("rb") as file:
@@ -1056,7 +1129,9 @@ class Spool:
             except (ValueError, IsADirectoryError) as wrong:
                 self._set_aside(path, str(wrong))
             except OSError as refused:
-                error("spool file cannot be read", file=path.name, detail=refused.strerror)
+                unread.append(f"{path.name}: {refused.strerror}")
+        if unread:  # one line, also when all are: there is no file descriptor left, say
+            error("spool file cannot be read", count=len(unread), detail=unread[0])
         return found
 
     def _set_aside(self, path: Path, why: str) -> None:
@@ -1067,7 +1142,8 @@ class Spool:
     def done(self, path: Path) -> None:
         """Forget a push that the cluster has or that needs nothing more."""
         with self._lock:
-            self._names.discard(path.name)
+            delivery = self._names.pop(path.name, "")
+        self.accepted.write(delivery)
         path.unlink(missing_ok=True)
 
 
