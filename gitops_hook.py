@@ -39,6 +39,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -67,12 +68,13 @@ from xml.etree import ElementTree
 import prometheus_client
 import requests
 import waitress.channel
+import waitress.parser
 import waitress.server
-import waitress.task
+import waitress.utilities
 import yaml
 
 if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+    from wsgiref.types import StartResponse, WSGIEnvironment
 
 __version__ = "0.1.0"
 
@@ -799,7 +801,8 @@ class Metrics:
 
 # === signatures ===================================================================================
 
-SIGNED = ("webhook-id", "webhook-timestamp", "webhook-signature")
+SIGNED, TOKEN = ("webhook-id", "webhook-timestamp", "webhook-signature"), ("x-gitlab-token",)
+NEEDED_HEADERS = {"signature": SIGNED, "token": TOKEN, "hmac": TOKEN}  # by what is required
 
 
 def sign(key: bytes, message_id: bytes, stamp: bytes, body: bytes) -> bytes:
@@ -824,7 +827,7 @@ def verify_delivery(
 
     Exactly the configured mode counts, there is no fallback. Header names are lower case.
     """
-    names = SIGNED if mode == "signature" else ("x-gitlab-token",)
+    names = NEEDED_HEADERS[mode]
     # WSGI hands the bytes of headers over as latin-1 text (PEP 3333)
     given = [headers.get(n, "").encode("latin-1", "replace") for n in names]
     entries, expected, age, refusal = given, keys, 0.0, ""
@@ -3535,7 +3538,7 @@ class Controller:
                     pause, failures = step(), 0
                     if self.troubles.pop(name, ""):
                         info("goes on again", what=name)
-                except HookError as lost:
+                except (HookError, OSError) as lost:
                     self.troubles[name] = str(lost)
                     if failures < len(DELAYS) or failures % 10 == 0:  # then every five minutes
                         warn(complaint, what=name, detail=str(lost))
@@ -4070,28 +4073,32 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
 
 # === HTTP =========================================================================================
 
-Answer = tuple[int, Object]
-# Seconds for one request to arrive, and for a quiet connection to stay; poll, because select knows
-# no file descriptor above 1023.
-TIMES: Object = {"channel_timeout": 20, "cleanup_interval": 5, "asyncore_use_poll": True}
-SIZES: Object = {"threads": 4, "connection_limit": 500, "max_request_header_size": 65536}
+Answer = tuple[int, Object | bytes]  # JSON, or metrics as Prometheus reads them
+Routes = dict[str, tuple[str, "Callable[[WSGIEnvironment], Answer]"]]
+# Seconds in which it must arrive; `more` is anything at all on a connection that was used before.
+ARRIVAL = {"headers": 5.0, "body": 20.0, "more": 20.0}
+OPEN_CONNECTIONS = 256  # of each port; at most as many as a quarter of the allowed open files
+HELD_BYTES = 64 * 2**20  # of all bodies
+HEADER_BYTES, HEADER_LINES = 16384, 100
+# The expressions of waitress take minutes for what the first does not match, or the second finds.
+FIRST_LINE = re.compile(rb"[^ \r]+ [^ \r]{1,2048}( HTTP/[0-9]\.[0-9])?\r\n")
+BLANKS = re.compile(rb"[ \t]{9}")
+REQUESTS_AT_ONCE = 16  # on one connection, before the first of them is answered
+ACCEPTS_AT_ONCE = 32  # connections, before those that are open have their turn
+LOOK_INTERVAL, LOOK_BYTES = 0.1, 2**20  # seconds, or bytes arrived, between looks at all of them
+PAUSE_SECONDS = 1.0  # after a connection could not be accepted
+QUIET_SECONDS = 300.0  # between log lines about connections that fail
+LOOP_SECONDS = 15.0  # in which a server's loop must come round; when idle it does so every second
+# poll, because select knows no file descriptor above 1023; strangers do not write the log
+SERVER: Object = {"asyncore_use_poll": True, "ident": "", "log_socket_errors": False}
+SERVER |= {"threads": 4, "max_request_header_size": HEADER_BYTES}
 
 
-class WebhookApp:
-    """The WSGI application behind the Ingress: /webhook, and the probes."""
+class Site:
+    """A WSGI application that answers by a table of paths, each with its one method."""
 
-    def __init__(
-        self, config: Config, secrets: Secrets, spool: Spool, controller: Controller
-    ) -> None:
-        self.config, self.secrets, self.spool, self.controller = config, secrets, spool, controller
-        self.metrics, self.clock = controller.metrics, controller.clock
-        self.seen: OrderedDict[str, float] = OrderedDict()  # ids of deliveries; each step is atomic
-        self.stopping = threading.Event()
-        self.routes: dict[str, tuple[str, Callable[[WSGIEnvironment], Answer]]] = {
-            "/webhook": ("POST", self.webhook),
-            "/healthz": ("GET", self.healthz),
-            "/readyz": ("GET", self.readyz),
-        }
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics, self.routes = metrics, Routes()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
         """Answer one request; whatever it holds, there is an answer and the process lives."""
@@ -4111,9 +4118,12 @@ class WebhookApp:
             error("request failed", exc=True, path=clip(path, 80))
             self.metrics.errors.labels("request").inc()
             status, body = 500, {"status": "error"}
+        if isinstance(body, bytes):
+            start_response("200 OK", [("Content-Type", prometheus_client.CONTENT_TYPE_LATEST)])
+            return [body]
         fine = status < http.HTTPStatus.BAD_REQUEST
         body.setdefault("status", "ignored" if fine else "refused")
-        if path == "/webhook":
+        if path == "/webhook" and handler:
             result = body.get("reason", body["status"])
             more = {k: body.get(k) for k in ("runs", "text")}
             self.metrics.deliveries.labels(result).inc()
@@ -4121,6 +4131,38 @@ class WebhookApp:
             (info if fine else warn)("delivery", **more)
         start_response(f"{status} {http.HTTPStatus(status).phrase}", headers)
         return [json.dumps(body).encode() + b"\n"]
+
+    def reads_body(self, _: Any) -> bool:
+        """Whether the body of a request is wanted, by what its headers say."""
+        return False
+
+
+class WebhookApp(Site):
+    """What is behind the Ingress: /webhook, and for one more minor version the probes."""
+
+    def __init__(
+        self, config: Config, secrets: Secrets, spool: Spool, controller: Controller
+    ) -> None:
+        super().__init__(controller.metrics)
+        self.config, self.secrets, self.spool, self.controller = config, secrets, spool, controller
+        self.clock, self.stopping = controller.clock, threading.Event()
+        self._parsing = threading.Lock()  # in Python's objects a body can be 40 times as large
+        self.probes: Routes = {"/healthz": ("GET", self.healthz), "/readyz": ("GET", self.readyz)}
+        self.routes = {"/webhook": ("POST", self.webhook), **self.probes}
+
+    def admin(self) -> Site:
+        """Return what the second port answers, which strangers do not reach."""
+        site, registry = Site(self.metrics), self.metrics.registry
+        exposition = partial(prometheus_client.generate_latest, registry)
+        site.routes = {"/metrics": ("GET", lambda _: (200, exposition())), **self.probes}
+        return site
+
+    def reads_body(self, request: Any) -> bool:
+        """Whether a request is a delivery of the right size with what authenticates one."""
+        needed = (n.upper().replace("-", "_") for n in NEEDED_HEADERS[self.config.webhook.verify])
+        sized = request.content_length <= self.config.webhook.max_body
+        delivery = (request.command, request.path.lstrip("/")) == ("POST", "webhook")
+        return delivery and sized and all(map(request.headers.get, needed))
 
     def webhook(self, environ: WSGIEnvironment) -> Answer:
         """Authenticate, understand and store a delivery; in this order, for security."""
@@ -4140,15 +4182,13 @@ class WebhookApp:
         if kind != "application/json":
             deny(415, "NotJson", "send application/json")
         delivery = delivery_id(environ)
-        runs = parse_delivery(self.config, body, delivery=delivery, received=now)
+        with self._parsing:
+            runs = parse_delivery(self.config, body, delivery=delivery, received=now)
         answer = {"status": "duplicate", "runs": [r.id for r in runs]}
-        if delivery and now - self.seen.get(delivery, -math.inf) <= DEDUPE_SECONDS:
+        new = [r for r in runs if not self.spool.accepted.has(r)]
+        if not new:
             return 200, answer
-        self.spool.store(runs)
-        self.seen.pop(delivery, None)
-        self.seen[delivery] = now
-        if len(self.seen) > DEDUPE_ENTRIES:
-            self.seen.popitem(last=False)
+        self.spool.store(new)
         self.controller.spooled.set()
         return 202, answer | {"status": "accepted"}
 
@@ -4173,10 +4213,73 @@ def delivery_id(environ: WSGIEnvironment) -> str:
     return clip(environ.get("HTTP_WEBHOOK_ID") or environ.get("HTTP_IDEMPOTENCY_KEY", ""), 100)
 
 
+class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress has no types
+    """A request as far as it has arrived; its body is taken only if the application wants it."""
+
+    body_rcv: Any
+
+    def __init__(self, adjustments: Any, site: Site) -> None:
+        super().__init__(adjustments)
+        self.site = site
+
+    def refuse(self, text: str) -> None:
+        """Answer a 400, and nothing more on this connection."""
+        self.error = waitress.utilities.BadRequest(text)
+        self.completed = True
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Understand the headers, if that takes no time; leave a body alone that nobody wants."""
+        usual = FIRST_LINE.match(header_plus) and not BLANKS.search(header_plus)
+        if not usual or header_plus.count(b"\r\n") > HEADER_LINES:
+            raise waitress.parser.ParsingError("not a request line, or too many headers or blanks")
+        super().parse_header(header_plus)
+        if self.body_rcv is not None and not self.site.reads_body(self):
+            self.headers["CONNECTION"] = "close"
+            self.body_rcv, self.content_length, self.chunked = None, 0, False
+        if self.body_rcv is None:
+            self.expect_continue = False  # else waitress waits for more
+
+    def received(self, data: bytes) -> int:
+        """Take data and return how much of it; what waitress would be slow with is refused."""
+        if self.chunked and data.count(b"\r\n") > 64 + len(data) // 16:
+            self.refuse("too small chunks")
+        if self.completed:
+            return len(data)
+        taken, body = int(super().received(data)), self.body_rcv
+        if self.chunked and len(body.control_line) + len(body.trailer) > HEADER_BYTES:
+            self.refuse("too long a line between chunks")
+        return taken
+
+
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress has no types
     """A connection whose every request must arrive in time, however steadily it drips."""
 
-    last_activity: float
+    last_activity: float  # when that began which it `awaits`
+    close_when_flushed: bool
+    used = lingering = False
+
+    def parser_class(self, adjustments: Any) -> Request:
+        """Return a request that begins to arrive."""
+        request = Request(adjustments, self.server.site)
+        if len(self.requests) >= REQUESTS_AT_ONCE:
+            request.refuse("too many requests at once")
+        return request
+
+    @property
+    def awaits(self) -> str:
+        """What must arrive next: headers, a body, or more."""
+        if self.request and not self.lingering:
+            return "body" if self.request.headers_finished else "headers"
+        return "more" if self.used and not self.lingering else "headers"
+
+    @property
+    def held(self) -> int:
+        """How many bytes of bodies are kept."""
+        return sum(r.body_bytes_received for r in (self.request, *self.requests) if r)
+
+    def readable(self) -> bool:
+        """Whether something may arrive; the number of a closed one may be another's by now."""
+        return self.socket is not None and bool(super().readable())
 
     def writable(self) -> bool:
         """Whether the server's loop has something to send or to close here.
@@ -4184,21 +4287,114 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
         Not while a request is answered: its thread sends for itself, and the loop, asking again and
         again for the lock that it holds, would keep it from going on.
         """
-        return not self.requests and bool(super().writable())
+        return self.socket is not None and not self.requests and bool(super().writable())
 
     def handle_read(self) -> None:
-        """Receive something; of a request only its beginning counts as activity."""
-        under_way, since = self.request is not None, self.last_activity
+        """Receive something."""
+        awaited, since = self.awaits, self.last_activity
         super().handle_read()
-        if under_way and self.request is not None:
+        self.used = self.used or bool(self.requests)
+        if self.awaits == awaited and not self.requests:
             self.last_activity = since
 
+    def received(self, data: bytes) -> bool:
+        """Understand what arrived, unless the last answer was given."""
+        self.server.arrived += len(data)
+        return not self.lingering and bool(super().received(data))
 
-def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
-    """Return a waitress server: bounded threads, time and sizes; slow clients hold no thread.
+    def handle_write(self) -> None:
+        """Send; after the last answer wait for the other side to close.
 
-    Bodies of up to twice the limit reach the application, which says what is wrong with them. The
-    senders of longer ones may see no more than a closed connection.
+        To close while a part of its request is unread would be a reset, and destroy the answer.
+        """
+        last = self.close_when_flushed
+        self.close_when_flushed = False
+        super().handle_write()
+        self.close_when_flushed = bool(last and self.total_outbufs_len)
+        if last and self.connected and not self.close_when_flushed:
+            self.lingering = True
+            self.last_activity = time.time()
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
+
+    def handle_expt(self) -> None:
+        """Close: urgent data is not HTTP, and the loop would be told of it again and again."""
+        self.handle_close()
+
+    def handle_error(self) -> None:
+        """Close: its body could not be written to a file, say."""
+        self.server.complain("a connection failed")
+        self.handle_close()
+
+
+class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
+    """A server that strangers cannot fill: what waits longest for a request gives way."""
+
+    def __init__(
+        self, site: Site, bound: socket.socket, beat: Callable[[], None], **more: Any
+    ) -> None:
+        self.site, self.beat, self.arrival = site, beat, ARRIVAL
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+        self.most = min(OPEN_CONNECTIONS, max(8, allowed))
+        self.failures, self.quiet_until, self.paused_until = 0, 0.0, 0.0
+        self.arrived, self.look_at = 0, 0.0  # bytes since the last look, and when the next one is
+        where = (bound.family, bound.type, bound.proto, bound.getsockname())
+        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=where, **SERVER, **more)
+
+    def readable(self) -> bool:
+        """Whether a connection may be accepted; the loop asks in each of its turns."""
+        self.beat()
+        now = time.monotonic()
+        if now >= self.look_at or self.arrived > LOOK_BYTES:
+            self.make_room()
+        room = len(self.active_channels) <= self.most
+        return self.accepting and now >= self.paused_until and room
+
+    def make_room(self) -> None:
+        """Close connections that are late, and while there is too much those that wait longest."""
+        self.look_at, self.arrived = time.monotonic() + LOOK_INTERVAL, 0
+        now, channels = time.time(), [*self.active_channels.values()]
+        held = sum(c.held for c in channels)
+        waiting = (c for c in channels if not c.requests)
+        for channel in sorted(waiting, key=lambda c: c.last_activity):
+            late = now - channel.last_activity > self.arrival[channel.awaits]
+            too_large = held > HELD_BYTES and channel.held
+            if late or too_large or len(self.active_channels) > self.most:
+                held -= channel.held
+                channel.handle_close()
+
+    def handle_accept(self) -> None:
+        """Accept some connections, then make room for them.
+
+        The other way round a new one might get the number of a closed one, and what came for it.
+        """
+        for _ in range(ACCEPTS_AT_ONCE):
+            if (accepted := self.accept()) is None:
+                break
+            self.set_socket_options(accepted[0])
+            Channel(self, *accepted, self.adj, map=self._map)
+        if len(self.active_channels) > self.most:
+            self.make_room()
+
+    def handle_error(self) -> None:
+        """Pause, or the loop would try again at once; waitress would stop listening."""
+        self.paused_until = time.monotonic() + PAUSE_SECONDS
+        self.complain("no connection can be accepted")
+
+    def complain(self, what: str) -> None:
+        """Log the exception being handled, seldom, with the number of those before it."""
+        self.failures += 1
+        if (now := time.monotonic()) >= self.quiet_until:
+            error(what, count=self.failures, detail=clip(repr(sys.exc_info()[1])))
+            self.failures, self.quiet_until = 0, now + QUIET_SECONDS
+
+
+def make_server(
+    site: Site, listen: str, max_body: int, beat: Callable[[], None] = lambda: None
+) -> Server:
+    """Return a server: bounded threads, time and sizes; slow clients hold no thread.
+
+    Chunked bodies of up to twice the limit reach the application, which says what is wrong.
     """
     host, _, port = listen.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
@@ -4208,14 +4404,12 @@ def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
         bound = socket.create_server(where, family=family, dualstack_ipv6=both)
     except (OSError, ValueError, OverflowError) as wrong:
         raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
-    body = {"max_request_body_size": 2 * max_body + 1}
-    server = waitress.server.create_server(app, sockets=[bound], ident="", **body, **TIMES, **SIZES)
-    server.channel_class = Channel
-    return server
+    return Server(site, bound, beat, max_request_body_size=2 * max_body + 1)
 
 
 # === commands =====================================================================================
 
+OPEN_FILES = 4096  # for two ports' connections, their bodies, kubectl and git
 LINGER = 2.0  # seconds in which a stopping daemon still answers, while its endpoint is taken away
 SHUTDOWN_SECONDS = 40.0  # for the threads and the last intake; the grace period allows for it
 REOPEN_TRIES = 60  # half seconds in which a deleted Job must be gone
@@ -4290,14 +4484,16 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
     if args.check:
         say(f"the configuration is valid; apps: {', '.join(names) or 'none'}")
         return 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
     spool = Spool(process.spool, config.limits.spool_files)
     spool.prepare()
     tempfile.tempdir = str(spool.scratch)
     controller = Controller(config, deployer, spool)
     app = WebhookApp(config, deployer.secrets, spool, controller)
-    server = make_server(app, process.listen, config.webhook.max_body)
-    metrics = prometheus_client.make_wsgi_app(deployer.metrics.registry)
-    admin = make_server(metrics, process.admin_listen, 0)
+    beat = partial(controller.pulses.beat, "first port", LOOP_SECONDS)
+    server = make_server(app, process.listen, config.webhook.max_body, beat)
+    admin = make_server(app.admin(), process.admin_listen, 0)
     stop_on_signals(app.stopping)
     threading.Thread(target=admin.run, name="admin", daemon=True).start()
     controller.start()

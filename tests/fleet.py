@@ -326,11 +326,14 @@ class Fleet(World):
     def __getitem__(self, name: str) -> Member:
         return self.apps[name]
 
-    def deliver(self, repository: Path, ref: str, commit: str, **more: Any) -> requests.Response:
-        """Post a push as GitLab would, signed."""
+    def deliver(
+        self, repository: Path, ref: str, commit: str, *, ident: str = "", **more: Any
+    ) -> requests.Response:
+        """Post a push as GitLab would, signed; with an id it may be a delivery that comes again."""
         payload = {"object_kind": "push", "ref": ref, "after": commit, **more}
         payload["project"] = {"git_http_url": str(repository)}
-        body, ident, stamp = json.dumps(payload).encode(), str(uuid.uuid4()), str(int(time.time()))
+        body, stamp = json.dumps(payload).encode(), str(int(time.time()))
+        ident = ident or str(uuid.uuid4())
         key = base64.b64decode(TOKEN.removeprefix(b"whsec_"))
         signed = hmac.new(key, f"{ident}.{stamp}.".encode() + body, hashlib.sha256).digest()
         headers = {

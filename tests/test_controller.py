@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,22 @@ def test_a_redelivery_makes_no_second_job(apps: Fleet) -> None:
     run = again.push(commit)
     assert again.push(commit) == run
     assert apps.ended(run)["outcome"] == "deployed"
+    assert apps.created(f"test-{run}") == 1
+
+
+def test_a_delivery_that_is_replayed_after_a_kill_runs_no_tests_again(apps: Fleet) -> None:
+    branchy = apps["branchy"]
+    commit = branchy.release("v1", branch="again")
+    replay = partial(apps.deliver, branchy.repository.bare, "refs/heads/again", commit, ident="one")
+    answer = replay().json()
+    assert answer["status"] == "accepted"
+    (run,) = answer["runs"]
+    assert apps.ended(run)["outcome"] == "tested"
+    eventually(lambda: not [*apps.spool.glob("*.json")], what="the cluster has the push")
+    apps.kill()
+    apps.start()
+    assert replay().json() == {"status": "duplicate", "runs": [run]}
+    assert not [*apps.spool.glob("*.json")]
     assert apps.created(f"test-{run}") == 1
 
 

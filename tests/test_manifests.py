@@ -359,12 +359,12 @@ def test_secrets_are_made_in_the_namespaces_that_mount_them() -> None:
     assert "--from-literal" not in commands, "a literal shows in process lists"
 
 
-def test_probes_ask_the_routes_of_the_first_port(installed: Installed) -> None:
+def test_probes_ask_the_port_that_strangers_do_not_reach(installed: Installed) -> None:
     ports = {p["name"]: p["containerPort"] for p in installed.container["ports"]}
     assert ports == {"http": 8080, "metrics": 8081}
     live, ready = installed.container["livenessProbe"], installed.container["readinessProbe"]
-    assert live["httpGet"] == {"path": "/healthz", "port": "http"}
-    assert ready["httpGet"] == {"path": "/readyz", "port": "http"}
+    assert live["httpGet"] == {"path": "/healthz", "port": "metrics"}
+    assert ready["httpGet"] == {"path": "/readyz", "port": "metrics"}
     assert [live[k] for k in ("initialDelaySeconds", "periodSeconds", "failureThreshold")] == [
         30,
         10,
