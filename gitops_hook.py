@@ -261,6 +261,9 @@ UNREACHABLE = re.compile(
     r"|timed out waiting for a connection|connection timed out|failure in name resolution|x509: "
 )
 OVERLOADED = {"InternalError", "ServerTimeout", "ServiceUnavailable", "Timeout", "TooManyRequests"}
+NAMED = {"AlreadyExists", "Conflict", "NotFound", "Unknown"}  # these quote no more than a name
+SERVER_WORD = re.compile(r'Error from server(?: \((\w+)\))?: |The \w+ (?:".*" )?is invalid')
+QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 class KubectlError(ProcessError):
@@ -268,20 +271,41 @@ class KubectlError(ProcessError):
 
     @property
     def kind(self) -> str:
-        """The API server's word, such as Conflict; or Unreachable, Invalid, Denied, Unknown.
+        """The API server's word, such as Conflict; or Unreachable, Invalid, Denied, Unknown."""
+        return self.word[0]
 
-        Of several refusals the one that may mend itself counts: the call is made again.
+    @property
+    def word(self) -> tuple[str, str]:
+        """The kind, and the line that tells it, without the texts that the line quotes.
+
+        Of several failures the one that may mend itself counts: the call is made again. But what
+        follows a refusal of an object's content may be that content, whatever it looks like.
         """
-        refused = r"^Error from server \((\w+)\).*$"
-        words = re.findall(refused, self.stderr, re.MULTILINE)
-        rest = re.sub(refused, "", LIBRARY_LOG.sub("", self.stderr), flags=re.MULTILINE)
-        if self.code is None or UNREACHABLE.search(rest) or OVERLOADED.intersection(words):
-            return "Unreachable"
-        if re.search("denied (the )?request", self.stderr):  # most of them Forbidden besides
-            return "Denied"
-        if not words and re.search(r"(?m)^The \w+ (.* )?is invalid", self.stderr):
-            return "Invalid"
-        return str(words[0]) if words else "Unknown"
+        if self.code is None:
+            return "Unreachable", ""
+        first = "Unknown", ""
+        for line in LIBRARY_LOG.sub("", self.stderr).split("\n"):
+            kind, plain = failure_kind(line)
+            if kind == "Unreachable":
+                return kind, plain
+            first = (kind, plain) if first[0] == "Unknown" else first
+            if kind not in NAMED:
+                break
+        return first
+
+
+def failure_kind(line: str) -> tuple[str, str]:
+    """Return what one line of kubectl's complaints says, and the line without quoted texts."""
+    plain, server = QUOTED.sub("", line), SERVER_WORD.match(line)
+    word = server[1] if server else None
+    if line.startswith("Warning: "):
+        return "Unknown", plain
+    if re.search("denied (the )?request", plain):  # most of them Forbidden besides
+        return "Denied", plain
+    if (line.startswith("The ") and server) or "etcdserver: request is too large" in plain:
+        return "Invalid", plain
+    away = word in OVERLOADED or (word is None and UNREACHABLE.search(plain))
+    return "Unreachable" if away else word or "Unknown", plain
 
 
 class RunError(HookError):
@@ -298,6 +322,11 @@ class StageError(RunError):
     """It ends red; live traffic is as it was, or was taken back."""
 
     outcome = Outcome.FAILED
+
+
+def refuse(detail: str, reason: Reason = Reason.MANIFEST_REFUSED) -> NoReturn:
+    """End a run because of its manifests."""
+    raise StageError(reason, detail)
 
 
 class SupersededError(RunError):
@@ -3891,12 +3920,12 @@ class Controller:
         except KubectlError as refused:
             service = self.deployer.service(task)
             # a role of ours that lacks a verb is not the manifest's fault, another Forbidden is
-            lacking = re.search(r"cannot \w+ resource", refused.stderr)
-            again = refused.kind in RETRIED and (lacking or refused.kind != "Forbidden")
-            again = again or HEALING_REFUSAL.search(refused.stderr) is not None
+            kind, said = refused.word
+            heals = HEALING_REFUSAL.search(said) or re.search("User  cannot [a-z]+ resource ", said)
+            again = heals if kind == "Forbidden" else kind in RETRIED
             if again or (service and service.run == task.run.id):
                 raise
-            full = "exceeded quota" in refused.stderr
+            full = kind == "Forbidden" and "exceeded quota: " in said
             reason = Reason.QUOTA_EXCEEDED if full else Reason.MANIFEST_INVALID
             ended = ends(Outcome.FAILED, reason, self.deployer.secrets.mask(refused.said), place)
         took, result = self.clock.monotonic() - started, ended.outcome if ended else "ok"

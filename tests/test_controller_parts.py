@@ -140,6 +140,10 @@ REFUSED = (
         ('User "system:x" cannot create resource "configmaps" in API group ""', None),
         ("status unknown for quota: small", None),
         ("unable to create new content in namespace x because it is being terminated", None),
+        ('violates "timed out, etcd"', "ManifestInvalid"),
+        ('violates "User "system:x" cannot create resource "', "ManifestInvalid"),
+        ('violates "exceeded quota: x"', "ManifestInvalid"),
+        ("violates it\nexceeded quota: x", "ManifestInvalid"),
     ],
 )
 def test_a_refusal_ends_a_deployment_unless_it_is_nobody_s_fault_or_ours(
