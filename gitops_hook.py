@@ -30,6 +30,7 @@ import base64
 import binascii
 import copy
 import difflib
+import errno
 import hashlib
 import hmac
 import http
@@ -39,9 +40,11 @@ import math
 import os
 import random
 import re
+import selectors
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -59,7 +62,7 @@ from datetime import datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
@@ -72,6 +75,7 @@ import waitress.task
 import yaml
 
 if TYPE_CHECKING:
+    from typing import IO
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 __version__ = "0.1.0"
@@ -878,6 +882,9 @@ def verify_delivery(
 # === pushes =======================================================================================
 
 REF_LENGTH = 500  # characters; file systems hold 255 bytes between two slashes
+FORBIDDEN_IN_REFS = re.compile(  # https://git-scm.com/docs/git-check-ref-format
+    r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|\.\Z|(\A|/)(\.|/|\Z)|\.lock(/|\Z)"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -964,15 +971,17 @@ def pushed_branch(data: Mapping[str, Any]) -> tuple[str, str]:
         deny(400, "Malformed", "after: not a full commit id")
     if set(after) == {"0"}:
         deny(200, "RefDeleted", "the branch was deleted")
-    if not valid_ref(ref):
+    if FORBIDDEN_IN_REFS.search(ref):
         deny(400, "Malformed", "ref: not a branch name that git allows")
+    if not valid_ref(ref):
+        deny(200, "OtherRef", "the name of the branch is too long, not UTF-8, or has control codes")
     return ref, after
 
 
 def valid_ref(ref: str) -> bool:
-    """Whether git would accept the name: https://git-scm.com/docs/git-check-ref-format."""
-    forbidden = r"[\x00-\x20~^:?*\[\\\x7f\ud800-\udfff]|\.\.|@\{|\.$|(^|/)(\.|/|$)|\.lock(/|$)"
-    return len(ref) <= REF_LENGTH and not re.search(forbidden, ref)
+    """Whether git allows a name and we carry it: it is UTF-8, and one line for whoever reads it."""
+    odd = re.search(r"[\x80-\x9f\u2028\u2029\ud800-\udfff]", ref)
+    return len(ref) <= REF_LENGTH and not (odd or FORBIDDEN_IN_REFS.search(ref))
 
 
 def commit_title(commits: Any, after: str) -> str:
@@ -1074,11 +1083,10 @@ class Spool:
         found = []
         for path in sorted(self.directory.glob("*.json")):
             try:
-                with path.open("rb") as file:
-                    found.append((path, parse_run(file.read(SPOOL_RECORD + 1))))
+                found.append((path, parse_run(read_plain(path))))
             except FileNotFoundError:
                 continue
-            except (ValueError, IsADirectoryError) as wrong:
+            except ValueError as wrong:
                 self._set_aside(path, str(wrong))
             except OSError as refused:
                 error("spool file cannot be read", file=path.name, detail=refused.strerror)
@@ -1094,6 +1102,15 @@ class Spool:
         with self._lock:
             self._names.discard(path.name)
         path.unlink(missing_ok=True)
+
+
+def read_plain(path: Path) -> bytes:
+    """Return what a stored push may hold; ValueError for a link, a pipe, a folder or the like."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("not a plain file")
+    # what has taken its place since cannot hold the program up either
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
+        return file.read(SPOOL_RECORD + 1)
 
 
 def parse_run(content: bytes) -> Run:

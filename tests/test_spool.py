@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -275,6 +277,32 @@ def test_a_folder_in_the_place_of_a_file_is_moved_aside(spool: hook.Spool) -> No
     assert aside(spool) == ["x.json"]
 
 
+def make_link(path: Path) -> None:
+    target = path.with_suffix(".target")
+    target.write_bytes(GOOD)
+    path.symlink_to(target)
+
+
+def make_socket(path: Path) -> None:
+    # its address may not be long
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(path.parent):
+        listener.bind(path.name)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, make_link, make_socket], ids=["pipe", "link", "socket"]
+)
+def test_what_is_no_plain_file_is_moved_aside_and_never_waited_for(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    opened(tmp_path).store([run(1)])
+    make(tmp_path / "spool" / "00-x.json")
+    spool = opened(tmp_path)
+    assert [found for _, found in spool.read()] == [run(1)]
+    assert aside(spool) == ["00-x.json"]
+
+
 def test_a_file_that_cannot_be_moved_aside_stands_in_nobody_s_way(spool: hook.Spool) -> None:
     for folder in ("x.json", "bad/x.json/y"):
         (spool.directory / folder).mkdir(parents=True)
@@ -323,7 +351,7 @@ def test_a_file_that_cannot_be_read_now_stays_for_later(
         def too_many(*args: Any, **more: Any) -> Any:
             raise OSError(24, "Too many open files")
 
-        broken.setattr(Path, "open", too_many)
+        broken.setattr(os, "open", too_many)
         assert spool.read() == []
     assert aside(spool) == []
     assert [found for _, found in spool.read()] == [run(1)]
