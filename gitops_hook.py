@@ -400,6 +400,7 @@ Seconds = Annotated[float, matching("[1-9][0-9]{0,4}[smh]", DURATION, scaled)]
 Pause = Annotated[float, matching("[0-9]{1,5}(ms|[smh])", DURATION, scaled)]
 SIZE = "(?!0)([1-5]?[0-9]|6[0-4])MiB|[1-9][0-9]{0,4}KiB"
 Bytes = Annotated[int, matching(SIZE, "a size up to 64MiB", scaled)]
+DiskBytes = Annotated[int, matching("[1-9][0-9]{0,3}MiB", "a size from 1MiB to 9999MiB", scaled)]
 
 TESTS = "pip install -r requirements.txt && python -m pytest tests/ -v --junitxml=$JUNIT_XML"
 TEST_POD = "{requests: {cpu: 250m, memory: 256Mi}, limits: {cpu: 500m, memory: 512Mi}}"
@@ -496,6 +497,7 @@ class Limits:
     queue_timeout: Annotated[Seconds, "1h", "wait for quota or a free place"]
     spool_files: Annotated[Count, "10000", "pushes stored, 16 KiB each; then 503"]
     kubectl: Annotated[Count, "8", "kubectl processes at once, watches apart"]
+    checkout: Annotated[DiskBytes, "64MiB", "what git may bring for one commit's manifests"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1132,34 +1134,83 @@ def parse_run(content: bytes) -> Run:
 # === kubectl ======================================================================================
 
 
+OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; in Python it is some times that
+COMPLAINT_BYTES = 2**20
+MEMORY_BYTES = 160 * 2**20  # of a child: the largest kustomization that is read takes 130 MB
+# A constant script: it sets the limits before the program begins, and for all that it starts.
+# `preexec_fn` is not safe beside threads, and prlimit(2) may come too late. Never the address space
+# (RLIMIT_AS), of which a Go program reserves more than it uses.
+BOUNDED = ("/bin/sh", "-c", 'ulimit -d "$1"; ulimit -f "$2"; shift 2; exec "$@"', "sh")
+
+
 def start(
     argv: Sequence[str], environ: Mapping[str, str] | None = None, **how: Any
-) -> subprocess.Popen[str]:
-    """Start a program, never in a shell; raises ConfigError when it cannot be. The one door."""
-    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "errors": "replace"}
+) -> subprocess.Popen[bytes]:
+    """Start a program, nothing of it read by a shell; raises ConfigError when it cannot be."""
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
     try:
-        return subprocess.Popen(argv, env=environ, encoding="utf-8", **how)  # noqa: S603 - no shell
+        return subprocess.Popen(argv, env=environ, **how)  # noqa: S603 - no shell
     except OSError as missing:
         raise ConfigError([f"{argv[0]} cannot be started: {missing.strerror}"]) from missing
 
 
 def execute(
-    argv: Sequence[str], timeout: float, stdin: str = "", environ: Mapping[str, str] | None = None
-) -> tuple[int | None, str, str]:
-    """Run a program to its end; return (exit code, stdout, stderr), the code None on a time-out."""
-    # as the leader of a group: its helpers end with it
-    with start(argv, environ, stdin=subprocess.PIPE, process_group=0) as process:
-        try:
-            printed = process.communicate(stdin, timeout)
-        except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            printed = process.communicate()
-            with suppress(ChildProcessError):
-                while True:  # as process 1 of a container it inherits what its helpers left
-                    os.waitpid(-process.pid, 0)
-            return None, *printed
-    return process.returncode, *printed
+    argv: Sequence[str],
+    timeout: float,
+    stdin: str = "",
+    environ: Mapping[str, str] | None = None,
+    file_bytes: int = OUTPUT_BYTES,
+) -> tuple[int | None, bytes, bytes]:
+    """Run a program to its end; return (exit code, stdout, stderr), the code None on a time-out.
+
+    Its memory is bounded, and what it writes to a file or prints; no limit at all if that is 0.
+    """
+    if (program := shutil.which(argv[0])) is None:
+        raise ConfigError([f"{argv[0]} cannot be started: {os.strerror(errno.ENOENT)}"])
+    limits = (*BOUNDED, f"{MEMORY_BYTES >> 10}", f"{file_bytes >> 9}") if file_bytes else ()
+    most = min(file_bytes or OUTPUT_BYTES, OUTPUT_BYTES)
+    with memory_file(stdin.encode()) as given, memory_file() as out:
+        how = {"stdin": given, "stdout": out, "process_group": 0}
+        code, stderr = finish(start((*limits, program, *argv[1:]), environ, **how), timeout)
+        if out.seek(0, os.SEEK_END) >= most:
+            return -signal.SIGXFSZ, b"", f"more than {most >> 10} KiB of output".encode()
+        out.seek(0)
+        return code, out.read(), stderr
+
+
+def memory_file(content: bytes = b"") -> IO[bytes]:
+    """Return a file to talk to a program by: a full disk must not keep us from switching back."""
+    try:
+        memory = getattr(os, "memfd_create", None)  # Linux
+        kind: Any = partial(os.fdopen, memory("file"), "w+b") if memory else tempfile.TemporaryFile
+        file: IO[bytes] = kind()
+    except OSError as refused:
+        raise ConfigError([f"no program can be started: {refused.strerror}"]) from refused
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+def finish(process: subprocess.Popen[bytes], timeout: float) -> tuple[int | None, bytes]:
+    """Wait for the end of a group's leader; return its exit code, None on a time-out, and stderr.
+
+    The rest of what is too long is read and dropped.
+    """
+    stderr, until = bytearray(), time.monotonic() + timeout
+    with process, selectors.DefaultSelector() as pipe:
+        pipe.register(cast(Any, process.stderr), selectors.EVENT_READ)
+        while (left := until - time.monotonic()) > 0 and pipe.select(left):
+            if chunk := os.read(cast(Any, process.stderr).fileno(), 65536):
+                stderr += chunk[: COMPLAINT_BYTES - len(stderr)]
+                continue
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(left), bytes(stderr)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            while True:  # as process 1 of a container it inherits what its helpers left
+                os.waitpid(-process.pid, 0)
+    return None, bytes(stderr)
 
 
 class Kubectl:
@@ -1178,14 +1229,15 @@ class Kubectl:
     ) -> str:
         """Return what one call prints; raises KubectlError, after a time-out of unknown effect."""
         with self._places:
-            code, stdout, stderr = execute((self.program, "-n", namespace, *args), timeout, stdin)
+            code, *printed = execute((self.program, "-n", namespace, *args), timeout, stdin)
+        stdout, stderr = (text.decode(errors="replace") for text in printed)
         failure = None if code == 0 else KubectlError([self.program, *args], code, stderr, stdout)
         self.metrics.kubectl.labels(args[0], failure.kind if failure else "ok").inc()
         if failure:
             raise failure
         return stdout
 
-    def stream(self, *args: str, namespace: str) -> subprocess.Popen[str]:
+    def stream(self, *args: str, namespace: str) -> subprocess.Popen[bytes]:
         """Start a call that goes on: a watch, a rollout status. The caller ends it."""
         return start((self.program, "-n", namespace, *args))
 
@@ -1199,6 +1251,12 @@ class Kubectl:
         """Return the objects that match, e.g. `-l`, "a=b" or `--field-selector`, "a=b"."""
         found = json.loads(self.run("get", resource, *filters, "-o", "json", namespace=namespace))
         return [*found["items"]]
+
+    def names(self, resource: str, namespace: str, labels: str) -> Sequence[str]:
+        """Return the names of what has these labels; as a table, in which there is no content."""
+        args = ("get", resource, "-l", labels, "--no-headers")
+        rows = self.run(*args, namespace=namespace).split("\n")
+        return [row.partition(" ")[0] for row in rows if row]
 
     def create(self, objects: Sequence[Object], namespace: str) -> None:
         """Create what is not there yet; what exists under the same name is left as it is."""
@@ -1222,9 +1280,10 @@ class Kubectl:
             named = {o["metadata"]["name"]: o for o in objects}
             if len(named) == 1:
                 return dict.fromkeys(named, failed)
-            known = re.finditer(r'.+\(AlreadyExists\): .*"(.+)" already exists', failed.stderr)
+            exists = r'(?m)^Error from server \(AlreadyExists\): .*"([^"\n]+)" already exists$'
+            known = re.finditer(exists, failed.stderr)
             refused = {m[1]: KubectlError([self.program, *args], 1, m[0]) for m in known}
-            made = {line.rpartition("/")[2] for line in failed.stdout.split()}
+            made = {line.rpartition("/")[2] for line in failed.stdout.split("\n")}
             for left in [o for n, o in named.items() if n not in made | refused.keys()]:
                 refused |= self.create_each([left], namespace)
             return refused
@@ -1268,7 +1327,11 @@ CREDENTIAL_HELPER = (
     'credential.helper=!f() { test "$1" = get && test -r "$CREDENTIALS_FILE"'
     ' && git credential-store --file "$CREDENTIALS_FILE" get; }; f'
 )
-GIT = ("git", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER)
+GIT = (
+    *("git", "--literal-pathspecs", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER),
+    # what is large is not unpacked in memory, and nothing file by file: one pack has one size
+    *("-c", "core.bigFileThreshold=1m", "-c", "fetch.unpackLimit=1"),
+)
 GIT_ENVIRONMENT = {
     "GIT_ALLOW_PROTOCOL": "https:http:file",
     "GIT_ASKPASS": "",
@@ -1280,52 +1343,150 @@ GIT_ENVIRONMENT = {
 }
 
 
+HEADS_BYTES = 4 * 2**20  # of the list of branches; of some 40,000 with names of usual length
+WARN_SECONDS = 3600.0
+FOLDER_FILES = 500
+GIT_FULL = re.compile(r"(?m)^(fatal|error): .*([Oo]ut of memory|Cannot allocate|File too large)")
+
+
 class Git:
     """The one door to git: no hooks, no prompts, no submodules, nobody's configuration.
 
     Credentials are read by git's own helper from a file, so they are in no URL, argv or log.
     """
 
-    def __init__(self, credentials: Path, timeout: float = GIT_TIMEOUT) -> None:
-        self.credentials, self.timeout = credentials, timeout
+    def __init__(self, credentials: Path, timeout: float = GIT_TIMEOUT, limit: int = 2**26) -> None:
+        self.credentials, self.timeout, self.limit = credentials, timeout, limit
+        self.deployed: Mapping[str, Sequence[str]] = {}  # by address the refs that matter most
         self._places: dict[str, threading.Semaphore] = {}
+        self._alone = threading.Semaphore()
+        self._warned: dict[str, float] = {}  # by address, when of refs that are skipped
 
-    def run(self, *args: str, directory: Path | None = None, patience: int = 1) -> str:
-        """Return what one git call prints; raises GitError."""
+    def run(
+        self,
+        *args: str,
+        directory: Path | None = None,
+        patience: int = 1,
+        file_bytes: int = OUTPUT_BYTES,
+        stdin: str = "",
+    ) -> str:
+        """Return what one git call prints, bytes that are no UTF-8 as surrogates; or GitError."""
         kept = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
         environ = {**kept, **GIT_ENVIRONMENT, "CREDENTIALS_FILE": str(self.credentials)}
         where = ("-C", str(directory)) if directory else ()
         timeout = patience * self.timeout
-        code, stdout, stderr = execute((*GIT, *where, *args), timeout, environ=environ)
+        code, *printed = execute((*GIT, *where, *args), timeout, stdin, environ, file_bytes)
+        stdout, stderr = (text.decode(errors="surrogateescape") for text in printed)
         if code != 0:
-            told = [a for a in args if not a.startswith("-")]  # the address above all
+            told = [a for a in args if not re.match(r"-|[A-Za-z.]+=", a)]  # the address above all
             raise GitError(("git", *told), code, stderr, stdout)
         return stdout
 
     def heads(self, url: str) -> dict[str, str]:
-        """Return the commit of every branch, by full ref name; of one server, few at a time."""
+        """Return the commit of every branch, by full ref name; of too many only those deployed.
+
+        Of one server, few at a time.
+        """
         host = (normalise_url(url) or ("", ""))[0]
         place = self._places.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
         if not place.acquire(timeout=self.timeout):
             raise GitError(("git", "ls-remote"), None, f"too many wait for {clip(host)}")
+        ask = ("ls-remote", "--heads", "--", url)
         try:
-            lines = self.run("ls-remote", "--heads", "--", url).splitlines()
+            listed = self.run(*ask, file_bytes=HEADS_BYTES)
+        except GitError as failed:
+            if failed.code != -signal.SIGXFSZ or url not in self.deployed:
+                raise
+            listed = self.run(*ask, *self.deployed[url])  # and whatever ends like them
         finally:
             place.release()
-        found = (line.partition("\t") for line in lines)
-        return {ref: sha for sha, _, ref in found if SHA.fullmatch(sha) and valid_ref(ref)}
+        return self._carried(url, [line.partition("\t") for line in listed.split("\n")])
+
+    def _carried(self, url: str, lines: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+        """Return the commit of each ref, but for refs that we do not carry.
+
+        Whoever may push one of those must not keep us from reading the others.
+        """
+        found = [(ref, sha) for sha, _, ref in lines if SHA.fullmatch(sha)]
+        heads = {ref: sha for ref, sha in found if valid_ref(ref)}
+        odd = [ref for ref, _ in found if ref not in heads]
+        if len(heads) + len(odd) < len(found):
+            raise GitError(("git", "ls-remote", url), 1, "it lists a branch twice")
+        if odd and time.monotonic() > self._warned.get(url, 0.0):
+            self._warned[url] = time.monotonic() + WARN_SECONDS
+            first = clip(ascii(odd[0]), 120)
+            warn("branches left out for their names", repository=url, count=len(odd), first=first)
+        return heads
 
     def checkout(self, url: str, commit: str, directory: Path, *, symlinks: bool) -> None:
         """Put exactly this commit into a new directory; symlinks may become plain files."""
-        if not SHA.fullmatch(commit):
-            raise GitError(("git", "fetch"), 1, f"{commit!r} is not a commit id")
-        links = f"core.symlinks={'true' if symlinks else 'false'}"
-        form = {40: "sha1", 64: "sha256"}[len(commit)]
-        self.run("init", "--quiet", f"--object-format={form}", "--", str(directory))
+        self._init(commit, directory)
         fetch = ("fetch", "--quiet", "--depth=1", "--no-tags", "--", url, commit)
         # a large one takes its time; a server that does not send is cut off by the low speed
-        self.run(*fetch, directory=directory, patience=10)
-        self.run("-c", links, "checkout", "--quiet", "--detach", "FETCH_HEAD", directory=directory)
+        self.run(*fetch, directory=directory, patience=10, file_bytes=0)
+        links = f"core.symlinks={'true' if symlinks else 'false'}"
+        write = ("-c", links, "checkout", "--quiet", "--detach", "FETCH_HEAD")
+        self.run(*write, directory=directory, file_bytes=0)
+
+    def _init(self, commit: str, directory: Path) -> None:
+        if not SHA.fullmatch(commit):
+            raise GitError(("git", "fetch"), 1, f"{commit!r} is not a commit id")
+        form = {40: "sha1", 64: "sha256"}[len(commit)]
+        self.run("init", "--quiet", f"--object-format={form}", "--", str(directory))
+
+    @contextmanager
+    def manifests(self, url: str, commit: str, path: str) -> Iterator[Path]:
+        """Bring the top folder of a path at a commit; one block at a time reads what was brought.
+
+        Raises StageError where that is too much, and GitError where another try may help.
+        """
+        top = (*PurePosixPath(path).parts, ".")[0]
+        with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
+            root = Path(folder) / "src"
+            try:
+                self._fetch_folder(url, commit, top, root)
+                with self._alone:
+                    self._write_folder(commit, top, root)
+                    yield root
+            except GitError as failed:
+                known, full = failed.code == -signal.SIGXFSZ, GIT_FULL.search(failed.stderr)
+                if known or full or any(f.lstat().st_size >= self.limit for f in root.rglob("*")):
+                    why = failed.said if known else "git needs more disk or memory"
+                    most = f"{FOLDER_FILES} files and {self.limit >> 20} MiB (limits.checkout)"
+                    told = f"{clip(top, 80)!r} has more than {most}: {why}"
+                    refuse(f"{told}; give the manifests a folder of their own")
+                raise
+
+    def _fetch_folder(self, url: str, commit: str, top: str, root: Path) -> None:
+        """Fetch a commit without its files, then the files of a folder, once they are counted.
+
+        A server that knows no filters sends all at once, to the same limit.
+        """
+        self._init(commit, root)
+        remote = ("-c", f"remote.origin.url={url}", "-c", "remote.origin.promisor=true")
+        fetch = (*remote, "fetch", "--quiet", "--no-tags", "--filter=blob:none")
+        how: Any = {"directory": root, "patience": 10, "file_bytes": self.limit}
+        self.run(*fetch, "--depth=1", "--", "origin", commit, **how)
+        if blobs := "".join(f"{blob}\n" for _, _, blob, *_ in self._listed(commit, top, root)):
+            self.run(*fetch, "--no-write-fetch-head", "--stdin", "origin", stdin=blobs, **how)
+
+    def _write_folder(self, commit: str, top: str, root: Path) -> None:
+        """Write out the files of a folder, once they are measured; links become plain files."""
+        files = self._listed(commit, top, root, "--long")
+        if (total := sum(int(size) for *_, size in files if size.isdigit())) > self.limit:
+            raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {total >> 20} MiB")
+        if files:
+            write = ("-c", "core.symlinks=false", "checkout", "--quiet", commit, "--", top)
+            self.run(*write, directory=root, file_bytes=self.limit)
+
+    def _listed(self, commit: str, top: str, root: Path, *options: str) -> list[list[str]]:
+        """Return mode, type, id and with --long the size of each file in a folder."""
+        ask = ("ls-tree", "-r", "-z", *options, commit, "--", top)
+        entries = self.run(*ask, directory=root, file_bytes=FOLDER_FILES * 4096).split("\0")[:-1]
+        if len(entries) > FOLDER_FILES:
+            raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {len(entries)} files")
+        heads = [entry.partition("\t")[0].split() for entry in entries]
+        return [head for head in heads if head[1] == "blob"]
 
 
 # === job manifests ================================================================================
@@ -1476,8 +1637,9 @@ def junit_summary(report: Path) -> str:
 
 # === app manifests ================================================================================
 
-MANIFEST_BYTES = 2 * 1024 * 1024  # of one file, or of what kustomize prints
-MANIFEST_NODES = 50_000  # keys and values in it, a kilobyte of memory each
+MANIFEST_BYTES = 2 * 1024 * 1024  # of all files that are read, or of what kustomize prints
+MANIFEST_NODES = 50_000  # keys and values in them, a kilobyte of memory each
+LONGEST_NUMBER = 1000  # characters
 CONFIGMAP_BYTES = 1024 * 1024 - 4096  # what the API server takes, its own additions left out
 UNSHAPED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 INVALID = Reason.MANIFEST_INVALID
@@ -1494,12 +1656,8 @@ KUSTOMIZE_PATHS = {  # the keys under which kustomize reads, or fetches, what is
     *("patchesstrategicmerge", "path", "files", "envs", "env"),
 }
 KUSTOMIZE_TEXTS = {"commonlabels", "commonannotations", "labels", "metadata", "generatoroptions"}
+GO_FULL = re.compile(r"(?m)^fatal error: .*(out of memory|cannot allocate memory)")
 KUSTOMIZE_REFUSED = {"generators", "transformers", "validators", "helmcharts", "helmglobals"}
-
-
-def refuse(detail: str, reason: Reason = Reason.MANIFEST_REFUSED) -> NoReturn:
-    """End a run because of its manifests."""
-    raise StageError(reason, detail)
 
 
 class ManifestLoader(yaml.SafeLoader):
@@ -1507,12 +1665,25 @@ class ManifestLoader(yaml.SafeLoader):
 
     nodes = 0
 
-    def compose_node(self, *where: Any) -> yaml.Node | None:
-        """Return the next node, unless there were too many."""
-        self.nodes += 1
+    def count(self, nodes: int) -> None:
+        """Count nodes, unless there were too many."""
+        self.nodes += nodes
         if self.nodes > MANIFEST_NODES:
             raise yaml.YAMLError(f"more than {MANIFEST_NODES} keys and values")
-        return super().compose_node(*where)
+
+    def compose_node(self, *where: Any) -> yaml.Node | None:
+        """Return the next node; a long number is none, as reading one takes its length squared."""
+        self.count(1)
+        node: yaml.Node | None = super().compose_node(*where)
+        number = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))
+        if node and number and len(node.value) > LONGEST_NUMBER:
+            raise yaml.YAMLError(f"a number of {len(node.value)} characters{node.start_mark}")
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what `<<` names into a mapping, and so count it each time that it is put anywhere."""
+        super().flatten_mapping(node)
+        self.count(len(node.value))
 
 
 ManifestLoader.yaml_implicit_resolvers = {
@@ -1521,17 +1692,32 @@ ManifestLoader.yaml_implicit_resolvers = {
 }
 
 
-def parse_documents(text: str, source: str) -> list[Object]:
+class Room:
+    """How much may still be read for one environment, over all its files."""
+
+    def __init__(self) -> None:
+        self.bytes, self.characters = MANIFEST_BYTES, 2 * MANIFEST_BYTES + 2**19
+
+    def take(self, source: str, amount: int = 0, expanded: int = 0) -> None:
+        """Take bytes of a file, or characters of what its anchors expand to; end the run at 0."""
+        self.bytes -= amount
+        self.characters -= expanded
+        if self.bytes < 0:
+            told = f"the manifests that are read have more than {MANIFEST_BYTES >> 20} MiB together"
+            refuse(f"{source}: {told}; take out what is not needed", INVALID)
+        if self.characters < 0:
+            refuse(f"{source}: expands to too much; its anchors multiply", INVALID)
+
+
+def parse_documents(text: str, source: str, room: Room | None = None) -> list[Object]:
     """Return the documents of a YAML or JSON text; faults name file and line."""
-    chunks, left, in_json = [], 2 * len(text) + 2**19, source.endswith(".json")
+    chunks, in_json, room = [], source.endswith(".json"), room or Room()
     try:
         read = [json.loads(text)] if in_json else yaml.load_all(text, ManifestLoader)
         # through JSON: what it cannot say is refused, and what anchors share is copied, to a limit
         for chunk in json.JSONEncoder(allow_nan=False, ensure_ascii=False).iterencode([*read]):
             chunks.append(chunk)
-            left -= len(chunk)
-            if left < 0:
-                refuse(f"{source}: expands to too much; its anchors multiply", INVALID)
+            room.take(source, expanded=len(chunk))
         documents = [d for d in json.loads("".join(chunks)) if d is not None]
     except (yaml.YAMLError, *UNSHAPED) as wrong:
         said = str(wrong).replace('"<unicode string>", ', "")
@@ -1541,10 +1727,10 @@ def parse_documents(text: str, source: str) -> list[Object]:
     return documents
 
 
-def parse_objects(text: str, source: str) -> list[tuple[str, Object]]:
+def parse_objects(text: str, source: str, room: Room | None = None) -> list[tuple[str, Object]]:
     """Return the Kubernetes objects in a text, those in Lists too, each with what to call it."""
     found: list[Any] = []
-    for document in parse_documents(text, source):
+    for document in parse_documents(text, source, room):
         items, kind = document.get("items"), str(document.get("kind"))
         found += items if isinstance(items, list) and kind.endswith("List") else [document]
     try:
@@ -1554,28 +1740,29 @@ def parse_objects(text: str, source: str) -> list[tuple[str, Object]]:
     return [(f"{source}: {clip(n, 100)}", o) for n, o in zip(names, found, strict=True)]
 
 
-def read_text(root: Path, file: Path) -> tuple[str, str]:
+def read_text(root: Path, file: Path, room: Room) -> tuple[str, str]:
     """Return the text of a file of the commit, and its path in there."""
     source = str(file.relative_to(root))
-    if file.is_symlink() or not file.is_file() or file.stat().st_size > MANIFEST_BYTES:
-        refuse(f"{source}: not a plain file of at most {MANIFEST_BYTES >> 20} MiB", INVALID)
+    if file.is_symlink() or not file.is_file():
+        refuse(f"{source}: not a plain file", INVALID)
+    room.take(source, file.stat().st_size)
     try:
-        return file.read_text("utf-8-sig"), source
+        return file.read_bytes().decode("utf-8-sig"), source
     except UnicodeDecodeError:
         refuse(f"{source}: not UTF-8", INVALID)
 
 
 def read_manifests(root: Path, path: str) -> list[tuple[str, Object]]:
     """Return the objects of an app's manifests folder, plain or built by kustomize."""
-    root, directory = root.resolve(), (root / path).resolve()
+    root, directory, room = root.resolve(), (root / path).resolve(), Room()
     if not directory.is_dir() or not directory.is_relative_to(root):
         refuse(f"there is no folder {path!r} in the commit", INVALID)
     if any((directory / k).exists() for k in KUSTOMIZATIONS):
-        check_kustomization(root, directory, [])
-        return parse_objects(kustomize(directory), f"{path}/kustomization")
+        check_kustomization(root, directory, [], room)
+        return parse_objects(kustomize(directory), f"{path}/kustomization", room)
     files = [f for f in sorted(directory.iterdir()) if f.suffix in (".yaml", ".yml", ".json")]
-    texts = [read_text(root, f) for f in files if not f.name.startswith(".")]
-    return [o for text in texts for o in parse_objects(*text)]
+    texts = [read_text(root, f, room) for f in files if not f.name.startswith(".")]
+    return [o for text in texts for o in parse_objects(*text, room)]
 
 
 def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -1586,21 +1773,21 @@ def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from walk(name, inner)
 
 
-def check_kustomization(root: Path, directory: Path, visits: list[str]) -> None:
+def check_kustomization(root: Path, directory: Path, visits: list[str], room: Room) -> None:
     """Refuse a kustomization that names what is not in the commit: kubectl would fetch it."""
     for file in [directory / k for k in KUSTOMIZATIONS if (directory / k).exists()]:
-        text, where = read_text(root, file)
+        text, where = read_text(root, file, room)
         visits.append(where)
         if len(visits) > KUSTOMIZATION_VISITS:
             refuse(f"{where}: includes itself, or is one of too many")
-        for path in kustomize_paths(parse_documents(text, where), where):
+        for path in kustomize_paths(parse_documents(text, where, room), where):
             # kustomize takes a URL for one, and github.com too, even where a file has that name
             named = re.fullmatch(r"(?!github\.com)[\w./ +=~-]{1,200}", path, re.IGNORECASE)
             target = (directory / path).resolve() if named else root.parent
             if not target.is_relative_to(root) or not target.exists():
                 refuse(f"{where}: {clip(path, 80)!r} is not in the commit; copy it there")
             if target.is_dir():
-                check_kustomization(root, target, visits)
+                check_kustomization(root, target, visits, room)
 
 
 def kustomize_paths(documents: Iterable[Object], where: str) -> list[str]:
@@ -1619,12 +1806,14 @@ def kustomize(directory: Path) -> str:
     """Return what `kubectl kustomize` makes of a folder, without git, network and home."""
     with tempfile.TemporaryDirectory() as home:
         closed = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-        argv = (shutil.which("kubectl") or "kubectl", "kustomize", str(directory))
-        environ = {"PATH": home, "HOME": home, **closed}
-        code, stdout, stderr = execute(argv, timeout=KUBECTL_TIMEOUT, environ=environ)
-    if code != 0 or len(stdout) > MANIFEST_BYTES:
+        environ = {"PATH": home, "HOME": home, "GOMAXPROCS": "1", **closed}
+        argv = ("kubectl", "kustomize", str(directory))
+        code, *printed = execute(argv, KUBECTL_TIMEOUT, "", environ, MANIFEST_BYTES)
+    stdout, stderr = (text.decode(errors="replace") for text in printed)
+    if code != 0:
         said = clip(stderr.replace(str(directory), "")) or "it makes too much, or does not end"
-        refuse(f"kustomize: {said}", INVALID)
+        memory = f"it takes more than {MEMORY_BYTES >> 20} MiB of memory; make it smaller"
+        refuse(f"kustomize: {memory if GO_FULL.search(stderr) else said}", INVALID)
     return stdout
 
 
@@ -2014,7 +2203,7 @@ class Watch(Generic[V]):
         self.trouble, self._lock = "not listed yet", threading.RLock()
         self._view: Callable[[Object], V] = view
         self._items: dict[str, V] = {}
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def items(self) -> list[V]:
         """Return what is known now."""
@@ -2082,9 +2271,10 @@ class Watch(Generic[V]):
         deadline.start()
         pulse()
         try:
-            for line in process.stdout or ():
+            # of a line that is too long only a part is read, which is no JSON
+            for line in iter(partial(cast(Any, process.stdout).readline, OUTPUT_BYTES), b""):
                 pulse()
-                event = json.loads(line)
+                event = json.loads(line.decode(errors="replace"))
                 if event["type"] == "ERROR":  # 410 above all: the version is forgotten
                     break
                 self._take(event["type"], event["object"])
@@ -2092,7 +2282,8 @@ class Watch(Generic[V]):
             deadline.cancel()
             process.kill()
             _, stderr = process.communicate()
-        return (clip(stderr) or "ended at once") if time.monotonic() - began < SHORT_WATCH else ""
+        said = clip(stderr.decode(errors="replace")) or "ended at once"
+        return said if time.monotonic() - began < SHORT_WATCH else ""
 
     def _take(self, kind: str, found: Object) -> None:
         """Let one event change the mirror."""
@@ -2605,10 +2796,9 @@ class Deployer:
 
     def prepare(self, task: Task, pods: Watch[Pod]) -> tuple[Release, Service | None]:
         """Do everything before the switch; return what may go live, and the Service as claimed."""
-        with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
-            checkout = Path(folder) / "src"
-            self.git.checkout(task.app.repository, task.run.commit, checkout, symlinks=False)
-            found = read_manifests(checkout, task.app.deploy.manifests)
+        where = (task.app.repository, task.run.commit, path := task.app.deploy.manifests)
+        with self.git.manifests(*where) as checkout:
+            found = read_manifests(checkout, path)
         objects, ignored = check_objects(task.app, task.namespace, found)
         release = render(task.app, task.run, task.image, self.place(task), objects)
         claimed = self.claim(task, release)
@@ -2867,7 +3057,7 @@ class Deployer:
             if container.kind != "sidecar" and (container.exit_code or not container.ready)
         ]
         for name, container in failed[:1]:
-            printed = self.kubectl.logs(name, container, namespace).splitlines()[-20:]
+            printed = self.kubectl.logs(name, container, namespace).split("\n")[-20:]
             detail = "\n".join([detail, *(clip(line, 200) for line in printed)])
         return self.secrets.mask(detail)
 
@@ -3220,13 +3410,12 @@ class Deployer:
             left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
             self.kubectl.delete("deployment", left, namespace)
             self.kubectl.delete("service", [f"{name}-preview"], namespace)
-        found = self.kubectl.list("configmaps", namespace, "-l", ours)
+        found = self.kubectl.names("configmaps", namespace, ours)
         now = self.service(task)
         # whoever made one of them after the first look has claimed the Service by now
         if (now.version if now else 0) == (service.version if service else 0):
             # a release has the text of its copies: applying it makes them again
-            names = (m["metadata"]["name"] for m in found)
-            self.kubectl.delete("configmap", [n for n in names if n not in named], namespace)
+            self.kubectl.delete("configmap", [n for n in found if n not in named], namespace)
 
     # Rollback on request.
 
@@ -4227,7 +4416,9 @@ class Tools:
             document = (found.get("data") or {}).get("config.yaml", "")
         config, secrets = load_config(document), Secrets(process.secrets)
         kubectl = Kubectl(metrics, config.limits.kubectl)
-        git = Git(secrets.directory / GIT_CREDENTIALS)
+        git = Git(secrets.directory / GIT_CREDENTIALS, limit=config.limits.checkout)
+        refs = {(a.repository, a.deploy_ref) for a in config.apps}
+        git.deployed = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
         return cls(process, config, Deployer(kubectl, git, secrets, Clock()))
 
     def app(self, name: str) -> App:
@@ -4486,9 +4677,7 @@ def plan(tools: Tools, args: argparse.Namespace) -> int:
     say(f"run: {run.id}" + (f", superseded: {app.branch} is at {head}" if commit != head else ""))
     ask = partial(show, tools)
     told = [ask("rejected", rejection, run), ask("permissions", missing_rights, app)]
-    with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
-        checkout = Path(folder) / "src"
-        deployer.git.checkout(app.repository, commit, checkout, symlinks=False)
+    with deployer.git.manifests(app.repository, commit, app.deploy.manifests) as checkout:
         for name in ("test", "build", *app.deploy.environments):
             told += [ask(f"{name}, quota", quota, spaces[name])]
         for name in app.deploy.environments:
@@ -4595,7 +4784,7 @@ def difference(tools: Tools, namespace: str, wanted: Object) -> str:
         meta = spec.get("template", {}).get("metadata", {})
         notes = {**meta.pop("annotations", {}), "kubectl.kubernetes.io/restartedAt": None}
         meta["annotations"] = {k: v for k, v in notes.items() if v is not None}
-    old, new = (yaml.safe_dump(spec).splitlines() for spec in specs)
+    old, new = (yaml.safe_dump(spec).split("\n")[:-1] for spec in specs)
     lines = difflib.unified_diff(old, new, f"{name} now", f"{name} then", lineterm="")
     return "".join(f"\n  {line}" for line in lines)
 

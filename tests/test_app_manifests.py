@@ -34,6 +34,7 @@ from gitops_hook import (
     read_manifests,
     render,
 )
+from tests.memory import peak_of
 from tests.standin.kubectl import find_kubectl
 
 Object = dict[str, Any]
@@ -243,6 +244,12 @@ BOMB = "\n".join(
 )
 
 
+MERGES = "\n".join(
+    ["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 60))]
+)
+ITEMS = ", ".join(f"k{i}: 1" for i in range(10_000))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -276,7 +283,11 @@ BOMB = "\n".join(
         ("kind: List\nitems: [5, text]", "not a Kubernetes object"),
         ("kind: X\n\x00", ""),
         (b"kind: \xff\xfe", "not UTF-8"),
-        (b"kind: X\na: " + b"x" * 2_100_000, "not a plain file of at most 2 MiB"),
+        (b"kind: X\na: " + b"x" * 2_100_000, "more than 2 MiB together; take out"),
+        (f"kind: X\na: {'1:' * 200_000}1\n", "a number of 400001 characters in line 2"),
+        (f"kind: X\na: !!float {'1:' * 200_000}1\n", "a number of 400001 characters"),
+        (MERGES, "more than 50000 keys and values"),
+        (f"a: &a {{{ITEMS}}}\nb: {{<<: [{'*a,' * 10_000}*a]}}", "more than 50000 keys and values"),
     ],
     ids=[
         "tab",
@@ -310,6 +321,10 @@ BOMB = "\n".join(
         "nul",
         "latin",
         "large",
+        "long-number",
+        "long-float",
+        "merges",
+        "wide-merge",
     ],
 )
 def test_what_cannot_be_read_is_named_with_file_and_line(
@@ -321,6 +336,38 @@ def test_what_cannot_be_read_is_named_with_file_and_line(
     assert detail.startswith("deploy/app.yaml: ")
     assert said in detail
     assert time.process_time() - began < 10
+
+
+def test_the_bound_of_what_is_read_is_for_all_files_together(tmp_path: Path) -> None:
+    comments = {f"c{i}.yaml": "# comment\n" * 70_000 for i in range(3)}
+    assert len(read(tmp_path, **{"app.yaml": ALL, **dict([*comments.items()][:2])})) == 3
+    reason, detail = fault(lambda: read(tmp_path, **comments))
+    told = "the manifests that are read have more than 2 MiB together; take out what is not needed"
+    assert (reason, detail) == (Reason.MANIFEST_INVALID, f"deploy/c2.yaml: {told}")
+
+
+def test_the_bound_of_what_anchors_copy_is_for_all_files_together(tmp_path: Path) -> None:
+    text = f"kind: X\nmetadata: {{name: x}}\na: &a {'x' * 4000}\nb: [{'*a, ' * 90}*a]\n"
+    assert len(read(tmp_path / "few", **{f"{i}.yaml": text for i in range(5)})) == 5
+    said = refusal(lambda: read(tmp_path / "many", **{f"{i}.yaml": text for i in range(40)}))
+    assert (said or "").endswith("expands to too much; its anchors multiply")
+
+
+READ = """
+import sys
+try:
+    print(len(gitops_hook.read_manifests(Path(sys.argv[1]), "deploy")))
+except gitops_hook.StageError as refused:
+    print(refused)
+"""
+
+
+def test_150_files_of_comments_are_refused_in_little_memory(tmp_path: Path) -> None:
+    comments = b"# comment\n" * 209_000
+    write(tmp_path, **{f"deploy/c{i}.yaml": comments for i in range(150)})
+    said, peak = peak_of(READ, str(tmp_path))
+    assert said.startswith("ManifestInvalid: deploy/c1.yaml: the manifests that are read have more")
+    assert peak < 150
 
 
 @pytest.mark.parametrize(
@@ -525,6 +572,50 @@ def test_a_kustomization_that_cannot_be_built_says_why(
     assert reason is Reason.MANIFEST_INVALID
     assert detail.startswith(said)
     assert str(tmp_path) not in detail
+
+
+LEVELS = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+ANCHORS = "\n".join([CONFIGMAP, "a0: &a0 [x, x, x, x, x, x, x, x, x]", *LEVELS])
+
+
+@pytest.mark.usefixtures("_kubectl")
+@pytest.mark.parametrize(
+    ("text", "file"),
+    [
+        ("resources: [file]", ANCHORS.encode()),
+        ("configMapGenerator: [{name: x, files: [file]}]", b"x" * 100_000_000),
+    ],
+    ids=["anchors", "generator"],
+)
+def test_a_kustomization_that_takes_too_much_memory_is_refused(
+    tmp_path: Path, text: str, file: bytes
+) -> None:
+    write(tmp_path, **{"kustomization.yaml": text, "file": file})
+    said, peak = peak_of(READ, str(tmp_path))
+    assert said.startswith("ManifestInvalid: kustomize: it takes more than 160 MiB of memory")
+    assert peak < 260
+
+
+@pytest.mark.usefixtures("_kubectl")
+def test_what_a_kustomization_makes_is_bounded(tmp_path: Path) -> None:
+    text = "configMapGenerator: [{name: x, files: [file]}]"
+    reason, detail = fault(
+        lambda: read(tmp_path, **{"kustomization.yaml": text, "file": "x" * 2_100_000})
+    )
+    assert (reason, detail) == (
+        Reason.MANIFEST_INVALID,
+        "kustomize: more than 2048 KiB of output",
+    )
+
+
+@pytest.mark.usefixtures("_kubectl")
+def test_a_kustomization_of_as_much_as_is_read_is_built(tmp_path: Path) -> None:
+    deployments = [DEPLOYMENT.replace("name: web,", f"name: web-{i},") for i in range(500)]
+    text = "namePrefix: my-\ncommonLabels: {a: b}\nresources: [file]"
+    assert (
+        len(read(tmp_path, **{"kustomization.yaml": text, "file": "\n---\n".join(deployments)}))
+        == 500
+    )
 
 
 @pytest.mark.usefixtures("_kubectl")

@@ -675,8 +675,12 @@ def test_a_forgotten_version_is_listed_anew(puppet: Puppet) -> None:
         ("echo '{{}}'; exec sleep 60", "not an API server's answer: "),
         ("echo '[]'; exec sleep 60", "not an API server's answer: TypeError"),
         (r"printf '\377\n'; exec sleep 60", "not an API server's answer: JSONDecodeError"),
+        (
+            "head -c 40000000 /dev/zero; exec sleep 60",
+            "not an API server's answer: JSONDecodeError",
+        ),
     ],
-    ids=["fails", "ends", "talks", "another object", "another type", "no text"],
+    ids=["fails", "ends", "talks", "another object", "another type", "no text", "endless line"],
 )
 @pytest.mark.parametrize("part", ["list", "watch"])
 def test_a_watch_that_does_not_work_is_told(

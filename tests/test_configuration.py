@@ -131,6 +131,8 @@ def test_values_do_not_change() -> None:
         ("apps: []\nwebhook: {verify: false}", "webhook.verify: False is not signature, token"),
         ("apps: []\nwebhook: {max_body: 5MB}", "webhook.max_body: '5MB' is not a size up to 64MiB"),
         ("apps: []\nwebhook: {max_body: 0MiB}", "webhook.max_body: '0MiB' is not a size"),
+        ("apps: []\nlimits: {checkout: 0MiB}", "limits.checkout: '0MiB' is not a size from 1MiB"),
+        ("apps: []\nlimits: {checkout: 1GiB}", "limits.checkout: '1GiB' is not a size from 1MiB"),
         ("apps: []\nwebhook: {max_body: 99MiB}", "webhook.max_body: '99MiB' is not a size"),
         ("apps: []\ncatch_up: 0s", "catch_up: '0s' is not a duration (e.g. 90s, 15m, 2h)"),
         ("apps: []\nimages: {hook: UPPER}", "images.hook: 'UPPER' is not an image reference"),

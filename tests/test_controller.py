@@ -348,6 +348,28 @@ def ledger(apps: Fleet, app: str) -> dict[str, Object]:
     return {e["ref"]: e for e in entries}
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"], ids=ascii)
+def test_a_branch_that_only_looks_like_the_deployed_one_is_never_deployed(
+    apps: Fleet, mark: str
+) -> None:
+    poll, name = apps["poll"], f"main{mark}x"
+    good = poll.release("good")
+    evil = poll.release("evil", branch=name)
+    answer = apps.deliver(poll.repository.bare, f"refs/heads/{name}", evil)
+    assert (answer.status_code, answer.json()["reason"]) == (200, "OtherRef")
+    run = poll.push(good)
+    assert apps.ended(run)["outcome"] == "deployed"
+    assert apps.stop() == 0
+    apps.start()
+    eventually(lambda: apps.said("branches left out for their names"), 20)
+    poll.repository.git("checkout", "-q", "main")
+    assert poll.deployed("better")["outcome"] == "deployed"
+    commits = {j["metadata"]["annotations"]["gitops-hook/commit"] for j in apps.jobs().values()}
+    assert good in commits
+    assert evil not in commits
+    poll.repository.git("push", "-q", "origin", f":{name}")
+
+
 # Killed.
 
 

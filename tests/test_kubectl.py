@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from gitops_hook import (
     Metrics,
     execute,
 )
+from tests.memory import peak_of
 from tests.standin.cluster import Cluster
 from tests.standin.faults import Fault
 from tests.standin.kubectl import find_kubectl
@@ -164,7 +166,44 @@ def test_input_that_nobody_reads_does_no_harm() -> None:
 
 def test_output_that_is_not_utf8_is_still_text(tmp_path: Path) -> None:
     program = script(tmp_path, r"printf '\377 out'; printf '\377 err' >&2")
-    assert execute((program,), 10.0) == (0, "\ufffd out", "\ufffd err")
+    assert execute((program,), 10.0) == (0, b"\377 out", b"\377 err")
+    assert Kubectl(Metrics(), program=program).run("get") == "\ufffd out"
+
+
+def test_what_ends_a_line_elsewhere_is_left_as_it_is(tmp_path: Path) -> None:
+    program = script(tmp_path, r"printf 'a\rb\r\nc\342\200\250d\n'")
+    assert Kubectl(Metrics(), program=program).run("get") == "a\rb\r\nc\u2028d\n"
+
+
+@pytest.mark.parametrize("pipe", ["", ">&2"], ids=["stdout", "stderr"])
+def test_300_megabytes_of_output_are_an_error_in_little_memory(tmp_path: Path, pipe: str) -> None:
+    program = script(tmp_path, f"head -c 300000000 /dev/zero {pipe}; exit 1")
+    said, peak = peak_of(
+        """
+import sys
+try:
+    gitops_hook.Kubectl(gitops_hook.Metrics(), program=sys.argv[1]).run("get", "jobs")
+except gitops_hook.KubectlError as failed:
+    print(failed.kind, len(failed.stdout), len(failed.stderr) <= 2**20, failed.said[:28])
+""",
+        program,
+    )
+    told = "more than 16384 KiB of outpu" if not pipe else "exit status 1"
+    assert said == f"Unknown 0 True {told}\n"
+    assert peak < 150
+
+
+def test_output_that_never_ends_is_ended(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(KubectlError, match="more than 16384 KiB of output"):
+        Kubectl(Metrics(), program=script(tmp_path, "exec yes")).run("get", timeout=60)
+    assert time.monotonic() - began < 30
+
+
+def test_a_program_that_needs_too_much_memory_fails(tmp_path: Path) -> None:
+    body = f"exec {sys.executable} -c 'bytearray(400_000_000)'"
+    with pytest.raises(KubectlError, match="MemoryError"):
+        Kubectl(Metrics(), program=script(tmp_path, body)).run("get")
 
 
 def test_in_a_pod_nothing_keeps_kubectl_from_the_account_of_the_pod(tmp_path: Path) -> None:
@@ -285,6 +324,20 @@ def test_a_list_can_be_filtered(kubectl: Kubectl) -> None:
     marked["metadata"]["labels"] = {"mark": "yes"}
     kubectl.create([marked, configmap("unmarked")], SPACE)
     assert names(kubectl, "-l", "mark=yes") == {"marked"}
+
+
+def test_names_are_read_without_what_the_objects_hold(kubectl: Kubectl, cluster: Cluster) -> None:
+    assert kubectl.names("configmaps", SPACE, "size=large") == []
+    large = [configmap(f"large-{i}", text="x" * 900_000) for i in range(30)]
+    for made in large:
+        made["metadata"]["labels"] = {"size": "large"}
+        kubectl.create([made], SPACE)
+    found = kubectl.names("configmaps", SPACE, "size=large")
+    assert sorted(found) == sorted(m["metadata"]["name"] for m in large)
+    with pytest.raises(KubectlError):
+        kubectl.list("configmaps", SPACE, "-l", "size=large")
+    for made in large:
+        cluster.store.delete("configmaps", SPACE, made["metadata"]["name"])
 
 
 # === Creating several ===
@@ -438,7 +491,7 @@ def test_a_stream_goes_on_until_its_caller_ends_it(kubectl: Kubectl) -> None:
     kubectl.create([configmap("streamed")], SPACE)
     process = kubectl.stream("get", "configmaps", "--watch", "-o", "name", namespace=SPACE)
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("configmap/")
+    assert process.stdout.readline().startswith(b"configmap/")
     assert process.poll() is None
     assert os.getpgid(process.pid) == os.getpgid(0), "Ctrl-C reaches it"
     process.kill()

@@ -252,7 +252,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             command(
                 "a release", "get configmap/copy -o json --ignore-not-found", "configmaps: get"
             ),
-            command("copies there are", f"get configmaps -l {OURS} -o json", "configmaps: list"),
+            command(
+                "copies there are", f"get configmaps -l {OURS} --no-headers", "configmaps: list"
+            ),
             command("what nothing names", f"delete configmap/copy {QUIETLY}", "configmaps: delete"),
             *PODS,
         ),
