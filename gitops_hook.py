@@ -1136,6 +1136,8 @@ def parse_run(content: bytes) -> Run:
 
 OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; in Python it is some times that
 COMPLAINT_BYTES = 2**20
+API = {"jobs": "/apis/batch/v1", "pods": "/api/v1", "services": "/api/v1"}
+PAGE = 100  # objects in one answer: a thousand Jobs at once are 50 MB of Python
 MEMORY_BYTES = 160 * 2**20  # of a child: the largest kustomization that is read takes 130 MB
 # A constant script: it sets the limits before the program begins, and for all that it starts.
 # `preexec_fn` is not safe beside threads, and prlimit(2) may come too late. Never the address space
@@ -1252,6 +1254,14 @@ class Kubectl:
         found = json.loads(self.run("get", resource, *filters, "-o", "json", namespace=namespace))
         return [*found["items"]]
 
+    def pages(self, address: str, namespace: str) -> Iterator[Object]:
+        """Yield a list in the API server's own words, some objects at a time."""
+        token: str | None = ""
+        while token is not None:
+            args = ("get", "--raw", f"{address}&limit={PAGE}&continue={token}")
+            yield (page := json.loads(self.run(*args, namespace=namespace)))
+            token = page["metadata"].get("continue") or None
+
     def names(self, resource: str, namespace: str, labels: str) -> Sequence[str]:
         """Return the names of what has these labels; as a table, in which there is no content."""
         args = ("get", resource, "-l", labels, "--no-headers")
@@ -1319,6 +1329,12 @@ class Kubectl:
                 if printed := self.run(*args, *more, namespace=namespace, timeout=10.0).strip():
                     return printed
         return ""
+
+
+def list_address(resource: str, namespace: str, labels: str) -> str:
+    """Return where the API server lists what has these labels."""
+    path = f"{API[resource]}/namespaces/{namespace}/{resource}"
+    return f"{path}?labelSelector={quote(labels, safe='')}"
 
 
 # === git ==========================================================================================
@@ -2030,8 +2046,6 @@ def coloured(app: App, spec: Object, selector: Mapping[str, str], live_replicas:
 
 # === cluster mirror ===============================================================================
 
-API = {"jobs": "/apis/batch/v1", "pods": "/api/v1", "services": "/api/v1"}
-PAGE = 100  # objects in one answer: a thousand Jobs at once are 50 MB of Python
 SHORT_WATCH = 5.0  # a watch that ends so soon did not work
 ODD = (AttributeError, LookupError, TypeError, ValueError)  # what another shape raises
 # exit reasons after a machine was lost: they tell nothing about the program
@@ -2196,8 +2210,7 @@ class Watch(Generic[V]):
         selector: str,
     ) -> None:
         self.kubectl, self.resource, self.namespace = kubectl, resource, namespace
-        path = f"{API[resource]}/namespaces/{namespace}/{resource}"
-        self._address = f"{path}?labelSelector={quote(selector, safe='')}"
+        self._address = list_address(resource, namespace, selector)
         self.changed, self.stopped = threading.Event(), threading.Event()
         # why it may not follow what is there: what it lacks is then not gone, only unseen
         self.trouble, self._lock = "not listed yet", threading.RLock()
@@ -2248,12 +2261,8 @@ class Watch(Generic[V]):
     def _list(self) -> str:
         """Learn what is there; return the version at which that was so."""
         found: dict[str, V] = {}
-        token: str | None = ""
-        while token is not None:
-            args = ("get", "--raw", f"{self._address}&limit={PAGE}&continue={token}")
-            page = json.loads(self.kubectl.run(*args, namespace=self.namespace))
+        for page in self.kubectl.pages(self._address, self.namespace):
             found |= {v.name: v for v in map(self._read, page["items"]) if v}
-            token = page["metadata"].get("continue") or None
         with self._lock:
             self._items = {name: self._newer(seen) for name, seen in found.items()}
         self.trouble = ""
@@ -4580,10 +4589,10 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
 def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
     """Return the runs that Jobs tell of, newest first; where those are gone, each branch's last."""
     found: list[tuple[Any, ...]] = []
-    listing, spaces = tools.deployer.kubectl.list, tools.config.namespaces
-    ours = ("-l", f"{LABEL_MANAGED}={MANAGER}")
-    listed = [Job(j) for s in ("test", "build") for j in listing("jobs", spaces[s], *ours)]
-    mine = [j for j in listed if j.run.app in apps]
+    pages, spaces = tools.deployer.kubectl.pages, [tools.config.namespaces[s] for s in STAGES]
+    where = [(list_address("jobs", n, f"{LABEL_MANAGED}={MANAGER}"), n) for n in spaces]
+    jobs = (Job(j) for place in where for page in pages(*place) for j in page["items"])
+    mine = [j for j in jobs if j.run.app in apps]
     for job in sorted(mine, key=lambda j: (-j.run.received, j.stage)):
         run, notes = job.run, [job.notes.get(n, "") for n in (NOTE_REASON, NOTE_DETAIL)]
         stage, state = job.notes.get(NOTE_STAGE, job.stage), "ended" if job.outcome else job.state

@@ -340,6 +340,18 @@ def test_names_are_read_without_what_the_objects_hold(kubectl: Kubectl, cluster:
         cluster.store.delete("configmaps", SPACE, made["metadata"]["name"])
 
 
+def test_a_long_list_is_read_in_parts(kubectl: Kubectl) -> None:
+    many = [configmap(f"part-{i}") for i in range(250)]
+    for made in many:
+        made["metadata"]["labels"] = {"list": "long"}
+    kubectl.create(many, SPACE)
+    address = f"/api/v1/namespaces/{SPACE}/configmaps?labelSelector=list%3Dlong"
+    pages = [page["items"] for page in kubectl.pages(address, SPACE)]
+    assert [len(items) for items in pages] == [100, 100, 50]
+    found = {o["metadata"]["name"] for items in pages for o in items}
+    assert found == {m["metadata"]["name"] for m in many}
+
+
 # === Creating several ===
 
 
