@@ -616,16 +616,46 @@ GIT_CREDENTIALS = "git-credentials"
 SECRET_FILES = (SIGNING_TOKENS, PLAIN_TOKENS, GIT_CREDENTIALS)
 KEY_BYTES = 32
 SHORTEST_MASKED = 4  # what is shorter occurs in innocent words
-# Bounded repetitions only: the logs of tests are searched with these, whatever is in them.
-SECRET_NAME = re.compile(r"(?i)(?:passw(?:or)?d|secret|token|(?:api|private)[_-]?key)[\w-]{0,30}")
-SECRET = re.compile(
-    r"(?<=://)[^/\s@]+(?=@)|\b(?:glpat-|ghp_|whsec_)[\w+/=.-]{8,}"
-    r"|(?<![\w-])eyJ[\w-]+\.[\w.-]{8,}|(?i:\b(?:bearer|basic)\s[\w+/=.~-]{16,})"
-    rf"|(?i:({SECRET_NAME.pattern[4:]}[\"']?\s{{0,3}}[=:]\s{{0,3}})(?:(?:bearer|basic)\s)?\S+)"
+# Bounded or possessive repetitions only: logs are searched with these, whatever is in them.
+TOKEN_PREFIXES = (
+    *("glpat-", "glptt-", "gldt-", "glrt-", "glcbt-", "glft-", "glimt-", "glsoat-", "glagent-"),
+    *("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "dckr_pat_", "sk_live_", "rk_live_"),
+    *("xoxa-", "xoxb-", "xoxe-", "xoxp-", "xoxr-", "xoxs-", "whsec_"),
 )
-# One of these is in whatever that finds; looking for them is ten times as fast.
-SECRET_HINTS = ["://", "glpat-", "ghp_", "whsec_", "eyj", "bearer", "basic"]
-SECRET_HINTS += ["passw", "secret", "token", "key"]
+KEYS = "(?:access|account|api|deploy|encryption|master|private|signing|ssh)[_-]?key"
+WORDS = f"passw(?:or)?d|passphrase|secret|token|{KEYS}"
+# Beside the words: DB_PASS, DB_KEY_2 and pwd, not bypass, monkey, keys, or the shell's PWD=/a/path.
+SECRET_NAME = re.compile(
+    rf"(?i:(?:{WORDS})[\w-]{{0,30}}"
+    r"|(?:_key|[_-]pass|(?!(?-i:(?:(?<![A-Z_])|(?<=OLD))PWD=/))pwd)(?![a-z])[\w-]{0,30})"
+)
+# What follows a word in prose that tells no secret: "password is required", "--token or a file".
+PROSE = (
+    "(?:a|an|and|as|at|be|been|changed|correct|empty|expired|for|from|in|incorrect|invalid|is|it"
+    "|masked|missing|must|no|none|not|null|of|on|option|optional|or|read|required|reset|set|stored"
+    "|the|to|too|undefined|unknown|unset|used|valid|was|weak|with|without|wrong)\\b"
+)
+ASSIGNED = rf"{SECRET_NAME.pattern}[\"']?\s{{0,3}}[=:]\s{{0,3}}"
+OPTION = rf"(?<![\w-])--?(?:[\w-]{{0,30}}?[_-])?(?:{WORDS}|pass|pwd)[\"']?,?\s{{1,3}}(?!-|{PROSE})"
+SPOKEN = rf"\b(?:passw(?:or)?d|passphrase|pwd)\s{{1,3}}(?:is|was)\s{{1,3}}(?!{PROSE})"
+SPOKEN += r"|\b(?:secret|token|key)\s{1,3}is\s{1,3}(?=\S{8})(?=\S{0,60}\d)"
+VALUE = r"""(?:(?:bearer|basic)\s)?(?:"(?:[^"\\\n]|\\.){0,200}"|'(?:[^'\\\n]|\\.){0,200}')?\S*"""
+SECRET = re.compile(
+    rf"(?<=://)[^/\s@]+(?=@)|(?<![A-Za-z0-9])(?:{'|'.join(TOKEN_PREFIXES)})[\w+/=.-]{{8,}}"
+    r"|(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{12,}"
+    r"|(?<![\w-])eyJ[\w-]+\.[\w.-]{8,}|(?i:\b(?:bearer|basic)\s[\w+/=.~-]{16,})"
+    rf"|(?i:({ASSIGNED}|{OPTION}|{SPOKEN})(?=\S){VALUE})"
+)
+# A private key goes to its last line, or to the end of what is left of it; where its beginning is
+# cut off, it begins with what could be a part of it.
+PEM_WORDS = "[A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
+PEM = re.compile(
+    rf"-----BEGIN {PEM_WORDS}[^-]*+(?:-(?!----)[^-]*+)*+(?:-----END {PEM_WORDS})?"
+    rf"|(?<![\w+/=\s\\])[\w+/=\s\\]*+-----END {PEM_WORDS}"
+)
+# One of these is in whatever those find; looking for them is ten times as fast.
+SECRET_HINTS = ["://", "akia", "asia", "eyj", "bearer", "basic", "passw", "passphrase", "pwd"]
+SECRET_HINTS += ["secret", "token", "key", "_pass", "-pass", *TOKEN_PREFIXES]
 
 
 class Secrets:
@@ -692,7 +722,9 @@ def without(value: Any, known: Sequence[str]) -> Any:
     for secret in known:
         text = text.replace(secret, "***")
     lower = text.lower()
-    return SECRET.sub(r"\1***", text) if any(h in lower for h in SECRET_HINTS) else text
+    if not any(h in lower for h in SECRET_HINTS):
+        return text
+    return SECRET.sub(r"\1***", PEM.sub("***", text))
 
 
 def decode_signing_token(token: bytes, line: int) -> bytes:
