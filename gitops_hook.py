@@ -1473,6 +1473,54 @@ DATA = ("data", "binaryData")  # of a ConfigMap
 GENTLE = {"maxSurge": 1, "maxUnavailable": 0}
 SERVICE_ACCOUNTS = ("serviceAccountName", "serviceAccount")
 CONFIGMAP_REFERENCES = ("configMap", "configMapRef", "configMapKeyRef")
+# What a folder may not say, by the key under which it stands: each would let one application's
+# commit move another's traffic, pods or credentials, or reach the nodes. All other fields of a
+# Deployment and a Service are applied as they are, and Pod Security judges them. A field that is
+# empty, 0 or false says nothing and may stay.
+HOST = "shares the node's; leave it out"
+ROOT = "gives root on the node; leave it out"
+EVICTS = "lets these pods evict those of others; leave it out"
+ASKS = "lets the node ask another host; leave it out, and the pod itself is asked"
+TOOL = "is what a tool or the cluster writes for itself; leave it out"
+REFUSED = {
+    "spec.externalIPs": "takes traffic for addresses of others; use a Service of type LoadBalancer",
+    "spec.externalName": "leads to another host than the pods; write its name into a ConfigMap",
+    "spec.publishNotReadyAddresses": "sends visitors to pods that are not ready; leave it out",
+    "spec.nodeName": "goes past the scheduler; use nodeSelector or affinity",
+    "spec.priorityClassName": EVICTS,
+    "spec.priority": EVICTS,
+    **{f"spec.{name}": HOST for name in ("hostNetwork", "hostPID", "hostIPC")},
+    "ports.hostPort": "takes a port of the node; reach the pods through the Service",
+    "securityContext.privileged": ROOT,
+    "windowsOptions.hostProcess": ROOT,
+    "httpGet.host": ASKS,
+    "tcpSocket.host": ASKS,
+    "annotations.kubectl.kubernetes.io/last-applied-configuration": TOOL,
+    "annotations.deployment.kubernetes.io/revision": TOOL,
+}
+OBJECT = {"apiVersion", "kind", "metadata"}
+# Where only these fields may stand, and what is said of any other.
+ALLOWED: dict[str, tuple[set[str], str]] = {
+    "Deployment": ({*OBJECT, "spec"}, TOOL),
+    "Service": ({*OBJECT, "spec"}, TOOL),
+    "ConfigMap": ({*OBJECT, *DATA, "immutable"}, TOOL),
+    "metadata": (
+        {"name", "namespace", "labels", "annotations"},
+        "is for the cluster to set, or ties it to other objects; leave it out",
+    ),
+    "volumes": (
+        {
+            *("name", "configMap", "secret", "emptyDir", "projected", "downwardAPI", "csi"),
+            *("persistentVolumeClaim", "ephemeral", "image"),
+        },
+        "reaches the node or a disk past the cluster; use a persistentVolumeClaim",
+    ),
+    "sources": (  # of a projected volume; trust bundles are public
+        {"configMap", "secret", "downwardAPI", "clusterTrustBundle"},
+        "gives the pod credentials of the cluster; mount a Secret of this namespace",
+    ),
+}
+REFUSALS_TOLD = 10  # at once; the rest is counted
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 KUSTOMIZATION_VISITS = 100  # each counts as often as it is named, since they multiply
 KUSTOMIZE_PATHS = {  # the keys under which kustomize reads, or fetches, what is named there
@@ -1614,29 +1662,59 @@ def kustomize(directory: Path) -> str:
     return stdout
 
 
+def refusals(item: Object, namespace: str) -> Iterator[str]:
+    """Yield what an object of an app may not say, each with what to do about it."""
+    shown = {k: "any" if k in DATA else v for k, v in item.items()}
+    for key, part in walk(item["kind"], shown):
+        allowed, advice = ALLOWED.get(key, (None, ""))
+        for field, value in part.items() if isinstance(part, dict) else ():
+            name = f"{key}.{clip(field, 80)}"
+            if not value:
+                continue
+            if name in REFUSED:
+                yield f"{name} {REFUSED[name]}"
+            elif key in ("labels", "annotations") and field.startswith(f"{MANAGER}/"):
+                yield f"{name} is this program's own; leave it out"
+            elif allowed and field not in allowed:
+                yield f"{name} {advice}"
+            elif name == "metadata.namespace" and value != namespace:
+                yield f"names a namespace that is not {namespace!r}; leave it out"
+
+
 def check_objects(
     app: App, namespace: str, found: Iterable[tuple[str, Object]]
 ) -> tuple[AppObjects, list[str]]:
-    """Return the objects of an app, and what is ignored; end the run before anything changes."""
+    """Return the objects of an app, and what is ignored; end the run before anything changes.
+
+    All that is refused is told at once.
+    """
     kept: AppObjects = {kind: {} for kind in KINDS}
-    ignored = []
+    ignored, refused = [], dict[str, None]()
     for where, item in found:
         kind, version = item["kind"], clip(str(item.get("apiVersion")), 40)
-        name, space = item["metadata"]["name"], item["metadata"].get("namespace")
+        name = item["metadata"]["name"]
         if kind in app.deploy.ignore_kinds:
             ignored.append(where)
             continue
         if (kind, version) not in KINDS.items():
-            refuse(f"{where} of {version} is not deployed; apply it, list its kind in ignore_kinds")
-        if (space or namespace) != namespace:
-            refuse(f"{where} names a namespace that is not {namespace!r}; leave it out")
+            advice = "is not deployed; apply it, list its kind in ignore_kinds"
+            refused[f"{where} of {version} {advice}"] = None
+            continue
         if name in kept[kind]:
             refuse(f"{where} is there twice", INVALID)
         kept[kind][name] = item
+        try:
+            refused |= dict.fromkeys(f"{where}: {each}" for each in refusals(item, namespace))
+        except RecursionError:
+            refuse(f"{where}: nested too deeply", INVALID)
     if len(kept["Deployment"]) != 1 or list(kept["Service"]) != [app.name]:
         names = (", ".join(kept[kind]) or "none" for kind in ("Deployment", "Service"))
         told = clip("; Services: ".join(names))
-        refuse(f"needed: one Deployment and one Service {app.name!r}; Deployments: {told}")
+        needed = f"needed: one Deployment and one Service {app.name!r}; Deployments: {told}"
+        refused[needed] = None
+    if refused:
+        more = [f"and {len(refused) - REFUSALS_TOLD} more"] * (len(refused) > REFUSALS_TOLD)
+        refuse("; ".join([*[*refused][:REFUSALS_TOLD], *more]))
     return kept, ignored
 
 
@@ -1644,21 +1722,30 @@ def manifest(kind: str, name: str, labels: Mapping[str, str], given: Object) -> 
     """Return an object with our labels, and the labels and annotations of a repository's."""
     meta: Object = {"name": name}
     for field in ("labels", "annotations"):
-        told = (given.get(field) or {}).items()
-        meta[field] = {k: v for k, v in told if not k.startswith(f"{MANAGER}/")}
+        meta[field] = {**(given.get(field) or {})}
     meta["labels"] |= {**labels, LABEL_MANAGED: MANAGER}
     return {"apiVersion": KINDS[kind], "kind": kind, "metadata": meta}
 
 
-def immutable(name: str, labels: Mapping[str, str], **content: Any) -> Object:
+def immutable(name: str, labels: Mapping[str, str], given: Object, **content: Any) -> Object:
     """Return an immutable ConfigMap, its name followed by eight digits of its content's hash."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
     if len(text) > CONFIGMAP_BYTES:
         refuse(f"ConfigMap {clip(name, 60)} of {len(text)} bytes: {CONFIGMAP_BYTES} are possible")
+    made = manifest("ConfigMap", name, labels, given)
     # the app counts too: what two apps shared would go with the first of them
-    digest = hashlib.sha256(labels[LABEL_APP].encode() + b" " + text).hexdigest()
-    made = manifest("ConfigMap", f"{name}-{digest[:8]}", labels, {})
+    hashed = labels[LABEL_APP].encode() + b" " + text
+    if given:
+        hashed += json.dumps(made["metadata"], sort_keys=True).encode()
+    made["metadata"]["name"] += f"-{hashlib.sha256(hashed).hexdigest()[:8]}"
     return {**made, "immutable": True, **content}
+
+
+def substance(configmap: Object) -> tuple[Any, ...]:
+    """Return what counts of an immutable ConfigMap, as the API server keeps it."""
+    texts, files = ({k: v or "" for k, v in (configmap.get(d) or {}).items()} for d in DATA)
+    content = texts, {k: base64.b64decode(v) for k, v in files.items()}
+    return configmap["metadata"].get("labels"), configmap.get("immutable"), content
 
 
 def ports_like(ports: Iterable[Object], live: Iterable[Object] = ()) -> list[Object]:
@@ -1670,6 +1757,12 @@ def ports_like(ports: Iterable[Object], live: Iterable[Object] = ()) -> list[Obj
         known = {"nodePort": node, **port} if node else port
         made.append({k: v for k, v in known.items() if nodes or k != "nodePort"})
     return made
+
+
+def release_record(app: str, packed: str) -> Object:
+    """Return the immutable ConfigMap with a packed release; its name tells whether it is whole."""
+    labels = {LABEL_APP: app, LABEL_STAGE: "release"}
+    return immutable(f"{app}-release", labels, {}, binaryData={"release": packed})
 
 
 @dataclass(frozen=True, slots=True)
@@ -1699,8 +1792,7 @@ class Release:
         """Return the immutable ConfigMap that records the release."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         packed = base64.b64encode(zlib.compress(json.dumps(content, sort_keys=True).encode()))
-        labels, data = {LABEL_APP: app, LABEL_STAGE: "release"}, {"release": packed.decode()}
-        return immutable(f"{app}-release", labels, binaryData=data)
+        return release_record(app, packed.decode())
 
     @classmethod
     def from_configmap(cls, found: Object) -> Release:
@@ -1759,11 +1851,12 @@ def live_service(app: App, given: Object, selector: Mapping[str, str]) -> Object
 
 
 def copied(app: App, given: Object) -> Object:
-    """Return the immutable copy of a ConfigMap."""
+    """Return the immutable copy of a ConfigMap, its labels and annotations with it."""
     name, content = given["metadata"]["name"], {k: given.get(k) or {} for k in DATA}
+    meta = {k: v for k, v in given["metadata"].items() if v and k in ("labels", "annotations")}
     if loose := [k for k, v in content["data"].items() if not isinstance(v, str | None)]:
         refuse(f"ConfigMap {clip(name, 60)}: {clip(loose[0], 60)} is not a text: quote it", INVALID)
-    return immutable(name, {LABEL_APP: app.name}, **content)
+    return immutable(name, {LABEL_APP: app.name}, meta, **content)
 
 
 def set_images(app: App, pod: Object, image: str) -> None:
@@ -2782,11 +2875,26 @@ class Deployer:
         """
         made = copy.deepcopy(release.deployment)
         made["metadata"]["annotations"][NOTE_WRITTEN] = str(self.clock.now())
-        records = [*release.configmaps, release.configmap(task.app.name)]
-        self.kubectl.create(records, task.namespace)
+        self.record(task, release)
         found = self.kubectl.get("deployment", made["metadata"]["name"], task.namespace)
         self.check_claim(task, claimed, self.service(task))
         self.kubectl.put(made, found, task.namespace)
+
+    def record(self, task: Task, release: Release) -> None:
+        """Write a release and its copies of ConfigMaps; raises StageError where others are there.
+
+        What cannot be changed any more is used only if it is exactly what was to be written.
+        """
+        records = [*release.configmaps, release.configmap(task.app.name)]
+        wanted = {each["metadata"]["name"]: each for each in records}
+        for name, refused in self.kubectl.create_each(records, task.namespace).items():
+            if refused.kind != "AlreadyExists":
+                raise refused
+            if (found := self.kubectl.get("configmap", name, task.namespace)) is None:
+                raise HookError(f"ConfigMap {name} was deleted this very moment")
+            if substance(found) != substance(wanted[name]):
+                detail = f"ConfigMap {name} is there with another content or other labels"
+                raise StageError(Reason.ADOPTION_REFUSED, f"{detail}; delete or rename it")
 
     def roll_out(self, task: Task, release: Release, pods: Watch[Pod]) -> None:
         """Wait for the pods of a release; raises StageError at once for what cannot heal."""
@@ -2948,6 +3056,12 @@ class Deployer:
         found = self.kubectl.get("configmap", name, task.namespace)
         if not found:
             raise StageError(Reason.VANISHED, f"release record {name} is gone")
+        packed = str((found.get("binaryData") or {}).get("release", ""))
+        whole = release_record(task.app.name, packed)
+        seen = (found["metadata"]["name"], substance(found))
+        if seen != (whole["metadata"]["name"], substance(whole)):
+            detail = f"release record {name} was changed, or is not one of {task.app.name}"
+            raise StageError(Reason.ADOPTION_REFUSED, detail)
         return Release.from_configmap(found)
 
     def followed(self, task: Task, selector: Mapping[str, str], wanted: int, since: float) -> bool:

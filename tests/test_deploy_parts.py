@@ -268,6 +268,30 @@ def test_missing_endpoints_send_traffic_back_only_to_a_version_that_is_as_well(
     assert (tmp_path / "done").exists() is back
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("binaryData", {"release": "c2hvcA=="}),
+        ("immutable", False),
+        ("data", {"more": "x"}),
+        ("metadata.name", "shop-release-00000000"),
+        ("metadata.labels", {hook.LABEL_APP: "other", hook.LABEL_STAGE: "release"}),
+    ],
+    ids=["content", "immutable", "more", "name", "labels"],
+)
+def test_a_release_record_that_is_not_as_it_was_written_is_not_used(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    made = history(tmp_path, None, [])
+    assert made.release(task(), {"release": "record"}).run == ""
+    record = json.loads((tmp_path / "record").read_text())
+    target = record["metadata"] if "." in key else record
+    target[key.rpartition(".")[2]] = value
+    (tmp_path / "record").write_text(json.dumps(record))
+    with pytest.raises(hook.StageError, match="release record record was changed, or is not"):
+        made.release(task(), {"release": "record"})
+
+
 def take_back(made: hook.Deployer, well: tuple[int, int] | None) -> str:
     """Return why traffic was taken back, or had to stay; "" when the verdict was dropped."""
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ APPS: dict[str, Object] = {
     "refused": {},
     "evicted": {"bake": "4s"},
     "busy": {"bake": "1s"},
+    "occupied": {"bake": "1s"},
     "twin": {},
     "twin-that-fails": {},
 }
@@ -365,6 +368,36 @@ def test_applications_with_equal_settings_keep_their_own_copies(apps: Fleet) -> 
     eventually(lambda: not failing.leftovers(), 20, "the failed one is swept away")
     source = twin.pods("equal")[0]["spec"]["containers"][0]["envFrom"][0]["configMapRef"]["name"]
     assert apps.cluster.store.find("configmaps", "production", source)
+
+
+@pytest.mark.parametrize(
+    ("data", "label", "immutable"),
+    [
+        ({"GREETING": "forged"}, "occupied", True),
+        ({"GREETING": "hello from v1"}, "twin", True),
+        ({"GREETING": "hello from v1"}, "occupied", False),
+    ],
+    ids=["other-content", "other-label", "not-immutable"],
+)
+def test_a_copy_that_is_there_already_is_used_only_if_it_is_the_one(
+    apps: Fleet, data: dict[str, str], label: str, *, immutable: bool
+) -> None:
+    occupied, wanted = apps["occupied"], {"binaryData": {}, "data": {"GREETING": "hello from v1"}}
+    digest = hashlib.sha256(b"occupied " + json.dumps(wanted).encode()).hexdigest()
+    labels = {"app.kubernetes.io/managed-by": "gitops-hook", "gitops-hook/app": label}
+    meta = {"name": f"settings-{digest[:8]}", "namespace": "production", "labels": labels}
+    item = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data}
+    apps.cluster.store.create("configmaps", {**item, "immutable": immutable})
+    line = apps.ended(occupied.go("v1"))
+    assert (line["outcome"], line["reason"]) == ("failed", "AdoptionRefused")
+    assert f"ConfigMap {meta['name']} is there with another content" in line["detail"]
+    assert not occupied.service()
+    # as the deployment's end may have swept it away
+    apps.cluster.store.remove("configmaps", "production", meta["name"])
+
+
+def test_and_it_rejects_nothing_once_it_is_gone(apps: Fleet) -> None:
+    assert apps["occupied"].deployed("v1")["outcome"] == "deployed"
 
 
 # A rollback in the middle.
