@@ -117,6 +117,9 @@ SIGNATURE_TOLERANCE = 300  # seconds, as the Standard Webhooks libraries have it
 DEDUPE_SECONDS = 1200  # twice the tolerance: a replay is refused by age before it is forgotten
 DEDUPE_ENTRIES = 20_000
 JOB_TTL = 3600  # seconds a finished Job is kept
+LOG_BYTES = 64 * 1024  # of log tails that are kept of a run in a namespace
+LOG_TTL = 86400.0  # seconds they are kept
+LOGS_KEPT = 20  # of an app in a namespace
 KUBECTL_TIMEOUT = 30.0  # seconds for one call, as in the article
 WATCH_SECONDS = 300  # every watch ends and relists after this: a hung one looks like a quiet one
 GIT_TIMEOUT = 60.0
@@ -162,6 +165,7 @@ class Reason(StrEnum):
     CONTAINER_CONFIG = "ContainerConfigError"
     CRASH_LOOP = "CrashLoop"
     OUT_OF_MEMORY = "OutOfMemory"
+    OUT_OF_DISK = "OutOfDisk"
     INIT_FAILED = "InitContainerFailed"
     QUOTA_EXCEEDED = "QuotaExceeded"
     ADMISSION_REFUSED = "AdmissionRefused"
@@ -356,6 +360,7 @@ ADDRESS = matching(r"[^\s/]+:[0-9]{1,5}", "host:port")
 QUANTITY = matching(r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "a quantity (e.g. 250m, 1Gi)")
 MODE = matching("signature|token|hmac", "signature, token or hmac")
 BUILDS = matching("kaniko|none", "kaniko or none")
+SWITCH = matching("True|False", "true or false", bool, bool)
 NUMBER = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, int)
 # A setting is a type, the parser of its texts or numbers, its default as YAML text, its meaning.
 Texts = Annotated[tuple[str, ...], TEXT]
@@ -382,7 +387,7 @@ class TestSettings:
     image: Annotated[str, IMAGE, "python:3.12-slim", "image the tests run in"]
     command: Annotated[str, TEXT, TESTS, "run under `sh -ec`; $JUNIT_XML is where a report goes"]
     timeout: Annotated[Seconds, "15m", "from the pod's start"]
-    resources: Annotated[Resources, TEST_POD, "of the test container"]
+    resources: Annotated[Resources, TEST_POD, "of the test container; ephemeral-storage: 4Gi"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -394,7 +399,7 @@ class BuildSettings:
     dockerfile: Annotated[str, FOLDER, "Dockerfile", "path in the repository"]
     args: Annotated[Texts, "[]", "more options for kaniko"]
     timeout: Annotated[Seconds, "20m", "from the pod's start"]
-    resources: Annotated[Resources, BUILD_POD, "of the build container"]
+    resources: Annotated[Resources, BUILD_POD, "of the build container; ephemeral-storage: 10Gi"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -416,6 +421,7 @@ class DeploySettings:
     environments: Annotated[Texts, "[staging, production]", "in order; the last bakes; []: none"]
     health: Health
     rollout_timeout: Annotated[Seconds, "300s", "at least; 20 s a replica if that is more"]
+    log_tails: Annotated[bool, SWITCH, "true", "keep the last log lines of its pods that fail"]
     bake: Annotated[Pause, "60s", "sickness so long after the switch takes the traffic back"]
     drain: Annotated[Pause, "60s", "until the old colour is restarted or scaled down"]
     retain: Annotated[Replicas, "full", "or how many replicas of the old colour stay"]
@@ -1148,6 +1154,9 @@ def execute(
     return process.returncode, *printed
 
 
+LOG_READ = 500 * 16 * 1024  # of 500 lines that is all, since container runtimes cut lines at 16 KiB
+
+
 class Kubectl:
     """The one door to the cluster: each method is one kubectl process.
 
@@ -1240,12 +1249,18 @@ class Kubectl:
 
     def logs(self, pod: str, container: str, namespace: str) -> str:
         """Return the last lines of a container, also of its last life; "" when there are none."""
-        args = ("logs", pod, "-c", container, "--tail=20", "--limit-bytes=65536")
+        args = ("logs", pod, "-c", container, "--tail=500", f"--limit-bytes={LOG_READ}")
         for more in ((), ("--previous",)):
             with suppress(KubectlError):
                 if printed := self.run(*args, *more, namespace=namespace, timeout=10.0).strip():
                     return printed
         return ""
+
+    def apart(self) -> Kubectl:
+        """Return a door with one place of its own, whose calls are in nobody's way."""
+        other = copy.copy(self)
+        other._places = threading.BoundedSemaphore(1)
+        return other
 
 
 # === git ==========================================================================================
@@ -1341,7 +1356,7 @@ spec:
       securityContext: {runAsNonRoot: true, runAsUser: 65532, runAsGroup: 65532, fsGroup: 65532,
                         seccompProfile: {type: RuntimeDefault}}
       volumes:
-      - {name: workspace, emptyDir: {}}
+      - {name: workspace, emptyDir: {}}  # each with the size of what the main container may write
       - {name: tmp, emptyDir: {}}
       - {name: git, secret: {secretName: git-credentials, optional: true, defaultMode: 0400}}
 ---
@@ -1350,7 +1365,8 @@ env:
 - {name: TERMINATION_LOG, value: /dev/termination-log}
 - {name: JUNIT_XML, value: /workspace/results/junit.xml}
 imagePullPolicy: IfNotPresent  # as the daemon's own: one of tag latest may be on the node only
-resources: {requests: {cpu: 50m, memory: 64Mi}, limits: {cpu: 500m, memory: 512Mi}}
+resources: {requests: {cpu: 50m, memory: 64Mi, ephemeral-storage: 64Mi},
+            limits: {cpu: 500m, memory: 512Mi, ephemeral-storage: 256Mi}}  # of what it prints
 securityContext: {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true,
                   capabilities: {drop: [ALL]}}
 volumeMounts: [{name: workspace, mountPath: /workspace}, {name: tmp, mountPath: /tmp}]
@@ -1374,6 +1390,19 @@ def container(name: str, image: str, args: Sequence[str], **env: str) -> Object:
     return {**made, "env": [*CONTAINER["env"], *told]}
 
 
+DISK = "ephemeral-storage"
+# What a pod may write where the settings do not say: kaniko unpacks images over its own root.
+DISK_LIMITS = {"test": "4Gi", "build": "10Gi"}
+
+
+def bounded(resources: Mapping[str, Mapping[str, str]], limit: str) -> Object:
+    """Return resources that bound the disk as well; a request of it is never above its limit."""
+    requests, limits = resources.get("requests", {}), resources.get("limits", {})
+    little = {} if DISK in {**requests, **limits} else {DISK: "256Mi"}
+    most = {DISK: requests.get(DISK, limit), **limits}
+    return {**resources, "requests": {**little, **requests}, "limits": most}
+
+
 def job(config: Config, app: App, run: Run, stage: str, *containers: Object) -> Object:
     """Return the Job of a stage: side-cars and the clone of the commit, then the main container.
 
@@ -1395,12 +1424,15 @@ def job(config: Config, app: App, run: Run, stage: str, *containers: Object) -> 
     spec["activeDeadlineSeconds"] = int(settings.timeout + config.limits.queue_timeout)
     spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] = main["name"]
     template["metadata"] = {"labels": labels}
+    resources = bounded(settings.resources, DISK_LIMITS[stage])
     template["spec"] |= {
         "serviceAccountName": f"{stage}-runner-sa",
         # a side-car first: it is listening long before the tests can end
         "initContainers": [*sidecars, {**clone, "volumeMounts": [*clone["volumeMounts"], git]}],
-        "containers": [{**main, "resources": settings.resources}],
+        "containers": [{**main, "resources": resources}],
     }
+    for volume in (v for v in template["spec"]["volumes"] if "emptyDir" in v):
+        volume["emptyDir"]["sizeLimit"] = resources["limits"][DISK]
     return made
 
 
@@ -1926,6 +1958,11 @@ SHORT_WATCH = 5.0  # a watch that ends so soon did not work
 ODD = (AttributeError, LookupError, TypeError, ValueError)  # what another shape raises
 # exit reasons after a machine was lost: they tell nothing about the program
 NODE_LOST = ("ContainerStatusUnknown", "Unknown")
+# what the kubelet says of such a pod; of a full node's pods it says "The node was low on resource"
+OVERFULL = re.compile(
+    r"Usage of EmptyDir volume|Pod ephemeral local .* exceeds|Container \S+ exceeded"
+)
+START = re.compile("(Create|Run)Container.*Error|StartError|ContainerCannotRun")
 
 
 def epoch(stamp: str | None) -> float:
@@ -1953,7 +1990,10 @@ class Container:
         self.kind = kind  # init, sidecar or app
         self.ready, self.running = bool(entry.get("ready")), "running" in state
         self.waiting: str = waiting.get("reason", "")
-        self.text: str = waiting.get("message") or ended.get("message") or ""
+        self.words: str = ended.get("message") or ""  # its last ones: as good as lines of its log
+        self.text: str = waiting.get("message") or ""  # of kubelet and runtime
+        if not self.text and START.fullmatch(ended.get("reason", "")):
+            self.text = self.words
         self.exits: int = (entry.get("restartCount") or 0) + (bool(ended) and not self.running)
         self.exit_code: int | None = ended.get("exitCode")  # of the last life that ended by itself
         self.exit_reason: str = ended.get("reason", "")
@@ -1969,7 +2009,8 @@ class Pod:
         scheduled, ready = conditions.get("PodScheduled", {}), conditions.get("Ready", {})
         is_ready, changed = ready.get("status") == "True", epoch(ready.get("lastTransitionTime"))
         stuck, deleting = scheduled.get("reason") == "Unschedulable", "deletionTimestamp" in meta
-        lost = status.get("reason") == "Evicted" or true_condition(status, "DisruptionTarget")
+        evicted, message = status.get("reason") == "Evicted", str(status.get("message"))
+        disrupted = bool(true_condition(status, "DisruptionTarget"))
         inits, apps = (status.get(k) or [] for k in ("initContainerStatuses", "containerStatuses"))
         always = [c["name"] for c in spec.get("initContainers") or [] if "restartPolicy" in c]
         kinds = ["sidecar" if e["name"] in always else "init" for e in inits]
@@ -1984,7 +2025,11 @@ class Pod:
         self.ready = is_ready and not deleting
         # now or before: a condition that was never True is as old as the pod's start
         self.seen_ready = is_ready or 0 < self.started < changed - 1
-        self.leaving = deleting or bool(lost)  # the cluster takes it away, and replaces it
+        # by the kubelet's words, of a Job's pod that wrote more than it may: its own fault
+        self.overfull = message.strip() if self.job and OVERFULL.match(message) else ""
+        self.overfull = self.overfull if evicted and not disrupted else ""
+        # the cluster takes it away, and replaces it
+        self.leaving = deleting or disrupted or (evicted and not self.overfull)
         self.stays = not self.leaving and status.get("phase") not in ("Failed", "Succeeded")
         self.unschedulable: str = scheduled["message"] if stuck else ""
         self.containers = [*map(Container, inits, kinds), *(Container(e, "app") for e in apps)]
@@ -2222,7 +2267,6 @@ HOPELESS_PULL = re.compile(
 HEALING_REFUSAL = re.compile(
     "Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown|being terminated"
 )
-START = re.compile("(Create|Run)Container.*Error|StartError|ContainerCannotRun")
 STAGES = {  # who works, who leaves its last words where, and how it fails
     "test": (TEST_CONTAINER, RESULTS_CONTAINER, NOTE_SUMMARY, Reason.TESTS_FAILED),
     "build": (BUILD_CONTAINER, BUILD_CONTAINER, NOTE_DIGEST, Reason.BUILD_FAILED),
@@ -2270,6 +2314,8 @@ def pod_symptoms(pod: Pod) -> Iterator[Symptom]:
     """Yield what is wrong with a pod; one that the cluster takes away is replaced, not sick."""
     if pod.leaving:
         return
+    if pod.overfull:
+        yield Symptom(f"{pod.name}/disk", Reason.OUT_OF_DISK, clip(pod.overfull))
     if pod.unschedulable:
         yield Symptom(f"{pod.name}/schedule", Reason.UNSCHEDULABLE, clip(pod.unschedulable), 120.0)
     yield from filter(None, (container_symptom(c, pod) for c in pod.containers))
@@ -2401,7 +2447,7 @@ def decide_job(view: View, found: Job) -> Action | None:
     pods = [p for p in view.pods if p.job == found.uid and not p.leaving]
     pods.sort(key=lambda p: -p.created)
     ended = [c for p in pods for c in p.containers if c.exit_code is not None]
-    said = next((c.text.strip() for c in ended if c.name == teller and c.text), "")
+    said = next((c.words.strip() for c in ended if c.name == teller and c.words), "")
     if note not in found.notes and (said if stage == "test" else DIGEST.fullmatch(said)):
         return Action(Do.NOTE, stage, detail=said)
     if found.state == "succeeded":
@@ -2441,7 +2487,9 @@ def failure(view: View, found: Job, ended: Iterable[Container]) -> Action:
     if told and told.exit_reason == "OOMKilled":
         reason, detail = Reason.OUT_OF_MEMORY, f"{told.name} was killed for its memory"
     elif told:
-        said = clip(told.text) or f"exit code {told.exit_code}"
+        # the clone's words are our own; those of pushed code may hold anything
+        said = clip(told.words if told.name == "clone" else told.text)
+        said = said or f"exit code {told.exit_code}"
         reason, detail = (red, report or said) if told.name == main else (Reason.CLONE_FAILED, said)
     elif found.reason == "DeadlineExceeded":
         reason, detail = Reason.TIMEOUT, "the Job's deadline passed"
@@ -2532,6 +2580,7 @@ def narrowed(
 
 # === deploy =======================================================================================
 
+LOG_PATIENCE = 2.0  # seconds that a failed deployment waits for the end of its logs to be kept
 AGAIN = ("Conflict", "AlreadyExists", "Unreachable")  # look once more: it mends itself, or is done
 
 
@@ -2658,12 +2707,89 @@ def persistent(step: F) -> F:
     return cast(F, persist)
 
 
+class LogTails:
+    """Keeps the last log lines of what failed in ConfigMap `log-RUN`, where they were printed.
+
+    Nowhere else does what a container printed go. Best effort: a thread does it through a door of
+    its own, so that it neither delays nor fails anything.
+    """
+
+    def __init__(self, kubectl: Kubectl, secrets: Secrets, clock: Clock) -> None:
+        self.kubectl, self.secrets, self.clock = kubectl.apart(), secrets, clock
+        self._places = threading.BoundedSemaphore(LOGS_KEPT)
+
+    def start(self, work: Callable[[], Any]) -> threading.Thread:
+        """Start a thread for some work of this class; it does nothing while very many are busy."""
+
+        def run() -> None:
+            """Work, and say what does not work."""
+            if not self._places.acquire(blocking=False):
+                return
+            try:
+                work()
+            except (HookError, *ODD) as failed:
+                warn("logs not kept", detail=str(failed))
+            finally:
+                self._places.release()
+
+        thread = threading.Thread(target=run, name="logs", daemon=True)
+        thread.start()
+        return thread
+
+    def keep(self, app: str, run: str, pods: Sequence[Pod], namespace: str) -> None:
+        """Write the ConfigMap of a run's logs, in the place of an older one."""
+        tails = {}
+        for pod, container in speakers(pods):
+            printed = self.kubectl.logs(pod.name, container.name, namespace)
+            words = "" if container.words in printed else f"\n{container.words}"
+            if text := self.secrets.mask(f"{printed}{words}".strip()[-2 * LOG_BYTES :]):
+                tails[f"{pod.name}.{container.name}"] = text.encode()
+        if not tails:
+            return
+        share = LOG_BYTES // len(tails)
+        data = {key: text[-share:].decode("utf-8", "ignore") for key, text in tails.items()}
+        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app, LABEL_RUN: run, LABEL_STAGE: "log"}
+        meta = {"name": f"log-{run}", "labels": labels}
+        self.prune(app, namespace, LOGS_KEPT - 1, meta["name"])
+        made = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data}
+        self.kubectl.create([made], namespace)
+
+    def tidy(self, app: App, namespaces: Mapping[str, str]) -> None:
+        """Delete the logs of an app that are not to be kept any more."""
+        for name in (*STAGES, *app.deploy.environments):
+            kept = LOGS_KEPT if name in STAGES or app.deploy.log_tails else 0
+            self.prune(app.name, namespaces[name], kept)
+
+    def prune(self, app: str, namespace: str, most: int, again: object = None) -> None:
+        """Delete logs that are too old, not among the newest so many, or written again."""
+        terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_APP: app, LABEL_STAGE: "log"})
+        metas = [c["metadata"] for c in self.kubectl.list("configmaps", namespace, "-l", terms)]
+        dated = sorted(((epoch(m["creationTimestamp"]), m["name"]) for m in metas), reverse=True)
+        oldest = self.clock.now() - LOG_TTL
+        gone = [n for i, (at, n) in enumerate(dated) if i >= most or at < oldest or n == again]
+        self.kubectl.delete("configmap", gone, namespace)
+
+
+def speakers(pods: Iterable[Pod]) -> list[tuple[Pod, Container]]:
+    """Return the containers whose logs tell most: those that failed in the newest unready pod.
+
+    Where none failed, what runs in it: a test that hangs, or a version that answers wrongly.
+    """
+    ordered = sorted(pods, key=lambda p: (p.ready, -p.created))
+    all_ran = [(p, c) for p in ordered for c in p.containers if c.running or c.exits]
+    ran = [(p, c) for p, c in all_ran if c.kind != "sidecar"]
+    failed = [(p, c) for p, c in ran if c.exit_code or not c.ready]
+    chosen = failed or [(p, c) for p, c in ran if c.kind == "app"]
+    return [(p, c) for p, c in chosen if p is chosen[0][0]][:4]
+
+
 class Deployer:
     """Brings runs into environments, and takes traffic back. Every step looks before it acts."""
 
     def __init__(self, kubectl: Kubectl, git: Git, secrets: Secrets, clock: Clock) -> None:
         self.kubectl, self.git, self.secrets, self.clock = kubectl, git, secrets, clock
         self.metrics, self.ledger = kubectl.metrics, Ledger(kubectl, clock)
+        self.logs = LogTails(kubectl, secrets, clock)
         self.stop = threading.Event()  # ends all waiting
 
     def deploy(self, task: Task) -> None:
@@ -2950,20 +3076,14 @@ class Deployer:
         ours = [p for p in pods.items() if p.run == release.run]
         seen = (s for p in ours for s in pod_symptoms(p))
         told = symptom if symptom.key else next(seen, symptom)
-        return StageError(told.reason, self.with_logs(told.detail, ours, task.namespace))
+        self.keep_logs(task, ours)
+        return StageError(told.reason, self.secrets.mask(told.detail))
 
-    def with_logs(self, detail: str, pods: Iterable[Pod], namespace: str) -> str:
-        """Return a detail with the last log lines of what failed, secrets masked."""
-        failed = [
-            (pod.name, container.name)
-            for pod in sorted(pods, key=lambda p: (p.ready, -p.created))
-            for container in pod.containers
-            if container.kind != "sidecar" and (container.exit_code or not container.ready)
-        ]
-        for name, container in failed[:1]:
-            printed = self.kubectl.logs(name, container, namespace).splitlines()[-20:]
-            detail = "\n".join([detail, *(clip(line, 200) for line in printed)])
-        return self.secrets.mask(detail)
+    def keep_logs(self, task: Task, pods: Sequence[Pod]) -> None:
+        """Keep the end of the logs of pods that may soon be gone; wait for that only a moment."""
+        if task.app.deploy.log_tails:
+            words = (task.app.name, task.run.id, pods, task.namespace)
+            self.logs.start(partial(self.logs.keep, *words)).join(LOG_PATIENCE)
 
     def smoke_test(self, task: Task, release: Release) -> None:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
@@ -3148,8 +3268,8 @@ class Deployer:
         target, old, answering = self.look_back(task, unhealthy=well is None)
         if ahead(old, well or answering) > 0:
             self.switch_back(task, Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH, sick)
-            detail = self.with_logs(sick, pods, task.namespace)
-            raise StageError(Reason.SICK_AFTER_SWITCH, detail)
+            self.keep_logs(task, pods)
+            raise StageError(Reason.SICK_AFTER_SWITCH, sick)
         if not (target and answering[0]):
             other = "the version before is no better" if target else "there is no version before"
             raise StageError(Reason.BOTH_SICK, f"{sick}; {other}")
@@ -3320,7 +3440,8 @@ class Deployer:
             left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
             self.kubectl.delete("deployment", left, namespace)
             self.kubectl.delete("service", [f"{name}-preview"], namespace)
-        found = self.kubectl.list("configmaps", namespace, "-l", ours)
+        # logs go by their age and number
+        found = self.kubectl.list("configmaps", namespace, "-l", f"{ours},{LABEL_STAGE}!=log")
         now = self.service(task)
         # whoever made one of them after the first look has claimed the Service by now
         if (now.version if now else 0) == (service.version if service else 0):
@@ -3823,7 +3944,10 @@ class Controller:
                 warn("a step will be tried again", detail=str(lost), **run_words(run))
 
     def sweep(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
-        """Delete Jobs of ended runs that no time to live ends, because they never ran."""
+        """Delete what no time to live ends: Jobs of ended runs that never ran, and old logs."""
+        due = (a for a in self.apps.values() if self.once.may(("logs", a.name), None, 3600.0))
+        if app := next(due, None):  # one at each look
+            self.deployer.logs.start(partial(self.deployer.logs.tidy, app, self.config.namespaces))
         until = self.clock.now() - JOB_TTL
         for found in (j for g in runs.values() for j in g.values() if j.state == "suspended"):
             if found.outcome and seconds_of(found.notes.get(NOTE_ENDED)) < until:
@@ -3895,7 +4019,7 @@ class Controller:
             self.note(waited, {NOTE_REASON: None, NOTE_DETAIL: None})
         if do is Do.NOTE:
             key = NOTE_SUMMARY if stage == "test" else NOTE_DIGEST
-            self.note(view.jobs[stage], {key: action.detail})
+            self.note(view.jobs[stage], {key: self.deployer.secrets.mask(action.detail)})
         elif do is Do.RELEASE:
             self.note(view.jobs[stage], {}, suspend=False)
         elif do is Do.DEPLOY:
@@ -3953,7 +4077,8 @@ class Controller:
 
     def finish(self, run: Run, jobs: Mapping[str, Job], action: Action) -> None:
         """Write down how a run ended: the ledger first, then its Jobs; then say it."""
-        outcome, stage, detail = action.outcome or Outcome.FAILED, action.stage, action.detail
+        outcome, stage = action.outcome or Outcome.FAILED, action.stage
+        detail = self.deployer.secrets.mask(action.detail)
         bad = outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK)
         with self.ledger.lock:
             seen = self.ledger.read(run.app)[0].get(run.ref, {})
@@ -3967,7 +4092,8 @@ class Controller:
         if bad and stage in jobs and action.reason is not Reason.CLONE_FAILED:
             mine = [p for w in self.pods for p in w.items() if p.job == jobs[stage].uid]
             last = sorted(mine, key=lambda p: -p.created)[:1]
-            detail = self.deployer.with_logs(detail, last, jobs[stage].namespace)
+            logs, namespace = self.deployer.logs, jobs[stage].namespace
+            logs.start(partial(logs.keep, run.app, run.id, last, namespace))
         notes = {NOTE_OUTCOME: str(outcome), NOTE_REASON: str(action.reason), NOTE_STAGE: stage}
         at = max(self.clock.now(), run.received)  # by a clock that may be ahead
         notes |= {NOTE_DETAIL: detail[:DETAIL_LENGTH], NOTE_ENDED: f"{at:.3f}"}
@@ -4294,7 +4420,7 @@ START_SECONDS = 5.0  # from a pod's creation until it is ready, by and large
 EVERY = "get list watch create patch delete"
 PODS = {"/pods": "get list watch", "/pods/log": "get"}
 STATE_RIGHTS = {"/configmaps": "get create patch"}
-JOB_RIGHTS = {"batch/jobs": EVERY, **PODS, "/events": "list"}
+JOB_RIGHTS = {"batch/jobs": EVERY, **PODS, "/events": "list", "/configmaps": "list create delete"}
 APP_RIGHTS = {"apps/deployments": f"{EVERY} update", "/services": EVERY, **PODS}
 APP_RIGHTS |= {"apps/replicasets": "list", "discovery.k8s.io/endpointslices": "list"}
 APP_RIGHTS |= {"/configmaps": "get list create delete"}
@@ -4448,6 +4574,49 @@ def status(tools: Tools, args: argparse.Namespace) -> int:
     cells = [[clip(r[title.lower()]) for title in TITLES] for r in runs]
     say(f"\n{columns([TITLES, *cells])}" if runs else "\nno runs")
     return 0
+
+
+def explain(tools: Tools, args: argparse.Namespace) -> int:
+    """Print how a run stands, and with --log the last lines that its failed containers printed."""
+    run, now = args.run, tools.deployer.clock.now()
+    if not re.fullmatch("[a-z0-9-]{1,63}", run):
+        raise ConfigError([f"{clip(run, 80)!r} is no id of a run; `status` shows them"])
+    app = tools.app(run.rsplit("-", 2)[0])
+    logs = list(kept_logs(tools, app, run)) if args.log else []
+    stood = next((r for r in run_status(tools, [app.name]) if r["run"] == run), None)
+    if not (stood or logs):
+        raise HookError(f"nothing is known of {run} any more")
+    if stood:
+        stood["received"] = f"{age(stood['received'], now)} ago"
+        say("\n".join(f"{key + ':':10}{clip(str(stood[key]), DETAIL_LENGTH)}" for key in stood))
+    for title, text in logs:
+        say(f"\n--- {title}\n" + "\n".join(map(printable, text.split("\n"))))
+    if args.log and not logs:
+        say("\nno log is kept: it is for a day, where something failed")
+    return 0
+
+
+def kept_logs(tools: Tools, app: App, run: str) -> Iterator[tuple[str, str]]:
+    """Yield where and when each kept log of a run was printed, and the log."""
+    shown = app.deploy.environments if app.deploy.log_tails else ()
+    terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_STAGE: "log", LABEL_RUN: run})
+    for namespace in (tools.config.namespaces[name] for name in (*STAGES, *shown)):
+        try:
+            logs = tools.deployer.kubectl.list("configmaps", namespace, "-l", terms)
+        except KubectlError as refused:
+            if refused.kind != "Forbidden":
+                raise
+            yield namespace, "not readable with this account"
+            continue
+        for log in logs:
+            at = printable(log["metadata"].get("creationTimestamp", ""))
+            for key, text in sorted((log.get("data") or {}).items()):
+                yield f"{namespace} {key}, kept {at}", text
+
+
+def printable(line: str) -> str:
+    """Return a line of anyone's for a terminal: what is no letter or sign is spelled out."""
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line)
 
 
 def age(then: float, now: float) -> str:
@@ -4734,7 +4903,7 @@ def collect(environ: Mapping[str, str]) -> int:
 
 # === main =========================================================================================
 
-COMMANDS = {c.__name__: c for c in (serve, push, status, plan, rollback, rerun)}
+COMMANDS = {c.__name__: c for c in (serve, push, status, explain, plan, rollback, rerun)}
 JOB_COMMANDS = {c.__name__: c for c in (clone, collect)}
 
 
@@ -4753,6 +4922,9 @@ def parser() -> argparse.ArgumentParser:
     one = add("status", help="what is live where, and the runs")
     one.add_argument("app", nargs="?", default="", help="all of them if not given")
     one.add_argument("--output", choices=("text", "json"), default="text", help="text if not given")
+    one = add("explain", help="how a run stands, and what it printed")
+    one.add_argument("run", help="its id")
+    one.add_argument("--log", action="store_true", help="the last lines of what failed")
     one = add("rollback", help="switch back to a proven version")
     one.add_argument("app", help="its name")
     one.add_argument("--environment", default="", help="the app's last one if not given")

@@ -283,7 +283,7 @@ def test_a_release_record_that_is_not_as_it_was_written_is_not_used(
     tmp_path: Path, key: str, value: Any
 ) -> None:
     made = history(tmp_path, None, [])
-    assert made.release(task(), {"release": "record"}).run == ""
+    assert made.release(task(), {"release": "record"}).run == "shop-new"
     record = json.loads((tmp_path / "record").read_text())
     target = record["metadata"] if "." in key else record
     target[key.rpartition(".")[2]] = value
