@@ -28,6 +28,7 @@ from tests.standin.kubectl import Kubectl, Result
 from tests.world import SERVER, TOKEN, Object, Repository, World, eventually, install
 
 DAEMON = "system:serviceaccount:orchestration:orchestration-sa"
+STAGE = "gitops-hook/stage"
 IMAGE = "registry.example.com/demo/app"
 MISSING_IMAGE = f"{IMAGE}@sha256:{'0' * 64}"
 
@@ -242,9 +243,10 @@ class Member:
         )
 
     def leftovers(self) -> list[str]:
-        """Return everything of it that is in its namespace, by kind and name."""
+        """Return everything of it that is in its namespace but logs, by kind and name."""
         kinds = ("deployments", "services", "configmaps", "replicasets")
-        return [f"{kind}/{name}" for kind in kinds for name in self.objects(kind)]
+        found = [(kind, name, o) for kind in kinds for name, o in self.objects(kind).items()]
+        return [f"{k}/{n}" for k, n, o in found if o["metadata"]["labels"].get(STAGE) != "log"]
 
     # What it waits for.
 

@@ -85,7 +85,7 @@ def test_a_recorded_pod_with_a_side_car_is_told_apart_by_kind() -> None:
         "clone": "init", "results": "sidecar", "test-runner": "app",
     }  # fmt: skip
     _, results, tests = last.containers
-    assert (results.exit_code, results.text) == (0, '{"tests":3,"failures":1}')
+    assert (results.exit_code, results.words) == (0, '{"tests":3,"failures":1}')
     assert (tests.exit_code, tests.exit_reason, tests.exits) == (1, "Error", 1)
 
 

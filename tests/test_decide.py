@@ -384,9 +384,13 @@ ACTIONS: dict[str, Case] = {
     "a build takes too long": (
         a_view(DONE, a_job("build"), pods=(a_pod(BUILD, started=1201),)),
         Do.END, "build", (Outcome.FAILED, Reason.TIMEOUT), "1200 s"),
-    "a build failed": (
+    "a build failed, and what it printed is not told": (
         a_view(DONE, a_job("build", "failed"), pods=ended("build", main=terminated(1, "no FROM"))),
-        Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "no FROM"),
+        Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "exit code 1"),
+    "a build that could not be started is told in the runtime's words": (
+        a_view(DONE, a_job("build", "failed"),
+            pods=ended("build", main=terminated(128, "no such file", "StartError"))),
+        Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "no such file"),
     "a build failed after a green report": (
         a_view(a_job("test", "succeeded", notes={hook.NOTE_SUMMARY: SUMMARY}), a_job("build",
             "failed"),
@@ -704,6 +708,7 @@ JOB_ENDS = {
     "job-oom": (Outcome.FAILED, Reason.OUT_OF_MEMORY, 3.7),
     "job-deadline": (Outcome.FAILED, Reason.TIMEOUT, 5.3),
     "job-image-pull": (Outcome.FAILED, Reason.IMAGE_PULL_FAILED, 62.0),
+    "job-disk-limit-evicts": (Outcome.FAILED, Reason.OUT_OF_DISK, 48.1),
 }
 TEST_NAMES = {"job-fails-under-policy": "test-pol", "job-unschedulable": "test-big"}
 
@@ -748,6 +753,11 @@ def test_a_recorded_test_job_ends_as_it_should(scenario: str) -> None:
     outcome, reason, expected = JOB_ENDS[scenario]
     assert (action.do, action.outcome, action.reason) == (Do.END, outcome, reason)
     assert at == pytest.approx(expected, abs=0.6)
+
+
+def test_a_pod_that_filled_its_disk_ends_the_run_in_the_kubelets_words() -> None:
+    *_, (_, action) = story("job-disk-limit-evicts")
+    assert action.detail == 'Usage of EmptyDir volume "tmp" exceeds the limit "20Mi".'
 
 
 @pytest.mark.parametrize("scenario", ["job-quota-exceeded"])
@@ -864,6 +874,37 @@ STARTS = 'failed to create containerd task: exec: "serve": executable file not f
 def test_a_sick_pod_is_known_by_its_status(pod: hook.Pod, reason: Reason, grace: float) -> None:
     (found,) = hook.pod_symptoms(pod)
     assert (found.reason, found.grace) == (reason, grace)
+
+
+OVERFULL = 'Usage of EmptyDir volume "tmp" exceeds the limit "20Mi". '
+FULL_NODE = "The node was low on resource: ephemeral-storage. Threshold quantity: 1, available: 0. "
+FULL_NODE += "Container test-runner was using 9Gi, request is 1Gi, has larger consumption of it. "
+
+
+@pytest.mark.parametrize(
+    ("message", "more", "told"),
+    [
+        (OVERFULL, {}, True),
+        ('Container test-runner exceeded its local ephemeral storage limit "4Gi". ', {}, True),
+        ("Pod ephemeral local storage usage exceeds the total limit of containers 4Gi. ", {}, True),
+        (OVERFULL, {"conditions": [DISRUPTED]}, False),
+        (FULL_NODE, {"conditions": [DISRUPTED]}, False),
+        (FULL_NODE, {}, False),
+        ("Pod was rejected: The node had condition: [DiskPressure]. ", {}, False),
+        ("", {}, False),
+        (OVERFULL, {"reason": "Preempting"}, None),
+    ],
+)  # fmt: skip
+def test_a_jobs_pod_is_at_fault_only_where_it_wrote_more_than_it_may(
+    message: str, more: Object, told: bool | None
+) -> None:
+    ended = {"states": {"test-runner": terminated(137)}, "phase": "Failed", "message": message}
+    pod = a_pod(TEST, **{**ended, "reason": "Evicted", **more})
+    reasons = [s.reason for s in hook.pod_symptoms(pod)]
+    assert (Reason.OUT_OF_DISK in reasons) is bool(told)
+    assert pod.leaving is (told is False)
+    # an application's pod is replaced, and its run goes on
+    assert a_pod("", **{**ended, "reason": "Evicted"}).leaving
 
 
 CRASHED = waiting("CrashLoopBackOff")

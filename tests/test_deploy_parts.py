@@ -478,21 +478,25 @@ def a_pod(name: str, created: int, *containers: Object, ready: bool = False) -> 
     return hook.Pod({"metadata": meta, "spec": spec, "status": status})
 
 
-def test_the_last_words_are_those_of_the_newest_pod_that_is_not_ready(tmp_path: Path) -> None:
-    made = deployer(tmp_path, [])
-    script = tmp_path / "kubectl"
-    logs = 'case "$*" in\n*logs*) echo "$6 of $4" ;;'
-    script.write_text(script.read_text().replace('case "$*" in', logs))
-    well, sick = {"name": "log", "ready": True}, {"name": "web", "ready": False}
+def test_the_last_words_are_those_of_the_newest_pod_that_is_not_ready() -> None:
+    running, pulling = {"running": {}}, {"waiting": {"reason": "ImagePullBackOff"}}
+    well = {"name": "log", "ready": True, "state": running}
+    sick = {**well, "name": "web", "ready": False}
     before = {"terminated": {"exitCode": 3}}
     pods = [
         a_pod("old", 10, sick),
-        a_pod("new", 20, well, sick, {"name": "last", "ready": False}),
+        a_pod("new", 20, well, sick, {**sick, "name": "last"}),
         a_pod("well", 30, {"name": "web", "ready": True, "lastState": before}, ready=True),
     ]
-    assert made.with_logs("why", pods, "production") == "why\nweb of new"
-    assert made.with_logs("why", pods[2:], "production") == "why\nweb of well"
-    assert made.with_logs("why", [], "production") == "why"
+    def told(pods: list[hook.Pod]) -> list[str]:
+        return [f"{c.name} of {p.name}" for p, c in hook.speakers(pods)]
+
+    assert told(pods) == ["web of new", "last of new"]
+    assert told(pods[2:]) == ["web of well"]
+    assert told([a_pod("calm", 40, well, ready=True), pods[2]]) == ["web of well"]
+    assert told([a_pod("calm", 40, well, ready=True)]) == ["log of calm"]  # a test that hangs
+    assert told([a_pod("never", 40, {"name": "web", "ready": False, "state": pulling})]) == []
+    assert told([]) == []
 
 
 def ended_pod(name: str, phase: str = "Failed", **meta: str) -> Object:

@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+import gitops_hook
 from tests.standin.api import Api
 from tests.standin.store import Store
 
@@ -162,6 +163,8 @@ def test_test_quota_has_the_figures_of_the_article(base: Installed) -> None:
         "requests.memory": "4Gi",
         "limits.cpu": "4",
         "limits.memory": "8Gi",
+        "requests.ephemeral-storage": "8Gi",
+        "limits.ephemeral-storage": "48Gi",
         "pods": "10",
     }
 
@@ -181,7 +184,7 @@ def test_a_container_that_says_nothing_about_resources_fits_the_quota(
 ) -> None:
     quota = base.one("ResourceQuota", f"{namespace}-quota", namespace)["spec"]["hard"]
     (limit,) = base.one("LimitRange", f"{namespace}-limits", namespace)["spec"]["limits"]
-    for resource in ("cpu", "memory"):
+    for resource in ("cpu", "memory", "ephemeral-storage"):
         assert amount(limit["defaultRequest"][resource]) <= amount(limit["default"][resource])
         # Two at a time, at the least.
         assert 2 * amount(limit["default"][resource]) <= amount(quota[f"limits.{resource}"])
@@ -192,8 +195,27 @@ def test_a_container_that_says_nothing_about_resources_fits_the_quota(
 
 def test_the_defaults_in_test_are_those_of_the_article(base: Installed) -> None:
     (limit,) = base.one("LimitRange", "test-limits", "test")["spec"]["limits"]
-    assert limit["defaultRequest"] == {"cpu": "250m", "memory": "256Mi"}
-    assert limit["default"] == {"cpu": "500m", "memory": "512Mi"}
+    disk = "ephemeral-storage"
+    assert limit["defaultRequest"] == {"cpu": "250m", "memory": "256Mi", disk: "256Mi"}
+    assert limit["default"] == {"cpu": "500m", "memory": "512Mi", disk: "4Gi"}
+
+
+@pytest.mark.parametrize("namespace", ["test", "build"])
+def test_disk_never_keeps_out_a_pod_that_the_number_of_pods_lets_in(
+    base: Installed, namespace: str
+) -> None:
+    hard = base.one("ResourceQuota", f"{namespace}-quota", namespace)["spec"]["hard"]
+    config = gitops_hook.load_config(
+        "apps: [{name: shop, repository: /srv/shop.git, build: {image: registry/shop}}]"
+    )
+    make = {"test": gitops_hook.test_job, "build": gitops_hook.build_job}[namespace]
+    run = gitops_hook.Run(id="shop-1", app="shop", ref="refs/heads/main", commit="a" * 40)
+    pod = make(config, config.apps[0], run)["spec"]["template"]["spec"]
+    every = [*pod["initContainers"], *pod["containers"]]
+    for kind in ("requests", "limits"):
+        # no more than this at one time: a container that ends makes room for the next
+        most = sum(amount(c["resources"][kind]["ephemeral-storage"]) for c in every)
+        assert most * int(hard["pods"]) <= amount(hard[f"{kind}.ephemeral-storage"])
 
 
 # === Permissions ===
@@ -472,8 +494,25 @@ PRIVATE = [
     "10.0.0.1", "10.255.255.254", "100.64.0.1", "100.127.255.254", "172.16.0.1", "172.31.255.254",
     "192.168.0.1", "192.168.255.254", "169.254.169.254", "169.254.255.254", "fc00::1", "fd00::1",
     "fdff:ffff::1", "fe80::1", "febf::1",
+    # metadata services: Azure's, Oracle's, Alibaba's, Amazon's over IPv6
+    "168.63.129.16", "192.0.0.192", "100.100.100.200", "fd00:ec2::254",
+    # 10.0.0.1 and 169.254.169.254 by NAT64, 6to4 and Teredo
+    "64:ff9b::a00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::a00:1", "2002:a9fe:a9fe::1",
+    "2001:0:a9fe:a9fe::1",
 ]  # fmt: skip
-PUBLIC = ["8.8.8.8", "172.32.0.1", "100.63.0.1", "2001:4860:4860::8888"]
+PUBLIC = ["8.8.8.8", "172.32.0.1", "100.63.0.1", "168.63.129.17", "2001:4860:4860::8888"]
+METADATA = ["169.254.169.254", "168.63.129.16", "192.0.0.192", "64:ff9b::a9fe:a9fe", "fe80::1"]
+
+
+def test_an_exception_is_a_part_of_its_block_that_the_api_server_takes(base: Installed) -> None:
+    blocks = [p["ipBlock"] for n in base.all("NetworkPolicy") for p in peers(n) if "ipBlock" in p]
+    for block in blocks:
+        whole = ipaddress.ip_network(block["cidr"])
+        for each in map(ipaddress.ip_network, block.get("except", [])):
+            assert each.version == whole.version
+            assert each.prefixlen > whole.prefixlen
+            # which takes ::ffff:0:0/96 for an IPv4 network, and then for none of ::/0
+            assert getattr(each.network_address, "ipv4_mapped", None) is None
 
 
 def allows(block: Object, address: str) -> bool:
@@ -506,7 +545,8 @@ def test_the_daemon_is_reached_on_its_ports_and_reaches_its_applications(base: I
     assert selected_namespaces(metrics["from"][0]["namespaceSelector"]) == {"monitoring"}
     _, api_server, http, smoke = spec["egress"]
     assert {p["port"] for p in api_server["ports"]} == {443, 6443, 8443, 16443}
-    assert not any(allows(peer["ipBlock"], "169.254.169.254") for peer in http["to"])
+    assert not [ip for ip in METADATA if any(allows(p["ipBlock"], ip) for p in http["to"])]
+    assert [ip for ip in PUBLIC if any(allows(p["ipBlock"], ip) for p in http["to"])] == PUBLIC
     assert selected_namespaces(smoke["to"][0]["namespaceSelector"]) == {"staging", "production"}
     assert "ports" not in smoke
 
