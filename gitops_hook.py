@@ -2981,13 +2981,16 @@ class Deployer:
 
     @contextmanager
     def watched_pods(self, task: Task) -> Iterator[Watch[Pod]]:
-        """Keep a mirror of an app's pods in one namespace while the block runs."""
+        """Keep a mirror of an app's pods while the block runs, and their logs if it fails."""
         selector = f"{LABEL_APP}={task.app.name}"
         watch = Watch(self.kubectl, "pods", task.namespace, Pod, selector)
         thread = threading.Thread(target=watch.run, name=f"pods-{task.app.name}", daemon=True)
         thread.start()
         try:
             yield watch
+        except StageError:
+            self.keep_logs(task, [p for p in watch.items() if p.run == task.run.id])
+            raise
         finally:
             watch.stop()
             thread.join(KUBECTL_TIMEOUT)
@@ -3076,8 +3079,7 @@ class Deployer:
         ours = [p for p in pods.items() if p.run == release.run]
         seen = (s for p in ours for s in pod_symptoms(p))
         told = symptom if symptom.key else next(seen, symptom)
-        self.keep_logs(task, ours)
-        return StageError(told.reason, self.secrets.mask(told.detail))
+        return StageError(told.reason, told.detail)
 
     def keep_logs(self, task: Task, pods: Sequence[Pod]) -> None:
         """Keep the end of the logs of pods that may soon be gone; wait for that only a moment."""
@@ -3235,7 +3237,7 @@ class Deployer:
                 sound = sum(p.ready and not sickness([p], since) for p in known)
                 of_all = max(wanted, sum(p.stays for p in known))
                 well = None if failures >= health.failures else (sound, of_all)
-                self.take_back(task, sick, known, well)
+                self.take_back(task, sick, well)
                 failures = 0
             if self.clock.monotonic() - looked > LOOK_SECONDS:
                 looked = self.clock.monotonic()
@@ -3256,10 +3258,8 @@ class Deployer:
             raise SupersededError(Reason.ROLLED_BACK, "rolled back by hand")
         raise SupersededError(Reason.SELECTOR_CHANGED, self.last_manager(task))
 
-    def take_back(
-        self, task: Task, sick: str, pods: Sequence[Pod], well: tuple[int, int] | None
-    ) -> None:
-        """Switch back first, then gather why; raises StageError.
+    def take_back(self, task: Task, sick: str, well: tuple[int, int] | None) -> None:
+        """Switch back; raises StageError.
 
         Only onto a version of which a larger share is well: with both sick it stays. Where the
         health path failed, so that `well` is not known, the pods of both are asked one by one; the
@@ -3268,7 +3268,6 @@ class Deployer:
         target, old, answering = self.look_back(task, unhealthy=well is None)
         if ahead(old, well or answering) > 0:
             self.switch_back(task, Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH, sick)
-            self.keep_logs(task, pods)
             raise StageError(Reason.SICK_AFTER_SWITCH, sick)
         if not (target and answering[0]):
             other = "the version before is no better" if target else "there is no version before"

@@ -375,4 +375,8 @@ def test_a_failing_test_is_red_with_the_numbers_of_its_report(tmp_path: Path) ->
         assert "1 passed, 1 failed" in ended["detail"]
         assert "test_bad" in ended["detail"]
         assert "hunter2" not in apps.log.read_text()
+        name = f"log-{ended['run']}"
+        log = eventually(lambda: apps.cluster.store.find("configmaps", "test", name))
+        (text,) = log["data"].values()
+        assert "assert 0, 'password=***" in text
         assert not apps["real"].leftovers()

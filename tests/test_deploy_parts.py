@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 import responses
 
 import gitops_hook as hook
+from tests.world import eventually
 
 Object = dict[str, Any]
 EARLY, LATE = "2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z"
@@ -295,7 +300,7 @@ def test_a_release_record_that_is_not_as_it_was_written_is_not_used(
 def take_back(made: hook.Deployer, well: tuple[int, int] | None) -> str:
     """Return why traffic was taken back, or had to stay; "" when the verdict was dropped."""
     try:
-        made.take_back(task(), "it is sick", [], well)
+        made.take_back(task(), "it is sick", well)
     except hook.StageError as ended:
         return str(ended.reason)
     return ""
@@ -497,6 +502,131 @@ def test_the_last_words_are_those_of_the_newest_pod_that_is_not_ready() -> None:
     assert told([a_pod("calm", 40, well, ready=True)]) == ["log of calm"]  # a test that hangs
     assert told([a_pod("never", 40, {"name": "web", "ready": False, "state": pulling})]) == []
     assert told([]) == []
+
+
+class Shelf(hook.Kubectl):
+    """A cluster that has the log of every container, and holds ConfigMaps."""
+
+    def __init__(self, log: str = "", *, fails: bool = False) -> None:
+        super().__init__(hook.Metrics())
+        self.log, self.fails, self.kept = log, fails, dict[str, Object]()
+
+    def logs(self, pod: str, container: str, namespace: str) -> str:
+        return self.log.format(pod=pod, container=container)
+
+    def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
+        if self.fails:
+            raise hook.KubectlError(["kubectl", "get"], None, "")
+        terms = dict(term.split("=") for term in filters[1].split(","))
+        return [o for o in self.kept.values() if terms.items() <= o["metadata"]["labels"].items()]
+
+    def delete(self, resource: str, names: Iterable[str], namespace: str) -> None:
+        for name in names:
+            del self.kept[name]
+
+    def create(self, objects: Sequence[Object], namespace: str) -> None:
+        for made in objects:
+            stamp = datetime.fromtimestamp(1000.0 + len(self.kept), UTC).isoformat()
+            made["metadata"]["creationTimestamp"] = stamp
+            assert made["metadata"]["name"] not in self.kept
+            self.kept[made["metadata"]["name"]] = made
+
+
+FAILED: Object = {"name": "web", "ready": False, "state": {"terminated": {"exitCode": 1}}}
+
+
+def tails(shelf: Shelf, folder: Path, now: float = 1000.0) -> hook.LogTails:
+    clock = Seconds()
+    clock.now = lambda: now  # type: ignore[method-assign]
+    return hook.LogTails(shelf, hook.Secrets(folder), clock)
+
+
+def test_of_a_long_log_the_end_is_kept_whatever_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "webhook-tokens").write_text("hunter2-hunter2\n")
+    noise = "\u20ac\x00\x1b " * 30_000
+    shelf = Shelf(noise + "hunter2-hunter2 and\npassword=hunter2\nthe end of {container}")
+    pods = [a_pod("new", 20, FAILED, {**FAILED, "name": "other"})]
+    tails(shelf, tmp_path).keep("shop", "shop-1", pods, "production")
+    (kept,) = shelf.kept.values()
+    assert [*kept["data"]] == ["new.web", "new.other"]
+    for key, text in kept["data"].items():
+        assert text.endswith(f"*** and\npassword=***\nthe end of {key.partition('.')[2]}")
+        assert 20_000 < len(text.encode()) <= 32_768
+    assert "hunter2" not in json.dumps(kept)
+
+
+def test_a_termination_message_is_kept_with_the_log_unless_it_is_of_it(tmp_path: Path) -> None:
+    words = {**FAILED, "state": {"terminated": {"exitCode": 1, "message": "token=abc: no"}}}
+    for log, text in (("a line", "a line\ntoken=*** no"), ("token=abc: no", "token=*** no")):
+        shelf = Shelf(log)
+        tails(shelf, tmp_path).keep("shop", "shop-1", [a_pod("new", 20, words)], "production")
+        assert shelf.kept["log-shop-1"]["data"] == {"new.web": text}
+
+
+def test_where_nothing_was_printed_nothing_is_kept(tmp_path: Path) -> None:
+    shelf = Shelf()
+    tails(shelf, tmp_path).keep("shop", "shop-1", [a_pod("new", 20, FAILED)], "production")
+    assert not shelf.kept
+
+
+def test_twenty_logs_of_an_app_are_kept_for_a_day(tmp_path: Path) -> None:
+    shelf, pods = Shelf("words"), [a_pod("new", 20, FAILED)]
+    shelf.kept["other"] = {**labelled("other", "twin"), "data": {}}
+    shelf.kept["release"] = {**labelled("release", "shop", stage="release"), "data": {}}
+    for number in range(30):
+        tails(shelf, tmp_path).keep("shop", f"shop-{number}", pods, "production")
+    names = [*shelf.kept][2:]
+    assert names == [f"log-shop-{number}" for number in range(10, 30)]
+    tails(shelf, tmp_path).keep("shop", "shop-29", pods, "production")  # it failed again
+    assert [*shelf.kept][-1] == "log-shop-29"
+    app = hook.load_config(CONFIG).apps[0]
+    spaces = dict.fromkeys(("test", "build", "staging", "production"), "production")
+    tails(shelf, tmp_path, now=80_000.0).tidy(app, spaces)
+    assert "log-shop-28" in shelf.kept
+    tails(shelf, tmp_path, now=88_000.0).tidy(app, spaces)
+    assert [*shelf.kept] == ["other", "release"]
+
+
+def labelled(name: str, app: str, stage: str = "log") -> Object:
+    labels = {hook.LABEL_MANAGED: hook.MANAGER, hook.LABEL_APP: app, hook.LABEL_STAGE: stage}
+    return {"metadata": {"name": name, "labels": labels, "creationTimestamp": EARLY}}
+
+
+def test_logs_of_pods_that_shall_not_be_kept_any_more_go(tmp_path: Path) -> None:
+    shelf = Shelf("words")
+    tails(shelf, tmp_path).keep("shop", "shop-1", [a_pod("new", 20, FAILED)], "production")
+    text = CONFIG.replace("shop}}", "shop}, deploy: {log_tails: false}}")
+    spaces = dict.fromkeys(("test", "build"), "test")
+    app = hook.load_config(text).apps[0]
+    tails(shelf, tmp_path).tidy(app, {**spaces, "staging": "s", "production": "production"})
+    assert not shelf.kept
+
+
+def test_a_log_that_cannot_be_kept_is_said_and_fails_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logs = tails(Shelf("secret words", fails=True), tmp_path)
+    pods = [a_pod("new", 20, FAILED)]
+    logs.start(partial(logs.keep, "shop", "shop-1", pods, "production")).join(20)
+    assert [r.message for r in caplog.records] == ["logs not kept"]
+    assert "secret words" not in str(caplog.records[0].__dict__)
+
+
+def test_a_log_that_does_not_come_holds_up_neither_a_deployment_nor_another_call(
+    tmp_path: Path,
+) -> None:
+    made = deployer(tmp_path, [])
+    script = tmp_path / "kubectl"
+    wait = 'case "$*" in\n*logs*) touch asked; until test -e go; do sleep 0.1; done ;;'
+    script.write_text(script.read_text().replace('case "$*" in', wait))
+    kubectl = hook.Kubectl(hook.Metrics(), 1, str(script))
+    made = hook.Deployer(kubectl, made.git, made.secrets, Seconds())
+    threads = threading.active_count()
+    made.keep_logs(task(), [a_pod("new", 20, FAILED)])
+    assert (tmp_path / "asked").exists()
+    assert made.service(task()) is not None
+    (tmp_path / "go").touch()
+    eventually(lambda: threading.active_count() == threads, 20)
 
 
 def ended_pod(name: str, phase: str = "Failed", **meta: str) -> Object:

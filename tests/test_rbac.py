@@ -617,7 +617,7 @@ def short(repository: Path) -> Object:
     config = daemon_config(
         repository, bake="1s", drain="1s", health={"path": "/ready", "successes": 1}
     )
-    config["apps"][0]["test"] = {"command": "test ! -e broken"}
+    config["apps"][0]["test"] = {"command": "if test -e broken; then echo why; exit 1; fi"}
     return config
 
 
