@@ -3038,7 +3038,7 @@ class Deployer:
                 while process.poll() is None and self.clock.monotonic() < until:
                     seen = self.symptoms(task, release, pods)
                     if symptom := doom.verdict(seen, self.clock.now()):
-                        raise self.failed(task, release, pods, symptom)
+                        raise self.failed(release, pods, symptom)
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(1.0)
                     self.pause(0)
@@ -3056,7 +3056,7 @@ class Deployer:
                 until = min(until, self.clock.monotonic() + VERIFY_SECONDS)
             self.pause(0.3)
         detail = f"{ready} of {release.wanted} pods ready within {timeout} s"
-        raise self.failed(task, release, pods, Symptom("", Reason.NEVER_READY, detail))
+        raise self.failed(release, pods, Symptom("", Reason.NEVER_READY, detail))
 
     def symptoms(self, task: Task, release: Release, pods: Watch[Pod]) -> list[Symptom]:
         """Return what is wrong with a release's pods, also with those that cannot be created."""
@@ -3072,9 +3072,7 @@ class Deployer:
                 seen.append(creation_symptom(str(failure.get("message")), name))
         return seen
 
-    def failed(
-        self, task: Task, release: Release, pods: Watch[Pod], symptom: Symptom
-    ) -> StageError:
+    def failed(self, release: Release, pods: Watch[Pod], symptom: Symptom) -> StageError:
         """Return the end of a rollout; one that is only late is told by what is wrong with it."""
         ours = [p for p in pods.items() if p.run == release.run]
         seen = (s for p in ours for s in pod_symptoms(p))

@@ -44,7 +44,8 @@ def config(repository: Path) -> Object:
     health = {"path": "/ready", "successes": 1}
     short = {"environments": ["production"], "bake": "2s", "drain": "0s", "health": health}
     made = daemon_config(repository, **short)
-    title = "printf '\\033]0;hi\\007 \\342\\200\\256txt token=hunter2\\n'"  # for a terminal's window
+    # what would change the title of a terminal, and turn its text round
+    title = "printf '\\033]0;hi\\007 \\342\\200\\256txt token=hunter2\\n'"
     made["apps"][0]["test"] = {"command": f"{title}; cat version; ! grep -q broken version"}
     return made
 
