@@ -949,8 +949,7 @@ def test_a_pod_left_by_a_deleted_job_of_the_same_name_does_not_count(
     }
     logs: list[str] = []
     controller.kubectl.objects["job", job["metadata"]["name"]] = job
-    keep = lambda app, run, pods, namespace: logs.extend(p.name for p in pods)  # noqa: E731
-    controller.deployer.logs.keep = keep
+    controller.deployer.logs.keep = lambda _app, _run, pods, _: logs.extend(p.name for p in pods)
     controller.jobs[0]._take("ADDED", job)
     controller.pods[0]._take("ADDED", pod)
     controller.tick()
