@@ -606,6 +606,11 @@ class Recorded(World):
 
         return dict(eventually(lines, 60, f"{run} ends")[-1])
 
+    def kept(self, run: str) -> str:
+        """Return the uid of the log that is kept of a red test, if there is one."""
+        found = self.cluster.store.find("configmaps", "test", f"log-{run}")
+        return str(found["metadata"]["uid"]) if found else ""
+
     def outcome(self, version: str, modes: str = "") -> str:
         """Release a version, push it and return how that ended."""
         run = self.push(self.repository.release(version, modes=modes))
@@ -638,8 +643,10 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
                 assert made.command(*command).returncode == 0
             broken = made.push(made.repository.release("5", broken="yes"))
             assert made.ends(broken)["stage"] == "test"
+            first = eventually(lambda: made.kept(broken), 20, "the log is kept")
             assert made.command("rerun", broken).returncode == 0
             assert made.ends(broken, times=2)["stage"] == "test"
+            eventually(lambda: made.kept(broken) not in ("", first), 20, "the new one is kept")
             made.kill()
             yield made
         finally:
