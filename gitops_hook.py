@@ -30,6 +30,7 @@ import base64
 import binascii
 import copy
 import difflib
+import errno
 import hashlib
 import hmac
 import http
@@ -37,6 +38,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import shutil
@@ -125,6 +127,10 @@ VERIFY_SECONDS = 10.0  # the endpoints must have followed the selector by then
 UNMOVED_SECONDS = 60.0  # ... unless nobody has acted on it: a controller-manager that starts anew
 HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures are seen within one second
 UNREADY_SECONDS = 5.0  # readiness below the wanted number for so long is sickness
+GONE_SECONDS = 1.0  # ... and so long with no ready pod at all: every visitor is refused
+REPLACED_SECONDS = 20.0  # ... unless pods are starting in the place of those that were taken away
+CHECK_GAP = 2.0  # between two health checks further apart than that, health is not known
+FRESH_SECONDS = 5.0  # as old may be what the API server said of the pods that are judged
 REBAKE_SECONDS = 15.0  # a bake that nobody watched to its end is watched for at least so long
 ROLLOUT_PER_REPLICA = 20.0
 CLAIM_SECONDS = 900.0  # a claim of a command that old belongs to a process that is gone
@@ -179,6 +185,7 @@ class Reason(StrEnum):
     ENDPOINTS_MISSING = "EndpointsMissing"
     SICK_AFTER_SWITCH = "SickAfterSwitch"
     BOTH_SICK = "BothSick"
+    UNJUDGED = "Unjudged"
     CLAIM_LOST = "ClaimLost"
     NOT_HEAD = "NotHead"
     REJECTED = "Rejected"
@@ -1124,7 +1131,7 @@ class Kubectl:
     """
 
     def __init__(self, metrics: Metrics, at_once: int = 8, program: str = "kubectl") -> None:
-        self.program, self.metrics = program, metrics
+        self.program, self.metrics, self.at_once = program, metrics, at_once
         self._places = threading.BoundedSemaphore(at_once)
 
     def run(
@@ -1132,7 +1139,11 @@ class Kubectl:
     ) -> str:
         """Return what one call prints; raises KubectlError, after a time-out of unknown effect."""
         with self._places:
-            code, stdout, stderr = execute((self.program, "-n", namespace, *args), timeout, stdin)
+            return self._call(args, namespace, stdin, timeout)
+
+    def _call(self, args: Sequence[str], namespace: str, stdin: str, timeout: float) -> str:
+        """Return what one call prints, without asking for a place."""
+        code, stdout, stderr = execute((self.program, "-n", namespace, *args), timeout, stdin)
         failure = None if code == 0 else KubectlError([self.program, *args], code, stderr, stdout)
         self.metrics.kubectl.labels(args[0], failure.kind if failure else "ok").inc()
         if failure:
@@ -1214,6 +1225,53 @@ class Kubectl:
                 if printed := self.run(*args, *more, namespace=namespace, timeout=10.0).strip():
                     return printed
         return ""
+
+
+class UrgentKubectl(Kubectl):
+    """A door with places of its own, for what cannot wait: to see health, and to take traffic back.
+
+    A call that is not answered is made again every second, beside the one that hangs, and the first
+    answer counts. So it is for reading, and for writes that compare and set or say the same twice.
+    """
+
+    PATIENCE = (10.0, 3.0)  # seconds for the first process of a call, and for each one after it
+
+    def run(
+        self, *args: str, namespace: str = "", stdin: str = "", timeout: float = KUBECTL_TIMEOUT
+    ) -> str:
+        """Return what the first process prints that ends; raises KubectlError, ConfigError."""
+        answers: queue.SimpleQueue[str | HookError] = queue.SimpleQueue()
+        until = time.monotonic() + timeout
+        patience, again = self.PATIENCE
+
+        def attempt(seconds: float) -> None:
+            """Run one process in a place that was taken for it."""
+            try:
+                answers.put(self._call(args, namespace, stdin, seconds))
+            except HookError as failed:
+                answers.put(failed)
+            finally:
+                self._places.release()
+
+        while (left := until - time.monotonic()) > 0:
+            if self._places.acquire(timeout=left):
+                self._start(partial(attempt, min(left, patience)))
+                patience = again
+            with suppress(queue.Empty):
+                answer = answers.get(timeout=min(left, 1.0))
+                if isinstance(answer, str):
+                    return answer
+                if getattr(answer, "code", 0) is not None:  # None: only this process hung
+                    raise answer
+        raise KubectlError([self.program, *args], None, "")
+
+    def _start(self, attempt: Callable[[], None]) -> None:
+        """Start a process's thread; raises ConfigError when there can be no more of them."""
+        try:
+            threading.Thread(target=attempt, daemon=True).start()
+        except RuntimeError as full:
+            self._places.release()
+            raise ConfigError([f"{self.program} cannot be started: {full}"]) from full
 
 
 # === git ==========================================================================================
@@ -1857,6 +1915,7 @@ class Pod:
         self.created = epoch(meta.get("creationTimestamp"))
         self.started = epoch(status.get("startTime"))
         self.ready = is_ready and not deleting
+        self.changed = changed  # when it was last seen to become ready, or not to be any more
         # now or before: a condition that was never True is as old as the pod's start
         self.seen_ready = is_ready or 0 < self.started < changed - 1
         self.leaving = deleting or bool(lost)  # the cluster takes it away, and replaces it
@@ -2370,11 +2429,29 @@ def sickness(pods: Iterable[Pod], since: float) -> str:
     return ""
 
 
-def unready(pods: Iterable[Pod], since: float) -> list[str]:
+def unready(pods: Iterable[Pod], since: float) -> list[Pod]:
     """Return the pods of the switch that are not ready, by the word of their own containers."""
     # not by the Ready condition: that falls with a lost node, too, which is no sickness
     old = (p for p in pods if p.created <= since and not p.leaving)
-    return [p.name for p in old if not all(c.ready for c in p.containers if c.kind == "app")]
+    return [p for p in old if not all(c.ready for c in p.containers if c.kind == "app")]
+
+
+def shortage(pods: Iterable[Pod], since: float, now: float, *, starting: bool) -> Symptom | None:
+    """Return how a switched-to run has too few ready pods, and for how long it may have.
+
+    Since when it is so the pods say themselves, to a daemon that was not there to see it. No pod is
+    there by the cluster's doing; `starting`: others are, in the place of those it took away.
+    """
+    pods = [*pods]
+    down, served = unready(pods, since), any(p.ready for p in pods)
+    if served and not down:
+        return None
+    grace = UNREADY_SECONDS if served else GONE_SECONDS
+    grace = REPLACED_SECONDS if starting and not down else grace
+    who = ", ".join(p.name for p in down) or "any pod"
+    lasts = down and now - max(p.changed for p in down) >= grace
+    key, detail = f"{served} {grace}", f"not ready for {grace:.0f} s: {who}"
+    return Symptom(key, Reason.SICK_AFTER_SWITCH, detail, 0.0 if lasts else grace)
 
 
 def disturbed(pods: Sequence[Pod], wanted: int) -> bool:
@@ -2383,6 +2460,31 @@ def disturbed(pods: Sequence[Pod], wanted: int) -> bool:
     asleep = (p for p in stayed if not p.ready and {c.ready for c in p.containers} == {True})
     running = [p for p in pods if any(c.running for c in p.containers)]
     return any(asleep) or len(stayed) < max(wanted, len(running))
+
+
+@dataclass(slots=True)
+class Checks:
+    """What the health checks of a switched-to version have said, and for how long they did."""
+
+    failures: int = 0  # in a row
+    passes: int = 0  # in a row, none of them long after the one before
+    refusal: str = ""
+    judged: float = 0.0  # seconds
+    at: float = -NEVER  # when the last one ended
+
+    def add(self, now: float, refusal: str | None, *, clear: bool) -> None:
+        """Take over one; the time since the last counts if that is near, and nothing is hidden."""
+        gap = now - self.at
+        near = gap <= CHECK_GAP
+        self.judged += gap if near and clear else 0.0
+        self.passes = 0 if refusal else 1 + (self.passes if near else 0)
+        self.failures = self.failures + 1 if refusal else 0
+        self.refusal = refusal or ""
+        self.at = now
+
+    def passing(self, now: float) -> int:
+        """Return how many in a row have passed, up to now."""
+        return self.passes if now - self.at <= CHECK_GAP else 0
 
 
 def ahead(old: tuple[int, int], new: tuple[int, int]) -> int:
@@ -2417,16 +2519,40 @@ class Clock:
     monotonic = staticmethod(time.monotonic)
 
 
+HEAD_BYTES = 65_536  # of an answer's status and headers
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
+
+
 def health_refusal(url: str, patience: float = 2.0) -> str | None:
-    """Return why a health path does not answer as healthy, or None; the one door to HTTP."""
-    limits: Object = {"timeout": (1.0, patience), "allow_redirects": False, "stream": True}
+    """Return why a health path does not answer as healthy, or None; the one door to HTTP.
+
+    There is one deadline for the whole answer, which is read to the end of its headers and no
+    further. Raises OSError where it is this process that has no more files.
+    """
+    until, parts, head = time.monotonic() + patience, urlsplit(url), b""
+    path = f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
+    lines = (f"GET {path} HTTP/1.1", f"Host: {parts.netloc}", "Accept: */*", "Connection: close")
+    request = "\r\n".join([*lines, f"User-Agent: {MANAGER}/{__version__}", "", ""])
     try:
-        with requests.Session() as session:
-            session.trust_env = False
-            with session.get(url, **limits) as answer:
-                return None if answer.ok else f"status {answer.status_code}"
-    except requests.RequestException as failed:
+        with socket.create_connection((parts.hostname, parts.port), patience) as connection:
+            connection.sendall(request.encode())
+            while not re.search(rb"\n\r?\n", head) and len(head) < HEAD_BYTES:
+                if (left := until - time.monotonic()) <= 0:
+                    return f"no whole answer within {patience:.0f} s"
+                connection.settimeout(left)
+                if not (received := connection.recv(4096)):
+                    break
+                head += received
+    except TimeoutError:
+        return f"no whole answer within {patience:.0f} s"
+    except OSError as failed:
+        if failed.errno in OUT_OF_FILES:
+            raise
         return type(failed).__name__
+    status = re.match(rb"HTTP/1\.[01] ([1-9][0-9]{2})\b", head)
+    if not status or not re.search(rb"\n\r?\n", head):
+        return "not an HTTP answer"
+    return None if b"200" <= status[1] < b"400" else f"status {status[1].decode()}"
 
 
 class Ledger:
@@ -2526,8 +2652,9 @@ def persistent(step: F) -> F:
             except KubectlError as failed:
                 if failed.kind not in AGAIN:
                     raise
-                warn("will look again", detail=str(failed), **task.words)
-                self.pause(0.05 if failed.kind != "Unreachable" else min(backoff(failures), 2.0))
+                if failures < len(DELAYS) or failures % 30 == 0:  # then every half a minute
+                    warn("will look again", detail=str(failed), **task.words)
+                self.pause(0.05 if failed.kind != "Unreachable" else min(backoff(failures), 1.0))
                 failures += 1
 
     return cast(F, persist)
@@ -2540,6 +2667,12 @@ class Deployer:
         self.kubectl, self.git, self.secrets, self.clock = kubectl, git, secrets, clock
         self.metrics, self.ledger = kubectl.metrics, Ledger(kubectl, clock)
         self.stop = threading.Event()  # ends all waiting
+        # itself with a door that is not waited for, for what is live
+        self.urgent = self
+        if not isinstance(kubectl, UrgentKubectl):
+            door = UrgentKubectl(kubectl.metrics, kubectl.at_once, kubectl.program)
+            self.urgent = Deployer(door, git, secrets, clock)
+            self.urgent.stop = self.stop
 
     def deploy(self, task: Task) -> None:
         """Bring a run into an environment, through its bake in the last one.
@@ -2548,7 +2681,7 @@ class Deployer:
         SupersededError when something newer, or someone, took its place.
         """
         with self.watched_pods(task) as pods:
-            service = self.service(task)
+            service = self.urgent.service(task)
             if not (service and service.run == task.run.id):
                 release, claimed = self.prepare(task, pods)
                 self.require_head(task)
@@ -2828,17 +2961,27 @@ class Deployer:
     def smoke_test(self, task: Task, release: Release) -> None:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
         url, health = self.preview(task, release), task.app.deploy.health
-        # the pods themselves first: the preview may lead to those before for a moment
-        found = self.ready_pods(task.namespace, release.selector)
-        own = [pod_address(p, release.ports[0], health.path) for p in found]
         until, passed = self.clock.monotonic() + health.timeout, 0
         while passed < health.successes:
+            # the pods themselves first: the preview may lead to those before for a moment
+            found = self.ready_pods(task.namespace, release.selector)
+            own = [pod_address(p, release.ports[0], health.path) for p in found]
             refusal = next((r for u in (*own, url) if u and (r := health_refusal(u))), None)
             passed = 0 if refusal else passed + 1
-            if refusal and self.clock.monotonic() > until:
+            if refusal and len(found) < release.wanted:
+                until += self.replaced(task, release)
+            elif refusal and self.clock.monotonic() > until:
                 raise StageError(Reason.SMOKE_FAILED, f"{health.path}: {refusal}")
             self.pause(HEALTH_INTERVAL if refusal else 0.05)
 
+    def replaced(self, task: Task, release: Release) -> float:
+        """Wait until pods that were taken away meanwhile are replaced; return how long it took."""
+        began = self.clock.monotonic()
+        with self.watched_pods(task) as pods:
+            self.roll_out(task, release, pods)
+        return self.clock.monotonic() - began
+
+    @persistent
     def preview(self, task: Task, release: Release) -> str:
         """Point the preview Service at a release; return the address of its health path."""
         name, ports = f"{task.app.name}-preview", ports_like(release.ports)
@@ -2893,22 +3036,32 @@ class Deployer:
 
     def settle(self, task: Task, pods: Watch[Pod]) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
+        service, release = self.urgent.switched(task)
+        if release and task.last:
+            Bake(self, task, release, pods).run(service)
+        elif release:
+            self.verify(task, release, seconds_of(service.live.get("at")))
+            self.conclude(task)
+
+    @persistent
+    def switched(self, task: Task) -> tuple[Service, Release | None]:
+        """Return the live Service and the release that it leads to, none if that has an outcome."""
         service = self.judge_live(task, self.service(task))
-        if service.live.get("outcome"):
+        entry = service.live
+        return service, None if entry.get("outcome") else self.release(task, entry)
+
+    def verify(self, task: Task, release: Release, since: float) -> None:
+        """Wait for the endpoints of a switch; take traffic back if they do not come."""
+        wanted = release.wanted
+        if self.followed(task, release.selector, wanted, since):
             return
-        release = self.release(task, service.live)
-        since, wanted = seconds_of(service.live.get("at")), release.wanted
-        if not self.followed(task, release.selector, wanted, since):
-            detail = f"the endpoints did not become the {wanted} pods of {release.run}"
-            ready = len(self.ready_pods(task.namespace, release.selector))
-            target, old, _ = self.look_back(task, unhealthy=False)
-            if ahead(old, (ready, wanted)) < 0 or (target and not old[0]):
-                raise StageError(Reason.BOTH_SICK, f"{detail}; nothing better to go back to")
-            self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
-            raise StageError(Reason.ENDPOINTS_MISSING, detail)
-        if task.last:
-            self.bake(task, release, pods, service)
-        self.conclude(task)
+        detail = f"the endpoints did not become the {wanted} pods of {release.run}"
+        ready = len(self.ready_pods(task.namespace, release.selector))
+        target, old, _ = self.look_back(task, unhealthy=False)
+        if ahead(old, (ready, wanted)) < 0 or (target and not old[0]):
+            raise StageError(Reason.BOTH_SICK, f"{detail}; nothing better to go back to")
+        self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
+        raise StageError(Reason.ENDPOINTS_MISSING, detail)
 
     def release(self, task: Task, entry: Mapping[str, Any]) -> Release:
         """Return the release that a history entry names."""
@@ -2928,16 +3081,10 @@ class Deployer:
         spent, limit, looked = 0.0, VERIFY_SECONDS, self.clock.monotonic()
         while spent < limit:
             with suppress(KubectlError):
-                terms = f"kubernetes.io/service-name={task.app.name}"
-                slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
-                ready = ready_endpoints(slices)
-                pods = [Pod(p) for p in self.pods(task.namespace, selector)]
-                known, stayed = {p.name for p in pods}, [p for p in pods if p.created <= since]
-                enough = min(wanted, sum(not p.leaving for p in stayed))
-                if ready and ready <= known and len(ready) >= enough:
+                converged, moved = self.endpoints(task, selector, wanted, since)
+                if converged:
                     return True
-                unmoved = not slices or (ready and not ready & known)
-                limit = UNMOVED_SECONDS if unmoved else VERIFY_SECONDS
+                limit = VERIFY_SECONDS if moved else UNMOVED_SECONDS
                 spent += min(self.clock.monotonic() - looked, 1.0)
                 wanted = min(wanted, self.size(task, selector))
             looked = self.clock.monotonic()
@@ -2945,37 +3092,18 @@ class Deployer:
             self.pause(0.1)
         return False
 
-    def bake(self, task: Task, release: Release, pods: Watch[Pod], service: Service) -> None:
-        """Watch a switched-to version; sick: take the traffic back and raise StageError."""
-        health, since = task.app.deploy.health, seconds_of(service.live.get("at"))
-        least = self.clock.now() + min(REBAKE_SECONDS, task.app.deploy.bake)
-        until = max(seconds_of(service.note(NOTE_BAKE, 0.0)), least)
-        url, failures, wanted = self.preview(task, release), 0, release.wanted
-        all_ready = looked = self.clock.monotonic()
-        while self.clock.now() < until:
-            self.pause(HEALTH_INTERVAL)
-            refusal = health_refusal(url)
-            known = [p for p in pods.items() if p.run == release.run]
-            calm = not disturbed(known, wanted)
-            failures = failures + 1 if refusal and calm else 0
-            down = unready(known, since)
-            all_ready = all_ready if down else self.clock.monotonic()
-            sick = sickness(known, since)
-            if failures >= health.failures:
-                sick = f"{health.path} failed {failures} times in a row: {refusal}"
-            elif self.clock.monotonic() - all_ready > UNREADY_SECONDS:
-                sick = sick or f"not ready for {UNREADY_SECONDS:.0f} s: {', '.join(down)}"
-            if sick:
-                sound = sum(p.ready and not sickness([p], since) for p in known)
-                of_all = max(wanted, sum(p.stays for p in known))
-                well = None if failures >= health.failures else (sound, of_all)
-                self.take_back(task, sick, known, well)
-                failures = 0
-            if self.clock.monotonic() - looked > LOOK_SECONDS:
-                looked = self.clock.monotonic()
-                self.still_live(task)
-                with suppress(KubectlError):
-                    wanted = min(wanted, self.size(task, release.selector))
+    def endpoints(
+        self, task: Task, selector: Mapping[str, str], wanted: int, since: float
+    ) -> tuple[bool, bool]:
+        """Return whether the ready endpoints are pods of a selector and enough, or some of them."""
+        terms = f"kubernetes.io/service-name={task.app.name}"
+        slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
+        ready = ready_endpoints(slices)
+        pods = [Pod(p) for p in self.pods(task.namespace, selector)]
+        known, stayed = {p.name for p in pods}, [p for p in pods if p.created <= since]
+        enough = min(wanted, sum(not p.leaving for p in stayed))
+        moved = bool(slices) and (not ready or bool(ready & known))
+        return bool(ready and ready <= known and len(ready) >= enough), moved
 
     def still_live(self, task: Task) -> None:
         """Raise when the live Service was switched away from a run, as far as it can be seen."""
@@ -3031,10 +3159,12 @@ class Deployer:
         pods = self.staying(task.namespace, entry.get("selector", {}))
         port, path = (entry.get("ports") or [{}])[0], task.app.deploy.health.path
         ready = [p for p in pods if Pod(p).ready]
+        ours = LABEL_VERSION in entry.get("selector", {})
+        wanted = max(len(pods), self.size(task, entry["selector"]) if ours else 0)
         urls = [u for p in ready if ask and (u := pod_address(p, port, path))]
         with ThreadPoolExecutor(32) as at_once:
             refused = at_once.map(partial(health_refusal, patience=1.0), urls)
-            return len(ready) - sum(map(bool, refused)), len(pods)
+            return len(ready) - sum(map(bool, refused)), wanted
 
     @persistent
     def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
@@ -3062,17 +3192,26 @@ class Deployer:
         error("switched back", reason=reason, detail=clip(detail), **task.words)
 
     @persistent
-    def conclude(self, task: Task) -> None:
-        """Write that a version stays, and leave a claim by which the old one is drained."""
+    def conclude(
+        self, task: Task, proof: Callable[[], bool] = lambda: True, *, unjudged: bool = False
+    ) -> bool:
+        """Write that a version stays, and leave a claim by which the old one is drained.
+
+        Each try of it asks for the proof that the version is healthy, after it has read what it is
+        going to change; without it nothing is written, and the answer is False.
+        """
         service = self.judge_live(task, self.service(task))
         if service.claim.get("phase") == Phase.ROLLBACK:
             raise SupersededError(Reason.ROLLED_BACK, "a rollback is under way")
+        if not proof():
+            return False
         live, old = service.live, service.before.get("colour", "")
-        ended = {**live, "outcome": Outcome.DEPLOYED}
+        ended = {**live, "outcome": Outcome.DEPLOYED, **({"unjudged": True} if unjudged else {})}
         drain = {**self.note(task.run.id, old, Phase.DRAINING), "since": live.get("at", 0)}
         history = [ended if e == live else e for e in service.history]
         claim = drain if old in COLOURS else None
         self.write(task, service, {NOTE_HISTORY: history, NOTE_BAKE: None, NOTE_CLAIM: claim})
+        return True
 
     # What is left behind.
 
@@ -3264,6 +3403,182 @@ class Deployer:
             return ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sight:
+    """What the API server last said of the pods of a run in its bake."""
+
+    at: float
+    pods: tuple[Pod, ...] = ()
+    wanted: int = 0
+    urls: tuple[str, ...] = ()  # the health paths of those that were ready and stay
+
+
+class Bake:
+    """Watches a switched-to version until it is confirmed, or takes the traffic back.
+
+    One thread asks for health and does nothing else, so that nothing holds it up. A second one asks
+    the API server, and confirms. The worker itself judges what they have seen, and takes back.
+    """
+
+    def __init__(self, deployer: Deployer, task: Task, release: Release, pods: Watch[Pod]) -> None:
+        self.deployer, self.urgent, self.clock = deployer, deployer.urgent, deployer.clock
+        self.task, self.release, self.mirror = task, release, pods
+        self.health, self.checks, self.doom = task.app.deploy.health, Checks(), Doom()
+        at = -NEVER if pods.trouble else self.clock.monotonic()
+        self.sight = Sight(at=at, pods=tuple(self.mirrored()), wanted=release.wanted)
+        self.over = threading.Event()
+        self.ended: RunError | None = None
+        self.unjudged = self.confirmed = False
+        self.lost = 0  # answers
+
+    def run(self, service: Service) -> None:
+        """Return when the version is confirmed; raises RunError when it is not going to be."""
+        self.since, bake = seconds_of(service.live.get("at")), self.task.app.deploy.bake
+        rest = seconds_of(service.note(NOTE_BAKE, 0.0)) - self.clock.now()
+        self.needed, self.began = min(bake, max(rest, REBAKE_SECONDS)), self.clock.monotonic()
+        self.url = self.urgent.preview(self.task, self.release)
+        threads = [threading.Thread(target=t, daemon=True) for t in (self.check, self.look)]
+        try:
+            for thread in threads:
+                thread.start()
+            while not (self.confirmed and self.healthy()):
+                with self.unanswered():
+                    self.judge()
+                if self.ended:
+                    raise self.ended
+                if not (self.confirmed or all(t.is_alive() for t in threads)):
+                    raise HookError("a thread of the bake has ended")
+                self.deployer.pause(0.1)
+        finally:
+            self.over.set()
+
+    def check(self) -> None:
+        """Ask for health, at most four times a second, until the bake is over."""
+        took = 0.0
+        while not self.over.wait(max(0.0, HEALTH_INTERVAL - took)):
+            began = self.clock.monotonic()
+            with suppress(OSError):  # no more files: nothing was learned
+                refusal = health_refusal(self.url)
+                self.checks.add(self.clock.monotonic(), refusal, clear=self.clear())
+            took = self.clock.monotonic() - began
+
+    def look(self) -> None:
+        """See the endpoints arrive, then look at the pods again and again; confirm in the end."""
+        step = self.arrive
+        while not (self.over.is_set() or self.ended or self.confirmed):
+            try:
+                with self.unanswered():
+                    step()
+                    step = self.refresh
+                    if self.unjudged or self.checks.judged >= self.needed:
+                        conclude = partial(self.deployer.conclude, self.task, self.proof)
+                        self.confirmed = self.healthy() and conclude(unjudged=self.unjudged)
+                    # at its end the bake waits for no look
+                    self.over.wait(min(1.0, max(0.25, self.needed - self.checks.judged)))
+            except RunError as ended:
+                self.ended = ended
+            except InterruptedError:
+                break
+
+    def arrive(self) -> None:
+        """Wait for the endpoints of the switch."""
+        self.urgent.verify(self.task, self.release, self.since)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the live Service and the pods, whatever the mirror shows."""
+        task, selector, began = self.task, self.release.selector, self.clock.monotonic()
+        self.urgent.judge_live(task, self.urgent.service(task))
+        wanted, found = (
+            self.urgent.size(task, selector),
+            self.urgent.staying(task.namespace, selector),
+        )
+        served = [p for p in found if Pod(p).seen_ready]
+        urls = [pod_address(p, self.release.ports[0], self.health.path) for p in served]
+        pods = tuple(map(Pod, found))
+        self.sight = Sight(at=began, pods=pods, wanted=wanted, urls=tuple(filter(None, urls)))
+
+    def mirrored(self) -> list[Pod]:
+        """Return the pods of the run as the mirror has them, which may follow or not."""
+        return [p for p in self.mirror.items() if p.run == self.release.run]
+
+    def fresh(self) -> bool:
+        """Whether the API server was heard a moment ago."""
+        return self.clock.monotonic() - self.sight.at <= FRESH_SECONDS
+
+    def clear(self) -> bool:
+        """Whether health can be judged: no pod is missing, as far as a moment ago."""
+        return self.fresh() and not disturbed(self.sight.pods, self.sight.wanted)
+
+    def healthy(self) -> bool:
+        """Whether the last checks passed, as many as it takes, and no container has failed."""
+        passed = self.checks.passing(self.clock.monotonic()) >= self.health.successes
+        return passed and not sickness([*self.sight.pods, *self.mirrored()], self.since)
+
+    def proof(self) -> bool:
+        """Whether the version may be confirmed now: its endpoints are there, and it is healthy."""
+        wanted, selector = self.sight.wanted, self.release.selector
+        arrived, _ = self.urgent.endpoints(self.task, selector, wanted, self.since)
+        return arrived and self.healthy() and not self.over.is_set()
+
+    def judge(self) -> None:
+        """Take the traffic back from a version that is sick, or that nobody can judge."""
+        sight, now, mirrored = self.sight, self.clock.monotonic(), self.mirrored()
+        fresh, newer = self.fresh(), {p.name: p for p in mirrored}
+        known = [max(p, newer.get(p.name, p), key=lambda pod: pod.version) for p in sight.pods]
+        known = known if fresh else mirrored
+        lacks = shortage(known, self.since, self.clock.now(), starting=bool(sight.pods))
+        lasts = self.doom.verdict([lacks] if lacks and (known or fresh) else [], now)
+        sick = sickness([*known, *mirrored], self.since) or (lasts.detail if lasts else "")
+        failed = self.checks.failures >= self.health.failures and self.condemned()
+        if failed:
+            times = f"{self.checks.failures} times in a row: {self.checks.refusal}"
+            sick = f"{self.health.path} failed {times}"
+        if sick:
+            sound = sum(p.ready and not sickness([p], self.since) for p in known)
+            of_all = max(sight.wanted, sum(p.stays for p in known))
+            self.urgent.take_back(self.task, sick, known, None if failed else (sound, of_all))
+            self.checks.failures = 0
+        elif not self.unjudged:
+            self.compare(now - self.began - min(self.checks.judged, self.needed))
+
+    def condemned(self) -> bool:
+        """Whether failed checks count: not while they may be those of a pod that is taken away."""
+        if self.clear() or not self.fresh():
+            return True
+        with ThreadPoolExecutor(32) as at_once:
+            return any(at_once.map(partial(health_refusal, patience=1.0), self.sight.urls))
+
+    def compare(self, spent: float) -> None:
+        """Let the healthier version have the traffic where time does not tell; alike: the new."""
+        if spent <= self.task.app.deploy.rollout_timeout:
+            return
+        _, old, new = self.urgent.look_back(self.task, unhealthy=True)
+        new = new if self.healthy() else (0, new[1])
+        detail = f"health could not be judged for {spent:.0f} s; now {new[0]} of {new[1]} pods"
+        detail += f" are healthy, {old[0]} of {old[1]} of the version before"
+        if ahead(old, new) > 0:
+            self.urgent.switch_back(self.task, Outcome.FAILED, Reason.UNJUDGED, detail)
+            raise StageError(Reason.UNJUDGED, detail)
+        if not new[0]:
+            raise StageError(Reason.BOTH_SICK, detail)
+        warn("confirmed unjudged", detail=detail, **self.task.words)
+        self.unjudged = True
+
+    @contextmanager
+    def unanswered(self) -> Iterator[None]:
+        """Let a step that got no answer, or could not even be begun, be taken again."""
+        try:
+            yield
+        except (RunError, InterruptedError):
+            raise
+        except (HookError, OSError, RuntimeError, *ODD) as lost:
+            if self.lost % 60 == 0:
+                warn("will look again", detail=clip(str(lost)), **self.task.words)
+            self.lost += 1
+            self.deployer.pause(0.5)
+
+
 def rolled_back(history: list[Object], target: Object, goal: Object, reason: str) -> list[Object]:
     """Return a history in which what came after a target is rolled back; the target is `goal`."""
     keys = [(e.get("run"), e.get("at")) for e in history]
@@ -3368,7 +3683,13 @@ OUTCOMES = {  # of deployments that end otherwise than failed or superseded
     Reason.SICK_AFTER_SWITCH: Outcome.SWITCHED_BACK,
 }
 FORGIVEN = {  # ends of a deployment that say nothing new against its commit
-    *(Reason.BOTH_SICK, Reason.SELECTOR_CHANGED, Reason.ADOPTION_REFUSED, Reason.REJECTED),
+    *(
+        Reason.BOTH_SICK,
+        Reason.UNJUDGED,
+        Reason.SELECTOR_CHANGED,
+        Reason.ADOPTION_REFUSED,
+        Reason.REJECTED,
+    ),
     *(Reason.QUOTA_EXCEEDED, Reason.UNSCHEDULABLE),  # a full cluster
 }
 RETRIED = ("Unreachable", "Conflict", "Unknown", "Forbidden", "NotFound")  # nobody's fault, or ours
