@@ -1230,11 +1230,12 @@ class Kubectl:
 class UrgentKubectl(Kubectl):
     """A door with places of its own, for what cannot wait: to see health, and to take traffic back.
 
-    A call that is not answered is made again every second, beside the one that hangs, and the first
+    A call that is not answered is made again and again, beside the one that hangs, and the first
     answer counts. So it is for reading, and for writes that compare and set or say the same twice.
     """
 
-    PATIENCE = (10.0, 3.0)  # seconds for the first process of a call, and for each one after it
+    AGAIN = 1.5  # seconds; a busy machine needs as long for an answer
+    PATIENCE = (10.0, 4.0)  # seconds for the first process of a call, and for each one after it
 
     def run(
         self, *args: str, namespace: str = "", stdin: str = "", timeout: float = KUBECTL_TIMEOUT
@@ -1258,7 +1259,7 @@ class UrgentKubectl(Kubectl):
                 self._start(partial(attempt, min(left, patience)))
                 patience = again
             with suppress(queue.Empty):
-                answer = answers.get(timeout=min(left, 1.0))
+                answer = answers.get(timeout=min(left, self.AGAIN))
                 if isinstance(answer, str):
                     return answer
                 if getattr(answer, "code", 0) is not None:  # None: only this process hung
@@ -2395,7 +2396,9 @@ def decide_deploy(view: View) -> Action:
         switched = service is not None and service.run == view.run.id
         entry = service.entry(view.run.id, view.run.received) if service else {}
         live = service.live if service and switched else {}
-        if Outcome.DEPLOYED in (live.get("outcome"), entry.get("outcome")):
+        done = Outcome.DEPLOYED in (live.get("outcome"), entry.get("outcome"))
+        # whoever confirmed it a moment ago may yet take the traffic back
+        if done and not (switched and name in view.busy):
             continue
         if name in view.busy:
             return Action(Do.WAIT, name, detail=f"{name} is being changed")
@@ -2670,7 +2673,7 @@ class Deployer:
         # itself with a door that is not waited for, for what is live
         self.urgent = self
         if not isinstance(kubectl, UrgentKubectl):
-            door = UrgentKubectl(kubectl.metrics, kubectl.at_once, kubectl.program)
+            door = UrgentKubectl(kubectl.metrics, 2 * kubectl.at_once, kubectl.program)
             self.urgent = Deployer(door, git, secrets, clock)
             self.urgent.stop = self.stop
 
@@ -3159,7 +3162,7 @@ class Deployer:
         pods = self.staying(task.namespace, entry.get("selector", {}))
         port, path = (entry.get("ports") or [{}])[0], task.app.deploy.health.path
         ready = [p for p in pods if Pod(p).ready]
-        ours = LABEL_VERSION in entry.get("selector", {})
+        ours = entry.get("run") == task.run.id
         wanted = max(len(pods), self.size(task, entry["selector"]) if ours else 0)
         urls = [u for p in ready if ask and (u := pod_address(p, port, path))]
         with ThreadPoolExecutor(32) as at_once:
@@ -3474,7 +3477,7 @@ class Bake:
                         conclude = partial(self.deployer.conclude, self.task, self.proof)
                         self.confirmed = self.healthy() and conclude(unjudged=self.unjudged)
                     # at its end the bake waits for no look
-                    self.over.wait(min(1.0, max(0.25, self.needed - self.checks.judged)))
+                    self.over.wait(min(LOOK_SECONDS, max(0.25, self.needed - self.checks.judged)))
             except RunError as ended:
                 self.ended = ended
             except InterruptedError:

@@ -36,7 +36,8 @@ if "crash-at-start" in MODES:
     print("cannot log in with password=hunter2", flush=True)
     sys.exit(7)
 sick_from = [0.0 if "never-ready" in MODES else float("inf")]
-bad, stopping = threading.Event(), threading.Event()
+bad, stopping, slow, unready = (threading.Event() for _ in range(4))
+waiting, refused = ["smoke-waits" in MODES], []
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -45,7 +46,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/turn-sick":
             sick_from[0] = 0.0
         if self.path == "/turn-well":
-            sick_from[0] = float("inf")
+            sick_from[0], waiting[0] = float("inf"), False
+        if self.path == "/turn-slow":
+            slow.set()
+        if self.path == "/turn-unready":
+            unready.set()
         if self.path == "/turn-bad":
             bad.set()
         if self.path == "/" and "sick-later" in MODES:
@@ -54,7 +59,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             threading.Timer(0.05 if self.path == "/exit" else 0.5, os._exit, (3,)).start()
         kubelet = "kube-probe" in self.headers.get("User-Agent", "")
         sick = time.monotonic() > sick_from[0] or ("smoke-fails" in MODES and not kubelet)
-        body = json.dumps({"version": VERSION, "greeting": os.environ.get("GREETING", "")}).encode()
+        sick = sick or (unready.is_set() if kubelet else waiting[0])
+        if self.path == "/ready" and slow.is_set() and not kubelet:
+            return self.drip()
+        if self.path == "/ready" and sick and not kubelet:
+            refused.append(1)
+        body = {"version": VERSION, "greeting": os.environ.get("GREETING", "")}
+        body = json.dumps({**body, "refused": len(refused)}).encode()
         self.send_response(503 if bad.is_set() or (sick and self.path == "/ready") else 200)
         self.send_header("Content-Length", str(len(body)))
         if stopping.is_set():
@@ -62,6 +73,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         self.end_headers()
         self.wfile.write(body)
+
+    def drip(self):
+        self.close_connection = True
+        for byte in b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\nX-Slow: " + b"x" * 60000:
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.7)
 
     def log_message(self, *args):
         pass
@@ -261,6 +278,7 @@ class World:
         self._read, self._reading = 0, threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
         self.url = self.admin_url = ""
+        self.path = f"{BIN}:{os.environ['PATH']}"  # of the daemon
 
     @property
     def environ(self) -> dict[str, str]:
@@ -272,7 +290,7 @@ class World:
         kept = {k: v for k, v in os.environ.items() if k in ("LANG", "LD_LIBRARY_PATH")}
         return {
             **kept,
-            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PATH": self.path,
             "HOME": str(home),
             "KUBECONFIG": str(self.cluster.kubeconfig("orchestration/orchestration-sa")),
             "GITOPS_HOOK_CONFIG": str(config),
@@ -319,12 +337,16 @@ class World:
                     raise AssertionError(f"not only JSON lines: {text[-3000:]!r}") from wrong
                 self._read += len(line)
 
+    def signal(self, number: int) -> None:
+        """Send a signal to the daemon and its kubectl processes, as to a whole container."""
+        for pid in session_members(self.process.pid) if self.process else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def kill(self) -> None:
         """Kill the daemon and its kubectl processes at once, as a lost node would."""
         if self.process:
-            for pid in session_members(self.process.pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             self.process.wait()
             self.process = None
 

@@ -35,12 +35,14 @@ conflict     (a)    new    new    new    (a)    new     new    (a)    (a)    new
 error        new    new    new    new    new    new     new    new    new    new      new
 hang         new    new    new    new    new    new     new    new    new    new      new
 hang-after   (b)    new    new    new    (b)    new     new    (b)    (b)    new      (b)
-pod-dies     (c)    (c)    (c)    (c)    new    new     back   back   back   new      new
+pod-dies     (c)    (c)    (c)    (c)    new    new     back   back   back   back     new
 eviction     (c)    (c)    (c)    (c)    new    new     new    new    new    new      new
 old-dies     new    new    new    new    new    new     new    new    new    new      new
 old-sick     new    new    new    new    new    new     new    new    new    new      new
 new-sick     (c)    (c)    (c)    (c)    (d)    smoke   back   back   back   (e)      (e)
+slow-health  (c)    (c)    (c)    (c)    (d)    smoke   back   back   back   (e)      (e)
 smoke-fails  (f)    (f)    (f)    (f)    (f)    smoke   (f)    (f)    (f)    (f)      (f)
+evict-smoke  (f)    (f)    (f)    (f)    (f)    new     (f)    (f)    (f)    (f)      (f)
 edit         new    new    edited edited edited edited  edited left   left   left     kept
 rollback     before before before before before before  before undone undone undone   undone-later
 killed       new    new    new    new    new    new     new    new    new    new      new
@@ -52,7 +54,7 @@ LEFT_OUT = {
     "(c)": "the new version has no pods yet",
     "(d)": "a version that was never ready fails its rollout; it cannot turn",
     "(e)": "the bake is over: nobody watches any more, and people have `rollback`",
-    "(f)": "the smoke test is in the preview; after the switch the same path is new-sick",
+    "(f)": "the smoke test is in the preview; elsewhere that is new-sick, or eviction",
 }
 
 
@@ -185,6 +187,21 @@ def evict_pods(app: Member, version: str) -> None:
         app.fleet.cluster.evict(app.namespace, pod["metadata"]["name"])
 
 
+def evict_in_smoke_test(app: Member, versions: Versions) -> None:
+    """Evict the new pods once they were asked, and let those that replace them be healthy."""
+    asked = lambda: any(answer["refused"] for answer in app.tell(versions.new))  # noqa: E731
+    eventually(asked, 60, "the new pods are asked for their health")
+    gone = {pod["metadata"]["name"] for pod in app.pods(versions.new)}
+    evict_pods(app, versions.new)
+
+    def replaced() -> bool:
+        ready = {p["metadata"]["name"] for p in app.pods(versions.new) if is_ready(p)}
+        return bool(ready - gone)
+
+    eventually(replaced, 30, "other pods are ready in their place")
+    app.tell(versions.new, "/turn-well")
+
+
 def edit_service(app: Member, versions: Versions) -> None:
     """Let a person point the live Service at all pods of the old version's colour."""
     colour = next(c for c in ("blue", "green") if asked_for(app, c) == versions.old)
@@ -248,7 +265,17 @@ TROUBLES = {
     "new-sick": Trouble(
         "the new version's health path fails", one=lambda app, v: app.tell(v.new, "/turn-sick")
     ),
+    "slow-health": Trouble(
+        "the new version's health path sends a byte every 0.7 s",
+        one=lambda app, v: app.tell(v.new, "/turn-slow"),
+    ),
     "smoke-fails": Trouble("the smoke test fails", call="", modes="smoke-fails"),
+    "evict-smoke": Trouble(
+        "the new pods are evicted during the smoke test",
+        call="",
+        one=evict_in_smoke_test,
+        modes="smoke-waits",
+    ),
     "edit": Trouble("someone edits the live Service", one=edit_service),
     "rollback": Trouble("`rollback` is called", one=roll_back),
     "killed": Trouble("the daemon is killed and started again", everyone=kill_daemon),
@@ -345,7 +372,10 @@ class Attempt:
     def arm(self, call: dict[str, Any]) -> None:
         """Let the trouble with the step's call begin."""
         if self.trouble.call:
-            times = self.trouble.times or (1 if self.trouble.one else None)
+            # no command comes the way of a step that is met by what was said before
+            times = self.trouble.times or (
+                1 if self.trouble.one and not self.step.since else None
+            )
             fault = self.app.fleet.fault(self.trouble.call, times=times, **call)
             self.fault = fault
             self.open.callback(self.app.fleet.cluster.faults.lift, fault)
