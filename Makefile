@@ -81,7 +81,7 @@ e2e: $(INSTALLED) ## Run the demo as its users do, sabotaged and interrupted; ki
 	@$(BIN)/python -m pytest tests/e2e/test_demo.py tests/e2e/test_intake.py -n 2 $(ARGS)
 
 faults: $(INSTALLED) ## Every step of a deployment with every kind of trouble (ARGS='-m short': one of each)
-	@$(BIN)/python -m pytest tests/e2e/test_faults.py $(ARGS)
+	@$(BIN)/python -m pytest tests/e2e/test_faults.py tests/e2e/test_pairs.py $(ARGS)
 
 lint: $(INSTALLED) ## Check style and common mistakes
 	@$(BIN)/ruff check .

@@ -2394,11 +2394,12 @@ def decide_deploy(view: View) -> Action:
     for name in view.app.deploy.environments:
         service = view.services.get(name)
         switched = service is not None and service.run == view.run.id
+        last = name == view.app.deploy.environments[-1]
         entry = service.entry(view.run.id, view.run.received) if service else {}
         live = service.live if service and switched else {}
         done = Outcome.DEPLOYED in (live.get("outcome"), entry.get("outcome"))
         # whoever confirmed it a moment ago may yet take the traffic back
-        if done and not (switched and name in view.busy):
+        if done and not (switched and last and name in view.busy):
             continue
         if name in view.busy:
             return Action(Do.WAIT, name, detail=f"{name} is being changed")

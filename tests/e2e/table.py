@@ -189,7 +189,10 @@ def evict_pods(app: Member, version: str) -> None:
 
 def evict_in_smoke_test(app: Member, versions: Versions) -> None:
     """Evict the new pods once they were asked, and let those that replace them be healthy."""
-    asked = lambda: any(answer["refused"] for answer in app.tell(versions.new))  # noqa: E731
+
+    def asked() -> bool:
+        return any(answer["refused"] for answer in app.tell(versions.new))
+
     eventually(asked, 60, "the new pods are asked for their health")
     gone = {pod["metadata"]["name"] for pod in app.pods(versions.new)}
     evict_pods(app, versions.new)
@@ -373,9 +376,7 @@ class Attempt:
         """Let the trouble with the step's call begin."""
         if self.trouble.call:
             # no command comes the way of a step that is met by what was said before
-            times = self.trouble.times or (
-                1 if self.trouble.one and not self.step.since else None
-            )
+            times = self.trouble.times or (1 if self.trouble.one and not self.step.since else None)
             fault = self.app.fleet.fault(self.trouble.call, times=times, **call)
             self.fault = fault
             self.open.callback(self.app.fleet.cluster.faults.lift, fault)
