@@ -1255,11 +1255,12 @@ class UrgentKubectl(Kubectl):
                 self._places.release()
 
         while (left := until - time.monotonic()) > 0:
-            if self._places.acquire(timeout=left):
+            pause = 0.1  # until there is a place
+            if self._places.acquire(blocking=False):
                 self._start(partial(attempt, min(left, patience)))
-                patience = again
+                patience, pause = again, self.AGAIN
             with suppress(queue.Empty):
-                answer = answers.get(timeout=min(left, self.AGAIN))
+                answer = answers.get(timeout=min(left, pause))
                 if isinstance(answer, str):
                     return answer
                 if getattr(answer, "code", 0) is not None:  # None: only this process hung
@@ -2453,7 +2454,7 @@ def shortage(pods: Iterable[Pod], since: float, now: float, *, starting: bool) -
     grace = UNREADY_SECONDS if served else GONE_SECONDS
     grace = REPLACED_SECONDS if starting and not down else grace
     who = ", ".join(p.name for p in down) or "any pod"
-    lasts = down and now - max(p.changed for p in down) >= grace
+    lasts = down and now - max(p.changed for p in down) > grace + 1.0  # it is in whole seconds
     key, detail = f"{served} {grace}", f"not ready for {grace:.0f} s: {who}"
     return Symptom(key, Reason.SICK_AFTER_SWITCH, detail, 0.0 if lasts else grace)
 

@@ -1120,6 +1120,79 @@ def test_a_missing_pod_is_a_disturbance() -> None:
     assert hook.disturbed([new_pod("a"), new_pod("b"), new_pod("c", meta=GONE)], 2)
 
 
+FELL = [entry("web", RUNNING, ready=False)]
+
+
+def down_pod(name: str, seconds: float) -> hook.Pod:
+    """A pod that is not ready by the word of its own container, since so many seconds."""
+    return new_pod(name, apps=FELL, ready=False, fell=seconds)
+
+
+@pytest.mark.parametrize(
+    ("pods", "starting", "told", "grace"),
+    [
+        ([new_pod("a"), new_pod("b")], True, "", 0.0),
+        ([new_pod("a"), down_pod("b", 1.0)], True, "5 s: b", hook.UNREADY_SECONDS),
+        ([new_pod("a"), down_pod("b", 9.0)], True, "5 s: b", 0.0),
+        ([down_pod("a", 0.5), down_pod("b", 0.5)], True, "1 s: a, b", hook.GONE_SECONDS),
+        ([down_pod("a", 40.0), down_pod("b", 0.5)], True, "1 s: a, b", hook.GONE_SECONDS),
+        ([down_pod("a", 40.0), down_pod("b", 30.0)], True, "1 s: a, b", 0.0),
+        ([new_pod("a", meta=GONE)], True, "20 s: any pod", hook.REPLACED_SECONDS),
+        ([new_pod("a", meta=GONE)], False, "1 s: any pod", hook.GONE_SECONDS),
+        ([], False, "1 s: any pod", hook.GONE_SECONDS),
+        ([down_pod("a", 30.0), new_pod("b", meta=GONE)], True, "1 s: a", 0.0),
+    ],
+    ids=[
+        "all", "one just fell", "one fell before the daemon was there", "all just fell",
+        "the last one just fell", "all fell before the daemon was there",
+        "taken away, another starts", "taken away, no other starts", "none",
+        "one taken away, the other fell",
+    ],
+)  # fmt: skip
+def test_a_version_may_lack_ready_pods_for_as_long_as_its_visitors_can_bear(
+    pods: list[hook.Pod], told: str, grace: float, *, starting: bool
+) -> None:
+    found = hook.shortage(pods, NOW - 20, NOW, starting=starting)
+    assert (found.detail if found else "") == (told and f"not ready for {told}")
+    assert (found.grace if found else 0.0) == grace
+
+
+# Each step: seconds after the one before, what the check said, whether pods could be seen.
+CHECKED = {
+    "passing": ([(0.25, None, True)] * 8, 1.75, 8, 0),
+    "the first one covers no time": ([(9.0, None, True)], 0.0, 1, 0),
+    "as far apart as may be": ([(0.0, None, True), (2.0, None, True)], 2.0, 2, 0),
+    "too far apart": ([(0.0, None, True), (2.1, None, True)], 0.0, 1, 0),
+    "a process that was stopped": (
+        [(0.25, None, True)] * 4 + [(35.0, None, True)] + [(0.25, None, True)] * 2, 1.25, 3, 0),
+    "pods that are missing": ([(0.25, None, False)] * 8, 0.0, 8, 0),
+    "failing": ([(0.25, None, True)] * 4 + [(0.25, "status 503", True)] * 3, 1.5, 0, 3),
+    "failing slowly": ([(2.1, "no whole answer", True)] * 3, 0.0, 0, 3),
+    "now and then": ([(0.25, None, True), (0.25, "status 503", True)] * 4, 1.75, 0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "judged", "passes", "failures"), CHECKED.values(), ids=CHECKED)
+def test_time_counts_for_the_bake_only_between_checks_that_are_near_each_other(
+    steps: list[tuple[float, str | None, bool]], judged: float, passes: int, failures: int
+) -> None:
+    checks, now = hook.Checks(), 1000.0
+    for seconds, refusal, clear in steps:
+        now += seconds
+        checks.add(now, refusal, clear=clear)
+    assert checks.judged == pytest.approx(judged)
+    assert (checks.passing(now), checks.failures) == (passes, failures)
+    assert checks.refusal == (steps[-1][1] or "")
+
+
+def test_checks_of_long_ago_are_no_proof_that_a_version_is_healthy() -> None:
+    checks = hook.Checks()
+    for now in (1.0, 1.25, 1.5):
+        checks.add(now, None, clear=True)
+    assert checks.passing(1.5 + hook.CHECK_GAP) == 3
+    assert checks.passing(1.6 + hook.CHECK_GAP) == 0
+
+
 # === A foreign Service ===
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import responses
 
 import gitops_hook as hook
 
@@ -221,10 +226,12 @@ def two_pods(ready: int) -> list[Object]:
     return pods
 
 
-def history(folder: Path, old: list[Object] | None, new: list[Object]) -> hook.Deployer:
+def history(
+    folder: Path, old: list[Object] | None, new: list[Object], port: int = 8080
+) -> hook.Deployer:
     """A deployer of which the new version is live, with these pods of it and of the one before."""
     made, deployment = deployer(folder, [slices()]), {"metadata": {}, "spec": {"replicas": 2}}
-    ports = [{"port": 80, "targetPort": 8080}]
+    ports = [{"port": 80, "targetPort": port}]
     common: Object = {"ports": ports, "replicas": 2, "at": SWITCHED, "release": "record"}
     entries = [
         {**common, "run": "shop-new", "selector": NEW, "outcome": ""},
@@ -262,9 +269,9 @@ def test_missing_endpoints_send_traffic_back_only_to_a_version_that_is_as_well(
     tmp_path: Path, old: int | None, new: int, *, back: bool
 ) -> None:
     made = history(tmp_path, None if old is None else two_pods(old), two_pods(new))
-    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
+    release = a_release({"metadata": {}, "spec": {"replicas": 2}})
     with pytest.raises(hook.StageError, match="^EndpointsMissing: " if back else "^BothSick: "):
-        made.settle(task(), pods)
+        made.verify(task(), release, SWITCHED)
     assert (tmp_path / "done").exists() is back
 
 
@@ -303,19 +310,110 @@ def test_a_crash_sends_traffic_back_to_where_a_larger_share_is_well(
     ],
     ids=["sick", "half", "lost-machine", "over", "larger-now", "a-better-share", "both", "first"],
 )
-@responses.activate
 def test_failed_health_checks_count_by_the_word_of_each_pod_of_both_versions(
     tmp_path: Path, old: tuple[int, ...] | None, new: tuple[int, ...], verdict: str
 ) -> None:
     pods: dict[str, list[Object]] = {"old": [], "new": []}
-    for net, (name, answers) in enumerate((("old", old or ()), ("new", new))):
-        for number, status in enumerate(answers):
-            pod, address = ready_pod(f"{name}-{number}"), f"10.0.{net}.{number}"
-            pod["status"]["podIP"] = address
-            pods[name].append(pod)
-            responses.get(f"http://{address}:8080/ready", status=status)
-    made = history(tmp_path, pods["old"] or None, pods["new"])
-    assert take_back(made, None) == verdict
+    with ExitStack() as servers:
+        port = 0
+        for net, (name, answers) in enumerate((("old", old or ()), ("new", new))):
+            for number, status in enumerate(answers):
+                pod, host = ready_pod(f"{name}-{number}"), f"127.9.{net}.{number + 1}"
+                pod["status"]["podIP"] = host
+                pods[name].append(pod)
+                words = f"HTTP/1.1 {status} Said\r\n\r\n".encode()
+                port = servers.enter_context(answering([words], host, port))
+        made = history(tmp_path, pods["old"] or None, pods["new"], port=port)
+        assert take_back(made, None) == verdict
+
+
+@contextmanager
+def answering(
+    parts: list[bytes], host: str = "127.0.0.1", port: int = 0, pause: float = 0.0
+) -> Iterator[int]:
+    """A server that sends these parts to whoever asks, then says nothing more; its port."""
+    over = threading.Event()
+
+    def answer(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.recv(4096)
+            for part in parts:
+                connection.sendall(part)
+                if over.wait(pause):
+                    return
+            over.wait(30)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+    with socket.create_server((host, port)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            over.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n"
+SLOW = "no whole answer within 1 s"
+
+
+@pytest.mark.parametrize(
+    ("parts", "pause", "refusal"),
+    {
+        "healthy": ([OK + b"\r\n"], 0.0, None),
+        "another place": (
+            [b"HTTP/1.1 302 Found\r\nLocation: http://192.0.2.1/\r\n\r\n"],
+            0.0,
+            None,
+        ),
+        "plain line ends": ([b"HTTP/1.0 204 None\n\n"], 0.0, None),
+        "a body that goes on for ever": ([OK + b"\r\n", *[b"x" * 1000] * 1000], 0.0, None),
+        "in two parts": ([OK, b"\r\n"], 0.1, None),
+        "failing": ([b"HTTP/1.1 503 Busy\r\n\r\n"], 0.0, "status 503"),
+        "only for now": ([b"HTTP/1.1 100 Continue\r\n\r\n"], 0.0, "status 100"),
+        "nothing": ([], 0.0, SLOW),
+        "headers without an end": ([OK], 0.0, SLOW),
+        "a byte now and then": ([OK, *[b"x"] * 100], 0.3, SLOW),
+        "more headers than anyone needs": (
+            [OK, *[b"x: y\r\n" * 1000] * 100],
+            0.0,
+            "not an HTTP answer",
+        ),
+        "not HTTP": ([b"SSH-2.0-x\r\n\r\n"], 0.0, "not an HTTP answer"),
+        "no status": ([b"HTTP/1.1 2000 OK\r\n\r\n"], 0.0, "not an HTTP answer"),
+    }.values(),
+)
+def test_a_health_check_ends_in_time_whatever_is_sent(
+    parts: list[bytes], pause: float, refusal: str | None
+) -> None:
+    with answering(parts, pause=pause) as port:
+        began = time.monotonic()
+        assert hook.health_refusal(f"http://127.0.0.1:{port}/ready?a=b", 1.0) == refusal
+        assert time.monotonic() - began < 5
+
+
+def test_a_health_check_says_why_nothing_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    assert hook.health_refusal(f"http://127.0.0.1:{port}/ready") == "ConnectionRefusedError"
+
+
+def test_a_process_without_files_learns_nothing_about_health() -> None:
+    with answering([OK + b"\r\n"]) as port:
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                hook.health_refusal(f"http://127.0.0.1:{port}/ready")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_a_rollout_is_not_waited_for_when_the_daemon_is_to_stop(tmp_path: Path) -> None:

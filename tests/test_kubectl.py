@@ -18,6 +18,7 @@ from gitops_hook import (
     Kubectl,
     KubectlError,
     Metrics,
+    UrgentKubectl,
     execute,
 )
 from tests.standin.cluster import Cluster
@@ -187,6 +188,42 @@ def test_only_so_many_run_at_once(tmp_path: Path) -> None:
         running += 1 if line == "+" else -1
         most = max(most, running)
     assert (running, most) == (0, 2)
+
+
+def hangs_first(folder: Path, times: int) -> str:
+    """A kubectl of which so many processes never end, and the next ones answer."""
+    count = f"echo >> {folder}/calls; n=$(wc -l < {folder}/calls)"
+    return script(folder, f'{count}; [ "$n" -gt {times} ] || exec sleep 600; echo "answer $n"')
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_a_call_that_cannot_wait_is_made_again_beside_those_that_hang(
+    tmp_path: Path, times: int
+) -> None:
+    kubectl = UrgentKubectl(Metrics(), program=hangs_first(tmp_path, times))
+    began = time.monotonic()
+    assert kubectl.run("get", "service/x") == f"answer {times + 1}\n"
+    assert time.monotonic() - began < 10, "and not the 30 seconds of one call"
+
+
+def test_a_call_that_cannot_wait_takes_a_refusal_for_an_answer(tmp_path: Path) -> None:
+    body = "echo 'Error from server (Conflict): changed' >&2; exit 1"
+    with pytest.raises(KubectlError) as failed:
+        UrgentKubectl(Metrics(), program=script(tmp_path, body)).run("patch", "service/x")
+    assert failed.value.kind == "Conflict"
+
+
+def test_what_cannot_wait_runs_in_few_processes_at_once_however_much_hangs(tmp_path: Path) -> None:
+    kubectl = UrgentKubectl(Metrics(), at_once=2, program=hangs_first(tmp_path, 99))
+    with pytest.raises(KubectlError) as failed:
+        kubectl.run("get", "service/x", timeout=5.0)
+    assert (failed.value.code, failed.value.kind) == (None, "Unreachable")
+    assert (tmp_path / "calls").read_text().count("\n") == 2
+
+
+def test_a_kubectl_that_cannot_be_started_is_no_reason_to_wait(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be started"):
+        UrgentKubectl(Metrics(), program=str(tmp_path / "missing")).run("get", "service/x")
 
 
 def test_what_is_sent_is_in_no_argument(tmp_path: Path) -> None:

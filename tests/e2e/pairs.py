@@ -82,7 +82,7 @@ SICKNESSES = {
     ),
 }
 
-# The troubles: entered in the bake, left when they are over. What is yielded lets versions turn bad.
+# The troubles, each from its beginning to its end; in between the versions turn unhealthy.
 
 
 @contextmanager
