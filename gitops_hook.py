@@ -3164,7 +3164,7 @@ class Deployer:
         pods = self.staying(task.namespace, entry.get("selector", {}))
         port, path = (entry.get("ports") or [{}])[0], task.app.deploy.health.path
         ready = [p for p in pods if Pod(p).ready]
-        ours = entry.get("run") == task.run.id
+        ours = LABEL_VERSION in entry.get("selector", {})
         wanted = max(len(pods), self.size(task, entry["selector"]) if ours else 0)
         urls = [u for p in ready if ask and (u := pod_address(p, port, path))]
         with ThreadPoolExecutor(32) as at_once:
