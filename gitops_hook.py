@@ -1242,38 +1242,35 @@ class UrgentKubectl(Kubectl):
     ) -> str:
         """Return what the first process prints that ends; raises KubectlError, ConfigError."""
         answers: queue.SimpleQueue[str | HookError] = queue.SimpleQueue()
-        until = time.monotonic() + timeout
+        over, until = threading.Event(), time.monotonic() + timeout
         patience, again = self.PATIENCE
 
         def attempt(seconds: float) -> None:
-            """Run one process in a place that was taken for it."""
+            """Run one process, if there is a place for it while its answer is wanted."""
+            if not self._places.acquire(timeout=seconds):
+                return
             try:
-                answers.put(self._call(args, namespace, stdin, seconds))
+                if not over.is_set():
+                    answers.put(self._call(args, namespace, stdin, seconds))
             except HookError as failed:
                 answers.put(failed)
             finally:
                 self._places.release()
 
-        while (left := until - time.monotonic()) > 0:
-            pause = 0.1  # until there is a place
-            if self._places.acquire(blocking=False):
-                self._start(partial(attempt, min(left, patience)))
-                patience, pause = again, self.AGAIN
-            with suppress(queue.Empty):
-                answer = answers.get(timeout=min(left, pause))
-                if isinstance(answer, str):
-                    return answer
-                if getattr(answer, "code", 0) is not None:  # None: only this process hung
-                    raise answer
-        raise KubectlError([self.program, *args], None, "")
-
-    def _start(self, attempt: Callable[[], None]) -> None:
-        """Start a process's thread; raises ConfigError when there can be no more of them."""
         try:
-            threading.Thread(target=attempt, daemon=True).start()
-        except RuntimeError as full:
-            self._places.release()
-            raise ConfigError([f"{self.program} cannot be started: {full}"]) from full
+            while (left := until - time.monotonic()) > 0:
+                seconds = min(left, patience)
+                threading.Thread(target=attempt, args=(seconds,), daemon=True).start()
+                patience = again
+                with suppress(queue.Empty):
+                    answer = answers.get(timeout=min(left, self.AGAIN))
+                    if isinstance(answer, str):
+                        return answer
+                    if getattr(answer, "code", 0) is not None:  # None: only this process hung
+                        raise answer
+        finally:
+            over.set()
+        raise KubectlError([self.program, *args], None, "")
 
 
 # === git ==========================================================================================
@@ -2539,7 +2536,7 @@ def health_refusal(url: str, patience: float = 2.0) -> str | None:
     lines = (f"GET {path} HTTP/1.1", f"Host: {parts.netloc}", "Accept: */*", "Connection: close")
     request = "\r\n".join([*lines, f"User-Agent: {MANAGER}/{__version__}", "", ""])
     try:
-        with socket.create_connection((parts.hostname, parts.port), patience) as connection:
+        with socket.create_connection((parts.hostname or "", parts.port), patience) as connection:
             connection.sendall(request.encode())
             while not re.search(rb"\n\r?\n", head) and len(head) < HEAD_BYTES:
                 if (left := until - time.monotonic()) <= 0:
@@ -2687,13 +2684,14 @@ class Deployer:
         """
         with self.watched_pods(task) as pods:
             service = self.urgent.service(task)
-            if not (service and service.run == task.run.id):
+            resumed = service is not None and service.run == task.run.id
+            if not resumed:
                 release, claimed = self.prepare(task, pods)
                 self.require_head(task)
                 self.switch(task, release, claimed)
                 self.metrics.switches.labels(*task.labels, "forward").inc()
                 info("switched", colour=release.colour, commit=release.commit, **task.words)
-            self.settle(task, pods)
+            self.settle(task, pods, resumed=resumed)
 
     def prepare(self, task: Task, pods: Watch[Pod]) -> tuple[Release, Service | None]:
         """Do everything before the switch; return what may go live, and the Service as claimed."""
@@ -3039,11 +3037,11 @@ class Deployer:
         if word == "unknown":
             raise HookError("the git server does not show the push yet")
 
-    def settle(self, task: Task, pods: Watch[Pod]) -> None:
+    def settle(self, task: Task, pods: Watch[Pod], *, resumed: bool = False) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
         service, release = self.urgent.switched(task)
         if release and task.last:
-            Bake(self, task, release, pods).run(service)
+            Bake(self, task, release, pods).run(service, resumed=resumed)
         elif release:
             self.verify(task, release, seconds_of(service.live.get("at")))
             self.conclude(task)
@@ -3431,17 +3429,18 @@ class Bake:
         self.health, self.checks, self.doom = task.app.deploy.health, Checks(), Doom()
         at = -NEVER if pods.trouble else self.clock.monotonic()
         self.sight = Sight(at=at, pods=tuple(self.mirrored()), wanted=release.wanted)
+        self.needed, self.began = task.app.deploy.bake, self.clock.monotonic()
         self.over = threading.Event()
         self.ended: RunError | None = None
         self.unjudged = self.confirmed = False
-        self.lost = 0  # answers
+        self.since, self.url, self.lost = 0.0, "", 0  # the switch, whom to ask, answers lost
 
-    def run(self, service: Service) -> None:
+    def run(self, service: Service, *, resumed: bool) -> None:
         """Return when the version is confirmed; raises RunError when it is not going to be."""
-        self.since, bake = seconds_of(service.live.get("at")), self.task.app.deploy.bake
         rest = seconds_of(service.note(NOTE_BAKE, 0.0)) - self.clock.now()
-        self.needed, self.began = min(bake, max(rest, REBAKE_SECONDS)), self.clock.monotonic()
-        self.url = self.urgent.preview(self.task, self.release)
+        if resumed:  # what was judged before this process, nobody knows
+            self.needed = min(self.needed, max(rest, REBAKE_SECONDS))
+        self.since = seconds_of(service.live.get("at"))
         threads = [threading.Thread(target=t, daemon=True) for t in (self.check, self.look)]
         try:
             for thread in threads:
@@ -3449,9 +3448,10 @@ class Bake:
             while not (self.confirmed and self.healthy()):
                 with self.unanswered():
                     self.judge()
+                alive = all(thread.is_alive() for thread in threads)
                 if self.ended:
                     raise self.ended
-                if not (self.confirmed or all(t.is_alive() for t in threads)):
+                if not (alive or self.confirmed):
                     raise HookError("a thread of the bake has ended")
                 self.deployer.pause(0.1)
         finally:
@@ -3463,8 +3463,9 @@ class Bake:
         while not self.over.wait(max(0.0, HEALTH_INTERVAL - took)):
             began = self.clock.monotonic()
             with suppress(OSError):  # no more files: nothing was learned
-                refusal = health_refusal(self.url)
-                self.checks.add(self.clock.monotonic(), refusal, clear=self.clear())
+                if self.url:
+                    refusal = health_refusal(self.url)
+                    self.checks.add(self.clock.monotonic(), refusal, clear=self.clear())
             took = self.clock.monotonic() - began
 
     def look(self) -> None:
@@ -3479,14 +3480,15 @@ class Bake:
                         conclude = partial(self.deployer.conclude, self.task, self.proof)
                         self.confirmed = self.healthy() and conclude(unjudged=self.unjudged)
                     # at its end the bake waits for no look
-                    self.over.wait(min(LOOK_SECONDS, max(0.25, self.needed - self.checks.judged)))
+                    self.over.wait(min(LOOK_SECONDS, max(0.5, self.needed - self.checks.judged)))
             except RunError as ended:
                 self.ended = ended
             except InterruptedError:
                 break
 
     def arrive(self) -> None:
-        """Wait for the endpoints of the switch."""
+        """Let health be asked for, and wait for the endpoints of the switch."""
+        self.url = self.url or self.urgent.preview(self.task, self.release)
         self.urgent.verify(self.task, self.release, self.since)
         self.refresh()
 
@@ -3494,10 +3496,8 @@ class Bake:
         """Read the live Service and the pods, whatever the mirror shows."""
         task, selector, began = self.task, self.release.selector, self.clock.monotonic()
         self.urgent.judge_live(task, self.urgent.service(task))
-        wanted, found = (
-            self.urgent.size(task, selector),
-            self.urgent.staying(task.namespace, selector),
-        )
+        wanted = self.urgent.size(task, selector)
+        found = self.urgent.staying(task.namespace, selector)
         served = [p for p in found if Pod(p).seen_ready]
         urls = [pod_address(p, self.release.ports[0], self.health.path) for p in served]
         pods = tuple(map(Pod, found))
@@ -3528,8 +3528,8 @@ class Bake:
 
     def judge(self) -> None:
         """Take the traffic back from a version that is sick, or that nobody can judge."""
-        sight, now, mirrored = self.sight, self.clock.monotonic(), self.mirrored()
-        fresh, newer = self.fresh(), {p.name: p for p in mirrored}
+        sight, mirrored, fresh = self.sight, self.mirrored(), self.fresh()
+        now, newer = self.clock.monotonic(), {p.name: p for p in mirrored}
         known = [max(p, newer.get(p.name, p), key=lambda pod: pod.version) for p in sight.pods]
         known = known if fresh else mirrored
         lacks = shortage(known, self.since, self.clock.now(), starting=bool(sight.pods))
