@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 import gitops_hook as hook
+from tests.world import eventually
 
 Object = dict[str, Any]
 EARLY, LATE = "2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z"
@@ -414,6 +416,28 @@ def test_a_process_without_files_learns_nothing_about_health() -> None:
                 hook.health_refusal(f"http://127.0.0.1:{port}/ready")
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_traffic_is_taken_back_while_other_calls_take_all_their_places_and_one_hangs(
+    tmp_path: Path,
+) -> None:
+    made = history(tmp_path, two_pods(2), [])
+    script = tmp_path / "kubectl"
+    # every call of another hangs, and so does the first one of this
+    hangs = """case "$*" in
+*elsewhere*) echo >> others; until [ -e end ]; do sleep 0.05; done ;;
+*pods*shop-old*) if mkdir hung; then exec sleep 600; fi; cat old ;;"""
+    script.write_text(script.read_text().replace('case "$*" in', hangs, 1))
+    with ThreadPoolExecutor(8) as others:
+        [others.submit(made.kubectl.run, "get", "elsewhere") for _ in range(8)]
+        taken = tmp_path / "others"
+        eventually(lambda: taken.exists() and taken.read_text().count("\n") == 8, 20)
+        began = time.monotonic()
+        verdict = take_back(made.urgent, (0, 2))
+        took = time.monotonic() - began
+        (tmp_path / "end").touch()
+    assert (verdict, (tmp_path / "done").exists()) == ("SickAfterSwitch", True)
+    assert took < 10, "and not after the 30 seconds of one call"
 
 
 def test_a_rollout_is_not_waited_for_when_the_daemon_is_to_stop(tmp_path: Path) -> None:
