@@ -210,6 +210,8 @@ class Attempt:
     def begin(self) -> None:
         """Bring the version into its bake."""
         self.app.quiet(60)
+        if self.app.answer()["version"] != "healthy":  # after a pair that did not end as it should
+            self.app.deployed("healthy", 120, change=two_pods)
         self.old = self.app.selector[RUN]
         self.run = self.app.go(self.version, change=self.sickness.change)
         self.app.switched(self.run, 90)
@@ -241,6 +243,13 @@ class Attempt:
 
     def end(self) -> str:
         """Wait for the end; return what is wrong with it, or nothing."""
+        try:
+            return self.wrong()
+        except AssertionError as late:
+            return str(late)
+
+    def wrong(self) -> str:
+        """Wait for the end; return what is not as it should be."""
         if not self.back.wait(60):
             return f"traffic is not back; outcomes: {self.outcomes}"
         self.seconds = max(0.0, self.seconds - self.possible)
