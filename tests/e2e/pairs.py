@@ -26,6 +26,7 @@ from tests.world import BIN, Object, eventually
 RUN = "gitops-hook/run"
 OUTAGE = 35.0  # seconds, of an API server or of a daemon
 STUCK = 12.0  # ... in which every new kubectl never ends
+ALREADY = 3.0  # ... until whoever waits for the API server does so; then the version turns
 LIMIT = 3.0  # seconds from the moment when a patch became possible until traffic is back
 # The cells measure wall time, on machines that may be shared with much else.
 SLACK = 4.0
@@ -91,6 +92,7 @@ def api_hangs(apps: Fleet, _: Sequence[Attempt]) -> Iterator[None]:
     began = time.monotonic()
     apps.cluster.freeze()
     try:
+        time.sleep(ALREADY)
         yield
         time.sleep(max(0.0, began + OUTAGE - time.monotonic()))
     finally:
@@ -103,6 +105,7 @@ def api_refuses(apps: Fleet, _: Sequence[Attempt]) -> Iterator[None]:
     began = time.monotonic()
     apps.cluster.down()
     try:
+        time.sleep(ALREADY)
         yield
         time.sleep(max(0.0, began + OUTAGE - time.monotonic()))
     finally:
@@ -115,6 +118,7 @@ def kubectl_never_ends(apps: Fleet, _: Sequence[Attempt]) -> Iterator[None]:
     stuck = apps.directory / "stuck"
     stuck.touch()
     try:
+        time.sleep(ALREADY)
         yield
         time.sleep(STUCK)
     finally:
@@ -162,6 +166,7 @@ def daemon_stopped(apps: Fleet, _: Sequence[Attempt]) -> Iterator[None]:
     began = time.monotonic()
     apps.signal(signal.SIGSTOP)
     try:
+        time.sleep(ALREADY)
         yield
         time.sleep(max(0.0, began + OUTAGE - time.monotonic()))
     finally:
