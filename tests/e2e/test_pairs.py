@@ -5,14 +5,29 @@ The pairs are in tests/e2e/pairs.py. `-m short` takes some of them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.e2e.pairs import PAIRS, SICKNESSES, TROUBLES, Pair, Results, go_through_all
+from tests.e2e.pairs import (
+    ALREADY,
+    LIMIT,
+    OUTAGE,
+    PAIRS,
+    SICKNESSES,
+    SLACK,
+    TROUBLES,
+    Pair,
+    Results,
+    go_through_all,
+)
+from tests.fleet import fleet
+from tests.world import eventually
 
 SHORT = {
-    Pair("api-hangs", "ready-fails"),
+    Pair("daemon-stopped", "ready-fails"),
     Pair("pod-missing", "ready-fails"),
     Pair("kubectl-never-ends", "exits"),
     Pair("daemon-killed", "endpoints-gone"),
@@ -45,3 +60,25 @@ def test_traffic_is_back_soon_after_it_can_be_and_the_unhealthy_version_never_co
     record_property("seconds", pairs[pair].seconds)
     if wrong := pairs[pair].wrong:
         pytest.fail(wrong, pytrace=False)
+
+
+@pytest.mark.short
+@pytest.mark.timeout(300)
+def test_a_bake_that_would_have_been_over_while_the_api_server_was_stopped_is_not(
+    tmp_path: Path,
+) -> None:
+    with fleet(tmp_path, {"shop": {"bake": "8s"}}) as apps:
+        shop = apps["shop"]
+        assert shop.deployed("healthy")["outcome"] == "deployed"
+        shop.quiet()
+        run = shop.go("sick")
+        shop.switched(run)
+        apps.cluster.freeze()
+        time.sleep(ALREADY)
+        shop.tell("sick", "/turn-sick")
+        time.sleep(OUTAGE - ALREADY)
+        apps.cluster.thaw()
+        old = shop.note("history")[1]["selector"]
+        eventually(lambda: shop.selector == old, LIMIT * SLACK, "traffic is back")
+        ended = apps.ended(run)
+    assert (ended["outcome"], ended["reason"]) == ("switched-back", "SickAfterSwitch")
