@@ -54,7 +54,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import field as dataclass_field
 from datetime import datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -104,11 +105,14 @@ NOTE_HISTORY = "gitops-hook/history"
 NOTE_CLAIM = "gitops-hook/deploying"
 NOTE_BAKE = "gitops-hook/bake-until"
 NOTE_WRITTEN = "gitops-hook/written-at"
+NOTE_PUT_BACK = "gitops-hook/put-back-at"
 
 LOOK_SECONDS = 2.0  # between looks at what is not watched
 AGAIN_SECONDS = 10.0  # before an action whose effect does not show is tried again
 COLOURS = ("blue", "green")
 HISTORY_LENGTH = 10
+PUT_BACKS = 3  # of a widened selector within so many seconds; then whoever widens it has his way
+PUT_BACK_SECONDS = 600.0
 REJECTED_LENGTH = 50
 BASELINES = 2000  # branches of an app that are kept on sight: a ConfigMap holds 1 MiB
 ADOPTED = "adopted"  # the outcome of what was there before the first run
@@ -176,6 +180,7 @@ class Reason(StrEnum):
     JOB_REFUSED = "JobRefused"
     SMOKE_FAILED = "SmokeFailed"
     SELECTOR_CHANGED = "SelectorChanged"
+    SELECTOR_CONTESTED = "SelectorContested"
     ENDPOINTS_MISSING = "EndpointsMissing"
     SICK_AFTER_SWITCH = "SickAfterSwitch"
     BOTH_SICK = "BothSick"
@@ -1402,8 +1407,9 @@ def run_of_job(found: Object) -> Run:
 
 def seconds_of(value: Any) -> float:
     """Return a number of seconds kept as text, or 0 for anything else."""
-    with suppress(TypeError, ValueError):
-        return float(value)
+    with suppress(TypeError, ValueError, OverflowError):
+        seconds = float(value)
+        return seconds if math.isfinite(seconds) else 0.0
     return 0.0
 
 
@@ -1891,28 +1897,110 @@ class Job:
         self.finished = epoch((done or failed).get("lastTransitionTime"))
 
 
+# Records are read from annotations, which anyone may write who may write the object: a field that
+# does not hold what it may is left out, and so is one that nobody knows.
+FAR_FUTURE = 1e11  # seconds since the epoch
+
+
+def text(pattern: str) -> Callable[[Any], bool]:
+    """Return whether a value is a text that matches the whole pattern, as a function."""
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def is_selector(value: Any) -> bool:
+    """Whether a value can stand for a selector."""
+    key, term = text(r"[\w./-]{1,317}"), text(r"[\w.-]{0,63}")
+    return isinstance(value, dict) and all(key(k) and term(v) for k, v in value.items())
+
+
+def are_ports(value: Any) -> bool:
+    """Whether a value can stand for the ports of a Service."""
+    whole = isinstance(value, list) and all(isinstance(p, dict) for p in value)
+    return whole and all(type(p.get("port")) is int for p in value)
+
+
+Name = Annotated[str, text(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?")]
+Word = Annotated[str, text("[A-Za-z-]{0,40}")]
+Prose = Annotated[str, text(r"(?s).{0,2000}")]
+Colour = Annotated[str, text(f"({'|'.join(COLOURS)})?")]
+Time = Annotated[float, lambda v: type(v) in (int, float) and 0 <= v < FAR_FUTURE]
+Size = Annotated[int, lambda v: type(v) is int and 0 < v < 10**6]
+Selector = Annotated[dict[str, str], is_selector]
+PROVEN = (Outcome.DEPLOYED, ADOPTED)  # the outcomes of what a rollback may go to
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryEntry:
+    """One switch of a live Service, as its annotation records it."""
+
+    selector: Selector
+    run: Name = ""
+    commit: Annotated[str, text(f"({SHA.pattern})?")] = ""
+    image: Annotated[str, text(r"[\x21-\x7e]{0,1000}")] = ""
+    colour: Colour = ""
+    ports: Annotated[list[Object], are_ports] = dataclass_field(default_factory=list)
+    release: Name = ""  # the ConfigMap of its release
+    replicas: Size = 1
+    at: Time = 0.0
+    by: Prose = ""  # who switched, or changed the selector since
+    outcome: Word = ""  # none while it bakes, and where the bake told nothing
+    reason: Word = ""
+    detail: Prose = ""
+    was: Selector = dataclass_field(default_factory=dict)  # what was narrowed to adopt it
+    v: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """Who is changing an environment, and what is to be put back there."""
+
+    phase: Word
+    run: Name = ""
+    colour: Colour = ""
+    since: Time = 0.0
+    heal: Name = ""  # the release of the rollback target that stood in the colour
+    v: int = 1
+
+
+RECORDS = {kind: get_type_hints(kind, include_extras=True) for kind in (HistoryEntry, Claim)}
+
+
+def read_record(kind: type[Any], record: Any) -> Object:
+    """Return a record with all its fields; empty when it lacks the first one."""
+    checks = {k: h.__metadata__[0] for k, h in RECORDS[kind].items() if hasattr(h, "__metadata__")}
+    given = record if isinstance(record, dict) else {}
+    fitting = {k: given[k] for k, check in checks.items() if k in given and check(given[k])}
+    return asdict(kind(**fitting)) if fitting.get(next(iter(checks))) else {}
+
+
 class Service:
     """The live Service of an app, with what our annotations on it say as far as it can be read.
 
-    `claim`: who is changing this environment; `history`: the switches, newest first; `live`: the
-    entry of what the selector says is live. Each is empty when there is none.
+    `run`: what today's traffic reaches, as far as the selector names it; `claim`: who is changing
+    this environment; `history`: the switches, newest first. Each is empty when there is none.
     """
 
     def __init__(self, found: Object) -> None:
         meta, spec = found["metadata"], found["spec"]
         self.name: str = meta["name"]
+        self.uid: str = meta.get("uid", "")
         self.version = int(meta["resourceVersion"])
         self.ports: list[Object] = spec.get("ports") or []
         self.selector: dict[str, str] = spec.get("selector") or {}
         self.run = self.selector.get(LABEL_RUN, "")
-        # whether the selector is one that this program sets
-        self.ours = self.selector.keys() == {LABEL_APP, LABEL_VERSION, LABEL_RUN}
+        # whether the selector names a run of ours, whatever else it asks for
+        self.ours = self.selector.keys() >= {LABEL_APP, LABEL_VERSION, LABEL_RUN}
         self._notes: dict[str, str] = meta.get("annotations") or {}
-        self.claim: Object = self.note(NOTE_CLAIM, {})
-        told = [e for e in self.note(NOTE_HISTORY, []) if isinstance(e, dict)]
-        self.history = [e for e in told if isinstance(e.get("selector"), dict)]
-        live = (e for e in self.history if e["selector"] == self.selector)
-        self.live: Object = next(live, {})
+        self.claim = read_record(Claim, self.note(NOTE_CLAIM, {}))
+        told = (read_record(HistoryEntry, e) for e in self.note(NOTE_HISTORY, []))
+        self.history = [e for e in told if e]
+
+    @classmethod
+    def recorded(cls, name: str, entry: Object) -> Service:
+        """Return the Service that an entry is the whole history of."""
+        notes = {NOTE_HISTORY: json.dumps([entry])}
+        meta = {"name": name, "resourceVersion": "0", "annotations": notes}
+        return cls({"metadata": meta, "spec": {"selector": entry["selector"]}})
 
     def note(self, key: str, empty: Any) -> Any:
         """Return the JSON in an annotation; empty when it is missing, broken or of another type."""
@@ -1921,24 +2009,66 @@ class Service:
             return value if isinstance(value, type(empty)) else empty
         return empty
 
+    def notes(self) -> Object:
+        """Return what our annotations say, as it is written; None for what is not there."""
+        told = {NOTE_PREVIOUS: {}, NOTE_BAKE: 0.0, NOTE_PUT_BACK: []}
+        return {
+            NOTE_HISTORY: self.history or None,
+            NOTE_CLAIM: self.claim or None,
+            **{key: self.note(key, empty) or None for key, empty in told.items()},
+        }
+
+    @property
+    def live(self) -> Object:
+        """The entry of what today's traffic reaches."""
+        same = (e for e in self.history if self.run and e["run"] == self.run)
+        return next((e for e in self.history if e["selector"] == self.selector), next(same, {}))
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the selector is what the history says that it was set to."""
+        return self.live.get("selector") == self.selector
+
+    @property
+    def served(self) -> Object:
+        """The entry of what is live as far as it is recorded, whatever the selector says now."""
+        return next((e for e in self.history if e["outcome"] in ("", *PROVEN)), {})
+
     def entry(self, run: str, since: float = 0.0) -> Object:
         """Return the newest history entry of a run made at or after a time; empty when none."""
-        ours = (e for e in self.history if e.get("run") == run)
-        return next((e for e in ours if seconds_of(e.get("at")) >= since), {})
+        ours = (e for e in self.history if e["run"] == run)
+        return next((e for e in ours if e["at"] >= since), {})
+
+    def reaches(self, entry: Object) -> bool:
+        """Whether an entry is of what today's traffic reaches."""
+        return entry["selector"] == self.selector or bool(self.run and entry["run"] == self.run)
+
+    @property
+    def targets(self) -> list[Object]:
+        """The entries that a rollback can go to: the proven versions before the live one."""
+        live, good = self.live, dict[str, Object]()
+        if not (live or self.run):
+            return []
+        for entry in self.history[self.history.index(live) + 1 :] if live else self.history:
+            if entry["outcome"] in PROVEN and not (entry["reason"] or self.reaches(entry)):
+                good.setdefault(entry["run"], entry)
+        return [*good.values()]
 
     def target(self, back: int = 1) -> Object:
-        """Return the entry that a rollback goes to: the back-th proven one before the live one."""
-        older = self.history[self.history.index(self.live) + 1 :] if self.live else self.history
-        good = [e for e in older if e.get("outcome") in (Outcome.DEPLOYED, ADOPTED)]
-        good = [e for e in good if e["selector"] != self.selector]
-        return good[back - 1] if 0 < back <= len(good) else {}
+        """Return the entry that a rollback goes to: the back-th proven version before the live."""
+        return self.targets[back - 1] if 0 < back <= len(self.targets) else {}
 
     @property
     def before(self) -> Object:
         """What was live before, proven or not, if it is known; else where a rollback goes."""
         was = self.note(NOTE_PREVIOUS, {})
-        stood = (e for e in self.history if e["selector"] == was != self.selector)
+        stood = (e for e in self.history if e["selector"] == was and not self.reaches(e))
         return next(stood, {}) or self.target()
+
+
+def app_service(names: Iterable[str], found: Object) -> Service | None:
+    """Return the live Service of one of these apps; another Service is none of our business."""
+    return Service(found) if found["metadata"]["name"] in names else None
 
 
 V = TypeVar("V", Job, Pod, Service)
@@ -1957,7 +2087,7 @@ class Watch(Generic[V]):
         kubectl: Kubectl,
         resource: str,
         namespace: str,
-        view: Callable[[Object], V],
+        view: Callable[[Object], V | None],
         selector: str,
     ) -> None:
         self.kubectl, self.resource, self.namespace = kubectl, resource, namespace
@@ -1966,7 +2096,7 @@ class Watch(Generic[V]):
         self.changed, self.stopped = threading.Event(), threading.Event()
         # why it may not follow what is there: what it lacks is then not gone, only unseen
         self.trouble, self._lock = "not listed yet", threading.RLock()
-        self._view: Callable[[Object], V] = view
+        self._view: Callable[[Object], V | None] = view
         self._items: dict[str, V] = {}
         self._process: subprocess.Popen[str] | None = None
 
@@ -2063,7 +2193,7 @@ class Watch(Generic[V]):
         return max(seen, self._items.get(seen.name, seen), key=lambda view: view.version)
 
     def _read(self, found: Object) -> V | None:
-        """Return the view of an object; where it cannot be read, what was last seen of it."""
+        """Return the view of an object, if it has one; unreadable, what was last seen of it."""
         try:
             return self._view(found)
         except ODD:
@@ -2393,6 +2523,72 @@ def ahead(old: tuple[int, int], new: tuple[int, int]) -> int:
     return old[0] * max(new[1], 1) - new[0] * max(old[1], 1)
 
 
+class Drift(StrEnum):
+    """What a live selector is that someone else set."""
+
+    NONE = ""
+    KEPT = "Kept"  # it reaches the version that is recorded as live, and nothing else
+    MOVED = "Moved"  # all traffic reaches one other run of the app: that is live now
+    WIDENED = "Widened"  # it reaches another run of the app beside the recorded one: put back
+    CONTESTED = "SelectorContested"  # the same, after it was put back too often
+    ELSEWHERE = "Elsewhere"  # it reaches other pods, or none: somebody's intention
+
+
+def runs_of(app: str, pods: Iterable[Pod]) -> set[str]:
+    """Return the runs that pods are of, "" among them for a pod that is of no run of the app."""
+    return {p.run if p.labels.get(LABEL_APP) == app else "" for p in pods}
+
+
+def drift_of(recorded: str, reached: set[str], put_backs: int) -> Drift:
+    """Return what a selector is that someone else set.
+
+    From the run that is recorded as live, the runs of the pods that it reaches, and how often it
+    was put back of late.
+    """
+    if not reached or "" in reached:
+        return Drift.ELSEWHERE
+    if len(reached) == 1:
+        return Drift.KEPT if recorded in reached else Drift.MOVED
+    if recorded not in reached:
+        return Drift.ELSEWHERE
+    return Drift.CONTESTED if put_backs >= PUT_BACKS else Drift.WIDENED
+
+
+def moved(history: Sequence[Object], entry: Object, by: str, now: float) -> list[Object]:
+    """Return a history in which someone else has made an entry's run the live one.
+
+    It stays proven if it was. What is newer was left by that, and is no target any more.
+    """
+    place = history.index(entry) if entry in history else 1
+    left = {"reason": str(Reason.SELECTOR_CHANGED), "detail": f"left by {by}"}
+    newer = [e if e["reason"] else {**e, **left} for e in history[:place]]
+    outcome = entry["outcome"] if entry["outcome"] in PROVEN else ""
+    again = {**entry, "outcome": outcome, "reason": "", "detail": "", "by": by, "at": now}
+    return [again, *newer, *(e for e in history[place:] if e != entry)][:HISTORY_LENGTH]
+
+
+def chosen(service: Service, to: int | str) -> Object:
+    """Return the history entry that a rollback goes to: so many proven versions back, or a run's.
+
+    Raises RefusedError where there is none, or it is what is to be left.
+    """
+    runs = ", ".join(dict.fromkeys(e["run"] for e in service.history if e["run"])) or "none"
+    if isinstance(to, int):
+        if service.history and not (service.live or service.run):
+            raise RefusedError(f"what is live is not known; say where to go, --to RUN, of: {runs}")
+        if entry := service.target(to):
+            return entry
+        count = len(service.targets)
+        some = f"{f'only {count}' if count else 'no'} proven version{'s' * (count > 1)}"
+        raise RefusedError(f"{some} to go back to")
+    if not (entry := service.entry(to)):
+        raise RefusedError(f"{clip(to, 60)!r} is no run of the history: {runs}")
+    if service.reaches(entry):
+        raise RefusedError(f"{to} is what is live")
+    outcome = entry["outcome"] if entry["outcome"] in PROVEN else str(Outcome.DEPLOYED)
+    return {**entry, "outcome": outcome, "reason": "", "detail": ""}
+
+
 def narrowed(
     selector: Mapping[str, str], pods: Sequence[Pod], new: Mapping[str, str]
 ) -> dict[str, str] | None:
@@ -2449,6 +2645,14 @@ class Ledger:
                 entry = json.loads(value)
                 entries[kind][entry[name[kind]]] = entry
         return entries["ref"], entries["rejected"]
+
+    def live(self, app: str, environment: str) -> Object:
+        """Return the history entry of what was live in an environment; empty when unknown."""
+        found = self.kubectl.get("configmap", f"{MANAGER}-{app}", ORCHESTRATION) or {}
+        with suppress(KeyError, ValueError, RecursionError):
+            entry = json.loads((found.get("data") or {})[f"live-{environment}"])
+            return read_record(HistoryEntry, entry)
+        return {}
 
     def write(self, app: str, data: Mapping[str, Object | None]) -> None:
         """Merge entries into the ConfigMap, which is made at first need; None removes one."""
@@ -2508,18 +2712,33 @@ class Task:
         return self.environment == self.app.deploy.environments[-1]
 
 
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """Where a rollback goes: an entry of the history, as it was and as it will be live.
+
+    Overwritten: its pods are ready, but another run is in their Deployment.
+    """
+
+    target: Object
+    entry: Object
+    overwritten: bool
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def persistent(step: F) -> F:
+def persistent(step: F, *, while_head: bool = False) -> F:
     """Repeat a step that looks and acts, until it gets an answer another try cannot change.
 
-    After a conflict, and where no answer came, so that its effect is unknown.
+    After a conflict, and where no answer came, so that its effect is unknown. A step before the
+    switch goes on only while its commit is the branch's head: what is tried for ever would keep
+    the correction out.
     """
 
     def persist(self: Deployer, task: Task, *args: Any, **more: Any) -> Any:
         """Take the step until it is answered."""
         failures = 0
+        asked = self.clock.monotonic()
         while True:
             try:
                 return step(self, task, *args, **more)
@@ -2529,6 +2748,10 @@ def persistent(step: F) -> F:
                 warn("will look again", detail=str(failed), **task.words)
                 self.pause(0.05 if failed.kind != "Unreachable" else min(backoff(failures), 2.0))
                 failures += 1
+            if while_head and task.run.ref and self.clock.monotonic() - asked > HEAD_FRESH:
+                with suppress(GitError):
+                    self.require_head(task)
+                asked = self.clock.monotonic()
 
     return cast(F, persist)
 
@@ -2540,6 +2763,9 @@ class Deployer:
         self.kubectl, self.git, self.secrets, self.clock = kubectl, git, secrets, clock
         self.metrics, self.ledger = kubectl.metrics, Ledger(kubectl, clock)
         self.stop = threading.Event()  # ends all waiting
+        # by app and environment: the live Service as it was when last in order, and what was said
+        self.known: dict[tuple[str, str], Service] = {}
+        self.drifts: dict[tuple[str, str], tuple[Drift, dict[str, str]]] = {}
 
     def deploy(self, task: Task) -> None:
         """Bring a run into an environment, through its bake in the last one.
@@ -2549,9 +2775,10 @@ class Deployer:
         """
         with self.watched_pods(task) as pods:
             service = self.service(task)
+            if service is None:
+                self.require_undeleted(task)
             if not (service and service.run == task.run.id):
                 release, claimed = self.prepare(task, pods)
-                self.require_head(task)
                 self.switch(task, release, claimed)
                 self.metrics.switches.labels(*task.labels, "forward").inc()
                 info("switched", colour=release.colour, commit=release.commit, **task.words)
@@ -2579,9 +2806,93 @@ class Deployer:
     # What is there, and who may change it.
 
     def service(self, task: Task) -> Service | None:
-        """Return the live Service as it is now."""
+        """Return the live Service as it is now; where its selector names no run, by its pods."""
         found = self.kubectl.get("service", task.app.name, task.namespace)
-        return Service(found) if found else None
+        service = Service(found) if found else None
+        if service and not (service.run or service.live):
+            ready = map(Pod, self.ready_pods(task.namespace, service.selector))
+            runs = runs_of(task.app.name, ready)
+            service.run = runs.pop() if len(runs) == 1 else ""
+        return service
+
+    def remember(self, task: Task, service: Service) -> None:
+        """Keep a live Service that is in order, for when what is written on it is lost."""
+        last = self.known.get(task.labels, service)
+        if service.in_order and service.version >= last.version:
+            self.known[task.labels] = service
+            self.drifts.pop(task.labels, None)
+
+    def recorded(self, task: Task, service: Service | None) -> Service | None:
+        """Return the live Service as it is recorded: by itself, or, if it lost that, elsewhere."""
+        if source := service if service and service.history else self.known.get(task.labels):
+            return source
+        entry = self.ledger.live(*task.labels)
+        if service and service.run and not entry:
+            entry = self.released(task, service)
+        return Service.recorded(task.app.name, entry) if entry else None
+
+    def released(self, task: Task, service: Service) -> Object:
+        """Return the history entry of the run that a Service reaches, by its release."""
+        terms = f"{LABEL_APP}={task.app.name},{LABEL_STAGE}=release"
+        for found in self.kubectl.list("configmaps", task.namespace, "-l", terms):
+            with suppress(StageError):
+                release = Release.from_configmap(found)
+                colour = service.selector.get(LABEL_VERSION, release.colour)
+                if (release.run, release.colour) == (service.run, colour):
+                    return entry_of(release, task.app.name, self.clock.now())
+        return {}
+
+    def drift(self, task: Task, service: Service, source: Service | None) -> Drift:
+        """Return what the selector of a live Service is beside what is recorded of it."""
+        if source is None or not source.served or service.in_order:
+            return Drift.NONE
+        pods = map(Pod, self.staying(task.namespace, service.selector))
+        put_backs = len(self.put_backs(source))
+        return drift_of(source.served["run"], runs_of(task.app.name, pods), put_backs)
+
+    def put_backs(self, source: Service) -> list[float]:
+        """Return when a widened selector was put back of late."""
+        since = self.clock.now() - PUT_BACK_SECONDS
+        return [at for at in map(seconds_of, source.note(NOTE_PUT_BACK, [])) if at > since]
+
+    @persistent
+    def mend(self, task: Task) -> None:
+        """See to a live Service that someone else changed: put it back, or write down what it is.
+
+        What was written on it comes back, too, where it was deleted and made again.
+        """
+        service = self.service(task)
+        source = self.recorded(task, service)
+        if service is None or source is None or service.in_order:
+            return
+        drift, by = self.drift(task, service, source), self.last_change(task).get("manager")
+        self.say_drift(task, service, drift, by := clip(str(by or "someone else"), 80))
+        own = {k: v for k, v in service.notes().items() if v}
+        notes, goal = {**source.notes(), **own}, None
+        if drift is Drift.WIDENED:
+            notes[NOTE_PUT_BACK] = [*self.put_backs(source), round(self.clock.now(), 3)]
+            goal = source.served
+        elif drift is Drift.KEPT:
+            notes[NOTE_HISTORY] = [
+                {**e, "by": by} if e == source.served else e for e in source.history
+            ]
+        elif drift is Drift.MOVED and service.run:
+            unknown = {"run": service.run, "selector": service.selector}
+            entry = source.entry(service.run) or self.released(task, service)
+            entry = entry or read_record(HistoryEntry, unknown)
+            notes[NOTE_HISTORY] = moved(source.history, entry, by, self.clock.now())
+        if goal or notes[NOTE_HISTORY] != service.history:
+            self.write(task, service, notes, goal)
+
+    def say_drift(self, task: Task, service: Service, drift: Drift, by: str) -> None:
+        """Say and count once what someone else made of a live selector."""
+        if self.drifts.get(task.labels) != (drift, service.selector):
+            self.drifts[task.labels] = drift, service.selector
+            self.metrics.drift.labels(*task.labels).inc()
+            contested = drift is Drift.CONTESTED
+            reason = Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED
+            words = {**task.words, "run": service.run}
+            error("selector drift", drift=drift, reason=reason, by=by, **words)
 
     def pause(self, seconds: float) -> None:
         """Wait; raises InterruptedError when the program is to stop."""
@@ -2599,26 +2910,32 @@ class Deployer:
         if goal:
             # a merge keeps keys that are not named: those that must go are set to null
             spec["selector"] = {**dict.fromkeys(seen.selector), **goal["selector"]}
-            notes = {NOTE_PREVIOUS: seen.selector, **notes}
+            notes = {NOTE_PREVIOUS: seen.live.get("selector") or seen.selector, **notes}
         if goal and goal.get("ports"):
             spec["ports"] = ports_like(goal["ports"], seen.ports)
         texts = {k: None if v is None else json.dumps(v) for k, v in notes.items()}
         labels = {LABEL_MANAGED: MANAGER, LABEL_APP: seen.name, LABEL_STAGE: "live"}
         meta = {"resourceVersion": str(seen.version), "annotations": texts, "labels": labels}
         change = {"metadata": meta, "spec": spec}
-        return Service(self.kubectl.patch("service", seen.name, task.namespace, change))
+        written = Service(self.kubectl.patch("service", seen.name, task.namespace, change))
+        self.remember(task, written)
+        return written
 
     def place(self, task: Task) -> tuple[str, int]:
         """Return the idle colour, and how large the live one is.
 
         Live is what today's selector reaches, which may be what a person wrote: the two colours of
-        our own pods among it, or neither.
+        our own pods among it, or neither; and, where there is no Service, what it reached.
         """
         service, name = self.service(task), task.app.name
         selector = service.selector if service else {}
+        source = self.recorded(task, service)
+        self.require_order(task, service, source)
         labels = [p["metadata"]["labels"] for p in self.staying(task.namespace, selector)]
         live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == name}
         live.add(selector.get(LABEL_VERSION))
+        if source and not service:
+            live.add(source.served.get("colour"))
         foreign = service and not service.ours
         replicas, free = len(labels) if foreign else 0, [c for c in COLOURS if c not in live]
         detail = "both colours serve; point the Service at one of them"
@@ -2632,6 +2949,21 @@ class Deployer:
         if not free:
             raise StageError(Reason.ADOPTION_REFUSED, detail)
         return free[0], replicas
+
+    def require_order(self, task: Task, service: Service | None, source: Service | None) -> None:
+        """Raise while the live selector reaches two versions; it is put back soon, or contested."""
+        drift = self.drift(task, service, source) if service else Drift.NONE
+        if drift is Drift.CONTESTED:
+            raise StageError(Reason.SELECTOR_CONTESTED, self.last_manager(task))
+        if drift is Drift.WIDENED:
+            raise HookError("the selector of the live Service was widened, and is put back first")
+
+    def require_undeleted(self, task: Task) -> None:
+        """Raise while the live Service of a run that is verified or baked is deleted."""
+        source = self.recorded(task, None)
+        served = source.served if source else {}
+        if served.get("run") == task.run.id and self.ready_pods(task.namespace, served["selector"]):
+            raise HookError("someone deleted the live Service; the run goes on when it is there")
 
     def size(self, task: Task, selector: Mapping[str, str]) -> int:
         """Return how many pods a colour is to have now: an autoscaler may have changed it."""
@@ -2655,9 +2987,9 @@ class Deployer:
     def note(self, run: str, colour: str, phase: str, heal: str = "") -> Object:
         """Return a claim; its time tells it from that of another process."""
         since = round(self.clock.now(), 3)
-        return {"run": run, "colour": colour, "phase": phase, "since": since, "heal": heal}
+        return asdict(Claim(run=run, colour=colour, phase=str(phase), since=since, heal=heal))
 
-    @persistent
+    @partial(persistent, while_head=True)
     def claim(self, task: Task, release: Release) -> Service | None:
         """Say on the live Service that this run is changing the environment; None if there is none.
 
@@ -2669,7 +3001,9 @@ class Deployer:
         claim, colour = service.claim, release.colour
         if service.selector.get(LABEL_VERSION) == colour:
             raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
-        fresh = self.clock.now() - seconds_of(claim.get("since")) < CLAIM_SECONDS
+        source = self.recorded(task, service)
+        self.require_order(task, service, source)
+        fresh = abs(self.clock.now() - seconds_of(claim.get("since"))) < CLAIM_SECONDS
         if fresh and claim.get("phase") == Phase.ROLLBACK:
             raise HookError("a rollback is under way")
         heal = claim.get("heal", "") if claim.get("colour") == colour else ""
@@ -2680,14 +3014,28 @@ class Deployer:
         if stood.get("colour") == colour and not same:
             heal = stood["release"] if stood.get("outcome") in (Outcome.DEPLOYED, "") else ""
         notes: Object = {NOTE_CLAIM: self.note(task.run.id, colour, Phase.PREPARING, heal)}
-        goal = None if service.ours else {"selector": self.adopted(task, release, service)}
+        goal = self.narrower(task, release, service, source)
         older = [e for e in service.history if e.get("outcome") != ADOPTED]
-        if goal and (service.live or not older):
-            was = service.live.get("was", service.selector)
-            told = {"run": "", "colour": "", "outcome": ADOPTED, "was": was, **goal}
+        if source and source.served.get("run") and not service.history:
+            notes |= {NOTE_HISTORY: source.history}
+        elif goal and not service.run and (service.live or not older):
+            told = {"outcome": ADOPTED, "was": service.live.get("was") or service.selector, **goal}
             told |= {"ports": service.ports, "at": self.clock.now()}
-            notes |= {NOTE_PREVIOUS: goal["selector"], NOTE_HISTORY: [told, *older]}
+            notes |= {NOTE_HISTORY: [asdict(HistoryEntry(**told)), *older]}
+            notes |= {NOTE_PREVIOUS: goal["selector"]}
         return self.write(task, service, notes, goal)
+
+    def narrower(
+        self, task: Task, release: Release, service: Service, source: Service | None
+    ) -> Object | None:
+        """Return where a live Service has to point before there are new pods; None: it may stay.
+
+        To the one run of the app that it reaches, or what was there before the first.
+        """
+        if service.ours:
+            return None
+        live = source.entry(service.run) if source and service.run else {}
+        return {"selector": live.get("selector") or self.adopted(task, release, service)}
 
     def adopted(self, task: Task, release: Release, service: Service) -> dict[str, str]:
         """Return the selector that keeps a foreign Service on exactly today's pods."""
@@ -2704,27 +3052,42 @@ class Deployer:
         return found
 
     def check_claim(self, task: Task, claimed: Service | None, now: Service | None) -> None:
-        """Raise when someone else holds the claim now or has changed the live Service."""
+        """Raise when someone else holds the claim now or has changed the live Service.
+
+        A Service that was deleted and made again has lost the claim, which nobody has taken.
+        """
         if claimed is None and now is None:
             return
-        if claimed is None or now is None or now.claim != claimed.claim:
-            who = (now.claim.get("run") if now else "") or "someone else"
+        if not (claimed and now) or now.claim != claimed.claim:
+            who = str(now.claim.get("run", "")) if now else ""
             if who == task.run.id:
                 raise HookError("another daemon has this run in hand")
-            raise SupersededError(Reason.CLAIM_LOST, f"{who} has taken the claim")
-        if now.selector != claimed.selector:
+            if not who and not (claimed and now and kept(claimed, now)):
+                raise HookError("the live Service was deleted or made anew meanwhile")
+            raise SupersededError(Reason.CLAIM_LOST, f"{who or 'someone else'} has taken the claim")
+        if now.selector == claimed.selector:
+            return
+        # what only asks for more, and still reaches the same pods, is as good
+        pods = map(Pod, self.staying(task.namespace, now.selector))
+        same = claimed.selector.items() <= now.selector.items()
+        if not (same and claimed.run and runs_of(task.app.name, pods) == {claimed.run}):
             raise StageError(Reason.SELECTOR_CHANGED, self.last_manager(task))
 
-    def last_manager(self, task: Task) -> str:
-        """Return who changed the live Service last, by its managedFields."""
+    def last_change(self, task: Task) -> Object:
+        """Return what the managedFields of the live Service say of its last change."""
         args = ("get", "service", task.app.name, "-o", "json", "--show-managed-fields")
         with suppress(KubectlError, ValueError):
             meta = json.loads(self.kubectl.run(*args, namespace=task.namespace))["metadata"]
             managed = meta.get("managedFields") or [{}]
             spec = [m for m in managed if "f:selector" in json.dumps(m.get("fieldsV1"))]
-            last = max(spec or managed, key=lambda m: str(m.get("time", "")))
-            return f"changed by {clip(str(last.get('manager')), 80)} at {last.get('time')}"
-        return "changed by someone else"
+            return dict(max(spec or managed, key=lambda m: str(m.get("time", ""))))
+        return {}
+
+    def last_manager(self, task: Task) -> str:
+        """Return who changed the live Service last."""
+        last = self.last_change(task)
+        at = f" at {last['time']}" if "time" in last else ""
+        return f"changed by {clip(str(last.get('manager', 'someone else')), 80)}{at}"
 
     # Apply and wait.
 
@@ -2741,7 +3104,7 @@ class Deployer:
             watch.stop()
             thread.join(KUBECTL_TIMEOUT)
 
-    @persistent
+    @partial(persistent, while_head=True)
     def apply(self, task: Task, release: Release, claimed: Service | None) -> None:
         """Record a release, and put its Deployment in the place of what stands there.
 
@@ -2866,12 +3229,13 @@ class Deployer:
         service = self.service(task)
         if service and service.run == release.run:
             return
+        self.require_head(task)
         self.check_claim(task, claimed, service)
-        entry = {f: getattr(release, f) for f in ("run", "commit", "image", "colour", "selector")}
-        record = release.configmap(task.app.name)["metadata"]["name"]
-        entry |= {"ports": release.ports, "release": record, "replicas": release.wanted}
-        entry |= {"at": round(self.clock.now(), 3), "by": MANAGER, "outcome": ""}
-        history = [entry, *(service.history if service else ())][:HISTORY_LENGTH]
+        source, entry = (
+            self.recorded(task, service),
+            entry_of(release, task.app.name, self.clock.now()),
+        )
+        history = [entry, *(source.history if source else ())][:HISTORY_LENGTH]
         claim = self.note(release.run, release.colour, Phase.BAKING)
         notes: Object = {NOTE_HISTORY: history, NOTE_CLAIM: claim}
         if task.last:
@@ -2893,8 +3257,8 @@ class Deployer:
 
     def settle(self, task: Task, pods: Watch[Pod]) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
-        service = self.judge_live(task, self.service(task))
-        if service.live.get("outcome"):
+        service = self.own_live(task)
+        if service.live["outcome"]:
             return
         release = self.release(task, service.live)
         since, wanted = seconds_of(service.live.get("at")), release.wanted
@@ -2988,7 +3352,21 @@ class Deployer:
             return service
         if service and service.entry(task.run.id).get("outcome"):
             raise SupersededError(Reason.ROLLED_BACK, "rolled back by hand")
-        raise SupersededError(Reason.SELECTOR_CHANGED, self.last_manager(task))
+        source = self.recorded(task, service)
+        drift = self.drift(task, service, source) if service else Drift.WIDENED
+        if drift is Drift.WIDENED and source and source.served.get("run") == task.run.id:
+            raise HookError("the live Service was widened, or deleted; it is put back first")
+        contested = drift is Drift.CONTESTED
+        reason = Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED
+        raise SupersededError(reason, self.last_manager(task))
+
+    def own_live(self, task: Task) -> Service:
+        """Return the live Service, with its history, while it selects the run; else raise."""
+        service = self.judge_live(task, self.service(task))
+        if not service.live:
+            self.mend(task)
+            raise HookError("the history of the live Service was lost, and is put back first")
+        return service
 
     def take_back(
         self, task: Task, sick: str, pods: Sequence[Pod], well: tuple[int, int] | None
@@ -3036,35 +3414,48 @@ class Deployer:
             refused = at_once.map(partial(health_refusal, patience=1.0), urls)
             return len(ready) - sum(map(bool, refused)), len(pods)
 
-    @persistent
     def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
         """Point the live Service back at the version before, in one patch that carries the outcome.
 
-        It does not look at the pods it leaves. Tried until it is done or someone else has switched;
-        a first deployment has nothing to go back to, so its Service is removed.
+        It does not look at the pods it leaves. Tried until it is done. Raises SupersededError when
+        someone else has switched; a first deployment has nothing to go back to, so its Service is
+        removed.
         """
+        ended = {"outcome": str(outcome), "reason": str(reason), "detail": clip(detail)}
+        if self.switched_back(task, ended):
+            self.metrics.switches.labels(*task.labels, "back").inc()
+            error("switched back", reason=reason, detail=clip(detail), **task.words)
+        else:
+            error("nothing to switch back to", reason=reason, detail=clip(detail), **task.words)
+
+    @persistent
+    def switched_back(self, task: Task, ended: Object) -> bool:
+        """Switch back if there is a version before; return whether this was done, now or before."""
         service = self.service(task)
-        if service and service.run == task.run.id:
-            target, live = service.before, service.live
-            if not target:
-                if not service.note(NOTE_PREVIOUS, {}):
-                    self.kubectl.delete("service", [task.app.name], task.namespace)
-                return
-            colour = service.selector.get(LABEL_VERSION, "")
-            ended = {"outcome": outcome, "reason": reason, "detail": clip(detail)}
-            notes = {
-                NOTE_HISTORY: [{**e, **ended} if e == live else e for e in service.history],
-                NOTE_CLAIM: self.note(task.run.id, colour, Phase.SWITCHED_BACK),
-                NOTE_BAKE: None,
-            }
-            self.write(task, service, notes, target)
-        self.metrics.switches.labels(*task.labels, "back").inc()
-        error("switched back", reason=reason, detail=clip(detail), **task.words)
+        if service is None:  # deleted, perhaps by the try before
+            return False
+        if service.entry(task.run.id).items() >= ended.items():
+            return True
+        service = self.own_live(task)
+        target, live = service.before, service.live
+        if not target and not service.note(NOTE_PREVIOUS, {}):
+            self.known.pop(task.labels, None)
+            self.ledger.write(task.app.name, {f"live-{task.environment}": None})
+            self.kubectl.delete("service", [task.app.name], task.namespace)
+        if not target:
+            return False
+        notes = {
+            NOTE_HISTORY: [{**e, **ended} if e == live else e for e in service.history],
+            NOTE_CLAIM: self.note(task.run.id, live.get("colour", ""), Phase.SWITCHED_BACK),
+            NOTE_BAKE: None,
+        }
+        self.write(task, service, notes, target)
+        return True
 
     @persistent
     def conclude(self, task: Task) -> None:
         """Write that a version stays, and leave a claim by which the old one is drained."""
-        service = self.judge_live(task, self.service(task))
+        service = self.own_live(task)
         if service.claim.get("phase") == Phase.ROLLBACK:
             raise SupersededError(Reason.ROLLED_BACK, "a rollback is under way")
         live, old = service.live, service.before.get("colour", "")
@@ -3082,7 +3473,9 @@ class Deployer:
         if service is None or service.claim != claim:
             return
         colour, phase = str(claim.get("colour", "")), claim.get("phase")
-        if colour in COLOURS and service.selector.get(LABEL_VERSION) != colour:
+        if phase == Phase.ROLLBACK and claim.get("heal"):
+            self.heal(task, f"{task.app.name}-{colour}", service)
+        elif colour in COLOURS and service.selector.get(LABEL_VERSION) != colour:
             name, retain = f"{task.app.name}-{colour}", task.app.deploy.retain
             if phase == Phase.PREPARING:
                 self.heal(task, name, service)
@@ -3163,7 +3556,9 @@ class Deployer:
         namespace, name = task.namespace, task.app.name
         ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP}={name}"
         service, named = self.service(task), ""
-        if service and service.claim:
+        source = self.recorded(task, service)
+        # what a deleted Service named is in use, and is named again when it is back
+        if source and (service is None or service.claim or not service.history):
             return
         deployments = self.kubectl.list("deployments", namespace, "-l", ours)
         if service:
@@ -3184,54 +3579,52 @@ class Deployer:
 
     # Rollback on request.
 
-    def rollback(self, task: Task, back: int, reason: str) -> tuple[Object, Object]:
-        """Switch an environment to a proven earlier version; return (what was left, the target).
+    def rollback(self, task: Task, service: Service, target: Object, reason: str) -> Object:
+        """Switch an environment to an entry of its history; return the entry as it is live then.
 
-        Works beside a daemon or without one. A target that still stands is one patch away; one that
-        was scaled down or overwritten is applied again and waited for. Raises RefusedError without
-        a target, and StageError when it does not become ready.
+        Works beside a daemon or without one. A target of which enough pods are ready is one patch
+        away, and what overwrote its Deployment is undone afterwards; one that was scaled down is
+        applied again and waited for. Raises RefusedError when someone else has switched meanwhile,
+        and StageError when the target does not become ready.
         """
-        service = self.service(task)
-        target = service.target(back) if service else {}
-        if not service or not target:
-            known = sum(bool(service and service.target(n + 1)) for n in range(HISTORY_LENGTH))
-            some = f"{f'only {known}' if known else 'no'} proven version{'s' * (known > 1)}"
-            raise RefusedError(f"{task.app.name} in {task.environment}: {some} to go back to")
-        task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
-        claim = self.note(task.run.id, str(target.get("colour", "")), Phase.ROLLBACK)
-        claimed = self.hold(task, claim) or service
+        task = replace(task, run=replace(task.run, id=target["run"]))
+        claim = self.note(task.run.id, target["colour"], Phase.ROLLBACK)
+        claimed, left = self.hold(task, claim) or service, service.claim or None
         try:
             if claimed.selector != service.selector:
                 raise RefusedError("traffic was switched this very moment; look, and try again")
             goal = self.raise_target(task, claimed, target)
-            self.go_back(task, claimed, target, goal, reason)
+            switched = self.go_back(task, claimed, goal, reason)
+            left = None
+            if goal.overwritten and switched and switched.claim.get("heal"):
+                self.heal(task, f"{task.app.name}-{target['colour']}", switched)
+                claim = switched.claim
         finally:
             with suppress(HookError):
-                self.hold(task, None, claim)
-        return service.live, goal
+                self.hold(task, left, claim)
+        return goal.entry
 
     @persistent
-    def go_back(
-        self, task: Task, claimed: Service, target: Object, goal: Object, reason: str
-    ) -> None:
+    def go_back(self, task: Task, claimed: Service, goal: Goal, reason: str) -> Service | None:
         """Point the live Service at a rollback's goal, if nobody else has taken over."""
         now = self.service(task)
-        if now is None or now.selector == goal["selector"]:
-            return
+        if now is None or now.selector == goal.entry["selector"]:
+            return now
         if (now.claim, now.selector) != (claimed.claim, claimed.selector):
             raise RefusedError(f"{now.claim.get('run') or 'someone'} has taken over meanwhile")
-        history = rolled_back(now.history, target, goal, reason)
-        notes = {NOTE_HISTORY: history, NOTE_CLAIM: None, NOTE_BAKE: None}
-        self.write(task, now, notes, goal)
+        history = rolled_back(now.history, goal.target, goal.entry, reason)
+        claim = {**claimed.claim, "heal": goal.target["release"]} if goal.overwritten else None
+        notes = {NOTE_HISTORY: history, NOTE_CLAIM: claim, NOTE_BAKE: None}
+        return self.write(task, now, notes, goal.entry)
 
-    def raise_target(self, task: Task, claimed: Service, target: Object) -> Object:
-        """Return a rollback target's entry once its pods are ready, brought back if need be."""
-        app, run = task.app.name, target.get("run")
-        carried = not run or self.fenced(task, target) == run
+    def raise_target(self, task: Task, claimed: Service, target: Object) -> Goal:
+        """Return where a rollback goes once its pods are ready, brought back if need be."""
+        app, carries = task.app.name, self.fenced(task, target) if target["run"] else ""
         ready = len(self.ready_pods(task.namespace, target["selector"]))
-        if ready >= int(target.get("replicas", 1)) and carried:
-            return target
-        if not target.get("release"):
+        overwritten = bool(carries != target["run"])
+        if ready >= target["replicas"] and (not overwritten or (carries and target["release"])):
+            return Goal(target, target, overwritten)
+        if not target["release"]:
             gone = "the version before has no ready pods and was not deployed from here"
             raise RefusedError(gone)
         release = self.release(task, target)
@@ -3244,7 +3637,8 @@ class Deployer:
             self.apply(task, release, claimed)
             self.roll_out(task, release, pods)
         changed = {"colour": colour, "selector": release.selector, "replicas": release.wanted}
-        return {**target, **changed, "release": record["metadata"]["name"]}
+        entry = {**target, **changed, "release": record["metadata"]["name"]}
+        return Goal(target, entry, overwritten=False)
 
     @persistent
     def fenced(self, task: Task, target: Object) -> str:
@@ -3257,11 +3651,29 @@ class Deployer:
         fence = {"metadata": {"annotations": {NOTE_WRITTEN: str(self.clock.now())}}}
         try:
             found = self.kubectl.patch("deployment", name, task.namespace, fence)
-            return str(found["metadata"]["labels"].get(LABEL_RUN, ""))
         except KubectlError as gone:
             if gone.kind != "NotFound":
                 raise
             return ""
+        carries = str((found["metadata"].get("labels") or {}).get(LABEL_RUN, ""))
+        if carries != target["run"] and target["release"]:
+            # until it is put back: its rollout would take the target's pods away
+            self.kubectl.patch("deployment", name, task.namespace, {"spec": {"paused": True}})
+        return carries
+
+
+def kept(claimed: Service, now: Service) -> bool:
+    """Whether a Service is still the one that was claimed, with what was written on it."""
+    return now.uid == claimed.uid and (bool(now.history) or not claimed.history)
+
+
+def entry_of(release: Release, app: str, now: float) -> Object:
+    """Return the history entry of a switch to a release."""
+    told = ("run", "commit", "image", "colour", "selector", "ports")
+    copied_fields: Object = {name: getattr(release, name) for name in told}
+    record = release.configmap(app)["metadata"]["name"]
+    more = {"release": record, "replicas": release.wanted, "at": round(now, 3), "by": MANAGER}
+    return asdict(HistoryEntry(**copied_fields, **more))
 
 
 def rolled_back(history: list[Object], target: Object, goal: Object, reason: str) -> list[Object]:
@@ -3369,6 +3781,7 @@ OUTCOMES = {  # of deployments that end otherwise than failed or superseded
 }
 FORGIVEN = {  # ends of a deployment that say nothing new against its commit
     *(Reason.BOTH_SICK, Reason.SELECTOR_CHANGED, Reason.ADOPTION_REFUSED, Reason.REJECTED),
+    Reason.SELECTOR_CONTESTED,
     *(Reason.QUOTA_EXCEEDED, Reason.UNSCHEDULABLE),  # a full cluster
 }
 RETRIED = ("Unreachable", "Conflict", "Unknown", "Forbidden", "NotFound")  # nobody's fault, or ours
@@ -3383,12 +3796,14 @@ class Controller:
         self.ledger, self.pulses = deployer.ledger, Pulses(self.clock)
         self.stop, self.wake, self.spooled = deployer.stop, threading.Event(), threading.Event()
         ours, spaces = f"{LABEL_MANAGED}={MANAGER}", config.namespaces
-        stages, live = [spaces[s] for s in STAGES], f"{ours},{LABEL_STAGE}=live"
+        stages = [spaces[s] for s in STAGES]
         self.jobs = [Watch(self.kubectl, "jobs", n, Job, ours) for n in stages]
         self.pods = [Watch(self.kubectl, "pods", n, Pod, ours) for n in stages]
         used = dict.fromkeys(e for app in config.apps for e in app.deploy.environments)
-        self.services = {e: Watch(self.kubectl, "services", spaces[e], Service, live) for e in used}
         self.apps = {a.name: a for a in config.apps}
+        # by name, with whatever labels: one that lost ours is still what visitors ask
+        live = partial(app_service, frozenset(self.apps))
+        self.services = {e: Watch(self.kubectl, "services", spaces[e], live, "") for e in used}
         self.asked = {name: threading.Event() for name in self.apps}
         # by app: the time of the question, that of the answer on the other clock, the answer
         self.heads: dict[str, tuple[float, float, dict[str, str]]] = {}
@@ -3399,6 +3814,7 @@ class Controller:
         self.once = Once(self.clock)
         self.failing = -NEVER  # until when a run's step counts as failing: not each look takes it
         self.selectors: dict[tuple[str, str], dict[str, str]] = {}  # of live Services, last seen
+        self.saved: dict[tuple[str, str], Object] = {}  # what is live, as it is written down
         self.threads: dict[str, threading.Thread] = {}
         self.troubles: dict[str, str] = {}  # by thread: why its last step failed
         self.metrics.spool.set_function(lambda: len(spool))
@@ -3915,17 +4331,8 @@ class Controller:
             app, claim, phase = self.apps[service.name], service.claim, service.claim.get("phase")
             run = Run(id=str(claim.get("run", "")), app=app.name, ref="", commit="")
             task = self.task(app, environment, run)
-            was, live = self.selectors.get(task.labels), service.live
-            self.selectors[task.labels], new = service.selector, was != service.selector
-            # with nothing seen before, a rollback may be long ago
-            left = service.entry((was or {}).get(LABEL_RUN, ""))
-            if new and service.history and not live:
-                self.metrics.drift.labels(*task.labels).inc()
-                error("selector drift", by=self.deployer.last_manager(task), **task.words)
-            elif new and left.get("outcome") == Outcome.ROLLED_BACK and live != service.history[0]:
-                self.metrics.switches.labels(*task.labels, "rollback").inc()
-                words = {**task.words, "run": left["run"], "live": live.get("run")}
-                warn("rolled back", detail=clip(str(left.get("detail", ""))), **words)
+            with self.alone(run):
+                self.look_at_traffic(task, service)
             after = app.deploy.drain if phase == Phase.DRAINING else 0.0
             after = CLAIM_SECONDS if phase == Phase.ROLLBACK else after
             due = seconds_of(claim.get("since")) + after
@@ -3934,6 +4341,45 @@ class Controller:
             pointless = phase == Phase.PREPARING and app.name in waiting
             if claim and self.clock.now() >= due and not held and not pointless:
                 self.start_worker(task, partial(self.deployer.tidy, task, claim))
+
+    def look_at_traffic(self, task: Task, service: Service) -> None:
+        """Keep what is live while a Service is in order; else see to it in a thread of its own."""
+        was, live = self.selectors.get(task.labels), service.live
+        self.selectors[task.labels], new = service.selector, was != service.selector
+        if not service.in_order:
+            # where the selector names no run, other pods may come to be reached
+            rest = 6 * AGAIN_SECONDS if service.ours else AGAIN_SECONDS
+            self.mend(task, service, rest)
+            return
+        self.deployer.remember(task, service)
+        # with nothing seen before, a rollback may be long ago
+        left = service.entry((was or {}).get(LABEL_RUN, ""))
+        if new and left.get("outcome") == Outcome.ROLLED_BACK and live != service.history[0]:
+            self.metrics.switches.labels(*task.labels, "rollback").inc()
+            words = {**task.words, "run": left["run"], "live": live["run"]}
+            warn("rolled back", detail=clip(left["detail"]), **words)
+        # one at a look: nothing waits for it
+        new = self.saved.get(task.labels) != live
+        if new and self.once.may("what is live", None, LOOK_SECONDS):
+            self.ledger.write(task.app.name, {f"live-{task.environment}": live})
+            self.saved[task.labels] = live
+
+    def mend(self, task: Task, service: Service, rest: float) -> None:
+        """See to a live Service that someone else changed, beside any worker, and now and then."""
+
+        def body() -> None:
+            """Let the Service be seen to; what does not work is tried after the next look."""
+            try:
+                self.deployer.mend(task)
+            except (HookError, OSError) as lost:
+                if not self.stop.is_set():
+                    warn("a live Service will be looked at again", detail=str(lost), **task.words)
+            self.wake.set()
+
+        name = f"selector of {task.app.name} in {task.environment}"
+        running = name in self.threads and self.threads[name].is_alive()
+        if not running and self.once.may(name, service.version, rest):
+            self.spawn(name, body, again=False)
 
 
 def vanish(detail: str, stage: str) -> Action:
@@ -4136,6 +4582,7 @@ def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
 
 # === commands =====================================================================================
 
+NO_SERVICE: Object = {"metadata": {"name": "", "resourceVersion": "0"}, "spec": {}}
 LINGER = 2.0  # seconds in which a stopping daemon still answers, while its endpoint is taken away
 SHUTDOWN_SECONDS = 40.0  # for the threads and the last intake; the grace period allows for it
 REOPEN_TRIES = 60  # half seconds in which a deleted Job must be gone
@@ -4287,7 +4734,7 @@ def status(tools: Tools, args: argparse.Namespace) -> int:
                 run |= {"stage": name, "state": claim["phase"]}
             how = "at once" if e["rollback_ready"] else "by a rollout" if old else "impossible"
             before = old.get("run") or ("adopted" if old else "")
-            under_way = f"{claim.get('phase', '')} {claim.get('run', '')}".strip()
+            under_way = f"{claim.get('phase', '')} {claim.get('run', '')} {e['drift']}".strip()
             back = clip(": ".join(filter(None, e["reverted"].values())), 100)
             rows.append((app, name, e["run"], e["colour"], before, how, under_way, back))
     if args.output == "json":
@@ -4323,14 +4770,18 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
     found, keys = {}, ("colour", "run", "commit", "image")
     for name in app.deploy.environments:
         namespace = tools.config.namespaces[name]
-        listed = tools.deployer.kubectl.get("service", app.name, namespace) or {"spec": {}}
-        service = Service({"metadata": {"name": app.name, "resourceVersion": "0"}, **listed})
-        target = service.target()
-        wanted = int(target.get("replicas", 1))
+        run = Run(id="", app=app.name, ref="", commit="")
+        task = Task(app=app, environment=name, namespace=namespace, run=run)
+        service = tools.deployer.service(task) or Service(NO_SERVICE)
+        target, wanted = service.target(), service.target().get("replicas", 1)
+        source = service if service.in_order else tools.deployer.recorded(task, service)
+        entry = service.live or (source.entry(service.run) if source and service.run else {})
         there = tools.deployer.ready_pods(namespace, target["selector"]) if target else []
         back = next((e for e in service.history[:1] if e.get("reason") and e != service.live), {})
         found[name] = {
-            **{k: service.live.get(k, "") for k in keys},
+            **{k: entry.get(k, "") for k in keys},
+            "run": service.run or entry.get("run", ""),
+            "drift": str(tools.deployer.drift(task, service, source)),
             "previous": {k: target.get(k, "") for k in keys} if target else {},
             "rollback_ready": bool(target) and len(there) >= wanted,
             "deploying": service.claim or None,
@@ -4372,8 +4823,9 @@ def run_status(tools: Tools, apps: Sequence[str]) -> list[Object]:
 def rollback(tools: Tools, args: argparse.Namespace) -> int:
     """Switch an environment back to a proven version, and reject the commit that is left."""
     app, deployer = tools.app(args.app), tools.deployer
-    if args.to < 1:
-        raise ConfigError([f"--to {args.to}: how many proven versions back, so 1 or more"])
+    to = int(args.to) if re.fullmatch("-?[0-9]{1,6}", args.to) else args.to
+    if isinstance(to, int) and to < 1:
+        raise ConfigError([f"--to {to}: how many proven versions back, so 1 or more; or a run"])
     names = app.deploy.environments or ("",)
     environment = args.environment or names[-1]
     if environment not in app.deploy.environments:
@@ -4381,22 +4833,41 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
         raise ConfigError([fault])
     place = {"environment": environment, "namespace": tools.config.namespaces[environment]}
     task = Task(app=app, run=Run(id="", app=app.name, ref="", commit=""), **place)
-    left, target = deployer.rollback(task, args.to, clip(args.reason))
-    what = f"{target.get('run') or 'what was there before'} ({target.get('colour') or 'adopted'})"
-    say(f"{app.name} {environment}: back on {what}")
+    service = deployer.service(task) or Service(NO_SERVICE)
+    try:
+        target = chosen(service, to)
+    except RefusedError as refused:
+        raise RefusedError(f"{app.name} in {environment}: {refused}") from refused
+    left = service.live
+    say(f"{app.name} {environment}: from {version_words(left)} to {version_words(target)}")
+    target = deployer.rollback(task, service, target, clip(args.reason))
+    say(f"{app.name} {environment}: back on {version_words(target)}")
     if commit := left.get("commit"):
         reason = clip(args.reason) or Reason.ROLLED_BACK
-        deployer.ledger.write(app.name, deployer.ledger.rejection(app.name, commit, reason))
+        rejection = deployer.ledger.rejection(app.name, commit, reason)
+        deployer.ledger.write(app.name, {**rejection, f"live-{environment}": target})
         say(f"{left['run']} is rejected until `rerun {left['run']}`")
+    arrive(deployer, task, left, target)
+    return 0
+
+
+def arrive(deployer: Deployer, task: Task, left: Object, target: Object) -> None:
+    """Let a target be as large as what is left, and wait for its endpoints."""
     # what served alone until now may be larger than the target was in its time
-    size, name = deployer.size(task, left.get("selector", {})), f"{app.name}-{target.get('colour')}"
+    size = deployer.size(task, left.get("selector", {}))
     if deployer.size(task, target["selector"]) < size:
-        deployer.scale(task, name, size)
-    task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
-    selector, wanted = target["selector"], int(target.get("replicas", 1))
+        deployer.scale(task, f"{task.app.name}-{target['colour']}", size)
+    task = replace(task, run=replace(task.run, id=target["run"]))
+    selector, wanted = target["selector"], target["replicas"]
     if not deployer.followed(task, selector, wanted, deployer.clock.now()):
         raise StageError(Reason.ENDPOINTS_MISSING, "switched, but no endpoints follow")
-    return 0
+
+
+def version_words(entry: Object) -> str:
+    """Return how a history entry is called."""
+    if not entry:
+        return "what is not in the history"
+    return f"{entry['run'] or 'what was there before'} ({entry['colour'] or 'adopted'})"
 
 
 def rerun(tools: Tools, args: argparse.Namespace) -> int:
@@ -4610,7 +5081,8 @@ def parser() -> argparse.ArgumentParser:
     one = add("rollback", help="switch back to a proven version")
     one.add_argument("app", help="its name")
     one.add_argument("--environment", default="", help="the app's last one if not given")
-    one.add_argument("--to", type=int, default=1, metavar="N", help="so many proven versions back")
+    where = "so many proven versions back, or a run of the history"
+    one.add_argument("--to", default="1", metavar="N|RUN", help=where)
     one.add_argument("--reason", default="", help="why; `status` shows it")
     add("rerun", help="let a run that has ended go again").add_argument("run", help="its id")
     one = add("plan", help="what a push would do now; changes nothing")

@@ -63,9 +63,10 @@ def pod_template(version: str, modes: str, image: str) -> Object:
 
 def app_objects(name: str, version: str, modes: str, image: str) -> dict[str, Object]:
     """Return the manifests of a version, by kind."""
-    template = pod_template(version, modes, image)
+    template, chosen = pod_template(version, modes, image), {"app": name}
+    template["metadata"]["labels"] |= chosen
     spec = {"replicas": 1, "minReadySeconds": 0, "template": template}
-    spec["selector"] = {"matchLabels": {"tier": "web"}}
+    spec["selector"] = {"matchLabels": chosen}
     ports = [{"name": "http", "port": 80, "targetPort": "http"}]
     return {
         "Deployment": {
@@ -78,7 +79,7 @@ def app_objects(name: str, version: str, modes: str, image: str) -> dict[str, Ob
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": name},
-            "spec": {"selector": {"tier": "web"}, "ports": ports},
+            "spec": {"selector": chosen, "ports": ports},
         },
         "ConfigMap": {
             "apiVersion": "v1",
@@ -284,6 +285,20 @@ class Member:
     def traffic(self, pause: float = 0.04) -> Traffic:
         """Return a client that asks all the time while its block runs."""
         return Traffic(self, pause)
+
+
+def apply_service(app: Member, *, anew: bool = False) -> None:
+    """Let a colleague apply the Service as it is in the repository, after its deletion or not."""
+    where, kubectl = ("-n", app.namespace), app.fleet.kubectl
+    if anew:
+        assert kubectl("delete", "service", app.name, *where).code == 0
+    listed = yaml.safe_load_all((app.repository.work / "deploy" / "app.yaml").read_text())
+    (service,) = [o for o in listed if o["kind"] == "Service"]
+    for _ in range(2):  # it may be there again between kubectl's look and its creation
+        done = kubectl("apply", *where, "-f", "-", stdin=json.dumps(service))
+        if done.code == 0:
+            break
+    assert done.code == 0, done
 
 
 def is_ready(pod: Object) -> bool:

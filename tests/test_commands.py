@@ -246,6 +246,7 @@ def test_status_of_an_empty_cluster_as_json_has_every_key(story: Story) -> None:
         "deploying": None,
         "bake_until": None,
         "reverted": {},
+        "drift": "",
     }
 
 
@@ -379,7 +380,9 @@ def test_rollback_goes_several_versions_back_onto_one_whose_colour_was_overwritt
 ) -> None:
     page = story.pages["rollback --to 2"]
     assert (page.status, page.stderr, page.answer) == (0, "", ("v1", "hello from v1"))
+    old, new = f"{story.run['v3']} (blue)", f"{story.run['v1']} (blue)"
     assert page.stdout.splitlines() == [
+        f"shop production: from {old} to {new}",
         f"shop production: back on {story.run['v1']} (green)",
         f"{story.run['v3']} is rejected until `rerun {story.run['v3']}`",
     ]

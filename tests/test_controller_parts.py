@@ -848,16 +848,19 @@ def test_neither_a_rollback_of_before_the_start_nor_the_next_version_is_a_rollba
 def test_a_selector_that_no_history_knows_is_drift_also_at_first_sight(
     controller: Any, monkeypatch: pytest.MonkeyPatch, *, known: bool
 ) -> None:
-    monkeypatch.setattr(controller.deployer, "last_manager", lambda task: "someone")
+    monkeypatch.setattr(controller.deployer, "last_change", lambda task: {"manager": "someone"})
     if known:
         look_at(controller, live_service(GONE, {**OLD_ENTRY, "live": True}))
     drifted = live_service(GONE, {**OLD_ENTRY, "live": True})
     drifted["spec"]["selector"] = {"app": "shop"}
-    for _ in range(2):
-        look_at(controller, drifted)
+    controller.kubectl.objects["service", "shop"] = drifted
     labels = {"app": "shop", "environment": "production"}
     registry = controller.metrics.registry
-    assert registry.get_sample_value("gitops_hook_selector_drift_total", labels) == 1
+    seen = partial(registry.get_sample_value, "gitops_hook_selector_drift_total", labels)
+    for _ in range(2):
+        controller.once = hook.Once(controller.clock)  # as if some time had passed
+        look_at(controller, drifted)
+        eventually(lambda: seen() == 1)
 
 
 def test_a_thread_that_waits_says_so_now_and_then_and_when_it_goes_on(

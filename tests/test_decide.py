@@ -176,6 +176,78 @@ def a_view(*jobs: hook.Job, **changes: Any) -> hook.View:
     return hook.View(**given | changes)
 
 
+# === The live version ===
+
+
+@pytest.mark.parametrize(
+    ("reached", "put_backs", "drift"),
+    [
+        ({"r2"}, 0, hook.Drift.KEPT),
+        ({"r1"}, 0, hook.Drift.MOVED),
+        ({"r1", "r2"}, 0, hook.Drift.WIDENED),
+        ({"r1", "r2", "r3"}, 2, hook.Drift.WIDENED),
+        ({"r1", "r2"}, 3, hook.Drift.CONTESTED),
+        ({"r1", "r3"}, 0, hook.Drift.ELSEWHERE),
+        ({"r2", ""}, 0, hook.Drift.ELSEWHERE),
+        ({""}, 0, hook.Drift.ELSEWHERE),
+        (set(), 9, hook.Drift.ELSEWHERE),
+    ],
+)
+def test_only_a_selector_that_reaches_another_version_beside_the_live_one_is_put_back(
+    reached: set[str], put_backs: int, drift: hook.Drift
+) -> None:
+    assert hook.drift_of("r2", reached, put_backs) is drift
+
+
+def test_a_pod_of_another_app_is_of_no_run() -> None:
+    pods = [a_pod(run="r1"), a_pod(run="r2")]
+    pods[0].labels["gitops-hook/app"] = "shop"
+    assert hook.runs_of("shop", pods) == {"r1", ""}
+
+
+def records(*entries: Object) -> list[Object]:
+    return [hook.read_record(hook.HistoryEntry, e) for e in entries]
+
+
+def test_whoever_points_a_service_at_an_older_version_leaves_the_newer_ones() -> None:
+    bad, old, older = records(*(history_entry("deployed", run=r) for r in ("r3", "r2", "r1")))
+    first, left, last = hook.moved([bad, old, older], old, "kubectl-edit", 7.0)
+    assert first == {**old, "by": "kubectl-edit", "at": 7.0}
+    assert (left["outcome"], left["reason"]) == ("deployed", "SelectorChanged")
+    assert last == older
+    (sick,) = records(history_entry("switched-back", run="r4", reason="SickAfterSwitch"))
+    assert hook.moved([sick, old], sick, "x", 7.0)[0]["outcome"] == ""
+    assert len(hook.moved([old] * 10, bad, "x", 7.0)) == 10
+
+
+@pytest.mark.parametrize(
+    ("live", "to", "goes", "says"),
+    [
+        ("r3", 1, "r2", ""),
+        ("r3", 2, "r1", ""),
+        ("r3", 3, "", "only 2 proven versions"),
+        ("r3", "r1", "r1", ""),
+        ("r3", "r4", "r4", ""),
+        ("r3", "r3", "", "r3 is what is live"),
+        ("r3", "r9", "", "'r9' is no run of the history: r4, r3, r2, r1"),
+        ("", 1, "", "what is live is not known.*--to RUN, of: r4, r3, r2, r1"),
+        ("", "r2", "r2", ""),
+        ("r9", 1, "r3", ""),
+    ],
+)
+def test_a_rollback_never_goes_to_what_it_leaves_and_asks_where_that_is_not_known(
+    live: str, to: int | str, goes: str, says: str
+) -> None:
+    proven = [history_entry("deployed", run=r) for r in ("r3", "r2", "r1")]
+    service = a_service(live, history_entry("switched-back", run="r4"), *proven)
+    if says:
+        with pytest.raises(hook.RefusedError, match=says):
+            hook.chosen(service, to)
+    else:
+        found = hook.chosen(service, to)
+        assert (found["run"], found["outcome"]) == (goes, "deployed")
+
+
 # === States and actions ===
 
 OTHER = a_run(ref="refs/heads/topic/x")

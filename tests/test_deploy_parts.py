@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ cd '{folder}'
 case "$*" in
 *endpointslices*) echo >> asked; n=$(wc -l < asked); last={len(looks) - 1}
   cat "look$((n > last ? last : n))" ;;
+*configmaps*) echo '{{"items": []}}' ;;
 *pods*) cat pods ;;
 *deployment*) cat deployment ;;
 *) cat service ;;
@@ -266,6 +268,45 @@ def test_missing_endpoints_send_traffic_back_only_to_a_version_that_is_as_well(
     with pytest.raises(hook.StageError, match="^EndpointsMissing: " if back else "^BothSick: "):
         made.settle(task(), pods)
     assert (tmp_path / "done").exists() is back
+
+
+def switches_back(made: hook.Deployer) -> float | None:
+    """Let traffic be taken back; return how often that was counted."""
+    ended = (hook.Outcome.SWITCHED_BACK, hook.Reason.SICK_AFTER_SWITCH, "it is sick")
+    labels = {"app": "shop", "environment": "production", "direction": "back"}
+    with suppress(hook.SupersededError):
+        made.switch_back(task(), *ended)
+    return made.metrics.registry.get_sample_value("gitops_hook_switches_total", labels)
+
+
+def test_a_switch_back_is_counted_only_when_it_was_one(tmp_path: Path) -> None:
+    for name in ("done", "first", "other"):
+        (tmp_path / name).mkdir()
+    made = history(tmp_path / "done", two_pods(2), [])
+    assert switches_back(made) == 1
+    assert switches_back(history(tmp_path / "first", None, [])) is None
+    assert (tmp_path / "first" / "done").exists(), "the first Service is removed"
+    other = history(tmp_path / "other", two_pods(2), [])
+    live = json.loads((tmp_path / "other" / "service").read_text())
+    live["spec"]["selector"] = OLD
+    (tmp_path / "other" / "service").write_text(json.dumps(live))
+    assert switches_back(other) is None
+    assert not (tmp_path / "other" / "done").exists()
+
+
+def test_a_step_before_the_switch_is_not_tried_for_ever_once_the_branch_has_another_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = deployer(tmp_path, [])
+    refused = "echo 'Unable to connect: connection refused' >&2; exit 1"
+    script = tmp_path / "kubectl"
+    script.write_text(f"#!/bin/sh\n{refused}\n")
+    monkeypatch.setattr(made, "pause", lambda seconds: None)
+    heads: list[dict[str, str]] = [{"refs/heads/main": "b" * 40}, {"refs/heads/main": "a" * 40}]
+    monkeypatch.setattr(made.git, "heads", lambda url: heads.pop())
+    with pytest.raises(hook.SupersededError, match="another head"):
+        made.claim(task(), a_release({"metadata": {}, "spec": {}}))
+    assert heads == []
 
 
 def take_back(made: hook.Deployer, well: tuple[int, int] | None) -> str:
