@@ -28,6 +28,8 @@ SHORT = {
     "new-sick": "bake",
     "smoke-fails": "preview",
     "edit": "switch",
+    "apply": "bake",
+    "recreate": "bake",
     "rollback": "wait",
     "killed": "apply",
     "away": "preview",
