@@ -18,6 +18,7 @@ CLUSTER = {
     "test_controller",
     "test_deploy",
     "test_deployments",
+    "test_install",
     "test_pains",
     "test_rbac",
     "test_standin_api",

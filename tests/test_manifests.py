@@ -650,12 +650,13 @@ TARGETS = {
 
 
 def make(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run make as from a fresh shell, whatever make this test runs under."""
+    """Run make as from a fresh shell without a terminal, whatever make this test runs under."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
         ["make", *arguments, *(f"{name}={value}" for name, value in variables.items())],
         cwd=ROOT,
         env=environment,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
@@ -680,6 +681,8 @@ def fake_kubectl(tmp_path: Path) -> Path:
 [[ $1 == kustomize ]] && exec {kubectl()} "$@"
 [[ $1 == config && -e {tmp_path}/context ]] && exec cat {tmp_path}/context
 [[ $1 == config ]] && exit 1
+[[ $1 == get && $2 == namespaces ]] && exec cat {tmp_path}/namespaces
+[[ $1 == api-resources || "$*" == *custom-columns* ]] && exit
 number=$(ls {tmp_path}/call-* 2>/dev/null | wc -l)
 printf "%s\\n" "$*" > {tmp_path}/call-$number
 [[ " $* " == *" -f - "* ]] && cat > {tmp_path}/stdin-$number
@@ -691,6 +694,7 @@ printf "%s\\n" "$*" > {tmp_path}/call-$number
     )
     script.chmod(0o755)
     (tmp_path / "context").write_text("somewhere\n", "utf-8")
+    (tmp_path / "namespaces").touch()
     for state in ("secret", "well"):
         (tmp_path / state).touch()
     return script
@@ -854,11 +858,14 @@ def test_make_apply_refuses_what_is_no_image_with_a_version(fake_kubectl: Path, 
 
 
 def test_make_delete_leaves_the_applications_namespaces(fake_kubectl: Path) -> None:
-    done = make("delete", KUBECTL=str(fake_kubectl))
+    there = "".join(f"{name} gitops-hook Active\n" for name in sorted(OURS))
+    (fake_kubectl.parent / "namespaces").write_text(there, "utf-8")
+    done = make("delete", KUBECTL=str(fake_kubectl), YES="1")
     assert done.returncode == 0, done.stderr
     (call,) = calls(fake_kubectl)
     assert "--selector gitops-hook/uninstall!=keep" in call
-    assert "namespaces orchestration, test and build with all that is in them" in done.stdout
+    goes = re.findall("^namespace (.*) goes", done.stdout, re.MULTILINE)
+    assert goes == ["build", "orchestration", "test"]
     kept = [
         (thing["kind"], thing["metadata"]["name"])
         for thing in sent(fake_kubectl, 0).objects
@@ -899,7 +906,7 @@ def test_installing_twice_changes_nothing_and_uninstalling_keeps_the_application
     }
     create = [*cluster.split(), "create", "-f", "-"]
     subprocess.run(create, input=yaml.safe_dump(service).encode(), check=True, capture_output=True)
-    assert make("delete", KUBECTL=cluster).returncode == 0
+    assert make("delete", KUBECTL=cluster, YES="1").returncode == 0
     left, names = (
         subprocess.run([*cluster.split(), *what], check=True, capture_output=True, text=True).stdout
         for what in (ours, ["get", "namespaces", "-o", "name"])

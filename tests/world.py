@@ -388,9 +388,9 @@ class World:
         return {"status": answer.status_code, **answer.json()}
 
 
-def install(cluster: Cluster) -> None:
+def install(cluster: Cluster, manifests: Path = ROOT / "manifests") -> None:
     """Put the shipped manifests, as `make apply` would, and the daemon's image into a cluster."""
-    kubectl = ["kubectl", "kustomize", str(ROOT / "manifests")]
+    kubectl = ["kubectl", "kustomize", str(manifests)]
     environ = {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(cluster.directory)}
     rendered = subprocess.run(
         kubectl, check=True, capture_output=True, text=True, env=environ
@@ -402,11 +402,15 @@ def install(cluster: Cluster) -> None:
 
 @contextmanager
 def world(
-    directory: Path, config: Callable[[Path], Object] = daemon_config, *, speed: float = 1.0
+    directory: Path,
+    config: Callable[[Path], Object] = daemon_config,
+    *,
+    speed: float = 1.0,
+    manifests: Path = ROOT / "manifests",
 ) -> Iterator[World]:
     """A world with everything but a started daemon; ended with all its processes."""
     with Cluster(directory / "cluster", speed=speed) as cluster:
-        install(cluster)
+        install(cluster, manifests)
         made = World(directory, cluster, config)
         try:
             yield made
