@@ -170,8 +170,10 @@ test: $(INSTALLED) ## Run the tests that take a minute (ARGS='-k webhook -x')
 cluster: $(INSTALLED) ## Run the tests that take minutes: the daemon on the stand-in cluster, and that itself
 	@$(BIN)/python -m pytest -m cluster -n 3 --dist loadfile $(ARGS)
 
-e2e: $(INSTALLED) ## Run the demo as its users do, sabotaged and interrupted; kill the intake of 500 pushes
-	@$(BIN)/python -m pytest tests/e2e/test_demo.py tests/e2e/test_intake.py -n 2 $(ARGS)
+E2E := $(patsubst %,tests/e2e/test_%.py,demo intake upgrade memory)
+
+e2e: $(INSTALLED) ## Run the demo as its users do; kill the intake; upgrade from 0.1.0; measure the memory
+	@$(BIN)/python -m pytest $(E2E) -n 2 --dist loadfile $(ARGS)
 
 faults: $(INSTALLED) ## Every step of a deployment with every kind of trouble (ARGS='-m short': one of each)
 	@$(BIN)/python -m pytest tests/e2e/test_faults.py $(ARGS)

@@ -324,7 +324,7 @@ def test_only_yes_1_answers_for_a_person(used: Desk, answer: str) -> None:
 
 
 def at_a_terminal(desk: Desk, answer: str) -> tuple[int, str]:
-    """Run `make delete` at a terminal, and answer when it asks; return its code and what it says."""
+    """Run `make delete` at a terminal and answer it; return its code and what it says."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     near, far = os.openpty()
     argv = ["make", "delete", f"KUBECTL={desk.program}"]

@@ -260,6 +260,7 @@ class World:
         self._lines: list[tuple[int, Object]] = []
         self._read, self._reading = 0, threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
+        self.program = PROGRAM
         self.url = self.admin_url = ""
 
     @property
@@ -286,7 +287,7 @@ class World:
         """Start the daemon and wait until it serves."""
         offset = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
-            argv = [sys.executable, str(PROGRAM), "serve"]
+            argv = [sys.executable, str(self.program), "serve"]
             self.process = subprocess.Popen(
                 argv, env=self.environ, stderr=log, start_new_session=True
             )
@@ -340,7 +341,7 @@ class World:
 
     def command(self, *args: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Run one of the program's commands."""
-        argv = [sys.executable, str(PROGRAM), *args]
+        argv = [sys.executable, str(self.program), *args]
         return subprocess.run(
             argv, env=self.environ, capture_output=True, text=True, timeout=timeout, check=False
         )
