@@ -38,26 +38,26 @@ def connections(port: int, many: int) -> list[socket.socket]:
 
 def send(made: list[socket.socket], size: int) -> None:
     """Send on each what it has to send, as long as anything is taken."""
-    chooser, last = selectors.DefaultSelector(), time.monotonic()
+    chooser, body = selectors.DefaultSelector(), memoryview(b"x" * max(0, size - 1))
     for number, one in enumerate(made):
-        head = HEAD.format(number=number, now=int(time.time()), size=size).encode()
-        body = b"\r\n" + b"x" * (size - 1) if size else b""
-        chooser.register(one, selectors.EVENT_WRITE, memoryview(head + body))
+        head = HEAD.format(number=number, now=int(time.time()), size=size) + "\r\n" * bool(size)
+        chooser.register(one, selectors.EVENT_WRITE, [memoryview(head.encode()), body])
+    last = time.monotonic()
     while chooser.get_map() and time.monotonic() - last < QUIET:
         for key, _ in chooser.select(0.2):
-            one = key.fileobj
+            one, left = key.fileobj, key.data
             assert isinstance(one, socket.socket)
             try:
-                left = key.data[one.send(key.data[:65536]) :]
+                left[0] = left[0][one.send(left[0][:65536]) :]
                 last = time.monotonic()
             except BlockingIOError:
                 continue
             except OSError:
                 chooser.unregister(one)
                 continue
-            if left:
-                chooser.modify(one, selectors.EVENT_WRITE, left)
-            else:
+            if not left[0]:
+                del left[0]
+            if not left or not left[0]:
                 chooser.unregister(one)
 
 
