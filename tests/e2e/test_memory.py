@@ -67,6 +67,8 @@ class Scales(Fleet):
         argv = [sys.executable, "-m", "tests.e2e.weigh", str(self.process.pid)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         scales = subprocess.Popen(argv, cwd=ROOT, text=True, **pipes)
+        assert scales.stdout is not None
+        assert scales.stdout.readline() == "weighing\n"
         try:
             yield
         finally:

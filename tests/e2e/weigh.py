@@ -1,8 +1,9 @@
 """A process of its own that weighs another one with all its children until its stdin closes.
 
-`python -m tests.e2e.weigh PID` prints one JSON line at the end: the most memory that the session of
-PID had at one time, pages that several share counted once (PSS), and the most that it had in
-files that are open but have no name. What grows beyond LIMIT is killed, as a container's is.
+`python -m tests.e2e.weigh PID` says "weighing", and at the end one line of JSON: the most memory
+that the session of PID had at one time, pages that several share counted once (PSS), and the most
+that it had in files that are open but have no name. What grows beyond LIMIT is killed, as a
+container's is.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def main(leader: int) -> None:
     """Weigh until stdin is closed, then say what was seen."""
     memory = files = 0
     killed = False
+    print("weighing", flush=True)
     while not select.select([sys.stdin], [], [], 0)[0]:
         began = time.monotonic()
         members = session_members(leader)
