@@ -6,14 +6,18 @@ import base64
 import hashlib
 import hmac
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import requests
@@ -36,9 +40,53 @@ exec {BIN}/kubectl "$@"
 """
 
 
+class Forge(BaseHTTPRequestHandler):
+    """A git server that knows filters, as GitLab does: what it needs is not the daemon's memory."""
+
+    root: ClassVar[Path]
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        environ = {
+            "PATH": os.environ["PATH"],
+            "GIT_PROJECT_ROOT": str(self.root),
+            "GIT_HTTP_EXPORT_ALL": "1",
+            "GIT_CONFIG_COUNT": "2",
+            "GIT_CONFIG_KEY_0": "uploadpack.allowFilter",
+            "GIT_CONFIG_VALUE_0": "true",
+            "GIT_CONFIG_KEY_1": "uploadpack.allowAnySHA1InWant",
+            "GIT_CONFIG_VALUE_1": "true",
+            "REQUEST_METHOD": self.command,
+            "PATH_INFO": path,
+            "QUERY_STRING": query,
+            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
+            "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
+            "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
+        }
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        done = subprocess.run(
+            ["git", "http-backend"], input=body, capture_output=True, env=environ, check=False
+        )
+        head, _, content = done.stdout.partition(b"\r\n\r\n")
+        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
+        self.send_response(int(headers.pop("Status", "200")[:3]))
+        for header, value in headers.items():
+            self.send_header(header, value)
+        self.end_headers()
+        with suppress(OSError):  # whoever has enough of it leaves
+            self.wfile.write(content)
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
 class Scales(Fleet):
     """Two applications, to one of which something terrible happens."""
 
+    forge = ""  # where big's repository is served
     tools: Path | None = None  # a folder before the others on the daemon's PATH
 
     @property
@@ -46,6 +94,12 @@ class Scales(Fleet):
         """The environment of the daemon and of commands."""
         found = super().environ
         return {**found, "PATH": f"{self.tools}:{found['PATH']}"} if self.tools else found
+
+    def deliver(self, repository: Path, ref: str, commit: str, **more: object) -> requests.Response:
+        """Post a push as GitLab would."""
+        url = self.forge if repository == self["big"].repository.bare else str(repository)
+        payload = {"object_kind": "push", "ref": ref, "after": commit, **more}
+        return self.signed({**payload, "project": {"git_http_url": url}})
 
     def signed(self, payload: Object) -> requests.Response:
         """Post a payload as GitLab would."""
@@ -140,9 +194,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scales]:
     directory = tmp_path_factory.mktemp("memory")
     apps: dict[str, Object] = {"big": {"bake": "0s", "drain": "0s"}}
     apps["other"] = {"bake": "0s", "drain": "0s"}
-    with Cluster(directory / "cluster", speed=2.0) as cluster:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forge) as server, ExitStack() as stack:
+        cluster = stack.enter_context(Cluster(directory / "cluster", speed=2.0))
         install(cluster)
         made = Scales(directory, cluster, apps)
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        stack.callback(server.shutdown)
+        Forge.root = directory / "repositories"
+        made.forge = f"http://127.0.0.1:{server.server_port}/big/shop.git"
+        (entry,) = [a for a in made.config["apps"] if a["name"] == "big"]
+        entry["repository"] = made.forge
         try:
             made.start()
             for run in [made[name].go("v1") for name in apps]:
