@@ -11,8 +11,11 @@ IMAGE ?=
 ARGS ?=
 BREAK ?=
 KEEP ?=
+YES ?=
 UV := uv==0.13.9
 KIND := gitops-hook
+# What kustomize puts on all that we install, since 0.1.0: a namespace without it belongs to others.
+OURS := app.kubernetes.io/part-of=gitops-hook
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
@@ -22,7 +25,7 @@ HAS_KUBECTL = $(if $(filter $(BIN)/kubectl,$(KUBECTL)),$(INSTALLED))
 LOCAL_IMAGE = $(or $(IMAGE),gitops-hook:dev)
 die = { echo "make $@: $(1)" >&2; exit 2; }
 
-export BREAK KEEP IMAGE CHECK_CONFIG
+export BREAK KEEP IMAGE CHECK_CONFIG OUTLINE CONTENTS
 
 # Nothing on the command line says it, and with several clusters it may be the wrong one.
 define SAY_CONTEXT
@@ -46,6 +49,96 @@ try:
     gitops_hook.load_config("".join(data.get("config.yaml", "") for data in ours))
 except gitops_hook.ConfigError as wrong:
     sys.exit("\n".join(gitops_hook.without(wrong.faults, ())))
+endef
+
+# What kustomize prints has top-level keys at the margin, and what is in `metadata` behind two blanks.
+# Of each object: its number, kind, namespace, name, whose it is by our label, whether it stays.
+define OUTLINE
+function tell() {
+	if (kind) print number + 0, kind, space, name, part, keep
+	number++
+	kind = ""
+	space = name = part = keep = "-"
+}
+BEGIN { space = name = part = keep = "-" }
+{ gsub(/["\047]/, "") }
+/^---$$/ { tell(); next }
+/^[a-zA-Z]/ { top = $$1 }
+/^kind: / { kind = $$2 }
+top == "metadata:" && /^  name: / { name = $$2 }
+top == "metadata:" && /^  namespace: / { space = $$2 }
+top == "metadata:" && /^    app.kubernetes.io\/part-of: / { part = $$2 }
+top == "metadata:" && /^    gitops-hook\/uninstall: / { keep = $$2 }
+END { tell() }
+endef
+
+# Counts what is in a namespace by kind and by whose it is, and names what neither we nor the cluster
+# put there. Columns: kind, name, owner, our two labels, who wrote it first.
+define CONTENTS
+function count(whose) {
+	if (!($$1 in kinds)) { kinds[$$1]; order[++many] = $$1 }
+	counted[whose, $$1]++
+}
+function tell(whose, end,   i, line) {
+	for (i = 1; i <= many; i++) if ((whose, order[i]) in counted)
+		line = line (line ? ", " : "") counted[whose, order[i]] " " order[i]
+	if (line) print "  " whose ": " line end
+}
+{ gsub(/[^[:print:]]/, "?") }
+$$1 "/" $$2 ~ /^(ServiceAccount\/default|ConfigMap\/kube-root-ca\.crt)$$/ { next }
+$$3 != "<none>" { count("that these own"); next }
+$$4 == "gitops-hook" { count("installed by make apply"); next }
+$$5 == "gitops-hook" { count("made by the daemon"); next }
+{
+	count("made by others")
+	if (++others > 20) next
+	who = $$0
+	for (i = 1; i <= 5; i++) sub(/^ *[^ ]+ */, "", who)
+	named = named (named ? ", " : "") $$1 "/" $$2 " (" substr(who, 1, 40) ")"
+}
+END {
+	tell("installed by make apply")
+	tell("made by the daemon")
+	tell("made by others", ": " named (others > 20 ? " and more" : ""))
+	tell("that these own")
+}
+endef
+
+META := .metadata
+COLUMNS := K:.kind,N:$(META).name,O:$(META).ownerReferences[0].name,P:$(META).labels.app\.kubernetes\.io/part-of
+COLUMNS := $(COLUMNS),M:$(META).labels.app\.kubernetes\.io/managed-by,W:$(META).managedFields[0].manager
+
+# Which of the overlay's namespaces there are in the cluster, whose they are and how they stand.
+define LOOK_AT_NAMESPACES
+there=
+outline=$$(awk "$$OUTLINE" <<<"$$rendered")
+names=$$(awk '$$2 == "Namespace" { print $$4 }' <<<"$$outline")
+[[ -z $$names ]] || there=$$($(KUBECTL) get namespaces $$names --ignore-not-found --no-headers -o \
+	'custom-columns=N:.metadata.name,P:.metadata.labels.app\.kubernetes\.io/part-of,S:.status.phase') || \
+	$(call die,the namespaces cannot be looked at (kubectl says why above); nothing was changed)
+endef
+
+# A namespace that others made keeps its quota, its policies and its Pod Security level.
+define REFUSE_NAMESPACES
+refused=$$(awk '$$2 == "Namespace" && $$5 != "gitops-hook" {
+	print "namespace " $$4 " of the overlay lacks the label $(OURS), which the base puts on it" }' <<<"$$outline")
+while read -r name part phase; do
+	if [[ -n $$name && $$part != gitops-hook ]]; then
+		refused+=$$'\n'"namespace $$name exists and was not made by make apply: it lacks the label $(OURS)."
+		if [[ $$name == orchestration ]]; then
+			refused+=" That name is fixed in the program, so this cluster has no room for it, unless"
+		else
+			refused+=" Choose another name in namespaces.yaml of your overlay (manifests/example/ has one); or"
+		fi
+		refused+=" you hand it over with all that is in it: kubectl label namespace $$name $(OURS)"
+	elif [[ $$phase == Terminating ]]; then
+		refused+=$$'\n'"namespace $$name is still being deleted; try again when it is gone"
+	fi
+done <<<"$$there"
+[[ -z $$refused ]] || {
+	sed '/^$$/d; s/^/make $@: /' <<<"$$refused" >&2
+	$(call die,nothing was applied)
+}
 endef
 
 .PHONY: help venv demo test cluster e2e faults lint types check bench fuzz image apply delete kind lock clean
@@ -77,11 +170,13 @@ test: $(INSTALLED) ## Run the tests that take a minute (ARGS='-k webhook -x')
 cluster: $(INSTALLED) ## Run the tests that take minutes: the daemon on the stand-in cluster, and that itself
 	@$(BIN)/python -m pytest -m cluster -n 3 --dist loadfile $(ARGS)
 
-e2e: $(INSTALLED) ## Run the demo as its users do, sabotaged and interrupted; kill the intake of 500 pushes
-	@$(BIN)/python -m pytest tests/e2e/test_demo.py tests/e2e/test_intake.py -n 2 $(ARGS)
+E2E := $(patsubst %,tests/e2e/test_%.py,demo intake upgrade memory)
+
+e2e: $(INSTALLED) ## Run the demo as its users do; kill the intake; upgrade from 0.1.0; measure the memory
+	@$(BIN)/python -m pytest $(E2E) -n 2 --dist loadfile $(ARGS)
 
 faults: $(INSTALLED) ## Every step of a deployment with every kind of trouble (ARGS='-m short': one of each)
-	@$(BIN)/python -m pytest tests/e2e/test_faults.py $(ARGS)
+	@$(BIN)/python -m pytest tests/e2e/test_faults.py tests/e2e/test_pairs.py $(ARGS)
 
 lint: $(INSTALLED) ## Check style and common mistakes
 	@$(BIN)/ruff check .
@@ -124,6 +219,8 @@ apply: $(HAS_KUBECTL) ## Install or update (IMAGE=registry/name:tag, OVERLAY=pat
 		$(call die,config.yaml does not say images.hook: add  images: {hook: gitops-hook:dev}  as it stands)
 	digest=$$(sha256sum <<<"$$rendered" | cut -c 1-16)
 	$(SAY_CONTEXT)
+	$(LOOK_AT_NAMESPACES)
+	$(REFUSE_NAMESPACES)
 	$(KUBECTL) apply -f - <<<"$${rendered//digest-of-what-was-applied/$$digest}"
 	$(KUBECTL) -n orchestration get secret gitops-hook-secrets -o name >/dev/null || \
 		$(call die,everything is applied; the daemon waits for its Secret: see manifests/example/secrets.example)
@@ -133,12 +230,39 @@ apply: $(HAS_KUBECTL) ## Install or update (IMAGE=registry/name:tag, OVERLAY=pat
 			and this tells of its pod: kubectl -n orchestration describe pods -l app=gitops-hook)
 	}
 
-delete: $(HAS_KUBECTL) ## Uninstall; staging and production keep running, without the daemon (OVERLAY= as applied)
+# Only namespaces that carry our label go; in one that others made nothing is touched. What kubectl
+# cannot list goes all the same, so that is said.
+delete: $(HAS_KUBECTL) ## Uninstall; staging and production keep running (OVERLAY= as applied, YES=1 does not ask)
 	@$(CHECK_OVERLAY)
+	rendered=$$($(KUBECTL) kustomize '$(OVERLAY)')
 	$(SAY_CONTEXT)
-	echo "deleting the namespaces orchestration, test and build with all that is in them, whoever made it,"
-	echo "and the daemon's permissions in staging and production"
-	$(KUBECTL) kustomize '$(OVERLAY)' | \
+	$(LOOK_AT_NAMESPACES)
+	[[ -z $$names || -n $$there ]] || { echo "make $@: none of its namespaces is in this cluster"; exit 0; }
+	kinds=$$($(KUBECTL) api-resources --namespaced --verbs=list -o name | \
+		grep -vE '^(events|endpoints|endpointslices)(\.|$$)|\.metrics\.k8s\.io$$' | paste -sd,) || true
+	foreign=
+	while read -r name part phase; do
+		keep=$$(awk -v name="$$name" '$$2 == "Namespace" && $$4 == name { print $$6 }' <<<"$$outline")
+		if [[ -n $$name && $$part != gitops-hook ]]; then
+			foreign+=" $$name"
+			echo "namespace $$name was not made by make apply: it stays, and nothing in it is touched"
+		elif [[ $$keep == keep ]]; then
+			echo "namespace $$name stays, with the applications in it; the daemon's permissions there go"
+		elif [[ -n $$name ]]; then
+			echo "namespace $$name goes, with all that is in it:"
+			$(KUBECTL) -n "$$name" get "$$kinds" --ignore-not-found --no-headers \
+				-o 'custom-columns=$(COLUMNS)' | sort | awk "$$CONTENTS" || \
+				echo "  and what could not be listed (kubectl says why above)"
+		fi
+	done <<<"$$there"
+	if [[ "$(YES)" != 1 ]]; then
+		[[ -t 0 ]] || $(call die,nothing was deleted: there is no terminal to ask on; if all this may go: make delete YES=1)
+		read -rp "make $@: delete all this? [y/N] " answer || true
+		[[ $${answer:-} =~ ^[yY] ]] || $(call die,nothing was deleted)
+	fi
+	drop=$$(awk -v foreign="$$foreign " '{ space = $$2 == "Namespace" ? $$4 : $$3 }
+		index(foreign, " " space " ") { print $$1 }' <<<"$$outline" | xargs)
+	awk -v drop=" $$drop " '/^---$$/ { number++ } !index(drop, " " number + 0 " ")' <<<"$$rendered" | \
 		$(KUBECTL) delete -f - --selector 'gitops-hook/uninstall!=keep' --ignore-not-found
 
 kind: ## Try it on a kind cluster: make one, load the image, apply
@@ -153,7 +277,10 @@ kind: ## Try it on a kind cluster: make one, load the image, apply
 	kind load docker-image "$$image" --name $(KIND)
 	$(if $(HAS_KUBECTL),$(MAKE) venv)
 	kubectl='$(KUBECTL) --context kind-$(KIND)'
-	$$kubectl create namespace orchestration --dry-run=client -o yaml | $$kubectl apply -f -
+	# for the Secret; with the label, without which make apply would refuse it
+	label=$(OURS)
+	$$kubectl get namespace orchestration -o name || $$kubectl create -f - <<<"{apiVersion: v1, kind: Namespace, \
+		metadata: {name: orchestration, labels: {$${label/=/: }}}}"
 	$$kubectl -n orchestration get secret gitops-hook-secrets -o name || \
 		printf 'whsec_%s\n' "$$(head -c 32 /dev/urandom | base64)" | $$kubectl -n orchestration \
 			create secret generic gitops-hook-secrets --from-file=webhook-signing-tokens=/dev/stdin

@@ -30,6 +30,7 @@ import base64
 import binascii
 import copy
 import difflib
+import errno
 import hashlib
 import hmac
 import http
@@ -37,11 +38,15 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
+import resource
+import selectors
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -54,12 +59,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import field as dataclass_field
 from datetime import datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
@@ -67,12 +73,14 @@ from xml.etree import ElementTree
 import prometheus_client
 import requests
 import waitress.channel
+import waitress.parser
 import waitress.server
-import waitress.task
+import waitress.utilities
 import yaml
 
 if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+    from typing import IO
+    from wsgiref.types import StartResponse, WSGIEnvironment
 
 __version__ = "0.1.0"
 
@@ -103,11 +111,14 @@ NOTE_HISTORY = "gitops-hook/history"
 NOTE_CLAIM = "gitops-hook/deploying"
 NOTE_BAKE = "gitops-hook/bake-until"
 NOTE_WRITTEN = "gitops-hook/written-at"
+NOTE_PUT_BACK = "gitops-hook/put-back-at"
 
 LOOK_SECONDS = 2.0  # between looks at what is not watched
 AGAIN_SECONDS = 10.0  # before an action whose effect does not show is tried again
 COLOURS = ("blue", "green")
 HISTORY_LENGTH = 10
+PUT_BACKS = 3  # of a widened selector within so many seconds; then whoever widens it has his way
+PUT_BACK_SECONDS = 600.0
 REJECTED_LENGTH = 50
 RUNS_LENGTH = 100  # the newest runs of an app that are recorded, besides those that have a Job
 STATE_BYTES = 600 * 1024  # of all records of an app: a ConfigMap holds 1 MiB
@@ -120,6 +131,9 @@ SIGNATURE_TOLERANCE = 300  # seconds, as the Standard Webhooks libraries have it
 DEDUPE_SECONDS = 1200  # twice the tolerance: a replay is refused by age before it is forgotten
 DEDUPE_ENTRIES = 20_000
 JOB_TTL = 3600  # seconds a finished Job is kept
+LOG_BYTES = 64 * 1024  # of log tails that are kept of a run in a namespace
+LOG_TTL = 86400.0  # seconds they are kept
+LOGS_KEPT = 20  # of an app in a namespace
 KUBECTL_TIMEOUT = 30.0  # seconds for one call, as in the article
 WATCH_SECONDS = 300  # every watch ends and relists after this: a hung one looks like a quiet one
 GIT_TIMEOUT = 60.0
@@ -128,6 +142,10 @@ VERIFY_SECONDS = 10.0  # the endpoints must have followed the selector by then
 UNMOVED_SECONDS = 60.0  # ... unless nobody has acted on it: a controller-manager that starts anew
 HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures are seen within one second
 UNREADY_SECONDS = 5.0  # readiness below the wanted number for so long is sickness
+GONE_SECONDS = 1.0  # ... and so long with no ready pod at all: every visitor is refused
+REPLACED_SECONDS = 20.0  # ... unless pods are starting in the place of those that were taken away
+CHECK_GAP = 2.0  # between two health checks further apart than that, health is not known
+FRESH_SECONDS = 5.0  # as old may be what the API server said of the pods that are judged
 REBAKE_SECONDS = 15.0  # a bake that nobody watched to its end is watched for at least so long
 ROLLOUT_PER_REPLICA = 20.0
 CLAIM_SECONDS = 900.0  # a claim of a command that old belongs to a process that is gone
@@ -165,6 +183,7 @@ class Reason(StrEnum):
     CONTAINER_CONFIG = "ContainerConfigError"
     CRASH_LOOP = "CrashLoop"
     OUT_OF_MEMORY = "OutOfMemory"
+    OUT_OF_DISK = "OutOfDisk"
     INIT_FAILED = "InitContainerFailed"
     QUOTA_EXCEEDED = "QuotaExceeded"
     ADMISSION_REFUSED = "AdmissionRefused"
@@ -179,9 +198,11 @@ class Reason(StrEnum):
     JOB_REFUSED = "JobRefused"
     SMOKE_FAILED = "SmokeFailed"
     SELECTOR_CHANGED = "SelectorChanged"
+    SELECTOR_CONTESTED = "SelectorContested"
     ENDPOINTS_MISSING = "EndpointsMissing"
     SICK_AFTER_SWITCH = "SickAfterSwitch"
     BOTH_SICK = "BothSick"
+    UNJUDGED = "Unjudged"
     CLAIM_LOST = "ClaimLost"
     NOT_HEAD = "NotHead"
     REJECTED = "Rejected"
@@ -209,7 +230,8 @@ def clip(text: str, limit: int = 300) -> str:
     """Return foreign text fit for a log line: printable, one line, at most limit characters."""
     if len(text) <= limit and text.isprintable() and "  " not in text:
         return text.strip()
-    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    # of megabytes only the beginning is looked at: the rest is cut off anyway
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * limit]).split())
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."
 
 
@@ -264,6 +286,9 @@ UNREACHABLE = re.compile(
     r"|timed out waiting for a connection|connection timed out|failure in name resolution|x509: "
 )
 OVERLOADED = {"InternalError", "ServerTimeout", "ServiceUnavailable", "Timeout", "TooManyRequests"}
+NAMED = {"AlreadyExists", "Conflict", "NotFound", "Unknown"}  # these quote no more than a name
+SERVER_WORD = re.compile(r'Error from server(?: \((\w+)\))?: |The \w+ (?:".*" )?is invalid')
+QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 class KubectlError(ProcessError):
@@ -271,20 +296,41 @@ class KubectlError(ProcessError):
 
     @property
     def kind(self) -> str:
-        """The API server's word, such as Conflict; or Unreachable, Invalid, Denied, Unknown.
+        """The API server's word, such as Conflict; or Unreachable, Invalid, Denied, Unknown."""
+        return self.word[0]
 
-        Of several refusals the one that may mend itself counts: the call is made again.
+    @property
+    def word(self) -> tuple[str, str]:
+        """The kind, and the line that tells it, without the texts that the line quotes.
+
+        Of several failures the one that may mend itself counts: the call is made again. But what
+        follows a refusal of an object's content may be that content, whatever it looks like.
         """
-        refused = r"^Error from server \((\w+)\).*$"
-        words = re.findall(refused, self.stderr, re.MULTILINE)
-        rest = re.sub(refused, "", LIBRARY_LOG.sub("", self.stderr), flags=re.MULTILINE)
-        if self.code is None or UNREACHABLE.search(rest) or OVERLOADED.intersection(words):
-            return "Unreachable"
-        if re.search("denied (the )?request", self.stderr):  # most of them Forbidden besides
-            return "Denied"
-        if not words and re.search(r"(?m)^The \w+ (.* )?is invalid", self.stderr):
-            return "Invalid"
-        return str(words[0]) if words else "Unknown"
+        if self.code is None:
+            return "Unreachable", ""
+        first = "Unknown", ""
+        for line in LIBRARY_LOG.sub("", self.stderr).split("\n"):
+            kind, plain = failure_kind(line)
+            if kind == "Unreachable":
+                return kind, plain
+            first = (kind, plain) if first[0] == "Unknown" else first
+            if kind not in NAMED:
+                break
+        return first
+
+
+def failure_kind(line: str) -> tuple[str, str]:
+    """Return what one line of kubectl's complaints says, and the line without quoted texts."""
+    plain, server = QUOTED.sub("", line), SERVER_WORD.match(line)
+    word = server[1] if server else None
+    if line.startswith("Warning: "):
+        return "Unknown", plain
+    if re.search("denied (the )?request", plain):  # most of them Forbidden besides
+        return "Denied", plain
+    if (line.startswith("The ") and server) or "etcdserver: request is too large" in plain:
+        return "Invalid", plain
+    away = word in OVERLOADED or (word is None and UNREACHABLE.search(plain))
+    return "Unreachable" if away else word or "Unknown", plain
 
 
 class RunError(HookError):
@@ -301,6 +347,11 @@ class StageError(RunError):
     """It ends red; live traffic is as it was, or was taken back."""
 
     outcome = Outcome.FAILED
+
+
+def refuse(detail: str, reason: Reason = Reason.MANIFEST_REFUSED) -> NoReturn:
+    """End a run because of its manifests."""
+    raise StageError(reason, detail)
 
 
 class SupersededError(RunError):
@@ -359,6 +410,7 @@ ADDRESS = matching(r"[^\s/]+:[0-9]{1,5}", "host:port")
 QUANTITY = matching(r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "a quantity (e.g. 250m, 1Gi)")
 MODE = matching("signature|token|hmac", "signature, token or hmac")
 BUILDS = matching("kaniko|none", "kaniko or none")
+SWITCH = matching("True|False", "true or false", bool, bool)
 NUMBER = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, int)
 # A setting is a type, the parser of its texts or numbers, its default as YAML text, its meaning.
 Texts = Annotated[tuple[str, ...], TEXT]
@@ -370,6 +422,7 @@ Seconds = Annotated[float, matching("[1-9][0-9]{0,4}[smh]", DURATION, scaled)]
 Pause = Annotated[float, matching("[0-9]{1,5}(ms|[smh])", DURATION, scaled)]
 SIZE = "(?!0)([1-5]?[0-9]|6[0-4])MiB|[1-9][0-9]{0,4}KiB"
 Bytes = Annotated[int, matching(SIZE, "a size up to 64MiB", scaled)]
+DiskBytes = Annotated[int, matching("[1-9][0-9]{0,3}MiB", "a size from 1MiB to 9999MiB", scaled)]
 
 TESTS = "pip install -r requirements.txt && python -m pytest tests/ -v --junitxml=$JUNIT_XML"
 TEST_POD = "{requests: {cpu: 250m, memory: 256Mi}, limits: {cpu: 500m, memory: 512Mi}}"
@@ -385,7 +438,7 @@ class TestSettings:
     image: Annotated[str, IMAGE, "python:3.12-slim", "image the tests run in"]
     command: Annotated[str, TEXT, TESTS, "run under `sh -ec`; $JUNIT_XML is where a report goes"]
     timeout: Annotated[Seconds, "15m", "from the pod's start"]
-    resources: Annotated[Resources, TEST_POD, "of the test container"]
+    resources: Annotated[Resources, TEST_POD, "of the test container; ephemeral-storage: 4Gi"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -397,7 +450,7 @@ class BuildSettings:
     dockerfile: Annotated[str, FOLDER, "Dockerfile", "path in the repository"]
     args: Annotated[Texts, "[]", "more options for kaniko"]
     timeout: Annotated[Seconds, "20m", "from the pod's start"]
-    resources: Annotated[Resources, BUILD_POD, "of the build container"]
+    resources: Annotated[Resources, BUILD_POD, "of the build container; ephemeral-storage: 10Gi"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -419,6 +472,7 @@ class DeploySettings:
     environments: Annotated[Texts, "[staging, production]", "in order; the last bakes; []: none"]
     health: Health
     rollout_timeout: Annotated[Seconds, "300s", "at least; 20 s a replica if that is more"]
+    log_tails: Annotated[bool, SWITCH, "true", "keep the last log lines of its pods that fail"]
     bake: Annotated[Pause, "60s", "sickness so long after the switch takes the traffic back"]
     drain: Annotated[Pause, "60s", "until the old colour is restarted or scaled down"]
     retain: Annotated[Replicas, "full", "or how many replicas of the old colour stay"]
@@ -466,6 +520,7 @@ class Limits:
     queue_timeout: Annotated[Seconds, "1h", "wait for quota or a free place"]
     spool_files: Annotated[Count, "10000", "pushes stored, 16 KiB each; then 503"]
     kubectl: Annotated[Count, "8", "kubectl processes at once, watches apart"]
+    checkout: Annotated[DiskBytes, "64MiB", "what git may bring for one commit's manifests"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -619,16 +674,46 @@ GIT_CREDENTIALS = "git-credentials"
 SECRET_FILES = (SIGNING_TOKENS, PLAIN_TOKENS, GIT_CREDENTIALS)
 KEY_BYTES = 32
 SHORTEST_MASKED = 4  # what is shorter occurs in innocent words
-# Bounded repetitions only: the logs of tests are searched with these, whatever is in them.
-SECRET_NAME = re.compile(r"(?i)(?:passw(?:or)?d|secret|token|(?:api|private)[_-]?key)[\w-]{0,30}")
-SECRET = re.compile(
-    r"(?<=://)[^/\s@]+(?=@)|\b(?:glpat-|ghp_|whsec_)[\w+/=.-]{8,}"
-    r"|(?<![\w-])eyJ[\w-]+\.[\w.-]{8,}|(?i:\b(?:bearer|basic)\s[\w+/=.~-]{16,})"
-    rf"|(?i:({SECRET_NAME.pattern[4:]}[\"']?\s{{0,3}}[=:]\s{{0,3}})(?:(?:bearer|basic)\s)?\S+)"
+# Bounded or possessive repetitions only: logs are searched with these, whatever is in them.
+TOKEN_PREFIXES = (
+    *("glpat-", "glptt-", "gldt-", "glrt-", "glcbt-", "glft-", "glimt-", "glsoat-", "glagent-"),
+    *("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "dckr_pat_", "sk_live_", "rk_live_"),
+    *("xoxa-", "xoxb-", "xoxe-", "xoxp-", "xoxr-", "xoxs-", "whsec_"),
 )
-# One of these is in whatever that finds; looking for them is ten times as fast.
-SECRET_HINTS = ["://", "glpat-", "ghp_", "whsec_", "eyj", "bearer", "basic"]
-SECRET_HINTS += ["passw", "secret", "token", "key"]
+KEYS = "(?:access|account|api|deploy|encryption|master|private|signing|ssh)[_-]?key"
+WORDS = f"passw(?:or)?d|passphrase|secret|token|{KEYS}"
+# Beside the words: DB_PASS, DB_KEY_2 and pwd, not bypass, monkey, keys, or the shell's PWD=/a/path.
+SECRET_NAME = re.compile(
+    rf"(?i:(?:{WORDS})[\w-]{{0,30}}"
+    r"|(?:_key|[_-]pass|(?!(?-i:(?:(?<![A-Z_])|(?<=OLD))PWD=/))pwd)(?![a-z])[\w-]{0,30})"
+)
+# What follows a word in prose that tells no secret: "password is required", "--token or a file".
+PROSE = (
+    "(?:a|an|and|as|at|be|been|changed|correct|empty|expired|for|from|in|incorrect|invalid|is|it"
+    "|masked|missing|must|no|none|not|null|of|on|option|optional|or|read|required|reset|set|stored"
+    "|the|to|too|undefined|unknown|unset|used|valid|was|weak|with|without|wrong)\\b"
+)
+ASSIGNED = rf"{SECRET_NAME.pattern}[\"']?\s{{0,3}}[=:]\s{{0,3}}"
+OPTION = rf"(?<![\w-])--?(?:[\w-]{{0,30}}?[_-])?(?:{WORDS}|pass|pwd)[\"']?,?\s{{1,3}}(?!-|{PROSE})"
+SPOKEN = rf"\b(?:passw(?:or)?d|passphrase|pwd)\s{{1,3}}(?:is|was)\s{{1,3}}(?!{PROSE})"
+SPOKEN += r"|\b(?:secret|token|key)\s{1,3}is\s{1,3}(?=\S{8})(?=\S{0,60}\d)"
+VALUE = r"""(?:(?:bearer|basic)\s)?(?:"(?:[^"\\\n]|\\.){0,200}"|'(?:[^'\\\n]|\\.){0,200}')?\S*"""
+SECRET = re.compile(
+    rf"(?<=://)[^/\s@]+(?=@)|(?<![A-Za-z0-9])(?:{'|'.join(TOKEN_PREFIXES)})[\w+/=.-]{{8,}}"
+    r"|(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{12,}"
+    r"|(?<![\w-])eyJ[\w-]+\.[\w.-]{8,}|(?i:\b(?:bearer|basic)\s[\w+/=.~-]{16,})"
+    rf"|(?i:({ASSIGNED}|{OPTION}|{SPOKEN})(?=\S){VALUE})"
+)
+# A private key goes to its last line, or to the end of what is left of it; where its beginning is
+# cut off, it begins with what could be a part of it.
+PEM_WORDS = "[A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
+PEM = re.compile(
+    rf"-----BEGIN {PEM_WORDS}[^-]*+(?:-(?!----)[^-]*+)*+(?:-----END {PEM_WORDS})?"
+    rf"|(?<![\w+/=\s\\])[\w+/=\s\\]*+-----END {PEM_WORDS}"
+)
+# One of these is in whatever those find; looking for them is ten times as fast.
+SECRET_HINTS = ["://", "akia", "asia", "eyj", "bearer", "basic", "passw", "passphrase", "pwd"]
+SECRET_HINTS += ["secret", "token", "key", "_pass", "-pass", *TOKEN_PREFIXES]
 
 
 class Secrets:
@@ -695,7 +780,9 @@ def without(value: Any, known: Sequence[str]) -> Any:
     for secret in known:
         text = text.replace(secret, "***")
     lower = text.lower()
-    return SECRET.sub(r"\1***", text) if any(h in lower for h in SECRET_HINTS) else text
+    if not any(h in lower for h in SECRET_HINTS):
+        return text
+    return SECRET.sub(r"\1***", PEM.sub("***", text))
 
 
 def decode_signing_token(token: bytes, line: int) -> bytes:
@@ -761,7 +848,10 @@ def error(msg: str, **given: Any) -> None:
 
 # === metrics ======================================================================================
 
-ERRORS = ("controller", "heads", "heal", "intake", "request", "secrets", "watch", "worker")
+ERRORS = (
+    *("controller", "heads", "heal", "intake", "request", "secrets", "selector", "watch"),
+    "worker",
+)
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)
 
 
@@ -801,7 +891,8 @@ class Metrics:
 
 # === signatures ===================================================================================
 
-SIGNED = ("webhook-id", "webhook-timestamp", "webhook-signature")
+SIGNED, TOKEN = ("webhook-id", "webhook-timestamp", "webhook-signature"), ("x-gitlab-token",)
+NEEDED_HEADERS = {"signature": SIGNED, "token": TOKEN, "hmac": TOKEN}  # by what is required
 
 
 def sign(key: bytes, message_id: bytes, stamp: bytes, body: bytes) -> bytes:
@@ -826,7 +917,7 @@ def verify_delivery(
 
     Exactly the configured mode counts, there is no fallback. Header names are lower case.
     """
-    names = SIGNED if mode == "signature" else ("x-gitlab-token",)
+    names = NEEDED_HEADERS[mode]
     # WSGI hands the bytes of headers over as latin-1 text (PEP 3333)
     given = [headers.get(n, "").encode("latin-1", "replace") for n in names]
     entries, expected, age, refusal = given, keys, 0.0, ""
@@ -854,6 +945,10 @@ def verify_delivery(
 REF_LENGTH = 500  # characters; file systems hold 255 bytes between two slashes
 # Digits of the hash in a run's id: as usual, where two pushes would have the same, in version 0.1.
 ID_DIGITS = (10, 16, 4)
+ADDRESS_LENGTH = 2048  # characters; urlsplit keeps the addresses that it has parsed last
+FORBIDDEN_IN_REFS = re.compile(  # https://git-scm.com/docs/git-check-ref-format
+    r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|\.\Z|(\A|/)(\.|/|\Z)|\.lock(/|\Z)"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -946,28 +1041,32 @@ def pushed_branch(data: Mapping[str, Any]) -> tuple[str, str]:
         deny(400, "Malformed", "after: not a full commit id")
     if set(after) == {"0"}:
         deny(200, "RefDeleted", "the branch was deleted")
-    if not valid_ref(ref):
+    if FORBIDDEN_IN_REFS.search(ref):
         deny(400, "Malformed", "ref: not a branch name that git allows")
+    if not valid_ref(ref):
+        deny(200, "OtherRef", "the name of the branch is too long, not UTF-8, or has control codes")
     return ref, after
 
 
 def valid_ref(ref: str) -> bool:
-    """Whether git would accept the name: https://git-scm.com/docs/git-check-ref-format."""
-    forbidden = r"[\x00-\x20~^:?*\[\\\x7f\ud800-\udfff]|\.\.|@\{|\.$|(^|/)(\.|/|$)|\.lock(/|$)"
-    return len(ref) <= REF_LENGTH and not re.search(forbidden, ref)
+    """Whether git allows a name and we carry it: it is UTF-8, and one line for whoever reads it."""
+    odd = re.search(r"[\x80-\x9f\u2028\u2029\ud800-\udfff]", ref)
+    return len(ref) <= REF_LENGTH and not (odd or FORBIDDEN_IN_REFS.search(ref))
 
 
 def commit_title(commits: Any, after: str) -> str:
     """Return the first line of the pushed commit's message where the payload has it, clipped."""
     listed = (c for c in commits if isinstance(c, dict)) if isinstance(commits, list) else ()
     message = next((c.get("message") for c in listed if c.get("id") == after), "")
-    return clip(message.strip().partition("\n")[0], 120) if isinstance(message, str) else ""
+    return clip(message.lstrip()[:1000].partition("\n")[0], 120) if isinstance(message, str) else ""
 
 
 def projects(data: Mapping[str, Any]) -> set[tuple[str, str] | None]:
     """Return every address by which a payload names its project; a 400 when there is none."""
     keys, project = ("git_http_url", "git_ssh_url", "web_url"), typed(data, "project", dict)
     urls = [url for k in keys if isinstance(url := project.get(k), str)]
+    if any(len(url) > ADDRESS_LENGTH for url in urls):
+        deny(400, "Malformed", f"project: an address is longer than {ADDRESS_LENGTH} characters")
     found = {normalise_url(u) for u in urls} - {None}
     return found or deny(400, "Malformed", f"project: names no {', '.join(keys)}")
 
@@ -991,6 +1090,73 @@ def normalise_url(url: str) -> tuple[str, str] | None:
 # === spool ========================================================================================
 
 SPOOL_RECORD = 16384  # bytes a stored push has at most; times limits.spool_files the spool's bound
+ACCEPTED_LINE = re.compile(rb"([0-9]{1,12}\.[0-9]{3}) ([0-9a-f]{64})")
+
+
+class Accepted:
+    """Which pushes of which deliveries were accepted lately, also before a restart.
+
+    A stored push tells its delivery itself. When the cluster has it a line in a file does so, which
+    is not synced: only a lost machine loses it. Ids of senders are hashed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, threading.Lock()
+        self.times: OrderedDict[str, float] = OrderedDict()  # when, the oldest first
+        self.handle, self._lines = -1, 0  # of the file, and how many are in it
+
+    @staticmethod
+    def key(run: Run) -> str:
+        """Return the hash of a delivery and one of its runs, "" for a delivery without an id."""
+        text = f"{run.delivery}\n{run.id}".encode(errors="replace")
+        return hashlib.sha256(text).hexdigest() if run.delivery else ""
+
+    def load(self, stored: Iterable[Run]) -> None:
+        """Take over what the file and the stored pushes tell; raises OSError."""
+        with suppress(FileNotFoundError):
+            # what is no file, a pipe say, is not waited for
+            with os.fdopen(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                lines = file.read(200 * DEDUPE_ENTRIES).split(b"\n")
+            for match in filter(None, map(ACCEPTED_LINE.fullmatch, lines)):
+                self.times[match[2].decode()] = float(match[1])
+        self.add(stored)
+        self._write_anew()
+
+    def has(self, run: Run) -> bool:
+        """Whether this push of this delivery was accepted before."""
+        at = self.times.get(self.key(run), -math.inf)
+        return abs(run.received - at) <= DEDUPE_SECONDS
+
+    def add(self, runs: Iterable[Run]) -> None:
+        """Remember pushes that are stored, and forget the oldest."""
+        with self._lock:
+            for key, at in ((self.key(run), run.received) for run in runs if run.delivery):
+                self.times.pop(key, None)
+                self.times[key] = at
+            while len(self.times) > DEDUPE_ENTRIES:
+                self.times.popitem(last=False)
+
+    def write(self, key: str) -> None:
+        """Write down a push that is stored no longer; the file is bounded as well."""
+        with self._lock:
+            if at := self.times.get(key):
+                try:
+                    # it begins a line: one that a full disk cut off spoils no other
+                    os.write(self.handle, f"\n{at:.3f} {key}".encode())
+                    self._lines += 1
+                    if self._lines > 2 * DEDUPE_ENTRIES:
+                        self._write_anew()
+                except OSError as refused:
+                    warn("an accepted delivery is not written down", detail=refused.strerror)
+
+    def _write_anew(self) -> None:
+        """Write the file with what is remembered; raises OSError."""
+        part = Path(f"{self.path}.new")
+        part.write_text("".join(f"\n{at:.3f} {key}" for key, at in self.times.items()))
+        part.replace(self.path)
+        if self.handle >= 0:
+            os.close(self.handle)
+        self.handle, self._lines = os.open(self.path, os.O_WRONLY | os.O_APPEND), len(self.times)
 
 
 class Spool:
@@ -1003,7 +1169,9 @@ class Spool:
         self.directory, self.max_files = directory, max_files
         self.scratch = directory / "scratch"  # for what need not outlive the process
         self._lock, self._folder = threading.Lock(), -1
-        self._names: set[str] = set()  # what is stored or being stored: a count would drift
+        # what is stored or being stored, with its delivery: a count would drift
+        self._names: dict[str, str] = {}
+        self.accepted = Accepted(directory / "accepted")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -1016,11 +1184,13 @@ class Spool:
             self.scratch.mkdir(mode=0o700, exist_ok=True)
             self.probe()
             self._folder = os.open(self.directory, os.O_RDONLY)
+            stored = self.read()
+            self.accepted.load(run for _, run in stored)
         except OSError as refused:
             raise ConfigError([f"spool {self.directory}: {refused.strerror}"]) from refused
         for leftover in self.directory.glob("*.tmp"):
             self._set_aside(leftover, "half-written, its push was not accepted")
-        self._names = {path.name for path, _ in self.read()}
+        self._names = {path.name: self.accepted.key(run) for path, run in stored}
 
     def probe(self) -> None:
         """Prove that a file can be written; raises OSError."""
@@ -1033,7 +1203,7 @@ class Spool:
         with self._lock:
             if len(self) + len(paths) > self.max_files:
                 deny(503, "SpoolFull", f"{len(self)} pushes are waiting already")
-            self._names |= {path.name for path in paths}
+            self._names |= {path.name: self.accepted.key(run) for path, run in paths.items()}
         try:
             for path, run in paths.items():
                 record = {f.name: getattr(run, f.name) for f in fields(run)}
@@ -1050,20 +1220,23 @@ class Spool:
                     self.done(path)
                     Path(f"{path}.tmp").unlink(missing_ok=True)
             raise DeliveryError(503, "SpoolUnwritable", str(refused.strerror)) from refused
+        self.accepted.add(runs)
 
     def read(self) -> list[tuple[Path, Run]]:
         """Return everything stored, oldest first."""
-        found = []
+        found: list[tuple[Path, Run]] = []
+        unread: list[str] = []
         for path in sorted(self.directory.glob("*.json")):
             try:
-                with path.open("rb") as file:
-                    found.append((path, parse_run(file.read(SPOOL_RECORD + 1))))
+                found.append((path, parse_run(read_plain(path))))
             except FileNotFoundError:
                 continue
-            except (ValueError, IsADirectoryError) as wrong:
+            except ValueError as wrong:
                 self._set_aside(path, str(wrong))
             except OSError as refused:
-                error("spool file cannot be read", file=path.name, detail=refused.strerror)
+                unread.append(f"{path.name}: {refused.strerror}")
+        if unread:  # one line, also when all are: there is no file descriptor left, say
+            error("spool file cannot be read", count=len(unread), detail=unread[0])
         return found
 
     def _set_aside(self, path: Path, why: str) -> None:
@@ -1074,8 +1247,18 @@ class Spool:
     def done(self, path: Path) -> None:
         """Forget a push that the cluster has or that needs nothing more."""
         with self._lock:
-            self._names.discard(path.name)
+            delivery = self._names.pop(path.name, "")
+        self.accepted.write(delivery)
         path.unlink(missing_ok=True)
+
+
+def read_plain(path: Path) -> bytes:
+    """Return what a stored push may hold; ValueError for a link, a pipe, a folder or the like."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("not a plain file")
+    # what has taken its place since cannot hold the program up either
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
+        return file.read(SPOOL_RECORD + 1)
 
 
 def parse_run(content: bytes) -> Run:
@@ -1097,34 +1280,88 @@ def parse_run(content: bytes) -> Run:
 # === kubectl ======================================================================================
 
 
+OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; in Python it is some times that
+COMPLAINT_BYTES = 2**20
+API = {"jobs": "/apis/batch/v1", "pods": "/api/v1", "services": "/api/v1"}
+PAGE = 100  # objects in one answer: a thousand Jobs at once are 50 MB of Python
+MEMORY_BYTES = 160 * 2**20  # of a child: the largest kustomization that is read takes 130 MB
+# A constant script: it sets the limits before the program begins, and for all that it starts.
+# `preexec_fn` is not safe beside threads, and prlimit(2) may come too late. Never the address space
+# (RLIMIT_AS), of which a Go program reserves more than it uses.
+BOUNDED = ("/bin/sh", "-c", 'ulimit -d "$1"; ulimit -f "$2"; shift 2; exec "$@"', "sh")
+
+
 def start(
     argv: Sequence[str], environ: Mapping[str, str] | None = None, **how: Any
-) -> subprocess.Popen[str]:
-    """Start a program, never in a shell; raises ConfigError when it cannot be. The one door."""
-    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "errors": "replace"}
+) -> subprocess.Popen[bytes]:
+    """Start a program, nothing of it read by a shell; raises ConfigError when it cannot be."""
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
     try:
-        return subprocess.Popen(argv, env=environ, encoding="utf-8", **how)  # noqa: S603 - no shell
+        return subprocess.Popen(argv, env=environ, **how)  # noqa: S603 - no shell
     except OSError as missing:
         raise ConfigError([f"{argv[0]} cannot be started: {missing.strerror}"]) from missing
 
 
 def execute(
-    argv: Sequence[str], timeout: float, stdin: str = "", environ: Mapping[str, str] | None = None
-) -> tuple[int | None, str, str]:
-    """Run a program to its end; return (exit code, stdout, stderr), the code None on a time-out."""
-    # as the leader of a group: its helpers end with it
-    with start(argv, environ, stdin=subprocess.PIPE, process_group=0) as process:
-        try:
-            printed = process.communicate(stdin, timeout)
-        except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            printed = process.communicate()
-            with suppress(ChildProcessError):
-                while True:  # as process 1 of a container it inherits what its helpers left
-                    os.waitpid(-process.pid, 0)
-            return None, *printed
-    return process.returncode, *printed
+    argv: Sequence[str],
+    timeout: float,
+    stdin: str = "",
+    environ: Mapping[str, str] | None = None,
+    file_bytes: int = OUTPUT_BYTES,
+) -> tuple[int | None, bytes, bytes]:
+    """Run a program to its end; return (exit code, stdout, stderr), the code None on a time-out.
+
+    Its memory is bounded, and what it writes to a file or prints; no limit at all if that is 0.
+    """
+    if (program := shutil.which(argv[0])) is None:
+        raise ConfigError([f"{argv[0]} cannot be started: {os.strerror(errno.ENOENT)}"])
+    limits = (*BOUNDED, f"{MEMORY_BYTES >> 10}", f"{file_bytes >> 9}") if file_bytes else ()
+    most = min(file_bytes or OUTPUT_BYTES, OUTPUT_BYTES)
+    with memory_file(stdin.encode()) as given, memory_file() as out:
+        how = {"stdin": given, "stdout": out, "process_group": 0}
+        code, stderr = finish(start((*limits, program, *argv[1:]), environ, **how), timeout)
+        if out.seek(0, os.SEEK_END) >= most:
+            return -signal.SIGXFSZ, b"", f"more than {most >> 10} KiB of output".encode()
+        out.seek(0)
+        return code, out.read(), stderr
+
+
+def memory_file(content: bytes = b"") -> IO[bytes]:
+    """Return a file to talk to a program by: a full disk must not keep us from switching back."""
+    try:
+        memory = getattr(os, "memfd_create", None)  # Linux
+        kind: Any = partial(os.fdopen, memory("file"), "w+b") if memory else tempfile.TemporaryFile
+        file: IO[bytes] = kind()
+    except OSError as refused:
+        raise ConfigError([f"no program can be started: {refused.strerror}"]) from refused
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+def finish(process: subprocess.Popen[bytes], timeout: float) -> tuple[int | None, bytes]:
+    """Wait for the end of a group's leader; return its exit code, None on a time-out, and stderr.
+
+    The rest of what is too long is read and dropped.
+    """
+    stderr, until = bytearray(), time.monotonic() + timeout
+    with process, selectors.DefaultSelector() as pipe:
+        pipe.register(cast(Any, process.stderr), selectors.EVENT_READ)
+        while (left := until - time.monotonic()) > 0 and pipe.select(left):
+            if chunk := os.read(cast(Any, process.stderr).fileno(), 65536):
+                stderr += chunk[: COMPLAINT_BYTES - len(stderr)]
+                continue
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(left), bytes(stderr)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            while True:  # as process 1 of a container it inherits what its helpers left
+                os.waitpid(-process.pid, 0)
+    return None, bytes(stderr)
+
+
+LOG_READ = 500 * 16 * 1024  # of 500 lines that is all, since container runtimes cut lines at 16 KiB
 
 
 class Kubectl:
@@ -1135,7 +1372,7 @@ class Kubectl:
     """
 
     def __init__(self, metrics: Metrics, at_once: int = 8, program: str = "kubectl") -> None:
-        self.program, self.metrics = program, metrics
+        self.program, self.metrics, self.at_once = program, metrics, at_once
         self._places = threading.BoundedSemaphore(at_once)
 
     def run(
@@ -1143,14 +1380,19 @@ class Kubectl:
     ) -> str:
         """Return what one call prints; raises KubectlError, after a time-out of unknown effect."""
         with self._places:
-            code, stdout, stderr = execute((self.program, "-n", namespace, *args), timeout, stdin)
+            return self._call(args, namespace, stdin, timeout)
+
+    def _call(self, args: Sequence[str], namespace: str, stdin: str, timeout: float) -> str:
+        """Return what one call prints, without asking for a place."""
+        code, *printed = execute((self.program, "-n", namespace, *args), timeout, stdin)
+        stdout, stderr = (text.decode(errors="replace") for text in printed)
         failure = None if code == 0 else KubectlError([self.program, *args], code, stderr, stdout)
         self.metrics.kubectl.labels(args[0], failure.kind if failure else "ok").inc()
         if failure:
             raise failure
         return stdout
 
-    def stream(self, *args: str, namespace: str) -> subprocess.Popen[str]:
+    def stream(self, *args: str, namespace: str) -> subprocess.Popen[bytes]:
         """Start a call that goes on: a watch, a rollout status. The caller ends it."""
         return start((self.program, "-n", namespace, *args))
 
@@ -1164,6 +1406,20 @@ class Kubectl:
         """Return the objects that match, e.g. `-l`, "a=b" or `--field-selector`, "a=b"."""
         found = json.loads(self.run("get", resource, *filters, "-o", "json", namespace=namespace))
         return [*found["items"]]
+
+    def pages(self, address: str, namespace: str) -> Iterator[Object]:
+        """Yield a list in the API server's own words, some objects at a time."""
+        token: str | None = ""
+        while token is not None:
+            args = ("get", "--raw", f"{address}&limit={PAGE}&continue={token}")
+            yield (page := json.loads(self.run(*args, namespace=namespace)))
+            token = page["metadata"].get("continue") or None
+
+    def names(self, resource: str, namespace: str, labels: str) -> Sequence[str]:
+        """Return the names of what has these labels; as a table, in which there is no content."""
+        args = ("get", resource, "-l", labels, "--no-headers")
+        rows = self.run(*args, namespace=namespace).split("\n")
+        return [row.partition(" ")[0] for row in rows if row]
 
     def create(self, objects: Sequence[Object], namespace: str) -> None:
         """Create what is not there yet; what exists under the same name is left as it is."""
@@ -1187,9 +1443,10 @@ class Kubectl:
             named = {o["metadata"]["name"]: o for o in objects}
             if len(named) == 1:
                 return dict.fromkeys(named, failed)
-            known = re.finditer(r'.+\(AlreadyExists\): .*"(.+)" already exists', failed.stderr)
+            exists = r'(?m)^Error from server \(AlreadyExists\): .*"([^"\n]+)" already exists$'
+            known = re.finditer(exists, failed.stderr)
             refused = {m[1]: KubectlError([self.program, *args], 1, m[0]) for m in known}
-            made = {line.rpartition("/")[2] for line in failed.stdout.split()}
+            made = {line.rpartition("/")[2] for line in failed.stdout.split("\n")}
             for left in [o for n, o in named.items() if n not in made | refused.keys()]:
                 refused |= self.create_each([left], namespace)
             return refused
@@ -1219,12 +1476,70 @@ class Kubectl:
 
     def logs(self, pod: str, container: str, namespace: str) -> str:
         """Return the last lines of a container, also of its last life; "" when there are none."""
-        args = ("logs", pod, "-c", container, "--tail=20", "--limit-bytes=65536")
+        args = ("logs", pod, "-c", container, "--tail=500", f"--limit-bytes={LOG_READ}")
         for more in ((), ("--previous",)):
             with suppress(KubectlError):
                 if printed := self.run(*args, *more, namespace=namespace, timeout=10.0).strip():
                     return printed
         return ""
+
+    def apart(self) -> Kubectl:
+        """Return a door with one place of its own, whose calls are in nobody's way."""
+        other = copy.copy(self)
+        other._places = threading.BoundedSemaphore(1)
+        return other
+
+
+class UrgentKubectl(Kubectl):
+    """A door with places of its own, for what cannot wait: to see health, and to take traffic back.
+
+    A call that is not answered is made again and again, beside the one that hangs, and the first
+    answer counts. So it is for reading, and for writes that compare and set or say the same twice.
+    """
+
+    AGAIN = 1.5  # seconds; a busy machine needs as long for an answer
+    PATIENCE = (10.0, 4.0)  # seconds for the first process of a call, and for each one after it
+
+    def run(
+        self, *args: str, namespace: str = "", stdin: str = "", timeout: float = KUBECTL_TIMEOUT
+    ) -> str:
+        """Return what the first process prints that ends; raises KubectlError, ConfigError."""
+        answers: queue.SimpleQueue[str | HookError] = queue.SimpleQueue()
+        over, until = threading.Event(), time.monotonic() + timeout
+        patience, again = self.PATIENCE
+
+        def attempt(seconds: float) -> None:
+            """Run one process, if there is a place for it while its answer is wanted."""
+            if not self._places.acquire(timeout=seconds):
+                return
+            try:
+                if not over.is_set():
+                    answers.put(self._call(args, namespace, stdin, seconds))
+            except HookError as failed:
+                answers.put(failed)
+            finally:
+                self._places.release()
+
+        try:
+            while (left := until - time.monotonic()) > 0:
+                seconds = min(left, patience)
+                threading.Thread(target=attempt, args=(seconds,), daemon=True).start()
+                patience = again
+                with suppress(queue.Empty):
+                    answer = answers.get(timeout=min(left, self.AGAIN))
+                    if isinstance(answer, str):
+                        return answer
+                    if getattr(answer, "code", 0) is not None:  # None: only this process hung
+                        raise answer
+        finally:
+            over.set()
+        raise KubectlError([self.program, *args], None, "")
+
+
+def list_address(resource: str, namespace: str, labels: str) -> str:
+    """Return where the API server lists what has these labels."""
+    path = f"{API[resource]}/namespaces/{namespace}/{resource}"
+    return f"{path}?labelSelector={quote(labels, safe='')}"
 
 
 # === git ==========================================================================================
@@ -1233,7 +1548,11 @@ CREDENTIAL_HELPER = (
     'credential.helper=!f() { test "$1" = get && test -r "$CREDENTIALS_FILE"'
     ' && git credential-store --file "$CREDENTIALS_FILE" get; }; f'
 )
-GIT = ("git", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER)
+GIT = (
+    *("git", "--literal-pathspecs", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER),
+    # what is large is not unpacked in memory, and nothing file by file: one pack has one size
+    *("-c", "core.bigFileThreshold=1m", "-c", "fetch.unpackLimit=1"),
+)
 GIT_ENVIRONMENT = {
     "GIT_ALLOW_PROTOCOL": "https:http:file",
     "GIT_ASKPASS": "",
@@ -1245,52 +1564,150 @@ GIT_ENVIRONMENT = {
 }
 
 
+HEADS_BYTES = 4 * 2**20  # of the list of branches; of some 40,000 with names of usual length
+WARN_SECONDS = 3600.0
+FOLDER_FILES = 500
+GIT_FULL = re.compile(r"(?m)^(fatal|error): .*([Oo]ut of memory|Cannot allocate|File too large)")
+
+
 class Git:
     """The one door to git: no hooks, no prompts, no submodules, nobody's configuration.
 
     Credentials are read by git's own helper from a file, so they are in no URL, argv or log.
     """
 
-    def __init__(self, credentials: Path, timeout: float = GIT_TIMEOUT) -> None:
-        self.credentials, self.timeout = credentials, timeout
+    def __init__(self, credentials: Path, timeout: float = GIT_TIMEOUT, limit: int = 2**26) -> None:
+        self.credentials, self.timeout, self.limit = credentials, timeout, limit
+        self.deployed: Mapping[str, Sequence[str]] = {}  # by address the refs that matter most
         self._places: dict[str, threading.Semaphore] = {}
+        self._alone = threading.Semaphore()
+        self._warned: dict[str, float] = {}  # by address, when of refs that are skipped
 
-    def run(self, *args: str, directory: Path | None = None, patience: int = 1) -> str:
-        """Return what one git call prints; raises GitError."""
+    def run(
+        self,
+        *args: str,
+        directory: Path | None = None,
+        patience: int = 1,
+        file_bytes: int = OUTPUT_BYTES,
+        stdin: str = "",
+    ) -> str:
+        """Return what one git call prints, bytes that are no UTF-8 as surrogates; or GitError."""
         kept = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
         environ = {**kept, **GIT_ENVIRONMENT, "CREDENTIALS_FILE": str(self.credentials)}
         where = ("-C", str(directory)) if directory else ()
         timeout = patience * self.timeout
-        code, stdout, stderr = execute((*GIT, *where, *args), timeout, environ=environ)
+        code, *printed = execute((*GIT, *where, *args), timeout, stdin, environ, file_bytes)
+        stdout, stderr = (text.decode(errors="surrogateescape") for text in printed)
         if code != 0:
-            told = [a for a in args if not a.startswith("-")]  # the address above all
+            told = [a for a in args if not re.match(r"-|[A-Za-z.]+=", a)]  # the address above all
             raise GitError(("git", *told), code, stderr, stdout)
         return stdout
 
     def heads(self, url: str) -> dict[str, str]:
-        """Return the commit of every branch, by full ref name; of one server, few at a time."""
+        """Return the commit of every branch, by full ref name; of too many only those deployed.
+
+        Of one server, few at a time.
+        """
         host = (normalise_url(url) or ("", ""))[0]
         place = self._places.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
         if not place.acquire(timeout=self.timeout):
             raise GitError(("git", "ls-remote"), None, f"too many wait for {clip(host)}")
+        ask = ("ls-remote", "--heads", "--", url)
         try:
-            lines = self.run("ls-remote", "--heads", "--", url).splitlines()
+            listed = self.run(*ask, file_bytes=HEADS_BYTES)
+        except GitError as failed:
+            if failed.code != -signal.SIGXFSZ or url not in self.deployed:
+                raise
+            listed = self.run(*ask, *self.deployed[url])  # and whatever ends like them
         finally:
             place.release()
-        found = (line.partition("\t") for line in lines)
-        return {ref: sha for sha, _, ref in found if SHA.fullmatch(sha) and valid_ref(ref)}
+        return self._carried(url, [line.partition("\t") for line in listed.split("\n")])
+
+    def _carried(self, url: str, lines: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+        """Return the commit of each ref, but for refs that we do not carry.
+
+        Whoever may push one of those must not keep us from reading the others.
+        """
+        found = [(ref, sha) for sha, _, ref in lines if SHA.fullmatch(sha)]
+        heads = {ref: sha for ref, sha in found if valid_ref(ref)}
+        odd = [ref for ref, _ in found if ref not in heads]
+        if len(heads) + len(odd) < len(found):
+            raise GitError(("git", "ls-remote", url), 1, "it lists a branch twice")
+        if odd and time.monotonic() > self._warned.get(url, 0.0):
+            self._warned[url] = time.monotonic() + WARN_SECONDS
+            first = clip(ascii(odd[0]), 120)
+            warn("branches left out for their names", repository=url, count=len(odd), first=first)
+        return heads
 
     def checkout(self, url: str, commit: str, directory: Path, *, symlinks: bool) -> None:
         """Put exactly this commit into a new directory; symlinks may become plain files."""
-        if not SHA.fullmatch(commit):
-            raise GitError(("git", "fetch"), 1, f"{commit!r} is not a commit id")
-        links = f"core.symlinks={'true' if symlinks else 'false'}"
-        form = {40: "sha1", 64: "sha256"}[len(commit)]
-        self.run("init", "--quiet", f"--object-format={form}", "--", str(directory))
+        self._init(commit, directory)
         fetch = ("fetch", "--quiet", "--depth=1", "--no-tags", "--", url, commit)
         # a large one takes its time; a server that does not send is cut off by the low speed
-        self.run(*fetch, directory=directory, patience=10)
-        self.run("-c", links, "checkout", "--quiet", "--detach", "FETCH_HEAD", directory=directory)
+        self.run(*fetch, directory=directory, patience=10, file_bytes=0)
+        links = f"core.symlinks={'true' if symlinks else 'false'}"
+        write = ("-c", links, "checkout", "--quiet", "--detach", "FETCH_HEAD")
+        self.run(*write, directory=directory, file_bytes=0)
+
+    def _init(self, commit: str, directory: Path) -> None:
+        if not SHA.fullmatch(commit):
+            raise GitError(("git", "fetch"), 1, f"{commit!r} is not a commit id")
+        form = {40: "sha1", 64: "sha256"}[len(commit)]
+        self.run("init", "--quiet", f"--object-format={form}", "--", str(directory))
+
+    @contextmanager
+    def manifests(self, url: str, commit: str, path: str) -> Iterator[Path]:
+        """Bring the top folder of a path at a commit; one block at a time reads what was brought.
+
+        Raises StageError where that is too much, and GitError where another try may help.
+        """
+        top = (*PurePosixPath(path).parts, ".")[0]
+        with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
+            root = Path(folder) / "src"
+            try:
+                self._fetch_folder(url, commit, top, root)
+                with self._alone:
+                    self._write_folder(commit, top, root)
+                    yield root
+            except GitError as failed:
+                known, full = failed.code == -signal.SIGXFSZ, GIT_FULL.search(failed.stderr)
+                if known or full or any(f.lstat().st_size >= self.limit for f in root.rglob("*")):
+                    why = failed.said if known else "git needs more disk or memory"
+                    most = f"{FOLDER_FILES} files and {self.limit >> 20} MiB (limits.checkout)"
+                    told = f"{clip(top, 80)!r} has more than {most}: {why}"
+                    refuse(f"{told}; give the manifests a folder of their own")
+                raise
+
+    def _fetch_folder(self, url: str, commit: str, top: str, root: Path) -> None:
+        """Fetch a commit without its files, then the files of a folder, once they are counted.
+
+        A server that knows no filters sends all at once, to the same limit.
+        """
+        self._init(commit, root)
+        remote = ("-c", f"remote.origin.url={url}", "-c", "remote.origin.promisor=true")
+        fetch = (*remote, "fetch", "--quiet", "--no-tags", "--filter=blob:none")
+        how: Any = {"directory": root, "patience": 10, "file_bytes": self.limit}
+        self.run(*fetch, "--depth=1", "--", "origin", commit, **how)
+        if blobs := "".join(f"{blob}\n" for _, _, blob, *_ in self._listed(commit, top, root)):
+            self.run(*fetch, "--no-write-fetch-head", "--stdin", "origin", stdin=blobs, **how)
+
+    def _write_folder(self, commit: str, top: str, root: Path) -> None:
+        """Write out the files of a folder, once they are measured; links become plain files."""
+        files = self._listed(commit, top, root, "--long")
+        if (total := sum(int(size) for *_, size in files if size.isdigit())) > self.limit:
+            raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {total >> 20} MiB")
+        if files:
+            write = ("-c", "core.symlinks=false", "checkout", "--quiet", commit, "--", top)
+            self.run(*write, directory=root, file_bytes=self.limit)
+
+    def _listed(self, commit: str, top: str, root: Path, *options: str) -> list[list[str]]:
+        """Return mode, type, id and with --long the size of each file in a folder."""
+        ask = ("ls-tree", "-r", "-z", *options, commit, "--", top)
+        entries = self.run(*ask, directory=root, file_bytes=FOLDER_FILES * 4096).split("\0")[:-1]
+        if len(entries) > FOLDER_FILES:
+            raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {len(entries)} files")
+        heads = [entry.partition("\t")[0].split() for entry in entries]
+        return [head for head in heads if head[1] == "blob"]
 
 
 # === job manifests ================================================================================
@@ -1320,7 +1737,7 @@ spec:
       securityContext: {runAsNonRoot: true, runAsUser: 65532, runAsGroup: 65532, fsGroup: 65532,
                         seccompProfile: {type: RuntimeDefault}}
       volumes:
-      - {name: workspace, emptyDir: {}}
+      - {name: workspace, emptyDir: {}}  # each with the size of what the main container may write
       - {name: tmp, emptyDir: {}}
       - {name: git, secret: {secretName: git-credentials, optional: true, defaultMode: 0400}}
 ---
@@ -1329,7 +1746,8 @@ env:
 - {name: TERMINATION_LOG, value: /dev/termination-log}
 - {name: JUNIT_XML, value: /workspace/results/junit.xml}
 imagePullPolicy: IfNotPresent  # as the daemon's own: one of tag latest may be on the node only
-resources: {requests: {cpu: 50m, memory: 64Mi}, limits: {cpu: 500m, memory: 512Mi}}
+resources: {requests: {cpu: 50m, memory: 64Mi, ephemeral-storage: 64Mi},
+            limits: {cpu: 500m, memory: 512Mi, ephemeral-storage: 256Mi}}  # of what it prints
 securityContext: {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true,
                   capabilities: {drop: [ALL]}}
 volumeMounts: [{name: workspace, mountPath: /workspace}, {name: tmp, mountPath: /tmp}]
@@ -1353,6 +1771,19 @@ def container(name: str, image: str, args: Sequence[str], **env: str) -> Object:
     return {**made, "env": [*CONTAINER["env"], *told]}
 
 
+DISK = "ephemeral-storage"
+# What a pod may write where the settings do not say: kaniko unpacks images over its own root.
+DISK_LIMITS = {"test": "4Gi", "build": "10Gi"}
+
+
+def bounded(resources: Mapping[str, Mapping[str, str]], limit: str) -> Object:
+    """Return resources that bound the disk as well; a request of it is never above its limit."""
+    requests, limits = resources.get("requests", {}), resources.get("limits", {})
+    little = {} if DISK in {**requests, **limits} else {DISK: "256Mi"}
+    most = {DISK: requests.get(DISK, limit), **limits}
+    return {**resources, "requests": {**little, **requests}, "limits": most}
+
+
 def job(config: Config, app: App, run: Run, stage: str, *containers: Object) -> Object:
     """Return the Job of a stage: side-cars and the clone of the commit, then the main container.
 
@@ -1374,12 +1805,15 @@ def job(config: Config, app: App, run: Run, stage: str, *containers: Object) -> 
     spec["activeDeadlineSeconds"] = int(settings.timeout + config.limits.queue_timeout)
     spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] = main["name"]
     template["metadata"] = {"labels": labels}
+    resources = bounded(settings.resources, DISK_LIMITS[stage])
     template["spec"] |= {
         "serviceAccountName": f"{stage}-runner-sa",
         # a side-car first: it is listening long before the tests can end
         "initContainers": [*sidecars, {**clone, "volumeMounts": [*clone["volumeMounts"], git]}],
-        "containers": [{**main, "resources": settings.resources}],
+        "containers": [{**main, "resources": resources}],
     }
+    for volume in (v for v in template["spec"]["volumes"] if "emptyDir" in v):
+        volume["emptyDir"]["sizeLimit"] = resources["limits"][DISK]
     return made
 
 
@@ -1413,8 +1847,9 @@ def run_of_job(found: Object) -> Run:
 
 def seconds_of(value: Any) -> float:
     """Return a number of seconds kept as text, or 0 for anything else."""
-    with suppress(TypeError, ValueError):
-        return float(value)
+    with suppress(TypeError, ValueError, OverflowError):
+        seconds = float(value)
+        return seconds if math.isfinite(seconds) else 0.0
     return 0.0
 
 
@@ -1441,8 +1876,9 @@ def junit_summary(report: Path) -> str:
 
 # === app manifests ================================================================================
 
-MANIFEST_BYTES = 2 * 1024 * 1024  # of one file, or of what kustomize prints
-MANIFEST_NODES = 50_000  # keys and values in it, a kilobyte of memory each
+MANIFEST_BYTES = 2 * 1024 * 1024  # of all files that are read, or of what kustomize prints
+MANIFEST_NODES = 50_000  # keys and values in them, a kilobyte of memory each
+LONGEST_NUMBER = 1000  # characters
 CONFIGMAP_BYTES = 1024 * 1024 - 4096  # what the API server takes, its own additions left out
 UNSHAPED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 INVALID = Reason.MANIFEST_INVALID
@@ -1452,6 +1888,54 @@ DATA = ("data", "binaryData")  # of a ConfigMap
 GENTLE = {"maxSurge": 1, "maxUnavailable": 0}
 SERVICE_ACCOUNTS = ("serviceAccountName", "serviceAccount")
 CONFIGMAP_REFERENCES = ("configMap", "configMapRef", "configMapKeyRef")
+# What a folder may not say, by the key under which it stands: each would let one application's
+# commit move another's traffic, pods or credentials, or reach the nodes. All other fields of a
+# Deployment and a Service are applied as they are, and Pod Security judges them. A field that is
+# empty, 0 or false says nothing and may stay.
+HOST = "shares the node's; leave it out"
+ROOT = "gives root on the node; leave it out"
+EVICTS = "lets these pods evict those of others; leave it out"
+ASKS = "lets the node ask another host; leave it out, and the pod itself is asked"
+TOOL = "is what a tool or the cluster writes for itself; leave it out"
+REFUSED = {
+    "spec.externalIPs": "takes traffic for addresses of others; use a Service of type LoadBalancer",
+    "spec.externalName": "leads to another host than the pods; write its name into a ConfigMap",
+    "spec.publishNotReadyAddresses": "sends visitors to pods that are not ready; leave it out",
+    "spec.nodeName": "goes past the scheduler; use nodeSelector or affinity",
+    "spec.priorityClassName": EVICTS,
+    "spec.priority": EVICTS,
+    **{f"spec.{name}": HOST for name in ("hostNetwork", "hostPID", "hostIPC")},
+    "ports.hostPort": "takes a port of the node; reach the pods through the Service",
+    "securityContext.privileged": ROOT,
+    "windowsOptions.hostProcess": ROOT,
+    "httpGet.host": ASKS,
+    "tcpSocket.host": ASKS,
+    "annotations.kubectl.kubernetes.io/last-applied-configuration": TOOL,
+    "annotations.deployment.kubernetes.io/revision": TOOL,
+}
+OBJECT = {"apiVersion", "kind", "metadata"}
+# Where only these fields may stand, and what is said of any other.
+ALLOWED: dict[str, tuple[set[str], str]] = {
+    "Deployment": ({*OBJECT, "spec"}, TOOL),
+    "Service": ({*OBJECT, "spec"}, TOOL),
+    "ConfigMap": ({*OBJECT, *DATA, "immutable"}, TOOL),
+    "metadata": (
+        {"name", "namespace", "labels", "annotations"},
+        "is for the cluster to set, or ties it to other objects; leave it out",
+    ),
+    "volumes": (
+        {
+            *("name", "configMap", "secret", "emptyDir", "projected", "downwardAPI", "csi"),
+            *("persistentVolumeClaim", "ephemeral", "image"),
+        },
+        "reaches the node or a disk past the cluster; use a persistentVolumeClaim",
+    ),
+    "sources": (  # of a projected volume; trust bundles are public
+        {"configMap", "secret", "downwardAPI", "clusterTrustBundle"},
+        "gives the pod credentials of the cluster; mount a Secret of this namespace",
+    ),
+}
+REFUSALS_TOLD = 10  # at once; the rest is counted
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 KUSTOMIZATION_VISITS = 100  # each counts as often as it is named, since they multiply
 KUSTOMIZE_PATHS = {  # the keys under which kustomize reads, or fetches, what is named there
@@ -1459,12 +1943,8 @@ KUSTOMIZE_PATHS = {  # the keys under which kustomize reads, or fetches, what is
     *("patchesstrategicmerge", "path", "files", "envs", "env"),
 }
 KUSTOMIZE_TEXTS = {"commonlabels", "commonannotations", "labels", "metadata", "generatoroptions"}
+GO_FULL = re.compile(r"(?m)^fatal error: .*(out of memory|cannot allocate memory)")
 KUSTOMIZE_REFUSED = {"generators", "transformers", "validators", "helmcharts", "helmglobals"}
-
-
-def refuse(detail: str, reason: Reason = Reason.MANIFEST_REFUSED) -> NoReturn:
-    """End a run because of its manifests."""
-    raise StageError(reason, detail)
 
 
 class ManifestLoader(yaml.SafeLoader):
@@ -1472,12 +1952,25 @@ class ManifestLoader(yaml.SafeLoader):
 
     nodes = 0
 
-    def compose_node(self, *where: Any) -> yaml.Node | None:
-        """Return the next node, unless there were too many."""
-        self.nodes += 1
+    def count(self, nodes: int) -> None:
+        """Count nodes, unless there were too many."""
+        self.nodes += nodes
         if self.nodes > MANIFEST_NODES:
             raise yaml.YAMLError(f"more than {MANIFEST_NODES} keys and values")
-        return super().compose_node(*where)
+
+    def compose_node(self, *where: Any) -> yaml.Node | None:
+        """Return the next node; a long number is none, as reading one takes its length squared."""
+        self.count(1)
+        node: yaml.Node | None = super().compose_node(*where)
+        number = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))
+        if node and number and len(node.value) > LONGEST_NUMBER:
+            raise yaml.YAMLError(f"a number of {len(node.value)} characters{node.start_mark}")
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what `<<` names into a mapping, and so count it each time that it is put anywhere."""
+        super().flatten_mapping(node)
+        self.count(len(node.value))
 
 
 ManifestLoader.yaml_implicit_resolvers = {
@@ -1486,17 +1979,32 @@ ManifestLoader.yaml_implicit_resolvers = {
 }
 
 
-def parse_documents(text: str, source: str) -> list[Object]:
+class Room:
+    """How much may still be read for one environment, over all its files."""
+
+    def __init__(self) -> None:
+        self.bytes, self.characters = MANIFEST_BYTES, 2 * MANIFEST_BYTES + 2**19
+
+    def take(self, source: str, amount: int = 0, expanded: int = 0) -> None:
+        """Take bytes of a file, or characters of what its anchors expand to; end the run at 0."""
+        self.bytes -= amount
+        self.characters -= expanded
+        if self.bytes < 0:
+            told = f"the manifests that are read have more than {MANIFEST_BYTES >> 20} MiB together"
+            refuse(f"{source}: {told}; take out what is not needed", INVALID)
+        if self.characters < 0:
+            refuse(f"{source}: expands to too much; its anchors multiply", INVALID)
+
+
+def parse_documents(text: str, source: str, room: Room | None = None) -> list[Object]:
     """Return the documents of a YAML or JSON text; faults name file and line."""
-    chunks, left, in_json = [], 2 * len(text) + 2**19, source.endswith(".json")
+    chunks, in_json, room = [], source.endswith(".json"), room or Room()
     try:
         read = [json.loads(text)] if in_json else yaml.load_all(text, ManifestLoader)
         # through JSON: what it cannot say is refused, and what anchors share is copied, to a limit
         for chunk in json.JSONEncoder(allow_nan=False, ensure_ascii=False).iterencode([*read]):
             chunks.append(chunk)
-            left -= len(chunk)
-            if left < 0:
-                refuse(f"{source}: expands to too much; its anchors multiply", INVALID)
+            room.take(source, expanded=len(chunk))
         documents = [d for d in json.loads("".join(chunks)) if d is not None]
     except (yaml.YAMLError, *UNSHAPED) as wrong:
         said = str(wrong).replace('"<unicode string>", ', "")
@@ -1506,10 +2014,10 @@ def parse_documents(text: str, source: str) -> list[Object]:
     return documents
 
 
-def parse_objects(text: str, source: str) -> list[tuple[str, Object]]:
+def parse_objects(text: str, source: str, room: Room | None = None) -> list[tuple[str, Object]]:
     """Return the Kubernetes objects in a text, those in Lists too, each with what to call it."""
     found: list[Any] = []
-    for document in parse_documents(text, source):
+    for document in parse_documents(text, source, room):
         items, kind = document.get("items"), str(document.get("kind"))
         found += items if isinstance(items, list) and kind.endswith("List") else [document]
     try:
@@ -1519,28 +2027,29 @@ def parse_objects(text: str, source: str) -> list[tuple[str, Object]]:
     return [(f"{source}: {clip(n, 100)}", o) for n, o in zip(names, found, strict=True)]
 
 
-def read_text(root: Path, file: Path) -> tuple[str, str]:
+def read_text(root: Path, file: Path, room: Room) -> tuple[str, str]:
     """Return the text of a file of the commit, and its path in there."""
     source = str(file.relative_to(root))
-    if file.is_symlink() or not file.is_file() or file.stat().st_size > MANIFEST_BYTES:
-        refuse(f"{source}: not a plain file of at most {MANIFEST_BYTES >> 20} MiB", INVALID)
+    if file.is_symlink() or not file.is_file():
+        refuse(f"{source}: not a plain file", INVALID)
+    room.take(source, file.stat().st_size)
     try:
-        return file.read_text("utf-8-sig"), source
+        return file.read_bytes().decode("utf-8-sig"), source
     except UnicodeDecodeError:
         refuse(f"{source}: not UTF-8", INVALID)
 
 
 def read_manifests(root: Path, path: str) -> list[tuple[str, Object]]:
     """Return the objects of an app's manifests folder, plain or built by kustomize."""
-    root, directory = root.resolve(), (root / path).resolve()
+    root, directory, room = root.resolve(), (root / path).resolve(), Room()
     if not directory.is_dir() or not directory.is_relative_to(root):
         refuse(f"there is no folder {path!r} in the commit", INVALID)
     if any((directory / k).exists() for k in KUSTOMIZATIONS):
-        check_kustomization(root, directory, [])
-        return parse_objects(kustomize(directory), f"{path}/kustomization")
+        check_kustomization(root, directory, [], room)
+        return parse_objects(kustomize(directory), f"{path}/kustomization", room)
     files = [f for f in sorted(directory.iterdir()) if f.suffix in (".yaml", ".yml", ".json")]
-    texts = [read_text(root, f) for f in files if not f.name.startswith(".")]
-    return [o for text in texts for o in parse_objects(*text)]
+    texts = [read_text(root, f, room) for f in files if not f.name.startswith(".")]
+    return [o for text in texts for o in parse_objects(*text, room)]
 
 
 def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -1551,21 +2060,21 @@ def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from walk(name, inner)
 
 
-def check_kustomization(root: Path, directory: Path, visits: list[str]) -> None:
+def check_kustomization(root: Path, directory: Path, visits: list[str], room: Room) -> None:
     """Refuse a kustomization that names what is not in the commit: kubectl would fetch it."""
     for file in [directory / k for k in KUSTOMIZATIONS if (directory / k).exists()]:
-        text, where = read_text(root, file)
+        text, where = read_text(root, file, room)
         visits.append(where)
         if len(visits) > KUSTOMIZATION_VISITS:
             refuse(f"{where}: includes itself, or is one of too many")
-        for path in kustomize_paths(parse_documents(text, where), where):
+        for path in kustomize_paths(parse_documents(text, where, room), where):
             # kustomize takes a URL for one, and github.com too, even where a file has that name
             named = re.fullmatch(r"(?!github\.com)[\w./ +=~-]{1,200}", path, re.IGNORECASE)
             target = (directory / path).resolve() if named else root.parent
             if not target.is_relative_to(root) or not target.exists():
                 refuse(f"{where}: {clip(path, 80)!r} is not in the commit; copy it there")
             if target.is_dir():
-                check_kustomization(root, target, visits)
+                check_kustomization(root, target, visits, room)
 
 
 def kustomize_paths(documents: Iterable[Object], where: str) -> list[str]:
@@ -1584,38 +2093,70 @@ def kustomize(directory: Path) -> str:
     """Return what `kubectl kustomize` makes of a folder, without git, network and home."""
     with tempfile.TemporaryDirectory() as home:
         closed = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-        argv = (shutil.which("kubectl") or "kubectl", "kustomize", str(directory))
-        environ = {"PATH": home, "HOME": home, **closed}
-        code, stdout, stderr = execute(argv, timeout=KUBECTL_TIMEOUT, environ=environ)
-    if code != 0 or len(stdout) > MANIFEST_BYTES:
+        environ = {"PATH": home, "HOME": home, "GOMAXPROCS": "1", **closed}
+        argv = ("kubectl", "kustomize", str(directory))
+        code, *printed = execute(argv, KUBECTL_TIMEOUT, "", environ, MANIFEST_BYTES)
+    stdout, stderr = (text.decode(errors="replace") for text in printed)
+    if code != 0:
         said = clip(stderr.replace(str(directory), "")) or "it makes too much, or does not end"
-        refuse(f"kustomize: {said}", INVALID)
+        memory = f"it takes more than {MEMORY_BYTES >> 20} MiB of memory; make it smaller"
+        refuse(f"kustomize: {memory if GO_FULL.search(stderr) else said}", INVALID)
     return stdout
+
+
+def refusals(item: Object, namespace: str) -> Iterator[str]:
+    """Yield what an object of an app may not say, each with what to do about it."""
+    shown = {k: "any" if k in DATA else v for k, v in item.items()}
+    for key, part in walk(item["kind"], shown):
+        allowed, advice = ALLOWED.get(key, (None, ""))
+        for field, value in part.items() if isinstance(part, dict) else ():
+            name = f"{key}.{clip(field, 80)}"
+            if not value:
+                continue
+            if name in REFUSED:
+                yield f"{name} {REFUSED[name]}"
+            elif key in ("labels", "annotations") and field.startswith(f"{MANAGER}/"):
+                yield f"{name} is this program's own; leave it out"
+            elif allowed and field not in allowed:
+                yield f"{name} {advice}"
+            elif name == "metadata.namespace" and value != namespace:
+                yield f"names a namespace that is not {namespace!r}; leave it out"
 
 
 def check_objects(
     app: App, namespace: str, found: Iterable[tuple[str, Object]]
 ) -> tuple[AppObjects, list[str]]:
-    """Return the objects of an app, and what is ignored; end the run before anything changes."""
+    """Return the objects of an app, and what is ignored; end the run before anything changes.
+
+    All that is refused is told at once.
+    """
     kept: AppObjects = {kind: {} for kind in KINDS}
-    ignored = []
+    ignored, refused = [], dict[str, None]()
     for where, item in found:
         kind, version = item["kind"], clip(str(item.get("apiVersion")), 40)
-        name, space = item["metadata"]["name"], item["metadata"].get("namespace")
+        name = item["metadata"]["name"]
         if kind in app.deploy.ignore_kinds:
             ignored.append(where)
             continue
         if (kind, version) not in KINDS.items():
-            refuse(f"{where} of {version} is not deployed; apply it, list its kind in ignore_kinds")
-        if (space or namespace) != namespace:
-            refuse(f"{where} names a namespace that is not {namespace!r}; leave it out")
+            advice = "is not deployed; apply it, list its kind in ignore_kinds"
+            refused[f"{where} of {version} {advice}"] = None
+            continue
         if name in kept[kind]:
             refuse(f"{where} is there twice", INVALID)
         kept[kind][name] = item
+        try:
+            refused |= dict.fromkeys(f"{where}: {each}" for each in refusals(item, namespace))
+        except RecursionError:
+            refuse(f"{where}: nested too deeply", INVALID)
     if len(kept["Deployment"]) != 1 or list(kept["Service"]) != [app.name]:
         names = (", ".join(kept[kind]) or "none" for kind in ("Deployment", "Service"))
         told = clip("; Services: ".join(names))
-        refuse(f"needed: one Deployment and one Service {app.name!r}; Deployments: {told}")
+        needed = f"needed: one Deployment and one Service {app.name!r}; Deployments: {told}"
+        refused[needed] = None
+    if refused:
+        more = [f"and {len(refused) - REFUSALS_TOLD} more"] * (len(refused) > REFUSALS_TOLD)
+        refuse("; ".join([*[*refused][:REFUSALS_TOLD], *more]))
     return kept, ignored
 
 
@@ -1623,21 +2164,30 @@ def manifest(kind: str, name: str, labels: Mapping[str, str], given: Object) -> 
     """Return an object with our labels, and the labels and annotations of a repository's."""
     meta: Object = {"name": name}
     for field in ("labels", "annotations"):
-        told = (given.get(field) or {}).items()
-        meta[field] = {k: v for k, v in told if not k.startswith(f"{MANAGER}/")}
+        meta[field] = {**(given.get(field) or {})}
     meta["labels"] |= {**labels, LABEL_MANAGED: MANAGER}
     return {"apiVersion": KINDS[kind], "kind": kind, "metadata": meta}
 
 
-def immutable(name: str, labels: Mapping[str, str], **content: Any) -> Object:
+def immutable(name: str, labels: Mapping[str, str], given: Object, **content: Any) -> Object:
     """Return an immutable ConfigMap, its name followed by eight digits of its content's hash."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
     if len(text) > CONFIGMAP_BYTES:
         refuse(f"ConfigMap {clip(name, 60)} of {len(text)} bytes: {CONFIGMAP_BYTES} are possible")
+    made = manifest("ConfigMap", name, labels, given)
     # the app counts too: what two apps shared would go with the first of them
-    digest = hashlib.sha256(labels[LABEL_APP].encode() + b" " + text).hexdigest()
-    made = manifest("ConfigMap", f"{name}-{digest[:8]}", labels, {})
+    hashed = labels[LABEL_APP].encode() + b" " + text
+    if given:
+        hashed += json.dumps(made["metadata"], sort_keys=True).encode()
+    made["metadata"]["name"] += f"-{hashlib.sha256(hashed).hexdigest()[:8]}"
     return {**made, "immutable": True, **content}
+
+
+def substance(configmap: Object) -> tuple[Any, ...]:
+    """Return what counts of an immutable ConfigMap, as the API server keeps it."""
+    texts, files = ({k: v or "" for k, v in (configmap.get(d) or {}).items()} for d in DATA)
+    content = texts, {k: base64.b64decode(v) for k, v in files.items()}
+    return configmap["metadata"].get("labels"), configmap.get("immutable"), content
 
 
 def ports_like(ports: Iterable[Object], live: Iterable[Object] = ()) -> list[Object]:
@@ -1649,6 +2199,12 @@ def ports_like(ports: Iterable[Object], live: Iterable[Object] = ()) -> list[Obj
         known = {"nodePort": node, **port} if node else port
         made.append({k: v for k, v in known.items() if nodes or k != "nodePort"})
     return made
+
+
+def release_record(app: str, packed: str) -> Object:
+    """Return the immutable ConfigMap with a packed release; its name tells whether it is whole."""
+    labels = {LABEL_APP: app, LABEL_STAGE: "release"}
+    return immutable(f"{app}-release", labels, {}, binaryData={"release": packed})
 
 
 @dataclass(frozen=True, slots=True)
@@ -1678,8 +2234,7 @@ class Release:
         """Return the immutable ConfigMap that records the release."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         packed = base64.b64encode(zlib.compress(json.dumps(content, sort_keys=True).encode()))
-        labels, data = {LABEL_APP: app, LABEL_STAGE: "release"}, {"release": packed.decode()}
-        return immutable(f"{app}-release", labels, binaryData=data)
+        return release_record(app, packed.decode())
 
     @classmethod
     def from_configmap(cls, found: Object) -> Release:
@@ -1738,11 +2293,12 @@ def live_service(app: App, given: Object, selector: Mapping[str, str]) -> Object
 
 
 def copied(app: App, given: Object) -> Object:
-    """Return the immutable copy of a ConfigMap."""
+    """Return the immutable copy of a ConfigMap, its labels and annotations with it."""
     name, content = given["metadata"]["name"], {k: given.get(k) or {} for k in DATA}
+    meta = {k: v for k, v in given["metadata"].items() if v and k in ("labels", "annotations")}
     if loose := [k for k, v in content["data"].items() if not isinstance(v, str | None)]:
         refuse(f"ConfigMap {clip(name, 60)}: {clip(loose[0], 60)} is not a text: quote it", INVALID)
-    return immutable(name, {LABEL_APP: app.name}, **content)
+    return immutable(name, {LABEL_APP: app.name}, meta, **content)
 
 
 def set_images(app: App, pod: Object, image: str) -> None:
@@ -1806,12 +2362,15 @@ def coloured(app: App, spec: Object, selector: Mapping[str, str], live_replicas:
 
 # === cluster mirror ===============================================================================
 
-API = {"jobs": "/apis/batch/v1", "pods": "/api/v1", "services": "/api/v1"}
-PAGE = 100  # objects in one answer: a thousand Jobs at once are 50 MB of Python
 SHORT_WATCH = 5.0  # a watch that ends so soon did not work
 ODD = (AttributeError, LookupError, TypeError, ValueError)  # what another shape raises
 # exit reasons after a machine was lost: they tell nothing about the program
 NODE_LOST = ("ContainerStatusUnknown", "Unknown")
+# what the kubelet says of such a pod; of a full node's pods it says "The node was low on resource"
+OVERFULL = re.compile(
+    r"Usage of EmptyDir volume|Pod ephemeral local .* exceeds|Container \S+ exceeded"
+)
+START = re.compile("(Create|Run)Container.*Error|StartError|ContainerCannotRun")
 
 
 def epoch(stamp: str | None) -> float:
@@ -1839,7 +2398,10 @@ class Container:
         self.kind = kind  # init, sidecar or app
         self.ready, self.running = bool(entry.get("ready")), "running" in state
         self.waiting: str = waiting.get("reason", "")
-        self.text: str = waiting.get("message") or ended.get("message") or ""
+        self.words: str = ended.get("message") or ""  # its last ones: as good as lines of its log
+        self.text: str = waiting.get("message") or ""  # of kubelet and runtime
+        if not self.text and START.fullmatch(ended.get("reason", "")):
+            self.text = self.words
         self.exits: int = (entry.get("restartCount") or 0) + (bool(ended) and not self.running)
         self.exit_code: int | None = ended.get("exitCode")  # of the last life that ended by itself
         self.exit_reason: str = ended.get("reason", "")
@@ -1855,7 +2417,8 @@ class Pod:
         scheduled, ready = conditions.get("PodScheduled", {}), conditions.get("Ready", {})
         is_ready, changed = ready.get("status") == "True", epoch(ready.get("lastTransitionTime"))
         stuck, deleting = scheduled.get("reason") == "Unschedulable", "deletionTimestamp" in meta
-        lost = status.get("reason") == "Evicted" or true_condition(status, "DisruptionTarget")
+        evicted, message = status.get("reason") == "Evicted", str(status.get("message"))
+        disrupted = bool(true_condition(status, "DisruptionTarget"))
         inits, apps = (status.get(k) or [] for k in ("initContainerStatuses", "containerStatuses"))
         always = [c["name"] for c in spec.get("initContainers") or [] if "restartPolicy" in c]
         kinds = ["sidecar" if e["name"] in always else "init" for e in inits]
@@ -1868,9 +2431,14 @@ class Pod:
         self.created = epoch(meta.get("creationTimestamp"))
         self.started = epoch(status.get("startTime"))
         self.ready = is_ready and not deleting
+        self.changed = changed  # when it was last seen to become ready, or not to be any more
         # now or before: a condition that was never True is as old as the pod's start
         self.seen_ready = is_ready or 0 < self.started < changed - 1
-        self.leaving = deleting or bool(lost)  # the cluster takes it away, and replaces it
+        # by the kubelet's words, of a Job's pod that wrote more than it may: its own fault
+        self.overfull = message.strip() if self.job and OVERFULL.match(message) else ""
+        self.overfull = self.overfull if evicted and not disrupted else ""
+        # the cluster takes it away, and replaces it
+        self.leaving = deleting or disrupted or (evicted and not self.overfull)
         self.stays = not self.leaving and status.get("phase") not in ("Failed", "Succeeded")
         self.unschedulable: str = scheduled["message"] if stuck else ""
         self.containers = [*map(Container, inits, kinds), *(Container(e, "app") for e in apps)]
@@ -1902,28 +2470,110 @@ class Job:
         self.finished = epoch((done or failed).get("lastTransitionTime"))
 
 
+# Records are read from annotations, which anyone may write who may write the object: a field that
+# does not hold what it may is left out, and so is one that nobody knows.
+FAR_FUTURE = 1e11  # seconds since the epoch
+
+
+def text(pattern: str) -> Callable[[Any], bool]:
+    """Return whether a value is a text that matches the whole pattern, as a function."""
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def is_selector(value: Any) -> bool:
+    """Whether a value can stand for a selector."""
+    key, term = text(r"[\w./-]{1,317}"), text(r"[\w.-]{0,63}")
+    return isinstance(value, dict) and all(key(k) and term(v) for k, v in value.items())
+
+
+def are_ports(value: Any) -> bool:
+    """Whether a value can stand for the ports of a Service."""
+    whole = isinstance(value, list) and all(isinstance(p, dict) for p in value)
+    return whole and all(type(p.get("port")) is int for p in value)
+
+
+Name = Annotated[str, text(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?")]
+Word = Annotated[str, text("[A-Za-z-]{0,40}")]
+Prose = Annotated[str, text(r"(?s).{0,2000}")]
+Colour = Annotated[str, text(f"({'|'.join(COLOURS)})?")]
+Time = Annotated[float, lambda v: type(v) in (int, float) and 0 <= v < FAR_FUTURE]
+Size = Annotated[int, lambda v: type(v) is int and 0 < v < 10**6]
+Selector = Annotated[dict[str, str], is_selector]
+PROVEN = (Outcome.DEPLOYED, ADOPTED)  # the outcomes of what a rollback may go to
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryEntry:
+    """One switch of a live Service, as its annotation records it."""
+
+    selector: Selector
+    run: Name = ""
+    commit: Annotated[str, text(f"({SHA.pattern})?")] = ""
+    image: Annotated[str, text(r"[\x21-\x7e]{0,1000}")] = ""
+    colour: Colour = ""
+    ports: Annotated[list[Object], are_ports] = dataclass_field(default_factory=list)
+    release: Name = ""  # the ConfigMap of its release
+    replicas: Size = 1
+    at: Time = 0.0
+    by: Prose = ""  # who switched, or changed the selector since
+    outcome: Word = ""  # none while it bakes, and where the bake told nothing
+    reason: Word = ""
+    detail: Prose = ""
+    was: Selector = dataclass_field(default_factory=dict)  # what was narrowed to adopt it
+    v: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """Who is changing an environment, and what is to be put back there."""
+
+    phase: Word
+    run: Name = ""
+    colour: Colour = ""
+    since: Time = 0.0
+    heal: Name = ""  # the release of the rollback target that stood in the colour
+    v: int = 1
+
+
+RECORDS = {kind: get_type_hints(kind, include_extras=True) for kind in (HistoryEntry, Claim)}
+
+
+def read_record(kind: type[Any], record: Any) -> Object:
+    """Return a record with all its fields; empty when it lacks the first one."""
+    checks = {k: h.__metadata__[0] for k, h in RECORDS[kind].items() if hasattr(h, "__metadata__")}
+    given = record if isinstance(record, dict) else {}
+    fitting = {k: given[k] for k, check in checks.items() if k in given and check(given[k])}
+    return asdict(kind(**fitting)) if fitting.get(next(iter(checks))) else {}
+
+
 class Service:
     """The live Service of an app, with what our annotations on it say as far as it can be read.
 
-    `claim`: who is changing this environment; `history`: the switches, newest first; `live`: the
-    entry of what the selector says is live. Each is empty when there is none.
+    `run`: what today's traffic reaches, as far as the selector names it; `claim`: who is changing
+    this environment; `history`: the switches, newest first. Each is empty when there is none.
     """
 
     def __init__(self, found: Object) -> None:
         meta, spec = found["metadata"], found["spec"]
         self.name: str = meta["name"]
+        self.uid: str = meta.get("uid", "")
         self.version = int(meta["resourceVersion"])
         self.ports: list[Object] = spec.get("ports") or []
         self.selector: dict[str, str] = spec.get("selector") or {}
         self.run = self.selector.get(LABEL_RUN, "")
-        # whether the selector is one that this program sets
-        self.ours = self.selector.keys() == {LABEL_APP, LABEL_VERSION, LABEL_RUN}
+        # whether the selector names a run of ours, whatever else it asks for
+        self.ours = self.selector.keys() >= {LABEL_APP, LABEL_VERSION, LABEL_RUN}
         self._notes: dict[str, str] = meta.get("annotations") or {}
-        self.claim: Object = self.note(NOTE_CLAIM, {})
-        told = [e for e in self.note(NOTE_HISTORY, []) if isinstance(e, dict)]
-        self.history = [e for e in told if isinstance(e.get("selector"), dict)]
-        live = (e for e in self.history if e["selector"] == self.selector)
-        self.live: Object = next(live, {})
+        self.claim = read_record(Claim, self.note(NOTE_CLAIM, {}))
+        told = (read_record(HistoryEntry, e) for e in self.note(NOTE_HISTORY, []))
+        self.history = [e for e in told if e]
+
+    @classmethod
+    def recorded(cls, name: str, entry: Object) -> Service:
+        """Return the Service that an entry is the whole history of."""
+        notes = {NOTE_HISTORY: json.dumps([entry])}
+        meta = {"name": name, "resourceVersion": "0", "annotations": notes}
+        return cls({"metadata": meta, "spec": {"selector": entry["selector"]}})
 
     def note(self, key: str, empty: Any) -> Any:
         """Return the JSON in an annotation; empty when it is missing, broken or of another type."""
@@ -1932,24 +2582,66 @@ class Service:
             return value if isinstance(value, type(empty)) else empty
         return empty
 
+    def notes(self) -> Object:
+        """Return what our annotations say, as it is written; None for what is not there."""
+        told = {NOTE_PREVIOUS: {}, NOTE_BAKE: 0.0, NOTE_PUT_BACK: []}
+        return {
+            NOTE_HISTORY: self.history or None,
+            NOTE_CLAIM: self.claim or None,
+            **{key: self.note(key, empty) or None for key, empty in told.items()},
+        }
+
+    @property
+    def live(self) -> Object:
+        """The entry of what today's traffic reaches."""
+        same = (e for e in self.history if self.run and e["run"] == self.run)
+        return next((e for e in self.history if e["selector"] == self.selector), next(same, {}))
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the selector is what the history says that it was set to."""
+        return self.live.get("selector") == self.selector
+
+    @property
+    def served(self) -> Object:
+        """The entry of what is live as far as it is recorded, whatever the selector says now."""
+        return next((e for e in self.history if e["outcome"] in ("", *PROVEN)), {})
+
     def entry(self, run: str, since: float = 0.0) -> Object:
         """Return the newest history entry of a run made at or after a time; empty when none."""
-        ours = (e for e in self.history if e.get("run") == run)
-        return next((e for e in ours if seconds_of(e.get("at")) >= since), {})
+        ours = (e for e in self.history if e["run"] == run)
+        return next((e for e in ours if e["at"] >= since), {})
+
+    def reaches(self, entry: Object) -> bool:
+        """Whether an entry is of what today's traffic reaches."""
+        return entry["selector"] == self.selector or bool(self.run and entry["run"] == self.run)
+
+    @property
+    def targets(self) -> list[Object]:
+        """The entries that a rollback can go to: the proven versions before the live one."""
+        live, good = self.live, dict[str, Object]()
+        if not (live or self.run):
+            return []
+        for entry in self.history[self.history.index(live) + 1 :] if live else self.history:
+            if entry["outcome"] in PROVEN and not (entry["reason"] or self.reaches(entry)):
+                good.setdefault(entry["run"], entry)
+        return [*good.values()]
 
     def target(self, back: int = 1) -> Object:
-        """Return the entry that a rollback goes to: the back-th proven one before the live one."""
-        older = self.history[self.history.index(self.live) + 1 :] if self.live else self.history
-        good = [e for e in older if e.get("outcome") in (Outcome.DEPLOYED, ADOPTED)]
-        good = [e for e in good if e["selector"] != self.selector]
-        return good[back - 1] if 0 < back <= len(good) else {}
+        """Return the entry that a rollback goes to: the back-th proven version before the live."""
+        return self.targets[back - 1] if 0 < back <= len(self.targets) else {}
 
     @property
     def before(self) -> Object:
         """What was live before, proven or not, if it is known; else where a rollback goes."""
         was = self.note(NOTE_PREVIOUS, {})
-        stood = (e for e in self.history if e["selector"] == was != self.selector)
+        stood = (e for e in self.history if e["selector"] == was and not self.reaches(e))
         return next(stood, {}) or self.target()
+
+
+def app_service(names: Iterable[str], found: Object) -> Service | None:
+    """Return the live Service of one of these apps; another Service is none of our business."""
+    return Service(found) if found["metadata"]["name"] in names else None
 
 
 V = TypeVar("V", Job, Pod, Service)
@@ -1968,18 +2660,17 @@ class Watch(Generic[V]):
         kubectl: Kubectl,
         resource: str,
         namespace: str,
-        view: Callable[[Object], V],
+        view: Callable[[Object], V | None],
         selector: str,
     ) -> None:
         self.kubectl, self.resource, self.namespace = kubectl, resource, namespace
-        path = f"{API[resource]}/namespaces/{namespace}/{resource}"
-        self._address = f"{path}?labelSelector={quote(selector, safe='')}"
+        self._address = list_address(resource, namespace, selector)
         self.changed, self.stopped = threading.Event(), threading.Event()
         # why it may not follow what is there: what it lacks is then not gone, only unseen
         self.trouble, self._lock = "not listed yet", threading.RLock()
-        self._view: Callable[[Object], V] = view
+        self._view: Callable[[Object], V | None] = view
         self._items: dict[str, V] = {}
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def items(self) -> list[V]:
         """Return what is known now."""
@@ -2024,12 +2715,8 @@ class Watch(Generic[V]):
     def _list(self) -> str:
         """Learn what is there; return the version at which that was so."""
         found: dict[str, V] = {}
-        token: str | None = ""
-        while token is not None:
-            args = ("get", "--raw", f"{self._address}&limit={PAGE}&continue={token}")
-            page = json.loads(self.kubectl.run(*args, namespace=self.namespace))
+        for page in self.kubectl.pages(self._address, self.namespace):
             found |= {v.name: v for v in map(self._read, page["items"]) if v}
-            token = page["metadata"].get("continue") or None
         with self._lock:
             self._items = {name: self._newer(seen) for name, seen in found.items()}
         self.trouble = ""
@@ -2044,12 +2731,13 @@ class Watch(Generic[V]):
         process = self._process = self.kubectl.stream(*args, namespace=self.namespace)
         # for a silent server, and for a stop before there was a process
         deadline = threading.Timer(0 if self.stopped.is_set() else seconds * 1.05, process.kill)
-        deadline.start()
-        pulse()
         try:
-            for line in process.stdout or ():
+            deadline.start()
+            pulse()
+            # of a line that is too long only a part is read, which is no JSON
+            for line in iter(partial(cast(Any, process.stdout).readline, OUTPUT_BYTES), b""):
                 pulse()
-                event = json.loads(line)
+                event = json.loads(line.decode(errors="replace"))
                 if event["type"] == "ERROR":  # 410 above all: the version is forgotten
                     break
                 self._take(event["type"], event["object"])
@@ -2057,7 +2745,8 @@ class Watch(Generic[V]):
             deadline.cancel()
             process.kill()
             _, stderr = process.communicate()
-        return (clip(stderr) or "ended at once") if time.monotonic() - began < SHORT_WATCH else ""
+        said = clip(stderr.decode(errors="replace")) or "ended at once"
+        return said if time.monotonic() - began < SHORT_WATCH else ""
 
     def _take(self, kind: str, found: Object) -> None:
         """Let one event change the mirror."""
@@ -2074,7 +2763,7 @@ class Watch(Generic[V]):
         return max(seen, self._items.get(seen.name, seen), key=lambda view: view.version)
 
     def _read(self, found: Object) -> V | None:
-        """Return the view of an object; where it cannot be read, what was last seen of it."""
+        """Return the view of an object, if it has one; unreadable, what was last seen of it."""
         try:
             return self._view(found)
         except ODD:
@@ -2108,7 +2797,6 @@ HOPELESS_PULL = re.compile(
 HEALING_REFUSAL = re.compile(
     "Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown|being terminated"
 )
-START = re.compile("(Create|Run)Container.*Error|StartError|ContainerCannotRun")
 STAGES = {  # who works, who leaves its last words where, and how it fails
     "test": (TEST_CONTAINER, RESULTS_CONTAINER, NOTE_SUMMARY, Reason.TESTS_FAILED),
     "build": (BUILD_CONTAINER, BUILD_CONTAINER, NOTE_DIGEST, Reason.BUILD_FAILED),
@@ -2156,6 +2844,8 @@ def pod_symptoms(pod: Pod) -> Iterator[Symptom]:
     """Yield what is wrong with a pod; one that the cluster takes away is replaced, not sick."""
     if pod.leaving:
         return
+    if pod.overfull:
+        yield Symptom(f"{pod.name}/disk", Reason.OUT_OF_DISK, clip(pod.overfull))
     if pod.unschedulable:
         yield Symptom(f"{pod.name}/schedule", Reason.UNSCHEDULABLE, clip(pod.unschedulable), 120.0)
     yield from filter(None, (container_symptom(c, pod) for c in pod.containers))
@@ -2287,7 +2977,7 @@ def decide_job(view: View, found: Job) -> Action | None:
     pods = [p for p in view.pods if p.job == found.uid and not p.leaving]
     pods.sort(key=lambda p: -p.created)
     ended = [c for p in pods for c in p.containers if c.exit_code is not None]
-    said = next((c.text.strip() for c in ended if c.name == teller and c.text), "")
+    said = next((c.words.strip() for c in ended if c.name == teller and c.words), "")
     if note not in found.notes and (said if stage == "test" else DIGEST.fullmatch(said)):
         return Action(Do.NOTE, stage, detail=said)
     if found.state == "succeeded":
@@ -2327,7 +3017,9 @@ def failure(view: View, found: Job, ended: Iterable[Container]) -> Action:
     if told and told.exit_reason == "OOMKilled":
         reason, detail = Reason.OUT_OF_MEMORY, f"{told.name} was killed for its memory"
     elif told:
-        said = clip(told.text) or f"exit code {told.exit_code}"
+        # the clone's words are our own; those of pushed code may hold anything
+        said = clip(told.words if told.name == "clone" else told.text)
+        said = said or f"exit code {told.exit_code}"
         reason, detail = (red, report or said) if told.name == main else (Reason.CLONE_FAILED, said)
     elif found.reason == "DeadlineExceeded":
         reason, detail = Reason.TIMEOUT, "the Job's deadline passed"
@@ -2345,9 +3037,12 @@ def decide_deploy(view: View) -> Action:
     for name in view.app.deploy.environments:
         service = view.services.get(name)
         switched = service is not None and service.run == view.run.id
+        last = name == view.app.deploy.environments[-1]
         entry = service.entry(view.run.id, view.run.received) if service else {}
         live = service.live if service and switched else {}
-        if Outcome.DEPLOYED in (live.get("outcome"), entry.get("outcome")):
+        done = Outcome.DEPLOYED in (live.get("outcome"), entry.get("outcome"))
+        # whoever confirmed it a moment ago may yet take the traffic back
+        if done and not (switched and last and name in view.busy):
             continue
         if name in view.busy:
             return Action(Do.WAIT, name, detail=f"{name} is being changed")
@@ -2416,11 +3111,29 @@ def sickness(pods: Iterable[Pod], since: float) -> str:
     return ""
 
 
-def unready(pods: Iterable[Pod], since: float) -> list[str]:
+def unready(pods: Iterable[Pod], since: float) -> list[Pod]:
     """Return the pods of the switch that are not ready, by the word of their own containers."""
     # not by the Ready condition: that falls with a lost node, too, which is no sickness
     old = (p for p in pods if p.created <= since and not p.leaving)
-    return [p.name for p in old if not all(c.ready for c in p.containers if c.kind == "app")]
+    return [p for p in old if not all(c.ready for c in p.containers if c.kind == "app")]
+
+
+def shortage(pods: Iterable[Pod], since: float, now: float, *, starting: bool) -> Symptom | None:
+    """Return how a switched-to run has too few ready pods, and for how long it may have.
+
+    Since when it is so the pods say themselves, to a daemon that was not there to see it. No pod is
+    there by the cluster's doing; `starting`: others are, in the place of those it took away.
+    """
+    pods = [*pods]
+    down, served = unready(pods, since), any(p.ready for p in pods)
+    if served and not down:
+        return None
+    grace = UNREADY_SECONDS if served else GONE_SECONDS
+    grace = REPLACED_SECONDS if starting and not down else grace
+    who = ", ".join(p.name for p in down) or "any pod"
+    lasts = down and now - max(p.changed for p in down) > grace + 1.0  # it is in whole seconds
+    key, detail = f"{served} {grace}", f"not ready for {grace:.0f} s: {who}"
+    return Symptom(key, Reason.SICK_AFTER_SWITCH, detail, 0.0 if lasts else grace)
 
 
 def disturbed(pods: Sequence[Pod], wanted: int) -> bool:
@@ -2431,12 +3144,103 @@ def disturbed(pods: Sequence[Pod], wanted: int) -> bool:
     return any(asleep) or len(stayed) < max(wanted, len(running))
 
 
+@dataclass(slots=True)
+class Checks:
+    """What the health checks of a switched-to version have said, and for how long they did."""
+
+    failures: int = 0  # in a row
+    passes: int = 0  # in a row, none of them long after the one before
+    refusal: str = ""
+    judged: float = 0.0  # seconds
+    at: float = -NEVER  # when the last one ended
+
+    def add(self, now: float, refusal: str | None, *, clear: bool) -> None:
+        """Take over one; the time since the last counts if that is near, and nothing is hidden."""
+        gap = now - self.at
+        near = gap <= CHECK_GAP
+        self.judged += gap if near and clear else 0.0
+        self.passes = 0 if refusal else 1 + (self.passes if near else 0)
+        self.failures = self.failures + 1 if refusal else 0
+        self.refusal = refusal or ""
+        self.at = now
+
+    def passing(self, now: float) -> int:
+        """Return how many in a row have passed, up to now."""
+        return self.passes if now - self.at <= CHECK_GAP else 0
+
+
 def ahead(old: tuple[int, int], new: tuple[int, int]) -> int:
     """Return above 0 when a larger share of the old version's pods is well than of the new one's.
 
     Each is how many are well, and of how many: a version may have more pods than the one before.
     """
     return old[0] * max(new[1], 1) - new[0] * max(old[1], 1)
+
+
+class Drift(StrEnum):
+    """What a live selector is that someone else set."""
+
+    NONE = ""
+    KEPT = "Kept"  # it reaches the version that is recorded as live, and nothing else
+    MOVED = "Moved"  # all traffic reaches one other run of the app: that is live now
+    WIDENED = "Widened"  # it reaches another run of the app beside the recorded one: put back
+    CONTESTED = "SelectorContested"  # the same, after it was put back too often
+    ELSEWHERE = "Elsewhere"  # it reaches other pods, or none: somebody's intention
+
+
+def runs_of(app: str, pods: Iterable[Pod]) -> set[str]:
+    """Return the runs that pods are of, "" among them for a pod that is of no run of the app."""
+    return {p.run if p.labels.get(LABEL_APP) == app else "" for p in pods}
+
+
+def drift_of(recorded: str, reached: set[str], put_backs: int) -> Drift:
+    """Return what a selector is that someone else set.
+
+    From the run that is recorded as live, the runs of the pods that it reaches, and how often it
+    was put back of late.
+    """
+    if not reached or "" in reached:
+        return Drift.ELSEWHERE
+    if len(reached) == 1:
+        return Drift.KEPT if recorded in reached else Drift.MOVED
+    if recorded not in reached:
+        return Drift.ELSEWHERE
+    return Drift.CONTESTED if put_backs >= PUT_BACKS else Drift.WIDENED
+
+
+def moved(history: Sequence[Object], entry: Object, by: str, now: float) -> list[Object]:
+    """Return a history in which someone else has made an entry's run the live one.
+
+    It stays proven if it was. What is newer was left by that, and is no target any more.
+    """
+    place = history.index(entry) if entry in history else 1
+    left = {"reason": str(Reason.SELECTOR_CHANGED), "detail": f"left by {by}"}
+    newer = [e if e["reason"] else {**e, **left} for e in history[:place]]
+    outcome = entry["outcome"] if entry["outcome"] in PROVEN else ""
+    again = {**entry, "outcome": outcome, "reason": "", "detail": "", "by": by, "at": now}
+    return [again, *newer, *(e for e in history[place:] if e != entry)][:HISTORY_LENGTH]
+
+
+def chosen(service: Service, to: int | str) -> Object:
+    """Return the history entry that a rollback goes to: so many proven versions back, or a run's.
+
+    Raises RefusedError where there is none, or it is what is to be left.
+    """
+    runs = ", ".join(dict.fromkeys(e["run"] for e in service.history if e["run"])) or "none"
+    if isinstance(to, int):
+        if service.history and not (service.live or service.run):
+            raise RefusedError(f"what is live is not known; say where to go, --to RUN, of: {runs}")
+        if entry := service.target(to):
+            return entry
+        count = len(service.targets)
+        some = f"{f'only {count}' if count else 'no'} proven version{'s' * (count > 1)}"
+        raise RefusedError(f"{some} to go back to")
+    if not (entry := service.entry(to)):
+        raise RefusedError(f"{clip(to, 60)!r} is no run of the history: {runs}")
+    if service.reaches(entry):
+        raise RefusedError(f"{to} is what is live")
+    outcome = entry["outcome"] if entry["outcome"] in PROVEN else str(Outcome.DEPLOYED)
+    return {**entry, "outcome": outcome, "reason": "", "detail": ""}
 
 
 def narrowed(
@@ -2507,7 +3311,7 @@ class Rejection:
 Record = TypeVar("Record", RunRecord, Rejection)
 
 
-def read_record(kind: type[Record], text: Any, **more: Any) -> Record:
+def parse_record(kind: type[Record], text: Any, **more: Any) -> Record:
     """Return the record in a text, unknown fields ignored; raises ValueError for anything else."""
     if not isinstance(text, str) or len(text) > 4 * RECORD_BYTES:
         raise ValueError("not a text of a record's size")
@@ -2535,6 +3339,7 @@ class AppState:
 
     runs: dict[str, RunRecord]  # by id
     rejected: dict[str, Rejection]  # by commit
+    live: dict[str, Object]  # the history entry of what is live, by environment
     version: str  # the ConfigMap's resourceVersion, empty where there is none
     repairs: dict[str, str | None]  # what is to be written because of what was read
 
@@ -2542,7 +3347,7 @@ class AppState:
     def from_configmap(cls, app: App, configmap: Object | None) -> AppState:
         """Return what a ConfigMap records; what cannot be read is dropped, with an error."""
         meta = (configmap or {}).get("metadata") or {}
-        state = cls({}, {}, str(meta.get("resourceVersion", "")), {})
+        state = cls({}, {}, {}, str(meta.get("resourceVersion", "")), {})
         dropped = []
         for key, text in ((configmap or {}).get("data") or {}).items():
             try:
@@ -2558,9 +3363,12 @@ class AppState:
         """Take one entry over; raises what reading it raises."""
         kind, _, name = key.partition("-")
         if kind == "run":
-            self.runs[name] = read_record(RunRecord, text, id=name)
+            self.runs[name] = parse_record(RunRecord, text, id=name)
         elif kind == "rejected":
-            self.rejected[name] = read_record(Rejection, text, commit=name)
+            self.rejected[name] = parse_record(Rejection, text, commit=name)
+        elif kind == "live":
+            self.live[name] = json.loads(text[: 4 * RECORD_BYTES])
+            self.live[name] = read_record(HistoryEntry, self.live[name])
         elif kind == "ref":  # of version 0.1: the last push of each ref, by a hash of its name
             self.repairs[key] = None
             record = migrated(app, text)
@@ -2586,7 +3394,7 @@ def migrated(app: App, text: Any) -> RunRecord | None:
         return None
     ref, outcome = old["ref"], old["outcome"] or ""
     kept = {**old, "ref": recorded_ref(ref), "outcome": outcome}
-    push = read_record(RunRecord, json.dumps(kept, ensure_ascii=False), id="")
+    push = parse_record(RunRecord, json.dumps(kept, ensure_ascii=False), id="")
     ended = push.received if outcome else 0.0
     return replace(push, id=run_id(app.name, ref, push.commit, ID_DIGITS[-1]), ended=ended)
 
@@ -2642,12 +3450,15 @@ class StateStore:
         *records: RunRecord | Rejection,
         forget: Iterable[str] = (),
         with_job: Set[str] | None = None,
+        live: Mapping[str, Object] | None = None,
     ) -> None:
         """Write records, forget keys, and what is too old: one compare-and-set patch.
 
-        `with_job` has the ids of the runs that have a Job, if that is known. Raises KubectlError.
+        `with_job` has the ids of the runs that have a Job, if that is known, `live` the history
+        entries of what is live by environment. Raises KubectlError.
         """
         change = {**dict.fromkeys(forget), **{r.key: record_text(r) for r in records}}
+        change |= {f"live-{name}": json.dumps(entry) for name, entry in (live or {}).items()}
         with self.lock(app):
             for left in reversed(range(STATE_TRIES)):
                 state = self._seen.get(app.name) or self.read(app)
@@ -2692,19 +3503,42 @@ class StateStore:
 
 # === deploy =======================================================================================
 
+LOG_PATIENCE = 2.0  # seconds that a failed deployment waits for the end of its logs to be kept
 AGAIN = ("Conflict", "AlreadyExists", "Unreachable")  # look once more: it mends itself, or is done
+HEAD_BYTES = 65_536  # of an answer's status and headers
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 def health_refusal(url: str, patience: float = 2.0) -> str | None:
-    """Return why a health path does not answer as healthy, or None; the one door to HTTP."""
-    limits: Object = {"timeout": (1.0, patience), "allow_redirects": False, "stream": True}
+    """Return why a health path does not answer as healthy, or None; the one door to HTTP.
+
+    There is one deadline for the whole answer, which is read to the end of its headers and no
+    further. Raises OSError where it is this process that has no more files.
+    """
+    until, parts, head = time.monotonic() + patience, urlsplit(url), b""
+    path = f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
+    lines = (f"GET {path} HTTP/1.1", f"Host: {parts.netloc}", "Accept: */*", "Connection: close")
+    request = "\r\n".join([*lines, f"User-Agent: {MANAGER}/{__version__}", "", ""])
     try:
-        with requests.Session() as session:
-            session.trust_env = False
-            with session.get(url, **limits) as answer:
-                return None if answer.ok else f"status {answer.status_code}"
-    except requests.RequestException as failed:
+        with socket.create_connection((parts.hostname or "", parts.port), patience) as connection:
+            connection.sendall(request.encode())
+            while not re.search(rb"\n\r?\n", head) and len(head) < HEAD_BYTES:
+                if (left := until - time.monotonic()) <= 0:
+                    return f"no whole answer within {patience:.0f} s"
+                connection.settimeout(left)
+                if not (received := connection.recv(4096)):
+                    break
+                head += received
+    except TimeoutError:
+        return f"no whole answer within {patience:.0f} s"
+    except OSError as failed:
+        if failed.errno in OUT_OF_FILES:
+            raise
         return type(failed).__name__
+    status = re.match(rb"HTTP/1\.[01] ([1-9][0-9]{2})\b", head)
+    if not status or not re.search(rb"\n\r?\n", head):
+        return "not an HTTP answer"
+    return None if b"200" <= status[1] < b"400" else f"status {status[1].decode()}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -2733,29 +3567,125 @@ class Task:
         return self.environment == self.app.deploy.environments[-1]
 
 
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """Where a rollback goes: an entry of the history, as it was and as it will be live.
+
+    Overwritten: its pods are ready, but another run is in their Deployment.
+    """
+
+    target: Object
+    entry: Object
+    overwritten: bool
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def persistent(step: F) -> F:
+def persistent(step: F, *, while_head: bool = False) -> F:
     """Repeat a step that looks and acts, until it gets an answer another try cannot change.
 
-    After a conflict, and where no answer came, so that its effect is unknown.
+    After a conflict, and where no answer came, so that its effect is unknown. A step before the
+    switch goes on only while its commit is the branch's head: what is tried for ever would keep
+    the correction out.
     """
 
     def persist(self: Deployer, task: Task, *args: Any, **more: Any) -> Any:
         """Take the step until it is answered."""
         failures = 0
+        asked = self.clock.monotonic()
         while True:
             try:
                 return step(self, task, *args, **more)
             except KubectlError as failed:
                 if failed.kind not in AGAIN:
                     raise
-                warn("will look again", detail=str(failed), **task.words)
-                self.pause(0.05 if failed.kind != "Unreachable" else min(backoff(failures), 2.0))
+                if failures < len(DELAYS) or failures % 30 == 0:  # then every half a minute
+                    warn("will look again", detail=str(failed), **task.words)
+                self.pause(0.05 if failed.kind != "Unreachable" else min(backoff(failures), 1.0))
                 failures += 1
+            if while_head and task.run.ref and self.clock.monotonic() - asked > HEAD_FRESH:
+                with suppress(GitError):
+                    self.require_head(task)
+                asked = self.clock.monotonic()
 
     return cast(F, persist)
+
+
+class LogTails:
+    """Keeps the last log lines of what failed in ConfigMap `log-RUN`, where they were printed.
+
+    Nowhere else does what a container printed go. Best effort: a thread does it through a door of
+    its own, so that it neither delays nor fails anything.
+    """
+
+    def __init__(self, kubectl: Kubectl, secrets: Secrets, clock: Clock) -> None:
+        self.kubectl, self.secrets, self.clock = kubectl.apart(), secrets, clock
+        self._places = threading.BoundedSemaphore(LOGS_KEPT)
+
+    def start(self, work: Callable[[], Any]) -> threading.Thread:
+        """Start a thread for some work of this class; it does nothing while very many are busy."""
+
+        def run() -> None:
+            """Work, and say what does not work."""
+            if not self._places.acquire(blocking=False):
+                return
+            try:
+                work()
+            except (HookError, *ODD) as failed:
+                warn("logs not kept", detail=str(failed))
+            finally:
+                self._places.release()
+
+        thread = threading.Thread(target=run, name="logs", daemon=True)
+        thread.start()
+        return thread
+
+    def keep(self, app: str, run: str, pods: Sequence[Pod], namespace: str) -> None:
+        """Write the ConfigMap of a run's logs, in the place of an older one."""
+        tails = {}
+        for pod, container in speakers(pods):
+            printed = self.kubectl.logs(pod.name, container.name, namespace)
+            words = "" if container.words in printed else f"\n{container.words}"
+            if text := self.secrets.mask(f"{printed}{words}".strip()[-2 * LOG_BYTES :]):
+                tails[f"{pod.name}.{container.name}"] = text.encode()
+        if not tails:
+            return
+        share = LOG_BYTES // len(tails)
+        data = {key: text[-share:].decode("utf-8", "ignore") for key, text in tails.items()}
+        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app, LABEL_RUN: run, LABEL_STAGE: "log"}
+        meta = {"name": f"log-{run}", "labels": labels}
+        self.prune(app, namespace, LOGS_KEPT - 1, meta["name"])
+        made = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data}
+        self.kubectl.create([made], namespace)
+
+    def tidy(self, app: App, namespaces: Mapping[str, str]) -> None:
+        """Delete the logs of an app that are not to be kept any more."""
+        for name in (*STAGES, *app.deploy.environments):
+            kept = LOGS_KEPT if name in STAGES or app.deploy.log_tails else 0
+            self.prune(app.name, namespaces[name], kept)
+
+    def prune(self, app: str, namespace: str, most: int, again: object = None) -> None:
+        """Delete logs that are too old, not among the newest so many, or written again."""
+        terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_APP: app, LABEL_STAGE: "log"})
+        metas = [c["metadata"] for c in self.kubectl.list("configmaps", namespace, "-l", terms)]
+        dated = sorted(((epoch(m["creationTimestamp"]), m["name"]) for m in metas), reverse=True)
+        oldest = self.clock.now() - LOG_TTL
+        gone = [n for i, (at, n) in enumerate(dated) if i >= most or at < oldest or n == again]
+        self.kubectl.delete("configmap", gone, namespace)
+
+
+def speakers(pods: Iterable[Pod]) -> list[tuple[Pod, Container]]:
+    """Return the containers whose logs tell most: those that failed in the newest unready pod.
+
+    Where none failed, what runs in it: a test that hangs, or a version that answers wrongly.
+    """
+    ordered = sorted(pods, key=lambda p: (p.ready, -p.created))
+    all_ran = [(p, c) for p in ordered for c in p.containers if c.running or c.exits]
+    ran = [(p, c) for p, c in all_ran if c.kind != "sidecar"]
+    failed = [(p, c) for p, c in ran if c.exit_code or not c.ready]
+    chosen = failed or [(p, c) for p, c in ran if c.kind == "app"]
+    return [(p, c) for p, c in chosen if p is chosen[0][0]][:4]
 
 
 class Deployer:
@@ -2764,7 +3694,18 @@ class Deployer:
     def __init__(self, kubectl: Kubectl, git: Git, secrets: Secrets, clock: Clock) -> None:
         self.kubectl, self.git, self.secrets, self.clock = kubectl, git, secrets, clock
         self.metrics, self.state = kubectl.metrics, StateStore(kubectl, clock)
+        self.logs = LogTails(kubectl, secrets, clock)
         self.stop = threading.Event()  # ends all waiting
+        # by app and environment: the live Service as it was when last in order, and what was said
+        self.known: dict[tuple[str, str], Service] = {}
+        self.drifts: dict[tuple[str, str], tuple[Drift, dict[str, str]]] = {}
+        # itself with a door that is not waited for, for what is live
+        self.urgent = self
+        if not isinstance(kubectl, UrgentKubectl):
+            door = UrgentKubectl(kubectl.metrics, 2 * kubectl.at_once, kubectl.program)
+            self.urgent = Deployer(door, git, secrets, clock)
+            self.urgent.stop, self.urgent.state = self.stop, self.state
+            self.urgent.known, self.urgent.drifts = self.known, self.drifts
 
     def deploy(self, task: Task) -> None:
         """Bring a run into an environment, through its bake in the last one.
@@ -2773,21 +3714,22 @@ class Deployer:
         SupersededError when something newer, or someone, took its place.
         """
         with self.watched_pods(task) as pods:
-            service = self.service(task)
-            if not (service and service.run == task.run.id):
+            service = self.urgent.service(task)
+            if service is None:
+                self.require_undeleted(task)
+            resumed = service is not None and service.run == task.run.id
+            if not resumed:
                 release, claimed = self.prepare(task, pods)
-                self.require_head(task)
                 self.switch(task, release, claimed)
                 self.metrics.switches.labels(*task.labels, "forward").inc()
                 info("switched", colour=release.colour, commit=release.commit, **task.words)
-            self.settle(task, pods)
+            self.settle(task, pods, resumed=resumed)
 
     def prepare(self, task: Task, pods: Watch[Pod]) -> tuple[Release, Service | None]:
         """Do everything before the switch; return what may go live, and the Service as claimed."""
-        with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
-            checkout = Path(folder) / "src"
-            self.git.checkout(task.app.repository, task.run.commit, checkout, symlinks=False)
-            found = read_manifests(checkout, task.app.deploy.manifests)
+        where = (task.app.repository, task.run.commit, path := task.app.deploy.manifests)
+        with self.git.manifests(*where) as checkout:
+            found = read_manifests(checkout, path)
         objects, ignored = check_objects(task.app, task.namespace, found)
         release = render(task.app, task.run, task.image, self.place(task), objects)
         claimed = self.claim(task, release)
@@ -2804,9 +3746,93 @@ class Deployer:
     # What is there, and who may change it.
 
     def service(self, task: Task) -> Service | None:
-        """Return the live Service as it is now."""
+        """Return the live Service as it is now; where its selector names no run, by its pods."""
         found = self.kubectl.get("service", task.app.name, task.namespace)
-        return Service(found) if found else None
+        service = Service(found) if found else None
+        if service and not (service.run or service.live):
+            ready = map(Pod, self.ready_pods(task.namespace, service.selector))
+            runs = runs_of(task.app.name, ready)
+            service.run = runs.pop() if len(runs) == 1 else ""
+        return service
+
+    def remember(self, task: Task, service: Service) -> None:
+        """Keep a live Service that is in order, for when what is written on it is lost."""
+        last = self.known.get(task.labels, service)
+        if service.in_order and service.version >= last.version:
+            self.known[task.labels] = service
+            self.drifts.pop(task.labels, None)
+
+    def recorded(self, task: Task, service: Service | None) -> Service | None:
+        """Return the live Service as it is recorded: by itself, or, if it lost that, elsewhere."""
+        if source := service if service and service.history else self.known.get(task.labels):
+            return source
+        entry = self.state.read(task.app).live.get(task.environment)
+        if service and service.run and not entry:
+            entry = self.released(task, service)
+        return Service.recorded(task.app.name, entry) if entry else None
+
+    def released(self, task: Task, service: Service) -> Object:
+        """Return the history entry of the run that a Service reaches, by its release."""
+        terms = f"{LABEL_APP}={task.app.name},{LABEL_STAGE}=release"
+        for found in self.kubectl.list("configmaps", task.namespace, "-l", terms):
+            with suppress(StageError):
+                release = Release.from_configmap(found)
+                colour = service.selector.get(LABEL_VERSION, release.colour)
+                if (release.run, release.colour) == (service.run, colour):
+                    return entry_of(release, task.app.name, self.clock.now())
+        return {}
+
+    def drift(self, task: Task, service: Service, source: Service | None) -> Drift:
+        """Return what the selector of a live Service is beside what is recorded of it."""
+        if source is None or not source.served or service.in_order:
+            return Drift.NONE
+        pods = map(Pod, self.staying(task.namespace, service.selector))
+        put_backs = len(self.put_backs(source))
+        return drift_of(source.served["run"], runs_of(task.app.name, pods), put_backs)
+
+    def put_backs(self, source: Service) -> list[float]:
+        """Return when a widened selector was put back of late."""
+        since = self.clock.now() - PUT_BACK_SECONDS
+        return [at for at in map(seconds_of, source.note(NOTE_PUT_BACK, [])) if at > since]
+
+    @persistent
+    def mend(self, task: Task) -> None:
+        """See to a live Service that someone else changed: put it back, or write down what it is.
+
+        What was written on it comes back, too, where it was deleted and made again.
+        """
+        service = self.service(task)
+        source = self.recorded(task, service)
+        if service is None or source is None or service.in_order:
+            return
+        drift, by = self.drift(task, service, source), self.last_change(task).get("manager")
+        self.say_drift(task, service, drift, by := clip(str(by or "someone else"), 80))
+        own = {k: v for k, v in service.notes().items() if v}
+        notes, goal = {**source.notes(), **own}, None
+        if drift is Drift.WIDENED:
+            notes[NOTE_PUT_BACK] = [*self.put_backs(source), round(self.clock.now(), 3)]
+            goal = source.served
+        elif drift is Drift.KEPT:
+            notes[NOTE_HISTORY] = [
+                {**e, "by": by} if e == source.served else e for e in source.history
+            ]
+        elif drift is Drift.MOVED and service.run:
+            unknown = {"run": service.run, "selector": service.selector}
+            entry = source.entry(service.run) or self.released(task, service)
+            entry = entry or read_record(HistoryEntry, unknown)
+            notes[NOTE_HISTORY] = moved(source.history, entry, by, self.clock.now())
+        if goal or notes[NOTE_HISTORY] != service.history:
+            self.write(task, service, notes, goal)
+
+    def say_drift(self, task: Task, service: Service, drift: Drift, by: str) -> None:
+        """Say and count once what someone else made of a live selector."""
+        if self.drifts.get(task.labels) != (drift, service.selector):
+            self.drifts[task.labels] = drift, service.selector
+            self.metrics.drift.labels(*task.labels).inc()
+            contested = drift is Drift.CONTESTED
+            reason = Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED
+            words = {**task.words, "run": service.run}
+            error("selector drift", drift=drift, reason=reason, by=by, **words)
 
     def pause(self, seconds: float) -> None:
         """Wait; raises InterruptedError when the program is to stop."""
@@ -2824,26 +3850,32 @@ class Deployer:
         if goal:
             # a merge keeps keys that are not named: those that must go are set to null
             spec["selector"] = {**dict.fromkeys(seen.selector), **goal["selector"]}
-            notes = {NOTE_PREVIOUS: seen.selector, **notes}
+            notes = {NOTE_PREVIOUS: seen.live.get("selector") or seen.selector, **notes}
         if goal and goal.get("ports"):
             spec["ports"] = ports_like(goal["ports"], seen.ports)
         texts = {k: None if v is None else json.dumps(v) for k, v in notes.items()}
         labels = {LABEL_MANAGED: MANAGER, LABEL_APP: seen.name, LABEL_STAGE: "live"}
         meta = {"resourceVersion": str(seen.version), "annotations": texts, "labels": labels}
         change = {"metadata": meta, "spec": spec}
-        return Service(self.kubectl.patch("service", seen.name, task.namespace, change))
+        written = Service(self.kubectl.patch("service", seen.name, task.namespace, change))
+        self.remember(task, written)
+        return written
 
     def place(self, task: Task) -> tuple[str, int]:
         """Return the idle colour, and how large the live one is.
 
         Live is what today's selector reaches, which may be what a person wrote: the two colours of
-        our own pods among it, or neither.
+        our own pods among it, or neither; and, where there is no Service, what it reached.
         """
         service, name = self.service(task), task.app.name
         selector = service.selector if service else {}
+        source = self.recorded(task, service)
+        self.require_order(task, service, source)
         labels = [p["metadata"]["labels"] for p in self.staying(task.namespace, selector)]
         live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == name}
         live.add(selector.get(LABEL_VERSION))
+        if source and not service:
+            live.add(source.served.get("colour"))
         foreign = service and not service.ours
         replicas, free = len(labels) if foreign else 0, [c for c in COLOURS if c not in live]
         detail = "both colours serve; point the Service at one of them"
@@ -2857,6 +3889,21 @@ class Deployer:
         if not free:
             raise StageError(Reason.ADOPTION_REFUSED, detail)
         return free[0], replicas
+
+    def require_order(self, task: Task, service: Service | None, source: Service | None) -> None:
+        """Raise while the live selector reaches two versions; it is put back soon, or contested."""
+        drift = self.drift(task, service, source) if service else Drift.NONE
+        if drift is Drift.CONTESTED:
+            raise StageError(Reason.SELECTOR_CONTESTED, self.last_manager(task))
+        if drift is Drift.WIDENED:
+            raise HookError("the selector of the live Service was widened, and is put back first")
+
+    def require_undeleted(self, task: Task) -> None:
+        """Raise while the live Service of a run that is verified or baked is deleted."""
+        source = self.recorded(task, None)
+        served = source.served if source else {}
+        if served.get("run") == task.run.id and self.ready_pods(task.namespace, served["selector"]):
+            raise HookError("someone deleted the live Service; the run goes on when it is there")
 
     def size(self, task: Task, selector: Mapping[str, str]) -> int:
         """Return how many pods a colour is to have now: an autoscaler may have changed it."""
@@ -2880,9 +3927,9 @@ class Deployer:
     def note(self, run: str, colour: str, phase: str, heal: str = "") -> Object:
         """Return a claim; its time tells it from that of another process."""
         since = round(self.clock.now(), 3)
-        return {"run": run, "colour": colour, "phase": phase, "since": since, "heal": heal}
+        return asdict(Claim(run=run, colour=colour, phase=str(phase), since=since, heal=heal))
 
-    @persistent
+    @partial(persistent, while_head=True)
     def claim(self, task: Task, release: Release) -> Service | None:
         """Say on the live Service that this run is changing the environment; None if there is none.
 
@@ -2894,7 +3941,9 @@ class Deployer:
         claim, colour = service.claim, release.colour
         if service.selector.get(LABEL_VERSION) == colour:
             raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
-        fresh = self.clock.now() - seconds_of(claim.get("since")) < CLAIM_SECONDS
+        source = self.recorded(task, service)
+        self.require_order(task, service, source)
+        fresh = abs(self.clock.now() - seconds_of(claim.get("since"))) < CLAIM_SECONDS
         if fresh and claim.get("phase") == Phase.ROLLBACK:
             raise HookError("a rollback is under way")
         heal = claim.get("heal", "") if claim.get("colour") == colour else ""
@@ -2905,14 +3954,28 @@ class Deployer:
         if stood.get("colour") == colour and not same:
             heal = stood["release"] if stood.get("outcome") in (Outcome.DEPLOYED, "") else ""
         notes: Object = {NOTE_CLAIM: self.note(task.run.id, colour, Phase.PREPARING, heal)}
-        goal = None if service.ours else {"selector": self.adopted(task, release, service)}
+        goal = self.narrower(task, release, service, source)
         older = [e for e in service.history if e.get("outcome") != ADOPTED]
-        if goal and (service.live or not older):
-            was = service.live.get("was", service.selector)
-            told = {"run": "", "colour": "", "outcome": ADOPTED, "was": was, **goal}
+        if source and source.served.get("run") and not service.history:
+            notes |= {NOTE_HISTORY: source.history}
+        elif goal and not service.run and (service.live or not older):
+            told = {"outcome": ADOPTED, "was": service.live.get("was") or service.selector, **goal}
             told |= {"ports": service.ports, "at": self.clock.now()}
-            notes |= {NOTE_PREVIOUS: goal["selector"], NOTE_HISTORY: [told, *older]}
+            notes |= {NOTE_HISTORY: [asdict(HistoryEntry(**told)), *older]}
+            notes |= {NOTE_PREVIOUS: goal["selector"]}
         return self.write(task, service, notes, goal)
+
+    def narrower(
+        self, task: Task, release: Release, service: Service, source: Service | None
+    ) -> Object | None:
+        """Return where a live Service has to point before there are new pods; None: it may stay.
+
+        To the one run of the app that it reaches, or what was there before the first.
+        """
+        if service.ours:
+            return None
+        live = source.entry(service.run) if source and service.run else {}
+        return {"selector": live.get("selector") or self.adopted(task, release, service)}
 
     def adopted(self, task: Task, release: Release, service: Service) -> dict[str, str]:
         """Return the selector that keeps a foreign Service on exactly today's pods."""
@@ -2929,44 +3992,62 @@ class Deployer:
         return found
 
     def check_claim(self, task: Task, claimed: Service | None, now: Service | None) -> None:
-        """Raise when someone else holds the claim now or has changed the live Service."""
+        """Raise when someone else holds the claim now or has changed the live Service.
+
+        A Service that was deleted and made again has lost the claim, which nobody has taken.
+        """
         if claimed is None and now is None:
             return
-        if claimed is None or now is None or now.claim != claimed.claim:
-            who = (now.claim.get("run") if now else "") or "someone else"
+        if not (claimed and now) or now.claim != claimed.claim:
+            who = str(now.claim.get("run", "")) if now else ""
             if who == task.run.id:
                 raise HookError("another daemon has this run in hand")
-            raise SupersededError(Reason.CLAIM_LOST, f"{who} has taken the claim")
-        if now.selector != claimed.selector:
+            if not who and not (claimed and now and kept(claimed, now)):
+                raise HookError("the live Service was deleted or made anew meanwhile")
+            raise SupersededError(Reason.CLAIM_LOST, f"{who or 'someone else'} has taken the claim")
+        if now.selector == claimed.selector:
+            return
+        # what only asks for more, and still reaches the same pods, is as good
+        pods = map(Pod, self.staying(task.namespace, now.selector))
+        same = claimed.selector.items() <= now.selector.items()
+        if not (same and claimed.run and runs_of(task.app.name, pods) == {claimed.run}):
             raise StageError(Reason.SELECTOR_CHANGED, self.last_manager(task))
 
-    def last_manager(self, task: Task) -> str:
-        """Return who changed the live Service last, by its managedFields."""
+    def last_change(self, task: Task) -> Object:
+        """Return what the managedFields of the live Service say of its last change."""
         args = ("get", "service", task.app.name, "-o", "json", "--show-managed-fields")
         with suppress(KubectlError, ValueError):
             meta = json.loads(self.kubectl.run(*args, namespace=task.namespace))["metadata"]
             managed = meta.get("managedFields") or [{}]
             spec = [m for m in managed if "f:selector" in json.dumps(m.get("fieldsV1"))]
-            last = max(spec or managed, key=lambda m: str(m.get("time", "")))
-            return f"changed by {clip(str(last.get('manager')), 80)} at {last.get('time')}"
-        return "changed by someone else"
+            return dict(max(spec or managed, key=lambda m: str(m.get("time", ""))))
+        return {}
+
+    def last_manager(self, task: Task) -> str:
+        """Return who changed the live Service last."""
+        last = self.last_change(task)
+        at = f" at {last['time']}" if "time" in last else ""
+        return f"changed by {clip(str(last.get('manager', 'someone else')), 80)}{at}"
 
     # Apply and wait.
 
     @contextmanager
     def watched_pods(self, task: Task) -> Iterator[Watch[Pod]]:
-        """Keep a mirror of an app's pods in one namespace while the block runs."""
+        """Keep a mirror of an app's pods while the block runs, and their logs if it fails."""
         selector = f"{LABEL_APP}={task.app.name}"
         watch = Watch(self.kubectl, "pods", task.namespace, Pod, selector)
         thread = threading.Thread(target=watch.run, name=f"pods-{task.app.name}", daemon=True)
         thread.start()
         try:
             yield watch
+        except StageError:
+            self.keep_logs(task, [p for p in watch.items() if p.run == task.run.id])
+            raise
         finally:
             watch.stop()
             thread.join(KUBECTL_TIMEOUT)
 
-    @persistent
+    @partial(persistent, while_head=True)
     def apply(self, task: Task, release: Release, claimed: Service | None) -> None:
         """Record a release, and put its Deployment in the place of what stands there.
 
@@ -2975,11 +4056,26 @@ class Deployer:
         """
         made = copy.deepcopy(release.deployment)
         made["metadata"]["annotations"][NOTE_WRITTEN] = str(self.clock.now())
-        records = [*release.configmaps, release.configmap(task.app.name)]
-        self.kubectl.create(records, task.namespace)
+        self.record(task, release)
         found = self.kubectl.get("deployment", made["metadata"]["name"], task.namespace)
         self.check_claim(task, claimed, self.service(task))
         self.kubectl.put(made, found, task.namespace)
+
+    def record(self, task: Task, release: Release) -> None:
+        """Write a release and its copies of ConfigMaps; raises StageError where others are there.
+
+        What cannot be changed any more is used only if it is exactly what was to be written.
+        """
+        records = [*release.configmaps, release.configmap(task.app.name)]
+        wanted = {each["metadata"]["name"]: each for each in records}
+        for name, refused in self.kubectl.create_each(records, task.namespace).items():
+            if refused.kind != "AlreadyExists":
+                raise refused
+            if (found := self.kubectl.get("configmap", name, task.namespace)) is None:
+                raise HookError(f"ConfigMap {name} was deleted this very moment")
+            if substance(found) != substance(wanted[name]):
+                detail = f"ConfigMap {name} is there with another content or other labels"
+                raise StageError(Reason.ADOPTION_REFUSED, f"{detail}; delete or rename it")
 
     def roll_out(self, task: Task, release: Release, pods: Watch[Pod]) -> None:
         """Wait for the pods of a release; raises StageError at once for what cannot heal."""
@@ -2994,7 +4090,7 @@ class Deployer:
                 while process.poll() is None and self.clock.monotonic() < until:
                     seen = self.symptoms(task, release, pods)
                     if symptom := doom.verdict(seen, self.clock.now()):
-                        raise self.failed(task, release, pods, symptom)
+                        raise self.failed(release, pods, symptom)
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(1.0)
                     self.pause(0)
@@ -3012,7 +4108,7 @@ class Deployer:
                 until = min(until, self.clock.monotonic() + VERIFY_SECONDS)
             self.pause(0.3)
         detail = f"{ready} of {release.wanted} pods ready within {timeout} s"
-        raise self.failed(task, release, pods, Symptom("", Reason.NEVER_READY, detail))
+        raise self.failed(release, pods, Symptom("", Reason.NEVER_READY, detail))
 
     def symptoms(self, task: Task, release: Release, pods: Watch[Pod]) -> list[Symptom]:
         """Return what is wrong with a release's pods, also with those that cannot be created."""
@@ -3028,42 +4124,43 @@ class Deployer:
                 seen.append(creation_symptom(str(failure.get("message")), name))
         return seen
 
-    def failed(
-        self, task: Task, release: Release, pods: Watch[Pod], symptom: Symptom
-    ) -> StageError:
+    def failed(self, release: Release, pods: Watch[Pod], symptom: Symptom) -> StageError:
         """Return the end of a rollout; one that is only late is told by what is wrong with it."""
         ours = [p for p in pods.items() if p.run == release.run]
         seen = (s for p in ours for s in pod_symptoms(p))
         told = symptom if symptom.key else next(seen, symptom)
-        return StageError(told.reason, self.with_logs(told.detail, ours, task.namespace))
+        return StageError(told.reason, told.detail)
 
-    def with_logs(self, detail: str, pods: Iterable[Pod], namespace: str) -> str:
-        """Return a detail with the last log lines of what failed, secrets masked."""
-        failed = [
-            (pod.name, container.name)
-            for pod in sorted(pods, key=lambda p: (p.ready, -p.created))
-            for container in pod.containers
-            if container.kind != "sidecar" and (container.exit_code or not container.ready)
-        ]
-        for name, container in failed[:1]:
-            printed = self.kubectl.logs(name, container, namespace).splitlines()[-20:]
-            detail = "\n".join([detail, *(clip(line, 200) for line in printed)])
-        return self.secrets.mask(detail)
+    def keep_logs(self, task: Task, pods: Sequence[Pod]) -> None:
+        """Keep the end of the logs of pods that may soon be gone; wait for that only a moment."""
+        if task.app.deploy.log_tails:
+            words = (task.app.name, task.run.id, pods, task.namespace)
+            self.logs.start(partial(self.logs.keep, *words)).join(LOG_PATIENCE)
 
     def smoke_test(self, task: Task, release: Release) -> None:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
         url, health = self.preview(task, release), task.app.deploy.health
-        # the pods themselves first: the preview may lead to those before for a moment
-        found = self.ready_pods(task.namespace, release.selector)
-        own = [pod_address(p, release.ports[0], health.path) for p in found]
         until, passed = self.clock.monotonic() + health.timeout, 0
         while passed < health.successes:
+            # the pods themselves first: the preview may lead to those before for a moment
+            found = self.ready_pods(task.namespace, release.selector)
+            own = [pod_address(p, release.ports[0], health.path) for p in found]
             refusal = next((r for u in (*own, url) if u and (r := health_refusal(u))), None)
             passed = 0 if refusal else passed + 1
-            if refusal and self.clock.monotonic() > until:
+            if refusal and len(found) < release.wanted:
+                until += self.replaced(task, release)
+            elif refusal and self.clock.monotonic() > until:
                 raise StageError(Reason.SMOKE_FAILED, f"{health.path}: {refusal}")
             self.pause(HEALTH_INTERVAL if refusal else 0.05)
 
+    def replaced(self, task: Task, release: Release) -> float:
+        """Wait until pods that were taken away meanwhile are replaced; return how long it took."""
+        began = self.clock.monotonic()
+        with self.watched_pods(task) as pods:
+            self.roll_out(task, release, pods)
+        return self.clock.monotonic() - began
+
+    @persistent
     def preview(self, task: Task, release: Release) -> str:
         """Point the preview Service at a release; return the address of its health path."""
         name, ports = f"{task.app.name}-preview", ports_like(release.ports)
@@ -3091,12 +4188,13 @@ class Deployer:
         service = self.service(task)
         if service and service.run == release.run:
             return
+        self.require_head(task)
         self.check_claim(task, claimed, service)
-        entry = {f: getattr(release, f) for f in ("run", "commit", "image", "colour", "selector")}
-        record = release.configmap(task.app.name)["metadata"]["name"]
-        entry |= {"ports": release.ports, "release": record, "replicas": release.wanted}
-        entry |= {"at": round(self.clock.now(), 3), "by": MANAGER, "outcome": ""}
-        history = [entry, *(service.history if service else ())][:HISTORY_LENGTH]
+        source, entry = (
+            self.recorded(task, service),
+            entry_of(release, task.app.name, self.clock.now()),
+        )
+        history = [entry, *(source.history if source else ())][:HISTORY_LENGTH]
         claim = self.note(release.run, release.colour, Phase.BAKING)
         notes: Object = {NOTE_HISTORY: history, NOTE_CLAIM: claim}
         if task.last:
@@ -3116,24 +4214,34 @@ class Deployer:
         if word == "unknown":
             raise HookError("the git server does not show the push yet")
 
-    def settle(self, task: Task, pods: Watch[Pod]) -> None:
+    def settle(self, task: Task, pods: Watch[Pod], *, resumed: bool = False) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
-        service = self.judge_live(task, self.service(task))
-        if service.live.get("outcome"):
+        service, release = self.urgent.switched(task)
+        if release and task.last:
+            Bake(self, task, release, pods).run(service, resumed=resumed)
+        elif release:
+            self.verify(task, release, seconds_of(service.live.get("at")))
+            self.conclude(task)
+
+    @persistent
+    def switched(self, task: Task) -> tuple[Service, Release | None]:
+        """Return the live Service and the release that it leads to, none if that has an outcome."""
+        service = self.own_live(task)
+        entry = service.live
+        return service, None if entry["outcome"] else self.release(task, entry)
+
+    def verify(self, task: Task, release: Release, since: float) -> None:
+        """Wait for the endpoints of a switch; take traffic back if they do not come."""
+        wanted = release.wanted
+        if self.followed(task, release.selector, wanted, since):
             return
-        release = self.release(task, service.live)
-        since, wanted = seconds_of(service.live.get("at")), release.wanted
-        if not self.followed(task, release.selector, wanted, since):
-            detail = f"the endpoints did not become the {wanted} pods of {release.run}"
-            ready = len(self.ready_pods(task.namespace, release.selector))
-            target, old, _ = self.look_back(task, unhealthy=False)
-            if ahead(old, (ready, wanted)) < 0 or (target and not old[0]):
-                raise StageError(Reason.BOTH_SICK, f"{detail}; nothing better to go back to")
-            self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
-            raise StageError(Reason.ENDPOINTS_MISSING, detail)
-        if task.last:
-            self.bake(task, release, pods, service)
-        self.conclude(task)
+        detail = f"the endpoints did not become the {wanted} pods of {release.run}"
+        ready = len(self.ready_pods(task.namespace, release.selector))
+        target, old, _ = self.look_back(task, unhealthy=False)
+        if ahead(old, (ready, wanted)) < 0 or (target and not old[0]):
+            raise StageError(Reason.BOTH_SICK, f"{detail}; nothing better to go back to")
+        self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
+        raise StageError(Reason.ENDPOINTS_MISSING, detail)
 
     def release(self, task: Task, entry: Mapping[str, Any]) -> Release:
         """Return the release that a history entry names."""
@@ -3141,6 +4249,12 @@ class Deployer:
         found = self.kubectl.get("configmap", name, task.namespace)
         if not found:
             raise StageError(Reason.VANISHED, f"release record {name} is gone")
+        packed = str((found.get("binaryData") or {}).get("release", ""))
+        whole = release_record(task.app.name, packed)
+        seen = (found["metadata"]["name"], substance(found))
+        if seen != (whole["metadata"]["name"], substance(whole)):
+            detail = f"release record {name} was changed, or is not one of {task.app.name}"
+            raise StageError(Reason.ADOPTION_REFUSED, detail)
         return Release.from_configmap(found)
 
     def followed(self, task: Task, selector: Mapping[str, str], wanted: int, since: float) -> bool:
@@ -3153,16 +4267,10 @@ class Deployer:
         spent, limit, looked = 0.0, VERIFY_SECONDS, self.clock.monotonic()
         while spent < limit:
             with suppress(KubectlError):
-                terms = f"kubernetes.io/service-name={task.app.name}"
-                slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
-                ready = ready_endpoints(slices)
-                pods = [Pod(p) for p in self.pods(task.namespace, selector)]
-                known, stayed = {p.name for p in pods}, [p for p in pods if p.created <= since]
-                enough = min(wanted, sum(not p.leaving for p in stayed))
-                if ready and ready <= known and len(ready) >= enough:
+                converged, moved = self.endpoints(task, selector, wanted, since)
+                if converged:
                     return True
-                unmoved = not slices or (ready and not ready & known)
-                limit = UNMOVED_SECONDS if unmoved else VERIFY_SECONDS
+                limit = VERIFY_SECONDS if moved else UNMOVED_SECONDS
                 spent += min(self.clock.monotonic() - looked, 1.0)
                 wanted = min(wanted, self.size(task, selector))
             looked = self.clock.monotonic()
@@ -3170,37 +4278,18 @@ class Deployer:
             self.pause(0.1)
         return False
 
-    def bake(self, task: Task, release: Release, pods: Watch[Pod], service: Service) -> None:
-        """Watch a switched-to version; sick: take the traffic back and raise StageError."""
-        health, since = task.app.deploy.health, seconds_of(service.live.get("at"))
-        least = self.clock.now() + min(REBAKE_SECONDS, task.app.deploy.bake)
-        until = max(seconds_of(service.note(NOTE_BAKE, 0.0)), least)
-        url, failures, wanted = self.preview(task, release), 0, release.wanted
-        all_ready = looked = self.clock.monotonic()
-        while self.clock.now() < until:
-            self.pause(HEALTH_INTERVAL)
-            refusal = health_refusal(url)
-            known = [p for p in pods.items() if p.run == release.run]
-            calm = not disturbed(known, wanted)
-            failures = failures + 1 if refusal and calm else 0
-            down = unready(known, since)
-            all_ready = all_ready if down else self.clock.monotonic()
-            sick = sickness(known, since)
-            if failures >= health.failures:
-                sick = f"{health.path} failed {failures} times in a row: {refusal}"
-            elif self.clock.monotonic() - all_ready > UNREADY_SECONDS:
-                sick = sick or f"not ready for {UNREADY_SECONDS:.0f} s: {', '.join(down)}"
-            if sick:
-                sound = sum(p.ready and not sickness([p], since) for p in known)
-                of_all = max(wanted, sum(p.stays for p in known))
-                well = None if failures >= health.failures else (sound, of_all)
-                self.take_back(task, sick, known, well)
-                failures = 0
-            if self.clock.monotonic() - looked > LOOK_SECONDS:
-                looked = self.clock.monotonic()
-                self.still_live(task)
-                with suppress(KubectlError):
-                    wanted = min(wanted, self.size(task, release.selector))
+    def endpoints(
+        self, task: Task, selector: Mapping[str, str], wanted: int, since: float
+    ) -> tuple[bool, bool]:
+        """Return whether the ready endpoints are pods of a selector and enough, or some of them."""
+        terms = f"kubernetes.io/service-name={task.app.name}"
+        slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
+        ready = ready_endpoints(slices)
+        pods = [Pod(p) for p in self.pods(task.namespace, selector)]
+        known, stayed = {p.name for p in pods}, [p for p in pods if p.created <= since]
+        enough = min(wanted, sum(not p.leaving for p in stayed))
+        moved = bool(slices) and (not ready or bool(ready & known))
+        return bool(ready and ready <= known and len(ready) >= enough), moved
 
     def still_live(self, task: Task) -> None:
         """Raise when the live Service was switched away from a run, as far as it can be seen."""
@@ -3213,12 +4302,24 @@ class Deployer:
             return service
         if service and service.entry(task.run.id).get("outcome"):
             raise SupersededError(Reason.ROLLED_BACK, "rolled back by hand")
-        raise SupersededError(Reason.SELECTOR_CHANGED, self.last_manager(task))
+        source = self.recorded(task, service)
+        drift = self.drift(task, service, source) if service else Drift.WIDENED
+        if drift is Drift.WIDENED and source and source.served.get("run") == task.run.id:
+            raise HookError("the live Service was widened, or deleted; it is put back first")
+        contested = drift is Drift.CONTESTED
+        reason = Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED
+        raise SupersededError(reason, self.last_manager(task))
 
-    def take_back(
-        self, task: Task, sick: str, pods: Sequence[Pod], well: tuple[int, int] | None
-    ) -> None:
-        """Switch back first, then gather why; raises StageError.
+    def own_live(self, task: Task) -> Service:
+        """Return the live Service, with its history, while it selects the run; else raise."""
+        service = self.judge_live(task, self.service(task))
+        if not service.live:
+            self.mend(task)
+            raise HookError("the history of the live Service was lost, and is put back first")
+        return service
+
+    def take_back(self, task: Task, sick: str, well: tuple[int, int] | None) -> None:
+        """Switch back; raises StageError.
 
         Only onto a version of which a larger share is well: with both sick it stays. Where the
         health path failed, so that `well` is not known, the pods of both are asked one by one; the
@@ -3227,8 +4328,7 @@ class Deployer:
         target, old, answering = self.look_back(task, unhealthy=well is None)
         if ahead(old, well or answering) > 0:
             self.switch_back(task, Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH, sick)
-            detail = self.with_logs(sick, pods, task.namespace)
-            raise StageError(Reason.SICK_AFTER_SWITCH, detail)
+            raise StageError(Reason.SICK_AFTER_SWITCH, sick)
         if not (target and answering[0]):
             other = "the version before is no better" if target else "there is no version before"
             raise StageError(Reason.BOTH_SICK, f"{sick}; {other}")
@@ -3256,48 +4356,72 @@ class Deployer:
         pods = self.staying(task.namespace, entry.get("selector", {}))
         port, path = (entry.get("ports") or [{}])[0], task.app.deploy.health.path
         ready = [p for p in pods if Pod(p).ready]
+        ours = LABEL_VERSION in entry.get("selector", {})
+        wanted = max(len(pods), self.size(task, entry["selector"]) if ours else 0)
         urls = [u for p in ready if ask and (u := pod_address(p, port, path))]
         with ThreadPoolExecutor(32) as at_once:
             refused = at_once.map(partial(health_refusal, patience=1.0), urls)
-            return len(ready) - sum(map(bool, refused)), len(pods)
+            return len(ready) - sum(map(bool, refused)), wanted
 
-    @persistent
     def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
         """Point the live Service back at the version before, in one patch that carries the outcome.
 
-        It does not look at the pods it leaves. Tried until it is done or someone else has switched;
-        a first deployment has nothing to go back to, so its Service is removed.
+        It does not look at the pods it leaves. Tried until it is done. Raises SupersededError when
+        someone else has switched; a first deployment has nothing to go back to, so its Service is
+        removed.
         """
-        service = self.service(task)
-        if service and service.run == task.run.id:
-            target, live = service.before, service.live
-            if not target:
-                if not service.note(NOTE_PREVIOUS, {}):
-                    self.kubectl.delete("service", [task.app.name], task.namespace)
-                return
-            colour = service.selector.get(LABEL_VERSION, "")
-            ended = {"outcome": outcome, "reason": reason, "detail": clip(detail)}
-            notes = {
-                NOTE_HISTORY: [{**e, **ended} if e == live else e for e in service.history],
-                NOTE_CLAIM: self.note(task.run.id, colour, Phase.SWITCHED_BACK),
-                NOTE_BAKE: None,
-            }
-            self.write(task, service, notes, target)
-        self.metrics.switches.labels(*task.labels, "back").inc()
-        error("switched back", reason=reason, detail=clip(detail), **task.words)
+        ended = {"outcome": str(outcome), "reason": str(reason), "detail": clip(detail)}
+        if self.switched_back(task, ended):
+            self.metrics.switches.labels(*task.labels, "back").inc()
+            error("switched back", reason=reason, detail=clip(detail), **task.words)
+        else:
+            error("nothing to switch back to", reason=reason, detail=clip(detail), **task.words)
 
     @persistent
-    def conclude(self, task: Task) -> None:
-        """Write that a version stays, and leave a claim by which the old one is drained."""
-        service = self.judge_live(task, self.service(task))
+    def switched_back(self, task: Task, ended: Object) -> bool:
+        """Switch back if there is a version before; return whether this was done, now or before."""
+        service = self.service(task)
+        if service is None:  # deleted, perhaps by the try before
+            return False
+        if service.entry(task.run.id).items() >= ended.items():
+            return True
+        service = self.own_live(task)
+        target, live = service.before, service.live
+        if not target and not service.note(NOTE_PREVIOUS, {}):
+            self.known.pop(task.labels, None)
+            self.state.write(task.app, forget=[f"live-{task.environment}"])
+            self.kubectl.delete("service", [task.app.name], task.namespace)
+        if not target:
+            return False
+        notes = {
+            NOTE_HISTORY: [{**e, **ended} if e == live else e for e in service.history],
+            NOTE_CLAIM: self.note(task.run.id, live.get("colour", ""), Phase.SWITCHED_BACK),
+            NOTE_BAKE: None,
+        }
+        self.write(task, service, notes, target)
+        return True
+
+    @persistent
+    def conclude(
+        self, task: Task, proof: Callable[[], bool] = lambda: True, *, unjudged: bool = False
+    ) -> bool:
+        """Write that a version stays, and leave a claim by which the old one is drained.
+
+        Each try of it asks for the proof that the version is healthy, after it has read what it is
+        going to change; without it nothing is written, and the answer is False.
+        """
+        service = self.own_live(task)
         if service.claim.get("phase") == Phase.ROLLBACK:
             raise SupersededError(Reason.ROLLED_BACK, "a rollback is under way")
+        if not proof():
+            return False
         live, old = service.live, service.before.get("colour", "")
-        ended = {**live, "outcome": Outcome.DEPLOYED}
+        ended = {**live, "outcome": Outcome.DEPLOYED, **({"unjudged": True} if unjudged else {})}
         drain = {**self.note(task.run.id, old, Phase.DRAINING), "since": live.get("at", 0)}
         history = [ended if e == live else e for e in service.history]
         claim = drain if old in COLOURS else None
         self.write(task, service, {NOTE_HISTORY: history, NOTE_BAKE: None, NOTE_CLAIM: claim})
+        return True
 
     # What is left behind.
 
@@ -3307,7 +4431,9 @@ class Deployer:
         if service is None or service.claim != claim:
             return
         colour, phase = str(claim.get("colour", "")), claim.get("phase")
-        if colour in COLOURS and service.selector.get(LABEL_VERSION) != colour:
+        if phase == Phase.ROLLBACK and claim.get("heal"):
+            self.heal(task, f"{task.app.name}-{colour}", service)
+        elif colour in COLOURS and service.selector.get(LABEL_VERSION) != colour:
             name, retain = f"{task.app.name}-{colour}", task.app.deploy.retain
             if phase == Phase.PREPARING:
                 self.heal(task, name, service)
@@ -3388,7 +4514,9 @@ class Deployer:
         namespace, name = task.namespace, task.app.name
         ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP}={name}"
         service, named = self.service(task), ""
-        if service and service.claim:
+        source = self.recorded(task, service)
+        # what a deleted Service named is in use, and is named again when it is back
+        if source and (service is None or service.claim or not service.history):
             return
         deployments = self.kubectl.list("deployments", namespace, "-l", ours)
         if service:
@@ -3399,64 +4527,62 @@ class Deployer:
             left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
             self.kubectl.delete("deployment", left, namespace)
             self.kubectl.delete("service", [f"{name}-preview"], namespace)
-        found = self.kubectl.list("configmaps", namespace, "-l", ours)
+        # logs go by their age and number
+        found = self.kubectl.names("configmaps", namespace, f"{ours},{LABEL_STAGE}!=log")
         now = self.service(task)
         # whoever made one of them after the first look has claimed the Service by now
         if (now.version if now else 0) == (service.version if service else 0):
             # a release has the text of its copies: applying it makes them again
-            names = (m["metadata"]["name"] for m in found)
-            self.kubectl.delete("configmap", [n for n in names if n not in named], namespace)
+            self.kubectl.delete("configmap", [n for n in found if n not in named], namespace)
 
     # Rollback on request.
 
-    def rollback(self, task: Task, back: int, reason: str) -> tuple[Object, Object]:
-        """Switch an environment to a proven earlier version; return (what was left, the target).
+    def rollback(self, task: Task, service: Service, target: Object, reason: str) -> Object:
+        """Switch an environment to an entry of its history; return the entry as it is live then.
 
-        Works beside a daemon or without one. A target that still stands is one patch away; one that
-        was scaled down or overwritten is applied again and waited for. Raises RefusedError without
-        a target, and StageError when it does not become ready.
+        Works beside a daemon or without one. A target of which enough pods are ready is one patch
+        away, and what overwrote its Deployment is undone afterwards; one that was scaled down is
+        applied again and waited for. Raises RefusedError when someone else has switched meanwhile,
+        and StageError when the target does not become ready.
         """
-        service = self.service(task)
-        target = service.target(back) if service else {}
-        if not service or not target:
-            known = sum(bool(service and service.target(n + 1)) for n in range(HISTORY_LENGTH))
-            some = f"{f'only {known}' if known else 'no'} proven version{'s' * (known > 1)}"
-            raise RefusedError(f"{task.app.name} in {task.environment}: {some} to go back to")
-        task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
-        claim = self.note(task.run.id, str(target.get("colour", "")), Phase.ROLLBACK)
-        claimed = self.hold(task, claim) or service
+        task = replace(task, run=replace(task.run, id=target["run"]))
+        claim = self.note(task.run.id, target["colour"], Phase.ROLLBACK)
+        claimed, left = self.hold(task, claim) or service, service.claim or None
         try:
             if claimed.selector != service.selector:
                 raise RefusedError("traffic was switched this very moment; look, and try again")
             goal = self.raise_target(task, claimed, target)
-            self.go_back(task, claimed, target, goal, reason)
+            switched = self.go_back(task, claimed, goal, reason)
+            left = None
+            if goal.overwritten and switched and switched.claim.get("heal"):
+                self.heal(task, f"{task.app.name}-{target['colour']}", switched)
+                claim = switched.claim
         finally:
             with suppress(HookError):
-                self.hold(task, None, claim)
-        return service.live, goal
+                self.hold(task, left, claim)
+        return goal.entry
 
     @persistent
-    def go_back(
-        self, task: Task, claimed: Service, target: Object, goal: Object, reason: str
-    ) -> None:
+    def go_back(self, task: Task, claimed: Service, goal: Goal, reason: str) -> Service | None:
         """Point the live Service at a rollback's goal, if nobody else has taken over."""
         now = self.service(task)
-        if now is None or now.selector == goal["selector"]:
-            return
+        if now is None or now.selector == goal.entry["selector"]:
+            return now
         if (now.claim, now.selector) != (claimed.claim, claimed.selector):
             raise RefusedError(f"{now.claim.get('run') or 'someone'} has taken over meanwhile")
-        history = rolled_back(now.history, target, goal, reason)
-        notes = {NOTE_HISTORY: history, NOTE_CLAIM: None, NOTE_BAKE: None}
-        self.write(task, now, notes, goal)
+        history = rolled_back(now.history, goal.target, goal.entry, reason)
+        claim = {**claimed.claim, "heal": goal.target["release"]} if goal.overwritten else None
+        notes = {NOTE_HISTORY: history, NOTE_CLAIM: claim, NOTE_BAKE: None}
+        return self.write(task, now, notes, goal.entry)
 
-    def raise_target(self, task: Task, claimed: Service, target: Object) -> Object:
-        """Return a rollback target's entry once its pods are ready, brought back if need be."""
-        app, run = task.app.name, target.get("run")
-        carried = not run or self.fenced(task, target) == run
+    def raise_target(self, task: Task, claimed: Service, target: Object) -> Goal:
+        """Return where a rollback goes once its pods are ready, brought back if need be."""
+        app, carries = task.app.name, self.fenced(task, target) if target["run"] else ""
         ready = len(self.ready_pods(task.namespace, target["selector"]))
-        if ready >= int(target.get("replicas", 1)) and carried:
-            return target
-        if not target.get("release"):
+        overwritten = bool(carries != target["run"])
+        if ready >= target["replicas"] and (not overwritten or (carries and target["release"])):
+            return Goal(target, target, overwritten)
+        if not target["release"]:
             gone = "the version before has no ready pods and was not deployed from here"
             raise RefusedError(gone)
         release = self.release(task, target)
@@ -3469,7 +4595,8 @@ class Deployer:
             self.apply(task, release, claimed)
             self.roll_out(task, release, pods)
         changed = {"colour": colour, "selector": release.selector, "replicas": release.wanted}
-        return {**target, **changed, "release": record["metadata"]["name"]}
+        entry = {**target, **changed, "release": record["metadata"]["name"]}
+        return Goal(target, entry, overwritten=False)
 
     @persistent
     def fenced(self, task: Task, target: Object) -> str:
@@ -3482,11 +4609,207 @@ class Deployer:
         fence = {"metadata": {"annotations": {NOTE_WRITTEN: str(self.clock.now())}}}
         try:
             found = self.kubectl.patch("deployment", name, task.namespace, fence)
-            return str(found["metadata"]["labels"].get(LABEL_RUN, ""))
         except KubectlError as gone:
             if gone.kind != "NotFound":
                 raise
             return ""
+        carries = str((found["metadata"].get("labels") or {}).get(LABEL_RUN, ""))
+        if carries != target["run"] and target["release"]:
+            # until it is put back: its rollout would take the target's pods away
+            self.kubectl.patch("deployment", name, task.namespace, {"spec": {"paused": True}})
+        return carries
+
+
+def kept(claimed: Service, now: Service) -> bool:
+    """Whether a Service is still the one that was claimed, with what was written on it."""
+    return now.uid == claimed.uid and (bool(now.history) or not claimed.history)
+
+
+def entry_of(release: Release, app: str, now: float) -> Object:
+    """Return the history entry of a switch to a release."""
+    told = ("run", "commit", "image", "colour", "selector", "ports")
+    copied_fields: Object = {name: getattr(release, name) for name in told}
+    record = release.configmap(app)["metadata"]["name"]
+    more = {"release": record, "replicas": release.wanted, "at": round(now, 3), "by": MANAGER}
+    return asdict(HistoryEntry(**copied_fields, **more))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sight:
+    """What the API server last said of the pods of a run in its bake."""
+
+    at: float
+    pods: tuple[Pod, ...] = ()
+    wanted: int = 0
+    urls: tuple[str, ...] = ()  # the health paths of those that were ready and stay
+
+
+class Bake:
+    """Watches a switched-to version until it is confirmed, or takes the traffic back.
+
+    One thread asks for health and does nothing else, so that nothing holds it up. A second one asks
+    the API server, and confirms. The worker itself judges what they have seen, and takes back.
+    """
+
+    def __init__(self, deployer: Deployer, task: Task, release: Release, pods: Watch[Pod]) -> None:
+        self.deployer, self.urgent, self.clock = deployer, deployer.urgent, deployer.clock
+        self.task, self.release, self.mirror = task, release, pods
+        self.health, self.checks, self.doom = task.app.deploy.health, Checks(), Doom()
+        at = -NEVER if pods.trouble else self.clock.monotonic()
+        self.sight = Sight(at=at, pods=tuple(self.mirrored()), wanted=release.wanted)
+        self.needed, self.began = task.app.deploy.bake, self.clock.monotonic()
+        self.over = threading.Event()
+        self.ended: RunError | None = None
+        self.unjudged = self.confirmed = False
+        self.since, self.url, self.lost = 0.0, "", 0  # the switch, whom to ask, answers lost
+
+    def run(self, service: Service, *, resumed: bool) -> None:
+        """Return when the version is confirmed; raises RunError when it is not going to be."""
+        rest = seconds_of(service.note(NOTE_BAKE, 0.0)) - self.clock.now()
+        if resumed:  # what was judged before this process, nobody knows
+            self.needed = min(self.needed, max(rest, REBAKE_SECONDS))
+        self.since = seconds_of(service.live.get("at"))
+        threads = [threading.Thread(target=t, daemon=True) for t in (self.check, self.look)]
+        try:
+            for thread in threads:
+                thread.start()
+            while not (self.confirmed and self.healthy()):
+                with self.unanswered():
+                    self.judge()
+                alive = all(thread.is_alive() for thread in threads)
+                if self.ended:
+                    raise self.ended
+                if not (alive or self.confirmed):
+                    raise HookError("a thread of the bake has ended")
+                self.deployer.pause(0.1)
+        finally:
+            self.over.set()
+
+    def check(self) -> None:
+        """Ask for health, at most four times a second, until the bake is over."""
+        took = 0.0
+        while not self.over.wait(max(0.0, HEALTH_INTERVAL - took)):
+            began = self.clock.monotonic()
+            with suppress(OSError):  # no more files: nothing was learned
+                if self.url:
+                    refusal = health_refusal(self.url)
+                    self.checks.add(self.clock.monotonic(), refusal, clear=self.clear())
+            took = self.clock.monotonic() - began
+
+    def look(self) -> None:
+        """See the endpoints arrive, then look at the pods again and again; confirm in the end."""
+        step = self.arrive
+        while not (self.over.is_set() or self.ended or self.confirmed):
+            try:
+                with self.unanswered():
+                    step()
+                    step = self.refresh
+                    if self.unjudged or self.checks.judged >= self.needed:
+                        conclude = partial(self.deployer.conclude, self.task, self.proof)
+                        self.confirmed = self.healthy() and conclude(unjudged=self.unjudged)
+                    # at its end the bake waits for no look
+                    self.over.wait(min(LOOK_SECONDS, max(0.5, self.needed - self.checks.judged)))
+            except RunError as ended:
+                self.ended = ended
+            except InterruptedError:
+                break
+
+    def arrive(self) -> None:
+        """Let health be asked for, and wait for the endpoints of the switch."""
+        self.url = self.url or self.urgent.preview(self.task, self.release)
+        self.urgent.verify(self.task, self.release, self.since)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the live Service and the pods, whatever the mirror shows."""
+        task, selector, began = self.task, self.release.selector, self.clock.monotonic()
+        self.urgent.judge_live(task, self.urgent.service(task))
+        wanted = self.urgent.size(task, selector)
+        found = self.urgent.staying(task.namespace, selector)
+        served = [p for p in found if Pod(p).seen_ready]
+        urls = [pod_address(p, self.release.ports[0], self.health.path) for p in served]
+        pods = tuple(map(Pod, found))
+        self.sight = Sight(at=began, pods=pods, wanted=wanted, urls=tuple(filter(None, urls)))
+
+    def mirrored(self) -> list[Pod]:
+        """Return the pods of the run as the mirror has them, which may follow or not."""
+        return [p for p in self.mirror.items() if p.run == self.release.run]
+
+    def fresh(self) -> bool:
+        """Whether the API server was heard a moment ago."""
+        return self.clock.monotonic() - self.sight.at <= FRESH_SECONDS
+
+    def clear(self) -> bool:
+        """Whether health can be judged: no pod is missing, as far as a moment ago."""
+        return self.fresh() and not disturbed(self.sight.pods, self.sight.wanted)
+
+    def healthy(self) -> bool:
+        """Whether the last checks passed, as many as it takes, and no container has failed."""
+        passed = self.checks.passing(self.clock.monotonic()) >= self.health.successes
+        return passed and not sickness([*self.sight.pods, *self.mirrored()], self.since)
+
+    def proof(self) -> bool:
+        """Whether the version may be confirmed now: its endpoints are there, and it is healthy."""
+        wanted, selector = self.sight.wanted, self.release.selector
+        arrived, _ = self.urgent.endpoints(self.task, selector, wanted, self.since)
+        return arrived and self.healthy() and not self.over.is_set()
+
+    def judge(self) -> None:
+        """Take the traffic back from a version that is sick, or that nobody can judge."""
+        sight, mirrored, fresh = self.sight, self.mirrored(), self.fresh()
+        now, newer = self.clock.monotonic(), {p.name: p for p in mirrored}
+        known = [max(p, newer.get(p.name, p), key=lambda pod: pod.version) for p in sight.pods]
+        known = known if fresh else mirrored
+        lacks = shortage(known, self.since, self.clock.now(), starting=bool(sight.pods))
+        lasts = self.doom.verdict([lacks] if lacks and (known or fresh) else [], now)
+        sick = sickness([*known, *mirrored], self.since) or (lasts.detail if lasts else "")
+        failed = self.checks.failures >= self.health.failures and self.condemned()
+        if failed:
+            times = f"{self.checks.failures} times in a row: {self.checks.refusal}"
+            sick = f"{self.health.path} failed {times}"
+        if sick:
+            sound = sum(p.ready and not sickness([p], self.since) for p in known)
+            of_all = max(sight.wanted, sum(p.stays for p in known))
+            self.urgent.take_back(self.task, sick, None if failed else (sound, of_all))
+            self.checks.failures = 0
+        elif not self.unjudged:
+            self.compare(now - self.began - min(self.checks.judged, self.needed))
+
+    def condemned(self) -> bool:
+        """Whether failed checks count: not while they may be those of a pod that is taken away."""
+        if self.clear() or not self.fresh():
+            return True
+        with ThreadPoolExecutor(32) as at_once:
+            return any(at_once.map(partial(health_refusal, patience=1.0), self.sight.urls))
+
+    def compare(self, spent: float) -> None:
+        """Let the healthier version have the traffic where time does not tell; alike: the new."""
+        if spent <= self.task.app.deploy.rollout_timeout:
+            return
+        _, old, new = self.urgent.look_back(self.task, unhealthy=True)
+        new = new if self.healthy() else (0, new[1])
+        detail = f"health could not be judged for {spent:.0f} s; now {new[0]} of {new[1]} pods"
+        detail += f" are healthy, {old[0]} of {old[1]} of the version before"
+        if ahead(old, new) > 0:
+            self.urgent.switch_back(self.task, Outcome.FAILED, Reason.UNJUDGED, detail)
+            raise StageError(Reason.UNJUDGED, detail)
+        if not new[0]:
+            raise StageError(Reason.BOTH_SICK, detail)
+        warn("confirmed unjudged", detail=detail, **self.task.words)
+        self.unjudged = True
+
+    @contextmanager
+    def unanswered(self) -> Iterator[None]:
+        """Let a step that got no answer, or could not even be begun, be taken again."""
+        try:
+            yield
+        except (RunError, InterruptedError):
+            raise
+        except (HookError, OSError, RuntimeError, *ODD) as lost:
+            if self.lost % 60 == 0:
+                warn("will look again", detail=clip(str(lost)), **self.task.words)
+            self.lost += 1
+            self.deployer.pause(0.5)
 
 
 def rolled_back(history: list[Object], target: Object, goal: Object, reason: str) -> list[Object]:
@@ -3621,7 +4944,8 @@ OUTCOMES = {  # of deployments that end otherwise than failed or superseded
     Reason.SICK_AFTER_SWITCH: Outcome.SWITCHED_BACK,
 }
 FORGIVEN = {  # ends of a deployment that say nothing new against its commit
-    *(Reason.BOTH_SICK, Reason.SELECTOR_CHANGED, Reason.ADOPTION_REFUSED, Reason.REJECTED),
+    *(Reason.BOTH_SICK, Reason.UNJUDGED, Reason.SELECTOR_CHANGED, Reason.SELECTOR_CONTESTED),
+    *(Reason.ADOPTION_REFUSED, Reason.REJECTED),
     *(Reason.QUOTA_EXCEEDED, Reason.UNSCHEDULABLE),  # a full cluster
 }
 RETRIED = ("Unreachable", "Conflict", "Unknown", "Forbidden", "NotFound")  # nobody's fault, or ours
@@ -3636,12 +4960,14 @@ class Controller:
         self.state, self.pulses = deployer.state, Pulses(self.clock)
         self.stop, self.wake, self.spooled = deployer.stop, threading.Event(), threading.Event()
         ours, spaces = f"{LABEL_MANAGED}={MANAGER}", config.namespaces
-        stages, live = [spaces[s] for s in STAGES], f"{ours},{LABEL_STAGE}=live"
+        stages = [spaces[s] for s in STAGES]
         self.jobs = [Watch(self.kubectl, "jobs", n, Job, ours) for n in stages]
         self.pods = [Watch(self.kubectl, "pods", n, Pod, ours) for n in stages]
         used = dict.fromkeys(e for app in config.apps for e in app.deploy.environments)
-        self.services = {e: Watch(self.kubectl, "services", spaces[e], Service, live) for e in used}
         self.apps = {a.name: a for a in config.apps}
+        # by name, with whatever labels: one that lost ours is still what visitors ask
+        live = partial(app_service, frozenset(self.apps))
+        self.services = {e: Watch(self.kubectl, "services", spaces[e], live, "") for e in used}
         self.asked = {name: threading.Event() for name in self.apps}
         # by app: the time of the question, that of the answer on the other clock, the answer
         self.heads: dict[str, tuple[float, float, dict[str, str]]] = {}
@@ -3654,6 +4980,7 @@ class Controller:
         self.once = Once(self.clock)
         self.failing = -NEVER  # until when a run's step counts as failing: not each look takes it
         self.selectors: dict[tuple[str, str], dict[str, str]] = {}  # of live Services, last seen
+        self.saved: dict[tuple[str, str], Object] = {}  # what is live, as it is written down
         self.threads: dict[str, threading.Thread] = {}
         self.troubles: dict[str, str] = {}  # by thread: why its last step failed
         self.metrics.spool.set_function(lambda: len(spool))
@@ -3692,8 +5019,9 @@ class Controller:
                         break
             return None
 
-        thread = self.threads[name] = threading.Thread(target=run, name=name, daemon=True)
+        thread = threading.Thread(target=run, name=name, daemon=True)
         thread.start()
+        self.threads[name] = thread
 
     def repeat(
         self, name: str, complaint: str, step: Callable[[], float], event: threading.Event
@@ -3710,7 +5038,7 @@ class Controller:
                     pause, failures = step(), 0
                     if self.troubles.pop(name, ""):
                         info("goes on again", what=name)
-                except HookError as lost:
+                except (HookError, OSError) as lost:
                     self.troubles[name] = str(lost)
                     if failures < len(DELAYS) or failures % 10 == 0:  # then every five minutes
                         warn(complaint, what=name, detail=str(lost))
@@ -4059,7 +5387,10 @@ class Controller:
                 warn("a step will be tried again", detail=str(lost), **run_words(run))
 
     def sweep(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
-        """Delete Jobs of ended runs that no time to live ends, because they never ran."""
+        """Delete what no time to live ends: Jobs of ended runs that never ran, and old logs."""
+        due = (a for a in self.apps.values() if self.once.may(("logs", a.name), None, 3600.0))
+        if app := next(due, None):  # one at each look
+            self.deployer.logs.start(partial(self.deployer.logs.tidy, app, self.config.namespaces))
         until = self.clock.now() - JOB_TTL
         for found in (j for g in runs.values() for j in g.values() if j.state == "suspended"):
             if found.outcome and seconds_of(found.notes.get(NOTE_ENDED)) < until:
@@ -4128,7 +5459,7 @@ class Controller:
             self.note(waited, {NOTE_REASON: None, NOTE_DETAIL: None})
         if do is Do.NOTE:
             key = NOTE_SUMMARY if stage == "test" else NOTE_DIGEST
-            self.note(view.jobs[stage], {key: action.detail})
+            self.note(view.jobs[stage], {key: self.deployer.secrets.mask(action.detail)})
         elif do is Do.RELEASE:
             self.note(view.jobs[stage], {}, suspend=False)
         elif do is Do.DEPLOY:
@@ -4186,14 +5517,16 @@ class Controller:
 
     def finish(self, run: Run, jobs: Mapping[str, Job], action: Action) -> None:
         """Record how a run ended, mark its Jobs as done with; then say it."""
-        outcome, stage, detail = action.outcome or Outcome.FAILED, action.stage, action.detail
+        outcome, stage = action.outcome or Outcome.FAILED, action.stage
+        detail = self.deployer.secrets.mask(action.detail)
         bad = outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK)
         at = max(self.clock.now(), run.received)  # by a clock that may be ahead
         self.record_end(run, action, outcome, at)
         if bad and stage in jobs and action.reason is not Reason.CLONE_FAILED:
             mine = [p for w in self.pods for p in w.items() if p.job == jobs[stage].uid]
             last = sorted(mine, key=lambda p: -p.created)[:1]
-            detail = self.deployer.with_logs(detail, last, jobs[stage].namespace)
+            logs, namespace = self.deployer.logs, jobs[stage].namespace
+            logs.start(partial(logs.keep, run.app, run.id, last, namespace))
         notes: dict[str, str | None] = {NOTE_OUTCOME: str(outcome), NOTE_ENDED: f"{at:.3f}"}
         notes |= dict.fromkeys((NOTE_REASON, NOTE_DETAIL))  # what it waited for
         for found in jobs.values():
@@ -4265,7 +5598,11 @@ class Controller:
                 self.taken[task.labels] = failed, self.clock.monotonic() + rest
                 self.wake.set()
 
-        self.spawn(f"worker of {task.app.name} in {task.environment}", run, again=False)
+        try:
+            self.spawn(f"worker of {task.app.name} in {task.environment}", run, again=False)
+        except RuntimeError as full:  # of processes and threads, as the operating system counts
+            self.taken[task.labels] = failures + 1, self.clock.monotonic() + backoff(failures)
+            warn("a worker will try again", detail=str(full), **task.words)
 
     def deploy(self, task: Task, jobs: Mapping[str, Job]) -> None:
         """Deploy; write down how the run ended if it ended here."""
@@ -4282,12 +5619,12 @@ class Controller:
         except KubectlError as refused:
             service = self.deployer.service(task)
             # a role of ours that lacks a verb is not the manifest's fault, another Forbidden is
-            lacking = re.search(r"cannot \w+ resource", refused.stderr)
-            again = refused.kind in RETRIED and (lacking or refused.kind != "Forbidden")
-            again = again or HEALING_REFUSAL.search(refused.stderr) is not None
+            kind, said = refused.word
+            heals = HEALING_REFUSAL.search(said) or re.search("User  cannot [a-z]+ resource ", said)
+            again = heals if kind == "Forbidden" else kind in RETRIED
             if again or (service and service.run == task.run.id):
                 raise
-            full = "exceeded quota" in refused.stderr
+            full = kind == "Forbidden" and "exceeded quota: " in said
             reason = Reason.QUOTA_EXCEEDED if full else Reason.MANIFEST_INVALID
             ended = ends(Outcome.FAILED, reason, self.deployer.secrets.mask(refused.said), place)
         took, result = self.clock.monotonic() - started, ended.outcome if ended else "ok"
@@ -4306,17 +5643,8 @@ class Controller:
             app, claim, phase = self.apps[service.name], service.claim, service.claim.get("phase")
             run = Run(id=str(claim.get("run", "")), app=app.name, ref="", commit="")
             task = self.task(app, environment, run)
-            was, live = self.selectors.get(task.labels), service.live
-            self.selectors[task.labels], new = service.selector, was != service.selector
-            # with nothing seen before, a rollback may be long ago
-            left = service.entry((was or {}).get(LABEL_RUN, ""))
-            if new and service.history and not live:
-                self.metrics.drift.labels(*task.labels).inc()
-                error("selector drift", by=self.deployer.last_manager(task), **task.words)
-            elif new and left.get("outcome") == Outcome.ROLLED_BACK and live != service.history[0]:
-                self.metrics.switches.labels(*task.labels, "rollback").inc()
-                words = {**task.words, "run": left["run"], "live": live.get("run")}
-                warn("rolled back", detail=clip(str(left.get("detail", ""))), **words)
+            with self.alone(run):
+                self.look_at_traffic(task, service)
             after = app.deploy.drain if phase == Phase.DRAINING else 0.0
             after = CLAIM_SECONDS if phase == Phase.ROLLBACK else after
             due = seconds_of(claim.get("since")) + after
@@ -4325,6 +5653,45 @@ class Controller:
             pointless = phase == Phase.PREPARING and app.name in waiting
             if claim and self.clock.now() >= due and not held and not pointless:
                 self.start_worker(task, partial(self.deployer.tidy, task, claim))
+
+    def look_at_traffic(self, task: Task, service: Service) -> None:
+        """Keep what is live while a Service is in order; else see to it in a thread of its own."""
+        was, live = self.selectors.get(task.labels), service.live
+        self.selectors[task.labels], new = service.selector, was != service.selector
+        if not service.in_order:
+            # where the selector names no run, other pods may come to be reached
+            rest = 6 * AGAIN_SECONDS if service.ours else AGAIN_SECONDS
+            self.mend(task, service, rest)
+            return
+        self.deployer.remember(task, service)
+        # with nothing seen before, a rollback may be long ago
+        left = service.entry((was or {}).get(LABEL_RUN, ""))
+        if new and left.get("outcome") == Outcome.ROLLED_BACK and live != service.history[0]:
+            self.metrics.switches.labels(*task.labels, "rollback").inc()
+            words = {**task.words, "run": left["run"], "live": live["run"]}
+            warn("rolled back", detail=clip(left["detail"]), **words)
+        # one at a look: nothing waits for it
+        new = self.saved.get(task.labels) != live
+        if new and self.once.may("what is live", None, LOOK_SECONDS):
+            self.state.write(task.app, live={task.environment: live})
+            self.saved[task.labels] = live
+
+    def mend(self, task: Task, service: Service, rest: float) -> None:
+        """See to a live Service that someone else changed, beside any worker, and now and then."""
+
+        def body() -> None:
+            """Let the Service be seen to; what does not work is tried after the next look."""
+            try:
+                self.deployer.mend(task)
+            except (HookError, OSError) as lost:
+                if not self.stop.is_set():
+                    warn("a live Service will be looked at again", detail=str(lost), **task.words)
+            self.wake.set()
+
+        name = f"selector of {task.app.name} in {task.environment}"
+        running = name in self.threads and self.threads[name].is_alive()
+        if not running and self.once.may(name, service.version, rest):
+            self.spawn(name, body, again=False)
 
 
 def vanish(detail: str, stage: str) -> Action:
@@ -4390,28 +5757,32 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
 
 # === HTTP =========================================================================================
 
-Answer = tuple[int, Object]
-# Seconds for one request to arrive, and for a quiet connection to stay; poll, because select knows
-# no file descriptor above 1023.
-TIMES: Object = {"channel_timeout": 20, "cleanup_interval": 5, "asyncore_use_poll": True}
-SIZES: Object = {"threads": 4, "connection_limit": 500, "max_request_header_size": 65536}
+Answer = tuple[int, Object | bytes]  # JSON, or metrics as Prometheus reads them
+Routes = dict[str, tuple[str, "Callable[[WSGIEnvironment], Answer]"]]
+# Seconds in which it must arrive; `more` is anything at all on a connection that was used before.
+ARRIVAL = {"headers": 5.0, "body": 20.0, "more": 20.0}
+OPEN_CONNECTIONS = 256  # of each port; at most as many as a quarter of the allowed open files
+HELD_BYTES = 64 * 2**20  # of all bodies
+HEADER_BYTES, HEADER_LINES = 16384, 100
+# The expressions of waitress take minutes for what the first does not match, or the second finds.
+FIRST_LINE = re.compile(rb"[^ \r]+ [^ \r]{1,2048}( HTTP/[0-9]\.[0-9])?\r\n")
+BLANKS = re.compile(rb"[ \t]{9}")
+REQUESTS_AT_ONCE = 16  # on one connection, before the first of them is answered
+ACCEPTS_AT_ONCE = 32  # connections, before those that are open have their turn
+LOOK_INTERVAL, LOOK_BYTES = 0.1, 2**20  # seconds, or bytes arrived, between looks at all of them
+PAUSE_SECONDS = 1.0  # after a connection could not be accepted
+QUIET_SECONDS = 300.0  # between log lines about connections that fail
+LOOP_SECONDS = 15.0  # in which a server's loop must come round; when idle it does so every second
+# poll, because select knows no file descriptor above 1023; strangers do not write the log
+SERVER: Object = {"asyncore_use_poll": True, "ident": "", "log_socket_errors": False}
+SERVER |= {"threads": 4, "max_request_header_size": HEADER_BYTES}
 
 
-class WebhookApp:
-    """The WSGI application behind the Ingress: /webhook, and the probes."""
+class Site:
+    """A WSGI application that answers by a table of paths, each with its one method."""
 
-    def __init__(
-        self, config: Config, secrets: Secrets, spool: Spool, controller: Controller
-    ) -> None:
-        self.config, self.secrets, self.spool, self.controller = config, secrets, spool, controller
-        self.metrics, self.clock = controller.metrics, controller.clock
-        self.seen: OrderedDict[str, float] = OrderedDict()  # ids of deliveries; each step is atomic
-        self.stopping = threading.Event()
-        self.routes: dict[str, tuple[str, Callable[[WSGIEnvironment], Answer]]] = {
-            "/webhook": ("POST", self.webhook),
-            "/healthz": ("GET", self.healthz),
-            "/readyz": ("GET", self.readyz),
-        }
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics, self.routes = metrics, Routes()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
         """Answer one request; whatever it holds, there is an answer and the process lives."""
@@ -4431,9 +5802,12 @@ class WebhookApp:
             error("request failed", exc=True, path=clip(path, 80))
             self.metrics.errors.labels("request").inc()
             status, body = 500, {"status": "error"}
+        if isinstance(body, bytes):
+            start_response("200 OK", [("Content-Type", prometheus_client.CONTENT_TYPE_LATEST)])
+            return [body]
         fine = status < http.HTTPStatus.BAD_REQUEST
         body.setdefault("status", "ignored" if fine else "refused")
-        if path == "/webhook":
+        if path == "/webhook" and handler:
             result = body.get("reason", body["status"])
             more = {k: body.get(k) for k in ("runs", "text")}
             self.metrics.deliveries.labels(result).inc()
@@ -4441,6 +5815,38 @@ class WebhookApp:
             (info if fine else warn)("delivery", **more)
         start_response(f"{status} {http.HTTPStatus(status).phrase}", headers)
         return [json.dumps(body).encode() + b"\n"]
+
+    def reads_body(self, _: Any) -> bool:
+        """Whether the body of a request is wanted, by what its headers say."""
+        return False
+
+
+class WebhookApp(Site):
+    """What is behind the Ingress: /webhook, and for one more minor version the probes."""
+
+    def __init__(
+        self, config: Config, secrets: Secrets, spool: Spool, controller: Controller
+    ) -> None:
+        super().__init__(controller.metrics)
+        self.config, self.secrets, self.spool, self.controller = config, secrets, spool, controller
+        self.clock, self.stopping = controller.clock, threading.Event()
+        self._parsing = threading.Lock()  # in Python's objects a body can be 40 times as large
+        self.probes: Routes = {"/healthz": ("GET", self.healthz), "/readyz": ("GET", self.readyz)}
+        self.routes = {"/webhook": ("POST", self.webhook), **self.probes}
+
+    def admin(self) -> Site:
+        """Return what the second port answers, which strangers do not reach."""
+        site, registry = Site(self.metrics), self.metrics.registry
+        exposition = partial(prometheus_client.generate_latest, registry)
+        site.routes = {"/metrics": ("GET", lambda _: (200, exposition())), **self.probes}
+        return site
+
+    def reads_body(self, request: Any) -> bool:
+        """Whether a request is a delivery of the right size with what authenticates one."""
+        needed = (n.upper().replace("-", "_") for n in NEEDED_HEADERS[self.config.webhook.verify])
+        sized = request.content_length <= self.config.webhook.max_body
+        delivery = (request.command, request.path.lstrip("/")) == ("POST", "webhook")
+        return delivery and sized and all(map(request.headers.get, needed))
 
     def webhook(self, environ: WSGIEnvironment) -> Answer:
         """Authenticate, understand and store a delivery; in this order, for security."""
@@ -4460,15 +5866,13 @@ class WebhookApp:
         if kind != "application/json":
             deny(415, "NotJson", "send application/json")
         delivery = delivery_id(environ)
-        runs = parse_delivery(self.config, body, delivery=delivery, received=now)
+        with self._parsing:
+            runs = parse_delivery(self.config, body, delivery=delivery, received=now)
         answer = {"status": "duplicate", "runs": [r.id for r in runs]}
-        if delivery and now - self.seen.get(delivery, -math.inf) <= DEDUPE_SECONDS:
+        new = [r for r in runs if not self.spool.accepted.has(r)]
+        if not new:
             return 200, answer
-        self.spool.store(runs)
-        self.seen.pop(delivery, None)
-        self.seen[delivery] = now
-        if len(self.seen) > DEDUPE_ENTRIES:
-            self.seen.popitem(last=False)
+        self.spool.store(new)
         self.controller.spooled.set()
         return 202, answer | {"status": "accepted"}
 
@@ -4493,10 +5897,73 @@ def delivery_id(environ: WSGIEnvironment) -> str:
     return clip(environ.get("HTTP_WEBHOOK_ID") or environ.get("HTTP_IDEMPOTENCY_KEY", ""), 100)
 
 
+class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress has no types
+    """A request as far as it has arrived; its body is taken only if the application wants it."""
+
+    body_rcv: Any
+
+    def __init__(self, adjustments: Any, site: Site) -> None:
+        super().__init__(adjustments)
+        self.site = site
+
+    def refuse(self, text: str) -> None:
+        """Answer a 400, and nothing more on this connection."""
+        self.error = waitress.utilities.BadRequest(text)
+        self.completed = True
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Understand the headers, if that takes no time; leave a body alone that nobody wants."""
+        usual = FIRST_LINE.match(header_plus) and not BLANKS.search(header_plus)
+        if not usual or header_plus.count(b"\r\n") > HEADER_LINES:
+            raise waitress.parser.ParsingError("not a request line, or too many headers or blanks")
+        super().parse_header(header_plus)
+        if self.body_rcv is not None and not self.site.reads_body(self):
+            self.headers["CONNECTION"] = "close"
+            self.body_rcv, self.content_length, self.chunked = None, 0, False
+        if self.body_rcv is None:
+            self.expect_continue = False  # else waitress waits for more
+
+    def received(self, data: bytes) -> int:
+        """Take data and return how much of it; what waitress would be slow with is refused."""
+        if self.chunked and data.count(b"\r\n") > 64 + len(data) // 16:
+            self.refuse("too small chunks")
+        if self.completed:
+            return len(data)
+        taken, body = int(super().received(data)), self.body_rcv
+        if self.chunked and len(body.control_line) + len(body.trailer) > HEADER_BYTES:
+            self.refuse("too long a line between chunks")
+        return taken
+
+
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress has no types
     """A connection whose every request must arrive in time, however steadily it drips."""
 
-    last_activity: float
+    last_activity: float  # when that began which it `awaits`
+    close_when_flushed: bool
+    used = lingering = False
+
+    def parser_class(self, adjustments: Any) -> Request:
+        """Return a request that begins to arrive."""
+        request = Request(adjustments, self.server.site)
+        if len(self.requests) >= REQUESTS_AT_ONCE:
+            request.refuse("too many requests at once")
+        return request
+
+    @property
+    def awaits(self) -> str:
+        """What must arrive next: headers, a body, or more."""
+        if self.request and not self.lingering:
+            return "body" if self.request.headers_finished else "headers"
+        return "more" if self.used and not self.lingering else "headers"
+
+    @property
+    def held(self) -> int:
+        """How many bytes of bodies are kept."""
+        return sum(r.body_bytes_received for r in (self.request, *self.requests) if r)
+
+    def readable(self) -> bool:
+        """Whether something may arrive; the number of a closed one may be another's by now."""
+        return self.socket is not None and bool(super().readable())
 
     def writable(self) -> bool:
         """Whether the server's loop has something to send or to close here.
@@ -4504,21 +5971,114 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
         Not while a request is answered: its thread sends for itself, and the loop, asking again and
         again for the lock that it holds, would keep it from going on.
         """
-        return not self.requests and bool(super().writable())
+        return self.socket is not None and not self.requests and bool(super().writable())
 
     def handle_read(self) -> None:
-        """Receive something; of a request only its beginning counts as activity."""
-        under_way, since = self.request is not None, self.last_activity
+        """Receive something."""
+        awaited, since = self.awaits, self.last_activity
         super().handle_read()
-        if under_way and self.request is not None:
+        self.used = self.used or bool(self.requests)
+        if self.awaits == awaited and not self.requests:
             self.last_activity = since
 
+    def received(self, data: bytes) -> bool:
+        """Understand what arrived, unless the last answer was given."""
+        self.server.arrived += len(data)
+        return not self.lingering and bool(super().received(data))
 
-def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
-    """Return a waitress server: bounded threads, time and sizes; slow clients hold no thread.
+    def handle_write(self) -> None:
+        """Send; after the last answer wait for the other side to close.
 
-    Bodies of up to twice the limit reach the application, which says what is wrong with them. The
-    senders of longer ones may see no more than a closed connection.
+        To close while a part of its request is unread would be a reset, and destroy the answer.
+        """
+        last = self.close_when_flushed
+        self.close_when_flushed = False
+        super().handle_write()
+        self.close_when_flushed = bool(last and self.total_outbufs_len)
+        if last and self.connected and not self.close_when_flushed:
+            self.lingering = True
+            self.last_activity = time.time()
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
+
+    def handle_expt(self) -> None:
+        """Close: urgent data is not HTTP, and the loop would be told of it again and again."""
+        self.handle_close()
+
+    def handle_error(self) -> None:
+        """Close: its body could not be written to a file, say."""
+        self.server.complain("a connection failed")
+        self.handle_close()
+
+
+class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
+    """A server that strangers cannot fill: what waits longest for a request gives way."""
+
+    def __init__(
+        self, site: Site, bound: socket.socket, beat: Callable[[], None], **more: Any
+    ) -> None:
+        self.site, self.beat, self.arrival = site, beat, ARRIVAL
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+        self.most = min(OPEN_CONNECTIONS, max(8, allowed))
+        self.failures, self.quiet_until, self.paused_until = 0, 0.0, 0.0
+        self.arrived, self.look_at = 0, 0.0  # bytes since the last look, and when the next one is
+        where = (bound.family, bound.type, bound.proto, bound.getsockname())
+        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=where, **SERVER, **more)
+
+    def readable(self) -> bool:
+        """Whether a connection may be accepted; the loop asks in each of its turns."""
+        self.beat()
+        now = time.monotonic()
+        if now >= self.look_at or self.arrived > LOOK_BYTES:
+            self.make_room()
+        room = len(self.active_channels) <= self.most
+        return self.accepting and now >= self.paused_until and room
+
+    def make_room(self) -> None:
+        """Close connections that are late, and while there is too much those that wait longest."""
+        self.look_at, self.arrived = time.monotonic() + LOOK_INTERVAL, 0
+        now, channels = time.time(), [*self.active_channels.values()]
+        held = sum(c.held for c in channels)
+        waiting = (c for c in channels if not c.requests)
+        for channel in sorted(waiting, key=lambda c: c.last_activity):
+            late = now - channel.last_activity > self.arrival[channel.awaits]
+            too_large = held > HELD_BYTES and channel.held
+            if late or too_large or len(self.active_channels) > self.most:
+                held -= channel.held
+                channel.handle_close()
+
+    def handle_accept(self) -> None:
+        """Accept some connections, then make room for them.
+
+        The other way round a new one might get the number of a closed one, and what came for it.
+        """
+        for _ in range(ACCEPTS_AT_ONCE):
+            if (accepted := self.accept()) is None:
+                break
+            self.set_socket_options(accepted[0])
+            Channel(self, *accepted, self.adj, map=self._map)
+        if len(self.active_channels) > self.most:
+            self.make_room()
+
+    def handle_error(self) -> None:
+        """Pause, or the loop would try again at once; waitress would stop listening."""
+        self.paused_until = time.monotonic() + PAUSE_SECONDS
+        self.complain("no connection can be accepted")
+
+    def complain(self, what: str) -> None:
+        """Log the exception being handled, seldom, with the number of those before it."""
+        self.failures += 1
+        if (now := time.monotonic()) >= self.quiet_until:
+            error(what, count=self.failures, detail=clip(repr(sys.exc_info()[1])))
+            self.failures, self.quiet_until = 0, now + QUIET_SECONDS
+
+
+def make_server(
+    site: Site, listen: str, max_body: int, beat: Callable[[], None] = lambda: None
+) -> Server:
+    """Return a server: bounded threads, time and sizes; slow clients hold no thread.
+
+    Chunked bodies of up to twice the limit reach the application, which says what is wrong.
     """
     host, _, port = listen.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
@@ -4528,14 +6088,13 @@ def make_server(app: WSGIApplication, listen: str, max_body: int) -> Any:
         bound = socket.create_server(where, family=family, dualstack_ipv6=both)
     except (OSError, ValueError, OverflowError) as wrong:
         raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
-    body = {"max_request_body_size": 2 * max_body + 1}
-    server = waitress.server.create_server(app, sockets=[bound], ident="", **body, **TIMES, **SIZES)
-    server.channel_class = Channel
-    return server
+    return Server(site, bound, beat, max_request_body_size=2 * max_body + 1)
 
 
 # === commands =====================================================================================
 
+OPEN_FILES = 4096  # for two ports' connections, their bodies, kubectl and git
+NO_SERVICE: Object = {"metadata": {"name": "", "resourceVersion": "0"}, "spec": {}}
 LINGER = 2.0  # seconds in which a stopping daemon still answers, while its endpoint is taken away
 SHUTDOWN_SECONDS = 40.0  # for the threads and the last intake; the grace period allows for it
 REOPEN_TRIES = 60  # half seconds in which a deleted Job must be gone
@@ -4548,7 +6107,7 @@ START_SECONDS = 5.0  # from a pod's creation until it is ready, by and large
 EVERY = "get list watch create patch delete"
 PODS = {"/pods": "get list watch", "/pods/log": "get"}
 STATE_RIGHTS = {"/configmaps": "get create patch"}
-JOB_RIGHTS = {"batch/jobs": EVERY, **PODS, "/events": "list"}
+JOB_RIGHTS = {"batch/jobs": EVERY, **PODS, "/events": "list", "/configmaps": "list create delete"}
 APP_RIGHTS = {"apps/deployments": f"{EVERY} update", "/services": EVERY, **PODS}
 APP_RIGHTS |= {"apps/replicasets": "list", "discovery.k8s.io/endpointslices": "list"}
 APP_RIGHTS |= {"/configmaps": "get list create delete"}
@@ -4581,7 +6140,9 @@ class Tools:
             document = (found.get("data") or {}).get("config.yaml", "")
         config, secrets = load_config(document), Secrets(process.secrets)
         kubectl = Kubectl(metrics, config.limits.kubectl)
-        git = Git(secrets.directory / GIT_CREDENTIALS)
+        git = Git(secrets.directory / GIT_CREDENTIALS, limit=config.limits.checkout)
+        refs = {(a.repository, a.deploy_ref) for a in config.apps}
+        git.deployed = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
         return cls(process, config, Deployer(kubectl, git, secrets, Clock()))
 
     def app(self, name: str) -> App:
@@ -4610,14 +6171,16 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
     if args.check:
         say(f"the configuration is valid; apps: {', '.join(names) or 'none'}")
         return 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
     spool = Spool(process.spool, config.limits.spool_files)
     spool.prepare()
     tempfile.tempdir = str(spool.scratch)
     controller = Controller(config, deployer, spool)
     app = WebhookApp(config, deployer.secrets, spool, controller)
-    server = make_server(app, process.listen, config.webhook.max_body)
-    metrics = prometheus_client.make_wsgi_app(deployer.metrics.registry)
-    admin = make_server(metrics, process.admin_listen, 0)
+    beat = partial(controller.pulses.beat, "first port", LOOP_SECONDS)
+    server = make_server(app, process.listen, config.webhook.max_body, beat)
+    admin = make_server(app.admin(), process.admin_listen, 0)
     stop_on_signals(app.stopping)
     threading.Thread(target=admin.run, name="admin", daemon=True).start()
     controller.start()
@@ -4687,7 +6250,7 @@ def status(tools: Tools, args: argparse.Namespace) -> int:
                 run |= {"stage": name, "state": claim["phase"]}
             how = "at once" if e["rollback_ready"] else "by a rollout" if old else "impossible"
             before = old.get("run") or ("adopted" if old else "")
-            under_way = f"{claim.get('phase', '')} {claim.get('run', '')}".strip()
+            under_way = f"{claim.get('phase', '')} {claim.get('run', '')} {e['drift']}".strip()
             back = clip(": ".join(filter(None, e["reverted"].values())), 100)
             rows.append((app, name, e["run"], e["colour"], before, how, under_way, back))
     if args.output == "json":
@@ -4702,6 +6265,49 @@ def status(tools: Tools, args: argparse.Namespace) -> int:
     cells = [[clip(r[title.lower()]) for title in TITLES] for r in runs]
     say(f"\n{columns([TITLES, *cells])}" if runs else "\nno runs")
     return 0
+
+
+def explain(tools: Tools, args: argparse.Namespace) -> int:
+    """Print how a run stands, and with --log the last lines that its failed containers printed."""
+    run, now = args.run, tools.deployer.clock.now()
+    if not re.fullmatch("[a-z0-9-]{1,63}", run):
+        raise ConfigError([f"{clip(run, 80)!r} is no id of a run; `status` shows them"])
+    app = tools.app(run.rsplit("-", 2)[0])
+    logs = list(kept_logs(tools, app, run)) if args.log else []
+    stood = next((r for r in run_status(tools, [app]) if r["run"] == run), None)
+    if not (stood or logs):
+        raise HookError(f"nothing is known of {run} any more")
+    if stood:
+        stood["received"] = f"{age(stood['received'], now)} ago"
+        say("\n".join(f"{key + ':':10}{clip(str(stood[key]), DETAIL_LENGTH)}" for key in stood))
+    for title, text in logs:
+        say(f"\n--- {title}\n" + "\n".join(map(printable, text.split("\n"))))
+    if args.log and not logs:
+        say("\nno log is kept: it is for a day, where something failed")
+    return 0
+
+
+def kept_logs(tools: Tools, app: App, run: str) -> Iterator[tuple[str, str]]:
+    """Yield where and when each kept log of a run was printed, and the log."""
+    shown = app.deploy.environments if app.deploy.log_tails else ()
+    terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_STAGE: "log", LABEL_RUN: run})
+    for namespace in (tools.config.namespaces[name] for name in (*STAGES, *shown)):
+        try:
+            logs = tools.deployer.kubectl.list("configmaps", namespace, "-l", terms)
+        except KubectlError as refused:
+            if refused.kind != "Forbidden":
+                raise
+            yield namespace, "not readable with this account"
+            continue
+        for log in logs:
+            at = printable(log["metadata"].get("creationTimestamp", ""))
+            for key, text in sorted((log.get("data") or {}).items()):
+                yield f"{namespace} {key}, kept {at}", text
+
+
+def printable(line: str) -> str:
+    """Return a line of anyone's for a terminal: what is no letter or sign is spelled out."""
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line)
 
 
 def age(then: float, now: float) -> str:
@@ -4723,14 +6329,18 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
     found, keys = {}, ("colour", "run", "commit", "image")
     for name in app.deploy.environments:
         namespace = tools.config.namespaces[name]
-        listed = tools.deployer.kubectl.get("service", app.name, namespace) or {"spec": {}}
-        service = Service({"metadata": {"name": app.name, "resourceVersion": "0"}, **listed})
-        target = service.target()
-        wanted = int(target.get("replicas", 1))
+        run = Run(id="", app=app.name, ref="", commit="")
+        task = Task(app=app, environment=name, namespace=namespace, run=run)
+        service = tools.deployer.service(task) or Service(NO_SERVICE)
+        target, wanted = service.target(), service.target().get("replicas", 1)
+        source = service if service.in_order else tools.deployer.recorded(task, service)
+        entry = service.live or (source.entry(service.run) if source and service.run else {})
         there = tools.deployer.ready_pods(namespace, target["selector"]) if target else []
         back = next((e for e in service.history[:1] if e.get("reason") and e != service.live), {})
         found[name] = {
-            **{k: service.live.get(k, "") for k in keys},
+            **{k: entry.get(k, "") for k in keys},
+            "run": service.run or entry.get("run", ""),
+            "drift": str(tools.deployer.drift(task, service, source)),
             "previous": {k: target.get(k, "") for k in keys} if target else {},
             "rollback_ready": bool(target) and len(there) >= wanted,
             "deploying": service.claim or None,
@@ -4742,10 +6352,10 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
 
 def run_status(tools: Tools, apps: Sequence[App]) -> list[Object]:
     """Return the runs that Jobs tell of, newest first; where those are gone, each branch's last."""
-    listing, spaces = tools.deployer.kubectl.list, tools.config.namespaces
-    ours = ("-l", f"{LABEL_MANAGED}={MANAGER}")
+    pages, spaces = tools.deployer.kubectl.pages, [tools.config.namespaces[s] for s in STAGES]
+    where = [(list_address("jobs", n, f"{LABEL_MANAGED}={MANAGER}"), n) for n in spaces]
     jobs: dict[str, dict[str, Job]] = {}
-    for job in (Job(j) for s in STAGES for j in listing("jobs", spaces[s], *ours)):
+    for job in (Job(j) for place in where for page in pages(*place) for j in page["items"]):
         jobs.setdefault(job.run.id, {})[job.stage] = job
     rows = list[Object]()
     for app in apps:
@@ -4779,8 +6389,9 @@ def run_row(record: RunRecord | None, jobs: Mapping[str, Job], app: App) -> Obje
 def rollback(tools: Tools, args: argparse.Namespace) -> int:
     """Switch an environment back to a proven version, and reject the commit that is left."""
     app, deployer = tools.app(args.app), tools.deployer
-    if args.to < 1:
-        raise ConfigError([f"--to {args.to}: how many proven versions back, so 1 or more"])
+    if args.to in range(-(10**6), 1):
+        fault = f"--to {args.to}: how many proven versions back, so 1 or more; or a run"
+        raise ConfigError([fault])
     names = app.deploy.environments or ("",)
     environment = args.environment or names[-1]
     if environment not in app.deploy.environments:
@@ -4788,33 +6399,52 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
         raise ConfigError([fault])
     place = {"environment": environment, "namespace": tools.config.namespaces[environment]}
     task = Task(app=app, run=Run(id="", app=app.name, ref="", commit=""), **place)
-    left, target = deployer.rollback(task, args.to, clip(args.reason))
-    what = f"{target.get('run') or 'what was there before'} ({target.get('colour') or 'adopted'})"
-    say(f"{app.name} {environment}: back on {what}")
+    service = deployer.service(task) or Service(NO_SERVICE)
+    try:
+        target = chosen(service, args.to)
+    except RefusedError as refused:
+        raise RefusedError(f"{app.name} in {environment}: {refused}") from refused
+    left = service.live
+    say(f"{app.name} {environment}: from {version_words(left)} to {version_words(target)}")
+    target = deployer.rollback(task, service, target, clip(args.reason))
+    say(f"{app.name} {environment}: back on {version_words(target)}")
     if commit := left.get("commit"):
         reason = clip(args.reason) or Reason.ROLLED_BACK
-        deployer.state.reject(app, commit, reason)
+        rejection = Rejection(commit=commit, reason=reason, at=deployer.clock.now())
+        deployer.state.write(app, rejection, live={environment: target})
         say(f"{left['run']} is rejected until `rerun {left['run']}`")
+    arrive(deployer, task, left, target)
+    return 0
+
+
+def arrive(deployer: Deployer, task: Task, left: Object, target: Object) -> None:
+    """Let a target be as large as what is left, and wait for its endpoints."""
     # what served alone until now may be larger than the target was in its time
-    size, name = deployer.size(task, left.get("selector", {})), f"{app.name}-{target.get('colour')}"
+    size = deployer.size(task, left.get("selector", {}))
     if deployer.size(task, target["selector"]) < size:
-        deployer.scale(task, name, size)
-    task = replace(task, run=replace(task.run, id=str(target.get("run", ""))))
-    selector, wanted = target["selector"], int(target.get("replicas", 1))
+        deployer.scale(task, f"{task.app.name}-{target['colour']}", size)
+    task = replace(task, run=replace(task.run, id=target["run"]))
+    selector, wanted = target["selector"], target["replicas"]
     if not deployer.followed(task, selector, wanted, deployer.clock.now()):
         raise StageError(Reason.ENDPOINTS_MISSING, "switched, but no endpoints follow")
-    return 0
+
+
+def version_words(entry: Object) -> str:
+    """Return how a history entry is called."""
+    if not entry:
+        return "what is not in the history"
+    return f"{entry['run'] or 'what was there before'} ({entry['colour'] or 'adopted'})"
 
 
 def rerun(tools: Tools, args: argparse.Namespace) -> int:
     """Let a branch's head go on, rejected or not, if it has ended and is not live everywhere."""
     deployer, app = tools.deployer, tools.app(args.run.rsplit("-", 2)[0])
-    state, heads = deployer.state.read(app), deployer.git.heads(app.repository).items()
+    heads = deployer.git.heads(app.repository).items()
     named = [(r, c) for r, c in heads if args.run in run_ids(app.name, r, c)]
     if not named:
         raise RefusedError(f"{clip(args.run)} is not the head of a branch; only that can go again")
     (ref, commit), now = named[0], deployer.clock.now()
-    record, namespace = state.find(ref, commit), tools.config.namespaces["test"]
+    record, namespace = deployer.state.read(app).find(ref, commit), tools.config.namespaces["test"]
     name = record.id if record else args.run
     run = Run(id=name, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
     deployer.state.write(app, forget=[Rejection(commit=commit).key])
@@ -4848,9 +6478,7 @@ def plan(tools: Tools, args: argparse.Namespace) -> int:
     say(f"run: {run.id}" + (f", superseded: {app.branch} is at {head}" if commit != head else ""))
     ask = partial(show, tools)
     told = [ask("rejected", rejection, run), ask("permissions", missing_rights, app)]
-    with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
-        checkout = Path(folder) / "src"
-        deployer.git.checkout(app.repository, commit, checkout, symlinks=False)
+    with deployer.git.manifests(app.repository, commit, app.deploy.manifests) as checkout:
         for name in ("test", "build", *app.deploy.environments):
             told += [ask(f"{name}, quota", quota, spaces[name])]
         for name in app.deploy.environments:
@@ -4957,7 +6585,7 @@ def difference(tools: Tools, namespace: str, wanted: Object) -> str:
         meta = spec.get("template", {}).get("metadata", {})
         notes = {**meta.pop("annotations", {}), "kubectl.kubernetes.io/restartedAt": None}
         meta["annotations"] = {k: v for k, v in notes.items() if v is not None}
-    old, new = (yaml.safe_dump(spec).splitlines() for spec in specs)
+    old, new = (yaml.safe_dump(spec).split("\n")[:-1] for spec in specs)
     lines = difflib.unified_diff(old, new, f"{name} now", f"{name} then", lineterm="")
     return "".join(f"\n  {line}" for line in lines)
 
@@ -4996,8 +6624,17 @@ def collect(environ: Mapping[str, str]) -> int:
 
 # === main =========================================================================================
 
-COMMANDS = {c.__name__: c for c in (serve, push, status, plan, rollback, rerun)}
+COMMANDS = {c.__name__: c for c in (serve, push, status, explain, plan, rollback, rerun)}
 JOB_COMMANDS = {c.__name__: c for c in (clone, collect)}
+
+
+def back_or_run(text: str) -> int | str:
+    """Return how many versions back to go, or the run to go to; raises ValueError."""
+    if re.fullmatch("-?[0-9]{1,6}", text):
+        return int(text)
+    if not re.fullmatch(rf"{DNS_LABEL.pattern}-[0-9a-f]{{8}}-[0-9a-f]{{4,16}}", text):
+        raise ValueError("neither a number nor the id of a run")
+    return text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -5015,10 +6652,14 @@ def parser() -> argparse.ArgumentParser:
     one = add("status", help="what is live where, and the runs")
     one.add_argument("app", nargs="?", default="", help="all of them if not given")
     one.add_argument("--output", choices=("text", "json"), default="text", help="text if not given")
+    one = add("explain", help="how a run stands, and what it printed")
+    one.add_argument("run", help="its id")
+    one.add_argument("--log", action="store_true", help="the last lines of what failed")
     one = add("rollback", help="switch back to a proven version")
     one.add_argument("app", help="its name")
     one.add_argument("--environment", default="", help="the app's last one if not given")
-    one.add_argument("--to", type=int, default=1, metavar="N", help="so many proven versions back")
+    where = "so many proven versions back, or a run of the history"
+    one.add_argument("--to", type=back_or_run, default="1", metavar="N|RUN", help=where)
     one.add_argument("--reason", default="", help="why; `status` shows it")
     add("rerun", help="let a run that has ended go again").add_argument("run", help="its id")
     one = add("plan", help="what a push would do now; changes nothing")

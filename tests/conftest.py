@@ -18,6 +18,8 @@ CLUSTER = {
     "test_controller",
     "test_deploy",
     "test_deployments",
+    "test_install",
+    "test_live_service",
     "test_pains",
     "test_rbac",
     "test_standin_api",

@@ -99,13 +99,13 @@ class Receiver:
         self.secrets.mkdir()
         (self.secrets / "webhook-signing-tokens").write_text(f"{TOKEN}\n", "utf-8")
         (self.secrets / "webhook-tokens").write_text(f"{PLAIN}\n", "utf-8")
-        self.spool = hook.Spool(self.directory, self.config.limits.spool_files)
-        self.spool.prepare()
         self.app = self.restart()
 
     def restart(self) -> hook.WebhookApp:
         """The application as it is after a restart: what is in memory only is gone."""
         controller: Any = self.controller
+        self.spool = hook.Spool(self.directory, self.config.limits.spool_files)
+        self.spool.prepare()
         self.app = hook.WebhookApp(self.config, hook.Secrets(self.secrets), self.spool, controller)
         return self.app
 

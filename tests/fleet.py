@@ -28,6 +28,7 @@ from tests.standin.kubectl import Kubectl, Result
 from tests.world import SERVER, TOKEN, Object, Repository, World, eventually, install
 
 DAEMON = "system:serviceaccount:orchestration:orchestration-sa"
+STAGE = "gitops-hook/stage"
 IMAGE = "registry.example.com/demo/app"
 MISSING_IMAGE = f"{IMAGE}@sha256:{'0' * 64}"
 
@@ -63,9 +64,10 @@ def pod_template(version: str, modes: str, image: str) -> Object:
 
 def app_objects(name: str, version: str, modes: str, image: str) -> dict[str, Object]:
     """Return the manifests of a version, by kind."""
-    template = pod_template(version, modes, image)
+    template, chosen = pod_template(version, modes, image), {"app": name}
+    template["metadata"]["labels"] |= chosen
     spec = {"replicas": 1, "minReadySeconds": 0, "template": template}
-    spec["selector"] = {"matchLabels": {"tier": "web"}}
+    spec["selector"] = {"matchLabels": chosen}
     ports = [{"name": "http", "port": 80, "targetPort": "http"}]
     return {
         "Deployment": {
@@ -78,7 +80,7 @@ def app_objects(name: str, version: str, modes: str, image: str) -> dict[str, Ob
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": name},
-            "spec": {"selector": {"tier": "web"}, "ports": ports},
+            "spec": {"selector": chosen, "ports": ports},
         },
         "ConfigMap": {
             "apiVersion": "v1",
@@ -242,9 +244,10 @@ class Member:
         )
 
     def leftovers(self) -> list[str]:
-        """Return everything of it that is in its namespace, by kind and name."""
+        """Return everything of it that is in its namespace but logs, by kind and name."""
         kinds = ("deployments", "services", "configmaps", "replicasets")
-        return [f"{kind}/{name}" for kind in kinds for name in self.objects(kind)]
+        found = [(kind, name, o) for kind in kinds for name, o in self.objects(kind).items()]
+        return [f"{k}/{n}" for k, n, o in found if o["metadata"]["labels"].get(STAGE) != "log"]
 
     # What it waits for.
 
@@ -284,6 +287,20 @@ class Member:
     def traffic(self, pause: float = 0.04) -> Traffic:
         """Return a client that asks all the time while its block runs."""
         return Traffic(self, pause)
+
+
+def apply_service(app: Member, *, anew: bool = False) -> None:
+    """Let a colleague apply the Service as it is in the repository, after its deletion or not."""
+    where, kubectl = ("-n", app.namespace), app.fleet.kubectl
+    if anew:
+        assert kubectl("delete", "service", app.name, *where).code == 0
+    listed = yaml.safe_load_all((app.repository.work / "deploy" / "app.yaml").read_text())
+    (service,) = [o for o in listed if o["kind"] == "Service"]
+    for _ in range(2):  # it may be there again between kubectl's look and its creation
+        done = kubectl("apply", *where, "-f", "-", stdin=json.dumps(service))
+        if done.code == 0:
+            break
+    assert done.code == 0, done
 
 
 def is_ready(pod: Object) -> bool:
@@ -326,11 +343,14 @@ class Fleet(World):
     def __getitem__(self, name: str) -> Member:
         return self.apps[name]
 
-    def deliver(self, repository: Path, ref: str, commit: str, **more: Any) -> requests.Response:
-        """Post a push as GitLab would, signed."""
+    def deliver(
+        self, repository: Path, ref: str, commit: str, *, ident: str = "", **more: Any
+    ) -> requests.Response:
+        """Post a push as GitLab would, signed; with an id it may be a delivery that comes again."""
         payload = {"object_kind": "push", "ref": ref, "after": commit, **more}
         payload["project"] = {"git_http_url": str(repository)}
-        body, ident, stamp = json.dumps(payload).encode(), str(uuid.uuid4()), str(int(time.time()))
+        body, stamp = json.dumps(payload).encode(), str(int(time.time()))
+        ident = ident or str(uuid.uuid4())
         key = base64.b64decode(TOKEN.removeprefix(b"whsec_"))
         signed = hmac.new(key, f"{ident}.{stamp}.".encode() + body, hashlib.sha256).digest()
         headers = {

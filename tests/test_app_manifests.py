@@ -34,6 +34,7 @@ from gitops_hook import (
     read_manifests,
     render,
 )
+from tests.memory import peak_of
 from tests.standin.kubectl import find_kubectl
 
 Object = dict[str, Any]
@@ -243,6 +244,12 @@ BOMB = "\n".join(
 )
 
 
+MERGES = "\n".join(
+    ["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 60))]
+)
+ITEMS = ", ".join(f"k{i}: 1" for i in range(10_000))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -276,7 +283,11 @@ BOMB = "\n".join(
         ("kind: List\nitems: [5, text]", "not a Kubernetes object"),
         ("kind: X\n\x00", ""),
         (b"kind: \xff\xfe", "not UTF-8"),
-        (b"kind: X\na: " + b"x" * 2_100_000, "not a plain file of at most 2 MiB"),
+        (b"kind: X\na: " + b"x" * 2_100_000, "more than 2 MiB together; take out"),
+        (f"kind: X\na: {'1:' * 200_000}1\n", "a number of 400001 characters in line 2"),
+        (f"kind: X\na: !!float {'1:' * 200_000}1\n", "a number of 400001 characters"),
+        (MERGES, "more than 50000 keys and values"),
+        (f"a: &a {{{ITEMS}}}\nb: {{<<: [{'*a,' * 10_000}*a]}}", "more than 50000 keys and values"),
     ],
     ids=[
         "tab",
@@ -310,6 +321,10 @@ BOMB = "\n".join(
         "nul",
         "latin",
         "large",
+        "long-number",
+        "long-float",
+        "merges",
+        "wide-merge",
     ],
 )
 def test_what_cannot_be_read_is_named_with_file_and_line(
@@ -321,6 +336,38 @@ def test_what_cannot_be_read_is_named_with_file_and_line(
     assert detail.startswith("deploy/app.yaml: ")
     assert said in detail
     assert time.process_time() - began < 10
+
+
+def test_the_bound_of_what_is_read_is_for_all_files_together(tmp_path: Path) -> None:
+    comments = {f"c{i}.yaml": "# comment\n" * 70_000 for i in range(3)}
+    assert len(read(tmp_path, **{"app.yaml": ALL, **dict([*comments.items()][:2])})) == 3
+    reason, detail = fault(lambda: read(tmp_path, **comments))
+    told = "the manifests that are read have more than 2 MiB together; take out what is not needed"
+    assert (reason, detail) == (Reason.MANIFEST_INVALID, f"deploy/c2.yaml: {told}")
+
+
+def test_the_bound_of_what_anchors_copy_is_for_all_files_together(tmp_path: Path) -> None:
+    text = f"kind: X\nmetadata: {{name: x}}\na: &a {'x' * 4000}\nb: [{'*a, ' * 90}*a]\n"
+    assert len(read(tmp_path / "few", **{f"{i}.yaml": text for i in range(5)})) == 5
+    said = refusal(lambda: read(tmp_path / "many", **{f"{i}.yaml": text for i in range(40)}))
+    assert (said or "").endswith("expands to too much; its anchors multiply")
+
+
+READ = """
+import sys
+try:
+    print(len(gitops_hook.read_manifests(Path(sys.argv[1]), "deploy")))
+except gitops_hook.StageError as refused:
+    print(refused)
+"""
+
+
+def test_150_files_of_comments_are_refused_in_little_memory(tmp_path: Path) -> None:
+    comments = b"# comment\n" * 209_000
+    write(tmp_path, **{f"deploy/c{i}.yaml": comments for i in range(150)})
+    said, peak = peak_of(READ, str(tmp_path))
+    assert said.startswith("ManifestInvalid: deploy/c1.yaml: the manifests that are read have more")
+    assert peak < 150
 
 
 @pytest.mark.parametrize(
@@ -527,6 +574,50 @@ def test_a_kustomization_that_cannot_be_built_says_why(
     assert str(tmp_path) not in detail
 
 
+LEVELS = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+ANCHORS = "\n".join([CONFIGMAP, "a0: &a0 [x, x, x, x, x, x, x, x, x]", *LEVELS])
+
+
+@pytest.mark.usefixtures("_kubectl")
+@pytest.mark.parametrize(
+    ("text", "file"),
+    [
+        ("resources: [file]", ANCHORS.encode()),
+        ("configMapGenerator: [{name: x, files: [file]}]", b"x" * 100_000_000),
+    ],
+    ids=["anchors", "generator"],
+)
+def test_a_kustomization_that_takes_too_much_memory_is_refused(
+    tmp_path: Path, text: str, file: bytes
+) -> None:
+    write(tmp_path, **{"kustomization.yaml": text, "file": file})
+    said, peak = peak_of(READ, str(tmp_path))
+    assert said.startswith("ManifestInvalid: kustomize: it takes more than 160 MiB of memory")
+    assert peak < 260
+
+
+@pytest.mark.usefixtures("_kubectl")
+def test_what_a_kustomization_makes_is_bounded(tmp_path: Path) -> None:
+    text = "configMapGenerator: [{name: x, files: [file]}]"
+    reason, detail = fault(
+        lambda: read(tmp_path, **{"kustomization.yaml": text, "file": "x" * 2_100_000})
+    )
+    assert (reason, detail) == (
+        Reason.MANIFEST_INVALID,
+        "kustomize: more than 2048 KiB of output",
+    )
+
+
+@pytest.mark.usefixtures("_kubectl")
+def test_a_kustomization_of_as_much_as_is_read_is_built(tmp_path: Path) -> None:
+    deployments = [DEPLOYMENT.replace("name: web,", f"name: web-{i},") for i in range(500)]
+    text = "namePrefix: my-\ncommonLabels: {a: b}\nresources: [file]"
+    assert (
+        len(read(tmp_path, **{"kustomization.yaml": text, "file": "\n---\n".join(deployments)}))
+        == 500
+    )
+
+
 @pytest.mark.usefixtures("_kubectl")
 def test_bases_that_multiply_are_refused_before_they_are_built(tmp_path: Path) -> None:
     files = {
@@ -688,6 +779,132 @@ def test_what_the_hook_may_not_apply_is_refused_with_what_to_do(
     reason, detail = fault(lambda: released(items))
     assert reason is Reason.MANIFEST_REFUSED
     assert said in detail
+
+
+TOKEN_VOLUME = {"name": "t", "projected": {"sources": [{"serviceAccountToken": {"path": "t"}}]}}
+CERTIFICATE = {"podCertificate": {"signerName": "x", "keyType": "ED25519"}}
+OWNER = [{"apiVersion": "v1", "kind": "ConfigMap", "name": "x", "uid": "1"}]
+INIT = {"name": "init", "image": IMAGE}
+CAR = {**INIT, "name": "car", "restartPolicy": "Always"}
+HOST_PORT = {"ports": [{"containerPort": 80, "hostPort": 80}]}
+AWAY = {"httpGet": {"host": "169.254.169.254", "path": "/", "port": 80}}
+TEMPLATE = "Deployment.spec.template.metadata"
+LAST = "kubectl.kubernetes.io/last-applied-configuration"
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        ("Service.spec.externalIPs", ["10.0.0.1"], "spec.externalIPs takes traffic for"),
+        ("Service.spec.externalName", "example.com", "spec.externalName leads to another host"),
+        ("Service.spec.publishNotReadyAddresses", True, "pods that are not ready; leave it out"),
+        (f"{POD}.nodeName", "node-1", "spec.nodeName goes past the scheduler; use nodeSelector"),
+        (f"{POD}.priorityClassName", "system-node-critical", "evict those of others; leave it out"),
+        (f"{POD}.priority", 2_000_000_000, "evict those of others; leave it out"),
+        (f"{POD}.hostNetwork", True, "spec.hostNetwork shares the node's; leave it out"),
+        (f"{POD}.hostPID", True, "spec.hostPID shares the node's; leave it out"),
+        (f"{POD}.hostIPC", True, "spec.hostIPC shares the node's; leave it out"),
+        (f"{WEB}.ports.0.hostPort", 8080, "ports.hostPort takes a port of the node; reach"),
+        (f"{POD}.initContainers", [{**INIT, **HOST_PORT}], "ports.hostPort takes a port"),
+        (f"{POD}.initContainers", [{**CAR, **HOST_PORT}], "ports.hostPort takes a port"),
+        (f"{WEB}.securityContext", {"privileged": True}, "securityContext.privileged gives root"),
+        (f"{POD}.initContainers", [{**CAR, "securityContext": {"privileged": True}}], "gives root"),
+        (
+            f"{POD}.securityContext",
+            {"windowsOptions": {"hostProcess": True}},
+            "windowsOptions.hostProcess gives root",
+        ),
+        (f"{WEB}.readinessProbe", AWAY, "httpGet.host lets the node ask another host"),
+        (f"{WEB}.lifecycle", {"postStart": AWAY}, "httpGet.host lets the node ask another host"),
+        (
+            f"{POD}.initContainers",
+            [{**CAR, "startupProbe": {"tcpSocket": {"host": "10.0.0.1", "port": 22}}}],
+            "tcpSocket.host lets the node ask another host",
+        ),
+        (f"{POD}.volumes", [TOKEN_VOLUME], "sources.serviceAccountToken gives the pod credentials"),
+        (
+            f"{POD}.volumes",
+            [{"name": "c", "projected": {"sources": [CERTIFICATE]}}],
+            "sources.podCertificate gives the pod credentials",
+        ),
+        (f"{POD}.volumes", [{"name": "h", "hostPath": {"path": "/"}}], "volumes.hostPath reaches"),
+        (f"{POD}.volumes", [{"name": "h", "gitRepo": {"repository": "x"}}], "volumes.gitRepo"),
+        (f"{POD}.volumes", [{"name": "h", "nfs": {"server": "x", "path": "/"}}], "volumes.nfs"),
+        *((f"{kind}.metadata.ownerReferences", OWNER, "metadata.ownerReferences is for the cluster")
+          for kind in ("Deployment", "Service", "ConfigMap")),
+        *((f"{kind}.metadata.finalizers", ["example.com/x"], "metadata.finalizers is for the")
+          for kind in ("Deployment", "Service", "ConfigMap")),
+        *((f"Service.metadata.{field}", "x", f"metadata.{field} is for the cluster to set")
+          for field in ("generateName", "uid", "resourceVersion", "selfLink", "managedFields",
+                        "creationTimestamp", "generation", "deletionTimestamp", "anything")),
+        (f"{TEMPLATE}.ownerReferences", OWNER, "metadata.ownerReferences is for the cluster"),
+        (f"{TEMPLATE}.finalizers", ["example.com/x"], "metadata.finalizers is for the cluster"),
+        (f"{TEMPLATE}.namespace", "kube-system", "names a namespace that is not 'production'"),
+        ("Deployment.status", {"replicas": 3}, "Deployment.status is what a tool or the cluster"),
+        ("Service.status", {"loadBalancer": {"x": 1}}, "Service.status is what a tool or the"),
+        ("Service.spce", {"type": "x"}, "Service.spce is what a tool or the cluster"),
+        ("ConfigMap.stringData", {"a": "b"}, "ConfigMap.stringData is what a tool or the cluster"),
+        (f"{TEMPLATE}.labels", {"gitops-hook/app": "b"}, "labels.gitops-hook/app is this program"),
+        ("Service.metadata.labels", {"gitops-hook/app": "b"}, "gitops-hook/app is this program's"),
+        ("ConfigMap.metadata.labels", {"gitops-hook/stage": "log"}, "gitops-hook/stage is this"),
+        ("Service.metadata.annotations", {"gitops-hook/history": "[]"}, "hook/history is this"),
+        (f"{TEMPLATE}.annotations", {"gitops-hook/x": "y"}, "annotations.gitops-hook/x is this"),
+        ("Service.metadata.annotations", {LAST: "{}"}, "configuration is what a tool"),
+        (
+            "Deployment.metadata.annotations",
+            {"deployment.kubernetes.io/revision": "7"},
+            "revision is what a tool or the cluster",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("live", [0, 3], ids=["first", "later"])
+def test_what_could_harm_others_is_refused_with_what_to_do(
+    where: str, value: Any, said: str, live: int
+) -> None:
+    reason, detail = fault(lambda: released(changed(where, value), live=live))
+    kind, name = where.partition(".")[0], {"Deployment": "web", "Service": "shop"}
+    assert reason is Reason.MANIFEST_REFUSED
+    assert detail.startswith(f"deploy/app.json: {kind} {name.get(kind, 'settings')}: ")
+    assert said in detail
+    assert "; " in detail, "it says what to do"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tolerations", [{"key": "gpu", "operator": "Exists"}]),
+        ("imagePullSecrets", [{"name": "registry"}]),
+        ("runtimeClassName", "nvidia"),
+        ("schedulerName", "volcano"),
+        ("hostAliases", [{"ip": "10.0.0.1", "hostnames": ["db"]}]),
+        ("automountServiceAccountToken", True),
+        ("nodeSelector", {"disk": "ssd"}),
+        ("volumes", [{"name": "d", "persistentVolumeClaim": {"claimName": "data"}}]),
+        ("volumes", [{"name": "s", "csi": {"driver": "secrets-store.csi.k8s.io"}}]),
+        ("volumes", [{"name": "e", "ephemeral": {"volumeClaimTemplate": {"spec": {}}}}]),
+        ("volumes", [{"name": "p", "projected": {"sources": [{"secret": {"name": "x"}}]}}]),
+        ("terminationGracePeriodSeconds", 60),
+    ],
+)  # fmt: skip
+def test_what_concerns_the_app_alone_is_applied_as_it_is(field: str, value: Any) -> None:
+    assert pod(released(changed(f"{POD}.{field}", value)))[field] == value
+
+
+def test_all_refusals_of_a_folder_are_told_at_once() -> None:
+    items = changed(f"{POD}.hostNetwork", True)
+    items[0]["spec"]["template"]["spec"]["nodeName"] = "node-1"
+    items[1]["spec"]["externalIPs"] = ["10.0.0.1"]
+    items.append({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x"}})
+    detail = fault(lambda: released(items))[1]
+    for said in ("spec.hostNetwork", "spec.nodeName", "spec.externalIPs", "Secret x of v1 is not"):
+        assert said in detail
+
+
+def test_of_very_many_refusals_the_first_are_told_and_the_rest_is_counted() -> None:
+    labels = {f"gitops-hook/x{i}": "y" for i in range(5000)}
+    detail = fault(lambda: released(changed("Service.metadata.labels", labels)))[1]
+    assert detail.endswith("; and 4990 more")
+    assert len(detail) < 2000
 
 
 @pytest.mark.parametrize("name", ["web", "settings"])
@@ -854,22 +1071,20 @@ def test_the_selector_has_always_the_same_three_keys() -> None:
     }
 
 
-def test_what_kubectl_get_prints_may_be_pasted_into_a_repository() -> None:
-    items, theirs = objects(), "kubectl.kubernetes.io/last-applied-configuration"
+def test_what_says_nothing_may_stay_as_tools_write_it() -> None:
+    items = objects()
     for item in items:
-        item["metadata"] |= {"resourceVersion": "7", "uid": "x", "creationTimestamp": None}
-        item["metadata"] |= {"ownerReferences": [], "finalizers": ["x"], "managedFields": [{}]}
-        item["metadata"]["annotations"] = {theirs: "{}", "gitops-hook/history": "forged"}
-        item["status"] = {"replicas": 3, "loadBalancer": {}}
-    items[0]["metadata"]["annotations"]["deployment.kubernetes.io/revision"] = "7"
+        item["metadata"] |= {"creationTimestamp": None, "ownerReferences": [], "finalizers": None}
+        item["status"] = {}
     spec = items[0]["spec"]["template"]["spec"]
     spec |= {"serviceAccountName": "default", "serviceAccount": "default", "securityContext": {}}
-    items[0]["spec"]["template"]["metadata"]["creationTimestamp"] = None
+    spec |= {"nodeName": "", "hostNetwork": False, "priority": 0, "volumes": None}
+    items[0]["spec"]["template"]["metadata"] |= {"creationTimestamp": None, "finalizers": []}
+    items[1]["spec"] |= {"externalIPs": [], "externalName": "", "publishNotReadyAddresses": False}
     release = released(items)
     for made in (release.deployment, release.service, *release.configmaps):
         assert "status" not in made
         assert set(made["metadata"]) == {"name", "labels", "annotations"}
-        assert "gitops-hook/history" not in made["metadata"]["annotations"]
 
 
 @pytest.mark.parametrize(
@@ -1008,6 +1223,15 @@ def test_configmaps_are_copied_under_the_name_of_their_content() -> None:
     (other,) = released(changed("ConfigMap.data.GREETING", "bye")).configmaps
     assert same == made
     assert other["metadata"]["name"] != name
+
+
+def test_labels_and_annotations_of_a_configmap_are_on_its_copy_and_in_its_name() -> None:
+    (plain,) = released().configmaps
+    (made,) = released(changed("ConfigMap.metadata.labels", {"team": "a"})).configmaps
+    (other,) = released(changed("ConfigMap.metadata.annotations", {"docs": "b"})).configmaps
+    assert made["metadata"]["labels"] == {**plain["metadata"]["labels"], "team": "a"}
+    assert other["metadata"]["annotations"] == {"docs": "b"}
+    assert len({each["metadata"]["name"] for each in (plain, made, other)}) == 3
 
 
 def test_the_same_content_in_another_order_has_the_same_name() -> None:
@@ -1177,8 +1401,7 @@ def test_a_pod_sleeps_before_it_stops_but_never_longer_than_its_grace(
 
 def test_the_live_service_keeps_what_the_app_says_but_its_selector() -> None:
     items = changed("Service.metadata.annotations", {"lb.example.com/internal": "yes"})
-    items[1]["metadata"]["annotations"]["gitops-hook/history"] = "forged"
-    items[1]["metadata"]["labels"] = {"team": "a", "gitops-hook/app": "forged"}
+    items[1]["metadata"]["labels"] = {"team": "a"}
     items[1]["spec"] |= {"type": "LoadBalancer", "externalTrafficPolicy": "Local"}
     release = released(items)
     made = release.service
@@ -1199,10 +1422,10 @@ def test_the_live_service_keeps_what_the_app_says_but_its_selector() -> None:
         {"ipFamilyPolicy": "PreferDualStack", "ipFamilies": ["IPv6", "IPv4"]},
         {"type": "NodePort", "externalTrafficPolicy": "Local", "internalTrafficPolicy": "Local"},
         {"type": "LoadBalancer", "allocateLoadBalancerNodePorts": False},
-        {"publishNotReadyAddresses": True},
+        {"clusterIP": "10.96.0.7", "loadBalancerClass": "internal", "type": "LoadBalancer"},
         {"ports": [{"name": "a", "port": 80, "appProtocol": "http"}, {"name": "b", "port": 81}]},
     ],
-    ids=["headless", "affinity", "dual-stack", "node-port", "balancer", "unready", "ports"],
+    ids=["headless", "affinity", "dual-stack", "node-port", "balancer", "address", "ports"],
 )
 def test_whatever_kind_of_service_the_app_has_it_is_created_as_it_says(spec: Object) -> None:
     items = changed("Service.spec", {**objects(SERVICE)[0]["spec"], **spec})

@@ -85,7 +85,7 @@ def test_a_recorded_pod_with_a_side_car_is_told_apart_by_kind() -> None:
         "clone": "init", "results": "sidecar", "test-runner": "app",
     }  # fmt: skip
     _, results, tests = last.containers
-    assert (results.exit_code, results.text) == (0, '{"tests":3,"failures":1}')
+    assert (results.exit_code, results.words) == (0, '{"tests":3,"failures":1}')
     assert (tests.exit_code, tests.exit_reason, tests.exits) == (1, "Error", 1)
 
 
@@ -165,6 +165,55 @@ def test_a_history_that_cannot_be_read_is_none(history: str) -> None:
     assert found.run == "r2"
 
 
+WHOLE: Object = {
+    "selector": OURS, "run": "r2", "commit": "a" * 40, "image": f"shop@sha256:{'0' * 64}",
+    "colour": "blue", "ports": [{"port": 80}], "release": "shop-release-01234567", "replicas": 3,
+    "at": 12.5, "by": "gitops-hook", "outcome": "deployed", "reason": "Ok", "detail": "a\nb",
+    "was": {"app": "shop"}, "v": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "left"),
+    [
+        ("selector", {"a b": "c"}, None),
+        ("selector", {"app": "shop,version!=blue"}, None),
+        ("selector", {}, None),
+        ("run", "--all", ""),
+        ("run", ["r2"], ""),
+        ("commit", "HEAD", ""),
+        ("image", "a\nb", ""),
+        ("colour", "purple", ""),
+        ("ports", [5], []),
+        ("ports", [{"port": "80"}], []),
+        ("release", "a/b", ""),
+        ("replicas", "many", 1),
+        ("replicas", True, 1),
+        ("replicas", -1, 1),
+        ("at", 1e300, 0.0),
+        ("at", float("nan"), 0.0),
+        ("outcome", {"deployed": 1}, ""),
+        ("unknown", "x", None),
+    ],
+)
+def test_a_field_of_a_history_entry_that_holds_something_else_is_left_out(
+    field: str, value: Any, left: Any
+) -> None:
+    found = hook.read_record(hook.HistoryEntry, {**WHOLE, field: value})
+    assert hook.read_record(hook.HistoryEntry, WHOLE) == WHOLE
+    assert found == (
+        {} if field == "selector" else {**WHOLE, **({field: left} if field in WHOLE else {})}
+    )
+
+
+def test_what_0_1_0_wrote_is_read_and_a_claim_without_a_phase_is_none() -> None:
+    old = {"run": "r1", "colour": "green", "phase": "draining", "since": 5, "heal": ""}
+    assert hook.read_record(hook.Claim, old) == {**old, "v": 1}
+    assert hook.read_record(hook.Claim, {"run": "r1"}) == {}
+    assert hook.read_record(hook.Claim, [5]) == {}
+    assert hook.seconds_of(10**400) == hook.seconds_of("inf") == 0.0
+
+
 def test_a_note_of_another_type_is_empty() -> None:
     found = service({hook.NOTE_BAKE: "12.5", "gitops-hook/x": "[]", "gitops-hook/y": "7"})
     assert found.note(hook.NOTE_BAKE, 0.0) == 12.5
@@ -175,9 +224,11 @@ def test_a_note_of_another_type_is_empty() -> None:
 
 @pytest.mark.parametrize(
     ("selector", "ours"),
-    [(OURS, True), ({**OURS, "app": "shop"}, False), ({"app": "shop"}, False), ({}, False)],
+    [(OURS, True), ({**OURS, "app": "shop"}, True), ({"app": "shop"}, False), ({}, False)],
 )
-def test_only_a_selector_of_our_three_keys_is_ours(selector: Object, ours: bool) -> None:
+def test_a_selector_that_names_a_run_is_ours_whatever_else_it_asks_for(
+    selector: Object, ours: bool
+) -> None:
     assert service({}, selector).ours is ours
 
 
@@ -204,12 +255,16 @@ FOREIGN = {"run": "", "selector": {"app": "shop"}, "outcome": "adopted"}
         ([LIVE], 1, None),
         ([], 1, None),
         ([entry("r3"), entry("r1")], 1, "r3"),
+        ([LIVE, entry("r1", at=3), entry("r1"), entry("r0")], 2, "r0"),
+        ([LIVE, {**entry("r1"), "reason": "SelectorChanged"}, entry("r0")], 1, "r0"),
+        ([{**LIVE, "selector": {**OURS, "version": "green"}}, entry("r1")], 1, "r1"),
     ],
     ids=[
         "the one before", "two back", "too far back", "no way back",
         "one that was taken back is none", "what is newer than the live one is none",
         "the live one twice", "what was there first", "only the live one", "no history",
-        "live is someone else's",
+        "live is someone else's", "one version twice", "one that someone has left",
+        "the live one in the other colour",
     ],
 )  # fmt: skip
 def test_a_rollback_goes_to_the_proven_one_before(
@@ -249,7 +304,7 @@ def test_an_entry_is_the_newest_of_its_run_since_a_time() -> None:
     assert found.entry("r1")["at"] == 30
     assert found.entry("r1", 30)["outcome"] == "failed"
     assert found.entry("r1", 31) == {}
-    assert found.live == LIVE
+    assert found.live == hook.read_record(hook.HistoryEntry, LIVE)
 
 
 # === Memory ===
@@ -675,8 +730,12 @@ def test_a_forgotten_version_is_listed_anew(puppet: Puppet) -> None:
         ("echo '{{}}'; exec sleep 60", "not an API server's answer: "),
         ("echo '[]'; exec sleep 60", "not an API server's answer: TypeError"),
         (r"printf '\377\n'; exec sleep 60", "not an API server's answer: JSONDecodeError"),
+        (
+            "head -c 40000000 /dev/zero; exec sleep 60",
+            "not an API server's answer: JSONDecodeError",
+        ),
     ],
-    ids=["fails", "ends", "talks", "another object", "another type", "no text"],
+    ids=["fails", "ends", "talks", "another object", "another type", "no text", "endless line"],
 )
 @pytest.mark.parametrize("part", ["list", "watch"])
 def test_a_watch_that_does_not_work_is_told(

@@ -44,7 +44,9 @@ def config(repository: Path) -> Object:
     health = {"path": "/ready", "successes": 1}
     short = {"environments": ["production"], "bake": "2s", "drain": "0s", "health": health}
     made = daemon_config(repository, **short)
-    made["apps"][0]["test"] = {"command": "cat version; ! grep -q broken version"}
+    # what would change the title of a terminal, and turn its text round
+    title = "printf '\\033]0;hi\\007 \\342\\200\\256txt token=hunter2\\n'"
+    made["apps"][0]["test"] = {"command": f"{title}; cat version; ! grep -q broken version"}
     return made
 
 
@@ -139,6 +141,9 @@ class Story:
         self.page("rollback of nothing", "rollback", "shop")
         self.page("rerun of nothing", "rerun", UNKNOWN)
         self.page("plan of nothing", "plan", "shop")
+        self.page("nothing, explained", "explain", UNKNOWN)
+        self.page("another app, explained", "explain", "other-00000000-0000")
+        self.page("no id, explained", "explain", "shop,a!=b")
 
     def first_version(self) -> None:
         self.world.start()
@@ -182,12 +187,18 @@ class Story:
         self.release("broken", branch="feature/red")
         self.page("red", "status", "--output", "json")
         self.page("red, text", "status")
+        logs = ("get", "configmaps", "-n", "test", "-l", "gitops-hook/stage=log", "-o", "name")
+        eventually(lambda: self.kubectl.run(*logs).out, what="the log is kept")
+        self.page("red, explained", "explain", self.run["broken"])
+        self.page("red, log", "explain", self.run["broken"], "--log")
         self.goes_again("rerun of a red run", "broken")
 
     def broken_version(self) -> None:
         self.bad = self.release("v4", modes="crash-at-start")
         self.settled()
         self.page("rerun of an old run", "rerun", self.run["v3"])
+        self.page("v4, log", "explain", self.run["v4"], "--log")
+        self.page("v3, log", "explain", self.run["v3"], "--log")
         self.page("after a failure", "status", "--output", "json")
 
     def back_without_the_daemon(self) -> None:
@@ -246,6 +257,7 @@ def test_status_of_an_empty_cluster_as_json_has_every_key(story: Story) -> None:
         "deploying": None,
         "bake_until": None,
         "reverted": {},
+        "drift": "",
     }
 
 
@@ -360,6 +372,74 @@ def test_status_says_why_a_run_failed_and_nothing_that_its_container_printed(
     assert line.endswith("  exit code 1")
 
 
+# explain
+
+
+def test_explain_tells_how_a_run_stands(story: Story) -> None:
+    page = story.pages["red, explained"]
+    told = dict(re.findall(r"(?m)^(\w+): +(.*)$", page.stdout))
+    assert (page.status, told["run"], told["app"]) == (0, story.run["broken"], "shop")
+    assert (told["ref"], told["commit"]) == ("refs/heads/feature/red", story.commit["broken"])
+    assert (told["outcome"], told["reason"], told["detail"]) == (
+        *("failed", "TestsFailed"),
+        "exit code 1",
+    )
+    assert re.fullmatch(r"\d+s ago", told["received"])
+    assert "broken\n" not in page.stdout.partition("detail")[2], "no log unless it is asked for"
+
+
+def test_explain_prints_the_log_of_a_red_test_fit_for_a_terminal(story: Story) -> None:
+    page = story.pages["red, log"]
+    assert page.status == 0
+    assert re.search(r"(?m)^--- test test-\S+\.test-runner, kept 20\S+Z$", page.stdout)
+    assert "\n\\x1b]0;hi\\x07 \\u202etxt token=***\nbroken\n" in page.stdout
+    assert "\x1b" not in page.stdout
+
+
+def test_explain_prints_the_log_of_a_version_that_crashed(story: Story) -> None:
+    page = story.pages["v4, log"]
+    words = r"\n--- production shop-\w+-\w+-\w+\.web, .*\ncannot log in with password=\*\*\*"
+    assert re.search(words, page.stdout)
+
+
+def test_explain_says_that_no_log_is_kept_of_a_run_that_is_well(story: Story) -> None:
+    page = story.pages["v3, log"]
+    assert page.status == 0
+    assert page.stdout.endswith("no log is kept: it is for a day, where something failed\n")
+
+
+@pytest.mark.parametrize(
+    ("page", "status", "said"),
+    [
+        ("nothing, explained", 1, "nothing is known of shop-00000000-0000 any more"),
+        ("another app, explained", 2, "no app 'other' is configured"),
+        ("no id, explained", 2, "'shop,a!=b' is no id of a run"),
+    ],
+)
+def test_explain_says_what_is_not_known(story: Story, page: str, status: int, said: str) -> None:
+    assert (story.pages[page].status, said in story.pages[page].stderr) == (status, True)
+
+
+def test_explain_goes_on_where_an_account_may_not_look(story: Story) -> None:
+    told, subject = story.world, {"kind": "ServiceAccount", "name": "looker", "namespace": "test"}
+    rule = {"apiGroups": ["*"], "resources": ["jobs", "configmaps"], "verbs": ["get", "list"]}
+    rbac = {"apiVersion": "rbac.authorization.k8s.io/v1"}
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "looker"}
+    bound = {"roleRef": role, "subjects": [subject]}
+    for namespace in ("test", "build", "orchestration"):
+        meta = {"name": "looker", "namespace": namespace}
+        told.cluster.load(
+            {**rbac, "metadata": meta, "kind": "Role", "rules": [rule]},
+            {**rbac, "metadata": meta, "kind": "RoleBinding", **bound},
+        )
+    environ = {**told.environ, "KUBECONFIG": str(told.cluster.kubeconfig("test/looker"))}
+    argv = [sys.executable, str(PROGRAM), "explain", story.run["broken"], "--log"]
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
+    assert "\n--- production\nnot readable with this account\n" in done.stdout, done
+    assert "token=***" in done.stdout
+
+
+
 # rollback
 
 
@@ -380,7 +460,9 @@ def test_rollback_goes_several_versions_back_onto_one_whose_colour_was_overwritt
 ) -> None:
     page = story.pages["rollback --to 2"]
     assert (page.status, page.stderr, page.answer) == (0, "", ("v1", "hello from v1"))
+    old, new = f"{story.run['v3']} (blue)", f"{story.run['v1']} (blue)"
     assert page.stdout.splitlines() == [
+        f"shop production: from {old} to {new}",
         f"shop production: back on {story.run['v1']} (green)",
         f"{story.run['v3']} is rejected until `rerun {story.run['v3']}`",
     ]

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import gitops_hook as hook
 from tests.deliveries import TOKEN
@@ -131,6 +133,8 @@ def test_values_do_not_change() -> None:
         ("apps: []\nwebhook: {verify: false}", "webhook.verify: False is not signature, token"),
         ("apps: []\nwebhook: {max_body: 5MB}", "webhook.max_body: '5MB' is not a size up to 64MiB"),
         ("apps: []\nwebhook: {max_body: 0MiB}", "webhook.max_body: '0MiB' is not a size"),
+        ("apps: []\nlimits: {checkout: 0MiB}", "limits.checkout: '0MiB' is not a size from 1MiB"),
+        ("apps: []\nlimits: {checkout: 1GiB}", "limits.checkout: '1GiB' is not a size from 1MiB"),
         ("apps: []\nwebhook: {max_body: 99MiB}", "webhook.max_body: '99MiB' is not a size"),
         ("apps: []\ncatch_up: 0s", "catch_up: '0s' is not a duration (e.g. 90s, 15m, 2h)"),
         ("apps: []\nimages: {hook: UPPER}", "images.hook: 'UPPER' is not an image reference"),
@@ -556,6 +560,78 @@ def test_what_looks_like_a_secret_is_masked_and_other_text_is_not(
     assert secrets.mask(text) == masked
 
 
+KEY = "MIIEvQIBADANBgkqhkiG9w0BAQEFAASC"
+BEGIN, END = "-----BEGIN RSA PRIVATE KEY-----", "-----END RSA PRIVATE KEY-----"
+PGP = "-----{} PGP PRIVATE KEY BLOCK-----"
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("AKIAIOSFODNN7EXAMPLE and ASIAIOSFODNN7EXAMPLE", "*** and ***"),
+        ("xAKIAIOSFODNN7EXAMPLE AKIA AKIA-1", "xAKIAIOSFODNN7EXAMPLE AKIA AKIA-1"),
+        ("a gho_0123456789abcdef b", "a *** b"),
+        ("a github_pat_11ABCDEFG0_12345 b", "a *** b"),
+        ("x_glptt-0123456789abcdef gldt-0123456789abcdef", "x_*** ***"),
+        ("xoxb-123456789012-abcdef sk_live_0123456789", "*** ***"),
+        ("DB_PASS=hunter2 db-pass: hunter2", "DB_PASS=*** db-pass: ***"),
+        ("PASSPHRASE=hunter2 passphrase: hunter2", "PASSPHRASE=*** passphrase: ***"),
+        ("STRIPE_KEY=hunter2 my_key: hunter2", "STRIPE_KEY=*** my_key: ***"),
+        ("access-key = hunter2 accessKey: hunter2", "access-key = *** accessKey: ***"),
+        ("SSH_KEY_2=hunter2", "SSH_KEY_2=***"),
+        ("pwd=hunter2 MYSQL_PWD=/hunter2", "pwd=*** MYSQL_PWD=***"),
+        ("mysql --password hunter2 -h db", "mysql --password *** -h db"),
+        ("x -password hunter2 --db-token hunter2 y", "x -password *** --db-token *** y"),
+        ("['mysql', '--password', 'hunter2']", "['mysql', '--password', ***"),
+        ("the password is hunter2, I think", "the password is *** I think"),
+        ("Password was hunter2", "Password was ***"),
+        ("the token is abcdefg1", "the token is ***"),
+        ('password="two words" x', "password=*** x"),
+        ("password: 'it is \\' here' x", "password: *** x"),
+        (f"a\n{BEGIN}\n{KEY}\n{KEY}\n{END}\nb", "a\n***\nb"),
+        (f"a\r\n{BEGIN}\r\n{KEY}\r\n{END}\r\nb", "a\r\n***\r\nb"),
+        (f'{{"k": "{BEGIN}\\n{KEY}\\n{END}\\n", "x": 1}}', '{"k": "***\\n", "x": 1}'),
+        (f'private_key: "{BEGIN}\\n{KEY}\\n{END}" x', "private_key: *** x"),
+        (f"{BEGIN}\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,AB\n\n{KEY}\n{END} b", "*** b"),
+        (f"{BEGIN}\n{KEY}\n{END}\nb\n{BEGIN}\n{KEY}\n{END}\nc", "***\nb\n***\nc"),
+        (f"{PGP.format('BEGIN')}\n{KEY}\n{PGP.format('END')}", "***"),
+    ],
+)  # fmt: skip
+def test_the_secrets_that_programs_print_are_masked(
+    secrets: hook.Secrets, text: str, masked: str
+) -> None:
+    assert secrets.mask(text) == masked
+    # a line of a log stands among others
+    assert secrets.mask(f"one.\n{text}\n") == f"one.\n{masked}\n"
+
+
+def test_of_a_private_key_that_is_cut_off_nothing_is_left(secrets: hook.Secrets) -> None:
+    assert secrets.mask(f"cut: {BEGIN} {KEY} {KEY[:9]}") == "cut: ***"
+    assert secrets.mask(f"{KEY[9:]}\n{KEY}==\n{END}\nb") == "***\nb"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "key=value key: value matchLabels: {app: shop} configMapKeyRef: {name: x, key: y}",
+        "monkey=1 keys: 5 num_keys=5 a_keyboard=us turkey: 3",
+        "PWD=/workspace/src OLDPWD=/workspace",
+        "bypass=1 compass: 2 --bypass 3 12 passed, 1 failed PASS: test_it",
+        "unexpected token } in a token stream; tokens",
+        "password is required; the password was not set; secret is missing",
+        "token is 3 days old, the key is unknown",
+        "docker login --password-stdin registry.example.com",
+        "give --password or --token-file /run/token",
+        'secret "not-there" not found, failed quota: test-quota: must specify limits.cpu for: web',
+        "-----BEGIN CERTIFICATE-----\nMIIE\n-----END CERTIFICATE-----",
+        "-----BEGIN PUBLIC KEY-----\nMIIE\n-----END PUBLIC KEY-----",
+        "a ghost_writer on the AKIA line, xoxo, Asia/Tokyo",
+    ],
+)  # fmt: skip
+def test_innocent_words_are_not_masked(secrets: hook.Secrets, text: str) -> None:
+    assert secrets.mask(text) == text
+
+
 def test_known_secrets_are_masked_wherever_they_stand(secrets: hook.Secrets) -> None:
     write(secrets, "webhook-tokens", "zebra-stripes\nzebra\nfour\nab\n")
     write(
@@ -596,17 +672,37 @@ def test_a_secret_that_changes_is_masked_at_once(secrets: hook.Secrets) -> None:
 
 
 def test_the_value_of_a_variable_is_masked_by_its_name(secrets: hook.Secrets) -> None:
-    key = {"name": "PRIVATE_KEY", "value": "-----BEGIN\nMIIEv\n"}
-    named: Any = secrets.mask([key, {"name": "db-password", "value": 5}, {"name": "x", "value": 1}])
-    assert [each["value"] for each in named] == ["***", "***", 1]
+    names = ["PRIVATE_KEY", "STRIPE_KEY", "DB_PASS", "PASSPHRASE", "MYSQL_PWD", "db-password"]
+    named: Any = secrets.mask([{"name": n, "value": "MIIEv\nhunter2\n"} for n in names])
+    assert [each["value"] for each in named] == ["***"] * len(names)
+    plain = [{"name": n, "value": 1} for n in ("x", "COUNT", "MONKEY", "KEYBOARD")]
+    assert secrets.mask(plain) == plain
 
 
 @pytest.mark.parametrize(
     "piece",
-    ["a", "token", "eyJ", "eyJ-", "a-", "://", "x://", "password ", "bearer ", "whsec_", "="],
-)
+    [
+        "a", "token", "eyJ", "eyJ-", "a-", "://", "x://", "password ", "bearer ", "whsec_", "=",
+        BEGIN, END, f"{BEGIN}a-", "-----BEGIN ", "-", "--", "-a", " --a", "--pass-", "--password ",
+        f"--{'a' * 30} ", "password is ", "token is a", "token is   ", "_key", "_pass_", "pwd",
+        'pwd="', 'pwd="\\', "secret='", "A \n", "MII\\n", "AKIA", "gl", " ", "\n", "\\",
+    ],
+)  # fmt: skip
 def test_masking_a_long_log_takes_time_in_proportion(secrets: hook.Secrets, piece: str) -> None:
-    text = piece * (200_000 // len(piece))
+    text = "key " + piece * (200_000 // len(piece))
     started = time.process_time()
     secrets.mask(text)
-    assert time.process_time() - started < 1.0
+    assert time.process_time() - started < 2.0
+
+
+PIECES = ["AKIA", "IOSFODNN7EXAMPLE", "eyJ", ".", "abcdefgh1", "Bearer ", "basic ", "://", "@"]
+PIECES += ["--", "pass", "_PASS", "passphrase", "Password", "secret", "token", "_KEY", "api-key"]
+PIECES += ["pwd", "=", ": ", " is ", " ", '"', BEGIN, END, KEY]
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.lists(st.sampled_from([*PIECES, *hook.TOKEN_PREFIXES]), max_size=8))
+def test_the_hints_miss_nothing_that_would_be_masked(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    if hook.SECRET.search(text) or hook.PEM.search(text):
+        assert any(hint in text.lower() for hint in hook.SECRET_HINTS)

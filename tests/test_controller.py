@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,22 @@ def test_a_redelivery_makes_no_second_job(apps: Fleet) -> None:
     run = again.push(commit)
     assert again.push(commit) == run
     assert apps.ended(run)["outcome"] == "deployed"
+    assert apps.created(f"test-{run}") == 1
+
+
+def test_a_delivery_that_is_replayed_after_a_kill_runs_no_tests_again(apps: Fleet) -> None:
+    branchy = apps["branchy"]
+    commit = branchy.release("v1", branch="again")
+    replay = partial(apps.deliver, branchy.repository.bare, "refs/heads/again", commit, ident="one")
+    answer = replay().json()
+    assert answer["status"] == "accepted"
+    (run,) = answer["runs"]
+    assert apps.ended(run)["outcome"] == "tested"
+    eventually(lambda: not [*apps.spool.glob("*.json")], what="the cluster has the push")
+    apps.kill()
+    apps.start()
+    assert replay().json() == {"status": "duplicate", "runs": [run]}
+    assert not [*apps.spool.glob("*.json")]
     assert apps.created(f"test-{run}") == 1
 
 
@@ -425,6 +442,28 @@ def test_two_branches_whose_short_ids_are_equal_are_both_tested(crowd: Fleet) ->
     eventually(tested, 60, "both are tested")
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"], ids=ascii)
+def test_a_branch_that_only_looks_like_the_deployed_one_is_never_deployed(
+    apps: Fleet, mark: str
+) -> None:
+    poll, name = apps["poll"], f"main{mark}x"
+    good = poll.release("good")
+    evil = poll.release("evil", branch=name)
+    answer = apps.deliver(poll.repository.bare, f"refs/heads/{name}", evil)
+    assert (answer.status_code, answer.json()["reason"]) == (200, "OtherRef")
+    run = poll.push(good)
+    assert apps.ended(run)["outcome"] == "deployed"
+    assert apps.stop() == 0
+    apps.start()
+    eventually(lambda: apps.said("branches left out for their names"), 20)
+    poll.repository.git("checkout", "-q", "main")
+    assert poll.deployed("better")["outcome"] == "deployed"
+    commits = {j["metadata"]["annotations"]["gitops-hook/commit"] for j in apps.jobs().values()}
+    assert good in commits
+    assert evil not in commits
+    poll.repository.git("push", "-q", "origin", f":{name}")
+
+
 # Killed.
 
 
@@ -452,4 +491,8 @@ def test_a_failing_test_is_red_with_the_numbers_of_its_report(tmp_path: Path) ->
         assert "1 passed, 1 failed" in ended["detail"]
         assert "test_bad" in ended["detail"]
         assert "hunter2" not in apps.log.read_text()
+        name = f"log-{ended['run']}"
+        log = eventually(lambda: apps.cluster.store.find("configmaps", "test", name))
+        (text,) = log["data"].values()
+        assert "assert 0, 'password=***" in text
         assert not apps["real"].leftovers()

@@ -176,6 +176,78 @@ def a_view(*jobs: hook.Job, **changes: Any) -> hook.View:
     return hook.View(**given | changes)
 
 
+# === The live version ===
+
+
+@pytest.mark.parametrize(
+    ("reached", "put_backs", "drift"),
+    [
+        ({"r2"}, 0, hook.Drift.KEPT),
+        ({"r1"}, 0, hook.Drift.MOVED),
+        ({"r1", "r2"}, 0, hook.Drift.WIDENED),
+        ({"r1", "r2", "r3"}, 2, hook.Drift.WIDENED),
+        ({"r1", "r2"}, 3, hook.Drift.CONTESTED),
+        ({"r1", "r3"}, 0, hook.Drift.ELSEWHERE),
+        ({"r2", ""}, 0, hook.Drift.ELSEWHERE),
+        ({""}, 0, hook.Drift.ELSEWHERE),
+        (set(), 9, hook.Drift.ELSEWHERE),
+    ],
+)
+def test_only_a_selector_that_reaches_another_version_beside_the_live_one_is_put_back(
+    reached: set[str], put_backs: int, drift: hook.Drift
+) -> None:
+    assert hook.drift_of("r2", reached, put_backs) is drift
+
+
+def test_a_pod_of_another_app_is_of_no_run() -> None:
+    pods = [a_pod(run="r1"), a_pod(run="r2")]
+    pods[0].labels["gitops-hook/app"] = "shop"
+    assert hook.runs_of("shop", pods) == {"r1", ""}
+
+
+def records(*entries: Object) -> list[Object]:
+    return [hook.read_record(hook.HistoryEntry, e) for e in entries]
+
+
+def test_whoever_points_a_service_at_an_older_version_leaves_the_newer_ones() -> None:
+    bad, old, older = records(*(history_entry("deployed", run=r) for r in ("r3", "r2", "r1")))
+    first, left, last = hook.moved([bad, old, older], old, "kubectl-edit", 7.0)
+    assert first == {**old, "by": "kubectl-edit", "at": 7.0}
+    assert (left["outcome"], left["reason"]) == ("deployed", "SelectorChanged")
+    assert last == older
+    (sick,) = records(history_entry("switched-back", run="r4", reason="SickAfterSwitch"))
+    assert hook.moved([sick, old], sick, "x", 7.0)[0]["outcome"] == ""
+    assert len(hook.moved([old] * 10, bad, "x", 7.0)) == 10
+
+
+@pytest.mark.parametrize(
+    ("live", "to", "goes", "says"),
+    [
+        ("r3", 1, "r2", ""),
+        ("r3", 2, "r1", ""),
+        ("r3", 3, "", "only 2 proven versions"),
+        ("r3", "r1", "r1", ""),
+        ("r3", "r4", "r4", ""),
+        ("r3", "r3", "", "r3 is what is live"),
+        ("r3", "r9", "", "'r9' is no run of the history: r4, r3, r2, r1"),
+        ("", 1, "", "what is live is not known.*--to RUN, of: r4, r3, r2, r1"),
+        ("", "r2", "r2", ""),
+        ("r9", 1, "r3", ""),
+    ],
+)
+def test_a_rollback_never_goes_to_what_it_leaves_and_asks_where_that_is_not_known(
+    live: str, to: int | str, goes: str, says: str
+) -> None:
+    proven = [history_entry("deployed", run=r) for r in ("r3", "r2", "r1")]
+    service = a_service(live, history_entry("switched-back", run="r4"), *proven)
+    if says:
+        with pytest.raises(hook.RefusedError, match=says):
+            hook.chosen(service, to)
+    else:
+        found = hook.chosen(service, to)
+        assert (found["run"], found["outcome"]) == (goes, "deployed")
+
+
 # === States and actions ===
 
 OTHER = a_run(ref="refs/heads/topic/x")
@@ -384,9 +456,13 @@ ACTIONS: dict[str, Case] = {
     "a build takes too long": (
         a_view(DONE, a_job("build"), pods=(a_pod(BUILD, started=1201),)),
         Do.END, "build", (Outcome.FAILED, Reason.TIMEOUT), "1200 s"),
-    "a build failed": (
+    "a build failed, and what it printed is not told": (
         a_view(DONE, a_job("build", "failed"), pods=ended("build", main=terminated(1, "no FROM"))),
-        Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "no FROM"),
+        Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "exit code 1"),
+    "a build that could not be started is told in the runtime's words": (
+        a_view(DONE, a_job("build", "failed"),
+            pods=ended("build", main=terminated(128, "no such file", "StartError"))),
+        Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "no such file"),
     "a build failed after a green report": (
         a_view(a_job("test", "succeeded", notes={hook.NOTE_SUMMARY: SUMMARY}), a_job("build",
             "failed"),
@@ -764,6 +840,7 @@ JOB_ENDS = {
     "job-oom": (Outcome.FAILED, Reason.OUT_OF_MEMORY, 3.7),
     "job-deadline": (Outcome.FAILED, Reason.TIMEOUT, 5.3),
     "job-image-pull": (Outcome.FAILED, Reason.IMAGE_PULL_FAILED, 62.0),
+    "job-disk-limit-evicts": (Outcome.FAILED, Reason.OUT_OF_DISK, 48.1),
 }
 TEST_NAMES = {"job-fails-under-policy": "test-pol", "job-unschedulable": "test-big"}
 
@@ -808,6 +885,11 @@ def test_a_recorded_test_job_ends_as_it_should(scenario: str) -> None:
     outcome, reason, expected = JOB_ENDS[scenario]
     assert (action.do, action.outcome, action.reason) == (Do.END, outcome, reason)
     assert at == pytest.approx(expected, abs=0.6)
+
+
+def test_a_pod_that_filled_its_disk_ends_the_run_in_the_kubelets_words() -> None:
+    *_, (_, action) = story("job-disk-limit-evicts")
+    assert action.detail == 'Usage of EmptyDir volume "tmp" exceeds the limit "20Mi".'
 
 
 @pytest.mark.parametrize("scenario", ["job-quota-exceeded"])
@@ -924,6 +1006,37 @@ STARTS = 'failed to create containerd task: exec: "serve": executable file not f
 def test_a_sick_pod_is_known_by_its_status(pod: hook.Pod, reason: Reason, grace: float) -> None:
     (found,) = hook.pod_symptoms(pod)
     assert (found.reason, found.grace) == (reason, grace)
+
+
+OVERFULL = 'Usage of EmptyDir volume "tmp" exceeds the limit "20Mi". '
+FULL_NODE = "The node was low on resource: ephemeral-storage. Threshold quantity: 1, available: 0. "
+FULL_NODE += "Container test-runner was using 9Gi, request is 1Gi, has larger consumption of it. "
+
+
+@pytest.mark.parametrize(
+    ("message", "more", "told"),
+    [
+        (OVERFULL, {}, True),
+        ('Container test-runner exceeded its local ephemeral storage limit "4Gi". ', {}, True),
+        ("Pod ephemeral local storage usage exceeds the total limit of containers 4Gi. ", {}, True),
+        (OVERFULL, {"conditions": [DISRUPTED]}, False),
+        (FULL_NODE, {"conditions": [DISRUPTED]}, False),
+        (FULL_NODE, {}, False),
+        ("Pod was rejected: The node had condition: [DiskPressure]. ", {}, False),
+        ("", {}, False),
+        (OVERFULL, {"reason": "Preempting"}, None),
+    ],
+)  # fmt: skip
+def test_a_jobs_pod_is_at_fault_only_where_it_wrote_more_than_it_may(
+    message: str, more: Object, told: bool | None
+) -> None:
+    ended = {"states": {"test-runner": terminated(137)}, "phase": "Failed", "message": message}
+    pod = a_pod(TEST, **{**ended, "reason": "Evicted", **more})
+    reasons = [s.reason for s in hook.pod_symptoms(pod)]
+    assert (Reason.OUT_OF_DISK in reasons) is bool(told)
+    assert pod.leaving is (told is False)
+    # an application's pod is replaced, and its run goes on
+    assert a_pod("", **{**ended, "reason": "Evicted"}).leaving
 
 
 CRASHED = waiting("CrashLoopBackOff")
@@ -1178,6 +1291,79 @@ def test_a_missing_pod_is_a_disturbance() -> None:
     assert hook.disturbed([new_pod()], 2)
     assert not hook.disturbed([new_pod("a"), new_pod("b")], 2)
     assert hook.disturbed([new_pod("a"), new_pod("b"), new_pod("c", meta=GONE)], 2)
+
+
+FELL = [entry("web", RUNNING, ready=False)]
+
+
+def down_pod(name: str, seconds: float) -> hook.Pod:
+    """A pod that is not ready by the word of its own container, since so many seconds."""
+    return new_pod(name, apps=FELL, ready=False, fell=seconds)
+
+
+@pytest.mark.parametrize(
+    ("pods", "starting", "told", "grace"),
+    [
+        ([new_pod("a"), new_pod("b")], True, "", 0.0),
+        ([new_pod("a"), down_pod("b", 1.0)], True, "5 s: b", hook.UNREADY_SECONDS),
+        ([new_pod("a"), down_pod("b", 9.0)], True, "5 s: b", 0.0),
+        ([down_pod("a", 0.5), down_pod("b", 0.5)], True, "1 s: a, b", hook.GONE_SECONDS),
+        ([down_pod("a", 40.0), down_pod("b", 0.5)], True, "1 s: a, b", hook.GONE_SECONDS),
+        ([down_pod("a", 40.0), down_pod("b", 30.0)], True, "1 s: a, b", 0.0),
+        ([new_pod("a", meta=GONE)], True, "20 s: any pod", hook.REPLACED_SECONDS),
+        ([new_pod("a", meta=GONE)], False, "1 s: any pod", hook.GONE_SECONDS),
+        ([], False, "1 s: any pod", hook.GONE_SECONDS),
+        ([down_pod("a", 30.0), new_pod("b", meta=GONE)], True, "1 s: a", 0.0),
+    ],
+    ids=[
+        "all", "one just fell", "one fell before the daemon was there", "all just fell",
+        "the last one just fell", "all fell before the daemon was there",
+        "taken away, another starts", "taken away, no other starts", "none",
+        "one taken away, the other fell",
+    ],
+)  # fmt: skip
+def test_a_version_may_lack_ready_pods_for_as_long_as_its_visitors_can_bear(
+    pods: list[hook.Pod], told: str, grace: float, *, starting: bool
+) -> None:
+    found = hook.shortage(pods, NOW - 20, NOW, starting=starting)
+    assert (found.detail if found else "") == (told and f"not ready for {told}")
+    assert (found.grace if found else 0.0) == grace
+
+
+# Each step: seconds after the one before, what the check said, whether pods could be seen.
+CHECKED = {
+    "passing": ([(0.25, None, True)] * 8, 1.75, 8, 0),
+    "the first one covers no time": ([(9.0, None, True)], 0.0, 1, 0),
+    "as far apart as may be": ([(0.0, None, True), (2.0, None, True)], 2.0, 2, 0),
+    "too far apart": ([(0.0, None, True), (2.1, None, True)], 0.0, 1, 0),
+    "a process that was stopped": (
+        [(0.25, None, True)] * 4 + [(35.0, None, True)] + [(0.25, None, True)] * 2, 1.25, 3, 0),
+    "pods that are missing": ([(0.25, None, False)] * 8, 0.0, 8, 0),
+    "failing": ([(0.25, None, True)] * 4 + [(0.25, "status 503", True)] * 3, 1.5, 0, 3),
+    "failing slowly": ([(2.1, "no whole answer", True)] * 3, 0.0, 0, 3),
+    "now and then": ([(0.25, None, True), (0.25, "status 503", True)] * 4, 1.75, 0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "judged", "passes", "failures"), CHECKED.values(), ids=CHECKED)
+def test_time_counts_for_the_bake_only_between_checks_that_are_near_each_other(
+    steps: list[tuple[float, str | None, bool]], judged: float, passes: int, failures: int
+) -> None:
+    checks, now = hook.Checks(), 1000.0
+    for seconds, refusal, clear in steps:
+        now += seconds
+        checks.add(now, refusal, clear=clear)
+    assert checks.judged == pytest.approx(judged)
+    assert (checks.passing(now), checks.failures) == (passes, failures)
+    assert checks.refusal == (steps[-1][1] or "")
+
+
+def test_checks_of_long_ago_are_no_proof_that_a_version_is_healthy() -> None:
+    checks = hook.Checks()
+    for now in (1.0, 1.25, 1.5):
+        checks.add(now, None, clear=True)
+    assert checks.passing(1.5 + hook.CHECK_GAP) == 3
+    assert checks.passing(1.6 + hook.CHECK_GAP) == 0
 
 
 # === A foreign Service ===

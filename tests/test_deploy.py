@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from tests.fleet import MISSING_IMAGE, Fleet, Member, fleet
+from tests.fleet import MISSING_IMAGE, STAGE, Fleet, Member, fleet
 from tests.world import Object, eventually
 
 APPS: dict[str, Object] = {
     "image": {},
     "crash": {},
+    "discreet": {"log_tails": False},
     "smoke": {},
     "shop": {"drain": "2s"},
     "sick": {"bake": "5s"},
@@ -34,7 +36,7 @@ def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 @pytest.fixture(scope="module")
 def failing(apps: Fleet) -> dict[str, str]:
     """First deployments that are going to fail, each in its own way; their runs."""
-    modes = {"crash": "crash-at-start", "smoke": "smoke-fails"}
+    modes = {"crash": "crash-at-start", "discreet": "crash-at-start", "smoke": "smoke-fails"}
     return {name: apps[name].go("v1", modes=mode) for name, mode in modes.items()}
 
 
@@ -64,6 +66,61 @@ def test_a_first_version_that_is_bad_is_red_with_the_reason(
 ) -> None:
     ended = apps.ended(failing[name])
     assert (ended["outcome"], ended["reason"], ended["stage"]) == ("failed", reason, "production")
+
+
+WORDS = "cannot log in with"
+
+
+def kept(apps: Fleet, run: str, namespace: str = "production") -> Object:
+    """The log that is kept of a run."""
+    found = apps.cluster.store.find("configmaps", namespace, f"log-{run}")
+    return found or {}
+
+
+@pytest.mark.usefixtures("live")
+def test_what_a_crashing_container_printed_is_kept_masked_beside_it_and_nowhere_else(
+    apps: Fleet, failing: dict[str, str]
+) -> None:
+    run = failing["crash"]
+    apps.ended(run)
+    log = eventually(lambda: kept(apps, run), 20, "the log is kept")
+    ((key, text),) = log["data"].items()
+    assert re.fullmatch(r"crash-(blue|green)-\w+-\w+\.web", key)
+    assert text == f"{WORDS} password=***"
+    assert log["metadata"]["labels"] == {
+        "app.kubernetes.io/managed-by": "gitops-hook",
+        "gitops-hook/app": "crash",
+        "gitops-hook/run": run,
+        "gitops-hook/stage": "log",
+    }
+    assert WORDS not in apps.log.read_text()
+    status = apps.command("status", "--output", "json").stdout
+    assert WORDS not in status
+    assert "crash" in status
+    for resource in ("configmaps", "deployments", "events", "jobs", "services"):
+        for namespace in ("orchestration", "test", "build", "staging", "production"):
+            found = apps.cluster.store.list(resource, namespace)
+            stages = [(o["metadata"].get("labels") or {}).get(STAGE) for o in found]
+            others = [o for o, stage in zip(found, stages, strict=True) if stage != "log"]
+            assert WORDS not in json.dumps(others), (resource, namespace)
+
+
+@pytest.mark.usefixtures("live")
+def test_what_a_version_printed_that_failed_its_smoke_test_is_kept_too(
+    apps: Fleet, failing: dict[str, str]
+) -> None:
+    log = eventually(lambda: kept(apps, failing["smoke"]), 20, "the log is kept")
+    (text,) = log["data"].values()
+    assert text.startswith("listening as v1")
+
+
+@pytest.mark.usefixtures("live")
+def test_a_log_that_shall_not_be_kept_is_not(apps: Fleet, failing: dict[str, str]) -> None:
+    run = failing["discreet"]
+    assert apps.ended(run)["reason"] == "CrashLoop"
+    eventually(lambda: not apps["discreet"].leftovers(), 20, "nothing is left")
+    assert not kept(apps, run)
+    assert "no log is kept" in apps.command("explain", run, "--log").stdout
 
 
 @pytest.mark.usefixtures("failing")
@@ -105,12 +162,12 @@ def test_each_version_keeps_the_settings_it_was_pushed_with(live: Fleet) -> None
     assert said == {"v1": "hello from v1", "v2": "hello from v2"}
 
 
-def test_a_version_that_crashes_at_start_is_red_with_its_last_words_masked(live: Fleet) -> None:
+def test_a_version_that_crashes_at_start_is_red_without_its_last_words(live: Fleet) -> None:
     shop = live["shop"]
     with shop.traffic() as traffic:
         ended = shop.deployed("v3", modes="crash-at-start")
     assert (ended["outcome"], ended["reason"]) == ("failed", "CrashLoop")
-    assert "cannot log in with" in ended["detail"]
+    assert re.fullmatch(r"container web of \S+ ended \d times, last with .*", ended["detail"])
     assert "hunter2" not in live.log.read_text()
     assert (traffic.failures, traffic.versions) == ([], ["v2"])
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import responses
 
 import gitops_hook as hook
+from tests.world import eventually
 
 Object = dict[str, Any]
 EARLY, LATE = "2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z"
@@ -63,6 +72,7 @@ cd '{folder}'
 case "$*" in
 *endpointslices*) echo >> asked; n=$(wc -l < asked); last={len(looks) - 1}
   cat "look$((n > last ? last : n))" ;;
+*configmaps*) echo '{{"items": []}}' ;;
 *pods*) cat pods ;;
 *deployment*) cat deployment ;;
 *) cat service ;;
@@ -181,13 +191,13 @@ def test_a_rollout_is_judged_by_the_pods_of_its_own_run(tmp_path: Path) -> None:
     late = hook.Symptom("", hook.Reason.NEVER_READY, "late")
     pods._take("ADDED", pod_without_image("shop-old"))
     assert made.symptoms(task(), release, pods) == []
-    assert made.failed(task(), release, pods, late).reason is hook.Reason.NEVER_READY
+    assert made.failed(release, pods, late).reason is hook.Reason.NEVER_READY
     pods._take("ADDED", pod_without_image("shop-new"))
     (symptom,) = made.symptoms(task(), release, pods)
     assert symptom.reason is hook.Reason.IMAGE_NOT_FOUND
-    assert made.failed(task(), release, pods, late).reason is hook.Reason.IMAGE_NOT_FOUND
+    assert made.failed(release, pods, late).reason is hook.Reason.IMAGE_NOT_FOUND
     quota = hook.Symptom("k", hook.Reason.QUOTA_EXCEEDED, "quota")
-    assert made.failed(task(), release, pods, quota).reason is hook.Reason.QUOTA_EXCEEDED
+    assert made.failed(release, pods, quota).reason is hook.Reason.QUOTA_EXCEEDED
 
 
 @pytest.mark.parametrize(
@@ -221,10 +231,12 @@ def two_pods(ready: int) -> list[Object]:
     return pods
 
 
-def history(folder: Path, old: list[Object] | None, new: list[Object]) -> hook.Deployer:
+def history(
+    folder: Path, old: list[Object] | None, new: list[Object], port: int = 8080
+) -> hook.Deployer:
     """A deployer of which the new version is live, with these pods of it and of the one before."""
     made, deployment = deployer(folder, [slices()]), {"metadata": {}, "spec": {"replicas": 2}}
-    ports = [{"port": 80, "targetPort": 8080}]
+    ports = [{"port": 80, "targetPort": port}]
     common: Object = {"ports": ports, "replicas": 2, "at": SWITCHED, "release": "record"}
     entries = [
         {**common, "run": "shop-new", "selector": NEW, "outcome": ""},
@@ -262,16 +274,79 @@ def test_missing_endpoints_send_traffic_back_only_to_a_version_that_is_as_well(
     tmp_path: Path, old: int | None, new: int, *, back: bool
 ) -> None:
     made = history(tmp_path, None if old is None else two_pods(old), two_pods(new))
-    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
+    release = a_release({"metadata": {}, "spec": {"replicas": 2}})
     with pytest.raises(hook.StageError, match="^EndpointsMissing: " if back else "^BothSick: "):
-        made.settle(task(), pods)
+        made.verify(task(), release, SWITCHED)
     assert (tmp_path / "done").exists() is back
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("binaryData", {"release": "c2hvcA=="}),
+        ("immutable", False),
+        ("data", {"more": "x"}),
+        ("metadata.name", "shop-release-00000000"),
+        ("metadata.labels", {hook.LABEL_APP: "other", hook.LABEL_STAGE: "release"}),
+    ],
+    ids=["content", "immutable", "more", "name", "labels"],
+)
+def test_a_release_record_that_is_not_as_it_was_written_is_not_used(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    made = history(tmp_path, None, [])
+    assert made.release(task(), {"release": "record"}).run == "shop-new"
+    record = json.loads((tmp_path / "record").read_text())
+    target = record["metadata"] if "." in key else record
+    target[key.rpartition(".")[2]] = value
+    (tmp_path / "record").write_text(json.dumps(record))
+    with pytest.raises(hook.StageError, match="release record record was changed, or is not"):
+        made.release(task(), {"release": "record"})
+
+
+def switches_back(made: hook.Deployer) -> float | None:
+    """Let traffic be taken back; return how often that was counted."""
+    ended = (hook.Outcome.SWITCHED_BACK, hook.Reason.SICK_AFTER_SWITCH, "it is sick")
+    labels = {"app": "shop", "environment": "production", "direction": "back"}
+    with suppress(hook.SupersededError):
+        made.switch_back(task(), *ended)
+    return made.metrics.registry.get_sample_value("gitops_hook_switches_total", labels)
+
+
+def test_a_switch_back_is_counted_only_when_it_was_one(tmp_path: Path) -> None:
+    for name in ("done", "first", "other"):
+        (tmp_path / name).mkdir()
+    made = history(tmp_path / "done", two_pods(2), [])
+    assert switches_back(made) == 1
+    assert switches_back(history(tmp_path / "first", None, [])) is None
+    assert (tmp_path / "first" / "done").exists(), "the first Service is removed"
+    other = history(tmp_path / "other", two_pods(2), [])
+    live = json.loads((tmp_path / "other" / "service").read_text())
+    live["spec"]["selector"] = OLD
+    (tmp_path / "other" / "service").write_text(json.dumps(live))
+    assert switches_back(other) is None
+    assert not (tmp_path / "other" / "done").exists()
+
+
+def test_a_step_before_the_switch_is_not_tried_for_ever_once_the_branch_has_another_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = deployer(tmp_path, [])
+    refused = "echo 'Unable to connect: connection refused' >&2; exit 1"
+    script = tmp_path / "kubectl"
+    script.write_text(f"#!/bin/sh\n{refused}\n")
+    monkeypatch.setattr(made, "pause", lambda seconds: None)
+    heads: list[dict[str, str]] = [{"refs/heads/main": "b" * 40}, {"refs/heads/main": "a" * 40}]
+    monkeypatch.setattr(made.git, "heads", lambda url: heads.pop())
+    with pytest.raises(hook.SupersededError, match="another head"):
+        made.claim(task(), a_release({"metadata": {}, "spec": {}}))
+    assert heads == []
 
 
 def take_back(made: hook.Deployer, well: tuple[int, int] | None) -> str:
     """Return why traffic was taken back, or had to stay; "" when the verdict was dropped."""
     try:
-        made.take_back(task(), "it is sick", [], well)
+        made.take_back(task(), "it is sick", well)
     except hook.StageError as ended:
         return str(ended.reason)
     return ""
@@ -303,19 +378,132 @@ def test_a_crash_sends_traffic_back_to_where_a_larger_share_is_well(
     ],
     ids=["sick", "half", "lost-machine", "over", "larger-now", "a-better-share", "both", "first"],
 )
-@responses.activate
 def test_failed_health_checks_count_by_the_word_of_each_pod_of_both_versions(
     tmp_path: Path, old: tuple[int, ...] | None, new: tuple[int, ...], verdict: str
 ) -> None:
     pods: dict[str, list[Object]] = {"old": [], "new": []}
-    for net, (name, answers) in enumerate((("old", old or ()), ("new", new))):
-        for number, status in enumerate(answers):
-            pod, address = ready_pod(f"{name}-{number}"), f"10.0.{net}.{number}"
-            pod["status"]["podIP"] = address
-            pods[name].append(pod)
-            responses.get(f"http://{address}:8080/ready", status=status)
-    made = history(tmp_path, pods["old"] or None, pods["new"])
-    assert take_back(made, None) == verdict
+    with ExitStack() as servers:
+        port = 0
+        for net, (name, answers) in enumerate((("old", old or ()), ("new", new))):
+            for number, status in enumerate(answers):
+                pod, host = ready_pod(f"{name}-{number}"), f"127.9.{net}.{number + 1}"
+                pod["status"]["podIP"] = host
+                pods[name].append(pod)
+                words = f"HTTP/1.1 {status} Said\r\n\r\n".encode()
+                port = servers.enter_context(answering([words], host, port))
+        made = history(tmp_path, pods["old"] or None, pods["new"], port=port)
+        assert take_back(made, None) == verdict
+
+
+@contextmanager
+def answering(
+    parts: list[bytes], host: str = "127.0.0.1", port: int = 0, pause: float = 0.0
+) -> Iterator[int]:
+    """A server that sends these parts to whoever asks, then says nothing more; its port."""
+    over = threading.Event()
+
+    def answer(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.recv(4096)
+            for part in parts:
+                connection.sendall(part)
+                if over.wait(pause):
+                    return
+            over.wait(30)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+    with socket.create_server((host, port)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            over.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n"
+SLOW = "no whole answer within 1 s"
+
+
+@pytest.mark.parametrize(
+    ("parts", "pause", "refusal"),
+    {
+        "healthy": ([OK + b"\r\n"], 0.0, None),
+        "another place": (
+            [b"HTTP/1.1 302 Found\r\nLocation: http://192.0.2.1/\r\n\r\n"],
+            0.0,
+            None,
+        ),
+        "plain line ends": ([b"HTTP/1.0 204 None\n\n"], 0.0, None),
+        "a body that goes on for ever": ([OK + b"\r\n", *[b"x" * 1000] * 1000], 0.0, None),
+        "in two parts": ([OK, b"\r\n"], 0.1, None),
+        "failing": ([b"HTTP/1.1 503 Busy\r\n\r\n"], 0.0, "status 503"),
+        "only for now": ([b"HTTP/1.1 100 Continue\r\n\r\n"], 0.0, "status 100"),
+        "nothing": ([], 0.0, SLOW),
+        "headers without an end": ([OK], 0.0, SLOW),
+        "a byte now and then": ([OK, *[b"x"] * 100], 0.3, SLOW),
+        "more headers than anyone needs": (
+            [OK, *[b"x: y\r\n" * 1000] * 100],
+            0.0,
+            "not an HTTP answer",
+        ),
+        "not HTTP": ([b"SSH-2.0-x\r\n\r\n"], 0.0, "not an HTTP answer"),
+        "no status": ([b"HTTP/1.1 2000 OK\r\n\r\n"], 0.0, "not an HTTP answer"),
+    }.values(),
+)
+def test_a_health_check_ends_in_time_whatever_is_sent(
+    parts: list[bytes], pause: float, refusal: str | None
+) -> None:
+    with answering(parts, pause=pause) as port:
+        began = time.monotonic()
+        assert hook.health_refusal(f"http://127.0.0.1:{port}/ready?a=b", 1.0) == refusal
+        assert time.monotonic() - began < 5
+
+
+def test_a_health_check_says_why_nothing_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    assert hook.health_refusal(f"http://127.0.0.1:{port}/ready") == "ConnectionRefusedError"
+
+
+def test_a_process_without_files_learns_nothing_about_health() -> None:
+    with answering([OK + b"\r\n"]) as port:
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                hook.health_refusal(f"http://127.0.0.1:{port}/ready")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_traffic_is_taken_back_while_other_calls_take_all_their_places_and_one_hangs(
+    tmp_path: Path,
+) -> None:
+    made = history(tmp_path, two_pods(2), [])
+    script = tmp_path / "kubectl"
+    # every call of another hangs, and so does the first one of this
+    hangs = """case "$*" in
+*elsewhere*) echo >> others; until [ -e end ]; do sleep 0.05; done ;;
+*pods*shop-old*) if mkdir hung; then exec sleep 600; fi; cat old ;;"""
+    script.write_text(script.read_text().replace('case "$*" in', hangs, 1))
+    with ThreadPoolExecutor(8) as others:
+        [others.submit(made.kubectl.run, "get", "elsewhere") for _ in range(8)]
+        taken = tmp_path / "others"
+        eventually(lambda: taken.exists() and taken.read_text().count("\n") == 8, 20)
+        began = time.monotonic()
+        verdict = take_back(made.urgent, (0, 2))
+        took = time.monotonic() - began
+        (tmp_path / "end").touch()
+    assert (verdict, (tmp_path / "done").exists()) == ("SickAfterSwitch", True)
+    assert took < 10, "and not after the 30 seconds of one call"
 
 
 def test_a_rollout_is_not_waited_for_when_the_daemon_is_to_stop(tmp_path: Path) -> None:
@@ -454,21 +642,151 @@ def a_pod(name: str, created: int, *containers: Object, ready: bool = False) -> 
     return hook.Pod({"metadata": meta, "spec": spec, "status": status})
 
 
-def test_the_last_words_are_those_of_the_newest_pod_that_is_not_ready(tmp_path: Path) -> None:
-    made = deployer(tmp_path, [])
-    script = tmp_path / "kubectl"
-    logs = 'case "$*" in\n*logs*) echo "$6 of $4" ;;'
-    script.write_text(script.read_text().replace('case "$*" in', logs))
-    well, sick = {"name": "log", "ready": True}, {"name": "web", "ready": False}
+def test_the_last_words_are_those_of_the_newest_pod_that_is_not_ready() -> None:
+    running, pulling = {"running": {}}, {"waiting": {"reason": "ImagePullBackOff"}}
+    well = {"name": "log", "ready": True, "state": running}
+    sick = {**well, "name": "web", "ready": False}
     before = {"terminated": {"exitCode": 3}}
     pods = [
         a_pod("old", 10, sick),
-        a_pod("new", 20, well, sick, {"name": "last", "ready": False}),
+        a_pod("new", 20, well, sick, {**sick, "name": "last"}),
         a_pod("well", 30, {"name": "web", "ready": True, "lastState": before}, ready=True),
     ]
-    assert made.with_logs("why", pods, "production") == "why\nweb of new"
-    assert made.with_logs("why", pods[2:], "production") == "why\nweb of well"
-    assert made.with_logs("why", [], "production") == "why"
+
+    def told(pods: list[hook.Pod]) -> list[str]:
+        return [f"{c.name} of {p.name}" for p, c in hook.speakers(pods)]
+
+    assert told(pods) == ["web of new", "last of new"]
+    assert told(pods[2:]) == ["web of well"]
+    assert told([a_pod("calm", 40, well, ready=True), pods[2]]) == ["web of well"]
+    assert told([a_pod("calm", 40, well, ready=True)]) == ["log of calm"]  # a test that hangs
+    assert told([a_pod("never", 40, {"name": "web", "ready": False, "state": pulling})]) == []
+    assert told([]) == []
+
+
+class Shelf(hook.Kubectl):
+    """A cluster that has the log of every container, and holds ConfigMaps."""
+
+    def __init__(self, log: str = "", *, fails: bool = False) -> None:
+        super().__init__(hook.Metrics())
+        self.log, self.fails, self.kept = log, fails, dict[str, Object]()
+
+    def logs(self, pod: str, container: str, namespace: str) -> str:
+        return self.log.format(pod=pod, container=container)
+
+    def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
+        if self.fails:
+            raise hook.KubectlError(["kubectl", "get"], None, "")
+        terms = dict(term.split("=") for term in filters[1].split(","))
+        return [o for o in self.kept.values() if terms.items() <= o["metadata"]["labels"].items()]
+
+    def delete(self, resource: str, names: Iterable[str], namespace: str) -> None:
+        for name in names:
+            del self.kept[name]
+
+    def create(self, objects: Sequence[Object], namespace: str) -> None:
+        for made in objects:
+            stamp = datetime.fromtimestamp(1000.0 + len(self.kept), UTC).isoformat()
+            made["metadata"]["creationTimestamp"] = stamp
+            assert made["metadata"]["name"] not in self.kept
+            self.kept[made["metadata"]["name"]] = made
+
+
+FAILED: Object = {"name": "web", "ready": False, "state": {"terminated": {"exitCode": 1}}}
+
+
+def tails(shelf: Shelf, folder: Path, now: float = 1000.0) -> hook.LogTails:
+    clock = Seconds()
+    clock.now = lambda: now  # type: ignore[method-assign]
+    return hook.LogTails(shelf, hook.Secrets(folder), clock)
+
+
+def test_of_a_long_log_the_end_is_kept_whatever_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "webhook-tokens").write_text("hunter2-hunter2\n")
+    noise = "\u20ac\x00\x1b " * 30_000
+    shelf = Shelf(noise + "hunter2-hunter2 and\npassword=hunter2\nthe end of {container}")
+    pods = [a_pod("new", 20, FAILED, {**FAILED, "name": "other"})]
+    tails(shelf, tmp_path).keep("shop", "shop-1", pods, "production")
+    (kept,) = shelf.kept.values()
+    assert [*kept["data"]] == ["new.web", "new.other"]
+    for key, text in kept["data"].items():
+        assert text.endswith(f"*** and\npassword=***\nthe end of {key.partition('.')[2]}")
+        assert 20_000 < len(text.encode()) <= 32_768
+    assert "hunter2" not in json.dumps(kept)
+
+
+def test_a_termination_message_is_kept_with_the_log_unless_it_is_of_it(tmp_path: Path) -> None:
+    words = {**FAILED, "state": {"terminated": {"exitCode": 1, "message": "token=abc: no"}}}
+    for log, text in (("a line", "a line\ntoken=*** no"), ("token=abc: no", "token=*** no")):
+        shelf = Shelf(log)
+        tails(shelf, tmp_path).keep("shop", "shop-1", [a_pod("new", 20, words)], "production")
+        assert shelf.kept["log-shop-1"]["data"] == {"new.web": text}
+
+
+def test_where_nothing_was_printed_nothing_is_kept(tmp_path: Path) -> None:
+    shelf = Shelf()
+    tails(shelf, tmp_path).keep("shop", "shop-1", [a_pod("new", 20, FAILED)], "production")
+    assert not shelf.kept
+
+
+def test_twenty_logs_of_an_app_are_kept_for_a_day(tmp_path: Path) -> None:
+    shelf, pods = Shelf("words"), [a_pod("new", 20, FAILED)]
+    shelf.kept["other"] = {**labelled("other", "twin"), "data": {}}
+    shelf.kept["release"] = {**labelled("release", "shop", stage="release"), "data": {}}
+    for number in range(30):
+        tails(shelf, tmp_path).keep("shop", f"shop-{number}", pods, "production")
+    names = [*shelf.kept][2:]
+    assert names == [f"log-shop-{number}" for number in range(10, 30)]
+    tails(shelf, tmp_path).keep("shop", "shop-29", pods, "production")  # it failed again
+    assert [*shelf.kept][-1] == "log-shop-29"
+    app = hook.load_config(CONFIG).apps[0]
+    spaces = dict.fromkeys(("test", "build", "staging", "production"), "production")
+    tails(shelf, tmp_path, now=80_000.0).tidy(app, spaces)
+    assert "log-shop-28" in shelf.kept
+    tails(shelf, tmp_path, now=88_000.0).tidy(app, spaces)
+    assert [*shelf.kept] == ["other", "release"]
+
+
+def labelled(name: str, app: str, stage: str = "log") -> Object:
+    labels = {hook.LABEL_MANAGED: hook.MANAGER, hook.LABEL_APP: app, hook.LABEL_STAGE: stage}
+    return {"metadata": {"name": name, "labels": labels, "creationTimestamp": EARLY}}
+
+
+def test_logs_of_pods_that_shall_not_be_kept_any_more_go(tmp_path: Path) -> None:
+    shelf = Shelf("words")
+    tails(shelf, tmp_path).keep("shop", "shop-1", [a_pod("new", 20, FAILED)], "production")
+    text = CONFIG.replace("shop}}", "shop}, deploy: {log_tails: false}}")
+    spaces = dict.fromkeys(("test", "build"), "test")
+    app = hook.load_config(text).apps[0]
+    tails(shelf, tmp_path).tidy(app, {**spaces, "staging": "s", "production": "production"})
+    assert not shelf.kept
+
+
+def test_a_log_that_cannot_be_kept_is_said_and_fails_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logs = tails(Shelf("secret words", fails=True), tmp_path)
+    pods = [a_pod("new", 20, FAILED)]
+    logs.start(partial(logs.keep, "shop", "shop-1", pods, "production")).join(20)
+    assert [r.message for r in caplog.records] == ["logs not kept"]
+    assert "secret words" not in str(caplog.records[0].__dict__)
+
+
+def test_a_log_that_does_not_come_holds_up_neither_a_deployment_nor_another_call(
+    tmp_path: Path,
+) -> None:
+    made = deployer(tmp_path, [])
+    script = tmp_path / "kubectl"
+    wait = 'case "$*" in\n*logs*) touch asked; until test -e go; do sleep 0.1; done ;;'
+    script.write_text(script.read_text().replace('case "$*" in', wait))
+    kubectl = hook.Kubectl(hook.Metrics(), 1, str(script))
+    made = hook.Deployer(kubectl, made.git, made.secrets, Seconds())
+    threads = threading.active_count()
+    made.keep_logs(task(), [a_pod("new", 20, FAILED)])
+    assert (tmp_path / "asked").exists()
+    assert made.service(task()) is not None
+    (tmp_path / "go").touch()
+    eventually(lambda: threading.active_count() == threads, 20)
 
 
 def ended_pod(name: str, phase: str = "Failed", **meta: str) -> Object:

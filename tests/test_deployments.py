@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
@@ -27,7 +29,9 @@ APPS: dict[str, Object] = {
     "grown": {"bake": "4s"},
     "refused": {},
     "evicted": {"bake": "4s"},
+    "lacking": {"bake": "2s", "rollout_timeout": "8s"},
     "busy": {"bake": "1s"},
+    "occupied": {"bake": "1s"},
     "twin": {},
     "twin-that-fails": {},
 }
@@ -353,6 +357,59 @@ def test_a_node_lost_during_the_bake_is_not_sickness(apps: Fleet) -> None:
     assert apps.ended(run)["outcome"] == "deployed"
 
 
+@pytest.fixture
+def full(apps: Fleet) -> Iterator[Callable[[], None]]:
+    """Return what lets the namespace be full, until the test ends."""
+    store, meta = apps.cluster.store, {"name": "full", "namespace": "production"}
+
+    def fill() -> None:
+        store.create("resourcequotas", {"metadata": meta, "spec": {"hard": {"pods": "0"}}})
+
+    yield fill
+    store.delete("resourcequotas", "production", "full")
+
+
+def lose_a_pod(app: Member, *versions: str) -> None:
+    """Evict a pod of each version, while another in its place is refused."""
+    for version in versions:
+        name = app.pods(version)[0]["metadata"]["name"]
+        app.fleet.cluster.evict("production", name)
+        eventually(lambda v=version: len(app.pods(v)) == 1, 10, "one is left")
+
+
+def test_a_version_of_which_a_pod_stays_missing_gives_way_to_one_that_is_whole(
+    apps: Fleet, full: Callable[[], None]
+) -> None:
+    lacking = apps["lacking"]
+    assert lacking.deployed("v1", change=two_replicas)["outcome"] == "deployed"
+    lacking.quiet()
+    run = lacking.go("v2", change=two_replicas)
+    lacking.switched(run)
+    full()
+    lose_a_pod(lacking, "v2")
+    ended = apps.ended(run)
+    assert (ended["outcome"], ended["reason"]) == ("failed", "Unjudged")
+    assert "1 of 2 pods are healthy, 2 of 2 of the version before" in ended["detail"]
+    assert lacking.answer()["version"] == "v1"
+    ledger = apps.cluster.store.get("configmaps", "orchestration", "gitops-hook-lacking")["data"]
+    assert not [key for key in ledger if key.startswith("rejected-")]
+
+
+def test_of_two_versions_that_lack_a_pod_alike_the_new_one_stays_and_is_marked(
+    apps: Fleet, full: Callable[[], None]
+) -> None:
+    lacking = apps["lacking"]
+    lacking.quiet()
+    run = lacking.go("v3", change=two_replicas)
+    lacking.switched(run)
+    full()
+    lose_a_pod(lacking, "v3", "v1")
+    assert apps.ended(run)["outcome"] == "deployed"
+    assert apps.said("confirmed unjudged", run=run, level="warning")
+    (entry,) = [e for e in lacking.note("history") if e["run"] == run]
+    assert (entry["outcome"], entry["unjudged"]) == ("deployed", True)
+
+
 # Neighbours.
 
 
@@ -365,6 +422,36 @@ def test_applications_with_equal_settings_keep_their_own_copies(apps: Fleet) -> 
     eventually(lambda: not failing.leftovers(), 20, "the failed one is swept away")
     source = twin.pods("equal")[0]["spec"]["containers"][0]["envFrom"][0]["configMapRef"]["name"]
     assert apps.cluster.store.find("configmaps", "production", source)
+
+
+@pytest.mark.parametrize(
+    ("data", "label", "immutable"),
+    [
+        ({"GREETING": "forged"}, "occupied", True),
+        ({"GREETING": "hello from v1"}, "twin", True),
+        ({"GREETING": "hello from v1"}, "occupied", False),
+    ],
+    ids=["other-content", "other-label", "not-immutable"],
+)
+def test_a_copy_that_is_there_already_is_used_only_if_it_is_the_one(
+    apps: Fleet, data: dict[str, str], label: str, *, immutable: bool
+) -> None:
+    occupied, wanted = apps["occupied"], {"binaryData": {}, "data": {"GREETING": "hello from v1"}}
+    digest = hashlib.sha256(b"occupied " + json.dumps(wanted).encode()).hexdigest()
+    labels = {"app.kubernetes.io/managed-by": "gitops-hook", "gitops-hook/app": label}
+    meta = {"name": f"settings-{digest[:8]}", "namespace": "production", "labels": labels}
+    item = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data}
+    apps.cluster.store.create("configmaps", {**item, "immutable": immutable})
+    line = apps.ended(occupied.go("v1"))
+    assert (line["outcome"], line["reason"]) == ("failed", "AdoptionRefused")
+    assert f"ConfigMap {meta['name']} is there with another content" in line["detail"]
+    assert not occupied.service()
+    # as the deployment's end may have swept it away
+    apps.cluster.store.remove("configmaps", "production", meta["name"])
+
+
+def test_and_it_rejects_nothing_once_it_is_gone(apps: Fleet) -> None:
+    assert apps["occupied"].deployed("v1")["outcome"] == "deployed"
 
 
 # A rollback in the middle.

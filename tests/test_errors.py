@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def test_clipped_text_is_one_printable_line_of_bounded_length(text: str, limit: 
 
 def test_short_text_is_not_changed() -> None:
     assert clip("no such file") == "no such file"
+
+
+def test_of_a_text_of_megabytes_only_the_beginning_is_looked_at() -> None:
+    tracemalloc.start()
+    assert clip("x y " * 1_000_000, 20) == "x y x y x y x y x..."
+    assert tracemalloc.get_traced_memory()[1] < 8_000_000  # twice the text itself
+    tracemalloc.stop()
 
 
 def test_what_is_cut_is_marked() -> None:
@@ -89,6 +97,69 @@ def test_a_word_that_a_refusal_quotes_is_not_the_servers() -> None:
     assert kubectl(quoted).kind == "Forbidden"
 
 
+TRANSPORT = 'Get "https://10.0.0.1/api": dial tcp 10.0.0.1:443: connect: connection refused'
+HOSTILE = [
+    "connection refused",
+    "Error from server (ServiceUnavailable): the server is currently unable to handle the request",
+    "denied: etcdserver: request timed out",
+    "Unable to connect to the server: EOF",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize(
+    ("refusal", "kind"),
+    [
+        ('The Deployment "shop-blue" is invalid: spec: Invalid value: "{}": must', "Invalid"),
+        ("The Deployment \"shop\" is invalid: \n* metadata.labels: Invalid value: '{}'", "Invalid"),
+        ('The ConfigMap "x" is invalid: data[a]: Invalid value: "b\n{}\n"', "Invalid"),
+        ("The request is invalid: patch: \n{}", "Invalid"),
+        ('Error from server (BadRequest): strict decoding: unknown field "{}"', "BadRequest"),
+        ('Error from server (BadRequest): json: cannot unmarshal "\n{}', "BadRequest"),
+        ('Error from server (Forbidden): pods "x" is forbidden: violates "{}"', "Forbidden"),
+        ('Error from server: admission webhook "x" denied the request: \n{}', "Denied"),
+        ('error: resource mapping not found for name: "{}" from "STDIN"', "Unknown"),
+        ('Warning: unknown field "spec.\\"{}"', "Unknown"),
+    ],
+    ids=["invalid", "several", "lines", "request", "field", "type", "forbidden", "webhook", "own",
+         "warning"],
+)  # fmt: skip
+def test_a_text_of_a_manifest_is_not_taken_for_an_outage(
+    refusal: str, kind: str, text: str
+) -> None:
+    assert kubectl(refusal.format(text)).kind == kind
+    assert kubectl("Warning: old\n" + refusal.format(text) + "\n").kind == kind
+
+
+@pytest.mark.parametrize(
+    "stderr",
+    [
+        f'error when creating "STDIN": {TRANSPORT}',
+        f"error: failed to download openapi: {TRANSPORT}",
+        "Error from server: etcdserver: leader changed",
+        "Error from server: error dialing backend: dial tcp 10.0.0.2:10250: connection refused",
+        'Error from server (InternalError): Internal error occurred: failed calling webhook "x"',
+        f"{REFUSED}\nsome more",
+    ],
+    ids=["create", "openapi", "etcd", "backend", "webhook", "first"],
+)
+def test_an_outage_is_told_by_the_lines_that_are_no_manifest_s(stderr: str) -> None:
+    assert kubectl(stderr).kind == "Unreachable"
+
+
+@pytest.mark.parametrize("said", ["Error from server: ", "Error from server (InternalError): "])
+def test_what_is_too_large_for_the_cluster_is_not_tried_again(said: str) -> None:
+    assert kubectl(f"{said}etcdserver: request is too large").kind == "Invalid"
+
+
+def test_the_line_that_tells_the_kind_is_without_what_it_quotes() -> None:
+    said = 'Error from server (Forbidden): x "exceeded quota: y" is forbidden: "a \\" etcd" b'
+    assert kubectl(f"Warning: old\n{said}\nsecond").word == (
+        "Forbidden",
+        "Error from server (Forbidden): x  is forbidden:  b",
+    )
+
+
 def test_no_answer_in_time_is_no_answer() -> None:
     failed = kubectl("", None)
     assert failed.kind == "Unreachable"
@@ -137,6 +208,18 @@ def test_recorded_refusals_are_understood() -> None:
     overloaded = {"InternalError", "ServiceUnavailable", "Timeout", "TooManyRequests"}
     for stderr, word in failures:
         assert kubectl(stderr).kind == ("Unreachable" if word in overloaded else word)
+
+
+def test_every_recorded_failure_is_told_apart() -> None:
+    recorded = [json.loads(line) for line in (DATA / "refusals.jsonl").read_text().splitlines()]
+    assert {e["note"]: kubectl(e["stderr"]).kind for e in recorded} == {
+        "companions: one of three is invalid": "Invalid",
+        "a kind that the cluster does not have": "Unknown",
+        "… second half": "Invalid",
+        "the same node port in another Service": "Invalid",
+        "clusterIP to None is refused": "Invalid",
+        "the same Event again": "AlreadyExists",
+    }
 
 
 def test_the_end_of_a_run_carries_its_reason() -> None:

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from gitops_hook import ConfigError, Git, GitError
+from gitops_hook import ConfigError, Git, GitError, StageError
+from tests.memory import peak_of
 
 OWNER = {
     f"GIT_{who}_{what}": "owner@example.com"
@@ -159,6 +160,83 @@ def test_a_url_that_looks_like_an_option_is_a_url(tmp_path: Path, git: Git) -> N
     assert not (tmp_path / "proof").exists()
 
 
+def update_ref(repository: Repository, ref: str | bytes, commit: str) -> None:
+    """Make a branch of any name that git allows."""
+    command = [b"git", b"-C", bytes(repository.path), b"update-ref"]
+    name = ref if isinstance(ref, bytes) else ref.encode()
+    subprocess.run([*command, b"refs/heads/" + name, commit.encode()], check=True)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"], ids=ascii)
+def test_a_branch_that_only_looks_like_another_is_never_read_as_it(
+    repository: Repository, git: Git, mark: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = repository.commit(a="1"), repository.commit(a="2")
+    for name in (f"main{mark}x", f"main{mark}", f"x{mark}{second}\u3000refs/heads/main"):
+        update_ref(repository, name, first)
+    assert git.heads(str(repository.path)) == {"refs/heads/main": second}
+    assert caplog.messages == ["branches left out for their names"]
+    assert (caplog.records[0].fields["count"], mark) == (3, mark)  # type: ignore[attr-defined]
+    assert git.heads(str(repository.path)) == {"refs/heads/main": second}
+    assert len(caplog.messages) == 1, "it is said seldom"
+
+
+def test_branches_that_cannot_be_carried_are_left_out(repository: Repository, git: Git) -> None:
+    commit = repository.commit(a="1")
+    for name in (b"caf\xe9", b"caf\xe8", b"caf\xc3\xa9", b"\xc2\x9b31m", b"long/" * 120 + b"x"):
+        update_ref(repository, name, commit)
+    heads = git.heads(str(repository.path))
+    assert heads == dict.fromkeys(("refs/heads/main", "refs/heads/caf\u00e9"), commit)
+
+
+@pytest.fixture
+def _answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A git that prints what a file holds."""
+    program = tmp_path / "bin" / "git"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ncat {tmp_path}/answer\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("_answering")
+def test_a_branch_that_is_listed_twice_is_an_error(git: Git, tmp_path: Path) -> None:
+    lines = (f"{digit * 40}\trefs/heads/main\n" for digit in "ab")
+    (tmp_path / "answer").write_text("".join(lines))
+    with pytest.raises(GitError, match="it lists a branch twice"):
+        git.heads("https://git.example.com/demo/shop.git")
+
+
+@pytest.mark.usefixtures("_answering")
+def test_a_carriage_return_ends_no_line(git: Git, tmp_path: Path) -> None:
+    text = f"{'a' * 40}\trefs/heads/x\r{'b' * 40}\trefs/heads/main\n"
+    (tmp_path / "answer").write_bytes(text.encode())
+    assert git.heads("https://git.example.com/demo/shop.git") == {}
+
+
+def test_of_200000_branches_the_deployed_one_is_read_in_little_memory(
+    repository: Repository,
+) -> None:
+    commit = repository.commit(a="1")
+    names = sorted(
+        ["refs/heads/main", *(f"refs/heads/topic/{i}-{'x' * 20}" for i in range(200_000))]
+    )
+    packed = "# pack-refs with: peeled fully-peeled sorted \n"
+    packed += "".join(f"{commit} {name}\n" for name in names)
+    (repository.path / ".git" / "packed-refs").write_text(packed)
+    said, peak = peak_of(
+        """
+import sys
+url, git = sys.argv[1], gitops_hook.Git(Path("none"))
+git.deployed = {url: ["refs/heads/main"]}
+print(git.heads(url))
+""",
+        str(repository.path),
+    )
+    assert said == f"{{'refs/heads/main': '{commit}'}}\n"
+    assert peak < 200
+
+
 # === Checking out ===
 
 
@@ -243,6 +321,200 @@ def test_submodules_are_left_empty(repository: Repository, git: Git, tmp_path: P
     commit = repository.commit(a="1")
     git.checkout(str(repository.path), commit, tmp_path / "src", symlinks=False)
     assert list((tmp_path / "src/inner").iterdir()) == []
+
+
+# === The folder of the manifests ===
+
+
+def brought(git: Git, repository: Repository | str, commit: str, path: str = "deploy") -> set[str]:
+    """What is brought of a commit to read its manifests."""
+    url = repository if isinstance(repository, str) else str(repository.path)
+    with git.manifests(url, commit, path) as root:
+        files = [f for f in root.rglob("*") if f.is_file() and ".git" not in f.parts]
+        return {str(f.relative_to(root)) for f in files}
+
+
+def refused(git: Git, repository: Repository | str, commit: str, path: str = "deploy") -> str:
+    """Why manifests are not read."""
+    with pytest.raises(StageError) as failed:
+        brought(git, repository, commit, path)
+    assert failed.value.reason == "ManifestRefused"
+    return failed.value.detail
+
+
+def filling(repository: Repository, **files: str | bytes) -> str:
+    """Commit files; __ in a name stands for /."""
+    for name, text in files.items():
+        path = repository.path / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return repository.commit()
+
+
+@pytest.mark.parametrize("filters", ["true", "false"])
+@pytest.mark.parametrize("path", ["deploy", "./deploy", "deploy/overlays/production"])
+def test_only_the_top_folder_of_the_manifests_is_brought(
+    repository: Repository, git: Git, path: str, filters: str
+) -> None:
+    repository.git("config", "uploadpack.allowFilter", filters)
+    commit = filling(repository, deploy__a="1", deploy__base__b="2", src__c="3", deploying="4")
+    filling(repository, deploy__newer="5")
+    assert brought(git, repository, commit, path) == {"deploy/a", "deploy/base/b"}
+
+
+def test_the_whole_repository_may_be_the_folder_of_the_manifests(
+    repository: Repository, git: Git
+) -> None:
+    commit = filling(repository, a="1", deploy__b="2")
+    assert brought(git, repository, commit, ".") == {"a", "deploy/b"}
+
+
+@pytest.mark.parametrize("path", ["nowhere", "*", ":(top)deploy", "deploy/a/b", "-x"])
+def test_a_folder_that_is_not_there_is_no_error_of_git(
+    repository: Repository, git: Git, path: str
+) -> None:
+    commit = filling(repository, deploy__a="1")
+    assert brought(git, repository, commit, path) <= {"deploy/a"}
+
+
+def test_the_manifests_of_a_sha256_repository_are_brought(git: Git, tmp_path: Path) -> None:
+    repository = Repository(tmp_path / "long.git", "--object-format=sha256")
+    assert brought(git, repository, filling(repository, deploy__a="1")) == {"deploy/a"}
+
+
+def test_links_among_manifests_become_plain_files(repository: Repository, git: Git) -> None:
+    (repository.path / "deploy").mkdir()
+    (repository.path / "deploy/link").symlink_to("/etc/passwd")
+    commit = repository.commit()
+    with git.manifests(str(repository.path), commit, "deploy") as root:
+        assert (root / "deploy/link").read_text() == "/etc/passwd"
+        assert not (root / "deploy/link").is_symlink()
+    assert not root.exists()
+
+
+def test_manifests_over_a_server_with_a_password_are_brought(
+    repository: Repository, git: Git, server: str
+) -> None:
+    repository.git("config", "uploadpack.allowFilter", "true")
+    commit = filling(repository, deploy__a="1", src__large=os.urandom(3_000_000))
+    credentials(git, server, GOOD)
+    git.limit = 2**20  # what is not wanted is not brought
+    assert brought(git, f"{server}/shop.git/.git", commit) == {"deploy/a"}
+
+
+@pytest.mark.parametrize("filters", ["true", "false"])
+def test_more_than_500_files_of_manifests_are_refused(
+    repository: Repository, git: Git, filters: str
+) -> None:
+    repository.git("config", "uploadpack.allowFilter", filters)
+    most = filling(repository, **{f"deploy__{i}": f"{i}" for i in range(500)})
+    commit = filling(repository, deploy__more="x")
+    assert len(brought(git, repository, most)) == 500
+    detail = refused(git, repository, commit)
+    assert detail == (
+        "'deploy' has more than 500 files and 64 MiB (limits.checkout): it has 501 files; "
+        "give the manifests a folder of their own"
+    )
+
+
+def test_folders_that_multiply_are_refused_before_they_are_brought(
+    repository: Repository, git: Git
+) -> None:
+    """Ten billion files from eleven objects."""
+    repository.commit(a="1")
+
+    def make(*args: str, lines: str) -> str:
+        command = ["git", "-C", str(repository.path), *args]
+        return subprocess.run(command, input=lines, stdout=-1, check=True, text=True).stdout.strip()
+
+    made = "100644 blob " + make("hash-object", "-w", "--stdin", lines="kind: X")
+    for _ in range(10):
+        made = "040000 tree " + make("mktree", lines="".join(f"{made}\t{i}\n" for i in range(10)))
+    tree = make("mktree", lines=f"{made}\tdeploy\n")
+    commit = repository.git("commit-tree", tree, "-m", "bomb")
+    repository.git("update-ref", "refs/heads/bomb", commit)
+    for path in ("deploy", "."):
+        assert "KiB of output" in refused(git, repository, commit, path)
+
+
+@pytest.mark.parametrize("filters", ["true", "false"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"deploy__a": bytes(3_000_000)},
+        {f"deploy__{i}": bytes(400_000) + b"%d" % i for i in range(4)},
+        {"deploy__a": os.urandom(3_000_000)},
+    ],
+    ids=["packs-well", "together", "packs-badly"],
+)
+def test_manifests_above_the_limit_are_refused(
+    repository: Repository, git: Git, files: dict[str, bytes], filters: str
+) -> None:
+    repository.git("config", "uploadpack.allowFilter", filters)
+    git.limit = 2**20
+    commit = filling(repository, **files)
+    detail = refused(git, repository, commit)
+    assert detail.startswith("'deploy' has more than 500 files and 1 MiB (limits.checkout): ")
+    assert detail.endswith("; give the manifests a folder of their own")
+
+
+def test_a_server_without_filters_may_bring_what_is_not_wanted_only_to_the_limit(
+    repository: Repository, git: Git
+) -> None:
+    commit = filling(repository, deploy__a="1", src__large=os.urandom(3_000_000))
+    assert brought(git, repository, commit) == {"deploy/a"}
+    git.limit = 2**20
+    assert "git needs more disk or memory" in refused(git, repository, commit)
+
+
+def test_a_file_of_400_megabytes_is_refused_in_little_memory(repository: Repository) -> None:
+    (repository.path / "deploy").mkdir()
+    with (repository.path / "deploy" / "app.yaml").open("wb") as file:
+        file.truncate(400_000_000)
+    repository.git("config", "core.bigFileThreshold", "1m")
+    commit = repository.commit()
+    said, peak = peak_of(
+        """
+import sys
+try:
+    with gitops_hook.Git(Path("none")).manifests(sys.argv[1], sys.argv[2], "deploy"):
+        print("brought")
+except gitops_hook.StageError as refused:
+    print(refused)
+""",
+        str(repository.path),
+        commit,
+    )
+    assert "(limits.checkout): it has 381 MiB; give" in said
+    assert peak < 150
+
+
+def test_a_server_that_is_away_is_no_fault_of_the_manifests(git: Git, tmp_path: Path) -> None:
+    with pytest.raises(GitError, match="does not appear to be a git repository"):
+        brought(git, str(tmp_path / "nowhere"), "a" * 40)
+
+
+@pytest.mark.parametrize("commit", ["main", "--upload-pack=x", "a" * 39, "a" * 40 + "\n"])
+def test_manifests_are_brought_of_a_commit_id_only(
+    repository: Repository, git: Git, commit: str
+) -> None:
+    with pytest.raises(GitError, match="is not a commit id"):
+        brought(git, repository, commit)
+
+
+def test_only_one_reads_manifests_at_a_time(repository: Repository, git: Git) -> None:
+    commit, done = filling(repository, deploy__a="1"), threading.Event()
+
+    def read() -> None:
+        brought(git, repository, commit)
+        done.set()
+
+    with git.manifests(str(repository.path), commit, "deploy"):
+        thread = threading.Thread(target=read)
+        thread.start()
+        assert not done.wait(1.0)
+    assert done.wait(20)
+    thread.join()
 
 
 # === A server with a password ===

@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode
 
-import prometheus_client
 import pytest
 import requests
 from waitress import wasyncore
@@ -222,11 +223,33 @@ def test_two_hooks_that_tell_of_one_push_make_one_run(receiver: Receiver) -> Non
     assert {run.id for run in receiver.stored()} == {SHOP}
 
 
-def test_after_a_restart_a_redelivery_is_the_same_run_again(receiver: Receiver) -> None:
+def test_a_delivery_of_two_apps_of_which_one_was_stored_is_accepted_for_the_other(
+    tmp_path: Path,
+) -> None:
+    url = "https://gitlab.example.com/example-group/demo-app"
+    one = f"{{name: one, repository: {url}, deploy: {{environments: []}}}}"
+    both = hook.load_config(f"apps: [{one}, {one.replace('one', 'two')}]")
+    receiver = Receiver(tmp_path, both)
+    delivery = recorded("gitlab-push-branch")
+    assert receiver.post(delivery).status == 202
+    (_, (second, _)) = receiver.spool.read()
+    second.unlink()
+    (receiver.directory / "accepted").unlink()
+    receiver.restart()
+    runs = [run.id for run in receiver.stored()]
+    answer = receiver.post(delivery)
+    assert (answer.status, answer.json["status"]) == (202, "accepted")
+    assert len(receiver.stored()) == 2
+    assert len({*runs, *(run.id for run in receiver.stored())}) == 2
+    assert receiver.post(delivery).json["status"] == "duplicate"
+
+
+def test_after_a_restart_a_redelivery_is_a_duplicate(receiver: Receiver) -> None:
     receiver.post(recorded("gitlab-push-branch"))
     receiver.restart()
-    assert receiver.post(recorded("gitlab-push-branch")).json["runs"] == [SHOP]
-    assert {run.id for run in receiver.stored()} == {SHOP}
+    reply = receiver.post(recorded("gitlab-push-branch"))
+    assert reply.json == {"status": "duplicate", "runs": [SHOP]}
+    assert [run.id for run in receiver.stored()] == [SHOP]
 
 
 def test_without_webhook_id_the_idempotency_key_tells_a_duplicate(tmp_path: Path) -> None:
@@ -263,7 +286,7 @@ def test_the_memory_of_deliveries_is_bounded_and_forgets_the_oldest(
 
     assert [said(name) for name in "abc"] == ["accepted"] * 3
     assert [said(name) for name in "cba"] == ["duplicate", "duplicate", "accepted"]
-    assert len(receiver.app.seen) == 2
+    assert len(receiver.spool.accepted.times) == 2
 
 
 def test_what_could_not_be_stored_is_no_duplicate_when_it_comes_again(tmp_path: Path) -> None:
@@ -576,18 +599,26 @@ def test_each_delivery_is_one_log_line_with_its_id_and_result(
 class Served:
     """A real server in front of a receiver, with short times."""
 
-    def __init__(self, app: Any, max_body: int = 4096) -> None:
-        self.server = hook.make_server(app, "127.0.0.1:0", max_body)
+    def __init__(self, app: Any, max_body: int = 4096, **more: Any) -> None:
+        self.server = hook.make_server(app, "127.0.0.1:0", max_body, **more)
         self.port = int(self.server.effective_port)
         self.url = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
 
-    def hurry(self) -> None:
+    def hurry(self, **more: float) -> None:
         """Give a request less time than the daemon does."""
-        self.server.adj.channel_timeout = 0.5
-        self.server.adj.cleanup_interval = 0.1
-        self.server.next_channel_cleanup = 0
+        self.server.arrival = {"headers": 0.5, "body": 0.5, "more": 0.5, **more}
+        self.server.adj.asyncore_loop_timeout = 0.1
+
+    def quiet(self) -> None:
+        """Wait until no connection has done anything for a moment."""
+        until = time.monotonic() + 10
+        while any(
+            c.requests or c.last_activity > time.time() - 0.05
+            for c in [*self.server.active_channels.values()]
+        ):
+            assert time.monotonic() < until
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
@@ -672,15 +703,21 @@ def exchange(served: Served, request: bytes) -> int:
 
 
 POST = b"POST /webhook HTTP/1.1\r\nHost: x\r\n"
+# With all that a delivery needs, though none of it is right: a body is read.
+FORGED = POST + b"webhook-id: x\r\nwebhook-timestamp: 1\r\nwebhook-signature: v1,x\r\n"
+CHUNKED = FORGED + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize(
     ("request_", "statuses"),
     [
         (POST + b"Content-Length: 99999999999\r\n\r\n", {413}),
-        (POST + b"Content-Length: 9000\r\n\r\n" + b"x" * 9000, {413, 0}),
-        (POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"2400\r\n" + b"x" * 0x2400, {413, 0}),
-        (POST + b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n", {400}),
+        (POST + b"Content-Length: 9000\r\n\r\n" + b"x" * 9000, {413}),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"2400\r\n" + b"x" * 0x2400, {401}),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n", {401}),
+        (CHUNKED + b"2400\r\n" + b"x" * 0x2400, {413}),
+        (CHUNKED + b"2400;" + b"x" * 0x2400, {413}),
+        (CHUNKED + b"nonsense\r\n", {400}),
         (POST + b"Transfer-Encoding: gzip\r\n\r\n", {501}),
         (POST + b"Content-Length: -5\r\n\r\n", {400}),
         (POST + b"Content-Length: abc\r\n\r\n", {400}),
@@ -726,14 +763,14 @@ def ended(raw: socket.socket, seconds: float) -> bool:
 def test_a_body_that_never_comes_is_waited_for_only_so_long(served: Served) -> None:
     served.hurry()
     with served.connect() as raw:
-        raw.sendall(POST + b"Content-Length: 100\r\n\r\nhalf")
-        assert ended(raw, 8)
+        raw.sendall(FORGED + b"Content-Length: 100\r\n\r\nhalf")
+        assert ended(raw, 4)
 
 
 def test_a_request_that_drips_is_ended_in_the_middle_of_its_dripping(served: Served) -> None:
     served.hurry()
     with served.connect() as raw:
-        raw.sendall(POST + b"Content-Length: 4000\r\n\r\n")
+        raw.sendall(FORGED + b"Content-Length: 4000\r\n\r\n")
         started = time.monotonic()
         raw.settimeout(0.02)
         while time.monotonic() - started < 8:
@@ -757,8 +794,189 @@ def test_a_connection_that_is_used_again_and_again_is_not_ended(served: Served) 
         assert len(served.server.active_channels) == 1
 
 
+# === What strangers cannot do ===
+
+
+def replies(raw: socket.socket, count: int) -> list[tuple[int, bytes]]:
+    """The next so many answers on one connection, in order: status and body."""
+    found = []
+    with raw.makefile("rb") as file:
+        for _ in range(count):
+            status = int(file.readline().split(b" ")[1])
+            length = 0
+            while line := file.readline().strip():
+                name, _, value = line.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
+            found.append((status, file.read(length)))
+    return found
+
+
+def raw_request(delivery: Delivery, *more: str) -> bytes:
+    """The bytes of a delivery's headers, without those that tell of its body."""
+    lines = [*(f"{k}: {v}" for k, v in delivery.headers.items()), *more]
+    return b"POST /webhook HTTP/1.1\r\nHost: x\r\n" + "\r\n".join(lines).encode() + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("length", ["Content-Length: 4000", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("expect", ["", "Expect: 100-continue\r\n"], ids=["", "expect"])
+@pytest.mark.parametrize(
+    ("mode", "headers"),
+    [
+        ("signature", ""),
+        ("signature", "webhook-id: x\r\nwebhook-timestamp: 1\r\n"),
+        ("signature", "webhook-id: x\r\nwebhook-timestamp: 1\r\nwebhook-signature: \r\n"),
+        ("signature", f"X-Gitlab-Token: {PLAIN}\r\n"),
+        ("token", "webhook-id: x\r\nwebhook-timestamp: 1\r\nwebhook-signature: v1,x\r\n"),
+        ("hmac", "X-Gitlab-Token:\r\n"),
+    ],
+)
+def test_without_the_headers_of_its_mode_a_request_is_refused_before_its_body(
+    tmp_path: Path, mode: str, headers: str, expect: str, length: str
+) -> None:
+    with serving(Receiver(tmp_path, config(mode)).app) as served, served.connect() as raw:
+        raw.sendall(POST + f"{headers}{expect}{length}\r\n\r\n".encode())
+        ((status, body),) = replies(raw, 1)
+        assert (status, json.loads(body)["reason"]) == (401, "NotAuthentic")
+        assert json.loads(body)["text"].endswith(": required")
+        assert raw.recv(1) == b""
+
+
+def test_whoever_sends_a_body_that_nobody_wants_can_still_read_the_answer(tmp_path: Path) -> None:
+    big = b"x" * 3_000_000
+    with serving(Receiver(tmp_path).app, max_body=2**20) as served:
+        for _ in range(10):
+            with served.connect() as raw:
+                raw.sendall(POST + b"Content-Length: 3000000\r\n\r\n" + big)
+                ((status, _),) = replies(raw, 1)
+                assert status == 401
+        answer = requests.post(f"{served.url}/webhook", data=b"x" * 9_000_000, timeout=10)
+        assert (answer.status_code, answer.json()["reason"]) == (413, "TooLarge")
+
+
+def test_a_body_that_is_left_alone_is_no_second_request(served: Served) -> None:
+    inner = b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with served.connect() as raw:
+        raw.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(inner) + inner)
+        answer = b"".join(iter(lambda: raw.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_who_asks_first_whether_to_send_is_told_to_go_on(served: Served) -> None:
+    delivery = recorded("gitlab-push-branch")
+    length = f"Content-Length: {len(delivery.body)}"
+    with served.connect() as raw:
+        raw.sendall(raw_request(delivery, "Expect: 100-continue", length))
+        assert raw.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        raw.sendall(delivery.body)
+        assert replies(raw, 1)[0][0] == 202
+        raw.sendall(FORGED + b"Expect: 100-continue\r\nContent-Length: 0\r\n\r\n")
+        assert replies(raw, 1)[0][0] == 401
+
+
+def test_requests_sent_without_waiting_are_answered_in_order_and_bounded(served: Served) -> None:
+    delivery = recorded("gitlab-push-branch")
+    request = raw_request(delivery, f"Content-Length: {len(delivery.body)}") + delivery.body
+    with served.connect() as raw:
+        raw.sendall(request + b"GET /readyz HTTP/1.1\r\n\r\n" + request)
+        answers = replies(raw, 3)
+        assert [status for status, _ in answers] == [202, 200, 200]
+        assert json.loads(answers[2][1])["status"] == "duplicate"
+    with served.connect() as raw:
+        raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 300)
+        answer = b"".join(iter(lambda: raw.recv(4096), b""))
+    assert answer.count(b"HTTP/1.1 404 ") == 16
+    assert answer.count(b" 400 Bad Request") == 1
+
+
+def test_headers_have_less_time_than_a_body(served: Served) -> None:
+    assert hook.ARRIVAL["headers"] == 5
+    assert hook.ARRIVAL["body"] == 20
+    served.hurry(body=60.0, more=60.0)
+    with served.connect() as body, served.connect() as used:
+        body.sendall(FORGED + b"Content-Length: 100\r\n\r\nhalf")
+        used.sendall(b"GET /readyz HTTP/1.1\r\n\r\n")
+        assert replies(used, 1)[0][0] == 200
+        for beginning in (b"", b"P", FORGED):
+            with served.connect() as raw:
+                raw.sendall(beginning)
+                assert ended(raw, 8)
+        assert not ended(body, 0.1)
+        used.sendall(b"GET")
+        assert ended(used, 8)
+
+
+def test_when_there_are_too_many_the_one_that_waits_longest_gives_way(served: Served) -> None:
+    served.server.most = 3
+    with ExitStack() as opened:
+        first, second, third = (opened.enter_context(served.connect()) for _ in range(3))
+        for raw in (first, second, third):
+            raw.sendall(b"GET /readyz HTTP/1.1\r\n\r\n")
+            assert replies(raw, 1)[0][0] == 200
+        served.quiet()
+        second.sendall(POST)
+        first.sendall(b"GET /readyz HTTP/1.1\r\n\r\n")  # the others wait longer now
+        assert replies(first, 1)[0][0] == 200
+        served.quiet()
+        fourth = opened.enter_context(served.connect())
+        gone = [ended(raw, 1) for raw in (third, first, second, fourth)]
+        assert gone == [True, False, False, False]
+        assert served.post(recorded("gitlab-push-branch")).status_code == 202
+        assert ended(second, 8)
+
+
+def test_of_too_many_bodies_the_oldest_unfinished_ones_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hook, "HELD_BYTES", 1_000_000)
+    with serving(Receiver(tmp_path).app, max_body=2**20) as served, ExitStack() as opened:
+        idle = opened.enter_context(served.connect())
+        senders = []
+        for _ in range(8):
+            raw = opened.enter_context(served.connect())
+            raw.sendall(FORGED + b"Content-Length: 400000\r\n\r\n" + b"x" * 300_000)
+            senders.append(raw)
+            before = time.monotonic()
+            while sum(c.held for c in [*served.server.active_channels.values()]) > 1_000_000:
+                assert time.monotonic() - before < 8
+        assert [ended(raw, 1) for raw in senders[:4]] == [True] * 4
+        assert not ended(senders[7], 0.2)
+        assert not ended(idle, 0.1)
+        assert served.post(recorded("gitlab-push-branch")).status_code == 202
+
+
+HEAVY = {
+    "blanks": b"GET / HTTP/1.1\r\na:" + b" " * 15_000 + b"\x00\r\n\r\n",
+    "tabs": b"GET / HTTP/1.1\r\na:" + b"\t" * 60_000 + b"\x00\r\n\r\n",
+    "folded blanks": b"GET / HTTP/1.1\r\na:" + b"\r\n        " * 1500 + b"\x00\r\n\r\n",
+    "many headers": b"GET / HTTP/1.1\r\n" + b"a:\r\n" * 3900 + b"\r\n",
+    "a long address": b"GET a://" + b"1" * 10_000 + b" HTTP/1.1\r\n\r\n",
+    "an address of digits": b"GET a://" + b"1" * 2000 + b" HTTP/9\r\n\r\n",
+    "chunks of one byte": CHUNKED + b"1\r\nx\r\n" * 10_000,
+    "an endless chunk's name": CHUNKED + b"1;" + b"x" * 60_000,
+    "an endless end": CHUNKED + b"0\r\n" + b"x" * 60_000,
+}
+
+
+@pytest.mark.parametrize("heavy", HEAVY.values(), ids=HEAVY)
+def test_what_would_take_long_to_understand_is_refused(tmp_path: Path, heavy: bytes) -> None:
+    with serving(Receiver(tmp_path).app, max_body=2**20) as served, ExitStack() as opened:
+        for _ in range(20):
+            raw = opened.enter_context(served.connect())
+            raw.sendall(heavy)
+        ((status, _),) = replies(raw, 1)
+        assert status in (400, 431)
+        assert served.post(recorded("gitlab-push-branch")).status_code == 202
+
+
+def test_urgent_data_ends_a_connection_and_keeps_nobody_busy(served: Served) -> None:
+    with served.connect() as raw:
+        raw.send(b"x", socket.MSG_OOB)
+        assert ended(raw, 3)
+
+
 def test_two_hundred_slow_clients_keep_no_delivery_waiting(served: Served) -> None:
-    beginnings = [b"P", POST, POST + b"Content-Length: 100\r\n\r\nhalf"]
+    beginnings = [b"P", FORGED, FORGED + b"Content-Length: 100\r\n\r\nhalf"]
     slow = []
     try:
         for number in range(200):
@@ -800,14 +1018,56 @@ def test_fifty_senders_at_once_are_all_answered_and_all_stored(served: Served) -
     assert {r.branch for r in stored} == {f"b{n}" for n in range(100)}
 
 
-def test_the_second_port_has_the_metrics_and_nothing_else() -> None:
-    metrics = hook.Metrics()
-    metrics.errors.labels("request").inc()
-    with serving(prometheus_client.make_wsgi_app(metrics.registry), max_body=0) as served:
+# === The second port ===
+
+
+def test_the_second_port_has_metrics_and_probes_and_nothing_else(receiver: Receiver) -> None:
+    receiver.metrics.errors.labels("request").inc()
+    with serving(receiver.app.admin(), max_body=0) as served:
         answer = requests.get(f"{served.url}/metrics", timeout=5)
         assert answer.headers["Content-Type"].startswith("text/plain")
         assert 'gitops_hook_errors_total{where="request"} 1.0' in answer.text
-        assert requests.post(f"{served.url}/webhook", timeout=5).status_code == 405
+        for path in ("/healthz", "/readyz"):
+            answer = requests.get(f"{served.url}{path}", timeout=5)
+            assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+        for path in ("/", "/webhook", "/metrics/", "/favicon.ico", "/apps/shop"):
+            assert requests.get(f"{served.url}{path}", timeout=5).status_code == 404
+        assert served.post(recorded("gitlab-push-branch")).status_code == 404
+        assert requests.post(f"{served.url}/metrics", timeout=5).status_code == 405
+    assert receiver.stored() == []
+    assert not [s for s in receiver.metrics.deliveries.collect()[0].samples if s.value]
+
+
+def test_it_is_not_alive_when_the_loop_of_the_first_port_stands_still(receiver: Receiver) -> None:
+    now = [100.0]
+    clock: Any = SimpleNamespace(monotonic=lambda: now[0])
+    pulses = receiver.controller.pulses = hook.Pulses(clock)
+    beat = partial(pulses.beat, "first port", hook.LOOP_SECONDS)
+    held = threading.Event()
+
+    def health() -> tuple[int, Any]:
+        answer = requests.get(f"{admin.url}/healthz", timeout=5)
+        return answer.status_code, answer.json()["status"]
+
+    with serving(receiver.app, beat=beat) as first, serving(receiver.app.admin()) as admin:
+        first.server.adj.asyncore_loop_timeout = 0.05
+        try:
+            for _ in range(5):  # when nobody asks it the loop goes on as well
+                now[0] += hook.LOOP_SECONDS
+                assert requests.get(f"{first.url}/healthz", timeout=5).status_code == 200
+                assert health() == (200, "ok")
+            first.server.trigger.pull_trigger(partial(held.wait, 30))
+            first.server.trigger.pull_trigger()
+            until = time.monotonic() + 10
+            while health()[0] == 200 and time.monotonic() < until:
+                now[0] += hook.LOOP_SECONDS
+            assert health() == (503, "stuck: first port")
+        finally:
+            held.set()
+        until = time.monotonic() + 10
+        while health()[0] != 200 and time.monotonic() < until:
+            pass
+        assert health() == (200, "ok")
 
 
 def test_a_place_that_is_taken_is_an_error_that_names_it(served: Served) -> None:
@@ -817,7 +1077,7 @@ def test_a_place_that_is_taken_is_an_error_that_names_it(served: Served) -> None
 
 
 def test_a_name_with_two_addresses_is_listened_to_on_one() -> None:
-    with_name = hook.make_server(prometheus_client.make_wsgi_app(), "localhost:0", 10)
+    with_name = hook.make_server(hook.Site(hook.Metrics()), "localhost:0", 10)
     assert int(with_name.effective_port) > 0
     with_name.task_dispatcher.shutdown()
     with_name.close()

@@ -269,9 +269,47 @@ def test_resources_are_those_of_the_configuration() -> None:
         test={"resources": mine},
         build={"image": "registry.example.com/demo/shop", "resources": mine},
     )
-    assert container(of_test(settings), "test-runner")["resources"] == mine
-    assert container(of_build(settings), "kaniko")["resources"] == mine
+    both = container(of_test(settings), "test-runner"), container(of_build(settings), "kaniko")
+    for found in both:
+        for kind, amounts in mine.items():
+            assert found["resources"][kind].items() >= amounts.items()
     assert container(of_test(settings), "clone")["resources"]["limits"]["memory"] == "512Mi"
+
+
+DISK = "ephemeral-storage"
+
+
+@pytest.mark.parametrize(
+    ("resources", "requests", "limits"),
+    [
+        ({}, "256Mi", "4Gi"),
+        ({"limits": {"cpu": "1"}}, "256Mi", "4Gi"),
+        ({"limits": {DISK: "100Mi"}}, None, "100Mi"),  # Kubernetes requests as much then
+        ({"requests": {DISK: "6Gi"}}, "6Gi", "6Gi"),
+        ({"requests": {DISK: "1Gi"}, "limits": {DISK: "20Gi"}}, "1Gi", "20Gi"),
+    ],
+    ids=["nothing", "other", "limit", "request", "both"],
+)
+def test_what_a_test_writes_to_the_disk_of_its_node_is_bounded(
+    resources: Object, requests: str | None, limits: str
+) -> None:
+    job = of_test(config(test={"resources": resources}))
+    found = container(job, "test-runner")["resources"]
+    assert (found.get("requests", {}).get(DISK), found["limits"][DISK]) == (requests, limits)
+    volumes = {v["name"]: v["emptyDir"] for v in pod(job)["volumes"] if "emptyDir" in v}
+    assert volumes == {"workspace": {"sizeLimit": limits}, "tmp": {"sizeLimit": limits}}
+
+
+@BOTH
+def test_every_container_has_a_limit_of_disk(make: Make) -> None:
+    job = make(config())
+    every = [*pod(job)["initContainers"], *pod(job)["containers"]]
+    assert all(c["resources"][k][DISK] for c in every for k in ("requests", "limits"))
+    assert all(v["emptyDir"]["sizeLimit"] for v in pod(job)["volumes"] if "emptyDir" in v)
+
+
+def test_a_build_may_unpack_more_than_a_test_may_write() -> None:
+    assert container(of_build(config()), "kaniko")["resources"]["limits"][DISK] == "10Gi"
 
 
 @pytest.mark.parametrize(

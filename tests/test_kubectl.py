@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ from gitops_hook import (
     Kubectl,
     KubectlError,
     Metrics,
+    UrgentKubectl,
     execute,
 )
+from tests.memory import peak_of
 from tests.standin.cluster import Cluster
 from tests.standin.faults import Fault
 from tests.standin.kubectl import find_kubectl
@@ -164,7 +167,44 @@ def test_input_that_nobody_reads_does_no_harm() -> None:
 
 def test_output_that_is_not_utf8_is_still_text(tmp_path: Path) -> None:
     program = script(tmp_path, r"printf '\377 out'; printf '\377 err' >&2")
-    assert execute((program,), 10.0) == (0, "\ufffd out", "\ufffd err")
+    assert execute((program,), 10.0) == (0, b"\377 out", b"\377 err")
+    assert Kubectl(Metrics(), program=program).run("get") == "\ufffd out"
+
+
+def test_what_ends_a_line_elsewhere_is_left_as_it_is(tmp_path: Path) -> None:
+    program = script(tmp_path, r"printf 'a\rb\r\nc\342\200\250d\n'")
+    assert Kubectl(Metrics(), program=program).run("get") == "a\rb\r\nc\u2028d\n"
+
+
+@pytest.mark.parametrize("pipe", ["", ">&2"], ids=["stdout", "stderr"])
+def test_300_megabytes_of_output_are_an_error_in_little_memory(tmp_path: Path, pipe: str) -> None:
+    program = script(tmp_path, f"head -c 300000000 /dev/zero {pipe}; exit 1")
+    said, peak = peak_of(
+        """
+import sys
+try:
+    gitops_hook.Kubectl(gitops_hook.Metrics(), program=sys.argv[1]).run("get", "jobs")
+except gitops_hook.KubectlError as failed:
+    print(failed.kind, len(failed.stdout), len(failed.stderr) <= 2**20, failed.said[:28])
+""",
+        program,
+    )
+    told = "more than 16384 KiB of outpu" if not pipe else "exit status 1"
+    assert said == f"Unknown 0 True {told}\n"
+    assert peak < 150
+
+
+def test_output_that_never_ends_is_ended(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(KubectlError, match="more than 16384 KiB of output"):
+        Kubectl(Metrics(), program=script(tmp_path, "exec yes")).run("get", timeout=60)
+    assert time.monotonic() - began < 30
+
+
+def test_a_program_that_needs_too_much_memory_fails(tmp_path: Path) -> None:
+    body = f"exec {sys.executable} -c 'bytearray(400_000_000)'"
+    with pytest.raises(KubectlError, match="MemoryError"):
+        Kubectl(Metrics(), program=script(tmp_path, body)).run("get")
 
 
 def test_in_a_pod_nothing_keeps_kubectl_from_the_account_of_the_pod(tmp_path: Path) -> None:
@@ -187,6 +227,42 @@ def test_only_so_many_run_at_once(tmp_path: Path) -> None:
         running += 1 if line == "+" else -1
         most = max(most, running)
     assert (running, most) == (0, 2)
+
+
+def hangs_first(folder: Path, times: int) -> str:
+    """A kubectl of which so many processes never end, and the next ones answer."""
+    count = f"echo >> {folder}/calls; n=$(wc -l < {folder}/calls)"
+    return script(folder, f'{count}; [ "$n" -gt {times} ] || exec sleep 600; echo "answer $n"')
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_a_call_that_cannot_wait_is_made_again_beside_those_that_hang(
+    tmp_path: Path, times: int
+) -> None:
+    kubectl = UrgentKubectl(Metrics(), program=hangs_first(tmp_path, times))
+    began = time.monotonic()
+    assert kubectl.run("get", "service/x") == f"answer {times + 1}\n"
+    assert time.monotonic() - began < 10, "and not the 30 seconds of one call"
+
+
+def test_a_call_that_cannot_wait_takes_a_refusal_for_an_answer(tmp_path: Path) -> None:
+    body = "echo 'Error from server (Conflict): changed' >&2; exit 1"
+    with pytest.raises(KubectlError) as failed:
+        UrgentKubectl(Metrics(), program=script(tmp_path, body)).run("patch", "service/x")
+    assert failed.value.kind == "Conflict"
+
+
+def test_what_cannot_wait_runs_in_few_processes_at_once_however_much_hangs(tmp_path: Path) -> None:
+    kubectl = UrgentKubectl(Metrics(), at_once=2, program=hangs_first(tmp_path, 99))
+    with pytest.raises(KubectlError) as failed:
+        kubectl.run("get", "service/x", timeout=5.0)
+    assert (failed.value.code, failed.value.kind) == (None, "Unreachable")
+    assert (tmp_path / "calls").read_text().count("\n") == 2
+
+
+def test_a_kubectl_that_cannot_be_started_is_no_reason_to_wait(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be started"):
+        UrgentKubectl(Metrics(), program=str(tmp_path / "missing")).run("get", "service/x")
 
 
 def test_what_is_sent_is_in_no_argument(tmp_path: Path) -> None:
@@ -285,6 +361,32 @@ def test_a_list_can_be_filtered(kubectl: Kubectl) -> None:
     marked["metadata"]["labels"] = {"mark": "yes"}
     kubectl.create([marked, configmap("unmarked")], SPACE)
     assert names(kubectl, "-l", "mark=yes") == {"marked"}
+
+
+def test_names_are_read_without_what_the_objects_hold(kubectl: Kubectl, cluster: Cluster) -> None:
+    assert kubectl.names("configmaps", SPACE, "size=large") == []
+    large = [configmap(f"large-{i}", text="x" * 900_000) for i in range(30)]
+    for made in large:
+        made["metadata"]["labels"] = {"size": "large"}
+        kubectl.create([made], SPACE)
+    found = kubectl.names("configmaps", SPACE, "size=large")
+    assert sorted(found) == sorted(m["metadata"]["name"] for m in large)
+    with pytest.raises(KubectlError):
+        kubectl.list("configmaps", SPACE, "-l", "size=large")
+    for made in large:
+        cluster.store.delete("configmaps", SPACE, made["metadata"]["name"])
+
+
+def test_a_long_list_is_read_in_parts(kubectl: Kubectl) -> None:
+    many = [configmap(f"part-{i}") for i in range(250)]
+    for made in many:
+        made["metadata"]["labels"] = {"list": "long"}
+    kubectl.create(many, SPACE)
+    address = f"/api/v1/namespaces/{SPACE}/configmaps?labelSelector=list%3Dlong"
+    pages = [page["items"] for page in kubectl.pages(address, SPACE)]
+    assert [len(items) for items in pages] == [100, 100, 50]
+    found = {o["metadata"]["name"] for items in pages for o in items}
+    assert found == {m["metadata"]["name"] for m in many}
 
 
 # === Creating several ===
@@ -438,7 +540,7 @@ def test_a_stream_goes_on_until_its_caller_ends_it(kubectl: Kubectl) -> None:
     kubectl.create([configmap("streamed")], SPACE)
     process = kubectl.stream("get", "configmaps", "--watch", "-o", "name", namespace=SPACE)
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("configmap/")
+    assert process.stdout.readline().startswith(b"configmap/")
     assert process.poll() is None
     assert os.getpgid(process.pid) == os.getpgid(0), "Ctrl-C reaches it"
     process.kill()

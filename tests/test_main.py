@@ -7,13 +7,17 @@ import http.server
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +94,14 @@ class Place:
             check=False,
         )
 
-    def serve(self, **environ: str) -> Daemon:
-        """Start the daemon and wait until it listens."""
+    def serve(self, files: int = 0, **environ: str) -> Daemon:
+        """Start the daemon, if so wanted with so few open files, and wait until it listens."""
         self.config.write_text(yaml.safe_dump(self.settings))
         log = self.directory / f"log-{len(self.processes)}"
         with log.open("wb") as file:
             argv = [sys.executable, str(PROGRAM), "serve"]
+            if files:
+                argv = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *argv]
             process = subprocess.Popen(argv, env=self.environ | environ, stderr=file)
         self.processes.append(process)
         return Daemon(process, log)
@@ -107,7 +113,9 @@ class Daemon:
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.process, self.log = process, log
         line = eventually(lambda: self.find("serving"))
-        self.url = f"http://127.0.0.1:{line['port']}"
+        self.port = int(line["port"])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.admin_url = f"http://127.0.0.1:{line['admin_port']}"
 
     def find(self, msg: str) -> dict[str, Any] | None:
         """The first log line with this message."""
@@ -115,6 +123,33 @@ class Daemon:
         assert self.process.poll() is None or msg != "serving", text
         lines = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
         return next((line for line in lines if line["msg"] == msg), None)
+
+    def connect(self) -> socket.socket:
+        """Return a connection to the first port."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def healthy(self) -> bool:
+        """Whether the second port says that it lives and that it is ready."""
+        probes = [f"{self.admin_url}/{name}" for name in ("healthz", "readyz")]
+        return all(requests.get(probe, timeout=1).status_code == 200 for probe in probes)
+
+    def resident(self) -> int:
+        """Return the bytes of memory that it has had at most."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+    def temporary(self) -> int:
+        """Return the bytes in the files without a name that it has open."""
+        found = 0
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(OSError):
+                found += link.stat().st_size if "(deleted)" in os.readlink(link) else 0
+        return found
+
+    def seconds(self) -> float:
+        """Return the seconds of a processor's time that it has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def ready(self) -> int:
         """The status of /readyz."""
@@ -424,6 +459,129 @@ def test_the_daemon_starts_without_cluster_and_kubectl_and_says_what_it_waits_fo
     assert daemon.ready() == 200
     line = eventually(lambda: daemon.find("watch lost"))
     assert "kubectl" in line["detail"]
+
+
+# The daemon among strangers
+
+FORGED = b"POST /webhook HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+FORGED += b"webhook-id: x\r\nwebhook-timestamp: 1\r\nwebhook-signature: v1,x\r\n"
+
+
+def send(daemon: Daemon, body: bytes, name: str = "") -> requests.Response:
+    """Send a signed body, as GitLab would."""
+    name, stamp = name or str(uuid.uuid4()), str(int(time.time()))
+    key = gitops_hook.decode_signing_token(TOKEN, 1)
+    headers = {"Content-Type": "application/json", "webhook-id": name, "webhook-timestamp": stamp}
+    signature = gitops_hook.sign(key, name.encode(), stamp.encode(), body)
+    headers["webhook-signature"] = signature.decode()
+    return requests.post(f"{daemon.url}/webhook", data=body, headers=headers, timeout=60)
+
+
+def deliver(daemon: Daemon, *, name: str = "", **more: Any) -> requests.Response:
+    """Send a push; with a name it is a delivery that comes again."""
+    ref, project = f"refs/heads/{uuid.uuid4()}" if not name else "refs/heads/main", {}
+    project["git_http_url"] = str(daemon.log.parent / "shop.git")
+    push = {"object_kind": "push", "ref": ref, "after": COMMIT, "project": project | more}
+    return send(daemon, json.dumps(push).encode(), name)
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Allow the test's own process some thousand connections."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], min(4096, before[1])), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("many_files")
+def test_seventeen_hundred_connections_neither_fail_a_probe_nor_keep_a_push_waiting(
+    place: Place,
+) -> None:
+    daemon = place.serve()
+    with ExitStack() as opened:
+        for number in range(1700):
+            raw = opened.enter_context(daemon.connect())
+            with suppress(ConnectionError):
+                raw.sendall([b"", b"P", FORGED][number % 3])
+            if number % 100 == 0:
+                assert daemon.healthy()
+                assert deliver(daemon).status_code == 202
+        for _ in range(5):
+            assert daemon.healthy()
+            assert deliver(daemon).status_code == 202
+        assert len([*Path(f"/proc/{daemon.process.pid}/fd").iterdir()]) < 350
+
+
+@pytest.mark.usefixtures("many_files")
+def test_four_hundred_bodies_of_3_mb_hold_no_more_than_64_mib_and_nobody_up(place: Place) -> None:
+    daemon = place.serve()
+    body, seen = b"x" * 2_999_000, []
+    with ExitStack() as opened:
+        for number in range(400):
+            raw = opened.enter_context(daemon.connect())
+            with suppress(ConnectionError):
+                raw.sendall(FORGED + b"Content-Length: 3000000\r\n\r\n" + body)
+            if number % 20 == 0:
+                seen.append(daemon.temporary())
+                assert daemon.healthy()
+                assert deliver(daemon).status_code == 202
+    assert 40e6 < max(seen) < 75e6
+    assert daemon.resident() < 150e6
+
+
+def test_a_delivery_with_an_address_of_megabytes_leaves_nothing_behind(place: Place) -> None:
+    daemon = place.serve()
+    for number in range(30):
+        answer = deliver(daemon, web_url=f"https://{number}/" + "x" * 5_200_000)
+        assert (answer.status_code, answer.json()["reason"]) == (400, "Malformed")
+    assert deliver(daemon).status_code == 202
+    assert daemon.resident() < 150e6
+
+
+def test_several_bodies_that_become_large_objects_are_understood_one_by_one(place: Place) -> None:
+    daemon = place.serve()
+    body = b"[" + b"[[[[]]]]," * 580_000 + b"0]"
+    with ThreadPoolExecutor(4) as pool:
+        answers = [*pool.map(lambda _: send(daemon, body), range(4))]
+    assert {answer.json()["text"] for answer in answers} == {"the body is not a JSON object"}
+    assert daemon.resident() < 400e6
+
+
+def test_without_file_descriptors_it_still_answers_and_writes_little(place: Place) -> None:
+    daemon = place.serve(files=64)
+    with ExitStack() as opened:
+        for _ in range(200):
+            with suppress(ConnectionError):
+                opened.enter_context(daemon.connect()).sendall(FORGED + b"Content-Length: 9\r\n")
+        assert daemon.healthy()
+        assert deliver(daemon).status_code == 202
+        until = time.monotonic() + 3
+        size, busy = daemon.log.stat().st_size, daemon.seconds()
+        while time.monotonic() < until:
+            with suppress(OSError):
+                opened.enter_context(daemon.connect())
+        assert daemon.log.stat().st_size - size < 100_000
+    assert daemon.healthy()
+    assert daemon.seconds() - busy < 3
+
+
+@pytest.mark.parametrize("left", ["all", "the push", "its line"])
+def test_a_delivery_that_comes_again_after_kill_9_is_a_duplicate(place: Place, left: str) -> None:
+    daemon = place.serve()
+    assert deliver(daemon, name="one").json()["status"] == "accepted"
+    daemon.process.kill()
+    daemon.process.wait()
+    (stored,) = place.spool.glob("*.json")
+    daemon = place.serve()
+    if left != "all":
+        daemon.process.kill()
+        daemon.process.wait()
+        (stored if left == "its line" else place.spool / "accepted").unlink(missing_ok=True)
+        daemon = place.serve()
+    assert deliver(daemon, name="one").json()["status"] == "duplicate"
+    assert len([*place.spool.glob("*.json")]) == (0 if left == "its line" else 1)
+    assert deliver(daemon, name="two").json()["status"] == "accepted"
 
 
 # Its end

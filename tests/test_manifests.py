@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+import gitops_hook
 from tests.standin.api import Api
 from tests.standin.store import Store
 
@@ -162,6 +163,8 @@ def test_test_quota_has_the_figures_of_the_article(base: Installed) -> None:
         "requests.memory": "4Gi",
         "limits.cpu": "4",
         "limits.memory": "8Gi",
+        "requests.ephemeral-storage": "8Gi",
+        "limits.ephemeral-storage": "48Gi",
         "pods": "10",
     }
 
@@ -181,7 +184,7 @@ def test_a_container_that_says_nothing_about_resources_fits_the_quota(
 ) -> None:
     quota = base.one("ResourceQuota", f"{namespace}-quota", namespace)["spec"]["hard"]
     (limit,) = base.one("LimitRange", f"{namespace}-limits", namespace)["spec"]["limits"]
-    for resource in ("cpu", "memory"):
+    for resource in ("cpu", "memory", "ephemeral-storage"):
         assert amount(limit["defaultRequest"][resource]) <= amount(limit["default"][resource])
         # Two at a time, at the least.
         assert 2 * amount(limit["default"][resource]) <= amount(quota[f"limits.{resource}"])
@@ -192,8 +195,27 @@ def test_a_container_that_says_nothing_about_resources_fits_the_quota(
 
 def test_the_defaults_in_test_are_those_of_the_article(base: Installed) -> None:
     (limit,) = base.one("LimitRange", "test-limits", "test")["spec"]["limits"]
-    assert limit["defaultRequest"] == {"cpu": "250m", "memory": "256Mi"}
-    assert limit["default"] == {"cpu": "500m", "memory": "512Mi"}
+    disk = "ephemeral-storage"
+    assert limit["defaultRequest"] == {"cpu": "250m", "memory": "256Mi", disk: "256Mi"}
+    assert limit["default"] == {"cpu": "500m", "memory": "512Mi", disk: "4Gi"}
+
+
+@pytest.mark.parametrize("namespace", ["test", "build"])
+def test_disk_never_keeps_out_a_pod_that_the_number_of_pods_lets_in(
+    base: Installed, namespace: str
+) -> None:
+    hard = base.one("ResourceQuota", f"{namespace}-quota", namespace)["spec"]["hard"]
+    config = gitops_hook.load_config(
+        "apps: [{name: shop, repository: /srv/shop.git, build: {image: registry/shop}}]"
+    )
+    make = {"test": gitops_hook.test_job, "build": gitops_hook.build_job}[namespace]
+    run = gitops_hook.Run(id="shop-1", app="shop", ref="refs/heads/main", commit="a" * 40)
+    pod = make(config, config.apps[0], run)["spec"]["template"]["spec"]
+    every = [*pod["initContainers"], *pod["containers"]]
+    for kind in ("requests", "limits"):
+        # no more than this at one time: a container that ends makes room for the next
+        most = sum(amount(c["resources"][kind]["ephemeral-storage"]) for c in every)
+        assert most * int(hard["pods"]) <= amount(hard[f"{kind}.ephemeral-storage"])
 
 
 # === Permissions ===
@@ -359,12 +381,12 @@ def test_secrets_are_made_in_the_namespaces_that_mount_them() -> None:
     assert "--from-literal" not in commands, "a literal shows in process lists"
 
 
-def test_probes_ask_the_routes_of_the_first_port(installed: Installed) -> None:
+def test_probes_ask_the_port_that_strangers_do_not_reach(installed: Installed) -> None:
     ports = {p["name"]: p["containerPort"] for p in installed.container["ports"]}
     assert ports == {"http": 8080, "metrics": 8081}
     live, ready = installed.container["livenessProbe"], installed.container["readinessProbe"]
-    assert live["httpGet"] == {"path": "/healthz", "port": "http"}
-    assert ready["httpGet"] == {"path": "/readyz", "port": "http"}
+    assert live["httpGet"] == {"path": "/healthz", "port": "metrics"}
+    assert ready["httpGet"] == {"path": "/readyz", "port": "metrics"}
     assert [live[k] for k in ("initialDelaySeconds", "periodSeconds", "failureThreshold")] == [
         30,
         10,
@@ -472,8 +494,25 @@ PRIVATE = [
     "10.0.0.1", "10.255.255.254", "100.64.0.1", "100.127.255.254", "172.16.0.1", "172.31.255.254",
     "192.168.0.1", "192.168.255.254", "169.254.169.254", "169.254.255.254", "fc00::1", "fd00::1",
     "fdff:ffff::1", "fe80::1", "febf::1",
+    # metadata services: Azure's, Oracle's, Alibaba's, Amazon's over IPv6
+    "168.63.129.16", "192.0.0.192", "100.100.100.200", "fd00:ec2::254",
+    # 10.0.0.1 and 169.254.169.254 by NAT64, 6to4 and Teredo
+    "64:ff9b::a00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::a00:1", "2002:a9fe:a9fe::1",
+    "2001:0:a9fe:a9fe::1",
 ]  # fmt: skip
-PUBLIC = ["8.8.8.8", "172.32.0.1", "100.63.0.1", "2001:4860:4860::8888"]
+PUBLIC = ["8.8.8.8", "172.32.0.1", "100.63.0.1", "168.63.129.17", "2001:4860:4860::8888"]
+METADATA = ["169.254.169.254", "168.63.129.16", "192.0.0.192", "64:ff9b::a9fe:a9fe", "fe80::1"]
+
+
+def test_an_exception_is_a_part_of_its_block_that_the_api_server_takes(base: Installed) -> None:
+    blocks = [p["ipBlock"] for n in base.all("NetworkPolicy") for p in peers(n) if "ipBlock" in p]
+    for block in blocks:
+        whole = ipaddress.ip_network(block["cidr"])
+        for each in map(ipaddress.ip_network, block.get("except", [])):
+            assert each.version == whole.version
+            assert each.prefixlen > whole.prefixlen
+            # which takes ::ffff:0:0/96 for an IPv4 network, and then for none of ::/0
+            assert getattr(each.network_address, "ipv4_mapped", None) is None
 
 
 def allows(block: Object, address: str) -> bool:
@@ -506,7 +545,8 @@ def test_the_daemon_is_reached_on_its_ports_and_reaches_its_applications(base: I
     assert selected_namespaces(metrics["from"][0]["namespaceSelector"]) == {"monitoring"}
     _, api_server, http, smoke = spec["egress"]
     assert {p["port"] for p in api_server["ports"]} == {443, 6443, 8443, 16443}
-    assert not any(allows(peer["ipBlock"], "169.254.169.254") for peer in http["to"])
+    assert not [ip for ip in METADATA if any(allows(p["ipBlock"], ip) for p in http["to"])]
+    assert [ip for ip in PUBLIC if any(allows(p["ipBlock"], ip) for p in http["to"])] == PUBLIC
     assert selected_namespaces(smoke["to"][0]["namespaceSelector"]) == {"staging", "production"}
     assert "ports" not in smoke
 
@@ -650,12 +690,13 @@ TARGETS = {
 
 
 def make(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run make as from a fresh shell, whatever make this test runs under."""
+    """Run make as from a fresh shell without a terminal, whatever make this test runs under."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
         ["make", *arguments, *(f"{name}={value}" for name, value in variables.items())],
         cwd=ROOT,
         env=environment,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
@@ -680,6 +721,8 @@ def fake_kubectl(tmp_path: Path) -> Path:
 [[ $1 == kustomize ]] && exec {kubectl()} "$@"
 [[ $1 == config && -e {tmp_path}/context ]] && exec cat {tmp_path}/context
 [[ $1 == config ]] && exit 1
+[[ $1 == get && $2 == namespaces ]] && exec cat {tmp_path}/namespaces
+[[ $1 == api-resources || "$*" == *custom-columns* ]] && exit
 number=$(ls {tmp_path}/call-* 2>/dev/null | wc -l)
 printf "%s\\n" "$*" > {tmp_path}/call-$number
 [[ " $* " == *" -f - "* ]] && cat > {tmp_path}/stdin-$number
@@ -691,6 +734,7 @@ printf "%s\\n" "$*" > {tmp_path}/call-$number
     )
     script.chmod(0o755)
     (tmp_path / "context").write_text("somewhere\n", "utf-8")
+    (tmp_path / "namespaces").touch()
     for state in ("secret", "well"):
         (tmp_path / state).touch()
     return script
@@ -854,11 +898,14 @@ def test_make_apply_refuses_what_is_no_image_with_a_version(fake_kubectl: Path, 
 
 
 def test_make_delete_leaves_the_applications_namespaces(fake_kubectl: Path) -> None:
-    done = make("delete", KUBECTL=str(fake_kubectl))
+    there = "".join(f"{name} gitops-hook Active\n" for name in sorted(OURS))
+    (fake_kubectl.parent / "namespaces").write_text(there, "utf-8")
+    done = make("delete", KUBECTL=str(fake_kubectl), YES="1")
     assert done.returncode == 0, done.stderr
     (call,) = calls(fake_kubectl)
     assert "--selector gitops-hook/uninstall!=keep" in call
-    assert "namespaces orchestration, test and build with all that is in them" in done.stdout
+    goes = re.findall("^namespace (.*) goes", done.stdout, re.MULTILINE)
+    assert goes == ["build", "orchestration", "test"]
     kept = [
         (thing["kind"], thing["metadata"]["name"])
         for thing in sent(fake_kubectl, 0).objects
@@ -899,7 +946,7 @@ def test_installing_twice_changes_nothing_and_uninstalling_keeps_the_application
     }
     create = [*cluster.split(), "create", "-f", "-"]
     subprocess.run(create, input=yaml.safe_dump(service).encode(), check=True, capture_output=True)
-    assert make("delete", KUBECTL=cluster).returncode == 0
+    assert make("delete", KUBECTL=cluster, YES="1").returncode == 0
     left, names = (
         subprocess.run([*cluster.split(), *what], check=True, capture_output=True, text=True).stdout
         for what in (ours, ["get", "namespaces", "-o", "name"])

@@ -101,6 +101,34 @@ def test_a_new_version_of_another_size_does_not_scale_the_one_that_serves(apps: 
     assert apps.ended(run)["outcome"] == "deployed"
 
 
+def test_an_invalid_manifest_is_red_whatever_its_texts_say_and_is_corrected_by_a_push(
+    apps: Fleet,
+) -> None:
+    size = apps["size"]
+
+    def hostile(objects: dict[str, Object]) -> None:
+        text = 'connection refused\nError from server (ServiceUnavailable): "etcd timed out"'
+        objects["Deployment"]["metadata"]["labels"] = {"note": text}
+
+    ended = size.deployed("hostile", change=hostile)
+    assert (ended["outcome"], ended["reason"]) == ("failed", "ManifestInvalid")
+    assert size.deployed("corrected")["outcome"] == "deployed"
+
+
+def test_manifests_that_are_too_large_are_red_and_corrected_by_a_push(apps: Fleet) -> None:
+    size, many = apps["size"], {f"deploy/{i}.yaml": "# comment\n" * 50_000 for i in range(5)}
+    ended = size.deployed("large", files=many)
+    assert (ended["outcome"], ended["reason"]) == ("failed", "ManifestInvalid")
+    assert "more than 2 MiB together" in ended["detail"]
+    size.repository.git("rm", "-q", *many)
+    files = {f"deploy/more/{i}.txt": f"{i}" for i in range(501)}
+    ended = size.deployed("many", files=files)
+    assert (ended["outcome"], ended["reason"]) == ("failed", "ManifestRefused")
+    assert "it has 502 files; give the manifests a folder of their own" in ended["detail"]
+    size.repository.git("rm", "-q", "-r", "deploy/more")
+    assert size.deployed("small")["outcome"] == "deployed"
+
+
 @contextmanager
 def kept_connection(app: Member) -> Iterator[list[str]]:
     """Ask all the time on one connection while the server keeps it; what answered, in turn."""
@@ -149,5 +177,6 @@ def test_a_switch_that_no_endpoints_follow_is_put_back(apps: Fleet) -> None:
         empty.tell("second", "/turn-sick")
         eventually(unready, 10, "no pod of the new version is ready")
     ended = apps.ended(run)
-    assert (ended["outcome"], ended["reason"]) == ("failed", "EndpointsMissing")
+    # its health path fails as well, which is seen before the endpoints had their time
+    assert (ended["outcome"], ended["reason"]) == ("switched-back", "SickAfterSwitch")
     assert empty.answer()["version"] == "first"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tracemalloc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given, settings
@@ -152,6 +154,29 @@ def test_a_project_without_an_address_is_refused(wrong: Any) -> None:
         assert "names no git_http_url" in refusal(payload(project=project))
 
 
+@pytest.mark.parametrize("key", ["git_http_url", "git_ssh_url", "web_url"])
+def test_an_address_that_is_too_long_is_refused_before_it_is_parsed_and_kept(key: str) -> None:
+    project = payload()["project"]
+    room = hook.ADDRESS_LENGTH - len("https://h/")
+    assert push(project=project | {key: "https://h/" + "x" * room}).ref == "refs/heads/main"
+    before = urlsplit.cache_info().misses  # type: ignore[attr-defined]
+    text = refusal(payload(project=project | {key: "https://h/" + "x" * (room + 1)}))
+    assert text == "project: an address is longer than 2048 characters"
+    assert urlsplit.cache_info().misses == before  # type: ignore[attr-defined]
+
+
+def test_a_message_of_megabytes_costs_no_more_than_its_beginning() -> None:
+    message = "first line " * 2 + "x y " * 1_000_000
+    body = json.dumps(payload(commits=[{"id": HEAD, "message": message}])).encode()
+    tracemalloc.start()
+    (found,) = parsed(body)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.title.startswith("first line first line x y x y")
+    assert len(found.title) == 120
+    assert peak < 4 * len(body)
+
+
 @pytest.mark.parametrize("wrong", [0, "x", [], {}, [[]], [None], [{"id": 5}]], ids=repr)
 def test_fields_that_nothing_depends_on_may_have_any_type(wrong: Any) -> None:
     found = push(commits=wrong, before=wrong, repository=wrong)
@@ -223,8 +248,17 @@ GOOD_BRANCHES = [
 ]  # fmt: skip
 BAD_BRANCHES = [
     "", "/a", "a/", "a//b", ".a", "a/.b", "a.", "a..b", "a.lock", "a.lock/b", "a b", "a\tb", "a\nb",
-    "a\x00b", "a\x7fb", "a~1", "a^", "a:b", "a?", "a*", "a[b", "a\\b", "a@{1}", "\ud800", "x" * 600,
+    "a\x00b", "a\x7fb", "a~1", "a^", "a:b", "a?", "a*", "a[b", "a\\b", "a@{1}", ".a\ud800",
 ]  # fmt: skip
+NOT_CARRIED = {  # git allows them
+    "line separator": "main\u2028x",
+    "paragraph separator": "main\u2029x",
+    "next line": "main\x85x",
+    "control code": "a\x9bb",
+    "no UTF-8": "a\ud800",
+    "bytes": "a\udcffb",
+    "too long": "x/" * 300 + "x",
+}
 
 
 @pytest.mark.parametrize("branch", GOOD_BRANCHES, ids=ascii)
@@ -241,10 +275,18 @@ def test_a_branch_name_that_git_does_not_allow_is_refused(branch: str) -> None:
 
 def test_what_git_says_about_branch_names_is_what_we_say(tmp_path: Path) -> None:
     checked = [b for b in GOOD_BRANCHES + BAD_BRANCHES if "\x00" not in b and "\ud800" not in b]
-    for branch in checked:
-        ref = f"refs/heads/{branch}"
+    for branch in (*checked, *NOT_CARRIED.values()):
+        name = f"refs/heads/{branch}"
+        ref = name.encode("utf-8", "surrogatepass" if "\ud800" in name else "surrogateescape")
         done = subprocess.run(["git", "check-ref-format", ref], check=False, cwd=tmp_path)
-        assert hook.valid_ref(ref) is (done.returncode == 0 and len(branch) < 500), branch
+        carried = branch not in NOT_CARRIED.values()
+        assert hook.valid_ref(name) is (done.returncode == 0 and carried), branch
+        assert carried or done.returncode == 0, branch
+
+
+@pytest.mark.parametrize("branch", NOT_CARRIED.values(), ids=NOT_CARRIED)
+def test_a_push_of_a_branch_that_is_not_carried_is_ignored(branch: str) -> None:
+    assert ignored(payload(ref=f"refs/heads/{branch}")) == "OtherRef"
 
 
 # === Titles ===

@@ -148,7 +148,7 @@ def pod() -> Object:
 
 # What stands in a namespace before each command, and what no command finds there.
 STANDING: dict[str, tuple[Object, ...]] = {
-    **dict.fromkeys(RUNS, (job("one"), job("two"), pod())),
+    **dict.fromkeys(RUNS, (job("one"), job("two"), configmap("copy"), pod())),
     **dict.fromkeys(LIVE, (deployment("blue"), service("shop"), configmap("copy"), pod())),
     **dict.fromkeys(STATE, (configmap("gitops-hook-shop"),)),
 }
@@ -158,7 +158,7 @@ MADE = ("jobs", "deployments", "services", "configmaps")
 
 NOTE: Object = {"metadata": {"annotations": {"gitops-hook/note": "something"}}}
 MERGED = "--type=merge --patch-file=/dev/stdin -o=json"
-LOGS = "logs web-1 -c web --tail=20 --limit-bytes=65536"
+LOGS = "logs web-1 -c web --tail=500 --limit-bytes=8192000"
 QUIETLY = "--wait=false --ignore-not-found"
 CREATE = "create -f - -o name --validate=false"
 
@@ -172,6 +172,11 @@ PODS = (
         code=1,
         says="previous terminated container",
     ),
+)
+KEPT = (
+    command("copies, releases, logs", CREATE, "configmaps: create", listed(configmap("made"))),
+    command("which there are", f"get configmaps -l {OURS} -o json", "configmaps: list"),
+    command("what goes", f"delete configmap/copy {QUIETLY}", "configmaps: delete"),
 )
 COMMANDS: dict[str, tuple[Command, ...]] = {
     **dict.fromkeys(
@@ -189,6 +194,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "get events --field-selector involvedObject.uid=one,reason=FailedCreate -o json",
                 "events: list",
             ),
+            *KEPT,
             *PODS,
         ),
     ),
@@ -248,12 +254,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "endpointslices: list",
             ),
             command("ready pods", "get pods -l app=shop,version=blue -o json", "pods: list"),
-            command("copies and releases", CREATE, "configmaps: create", listed(configmap("made"))),
             command(
                 "a release", "get configmap/copy -o json --ignore-not-found", "configmaps: get"
             ),
-            command("copies there are", f"get configmaps -l {OURS} -o json", "configmaps: list"),
-            command("what nothing names", f"delete configmap/copy {QUIETLY}", "configmaps: delete"),
+            *KEPT,
             *PODS,
         ),
     ),
@@ -558,6 +562,8 @@ RARE: dict[tuple[str, Grant], str] = {
     ("test", ("events", "list")): "a released Job that has no pod after seconds: quota",
     ("build", ("events", "list")): "a released Job that has no pod after seconds: quota",
     ("build", ("jobs", "delete")): "a rerun after a failed build, or one whose digest is lost",
+    ("build", ("configmaps", "create")): "the log of a failed build",
+    ("build", ("configmaps", "delete")): "the log of a build that failed a day ago, or again",
     ("build", ("pods", "get")): "the log of a failed build",
     ("build", ("pods/log", "get")): "the log of a failed build",
     ("production", ("configmaps", "delete")): "a release that no history names any more",
@@ -600,6 +606,11 @@ class Recorded(World):
 
         return dict(eventually(lines, 60, f"{run} ends")[-1])
 
+    def kept(self, run: str) -> str:
+        """Return the uid of the log that is kept of a red test, if there is one."""
+        found = self.cluster.store.find("configmaps", "test", f"log-{run}")
+        return str(found["metadata"]["uid"]) if found else ""
+
     def outcome(self, version: str, modes: str = "") -> str:
         """Release a version, push it and return how that ended."""
         run = self.push(self.repository.release(version, modes=modes))
@@ -611,7 +622,7 @@ def short(repository: Path) -> Object:
     config = daemon_config(
         repository, bake="1s", drain="1s", health={"path": "/ready", "successes": 1}
     )
-    config["apps"][0]["test"] = {"command": "test ! -e broken"}
+    config["apps"][0]["test"] = {"command": "if test -e broken; then echo why; exit 1; fi"}
     return config
 
 
@@ -632,8 +643,10 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
                 assert made.command(*command).returncode == 0
             broken = made.push(made.repository.release("5", broken="yes"))
             assert made.ends(broken)["stage"] == "test"
+            first = eventually(lambda: made.kept(broken), 20, "the log is kept")
             assert made.command("rerun", broken).returncode == 0
             assert made.ends(broken, times=2)["stage"] == "test"
+            eventually(lambda: made.kept(broken) not in ("", first), 20, "the new one is kept")
             made.kill()
             yield made
         finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +38,8 @@ def opened(folder: Path, max_files: int = 1000) -> hook.Spool:
 
 
 def names(spool: hook.Spool) -> list[str]:
-    return sorted(p.name for p in spool.directory.iterdir() if p.name not in ("bad", "scratch"))
+    ours = ("accepted", "bad", "scratch")
+    return sorted(p.name for p in spool.directory.iterdir() if p.name not in ours)
 
 
 def aside(spool: hook.Spool) -> list[str]:
@@ -219,6 +222,116 @@ def test_a_spool_that_went_away_is_seen_by_the_probe(spool: hook.Spool) -> None:
     assert spool.read() == []
 
 
+# === Which deliveries were accepted ===
+
+
+def delivered(number: int, name: str, at: float = RUN.received) -> hook.Run:
+    return replace(run(number), delivery=name, received=at)
+
+
+def test_a_push_of_a_delivery_is_known_again_after_a_restart_also_when_the_cluster_has_it(
+    spool: hook.Spool, tmp_path: Path
+) -> None:
+    spool.store([delivered(1, "one")])
+    spool.done(spool.read()[0][0])
+    again = opened(tmp_path).accepted
+    assert again.has(delivered(1, "one"))
+    assert not again.has(delivered(2, "one"))
+    assert not again.has(delivered(1, "two"))
+
+
+def test_a_stored_push_tells_its_delivery_where_the_line_is_missing(
+    spool: hook.Spool, tmp_path: Path
+) -> None:
+    spool.store([delivered(1, "one"), delivered(2, "one")])
+    ((first, _), _) = spool.read()
+    first.unlink()  # as if it had been killed between the two
+    again = opened(tmp_path).accepted
+    assert [again.has(delivered(n, "one")) for n in (1, 2)] == [False, True]
+
+
+def test_what_could_not_be_stored_was_not_accepted(tmp_path: Path) -> None:
+    spool = opened(tmp_path, max_files=0)
+    with pytest.raises(hook.DeliveryError):
+        spool.store([delivered(1, "one")])
+    assert not spool.accepted.has(delivered(1, "one"))
+    assert not opened(tmp_path).accepted.has(delivered(1, "one"))
+
+
+def test_without_an_id_no_delivery_is_known_again(spool: hook.Spool) -> None:
+    spool.store([delivered(1, "")])
+    spool.done(spool.read()[0][0])
+    assert not spool.accepted.has(delivered(1, ""))
+    assert (spool.directory / "accepted").read_bytes() == b""
+
+
+@pytest.mark.parametrize("seconds", [-1300, -1200, 0, 1200, 1300])
+def test_it_is_known_for_twenty_minutes(spool: hook.Spool, tmp_path: Path, seconds: float) -> None:
+    spool.store([delivered(1, "one")])
+    later = delivered(1, "one", RUN.received + seconds)
+    assert spool.accepted.has(later) is (abs(seconds) <= 1200)
+    assert opened(tmp_path).accepted.has(later) is (abs(seconds) <= 1200)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\ud800", "1.000 " + "0" * 64, "\xff" * 100], ids=ascii)
+def test_whatever_a_sender_calls_his_delivery_is_one_line_of_one_length(
+    spool: hook.Spool, tmp_path: Path, name: str
+) -> None:
+    spool.store([delivered(1, name)])
+    spool.done(spool.read()[0][0])
+    assert len((spool.directory / "accepted").read_bytes()) < 90
+    assert opened(tmp_path).accepted.has(delivered(1, name))
+
+
+def test_memory_and_file_are_bounded_and_the_newest_stay(
+    spool: hook.Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hook, "DEDUPE_ENTRIES", 10)
+    for number in range(100):
+        spool.store([delivered(number, "x")])
+        spool.done(spool.read()[0][0])
+        assert len(spool.accepted.times) <= 10
+        assert (spool.directory / "accepted").stat().st_size < 30 * 90
+    again = opened(tmp_path).accepted
+    assert [n for n in range(100) if again.has(delivered(n, "x"))] == [*range(90, 100)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 500, b"\xff\n[]\n", b"1760000000.000 " + b"0" * 63, b"9" * 5000, b"\n" * 10**6],
+    ids=lambda c: repr(c[:12]),
+)
+def test_lines_that_are_none_are_passed_over(tmp_path: Path, content: bytes) -> None:
+    spool = opened(tmp_path)
+    spool.store([delivered(1, "one")])
+    spool.done(spool.read()[0][0])
+    whole = (spool.directory / "accepted").read_bytes()
+    (spool.directory / "accepted").write_bytes(content + whole)
+    assert opened(tmp_path).accepted.has(delivered(1, "one"))
+
+
+def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    (spool.directory / "accepted").unlink()
+    os.mkfifo(spool.directory / "accepted")
+    again = opened(tmp_path)
+    again.store([delivered(1, "one")])
+    assert opened(tmp_path).accepted.has(delivered(1, "one"))
+
+
+def test_a_line_that_cannot_be_written_keeps_no_push(
+    spool: hook.Spool, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool.store([delivered(1, "one")])
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        os.dup2(full.fileno(), spool.accepted.handle)
+    ((path, _),) = spool.read()
+    spool.done(path)
+    assert spool.read() == []
+    assert spool.accepted.has(delivered(1, "one"))
+    assert caplog.messages == ["an accepted delivery is not written down"]
+
+
 # === What is not ours ===
 
 GOOD = record(RUN)
@@ -275,6 +388,32 @@ def test_a_folder_in_the_place_of_a_file_is_moved_aside(spool: hook.Spool) -> No
     assert aside(spool) == ["x.json"]
 
 
+def make_link(path: Path) -> None:
+    target = path.with_suffix(".target")
+    target.write_bytes(GOOD)
+    path.symlink_to(target)
+
+
+def make_socket(path: Path) -> None:
+    # its address may not be long
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(path.parent):
+        listener.bind(path.name)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, make_link, make_socket], ids=["pipe", "link", "socket"]
+)
+def test_what_is_no_plain_file_is_moved_aside_and_never_waited_for(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    opened(tmp_path).store([run(1)])
+    make(tmp_path / "spool" / "00-x.json")
+    spool = opened(tmp_path)
+    assert [found for _, found in spool.read()] == [run(1)]
+    assert aside(spool) == ["00-x.json"]
+
+
 def test_a_file_that_cannot_be_moved_aside_stands_in_nobody_s_way(spool: hook.Spool) -> None:
     for folder in ("x.json", "bad/x.json/y"):
         (spool.directory / folder).mkdir(parents=True)
@@ -323,11 +462,26 @@ def test_a_file_that_cannot_be_read_now_stays_for_later(
         def too_many(*args: Any, **more: Any) -> Any:
             raise OSError(24, "Too many open files")
 
-        broken.setattr(Path, "open", too_many)
+        broken.setattr(os, "open", too_many)
         assert spool.read() == []
     assert aside(spool) == []
     assert [found for _, found in spool.read()] == [run(1)]
     assert caplog.messages == ["spool file cannot be read"]
+
+
+def test_files_that_cannot_be_read_are_one_line_however_many(
+    spool: hook.Spool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool.store([run(n) for n in range(20)])
+
+    def too_many(*args: Any, **more: Any) -> Any:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", too_many)
+        assert spool.read() == []
+    ((record),) = caplog.records
+    assert record.__dict__["fields"]["count"] == 20
 
 
 # === Several at once ===

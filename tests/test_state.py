@@ -247,7 +247,7 @@ def test_a_record_has_a_bounded_size_and_loses_only_of_its_detail(text: str) -> 
     record = a_record(1, "refs/heads/" + '"' * 480, detail=text, delivery="d" * 100)
     kept = hook.record_text(record)
     assert len(kept.encode()) <= hook.RECORD_BYTES
-    again = hook.read_record(hook.RunRecord, kept, id=record.id)
+    again = hook.parse_record(hook.RunRecord, kept, id=record.id)
     assert replace(again, detail="") == replace(record, detail="")
     assert text.startswith(again.detail)
 

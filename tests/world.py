@@ -36,7 +36,8 @@ if "crash-at-start" in MODES:
     print("cannot log in with password=hunter2", flush=True)
     sys.exit(7)
 sick_from = [0.0 if "never-ready" in MODES else float("inf")]
-bad, stopping = threading.Event(), threading.Event()
+bad, stopping, slow, unready = (threading.Event() for _ in range(4))
+waiting, refused = ["smoke-waits" in MODES], []
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -45,7 +46,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/turn-sick":
             sick_from[0] = 0.0
         if self.path == "/turn-well":
-            sick_from[0] = float("inf")
+            sick_from[0], waiting[0] = float("inf"), False
+        if self.path == "/turn-slow":
+            slow.set()
+        if self.path == "/turn-unready":
+            unready.set()
         if self.path == "/turn-bad":
             bad.set()
         if self.path == "/" and "sick-later" in MODES:
@@ -54,7 +59,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             threading.Timer(0.05 if self.path == "/exit" else 0.5, os._exit, (3,)).start()
         kubelet = "kube-probe" in self.headers.get("User-Agent", "")
         sick = time.monotonic() > sick_from[0] or ("smoke-fails" in MODES and not kubelet)
-        body = json.dumps({"version": VERSION, "greeting": os.environ.get("GREETING", "")}).encode()
+        sick = sick or (unready.is_set() if kubelet else waiting[0])
+        if self.path == "/ready" and slow.is_set() and not kubelet:
+            return self.drip()
+        if self.path == "/ready" and sick and not kubelet:
+            refused.append(1)
+        body = {"version": VERSION, "greeting": os.environ.get("GREETING", "")}
+        body = json.dumps({**body, "refused": len(refused)}).encode()
         self.send_response(503 if bad.is_set() or (sick and self.path == "/ready") else 200)
         self.send_header("Content-Length", str(len(body)))
         if stopping.is_set():
@@ -62,6 +73,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         self.end_headers()
         self.wfile.write(body)
+
+    def drip(self):
+        self.close_connection = True
+        for byte in b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\nX-Slow: " + b"x" * 60000:
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.7)
 
     def log_message(self, *args):
         pass
@@ -260,7 +277,9 @@ class World:
         self._lines: list[tuple[int, Object]] = []
         self._read, self._reading = 0, threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
+        self.program = PROGRAM
         self.url = self.admin_url = ""
+        self.path = f"{BIN}:{os.environ['PATH']}"  # of the daemon
 
     @property
     def environ(self) -> dict[str, str]:
@@ -272,7 +291,7 @@ class World:
         kept = {k: v for k, v in os.environ.items() if k in ("LANG", "LD_LIBRARY_PATH")}
         return {
             **kept,
-            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PATH": self.path,
             "HOME": str(home),
             "KUBECONFIG": str(self.cluster.kubeconfig("orchestration/orchestration-sa")),
             "GITOPS_HOOK_CONFIG": str(config),
@@ -286,7 +305,7 @@ class World:
         """Start the daemon and wait until it serves."""
         offset = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
-            argv = [sys.executable, str(PROGRAM), "serve"]
+            argv = [sys.executable, str(self.program), "serve"]
             self.process = subprocess.Popen(
                 argv, env=self.environ, stderr=log, start_new_session=True
             )
@@ -319,12 +338,16 @@ class World:
                     raise AssertionError(f"not only JSON lines: {text[-3000:]!r}") from wrong
                 self._read += len(line)
 
+    def signal(self, number: int) -> None:
+        """Send a signal to the daemon and its kubectl processes, as to a whole container."""
+        for pid in session_members(self.process.pid) if self.process else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def kill(self) -> None:
         """Kill the daemon and its kubectl processes at once, as a lost node would."""
         if self.process:
-            for pid in session_members(self.process.pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             self.process.wait()
             self.process = None
 
@@ -340,7 +363,7 @@ class World:
 
     def command(self, *args: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Run one of the program's commands."""
-        argv = [sys.executable, str(PROGRAM), *args]
+        argv = [sys.executable, str(self.program), *args]
         return subprocess.run(
             argv, env=self.environ, capture_output=True, text=True, timeout=timeout, check=False
         )
@@ -388,9 +411,9 @@ class World:
         return {"status": answer.status_code, **answer.json()}
 
 
-def install(cluster: Cluster) -> None:
+def install(cluster: Cluster, manifests: Path = ROOT / "manifests") -> None:
     """Put the shipped manifests, as `make apply` would, and the daemon's image into a cluster."""
-    kubectl = ["kubectl", "kustomize", str(ROOT / "manifests")]
+    kubectl = ["kubectl", "kustomize", str(manifests)]
     environ = {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(cluster.directory)}
     rendered = subprocess.run(
         kubectl, check=True, capture_output=True, text=True, env=environ
@@ -402,11 +425,15 @@ def install(cluster: Cluster) -> None:
 
 @contextmanager
 def world(
-    directory: Path, config: Callable[[Path], Object] = daemon_config, *, speed: float = 1.0
+    directory: Path,
+    config: Callable[[Path], Object] = daemon_config,
+    *,
+    speed: float = 1.0,
+    manifests: Path = ROOT / "manifests",
 ) -> Iterator[World]:
     """A world with everything but a started daemon; ended with all its processes."""
     with Cluster(directory / "cluster", speed=speed) as cluster:
-        install(cluster)
+        install(cluster, manifests)
         made = World(directory, cluster, config)
         try:
             yield made

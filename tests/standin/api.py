@@ -72,6 +72,14 @@ class Api:
         """Come back on the same port."""
         self._server.up()
 
+    def freeze(self) -> None:
+        """Accept connections and answer nothing, streams too, as a stopped API server does."""
+        self._server.going.clear()
+
+    def thaw(self) -> None:
+        """Go on, first of all with what was asked meanwhile."""
+        self._server.going.set()
+
     def __enter__(self) -> Api:
         return self.start()
 

@@ -88,6 +88,14 @@ class Cluster:
         """The API server is back, on the same port."""
         self.api.up()
 
+    def freeze(self) -> None:
+        """The API server is stopped: it answers nobody; pods go on running."""
+        self.api.freeze()
+
+    def thaw(self) -> None:
+        """The API server goes on where it was stopped."""
+        self.api.thaw()
+
     def __enter__(self) -> Cluster:
         return self.start()
 

@@ -76,6 +76,8 @@ class _Rollout:
 
     def run(self) -> float | None:
         """One step: new ReplicaSet, scale up, scale down, or clean up; then the status."""
+        if self.spec.get("paused"):
+            return self._sync()
         if self.recreate and self._old_pods_left():
             return self._sync()
         created = self._ensure_new()

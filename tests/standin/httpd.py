@@ -53,8 +53,9 @@ class Closed(Exception):
 class Connection:
     """One client's connection."""
 
-    def __init__(self, sock: ssl.SSLSocket, leavers: Leavers) -> None:
+    def __init__(self, sock: ssl.SSLSocket, leavers: Leavers, going: threading.Event) -> None:
         self.socket = sock
+        self.going = going
         self.gone = threading.Event()
         self._leavers = leavers
         self._reader: BufferedReader | None = None
@@ -98,6 +99,7 @@ class Connection:
 
     def send(self, response: Response) -> None:
         """Send a whole answer."""
+        self.going.wait()
         lines = [
             f"HTTP/1.1 {response.code} {_PHRASES.get(response.code, 'Status')}",
             f"Content-Type: {response.content_type}",
@@ -116,6 +118,7 @@ class Connection:
 
     def write_chunk(self, data: bytes) -> None:
         """Send a part of a stream; Closed when nobody listens any more."""
+        self.going.wait()
         try:
             self.socket.sendall(b"%x\r\n%b\r\n" % (len(data), data))
         except OSError as error:
@@ -227,10 +230,13 @@ class HttpServer:
     _threads: set[threading.Thread] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _leavers: Leavers | None = None
+    # while it is not set, connections are made and nothing is answered: a stopped process
+    going: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
         """Listen; the port is chosen by the system at the first start."""
         self._leavers = Leavers()
+        self.going.set()
         self.up()
 
     def up(self) -> None:
@@ -258,6 +264,7 @@ class HttpServer:
 
     def stop(self) -> None:
         """Go down for good and wait for every thread."""
+        self.going.set()
         self.down()
         if self._reserved is not None:
             self._reserved.close()
@@ -304,10 +311,11 @@ class HttpServer:
             raw.close()
             return
         sock = self.context.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
-        connection = Connection(sock, leavers)
+        connection = Connection(sock, leavers, self.going)
         with self._lock:
             self._connections.add(connection)
         try:
+            self.going.wait()
             if self._listener is listener:
                 connection.handshake()
                 for request in self._requests(connection):
@@ -327,4 +335,5 @@ class HttpServer:
             request = connection.read_request()
             if request is None:
                 return
+            connection.going.wait()
             yield request

@@ -1,0 +1,229 @@
+"""The live Service: what is live, what comes of it when someone else changes it, the way back."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from tests.fleet import Fleet, Member, apply_service, fleet
+from tests.world import Object, eventually
+
+RUN = "gitops-hook/run"
+APPS: dict[str, Object] = {
+    "applied": {"bake": "3s"},
+    "again": {"bake": "3s"},
+    "broken": {"bake": "3s"},
+    "quick": {"rollout_timeout": "5s"},
+}
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Several applications on one cluster, a first version live of each."""
+    with fleet(tmp_path_factory.mktemp("live"), APPS) as made:
+        runs = [made[name].go("v1") for name in APPS]
+        assert {made.ended(run, 90)["outcome"] for run in runs} == {"deployed"}
+        yield made
+
+
+# Someone applies the Service of the repository, or makes it anew.
+
+
+def edit_selector(app: Member, selector: dict[str, str | None]) -> None:
+    """Let a person change what the live Service selects; None takes a key away."""
+    patch = json.dumps({"spec": {"selector": selector}})
+    args = ("patch", "service", app.name, "-n", app.namespace, "--type=merge", "-p", patch)
+    done = app.fleet.kubectl(*args, "--field-manager=kubectl-edit")
+    assert done.code == 0, done
+
+
+def live_run(app: Member) -> str:
+    """Return what `status` says is live."""
+    done = app.fleet.command("status", app.name, "--output", "json")
+    assert done.returncode == 0, done
+    return str(json.loads(done.stdout)["apps"][0]["environments"]["production"]["run"])
+
+
+def test_a_key_that_a_colleague_adds_to_the_selector_changes_nothing_of_what_is_live(
+    live: Fleet,
+) -> None:
+    applied = live["applied"]
+    run = applied.go("v2")
+    applied.switched(run)
+    apply_service(applied)
+    assert live.ended(run)["outcome"] == "deployed"
+    applied.quiet()
+    apply_service(applied)
+    assert (applied.selector["app"], live_run(applied)) == ("applied", run)
+    labels = {"app": "applied", "environment": "production"}
+    eventually(lambda: live.metric("gitops_hook_selector_drift_total", **labels) >= 1, 10)
+    eventually(lambda: applied.note("history")[0]["by"] == "kubectl-client-side-apply", 10)
+
+
+def test_a_deployment_goes_on_although_a_colleague_adds_a_key_meanwhile(live: Fleet) -> None:
+    applied = live["applied"]
+    with applied.traffic() as traffic:
+        run = applied.go("v3")
+        with live.held("patch", "services", name="applied-preview"):
+            apply_service(applied)
+        assert live.ended(run)["outcome"] == "deployed"
+        applied.quiet()
+    assert (traffic.failures, traffic.versions) == ([], ["v2", "v3"])
+
+
+def test_rollback_leaves_what_is_live_whatever_keys_were_added(live: Fleet) -> None:
+    applied = live["applied"]
+    first, second, third = (e["run"] for e in applied.note("history")[::-1])
+    apply_service(applied)
+    done = live.command("rollback", "applied", "--to", third)
+    assert (done.returncode, done.stderr) == (
+        3,
+        f"gitops-hook: applied in production: {third} is what is live\n",
+    )
+    with applied.traffic() as traffic:
+        done = live.command("rollback", "applied", "--to", "2")
+        assert done.returncode == 0, done
+        eventually(lambda: traffic.versions[-1:] == ["v1"], 10, "v1 serves")
+    assert (traffic.failures, traffic.versions) == ([], ["v3", "v1"])
+    assert re.match(rf"applied production: from {third} \(\w+\) to {first} \(\w+\)\n", done.stdout)
+    assert "app" not in applied.selector
+    apply_service(applied)
+    done = live.command("rollback", "applied", "--to", second)
+    assert (done.returncode, applied.answer()["version"]) == (0, "v2"), done
+
+
+def test_a_service_made_anew_from_the_repository_is_pointed_at_the_live_version_again(
+    live: Fleet,
+) -> None:
+    again = live["again"]
+    assert again.deployed("v2")["outcome"] == "deployed"
+    again.quiet()
+    again.stands(again.idle(), "v1")
+    before, history = again.selector, again.note("history")
+    apply_service(again, anew=True)
+    made = time.monotonic()
+    eventually(lambda: again.selector == before, 10, "it is put back")
+    assert time.monotonic() - made < 5
+    assert again.note("history") == history
+    eventually(lambda: again.answer()["version"] == "v2", 10, "the live version answers")
+    (line,) = live.said("selector drift", app="again")
+    assert (line["drift"], line["by"]) == ("Widened", "kubectl-client-side-apply")
+
+
+def test_one_made_anew_while_no_daemon_ran_is_put_back_too(live: Fleet) -> None:
+    again = live["again"]
+    ledger = partial(live.cluster.store.get, "configmaps", "orchestration", "gitops-hook-again")
+    eventually(lambda: again.selector[RUN] in ledger()["data"].get("live-production", ""), 10)
+    before = again.selector
+    live.kill()
+    apply_service(again, anew=True)
+    live.start()
+    eventually(lambda: again.selector == before, 10, "it is put back")
+
+
+def test_what_is_widened_again_and_again_is_left_alone_at_last(live: Fleet) -> None:
+    again = live["again"]
+    before = again.selector
+    wide = {"app": "again", "gitops-hook/app": None, "version": None, RUN: None}
+    for _ in range(3 - len(again.note("put-back-at"))):
+        edit_selector(again, wide)
+        eventually(lambda: again.selector == before, 10, "it is put back")
+    edit_selector(again, wide)
+    contested = {"app": "again", "reason": "SelectorContested"}
+    eventually(lambda: live.said("selector drift", **contested), 10, "it is given up")
+    assert again.selector == {"app": "again"}
+    done = live.command("rollback", "again")
+    assert (done.returncode, "say where to go, --to RUN" in done.stderr) == (3, True), done
+    ended = again.deployed("v3")
+    assert (ended["outcome"], ended["reason"]) == ("failed", "SelectorContested")
+    done = live.command("rollback", "again", "--to", before[RUN])
+    assert (done.returncode, again.selector) == (0, before), done
+
+
+def test_a_maintenance_page_is_reported_and_never_undone(live: Fleet) -> None:
+    again = live["again"]
+    edit_selector(again, {"maintenance": "on"})
+    elsewhere = {"app": "again", "drift": "Elsewhere"}
+    eventually(lambda: live.said("selector drift", **elsewhere), 10, "it is reported")
+    assert again.selector["maintenance"] == "on"
+    assert live_run(again) == again.selector[RUN]
+    edit_selector(again, {"maintenance": None})
+
+
+HOSTILE = {
+    "replicas": "many", "ports": [5], "selector": {"a b": "c,d"}, "at": 1e300, "colour": "purple",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "history",
+    ["{", "[" * 100_000, "[1]", json.dumps([HOSTILE]), json.dumps([{**HOSTILE, "selector": {}}])],
+    ids=["broken", "deep", "a-number", "hostile", "bare"],
+)
+def test_a_broken_history_rejects_no_commit_and_ends_no_command_in_a_traceback(
+    live: Fleet, history: str
+) -> None:
+    broken = live["broken"]
+    run = broken.go(f"v-{len(history)}")
+    broken.switched(run)
+    notes = json.dumps({"metadata": {"annotations": {"gitops-hook/history": history}}})
+    (live.directory / "notes.json").write_text(notes)
+    args = ("patch", "service", "broken", "-n", broken.namespace, "--type=merge")
+    done = live.kubectl(*args, f"--patch-file={live.directory / 'notes.json'}")
+    assert done.code == 0, done
+    for command in (["status"], ["plan", "broken"], ["rollback", "broken", "--to", "7"]):
+        done = live.command(*command)
+        assert "Traceback" not in done.stderr
+        assert done.returncode in (0, 1, 3), done
+    assert live.ended(run)["outcome"] == "deployed"
+    broken.quiet()
+    assert (broken.selector[RUN], broken.note("history")[0]["run"]) == (run, run)
+
+
+# The way back.
+
+
+def test_a_version_that_a_person_points_the_service_at_is_live_from_then_on(live: Fleet) -> None:
+    quick = live["quick"]
+    second = quick.deployed("v2")["run"]
+    quick.quiet()
+    quick.stands(quick.idle(), "v1")
+    first = quick.note("history")[1]
+    edit_selector(quick, {"version": first["colour"], RUN: None})
+    eventually(lambda: quick.note("history")[0]["run"] == first["run"], 10, "it is written down")
+    newest = quick.note("history")[0]
+    assert (newest["by"], newest["outcome"]) == ("kubectl-edit", "deployed")
+    assert live_run(quick) == first["run"]
+    done = live.command("rollback", "quick")
+    assert (done.returncode, "no proven version to go back to" in done.stderr) == (3, True), done
+    done = live.command("rollback", "quick", "--to", second)
+    assert (done.returncode, quick.selector[RUN]) == (0, second), done
+
+
+def test_rollback_right_after_a_failed_deployment_switches_first_and_puts_the_target_back_then(
+    live: Fleet,
+) -> None:
+    quick = live["quick"]
+    target, old = quick.selector, quick.answer()["version"]
+    assert quick.deployed("v3")["outcome"] == "deployed"
+    quick.quiet()
+    quick.stands(target["version"], old)
+    run, name = quick.go("v4", modes="never-ready"), f"quick-{target['version']}"
+    eventually(lambda: quick.pods("v4"), 30, "it is being rolled out")
+    with quick.traffic() as traffic:
+        with live.held("update", "deployments", name=name):
+            asked = threading.Thread(target=live.command, args=("rollback", "quick"))
+            asked.start()
+            eventually(lambda: quick.selector == target, 20, "traffic goes back first")
+        asked.join(30)
+        quick.stands(target["version"], old)
+        eventually(lambda: not quick.pods("v4"), 20, "what overwrote it is gone")
+    assert (traffic.failures, traffic.versions[-1]) == ([], old)
+    assert live.ended(run)["reason"] == "NeverReady"
+    quick.quiet()
