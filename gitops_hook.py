@@ -131,6 +131,7 @@ SIGNATURE_TOLERANCE = 300  # seconds, as the Standard Webhooks libraries have it
 DEDUPE_SECONDS = 1200  # twice the tolerance: a replay is refused by age before it is forgotten
 DEDUPE_ENTRIES = 20_000
 JOB_TTL = 3600  # seconds a finished Job is kept
+UNRUN_TTL = 300  # seconds a Job is kept that never ran
 LOG_BYTES = 64 * 1024  # of log tails that are kept of a run in a namespace
 LOG_TTL = 86400.0  # seconds they are kept
 LOGS_KEPT = 20  # of an app in a namespace
@@ -153,6 +154,7 @@ HEAD_GRACE = 30.0  # a git server may show a pushed head so much later than the 
 HEAD_FRESH = 10.0  # age up to which a read head decides over a release
 DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0)  # back-off, the last one repeats
 BATCH = 200  # Jobs in one create
+TEST_JOBS = 1000  # unfinished Jobs of an app above which pushes that are only tested wait
 
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 SHA = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -282,13 +284,13 @@ UNREACHABLE = re.compile(
     r"|Client\.Timeout exceeded|context deadline exceeded|was refused - did you specify"
     r"|no such host|unexpected EOF|EOF$|http2: |server is currently unable|etcdserver"
     r"|no configuration has been provided|Unauthorized|must be logged in|too many requests"
-    r"|context .* does not exist|Error in configuration|network is unreachable|broken pipe"
+    r"|context +does not exist|Error in configuration|network is unreachable|broken pipe"
     r"|timed out waiting for a connection|connection timed out|failure in name resolution|x509: "
 )
 OVERLOADED = {"InternalError", "ServerTimeout", "ServiceUnavailable", "Timeout", "TooManyRequests"}
 NAMED = {"AlreadyExists", "Conflict", "NotFound", "Unknown"}  # these quote no more than a name
 SERVER_WORD = re.compile(r'Error from server(?: \((\w+)\))?: |The \w+ (?:".*" )?is invalid')
-QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)')  # also where the text was cut off
 
 
 class KubectlError(ProcessError):
@@ -1197,11 +1199,14 @@ class Spool:
         with tempfile.TemporaryFile(dir=self.directory) as file:
             file.write(b"x")
 
-    def store(self, runs: Sequence[Run]) -> None:
-        """Write the runs of one push durably, all or none; raises DeliveryError with why not."""
+    def store(self, runs: Sequence[Run], spare: int = 0) -> None:
+        """Write the runs of one push durably, all or none; raises DeliveryError with why not.
+
+        So many files are spared for pushes that matter more.
+        """
         paths = {self.directory / f"{time.time_ns():020d}-{run.id}.json": run for run in runs}
         with self._lock:
-            if len(self) + len(paths) > self.max_files:
+            if len(self) + len(paths) > self.max_files - spare:
                 deny(503, "SpoolFull", f"{len(self)} pushes are waiting already")
             self._names |= {path.name: self.accepted.key(run) for path, run in paths.items()}
         try:
@@ -1445,7 +1450,8 @@ class Kubectl:
                 return dict.fromkeys(named, failed)
             exists = r'(?m)^Error from server \(AlreadyExists\): .*"([^"\n]+)" already exists$'
             known = re.finditer(exists, failed.stderr)
-            refused = {m[1]: KubectlError([self.program, *args], 1, m[0]) for m in known}
+            told = {m[1]: KubectlError([self.program, *args], 1, m[0]) for m in known}
+            refused = {name: told[name] for name in told.keys() & named.keys()}
             made = {line.rpartition("/")[2] for line in failed.stdout.split("\n")}
             for left in [o for n, o in named.items() if n not in made | refused.keys()]:
                 refused |= self.create_each([left], namespace)
@@ -1480,7 +1486,7 @@ class Kubectl:
         for more in ((), ("--previous",)):
             with suppress(KubectlError):
                 if printed := self.run(*args, *more, namespace=namespace, timeout=10.0).strip():
-                    return printed
+                    return printed[-2 * LOG_BYTES :]
         return ""
 
     def apart(self) -> Kubectl:
@@ -1612,16 +1618,34 @@ class Git:
         place = self._places.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
         if not place.acquire(timeout=self.timeout):
             raise GitError(("git", "ls-remote"), None, f"too many wait for {clip(host)}")
-        ask = ("ls-remote", "--heads", "--", url)
         try:
-            listed = self.run(*ask, file_bytes=HEADS_BYTES)
+            listed = self.run("ls-remote", "--heads", "--", url, file_bytes=HEADS_BYTES)
         except GitError as failed:
-            if failed.code != -signal.SIGXFSZ or url not in self.deployed:
+            full = failed.code == -signal.SIGXFSZ or GIT_FULL.search(failed.stderr)
+            if not full or url not in self.deployed:
                 raise
-            listed = self.run(*ask, *self.deployed[url])  # and whatever ends like them
+            listed = "\n".join(self._head(url, ref) for ref in self.deployed[url])
         finally:
             place.release()
         return self._carried(url, [line.partition("\t") for line in listed.split("\n")])
+
+    def _head(self, url: str, ref: str) -> str:
+        """Return a line with the commit of exactly this ref; empty where there is no such ref.
+
+        A server that is asked to list refs lists all that end alike, and whoever may push any
+        branch may push very many of these.
+        """
+        with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
+            where: Any = {"directory": Path(folder)}
+            self.run("init", "--quiet", "--bare", "--", folder)
+            fetch = ("fetch", "--quiet", "--depth=1", "--filter=tree:0", "--no-tags")
+            try:
+                self.run(*fetch, "--", url, f"+{ref}:{ref}", **where)
+            except GitError as failed:
+                if "couldn't find remote ref" in failed.stderr:
+                    return ""
+                raise
+            return self.run("for-each-ref", "--format=%(objectname)%09%(refname)", **where).strip()
 
     def _carried(self, url: str, lines: Sequence[tuple[str, str, str]]) -> dict[str, str]:
         """Return the commit of each ref, but for refs that we do not carry.
@@ -1897,6 +1921,8 @@ ROOT = "gives root on the node; leave it out"
 EVICTS = "lets these pods evict those of others; leave it out"
 ASKS = "lets the node ask another host; leave it out, and the pod itself is asked"
 TOOL = "is what a tool or the cluster writes for itself; leave it out"
+APART = "keeps nodes from pods of other namespaces; leave it out"
+ELSEWHERE = ("namespaces", "namespaceSelector")
 REFUSED = {
     "spec.externalIPs": "takes traffic for addresses of others; use a Service of type LoadBalancer",
     "spec.externalName": "leads to another host than the pods; write its name into a ConfigMap",
@@ -1908,6 +1934,7 @@ REFUSED = {
     "ports.hostPort": "takes a port of the node; reach the pods through the Service",
     "securityContext.privileged": ROOT,
     "windowsOptions.hostProcess": ROOT,
+    **{f"requiredDuringSchedulingIgnoredDuringExecution.{n}": APART for n in ELSEWHERE},
     "httpGet.host": ASKS,
     "tcpSocket.host": ASKS,
     "annotations.kubectl.kubernetes.io/last-applied-configuration": TOOL,
@@ -1935,6 +1962,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
         "gives the pod credentials of the cluster; mount a Secret of this namespace",
     ),
 }
+MOST_REPLICAS = 1000
 REFUSALS_TOLD = 10  # at once; the rest is counted
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 KUSTOMIZATION_VISITS = 100  # each counts as often as it is named, since they multiply
@@ -2067,7 +2095,12 @@ def check_kustomization(root: Path, directory: Path, visits: list[str], room: Ro
         visits.append(where)
         if len(visits) > KUSTOMIZATION_VISITS:
             refuse(f"{where}: includes itself, or is one of too many")
-        for path in kustomize_paths(parse_documents(text, where, room), where):
+        documents = parse_documents(text, where, room)
+        if len(documents) != 1:
+            refuse(f"{where}: one document is needed", INVALID)
+        # kustomize is to read what is checked here: its YAML is of another dialect
+        file.write_text(json.dumps(documents[0]))
+        for path in kustomize_paths(documents, where):
             # kustomize takes a URL for one, and github.com too, even where a file has that name
             named = re.fullmatch(r"(?!github\.com)[\w./ +=~-]{1,200}", path, re.IGNORECASE)
             target = (directory / path).resolve() if named else root.parent
@@ -2111,7 +2144,7 @@ def refusals(item: Object, namespace: str) -> Iterator[str]:
         allowed, advice = ALLOWED.get(key, (None, ""))
         for field, value in part.items() if isinstance(part, dict) else ():
             name = f"{key}.{clip(field, 80)}"
-            if not value:
+            if not value and not (value == {} and name in REFUSED):  # an empty selector is of all
                 continue
             if name in REFUSED:
                 yield f"{name} {REFUSED[name]}"
@@ -2301,6 +2334,12 @@ def copied(app: App, given: Object) -> Object:
     return immutable(name, {LABEL_APP: app.name}, meta, **content)
 
 
+def repository_of(image: str) -> str:
+    """Return the name of an image without its tag and digest."""
+    host, slash, name = image.partition("@")[0].rpartition("/")
+    return f"{host}{slash}{name.partition(':')[0]}"
+
+
 def set_images(app: App, pod: Object, image: str) -> None:
     """Put the built image, by digest, wherever the manifests name it; end the run if nowhere.
 
@@ -2309,11 +2348,11 @@ def set_images(app: App, pod: Object, image: str) -> None:
     containers = [*pod["containers"], *(pod.get("initContainers") or ())]
     images = [c["image"] for c in containers]
     if app.build.builder == "none":
-        if loose := [i for i in images if not re.search(rf"@{DIGEST.pattern}$", i)]:
+        if loose := [i for i in images if not DIGEST.fullmatch(i.partition("@")[2])]:
             refuse(f"builder none: image {clip(loose[0], 120)!r} is not named by digest")
         return
-    tail, names = re.compile(r"(:[^/:@]*)?(@.*)?$"), {app.build.image, app.name}
-    ours = [c for c in containers if tail.sub("", c["image"], count=1) in names]
+    names = {app.build.image, app.name}
+    ours = [c for c in containers if repository_of(c["image"]) in names]
     if not ours:
         refuse(f"no container's image is {app.build.image!r} (or {app.name!r}): nothing to set")
     for container in ours:
@@ -2345,6 +2384,8 @@ def coloured(app: App, spec: Object, selector: Mapping[str, str], live_replicas:
     meta = spec["template"].get("metadata") or {}
     labels = {**(meta.get("labels") or {}), LABEL_MANAGED: MANAGER, **selector}
     replicas = max(spec.get("replicas") or 0, live_replicas, 1)
+    if replicas > MOST_REPLICAS:
+        refuse(f"{replicas} replicas: {MOST_REPLICAS} are possible")
     calm = spec.get("minReadySeconds", 10)
     longest = max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, calm + 10))
     return {
@@ -2520,6 +2561,7 @@ class HistoryEntry:
     reason: Word = ""
     detail: Prose = ""
     was: Selector = dataclass_field(default_factory=dict)  # what was narrowed to adopt it
+    unjudged: Annotated[bool, lambda v: v is True] = False  # its bake could not tell its health
     v: int = 1
 
 
@@ -2599,8 +2641,8 @@ class Service:
 
     @property
     def in_order(self) -> bool:
-        """Whether the selector is what the history says that it was set to."""
-        return self.live.get("selector") == self.selector
+        """Whether the selector is what the history says that it was set to last."""
+        return self.live.get("selector") == self.selector and self.live == self.served
 
     @property
     def served(self) -> Object:
@@ -3309,13 +3351,14 @@ class Rejection:
 
 
 Record = TypeVar("Record", RunRecord, Rejection)
+RECORD_TYPES = {kind: get_type_hints(kind) for kind in (RunRecord, Rejection)}
 
 
 def parse_record(kind: type[Record], text: Any, **more: Any) -> Record:
     """Return the record in a text, unknown fields ignored; raises ValueError for anything else."""
     if not isinstance(text, str) or len(text) > 4 * RECORD_BYTES:
         raise ValueError("not a text of a record's size")
-    hints = get_type_hints(kind)
+    hints = RECORD_TYPES[kind]
     values = {k: v for k, v in {**json.loads(text), **more}.items() if k in hints}
     for name, value in values.items():
         number = type(value) in (int, float) and math.isfinite(value)
@@ -3623,8 +3666,11 @@ class LogTails:
         self.kubectl, self.secrets, self.clock = kubectl.apart(), secrets, clock
         self._places = threading.BoundedSemaphore(LOGS_KEPT)
 
-    def start(self, work: Callable[[], Any]) -> threading.Thread:
-        """Start a thread for some work of this class; it does nothing while very many are busy."""
+    def start(self, work: Callable[[], Any], patience: float = 0.0) -> None:
+        """Start a thread for some work of this class, and wait for it only so long.
+
+        It does nothing while very many are busy.
+        """
 
         def run() -> None:
             """Work, and say what does not work."""
@@ -3638,8 +3684,9 @@ class LogTails:
                 self._places.release()
 
         thread = threading.Thread(target=run, name="logs", daemon=True)
-        thread.start()
-        return thread
+        with suppress(RuntimeError):  # no more threads: no log is kept
+            thread.start()
+            thread.join(patience)
 
     def keep(self, app: str, run: str, pods: Sequence[Pod], namespace: str) -> None:
         """Write the ConfigMap of a run's logs, in the place of an older one."""
@@ -4135,7 +4182,7 @@ class Deployer:
         """Keep the end of the logs of pods that may soon be gone; wait for that only a moment."""
         if task.app.deploy.log_tails:
             words = (task.app.name, task.run.id, pods, task.namespace)
-            self.logs.start(partial(self.logs.keep, *words)).join(LOG_PATIENCE)
+            self.logs.start(partial(self.logs.keep, *words), LOG_PATIENCE)
 
     def smoke_test(self, task: Task, release: Release) -> None:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
@@ -4411,8 +4458,9 @@ class Deployer:
         going to change; without it nothing is written, and the answer is False.
         """
         service = self.own_live(task)
-        if service.claim.get("phase") == Phase.ROLLBACK:
-            raise SupersededError(Reason.ROLLED_BACK, "a rollback is under way")
+        fresh = abs(self.clock.now() - seconds_of(service.claim.get("since"))) < CLAIM_SECONDS
+        if fresh and service.claim.get("phase") == Phase.ROLLBACK:
+            raise HookError("a rollback is under way")
         if not proof():
             return False
         live, old = service.live, service.before.get("colour", "")
@@ -4548,6 +4596,7 @@ class Deployer:
         task = replace(task, run=replace(task.run, id=target["run"]))
         claim = self.note(task.run.id, target["colour"], Phase.ROLLBACK)
         claimed, left = self.hold(task, claim) or service, service.claim or None
+        switched = None
         try:
             if claimed.selector != service.selector:
                 raise RefusedError("traffic was switched this very moment; look, and try again")
@@ -4559,8 +4608,16 @@ class Deployer:
                 claim = switched.claim
         finally:
             with suppress(HookError):
+                if switched is None:
+                    self.resume(task, f"{task.app.name}-{target['colour']}")
                 self.hold(task, left, claim)
         return goal.entry
+
+    def resume(self, task: Task, name: str) -> None:
+        """Let a Deployment go on that a rollback has paused."""
+        found = self.kubectl.get("deployment", name, task.namespace)
+        if found and found["spec"].get("paused"):
+            self.kubectl.patch("deployment", name, task.namespace, {"spec": {"paused": False}})
 
     @persistent
     def go_back(self, task: Task, claimed: Service, goal: Goal, reason: str) -> Service | None:
@@ -4577,7 +4634,9 @@ class Deployer:
 
     def raise_target(self, task: Task, claimed: Service, target: Object) -> Goal:
         """Return where a rollback goes once its pods are ready, brought back if need be."""
-        app, carries = task.app.name, self.fenced(task, target) if target["run"] else ""
+        app, live = task.app.name, claimed.selector.get(LABEL_VERSION, "")
+        apart = target["run"] and target["colour"] != live
+        carries = self.fenced(task, target) if apart else ""
         ready = len(self.ready_pods(task.namespace, target["selector"]))
         overwritten = bool(carries != target["run"])
         if ready >= target["replicas"] and (not overwritten or (carries and target["release"])):
@@ -4586,7 +4645,6 @@ class Deployer:
             gone = "the version before has no ready pods and was not deployed from here"
             raise RefusedError(gone)
         release = self.release(task, target)
-        live = claimed.selector.get(LABEL_VERSION, "")
         colour = next(c for c in (release.colour, *COLOURS) if c != live)
         size = self.size(task, claimed.selector)
         release = recoloured(release, task.app, colour, max(size, release.wanted))
@@ -4761,6 +4819,7 @@ class Bake:
         known = [max(p, newer.get(p.name, p), key=lambda pod: pod.version) for p in sight.pods]
         known = known if fresh else mirrored
         lacks = shortage(known, self.since, self.clock.now(), starting=bool(sight.pods))
+        lacks = lacks if fresh or not self.mirror.trouble else None  # it may be over by now
         lasts = self.doom.verdict([lacks] if lacks and (known or fresh) else [], now)
         sick = sickness([*known, *mirrored], self.since) or (lasts.detail if lasts else "")
         failed = self.checks.failures >= self.health.failures and self.condemned()
@@ -4951,6 +5010,20 @@ FORGIVEN = {  # ends of a deployment that say nothing new against its commit
 RETRIED = ("Unreachable", "Conflict", "Unknown", "Forbidden", "NotFound")  # nobody's fault, or ours
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Stored pushes of one app that get their Jobs in one call."""
+
+    app: str
+    deploys: bool
+    pushes: tuple[tuple[Path, Run], ...]
+
+    @property
+    def name(self) -> str:
+        """What it is tried again by."""
+        return f"{self.app}, {'deployed' if self.deploys else 'only tested'}"
+
+
 class Controller:
     """Observes, decides, acts: one thread decides, slow steps run in a worker an environment."""
 
@@ -4973,7 +5046,7 @@ class Controller:
         self.heads: dict[str, tuple[float, float, dict[str, str]]] = {}
         self.due = dict.fromkeys(self.apps, 0.0)  # when to compare them with what was last seen
         self.taken: dict[tuple[str, str], tuple[int, float]] = {}  # failures, and until when
-        self.admissions = Retry(self.clock)  # by app
+        self.admissions = Retry(self.clock)  # by the name of a batch
         self.collisions: dict[str, tuple[str, str]] = {}  # ids that were taken, by ref and commit
         self.doom: dict[str, Doom] = {}
         self.known: dict[str, Job] = {}  # by name; what is gone until that is written down
@@ -5076,48 +5149,51 @@ class Controller:
             stored = len(self.spool)
             if self.stop.wait(0.05) or len(self.spool) == stored:
                 break
-        pushes = self.spool.read()
-        batches, unreachable = self.batches(pushes), 0
-        for app, batch in batches:
-            if not self.admissions.due(app):
-                continue
+        pushes, unreachable = self.spool.read(), 0
+        batches = [b for b in self.batches(pushes) if self.admissions.due(b.name)]
+        for batch in batches:
             try:
-                done = self.admit(app, [run for _, run in batch])
+                done = self.admit(batch.app, [run for _, run in batch.pushes])
             except KubectlError as failed:
-                self.put_off(app, failed)
+                self.put_off(batch, failed)
                 unreachable += failed.kind == "Unreachable"
                 if unreachable > 1 or len(batches) == 1:  # it is the cluster, not what one app has
                     raise
                 continue
-            for path, run in batch:
+            for path, run in batch.pushes:
                 if run in done:
                     self.spool.done(path)
-            if len(done) == len({run for _, run in batch}):
-                self.admissions.succeeded(app)
-                self.metrics.waiting.labels(f"intake of {app}").set(0)
+            if len(done) == len({run for _, run in batch.pushes}):
+                self.admissions.succeeded(batch.name)
+                self.metrics.waiting.labels(f"intake of {batch.app}").set(0)
             else:
-                self.put_off(app, None)
-        more = len(pushes) > sum(len(batch) for _, batch in batches)
-        return self.admissions.pause(0.0 if more else 30.0)
+                self.put_off(batch, None)
+        again = any(len(b.pushes) == BATCH for b in batches)
+        waits = len(pushes) > sum(len(b.pushes) for b in batches)
+        return self.admissions.pause(0.0 if again else AGAIN_SECONDS if waits else 30.0)
 
-    def batches(
-        self, pushes: Sequence[tuple[Path, Run]]
-    ) -> list[tuple[str, list[tuple[Path, Run]]]]:
-        """Return what is admitted next of each app: pushes that are deployed, then the others."""
-        deploys: dict[str, list[tuple[Path, Run]]] = {}
-        tests: dict[str, list[tuple[Path, Run]]] = {}
+    def batches(self, pushes: Sequence[tuple[Path, Run]]) -> list[Batch]:
+        """Return what is admitted next: of each app what is deployed, then what is only tested.
+
+        An app has a bounded number of each in the cluster; what is more waits in the spool.
+        """
+        groups: dict[tuple[bool, str], list[tuple[Path, Run]]] = {}
         for path, run in pushes:
-            app = self.apps.get(run.app)
-            kind = deploys if app and run.ref == app.deploy_ref else tests
-            kind.setdefault(run.app, []).append((path, run))
-        return [(app, runs[:BATCH]) for kind in (deploys, tests) for app, runs in kind.items()]
+            groups.setdefault((not self.slot(run).deploys, run.app), []).append((path, run))
+        open_jobs = Counter(j.run.app for w in self.jobs for j in w.items() if not j.outcome)
+        batches = []
+        for (tests, app), listed in sorted(groups.items(), key=lambda group: group[0]):
+            room = min(BATCH, (TEST_JOBS if tests else 2 * TEST_JOBS) - open_jobs[app])
+            if room > 0:
+                batches.append(Batch(app=app, deploys=not tests, pushes=tuple(listed[:room])))
+        return batches
 
-    def put_off(self, app: str, failed: KubectlError | None) -> None:
+    def put_off(self, batch: Batch, failed: KubectlError | None) -> None:
         """Try an app's pushes again later, and say so now and then."""
-        failures = self.admissions.failed(app)
-        self.metrics.waiting.labels(f"intake of {app}").set(1)
+        failures = self.admissions.failed(batch.name)
+        self.metrics.waiting.labels(f"intake of {batch.app}").set(1)
         if failed and (failures <= len(DELAYS) or failures % 10 == 0):
-            warn("intake waits for the cluster", app=app, detail=str(failed))
+            warn("intake waits for the cluster", app=batch.app, detail=str(failed))
 
     def recorded(self, app: App) -> AppState:
         """Return what is recorded of an app now, after mending what could not be read."""
@@ -5295,7 +5371,8 @@ class Controller:
         """
         open_runs = [r for r in state.runs.values() if not r.outcome and r.received < asked]
         open_runs = [r for r in open_runs if (r.ref, r.commit) not in stored]
-        open_runs = [r for r in open_runs if r.id not in self.runs_with_job(app.name)][:BATCH]
+        with_job = self.runs_with_job(app.name)
+        open_runs = [r for r in open_runs if r.id not in with_job][:BATCH]
         for run, jobs in jobs_of(self.kubectl, self.config, [r.id for r in open_runs]).items():
             if not jobs:
                 lost = run_of_record(app, state.runs[run])
@@ -5324,10 +5401,12 @@ class Controller:
         runs = self.grouped()
         there = {j.name: j for g in runs.values() for j in g.values()}
         self.known |= there
+        until = self.clock.monotonic() + LOOK_SECONDS
         for lost in [j for name, j in self.known.items() if name not in there]:
-            with self.alone(lost.run):
-                self.vanished(lost, runs.get(lost.run.id, {}))
-                del self.known[lost.name]
+            if self.clock.monotonic() < until:
+                with self.alone(lost.run):
+                    self.vanished(lost, runs.get(lost.run.id, {}))
+                    del self.known[lost.name]
         groups = [g for g in runs.values() if not over(g)]
         states = [j.state for g in groups for j in g.values()]
         for state in ("suspended", "active"):
@@ -5346,11 +5425,23 @@ class Controller:
                 view = self.view(jobs, mine, newer=newer)
                 steps.append((view, decide(view)))
         running = [self.slot(j.run) for g in groups for j in g.values() if j.state == "active"]
-        for view, action in self.with_slots(steps, running):
-            with self.alone(view.run):
-                self.act(view, action)
+        self.act_on([*self.with_slots(steps, running)])
         self.sweep(runs)
         self.look_after([run for run, _ in active])
+
+    def act_on(self, steps: Sequence[tuple[View, Action]]) -> None:
+        """Carry out what is next; ends of test-only runs, of which there may be many, come last.
+
+        Those that do not fit into this look are left to the next ones, after what came meanwhile.
+        """
+        ends_test = [a.do is Do.END and not self.slot(v.run).deploys for v, a in steps]
+        until = self.clock.monotonic() + LOOK_SECONDS
+        for late, (view, action) in sorted(zip(ends_test, steps, strict=True), key=lambda x: x[0]):
+            if late and self.clock.monotonic() > until:
+                self.wake.set()
+                break
+            with self.alone(view.run):
+                self.act(view, action)
 
     def slot(self, run: Run) -> Slot:
         """Return what a Job of a run takes, or would take."""
@@ -5381,7 +5472,7 @@ class Controller:
         self.pulses.beat("controller", STEP_SECONDS)
         try:
             yield
-        except KubectlError as lost:
+        except (KubectlError, RuntimeError) as lost:  # the latter: there are no more threads
             self.failing = self.clock.monotonic() + 2 * AGAIN_SECONDS
             if self.once.may((run.id, re.sub(r"\d+", "", str(lost))), None, 300.0):  # ports vary
                 warn("a step will be tried again", detail=str(lost), **run_words(run))
@@ -5391,11 +5482,13 @@ class Controller:
         due = (a for a in self.apps.values() if self.once.may(("logs", a.name), None, 3600.0))
         if app := next(due, None):  # one at each look
             self.deployer.logs.start(partial(self.deployer.logs.tidy, app, self.config.namespaces))
-        until = self.clock.now() - JOB_TTL
-        for found in (j for g in runs.values() for j in g.values() if j.state == "suspended"):
-            if found.outcome and seconds_of(found.notes.get(NOTE_ENDED)) < until:
-                with self.alone(found.run):
-                    self.kubectl.delete("job", [found.name], found.namespace)
+        until = self.clock.now() - UNRUN_TTL
+        unran = [j for g in runs.values() for j in g.values() if j.state == "suspended"]
+        old = [j for j in unran if j.outcome and seconds_of(j.notes.get(NOTE_ENDED)) < until]
+        for found in old[:1]:  # and with it many others in one call
+            names = [j.name for j in old if j.namespace == found.namespace][:BATCH]
+            with self.alone(found.run):
+                self.kubectl.delete("job", names, found.namespace)
 
     def view(self, jobs: Mapping[str, Job], pods: Sequence[Pod], *, newer: bool) -> View:
         """Gather what decides over one run."""
@@ -5562,16 +5655,15 @@ class Controller:
 
     def vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
         """End a run whose Job disappeared before its end."""
-        app = self.apps.get(lost.run.app)
-        record = self.state.read(app).runs.get(lost.run.id) if app else None
-        # who ended the run since it was seen has recorded so
-        if record and record.outcome and record.ended >= lost.run.received:
-            return
-        ended = lost.outcome or over({lost.stage: lost, **left})
         # only green tests are built; a finished build can be made once more
         green = "build" in left and not left["build"].outcome
         spare = green if lost.stage == "test" else lost.state == "succeeded"
-        if not ended and not spare:
+        if spare or lost.outcome or over({lost.stage: lost, **left}):
+            return
+        app = self.apps.get(lost.run.app)
+        record = self.state.read(app).runs.get(lost.run.id) if app else None
+        # who ended the run since it was seen has recorded so
+        if record is None or not record.outcome or record.ended < lost.run.received:
             why = vanish(f"Job {lost.name} was deleted", lost.stage)
             self.finish(lost.run, left or {lost.stage: lost}, why)
 
@@ -5670,9 +5762,8 @@ class Controller:
             self.metrics.switches.labels(*task.labels, "rollback").inc()
             words = {**task.words, "run": left["run"], "live": live["run"]}
             warn("rolled back", detail=clip(left["detail"]), **words)
-        # one at a look: nothing waits for it
         new = self.saved.get(task.labels) != live
-        if new and self.once.may("what is live", None, LOOK_SECONDS):
+        if new and self.once.may(("what is live", *task.labels), None, AGAIN_SECONDS):
             self.state.write(task.app, live={task.environment: live})
             self.saved[task.labels] = live
 
@@ -5872,7 +5963,9 @@ class WebhookApp(Site):
         new = [r for r in runs if not self.spool.accepted.has(r)]
         if not new:
             return 200, answer
-        self.spool.store(new)
+        deploy_refs = {(app.name, app.deploy_ref) for app in self.config.apps}
+        deploys = any((run.app, run.ref) in deploy_refs for run in new)
+        self.spool.store(new, spare=0 if deploys else self.spool.max_files // 10)
         self.controller.spooled.set()
         return 202, answer | {"status": "accepted"}
 
@@ -6447,7 +6540,8 @@ def rerun(tools: Tools, args: argparse.Namespace) -> int:
     record, namespace = deployer.state.read(app).find(ref, commit), tools.config.namespaces["test"]
     name = record.id if record else args.run
     run = Run(id=name, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
-    deployer.state.write(app, forget=[Rejection(commit=commit).key])
+    if ref == app.deploy_ref:  # another branch may be put on the same commit
+        deployer.state.write(app, forget=[Rejection(commit=commit).key])
     places = environment_status(tools, app).values()
     if places and all(e["run"] == run.id and not e["bake_until"] for e in places):
         say(f"{run.id} is live")
@@ -6459,7 +6553,8 @@ def rerun(tools: Tools, args: argparse.Namespace) -> int:
             raise StageError(Reason.JOB_REFUSED, refused.said)
         there = jobs_of(deployer.kubectl, tools.config, [run.id] if refused else [])
         if not refused or reopen(deployer.kubectl, run, there[run.id]):
-            deployer.state.write(app, RunRecord.of(run))
+            if newer_than(run, deployer.state.read(app)):  # it may have ended again by now
+                deployer.state.write(app, RunRecord.of(run))
             say(f"{run.id} goes on; `status {app.name}` tells how far it is")
             return 0
         deployer.stop.wait(0.5)
@@ -6499,7 +6594,7 @@ def show(tools: Tools, title: str, find: Callable[..., str], *given: Any) -> boo
         if kind == "Unreachable":
             raise
         unread = find is quota and kind == "Forbidden"  # as the daemon's own account may not
-        why = tools.deployer.secrets.mask(f"failed: {failed}")
+        why = printable(tools.deployer.secrets.mask(f"failed: {failed}"))
         answer = "not readable with this account" if unread else why
     say(f"{title}: {answer}")
     return not re.match(f"failed: |.*{UNCOMPARED}", answer)
