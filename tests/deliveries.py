@@ -50,7 +50,7 @@ class Reply(NamedTuple):
     json: dict[str, Any]
 
 
-def config(verify: str = "signature", max_body: str = "5MiB", spool: int = 100) -> hook.Config:
+def config(verify: str = "signature", max_body: str = "5MiB", spool: int = 200) -> hook.Config:
     return hook.load_config(CONFIG % (verify, max_body, spool))
 
 

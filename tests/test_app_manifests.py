@@ -33,6 +33,7 @@ from gitops_hook import (
     ports_like,
     read_manifests,
     render,
+    repository_of,
 )
 from tests.memory import peak_of
 from tests.standin.kubectl import find_kubectl
@@ -509,7 +510,6 @@ REMOTES = {
     "secret": f"secretGenerator: [{{name: x, files: ['{REMOTE}']}}]",
     "anchor": f"x: &x ['{REMOTE}']\nresources: *x",
     "merge": f"<<: {{resources: ['{REMOTE}']}}",
-    "second-document": f"resources: []\n---\nresources: ['{REMOTE}']",
     "helm": "helmCharts: [{name: x, repo: 'https://charts.example.com'}]",
     "helm-upper": "HelmCharts: [{name: x}]",
     "generators": "generators: [gen.yaml]",
@@ -542,6 +542,27 @@ def test_what_reaches_out_of_the_commit_is_refused_before_kubectl_sees_it(
     assert not (tmp_path / "called").exists()
 
 
+@pytest.mark.usefixtures("_kubectl")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "resources: [app.yaml]\n<<: {resources: [../../outside]}",
+        "resources: [app.yaml]\n<<: {resources: ['http://127.0.0.1:9/x.yaml']}",
+        "<<: {resources: [../../outside]}\nresources: [app.yaml]",
+        "resources: [../../outside]\nresources: [app.yaml]",
+    ],
+    ids=["merged-later", "fetched", "merged-before", "twice"],
+)
+def test_kustomize_reads_what_was_checked_and_not_what_its_own_yaml_makes_of_it(
+    tmp_path: Path, text: str
+) -> None:
+    outside = {"kustomization.yaml": "resources: [o.yaml]", "o.yaml": CONFIGMAP}
+    for name, content in outside.items():
+        write(tmp_path, **{f"outside/{name}": content})
+    made = read(tmp_path / "root", **{"kustomization.yaml": text, "app.yaml": DEPLOYMENT})
+    assert [item["kind"] for item in made] == ["Deployment"]
+
+
 def test_a_remote_base_of_a_base_is_refused(tmp_path: Path) -> None:
     files = {
         "kustomization.yaml": "resources: [../base]",
@@ -560,9 +581,10 @@ def test_a_remote_base_of_a_base_is_refused(tmp_path: Path) -> None:
         ("resources: [app.yaml]\n\tx: 1", "deploy/kustomization.yaml: "),
         ("[app.yaml]", "deploy/kustomization.yaml: a document is not a mapping"),
         ("resources: {a: 1}", "kustomize: "),
-        ("", "kustomize: "),
+        ("", "deploy/kustomization.yaml: one document is needed"),
+        ("resources: []\n---\nresources: []", "deploy/kustomization.yaml: one document is needed"),
     ],
-    ids=["unknown", "tab", "list", "odd-type", "empty"],
+    ids=["unknown", "tab", "list", "odd-type", "empty", "two"],
 )
 def test_a_kustomization_that_cannot_be_built_says_why(
     tmp_path: Path, text: str, said: str
@@ -792,6 +814,13 @@ TEMPLATE = "Deployment.spec.template.metadata"
 LAST = "kubectl.kubernetes.io/last-applied-configuration"
 
 
+def alone(**more: Any) -> Object:
+    """An affinity that wants a node without certain pods."""
+    term = {"topologyKey": "kubernetes.io/os", "labelSelector": {"matchLabels": {"a": "b"}}}
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": [{**term, **more}]}
+    return {"podAntiAffinity": required}
+
+
 @pytest.mark.parametrize(
     ("where", "value", "said"),
     [
@@ -804,6 +833,8 @@ LAST = "kubectl.kubernetes.io/last-applied-configuration"
         (f"{POD}.hostNetwork", True, "spec.hostNetwork shares the node's; leave it out"),
         (f"{POD}.hostPID", True, "spec.hostPID shares the node's; leave it out"),
         (f"{POD}.hostIPC", True, "spec.hostIPC shares the node's; leave it out"),
+        (f"{POD}.affinity", alone(namespaceSelector={}), "keeps nodes from pods of other"),
+        (f"{POD}.affinity", alone(namespaces=["test"]), "keeps nodes from pods of other"),
         (f"{WEB}.ports.0.hostPort", 8080, "ports.hostPort takes a port of the node; reach"),
         (f"{POD}.initContainers", [{**INIT, **HOST_PORT}], "ports.hostPort takes a port"),
         (f"{POD}.initContainers", [{**CAR, **HOST_PORT}], "ports.hostPort takes a port"),
@@ -974,10 +1005,9 @@ def test_a_field_of_the_wrong_type_ends_the_run_or_is_left_to_the_api_server(whe
         ("Deployment.metadata", {}, "deploy/app.json: not a Kubernetes object"),
         ("Deployment.spec", {}, "the Deployment or the Service is not formed well, near"),
         ("Deployment.spec.replicas", "3", "near TypeError("),
-        ("Deployment.spec.replicas", int("9" * 400), "near OverflowError("),
         (f"{POD}.containers", ["web"], "near TypeError("),
         (WEB, {"name": "x"}, "near KeyError('image'); `kubectl apply --dry-run=server` on them"),
-        (f"{WEB}.image", 7, "near TypeError("),
+        (f"{WEB}.image", 7, "near 7; `kubectl apply --dry-run=server` on them"),
         (f"{WEB}.lifecycle", 7, "near TypeError("),
         (f"{WEB}.ports", ["text"], "near 'text'"),
         ("Service.spec", {}, "near KeyError('ports')"),
@@ -1004,6 +1034,32 @@ def test_nulls_say_nothing() -> None:
         assert released(changed(place, None)).deployment["spec"]["replicas"] >= 1
     (made,) = released(changed("ConfigMap.data.EMPTY", None)).configmaps
     assert made["data"] == {"GREETING": "hello", "EMPTY": None}  # an empty text, as kubectl has it
+
+
+@pytest.mark.parametrize("replicas", [1001, 2**31 - 1, int("9" * 400)])
+def test_more_pods_than_a_cluster_is_for_are_refused(replicas: int) -> None:
+    reason, detail = fault(lambda: released(changed("Deployment.spec.replicas", replicas)))
+    assert (reason, detail) == (Reason.MANIFEST_REFUSED, f"{replicas} replicas: 1000 are possible")
+
+
+@pytest.mark.parametrize("image", ["@" * 10**6 + "\nx", ":" * 10**6 + "\n", "/:@" * 10**6])
+def test_the_name_of_an_image_takes_no_long_time_to_find(image: str) -> None:
+    began = time.monotonic()
+    fault(lambda: released(changed(f"{WEB}.image", image)))
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("image", "name"),
+    [
+        ("shop", "shop"), ("shop:1", "shop"), ("registry:5000/a/shop", "registry:5000/a/shop"),
+        ("registry:5000/a/shop:1", "registry:5000/a/shop"),
+        (f"registry/shop:1@sha256:{'0' * 64}", "registry/shop"),
+        (f"registry/shop@sha256:{'0' * 64}", "registry/shop"),
+    ],
+)  # fmt: skip
+def test_an_image_has_a_name_without_tag_and_digest(image: str, name: str) -> None:
+    assert repository_of(image) == name
 
 
 def test_nesting_of_any_depth_ends_in_a_release_or_a_refusal() -> None:

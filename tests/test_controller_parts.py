@@ -758,6 +758,63 @@ def test_pushes_of_deploy_branches_get_their_jobs_before_a_heap_of_others(
     assert stored(controller) == []
 
 
+def test_of_very_many_pushes_that_are_only_tested_some_wait_and_none_that_is_deployed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = a_controller(tmp_path, config=TWO_APPS)
+    synced(controller)
+    controller.spool.max_files = 3000
+    many = [a_push("shop", f"{n:040x}", f"refs/heads/b{n}") for n in range(1100)]
+    controller.spool.store(many)
+    create = controller.kubectl.create_each
+
+    def create_and_tell(objects: Sequence[Object], namespace: str) -> Object:
+        refused = create(objects, namespace)
+        for made in objects:
+            controller.jobs[0]._take("ADDED", made)
+        return refused  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(controller.kubectl, "create_each", create_and_tell)
+    while controller.intake() == 0:
+        pass
+    assert len(jobs_made(controller)) == hook.TEST_JOBS
+    assert len(stored(controller)) == 100
+    controller.spool.store([a_push("shop", OLD)])
+    controller.intake()
+    assert f"test-{a_push('shop', OLD).id}" in jobs_made(controller)
+
+
+def test_room_is_kept_in_the_spool_for_pushes_that_are_deployed(tmp_path: Path) -> None:
+    spool = hook.Spool(tmp_path / "spool", 20)
+    spool.prepare()
+    for number in range(18):
+        spool.store([a_run(f"{number:040x}")], spare=2)
+    with pytest.raises(hook.DeliveryError) as full:
+        spool.store([a_run(OLD)], spare=2)
+    assert full.value.code == "SpoolFull"
+    spool.store([a_run(OLD)])
+
+
+def test_the_ends_of_very_many_tests_hold_back_nothing_that_is_deployed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, now, acted = a_controller(tmp_path), [0.0], list[str]()
+    controller.clock.monotonic = lambda: now[0]
+
+    def act(view: Any, action: hook.Action) -> None:
+        acted.append(view.run.commit)
+        now[0] += 0.3
+
+    monkeypatch.setattr(controller, "act", act)
+    ended = [SimpleNamespace(run=a_run(f"{n:040x}", f"refs/heads/b{n}")) for n in range(100)]
+    steps = [(view, ends(Outcome.SUPERSEDED)) for view in ended]
+    steps.append((SimpleNamespace(run=a_run(NEW)), hook.Action(Do.RELEASE, "test")))
+    controller.act_on(steps)
+    assert acted[0] == NEW
+    assert 1 < len(acted) < 20
+    assert controller.wake.is_set()
+
+
 @pytest.mark.parametrize("where", ["a Job", "a record", "a Job that was met"])
 def test_a_push_whose_id_another_push_has_gets_a_longer_one(
     controller: Any, where: str, caplog: pytest.LogCaptureFixture

@@ -767,7 +767,7 @@ def test_a_log_that_cannot_be_kept_is_said_and_fails_nothing(
 ) -> None:
     logs = tails(Shelf("secret words", fails=True), tmp_path)
     pods = [a_pod("new", 20, FAILED)]
-    logs.start(partial(logs.keep, "shop", "shop-1", pods, "production")).join(20)
+    logs.start(partial(logs.keep, "shop", "shop-1", pods, "production"), 20)
     assert [r.message for r in caplog.records] == ["logs not kept"]
     assert "secret words" not in str(caplog.records[0].__dict__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -208,6 +209,18 @@ def test_recorded_refusals_are_understood() -> None:
     overloaded = {"InternalError", "ServiceUnavailable", "Timeout", "TooManyRequests"}
     for stderr, word in failures:
         assert kubectl(stderr).kind == ("Unreachable" if word in overloaded else word)
+
+
+@pytest.mark.parametrize(
+    "piece", ['\\"', '"', "\\", 'x"\\'], ids=["escaped", "quote", "slash", "mix"]
+)
+def test_what_was_cut_off_within_quotes_takes_no_long_time_and_is_not_kubectls_word(
+    piece: str,
+) -> None:
+    said = f'The Deployment "shop" is invalid: spec.x: Invalid value: "{piece * 300_000}'
+    began = time.monotonic()
+    assert kubectl(f"{said}: connection refused").kind == "Invalid"
+    assert time.monotonic() - began < 10
 
 
 def test_every_recorded_failure_is_told_apart() -> None:

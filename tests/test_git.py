@@ -237,6 +237,25 @@ print(git.heads(url))
     assert peak < 200
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_branches_that_end_like_the_deployed_one_do_not_hide_it(
+    repository: Repository, there: bool
+) -> None:
+    commit = repository.commit(a="1")
+    tails = [f"refs/heads/{i:04}/{'a' * 200}/refs/heads/main" for i in range(40_000)]
+    names = sorted([*["refs/heads/main"] * there, *tails])
+    packed = "# pack-refs with: peeled fully-peeled sorted \n"
+    (repository.path / ".git" / "packed-refs").write_text(
+        packed + "".join(f"{commit} {name}\n" for name in names)
+    )
+    if not there:
+        repository.git("checkout", "-q", "--detach")
+        (repository.path / ".git/refs/heads/main").unlink(missing_ok=True)
+    url, git = str(repository.path), Git(Path("none"))
+    git.deployed = {url: ["refs/heads/main"]}
+    assert git.heads(url) == ({"refs/heads/main": commit} if there else {})
+
+
 # === Checking out ===
 
 

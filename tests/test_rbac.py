@@ -258,6 +258,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "a release", "get configmap/copy -o json --ignore-not-found", "configmaps: get"
             ),
             *KEPT,
+            command(
+                "copies there are", f"get configmaps -l {OURS} --no-headers", "configmaps: list"
+            ),
             *PODS,
         ),
     ),

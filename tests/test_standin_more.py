@@ -1090,7 +1090,9 @@ def test_a_fault_that_was_lifted_holds_no_request_that_had_met_it() -> None:
             fault = faults.add(Fault("hang"))
             assert faults.take(request, b"") is fault
             free(fault)
-            args = (Connection(sock, leavers), fault, None)
+            going = threading.Event()
+            going.set()
+            args = (Connection(sock, leavers, going), fault, None)
             waiting = threading.Thread(target=faults.hang, args=args, daemon=True)
             waiting.start()
             waiting.join(PATIENCE)
