@@ -4,14 +4,16 @@
 The way of a push, and where to read about it:
 
     GitLab -> POST /webhook -> verify, parse, spool (fsync), 202        pushes, spool, HTTP
-      intake     all that is spooled: suspended Jobs in one create      job manifests, controller
-      controller released newest first; tests, then the image build     cluster mirror, decide
+      intake     a batch of each app: suspended Jobs in one create      job manifests, controller
+      controller slots are granted fairly; tests, then the image build  cluster mirror, decide
       worker     claim, render, apply, rollout status, preview,         app manifests, deploy
                  switch, verify, bake; sick: one patch takes the traffic back
+      records    how runs ended, one bounded ConfigMap for each app     state
       catch-up   `git ls-remote` finds what GitLab failed to deliver    git, controller
 
 The cluster's own objects are the state: a Job's conditions, a Deployment's status, a Service's
-selector. Annotations are intents and history; where they disagree with the object, the object wins.
+selector. Annotations are intents and history; where they disagree with the object, the object wins:
+what today's traffic reaches is live.
 Nothing that matters lives in memory only: kill it at any point, start it again, same end state.
 
 Words: an *app* is one repository's deployment; a *run* is one commit of one ref of one app; a
