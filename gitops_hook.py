@@ -3412,8 +3412,8 @@ class AppState:
         elif kind == "rejected":
             self.rejected[name] = parse_record(Rejection, text, commit=name)
         elif kind == "live":
-            self.live[name] = json.loads(text[: 4 * RECORD_BYTES])
-            self.live[name] = read_record(HistoryEntry, self.live[name])
+            if entry := read_record(HistoryEntry, json.loads(text[: 4 * RECORD_BYTES])):
+                self.live[name] = entry
         elif kind == "ref":  # of version 0.1: the last push of each ref, by a hash of its name
             self.repairs[key] = None
             record = migrated(app, text)
@@ -3503,7 +3503,8 @@ class StateStore:
         entries of what is live by environment. Raises KubectlError.
         """
         change = {**dict.fromkeys(forget), **{r.key: record_text(r) for r in records}}
-        change |= {f"live-{name}": json.dumps(entry) for name, entry in (live or {}).items()}
+        entries = {f"live-{name}": json.dumps(entry) for name, entry in (live or {}).items()}
+        change |= {k: text for k, text in entries.items() if len(text) <= 4 * RECORD_BYTES}
         with self.lock(app):
             for left in reversed(range(STATE_TRIES)):
                 state = self._seen.get(app.name) or self.read(app)
