@@ -5743,7 +5743,8 @@ class Controller:
             after = app.deploy.drain if phase == Phase.DRAINING else 0.0
             after = CLAIM_SECONDS if phase == Phase.ROLLBACK else after
             due = seconds_of(claim.get("since")) + after
-            held = run.id in active and phase != Phase.DRAINING
+            # of the last environment the run ends first: it waits for whoever works there
+            held = run.id in active and (phase != Phase.DRAINING or task.last)
             # a newer run overwrites the idle colour anyway: healing it would be in its way
             pointless = phase == Phase.PREPARING and app.name in waiting
             if claim and self.clock.now() >= due and not held and not pointless:
