@@ -5998,6 +5998,8 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitr
     """A request as far as it has arrived; its body is taken only if the application wants it."""
 
     body_rcv: Any
+    error: Any
+    cut = False  # whether a part of it is left unread
 
     def __init__(self, adjustments: Any, site: Site) -> None:
         super().__init__(adjustments)
@@ -6017,6 +6019,7 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitr
         if self.body_rcv is not None and not self.site.reads_body(self):
             self.headers["CONNECTION"] = "close"
             self.body_rcv, self.content_length, self.chunked = None, 0, False
+            self.cut = True
         if self.body_rcv is None:
             self.expect_continue = False  # else waitress waits for more
 
@@ -6038,10 +6041,11 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
     last_activity: float  # when that began which it `awaits`
     close_when_flushed: bool
     used = lingering = False
+    newest: Request
 
     def parser_class(self, adjustments: Any) -> Request:
         """Return a request that begins to arrive."""
-        request = Request(adjustments, self.server.site)
+        request = self.newest = Request(adjustments, self.server.site)
         if len(self.requests) >= REQUESTS_AT_ONCE:
             request.refuse("too many requests at once")
         return request
@@ -6084,15 +6088,17 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
         return not self.lingering and bool(super().received(data))
 
     def handle_write(self) -> None:
-        """Send; after the last answer wait for the other side to close.
+        """Send; where a part of the last request is unread, wait for the other side to close.
 
-        To close while a part of its request is unread would be a reset, and destroy the answer.
+        To close then would be a reset, and destroy the answer.
         """
-        last = self.close_when_flushed
+        if not (self.close_when_flushed and (self.newest.cut or self.newest.error)):
+            super().handle_write()
+            return
         self.close_when_flushed = False
         super().handle_write()
-        self.close_when_flushed = bool(last and self.total_outbufs_len)
-        if last and self.connected and not self.close_when_flushed:
+        self.close_when_flushed = bool(self.total_outbufs_len)
+        if self.connected and not self.close_when_flushed:
             self.lingering = True
             self.last_activity = time.time()
             with suppress(OSError):
