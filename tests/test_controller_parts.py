@@ -722,6 +722,29 @@ def test_what_one_app_has_recorded_neither_stops_nor_delays_another_app(
     assert registry.get_sample_value("gitops_hook_waiting", waits) == 0
 
 
+def test_what_is_live_of_an_app_is_recorded_although_that_of_another_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, now, wrote = a_controller(tmp_path, config=TWO_APPS), [0.0], list[str]()
+    controller.clock.monotonic = lambda: now[0]
+
+    def write(app: hook.App, *records: Any, **more: Any) -> None:
+        if app.name == "shop":
+            raise hook.KubectlError(["kubectl"], 1, "Error from server (Forbidden): no")
+        wrote.append(app.name)
+
+    monkeypatch.setattr(controller.state, "write", write)
+    entry = {"run": "a-run", "outcome": "deployed", "live": True}
+    for _ in range(10):
+        now[0] += hook.LOOK_SECONDS + 0.1
+        for app in controller.apps.values():
+            run = hook.Run(id="", app=app.name, ref="", commit="")
+            task = controller.task(app, "production", run)
+            with controller.alone(run):
+                controller.look_at_traffic(task, hook.Service(live_service(entry)))
+    assert wrote == ["blog"]
+
+
 def test_a_cluster_that_is_away_is_asked_twice_and_not_for_each_app(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

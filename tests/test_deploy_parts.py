@@ -265,6 +265,24 @@ def history(
     return made
 
 
+@pytest.mark.parametrize(("age", "confirmed"), [(5.0, False), (5000.0, True)])
+def test_a_rollback_that_only_began_ends_no_bake(
+    tmp_path: Path, age: float, *, confirmed: bool
+) -> None:
+    made = history(tmp_path, two_pods(2), two_pods(2))
+    service = json.loads((tmp_path / "service").read_text())
+    claim = made.note("shop-old", "blue", hook.Phase.ROLLBACK)
+    claim["since"] = made.clock.now() - age
+    service["metadata"]["annotations"][hook.NOTE_CLAIM] = json.dumps(claim)
+    (tmp_path / "service").write_text(json.dumps(service))
+    if confirmed:
+        made.conclude(task())
+    else:
+        with pytest.raises(hook.HookError, match="a rollback is under way"):
+            made.conclude(task())
+    assert (tmp_path / "done").exists() is confirmed
+
+
 @pytest.mark.parametrize(
     ("old", "new", "back"),
     [(2, 1, True), (2, 2, True), (1, 2, False), (0, 0, False), (None, 1, False), (None, 0, True)],

@@ -532,6 +532,13 @@ def test_the_log_of_the_last_life_stands_in_for_an_empty_one(
     assert kubectl.logs("pod", "web", SPACE) == expected
 
 
+def test_of_long_logs_only_the_end_is_kept_in_memory(tmp_path: Path) -> None:
+    kubectl = saying(tmp_path, 0, "x" * 1_000_000 + "end")
+    logs = kubectl.logs("pod", "container", "test")
+    assert len(logs) == 2 * 64 * 1024
+    assert logs.endswith("xend")
+
+
 def test_logs_that_cannot_be_had_are_empty(kubectl: Kubectl) -> None:
     assert kubectl.logs("none", "web", SPACE) == ""
 

@@ -206,6 +206,34 @@ def test_a_version_that_a_person_points_the_service_at_is_live_from_then_on(live
     assert (done.returncode, quick.selector[RUN]) == (0, second), done
 
 
+def test_a_person_may_also_point_it_there_by_the_whole_selector(live: Fleet) -> None:
+    again = live["again"]
+    for version in ("m1", "m2"):
+        assert again.deployed(version)["outcome"] == "deployed"
+        again.quiet()
+    before = again.note("history")[1]
+    edit_selector(again, dict(before["selector"]))
+    eventually(lambda: again.note("history")[0]["run"] == before["run"], 10, "it is written down")
+    assert again.note("history")[0]["by"] == "kubectl-edit"
+    assert live_run(again) == before["run"]
+
+
+def test_a_rollback_that_cannot_be_made_pauses_nothing(live: Fleet) -> None:
+    again = live["again"]
+    for version in ("p2", "p3"):
+        assert again.deployed(version)["outcome"] == "deployed"
+        again.quiet()
+    third = next(e for e in again.note("history")[2:] if e["outcome"] == "deployed")
+    live.cluster.store.delete("configmaps", "production", third["release"])
+    live.cluster.store.delete("deployments", "production", f"again-{again.idle()}")
+    eventually(lambda: not again.pods("p2"), 30, "the one before is gone")
+    done = live.command("rollback", "again", "--to", third["run"])
+    assert done.returncode != 0, done
+    assert not [d for d in again.objects("deployments").values() if d["spec"].get("paused")]
+    assert again.deployed("p4")["outcome"] == "deployed"
+    again.quiet()
+
+
 def test_rollback_right_after_a_failed_deployment_switches_first_and_puts_the_target_back_then(
     live: Fleet,
 ) -> None:

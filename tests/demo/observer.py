@@ -17,7 +17,7 @@ Say = Callable[[str, str], None]
 NOTE = "gitops-hook/"
 RUN = "gitops-hook/run"
 ENVIRONMENTS = ("staging", "production")
-KINDS = "jobs.batch,deployments.apps,services,endpointslices.discovery.k8s.io"
+KINDS = "jobs.batch,deployments.apps,services,configmaps,endpointslices.discovery.k8s.io"
 LOOK_SECONDS = 0.4
 
 
@@ -63,6 +63,14 @@ class Sight:
         """The Job of a stage of a commit."""
         wanted = f"{APP}-{commit.sha[:8]}-"
         return next((j for j in self.all("Job", stage) if run_of(j).startswith(wanted)), None)
+
+    def reason(self, job: Object) -> str:
+        """Why the run of a Job ended, by the record of it; empty while it has not."""
+        maps = [
+            m for m in self.all("ConfigMap", "orchestration") if _name(m) == f"gitops-hook-{APP}"
+        ]
+        record = ((maps[0].get("data") or {}) if maps else {}).get(f"run-{run_of(job)}", "{}")
+        return str(json.loads(record).get("reason", ""))
 
     def live(self, environment: str) -> Object | None:
         """The live Service."""
@@ -146,15 +154,15 @@ class Observer:
             return
         if end == "Complete":
             self._once("tests", f"green: {summary}", run, "end")
-        elif noted(job, "reason"):
-            self._once("tests", f"{noted(job, 'reason')}: {summary}", run, "end")
+        elif reason := self.sight.reason(job):
+            self._once("tests", f"{reason}: {summary}", run, "end")
 
     def _tell_build(self, job: Object) -> None:
         run = run_of(job)
         if digest := noted(job, "digest"):
             self._once("image", f"built (stand-in builder): {digest[:19]}…", run, "digest")
         elif finished(job) == "Failed":
-            self._once("image", f"not built: {noted(job, 'reason')}", run, "end")
+            self._once("image", f"not built: {self.sight.reason(job)}", run, "end")
 
     def _tell_rollout(self, environment: str, deployment: Object) -> None:
         run, name = run_of(deployment), _name(deployment)

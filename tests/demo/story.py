@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.demo.load import Answer, Load
-from tests.demo.observer import Observer, Say, Sight, finished, noted
+from tests.demo.observer import Observer, Say, Sight, finished
 from tests.demo.owner import Commit, Owner
 from tests.demo.processes import Broken
 from tests.demo.setting import APP, Daemon, ask, wait_until
@@ -181,9 +181,8 @@ class Story:
     def _red_verdicts(self, sight: Sight) -> list[Verdict]:
         commit = self.commits.get(4)
         job = sight.job("test", commit) if commit else None
-        red = (
-            job is not None and finished(job) == "Failed" and noted(job, "reason") == "TestsFailed"
-        )
+        failed = job is not None and finished(job) == "Failed"
+        red = failed and _reason(sight, self.commits[4]) == "TestsFailed"
         unseen = commit is not None and not self._answers(4) and not sight.job("build", commit)
         return [
             Verdict("version 4 ended as TestsFailed", red),
@@ -222,4 +221,4 @@ def _outcome(sight: Sight, commit: Commit) -> str:
 
 def _reason(sight: Sight, commit: Commit) -> str:
     job = sight.job("test", commit)
-    return noted(job, "reason") if job else ""
+    return sight.reason(job) if job else ""
