@@ -97,23 +97,23 @@ LABEL_RUN = "gitops-hook/run"
 LABEL_STAGE = "gitops-hook/stage"
 LABEL_VERSION = "version"  # blue or green, the key of the article
 
-NOTE_REPOSITORY = "gitops-hook/repository"
-NOTE_COMMIT = "gitops-hook/commit"
-NOTE_DELIVERY = "gitops-hook/delivery"
-NOTE_RECEIVED = "gitops-hook/received-at"
-NOTE_OUTCOME = "gitops-hook/outcome"
-NOTE_REASON = "gitops-hook/reason"
-NOTE_DETAIL = "gitops-hook/detail"
-NOTE_ENDED = "gitops-hook/ended-at"
-NOTE_DIGEST = "gitops-hook/digest"
-NOTE_SUMMARY = "gitops-hook/summary"
-NOTE_REMADE = "gitops-hook/remade"
-NOTE_PREVIOUS = "gitops-hook/previous-selector"
-NOTE_HISTORY = "gitops-hook/history"
-NOTE_CLAIM = "gitops-hook/deploying"
-NOTE_BAKE = "gitops-hook/bake-until"
-NOTE_WRITTEN = "gitops-hook/written-at"
-NOTE_PUT_BACK = "gitops-hook/put-back-at"
+ANNOTATION_REPOSITORY = "gitops-hook/repository"
+ANNOTATION_COMMIT = "gitops-hook/commit"
+ANNOTATION_DELIVERY = "gitops-hook/delivery"
+ANNOTATION_RECEIVED = "gitops-hook/received-at"
+ANNOTATION_OUTCOME = "gitops-hook/outcome"
+ANNOTATION_REASON = "gitops-hook/reason"
+ANNOTATION_DETAIL = "gitops-hook/detail"
+ANNOTATION_ENDED = "gitops-hook/ended-at"
+ANNOTATION_DIGEST = "gitops-hook/digest"
+ANNOTATION_SUMMARY = "gitops-hook/summary"
+ANNOTATION_REMADE = "gitops-hook/remade"
+ANNOTATION_PREVIOUS = "gitops-hook/previous-selector"
+ANNOTATION_HISTORY = "gitops-hook/history"
+ANNOTATION_CLAIM = "gitops-hook/deploying"
+ANNOTATION_BAKE = "gitops-hook/bake-until"
+ANNOTATION_WRITTEN = "gitops-hook/written-at"
+ANNOTATION_PUT_BACK = "gitops-hook/put-back-at"
 
 LOOK_SECONDS = 2.0  # between looks at what is not watched
 AGAIN_SECONDS = 10.0  # before an action whose effect does not show is tried again
@@ -204,8 +204,8 @@ class Reason(StrEnum):
     SELECTOR_CHANGED = "SelectorChanged"
     SELECTOR_CONTESTED = "SelectorContested"
     ENDPOINTS_MISSING = "EndpointsMissing"
-    SICK_AFTER_SWITCH = "SickAfterSwitch"
-    BOTH_SICK = "BothSick"
+    UNHEALTHY_AFTER_SWITCH = "UnhealthyAfterSwitch"
+    BOTH_UNHEALTHY = "BothUnhealthy"
     UNJUDGED = "Unjudged"
     CLAIM_LOST = "ClaimLost"
     NOT_HEAD = "NotHead"
@@ -1309,7 +1309,7 @@ def start(
         raise ConfigError([f"{argv[0]} cannot be started: {missing.strerror}"]) from missing
 
 
-def execute(
+def run_program(
     argv: Sequence[str],
     timeout: float,
     stdin: str = "",
@@ -1391,7 +1391,7 @@ class Kubectl:
 
     def _call(self, args: Sequence[str], namespace: str, stdin: str, timeout: float) -> str:
         """Return what one call prints, without asking for a place."""
-        code, *printed = execute((self.program, "-n", namespace, *args), timeout, stdin)
+        code, *printed = run_program((self.program, "-n", namespace, *args), timeout, stdin)
         stdout, stderr = (text.decode(errors="replace") for text in printed)
         failure = None if code == 0 else KubectlError([self.program, *args], code, stderr, stdout)
         self.metrics.kubectl.labels(args[0], failure.kind if failure else "ok").inc()
@@ -1604,7 +1604,7 @@ class Git:
         environ = {**kept, **GIT_ENVIRONMENT, "CREDENTIALS_FILE": str(self.credentials)}
         where = ("-C", str(directory)) if directory else ()
         timeout = patience * self.timeout
-        code, *printed = execute((*GIT, *where, *args), timeout, stdin, environ, file_bytes)
+        code, *printed = run_program((*GIT, *where, *args), timeout, stdin, environ, file_bytes)
         stdout, stderr = (text.decode(errors="surrogateescape") for text in printed)
         if code != 0:
             told = [a for a in args if not re.match(r"-|[A-Za-z.]+=", a)]  # the address above all
@@ -1818,8 +1818,11 @@ def job(config: Config, app: App, run: Run, stage: str, *containers: Object) -> 
     """
     *sidecars, main = containers
     labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name, LABEL_RUN: run.id, LABEL_STAGE: stage}
-    notes = {f"{MANAGER}/{name}": getattr(run, name) for name in RUN_FIELDS}
-    notes |= {NOTE_REPOSITORY: app.repository, NOTE_RECEIVED: f"{run.received:.3f}"}
+    annotations = {f"{MANAGER}/{name}": getattr(run, name) for name in RUN_FIELDS}
+    annotations |= {
+        ANNOTATION_REPOSITORY: app.repository,
+        ANNOTATION_RECEIVED: f"{run.received:.3f}",
+    }
     meta: Object = {"name": f"{stage}-{run.id}", "namespace": config.namespaces[stage]}
     env = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
     env["CREDENTIALS_FILE"] = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
@@ -1827,7 +1830,7 @@ def job(config: Config, app: App, run: Run, stage: str, *containers: Object) -> 
     git = {"name": "git", "mountPath": CREDENTIALS_MOUNT}
     made: Object = copy.deepcopy(JOB)
     spec, template, settings = made["spec"], made["spec"]["template"], getattr(app, stage)
-    made["metadata"] = {**meta, "labels": labels, "annotations": notes}
+    made["metadata"] = {**meta, "labels": labels, "annotations": annotations}
     spec["activeDeadlineSeconds"] = int(settings.timeout + config.limits.queue_timeout)
     spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] = main["name"]
     template["metadata"] = {"labels": labels}
@@ -1865,10 +1868,10 @@ def build_job(config: Config, app: App, run: Run) -> Object:
 
 def run_of_job(found: Object) -> Run:
     """Return the run that a Job of ours belongs to."""
-    notes, labels = (found["metadata"].get(k) or {} for k in ("annotations", "labels"))
-    given = {name: str(notes.get(f"{MANAGER}/{name}", "")) for name in RUN_FIELDS}
+    annotations, labels = (found["metadata"].get(k) or {} for k in ("annotations", "labels"))
+    given = {name: str(annotations.get(f"{MANAGER}/{name}", "")) for name in RUN_FIELDS}
     known = {"id": labels.get(LABEL_RUN, ""), "app": labels.get(LABEL_APP, "")}
-    return Run(**known, **given, received=seconds_of(notes.get(NOTE_RECEIVED)))
+    return Run(**known, **given, received=seconds_of(annotations.get(ANNOTATION_RECEIVED)))
 
 
 def seconds_of(value: Any) -> float:
@@ -2130,7 +2133,7 @@ def kustomize(directory: Path) -> str:
         closed = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
         environ = {"PATH": home, "HOME": home, "GOMAXPROCS": "1", **closed}
         argv = ("kubectl", "kustomize", str(directory))
-        code, *printed = execute(argv, KUBECTL_TIMEOUT, "", environ, MANIFEST_BYTES)
+        code, *printed = run_program(argv, KUBECTL_TIMEOUT, "", environ, MANIFEST_BYTES)
     stdout, stderr = (text.decode(errors="replace") for text in printed)
     if code != 0:
         said = clip(stderr.replace(str(directory), "")) or "it makes too much, or does not end"
@@ -2303,7 +2306,7 @@ def render(app: App, run: Run, image: str, place: tuple[str, int], objects: AppO
         set_images(app, pod, image)
         set_probes(app, pod, service["spec"]["ports"][0])
         made = manifest("Deployment", f"{app.name}-{colour}", selector, deployment["metadata"])
-        made["metadata"]["annotations"][NOTE_COMMIT] = run.commit
+        made["metadata"]["annotations"][ANNOTATION_COMMIT] = run.commit
         made["spec"] = coloured(app, deployment["spec"], selector, live_replicas)
         identity = (run.id, run.commit, image, colour, selector)
         release = Release(*identity, made, [*copies.values()], service)
@@ -2495,16 +2498,16 @@ class Job:
         done = true_condition(status, "Complete")
         failed = true_condition(status, "Failed", "FailureTarget")
         waiting = "suspended" if found["spec"].get("suspend") else "active"
-        notes: dict[str, str] = meta.get("annotations") or {}
+        annotations: dict[str, str] = meta.get("annotations") or {}
         self.name: str = meta["name"]
         self.uid: str = meta["uid"]
         self.version = int(meta["resourceVersion"])
         self.namespace: str = meta["namespace"]
         self.stage: str = (meta.get("labels") or {}).get(LABEL_STAGE, "")
         self.run = run_of_job(found)
-        self.notes = {k: v for k, v in notes.items() if k.startswith(MANAGER)}
+        self.annotations = {k: v for k, v in annotations.items() if k.startswith(MANAGER)}
         # of the run, if it has ended and this is its last Job
-        self.outcome = notes.get(NOTE_OUTCOME, "")
+        self.outcome = annotations.get(ANNOTATION_OUTCOME, "")
         self.state = "succeeded" if done else "failed" if failed else waiting
         self.deleting = "deletionTimestamp" in meta
         self.reason: str = failed.get("reason", "")
@@ -2607,32 +2610,32 @@ class Service:
         self.run = self.selector.get(LABEL_RUN, "")
         # whether the selector names a run of ours, whatever else it asks for
         self.ours = self.selector.keys() >= {LABEL_APP, LABEL_VERSION, LABEL_RUN}
-        self._notes: dict[str, str] = meta.get("annotations") or {}
-        self.claim = read_record(Claim, self.note(NOTE_CLAIM, {}))
-        told = (read_record(HistoryEntry, e) for e in self.note(NOTE_HISTORY, []))
+        self._annotations: dict[str, str] = meta.get("annotations") or {}
+        self.claim = read_record(Claim, self.annotation(ANNOTATION_CLAIM, {}))
+        told = (read_record(HistoryEntry, e) for e in self.annotation(ANNOTATION_HISTORY, []))
         self.history = [e for e in told if e]
 
     @classmethod
     def recorded(cls, name: str, entry: Object) -> Service:
         """Return the Service that an entry is the whole history of."""
-        notes = {NOTE_HISTORY: json.dumps([entry])}
-        meta = {"name": name, "resourceVersion": "0", "annotations": notes}
+        annotations = {ANNOTATION_HISTORY: json.dumps([entry])}
+        meta = {"name": name, "resourceVersion": "0", "annotations": annotations}
         return cls({"metadata": meta, "spec": {"selector": entry["selector"]}})
 
-    def note(self, key: str, empty: Any) -> Any:
+    def annotation(self, key: str, empty: Any) -> Any:
         """Return the JSON in an annotation; empty when it is missing, broken or of another type."""
         with suppress(KeyError, ValueError, RecursionError):
-            value = json.loads(self._notes[key])
+            value = json.loads(self._annotations[key])
             return value if isinstance(value, type(empty)) else empty
         return empty
 
-    def notes(self) -> Object:
+    def annotations(self) -> Object:
         """Return what our annotations say, as it is written; None for what is not there."""
-        told = {NOTE_PREVIOUS: {}, NOTE_BAKE: 0.0, NOTE_PUT_BACK: []}
+        told = {ANNOTATION_PREVIOUS: {}, ANNOTATION_BAKE: 0.0, ANNOTATION_PUT_BACK: []}
         return {
-            NOTE_HISTORY: self.history or None,
-            NOTE_CLAIM: self.claim or None,
-            **{key: self.note(key, empty) or None for key, empty in told.items()},
+            ANNOTATION_HISTORY: self.history or None,
+            ANNOTATION_CLAIM: self.claim or None,
+            **{key: self.annotation(key, empty) or None for key, empty in told.items()},
         }
 
     @property
@@ -2678,7 +2681,7 @@ class Service:
     @property
     def before(self) -> Object:
         """What was live before, proven or not, if it is known; else where a rollback goes."""
-        was = self.note(NOTE_PREVIOUS, {})
+        was = self.annotation(ANNOTATION_PREVIOUS, {})
         stood = (e for e in self.history if e["selector"] == was and not self.reaches(e))
         return next(stood, {}) or self.target()
 
@@ -2691,7 +2694,7 @@ def app_service(names: Iterable[str], found: Object) -> Service | None:
 V = TypeVar("V", Job, Pod, Service)
 
 
-class Watch(Generic[V]):
+class Informer(Generic[V]):
     """A mirror of one resource type in one namespace: a list, then what changes after it.
 
     Both are the API server's own words, `kubectl get --raw`: its list carries the version from
@@ -2704,7 +2707,7 @@ class Watch(Generic[V]):
         kubectl: Kubectl,
         resource: str,
         namespace: str,
-        view: Callable[[Object], V | None],
+        parse: Callable[[Object], V | None],
         selector: str,
     ) -> None:
         self.kubectl, self.resource, self.namespace = kubectl, resource, namespace
@@ -2712,7 +2715,7 @@ class Watch(Generic[V]):
         self.changed, self.stopped = threading.Event(), threading.Event()
         # why it may not follow what is there: what it lacks is then not gone, only unseen
         self.trouble, self._lock = "not listed yet", threading.RLock()
-        self._view: Callable[[Object], V | None] = view
+        self._parse: Callable[[Object], V | None] = parse
         self._items: dict[str, V] = {}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -2804,12 +2807,12 @@ class Watch(Generic[V]):
 
     def _newer(self, seen: V) -> V:
         """Return what was told of an object, or what a patch returned of it since."""
-        return max(seen, self._items.get(seen.name, seen), key=lambda view: view.version)
+        return max(seen, self._items.get(seen.name, seen), key=lambda parse: parse.version)
 
     def _read(self, found: Object) -> V | None:
-        """Return the view of an object, if it has one; unreadable, what was last seen of it."""
+        """Return the parse of an object, if it has one; unreadable, what was last seen of it."""
         try:
-            return self._view(found)
+            return self._parse(found)
         except ODD:
             name = found["metadata"]["name"]
             error("object cannot be read", exc=True, resource=self.resource, name=clip(name))
@@ -2842,14 +2845,14 @@ HEALING_REFUSAL = re.compile(
     "Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown|being terminated"
 )
 STAGES = {  # who works, who leaves its last words where, and how it fails
-    "test": (TEST_CONTAINER, RESULTS_CONTAINER, NOTE_SUMMARY, Reason.TESTS_FAILED),
-    "build": (BUILD_CONTAINER, BUILD_CONTAINER, NOTE_DIGEST, Reason.BUILD_FAILED),
+    "test": (TEST_CONTAINER, RESULTS_CONTAINER, ANNOTATION_SUMMARY, Reason.TESTS_FAILED),
+    "build": (BUILD_CONTAINER, BUILD_CONTAINER, ANNOTATION_DIGEST, Reason.BUILD_FAILED),
 }
-Do = StrEnum("Do", "NOTHING WAIT RELEASE BUILD NOTE DEPLOY END")
+Do = StrEnum("Do", "NOTHING WAIT UNSUSPEND BUILD ANNOTATE DEPLOY END")
 
 
 @dataclass(frozen=True, slots=True)
-class Symptom:
+class PodProblem:
     """Something wrong with a pod that cannot heal once it lasts for `grace` seconds, or recurs."""
 
     key: str
@@ -2860,7 +2863,7 @@ class Symptom:
     cause: str = ""
 
 
-def container_symptom(container: Container, pod: Pod) -> Symptom | None:
+def container_problem(container: Container, pod: Pod) -> PodProblem | None:
     """Return what is wrong with a container, by the texts a real cluster gives."""
     code, why, waiting = container.exit_code, container.exit_reason, container.waiting
     key, name = f"{pod.name}/{container.name}", f"container {container.name} of {pod.name}"
@@ -2868,11 +2871,11 @@ def container_symptom(container: Container, pod: Pod) -> Symptom | None:
     if PULL.fullmatch(waiting):
         unquoted = re.sub(r'"[^"]*"', "", container.text)  # an image may be called what it likes
         if HOPELESS_PULL.search(f"{waiting}: {unquoted}"):
-            return Symptom(f"{key}/pull", Reason.IMAGE_NOT_FOUND, text)
-        return Symptom(f"{key}/pull", Reason.IMAGE_PULL_FAILED, text, 60.0)
+            return PodProblem(f"{key}/pull", Reason.IMAGE_NOT_FOUND, text)
+        return PodProblem(f"{key}/pull", Reason.IMAGE_PULL_FAILED, text, 60.0)
     if not container.running and (START.fullmatch(waiting) or START.fullmatch(why)):
         grace = NEVER if "failed to sync" in text else 30.0  # the kubelet's cache, not the object
-        return Symptom(f"{key}/start", Reason.CONTAINER_CONFIG, text, grace)
+        return PodProblem(f"{key}/start", Reason.CONTAINER_CONFIG, text, grace)
     worked, oom = container.ready or pod.seen_ready, why == "OOMKilled"
     done = code is None or (code == 0 and container.kind != "app")
     if done or (worked and not oom) or (pod.job and container.kind == "sidecar"):
@@ -2881,37 +2884,41 @@ def container_symptom(container: Container, pod: Pod) -> Symptom | None:
     reason, cause = Reason.OUT_OF_MEMORY if oom else reason, f"{code} ({why})"
     text = f"{name} ended {container.exits} times, last with exit code {cause}"
     grace = NEVER if worked or container.exits == 1 else 15.0
-    return Symptom(f"{key}/exit", reason, text, grace, container.exits, cause)
+    return PodProblem(f"{key}/exit", reason, text, grace, container.exits, cause)
 
 
-def pod_symptoms(pod: Pod) -> Iterator[Symptom]:
+def pod_problems(pod: Pod) -> Iterator[PodProblem]:
     """Yield what is wrong with a pod; one that the cluster takes away is replaced, not sick."""
     if pod.leaving:
         return
     if pod.overfull:
-        yield Symptom(f"{pod.name}/disk", Reason.OUT_OF_DISK, clip(pod.overfull))
+        yield PodProblem(f"{pod.name}/disk", Reason.OUT_OF_DISK, clip(pod.overfull))
     if pod.unschedulable:
-        yield Symptom(f"{pod.name}/schedule", Reason.UNSCHEDULABLE, clip(pod.unschedulable), 120.0)
-    yield from filter(None, (container_symptom(c, pod) for c in pod.containers))
+        yield PodProblem(
+            f"{pod.name}/schedule", Reason.UNSCHEDULABLE, clip(pod.unschedulable), 120.0
+        )
+    yield from filter(None, (container_problem(c, pod) for c in pod.containers))
 
 
-def creation_symptom(message: str, key: str) -> Symptom:
+def creation_problem(message: str, key: str) -> PodProblem:
     """Return why pods cannot be created, from a FailedCreate event or ReplicaFailure condition."""
     if "exceeded quota" in message:
-        return Symptom(f"{key}/quota", Reason.QUOTA_EXCEEDED, clip(message), 15.0)
+        return PodProblem(f"{key}/quota", Reason.QUOTA_EXCEEDED, clip(message), 15.0)
     heals = re.search(HEALING_REFUSAL, message)
-    return Symptom(f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 60.0 if heals else 3.0)
+    return PodProblem(
+        f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 60.0 if heals else 3.0
+    )
 
 
-class Doom:
-    """Remembers since when each symptom is there, and so tells which one will not heal."""
+class ProblemTracker:
+    """Remembers since when each problem is there, and so tells which one will not heal."""
 
     def __init__(self) -> None:
-        self._first: dict[str, tuple[float, Symptom]] = {}
+        self._first: dict[str, tuple[float, PodProblem]] = {}
 
-    def verdict(self, symptoms: Iterable[Symptom], now: float) -> Symptom | None:
-        """Return a symptom that has lasted too long or recurred; what is gone is forgotten."""
-        present = {s.key: s for s in symptoms}
+    def fatal(self, problems: Iterable[PodProblem], now: float) -> PodProblem | None:
+        """Return a problem that has lasted too long or recurred; what is gone is forgotten."""
+        present = {s.key: s for s in problems}
         self._first = {k: self._first.get(k, (now, s)) for k, s in present.items()}
         for key, found in present.items():
             since, first = self._first[key]
@@ -2934,7 +2941,7 @@ class Action:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class View:
+class Observation:
     """Everything observed that decides over one run."""
 
     app: App
@@ -2944,7 +2951,7 @@ class View:
     services: Mapping[str, Service]  # the live Service by environment
     head: str  # same, moved or unknown: what git says about the run's ref
     newer: bool  # the same ref was pushed again
-    doomed: Symptom | None
+    fatal_problem: PodProblem | None
     busy: frozenset[str]  # environments that a worker is changing
     now: float
     queue_timeout: float
@@ -2954,7 +2961,7 @@ class View:
     def report(self) -> str:
         """The sentence of the test report, if there is one."""
         test = self.jobs.get("test")
-        return clip(test.notes.get(NOTE_SUMMARY, ""), 1000) if test else ""
+        return clip(test.annotations.get(ANNOTATION_SUMMARY, ""), 1000) if test else ""
 
 
 def newest(jobs: Mapping[str, Job]) -> Run:
@@ -2965,7 +2972,7 @@ def newest(jobs: Mapping[str, Job]) -> Run:
 def over(jobs: Mapping[str, Job]) -> bool:
     """Whether a run has ended: its last Job says so, and not of the time before it was received."""
     last = jobs.get("build") or jobs["test"]
-    ended = seconds_of(last.notes.get(NOTE_ENDED))
+    ended = seconds_of(last.annotations.get(ANNOTATION_ENDED))
     return bool(last.outcome) and ended >= newest(jobs).received
 
 
@@ -2974,89 +2981,91 @@ def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
     return Action(Do.END, stage, reason, detail, outcome)
 
 
-def decide(view: View) -> Action:
+def decide(observed: Observation) -> Action:
     """Return the next step of a run from what is observed; every call could be the first."""
-    test, build = (view.jobs.get(stage) for stage in STAGES)
-    if not view.jobs or over(view.jobs):
+    test, build = (observed.jobs.get(stage) for stage in STAGES)
+    if not observed.jobs or over(observed.jobs):
         return Action(Do.NOTHING)
-    if test and (action := decide_job(view, test)):
+    if test and (action := decide_job(observed, test)):
         return action
-    if view.run.ref != view.app.deploy_ref or not view.app.deploy.environments:
-        return ends(Outcome.TESTED, Reason.OK, view.report, "test")
-    if view.app.build.builder == "none":
-        return decide_deploy(view)
+    if observed.run.ref != observed.app.deploy_ref or not observed.app.deploy.environments:
+        return ends(Outcome.TESTED, Reason.OK, observed.report, "test")
+    if observed.app.build.builder == "none":
+        return decide_deploy(observed)
     if not build or build.outcome:  # of the time before
-        return decide_start(view, Do.BUILD, "build")
-    return decide_job(view, build) or decide_deploy(view)
+        return decide_start(observed, Do.BUILD, "build")
+    return decide_job(observed, build) or decide_deploy(observed)
 
 
-def outdated(view: View, stage: str) -> Action | None:
+def outdated(observed: Observation, stage: str) -> Action | None:
     """Return how a run ends, or that it waits for git, unless its commit is its ref's newest."""
-    deploys = view.run.ref == view.app.deploy_ref  # another ref needs no git
-    if view.head == "moved" if deploys else view.newer:
+    deploys = observed.run.ref == observed.app.deploy_ref  # another ref needs no git
+    if observed.head == "moved" if deploys else observed.newer:
         return ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", stage)
-    if deploys and view.head == "unknown":
+    if deploys and observed.head == "unknown":
         return Action(Do.WAIT, stage, Reason.GIT_ERROR, "for the head of the branch")
     return None
 
 
-def decide_start(view: View, do: Do, stage: str) -> Action:
+def decide_start(observed: Observation, do: Do, stage: str) -> Action:
     """Return whether a Job may start: of the newest commit, and where there is a free slot."""
-    if action := outdated(view, stage):
+    if action := outdated(observed, stage):
         return action
-    if view.slot:
+    if observed.slot:
         return Action(do, stage)
-    if do is Do.RELEASE and view.now - view.jobs[stage].created > view.queue_timeout:
+    if do is Do.UNSUSPEND and observed.now - observed.jobs[stage].created > observed.queue_timeout:
         return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, "no free slot in time", stage)
     return Action(Do.WAIT, stage, detail="for a free slot")
 
 
-def decide_job(view: View, found: Job) -> Action | None:
+def decide_job(observed: Observation, found: Job) -> Action | None:
     """Return what a Job needs, or None when it has succeeded and said what it had to."""
     stage, (_, teller, note, _) = found.stage, STAGES[found.stage]
     if found.deleting:
         return Action(Do.WAIT, stage, detail=f"Job {found.name} is being deleted")
     if found.state == "suspended":
-        return decide_start(view, Do.RELEASE, stage)
-    pods = [p for p in view.pods if p.job == found.uid and not p.leaving]
+        return decide_start(observed, Do.UNSUSPEND, stage)
+    pods = [p for p in observed.pods if p.job == found.uid and not p.leaving]
     pods.sort(key=lambda p: -p.created)
     ended = [c for p in pods for c in p.containers if c.exit_code is not None]
     said = next((c.words.strip() for c in ended if c.name == teller and c.words), "")
-    if note not in found.notes and (said if stage == "test" else DIGEST.fullmatch(said)):
-        return Action(Do.NOTE, stage, detail=said)
+    if note not in found.annotations and (said if stage == "test" else DIGEST.fullmatch(said)):
+        return Action(Do.ANNOTATE, stage, detail=said)
     if found.state == "succeeded":
-        return None if stage == "test" or note in found.notes else no_digest(view, found)
-    if view.doomed:
-        return ends(Outcome.FAILED, view.doomed.reason, view.doomed.detail, stage)
+        return None if stage == "test" or note in found.annotations else no_digest(observed, found)
+    if observed.fatal_problem:
+        return ends(
+            Outcome.FAILED, observed.fatal_problem.reason, observed.fatal_problem.detail, stage
+        )
     failed, started = found.state == "failed", max((p.started for p in pods), default=0.0)
-    return failure(view, found, ended) if failed else lateness(view, found, started)
+    return failure(observed, found, ended) if failed else lateness(observed, found, started)
 
 
-def no_digest(view: View, build: Job) -> Action:
+def no_digest(observed: Observation, build: Job) -> Action:
     """Return what to do about a finished build that left no digest: it is made once more."""
-    if view.now - build.finished < LAG:
+    if observed.now - build.finished < LAG:
         return Action(Do.WAIT, "build", detail="for the digest")
-    if NOTE_REMADE in build.notes:
+    if ANNOTATION_REMADE in build.annotations:
         return ends(Outcome.FAILED, Reason.NO_DIGEST, "the build left no digest, twice", "build")
-    return decide_start(view, Do.BUILD, "build")
+    return decide_start(observed, Do.BUILD, "build")
 
 
-def lateness(view: View, found: Job, started: float) -> Action:
+def lateness(observed: Observation, found: Job, started: float) -> Action:
     """Return what a released Job waits for, or which of its times is over."""
-    stage, why = found.stage, found.notes.get(NOTE_DETAIL, "")
-    limit = getattr(view.app, stage).timeout
-    if started and view.now - started > limit:
+    stage, why = found.stage, found.annotations.get(ANNOTATION_DETAIL, "")
+    limit = getattr(observed.app, stage).timeout
+    if started and observed.now - started > limit:
         return ends(Outcome.FAILED, Reason.TIMEOUT, f"no result within {limit:.0f} s", stage)
-    if not started and found.released and view.now - found.released > view.queue_timeout:
+    if not started and found.released and observed.now - found.released > observed.queue_timeout:
         why = why or "no pod could start in time"
         return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, why, stage)
     return Action(Do.WAIT, stage, detail="its pod runs" if started else why or "for its pod")
 
 
-def failure(view: View, found: Job, ended: Iterable[Container]) -> Action:
+def failure(observed: Observation, found: Job, ended: Iterable[Container]) -> Action:
     """Return why a Job failed, by its pods or its own condition, or that they may yet tell."""
     main, _, _, red = STAGES[found.stage]
-    report = view.report if found.stage == "test" else ""
+    report = observed.report if found.stage == "test" else ""
     told = next((c for c in ended if c.exit_code and c.name in (main, "clone")), None)
     if told and told.exit_reason == "OOMKilled":
         reason, detail = Reason.OUT_OF_MEMORY, f"{told.name} was killed for its memory"
@@ -3067,7 +3076,7 @@ def failure(view: View, found: Job, ended: Iterable[Container]) -> Action:
         reason, detail = (red, report or said) if told.name == main else (Reason.CLONE_FAILED, said)
     elif found.reason == "DeadlineExceeded":
         reason, detail = Reason.TIMEOUT, "the Job's deadline passed"
-    elif view.now - found.finished < LAG:
+    elif observed.now - found.finished < LAG:
         return Action(Do.WAIT, found.stage, detail="for its pod's last words")
     else:
         reason = red if found.reason == "PodFailurePolicy" else Reason.VANISHED
@@ -3075,27 +3084,29 @@ def failure(view: View, found: Job, ended: Iterable[Container]) -> Action:
     return ends(Outcome.FAILED, reason, detail, found.stage)
 
 
-def decide_deploy(view: View) -> Action:
+def decide_deploy(observed: Observation) -> Action:
     """Return which environment comes next, or how the run ended there."""
     name, ended = "", (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED)
-    for name in view.app.deploy.environments:
-        service = view.services.get(name)
-        switched = service is not None and service.run == view.run.id
-        last = name == view.app.deploy.environments[-1]
-        entry = service.entry(view.run.id, view.run.received) if service else {}
+    for name in observed.app.deploy.environments:
+        service = observed.services.get(name)
+        switched = service is not None and service.run == observed.run.id
+        last = name == observed.app.deploy.environments[-1]
+        entry = service.entry(observed.run.id, observed.run.received) if service else {}
         live = service.live if service and switched else {}
         done = Outcome.DEPLOYED in (live.get("outcome"), entry.get("outcome"))
         # whoever confirmed it a moment ago may yet take the traffic back
-        if done and not (switched and last and name in view.busy):
+        if done and not (switched and last and name in observed.busy):
             continue
-        if name in view.busy:
+        if name in observed.busy:
             return Action(Do.WAIT, name, detail=f"{name} is being changed")
         if (outcome := entry.get("outcome")) in ended:
-            known = [r for r in Reason if r == entry.get("reason")] or [Reason.SICK_AFTER_SWITCH]
+            known = [r for r in Reason if r == entry.get("reason")] or [
+                Reason.UNHEALTHY_AFTER_SWITCH
+            ]
             return ends(Outcome(outcome), known[0], str(entry.get("detail", "")), name)
-        stale = None if switched else outdated(view, name)
+        stale = None if switched else outdated(observed, name)
         return stale or Action(Do.DEPLOY, name)
-    return ends(Outcome.DEPLOYED, Reason.OK, view.report, name)
+    return ends(Outcome.DEPLOYED, Reason.OK, observed.report, name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -3146,7 +3157,7 @@ def head_word(run: Run, heads: Mapping[str, str] | None, age: float, now: float)
     return "unknown" if lagging and now - run.received < HEAD_GRACE else "moved"
 
 
-def sickness(pods: Iterable[Pod], since: float) -> str:
+def container_failure(pods: Iterable[Pod], since: float) -> str:
     """Return how an app container of a switched-to run failed on its own since a time, or ""."""
     for pod in (p for p in pods if not p.leaving):
         for found in (c for c in pod.containers if c.kind == "app" and c.ended >= int(since)):
@@ -3162,7 +3173,9 @@ def unready(pods: Iterable[Pod], since: float) -> list[Pod]:
     return [p for p in old if not all(c.ready for c in p.containers if c.kind == "app")]
 
 
-def shortage(pods: Iterable[Pod], since: float, now: float, *, starting: bool) -> Symptom | None:
+def readiness_shortage(
+    pods: Iterable[Pod], since: float, now: float, *, starting: bool
+) -> PodProblem | None:
     """Return how a switched-to run has too few ready pods, and for how long it may have.
 
     Since when it is so the pods say themselves, to a daemon that was not there to see it. No pod is
@@ -3177,10 +3190,10 @@ def shortage(pods: Iterable[Pod], since: float, now: float, *, starting: bool) -
     who = ", ".join(p.name for p in down) or "any pod"
     lasts = down and now - max(p.changed for p in down) > grace + 1.0  # it is in whole seconds
     key, detail = f"{served} {grace}", f"not ready for {grace:.0f} s: {who}"
-    return Symptom(key, Reason.SICK_AFTER_SWITCH, detail, 0.0 if lasts else grace)
+    return PodProblem(key, Reason.UNHEALTHY_AFTER_SWITCH, detail, 0.0 if lasts else grace)
 
 
-def disturbed(pods: Sequence[Pod], wanted: int) -> bool:
+def pods_taken_away(pods: Sequence[Pod], wanted: int) -> bool:
     """Whether the cluster took pods of a run away: eviction, a lost node, a deletion."""
     stayed = [p for p in pods if not p.leaving]
     asleep = (p for p in stayed if not p.ready and {c.ready for c in p.containers} == {True})
@@ -3213,7 +3226,7 @@ class Checks:
         return self.passes if now - self.at <= CHECK_GAP else 0
 
 
-def ahead(old: tuple[int, int], new: tuple[int, int]) -> int:
+def healthier_by(old: tuple[int, int], new: tuple[int, int]) -> int:
     """Return above 0 when a larger share of the old version's pods is well than of the new one's.
 
     Each is how many are well, and of how many: a version may have more pods than the one before.
@@ -3763,7 +3776,7 @@ class Deployer:
         Raises StageError when it cannot (live traffic is as before, or was taken back) and
         SupersededError when something newer, or someone, took its place.
         """
-        with self.watched_pods(task) as pods:
+        with self.follow_pods(task) as pods:
             service = self.urgent.service(task)
             if service is None:
                 self.require_undeleted(task)
@@ -3773,15 +3786,15 @@ class Deployer:
                 self.switch(task, release, claimed)
                 self.metrics.switches.labels(*task.labels, "forward").inc()
                 info("switched", colour=release.colour, commit=release.commit, **task.words)
-            self.settle(task, pods, resumed=resumed)
+            self.verify_and_bake(task, pods, resumed=resumed)
 
-    def prepare(self, task: Task, pods: Watch[Pod]) -> tuple[Release, Service | None]:
+    def prepare(self, task: Task, pods: Informer[Pod]) -> tuple[Release, Service | None]:
         """Do everything before the switch; return what may go live, and the Service as claimed."""
         where = (task.app.repository, task.run.commit, path := task.app.deploy.manifests)
         with self.git.manifests(*where) as checkout:
             found = read_manifests(checkout, path)
         objects, ignored = check_objects(task.app, task.namespace, found)
-        release = render(task.app, task.run, task.image, self.place(task), objects)
+        release = render(task.app, task.run, task.image, self.idle_colour_and_size(task), objects)
         claimed = self.claim(task, release)
         info("claimed", colour=release.colour, ignored=ignored or None, **task.words)
         try:
@@ -3843,7 +3856,9 @@ class Deployer:
     def put_backs(self, source: Service) -> list[float]:
         """Return when a widened selector was put back of late."""
         since = self.clock.now() - PUT_BACK_SECONDS
-        return [at for at in map(seconds_of, source.note(NOTE_PUT_BACK, [])) if at > since]
+        return [
+            at for at in map(seconds_of, source.annotation(ANNOTATION_PUT_BACK, [])) if at > since
+        ]
 
     @persistent
     def mend(self, task: Task) -> None:
@@ -3857,22 +3872,22 @@ class Deployer:
             return
         drift, by = self.drift(task, service, source), self.last_change(task).get("manager")
         self.say_drift(task, service, drift, by := clip(str(by or "someone else"), 80))
-        own = {k: v for k, v in service.notes().items() if v}
-        notes, goal = {**source.notes(), **own}, None
+        own = {k: v for k, v in service.annotations().items() if v}
+        annotations, goal = {**source.annotations(), **own}, None
         if drift is Drift.WIDENED:
-            notes[NOTE_PUT_BACK] = [*self.put_backs(source), round(self.clock.now(), 3)]
+            annotations[ANNOTATION_PUT_BACK] = [*self.put_backs(source), round(self.clock.now(), 3)]
             goal = source.served
         elif drift is Drift.KEPT:
-            notes[NOTE_HISTORY] = [
+            annotations[ANNOTATION_HISTORY] = [
                 {**e, "by": by} if e == source.served else e for e in source.history
             ]
         elif drift is Drift.MOVED and service.run:
             unknown = {"run": service.run, "selector": service.selector}
             entry = source.entry(service.run) or self.released(task, service)
             entry = entry or read_record(HistoryEntry, unknown)
-            notes[NOTE_HISTORY] = moved(source.history, entry, by, self.clock.now())
-        if goal or notes[NOTE_HISTORY] != service.history:
-            self.write(task, service, notes, goal)
+            annotations[ANNOTATION_HISTORY] = moved(source.history, entry, by, self.clock.now())
+        if goal or annotations[ANNOTATION_HISTORY] != service.history:
+            self.write(task, service, annotations, goal)
 
     def say_drift(self, task: Task, service: Service, drift: Drift, by: str) -> None:
         """Say and count once what someone else made of a live selector."""
@@ -3890,9 +3905,9 @@ class Deployer:
             raise InterruptedError
 
     def write(
-        self, task: Task, seen: Service, notes: Object, goal: Object | None = None
+        self, task: Task, seen: Service, annotations: Object, goal: Object | None = None
     ) -> Service:
-        """Compare-and-set the live Service: notes, None removes one, and where it points.
+        """Compare-and-set the live Service: annotations, None removes one, and where it points.
 
         The same patch stores the selector that it replaces, as the previous one.
         """
@@ -3900,10 +3915,13 @@ class Deployer:
         if goal:
             # a merge keeps keys that are not named: those that must go are set to null
             spec["selector"] = {**dict.fromkeys(seen.selector), **goal["selector"]}
-            notes = {NOTE_PREVIOUS: seen.live.get("selector") or seen.selector, **notes}
+            annotations = {
+                ANNOTATION_PREVIOUS: seen.live.get("selector") or seen.selector,
+                **annotations,
+            }
         if goal and goal.get("ports"):
             spec["ports"] = ports_like(goal["ports"], seen.ports)
-        texts = {k: None if v is None else json.dumps(v) for k, v in notes.items()}
+        texts = {k: None if v is None else json.dumps(v) for k, v in annotations.items()}
         labels = {LABEL_MANAGED: MANAGER, LABEL_APP: seen.name, LABEL_STAGE: "live"}
         meta = {"resourceVersion": str(seen.version), "annotations": texts, "labels": labels}
         change = {"metadata": meta, "spec": spec}
@@ -3911,7 +3929,7 @@ class Deployer:
         self.remember(task, written)
         return written
 
-    def place(self, task: Task) -> tuple[str, int]:
+    def idle_colour_and_size(self, task: Task) -> tuple[str, int]:
         """Return the idle colour, and how large the live one is.
 
         Live is what today's selector reaches, which may be what a person wrote: the two colours of
@@ -3974,7 +3992,7 @@ class Deployer:
         """Return the ready pods that a selector reaches."""
         return [p for p in self.pods(namespace, selector) if Pod(p).ready]
 
-    def note(self, run: str, colour: str, phase: str, heal: str = "") -> Object:
+    def new_claim(self, run: str, colour: str, phase: str, heal: str = "") -> Object:
         """Return a claim; its time tells it from that of another process."""
         since = round(self.clock.now(), 3)
         return asdict(Claim(run=run, colour=colour, phase=str(phase), since=since, heal=heal))
@@ -4003,17 +4021,19 @@ class Deployer:
         same = (claim.get("colour"), claim.get("run")) == (colour, stood.get("run"))
         if stood.get("colour") == colour and not same:
             heal = stood["release"] if stood.get("outcome") in (Outcome.DEPLOYED, "") else ""
-        notes: Object = {NOTE_CLAIM: self.note(task.run.id, colour, Phase.PREPARING, heal)}
+        annotations: Object = {
+            ANNOTATION_CLAIM: self.new_claim(task.run.id, colour, Phase.PREPARING, heal)
+        }
         goal = self.narrower(task, release, service, source)
         older = [e for e in service.history if e.get("outcome") != ADOPTED]
         if source and source.served.get("run") and not service.history:
-            notes |= {NOTE_HISTORY: source.history}
+            annotations |= {ANNOTATION_HISTORY: source.history}
         elif goal and not service.run and (service.live or not older):
             told = {"outcome": ADOPTED, "was": service.live.get("was") or service.selector, **goal}
             told |= {"ports": service.ports, "at": self.clock.now()}
-            notes |= {NOTE_HISTORY: [asdict(HistoryEntry(**told)), *older]}
-            notes |= {NOTE_PREVIOUS: goal["selector"]}
-        return self.write(task, service, notes, goal)
+            annotations |= {ANNOTATION_HISTORY: [asdict(HistoryEntry(**told)), *older]}
+            annotations |= {ANNOTATION_PREVIOUS: goal["selector"]}
+        return self.write(task, service, annotations, goal)
 
     def narrower(
         self, task: Task, release: Release, service: Service, source: Service | None
@@ -4082,10 +4102,10 @@ class Deployer:
     # Apply and wait.
 
     @contextmanager
-    def watched_pods(self, task: Task) -> Iterator[Watch[Pod]]:
+    def follow_pods(self, task: Task) -> Iterator[Informer[Pod]]:
         """Keep a mirror of an app's pods while the block runs, and their logs if it fails."""
         selector = f"{LABEL_APP}={task.app.name}"
-        watch = Watch(self.kubectl, "pods", task.namespace, Pod, selector)
+        watch = Informer(self.kubectl, "pods", task.namespace, Pod, selector)
         thread = threading.Thread(target=watch.run, name=f"pods-{task.app.name}", daemon=True)
         thread.start()
         try:
@@ -4105,7 +4125,7 @@ class Deployer:
         the late write of one who has lost the claim meets a newer version and changes nothing.
         """
         made = copy.deepcopy(release.deployment)
-        made["metadata"]["annotations"][NOTE_WRITTEN] = str(self.clock.now())
+        made["metadata"]["annotations"][ANNOTATION_WRITTEN] = str(self.clock.now())
         self.record(task, release)
         found = self.kubectl.get("deployment", made["metadata"]["name"], task.namespace)
         self.check_claim(task, claimed, self.service(task))
@@ -4127,20 +4147,20 @@ class Deployer:
                 detail = f"ConfigMap {name} is there with another content or other labels"
                 raise StageError(Reason.ADOPTION_REFUSED, f"{detail}; delete or rename it")
 
-    def roll_out(self, task: Task, release: Release, pods: Watch[Pod]) -> None:
+    def roll_out(self, task: Task, release: Release, pods: Informer[Pod]) -> None:
         """Wait for the pods of a release; raises StageError at once for what cannot heal."""
         name = release.deployment["metadata"]["name"]
         timeout = int(release.deployment["spec"]["progressDeadlineSeconds"])
         args = ("rollout", "status", f"deployment/{name}", f"--timeout={timeout}s")
-        doom, until = Doom(), self.clock.monotonic() + timeout
+        tracker, until = ProblemTracker(), self.clock.monotonic() + timeout
         while self.clock.monotonic() < until:
             process = self.kubectl.stream(*args, namespace=task.namespace)
             try:
                 # bounded, since a process whose complaints nobody reads may hang on them
                 while process.poll() is None and self.clock.monotonic() < until:
-                    seen = self.symptoms(task, release, pods)
-                    if symptom := doom.verdict(seen, self.clock.now()):
-                        raise self.failed(release, pods, symptom)
+                    seen = self.problems(task, release, pods)
+                    if problem := tracker.fatal(seen, self.clock.now()):
+                        raise self.failed(release, pods, problem)
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(1.0)
                     self.pause(0)
@@ -4158,11 +4178,11 @@ class Deployer:
                 until = min(until, self.clock.monotonic() + VERIFY_SECONDS)
             self.pause(0.3)
         detail = f"{ready} of {release.wanted} pods ready within {timeout} s"
-        raise self.failed(release, pods, Symptom("", Reason.NEVER_READY, detail))
+        raise self.failed(release, pods, PodProblem("", Reason.NEVER_READY, detail))
 
-    def symptoms(self, task: Task, release: Release, pods: Watch[Pod]) -> list[Symptom]:
+    def problems(self, task: Task, release: Release, pods: Informer[Pod]) -> list[PodProblem]:
         """Return what is wrong with a release's pods, also with those that cannot be created."""
-        seen = [s for p in pods.items() if p.run == release.run for s in pod_symptoms(p)]
+        seen = [s for p in pods.items() if p.run == release.run for s in pod_problems(p)]
         with suppress(KubectlError):
             name = release.deployment["metadata"]["name"]
             found = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
@@ -4171,14 +4191,14 @@ class Deployer:
             current = status.get("observedGeneration", 0) >= found["metadata"].get("generation", 0)
             failure = true_condition(status, "ReplicaFailure") if current else None
             if failure:
-                seen.append(creation_symptom(str(failure.get("message")), name))
+                seen.append(creation_problem(str(failure.get("message")), name))
         return seen
 
-    def failed(self, release: Release, pods: Watch[Pod], symptom: Symptom) -> StageError:
+    def failed(self, release: Release, pods: Informer[Pod], problem: PodProblem) -> StageError:
         """Return the end of a rollout; one that is only late is told by what is wrong with it."""
         ours = [p for p in pods.items() if p.run == release.run]
-        seen = (s for p in ours for s in pod_symptoms(p))
-        told = symptom if symptom.key else next(seen, symptom)
+        seen = (s for p in ours for s in pod_problems(p))
+        told = problem if problem.key else next(seen, problem)
         return StageError(told.reason, told.detail)
 
     def keep_logs(self, task: Task, pods: Sequence[Pod]) -> None:
@@ -4206,7 +4226,7 @@ class Deployer:
     def replaced(self, task: Task, release: Release) -> float:
         """Wait until pods that were taken away meanwhile are replaced; return how long it took."""
         began = self.clock.monotonic()
-        with self.watched_pods(task) as pods:
+        with self.follow_pods(task) as pods:
             self.roll_out(task, release, pods)
         return self.clock.monotonic() - began
 
@@ -4245,15 +4265,15 @@ class Deployer:
             entry_of(release, task.app.name, self.clock.now()),
         )
         history = [entry, *(source.history if source else ())][:HISTORY_LENGTH]
-        claim = self.note(release.run, release.colour, Phase.BAKING)
-        notes: Object = {NOTE_HISTORY: history, NOTE_CLAIM: claim}
+        claim = self.new_claim(release.run, release.colour, Phase.BAKING)
+        annotations: Object = {ANNOTATION_HISTORY: history, ANNOTATION_CLAIM: claim}
         if task.last:
-            notes[NOTE_BAKE] = round(self.clock.now() + task.app.deploy.bake, 3)
+            annotations[ANNOTATION_BAKE] = round(self.clock.now() + task.app.deploy.bake, 3)
         if service:
-            self.write(task, service, notes, entry)
+            self.write(task, service, annotations, entry)
             return
         live = copy.deepcopy(release.service)
-        live["metadata"]["annotations"] |= {k: json.dumps(v) for k, v in notes.items()}
+        live["metadata"]["annotations"] |= {k: json.dumps(v) for k, v in annotations.items()}
         self.kubectl.put(live, None, task.namespace)
 
     def require_head(self, task: Task) -> None:
@@ -4264,14 +4284,14 @@ class Deployer:
         if word == "unknown":
             raise HookError("the git server does not show the push yet")
 
-    def settle(self, task: Task, pods: Watch[Pod], *, resumed: bool = False) -> None:
+    def verify_and_bake(self, task: Task, pods: Informer[Pod], *, resumed: bool = False) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
         service, release = self.urgent.switched(task)
         if release and task.last:
             Bake(self, task, release, pods).run(service, resumed=resumed)
         elif release:
             self.verify(task, release, seconds_of(service.live.get("at")))
-            self.conclude(task)
+            self.confirm(task)
 
     @persistent
     def switched(self, task: Task) -> tuple[Service, Release | None]:
@@ -4283,13 +4303,13 @@ class Deployer:
     def verify(self, task: Task, release: Release, since: float) -> None:
         """Wait for the endpoints of a switch; take traffic back if they do not come."""
         wanted = release.wanted
-        if self.followed(task, release.selector, wanted, since):
+        if self.endpoints_converged(task, release.selector, wanted, since):
             return
         detail = f"the endpoints did not become the {wanted} pods of {release.run}"
         ready = len(self.ready_pods(task.namespace, release.selector))
-        target, old, _ = self.look_back(task, unhealthy=False)
-        if ahead(old, (ready, wanted)) < 0 or (target and not old[0]):
-            raise StageError(Reason.BOTH_SICK, f"{detail}; nothing better to go back to")
+        target, old, _ = self.compare_versions(task, unhealthy=False)
+        if healthier_by(old, (ready, wanted)) < 0 or (target and not old[0]):
+            raise StageError(Reason.BOTH_UNHEALTHY, f"{detail}; nothing better to go back to")
         self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
         raise StageError(Reason.ENDPOINTS_MISSING, detail)
 
@@ -4307,7 +4327,9 @@ class Deployer:
             raise StageError(Reason.ADOPTION_REFUSED, detail)
         return Release.from_configmap(found)
 
-    def followed(self, task: Task, selector: Mapping[str, str], wanted: int, since: float) -> bool:
+    def endpoints_converged(
+        self, task: Task, selector: Mapping[str, str], wanted: int, since: float
+    ) -> bool:
         """Whether the ready endpoints become the wanted pods of the live selector in time.
 
         Only the time between looks that were answered counts. That they are still all of another
@@ -4368,23 +4390,23 @@ class Deployer:
             raise HookError("the history of the live Service was lost, and is put back first")
         return service
 
-    def take_back(self, task: Task, sick: str, well: tuple[int, int] | None) -> None:
+    def switch_back_if_worse(self, task: Task, sick: str, well: tuple[int, int] | None) -> None:
         """Switch back; raises StageError.
 
         Only onto a version of which a larger share is well: with both sick it stays. Where the
         health path failed, so that `well` is not known, the pods of both are asked one by one; the
         verdict is dropped when as many of the new ones answer: a lost machine has pods of both.
         """
-        target, old, answering = self.look_back(task, unhealthy=well is None)
-        if ahead(old, well or answering) > 0:
-            self.switch_back(task, Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH, sick)
-            raise StageError(Reason.SICK_AFTER_SWITCH, sick)
+        target, old, answering = self.compare_versions(task, unhealthy=well is None)
+        if healthier_by(old, well or answering) > 0:
+            self.switch_back(task, Outcome.SWITCHED_BACK, Reason.UNHEALTHY_AFTER_SWITCH, sick)
+            raise StageError(Reason.UNHEALTHY_AFTER_SWITCH, sick)
         if not (target and answering[0]):
             other = "the version before is no better" if target else "there is no version before"
-            raise StageError(Reason.BOTH_SICK, f"{sick}; {other}")
+            raise StageError(Reason.BOTH_UNHEALTHY, f"{sick}; {other}")
 
     @persistent
-    def look_back(
+    def compare_versions(
         self, task: Task, *, unhealthy: bool
     ) -> tuple[Object, tuple[int, int], tuple[int, int]]:
         """Return what there is to go back to, how many of its pods are well, and of the live one.
@@ -4421,14 +4443,14 @@ class Deployer:
         removed.
         """
         ended = {"outcome": str(outcome), "reason": str(reason), "detail": clip(detail)}
-        if self.switched_back(task, ended):
+        if self.try_switch_back(task, ended):
             self.metrics.switches.labels(*task.labels, "back").inc()
             error("switched back", reason=reason, detail=clip(detail), **task.words)
         else:
             error("nothing to switch back to", reason=reason, detail=clip(detail), **task.words)
 
     @persistent
-    def switched_back(self, task: Task, ended: Object) -> bool:
+    def try_switch_back(self, task: Task, ended: Object) -> bool:
         """Switch back if there is a version before; return whether this was done, now or before."""
         service = self.service(task)
         if service is None:  # deleted, perhaps by the try before
@@ -4437,22 +4459,24 @@ class Deployer:
             return True
         service = self.own_live(task)
         target, live = service.before, service.live
-        if not target and not service.note(NOTE_PREVIOUS, {}):
+        if not target and not service.annotation(ANNOTATION_PREVIOUS, {}):
             self.known.pop(task.labels, None)
             self.state.write(task.app, forget=[f"live-{task.environment}"])
             self.kubectl.delete("service", [task.app.name], task.namespace)
         if not target:
             return False
-        notes = {
-            NOTE_HISTORY: [{**e, **ended} if e == live else e for e in service.history],
-            NOTE_CLAIM: self.note(task.run.id, live.get("colour", ""), Phase.SWITCHED_BACK),
-            NOTE_BAKE: None,
+        annotations = {
+            ANNOTATION_HISTORY: [{**e, **ended} if e == live else e for e in service.history],
+            ANNOTATION_CLAIM: self.new_claim(
+                task.run.id, live.get("colour", ""), Phase.SWITCHED_BACK
+            ),
+            ANNOTATION_BAKE: None,
         }
-        self.write(task, service, notes, target)
+        self.write(task, service, annotations, target)
         return True
 
     @persistent
-    def conclude(
+    def confirm(
         self, task: Task, proof: Callable[[], bool] = lambda: True, *, unjudged: bool = False
     ) -> bool:
         """Write that a version stays, and leave a claim by which the old one is drained.
@@ -4468,26 +4492,30 @@ class Deployer:
             return False
         live, old = service.live, service.before.get("colour", "")
         ended = {**live, "outcome": Outcome.DEPLOYED, **({"unjudged": True} if unjudged else {})}
-        drain = {**self.note(task.run.id, old, Phase.DRAINING), "since": live.get("at", 0)}
+        drain = {**self.new_claim(task.run.id, old, Phase.DRAINING), "since": live.get("at", 0)}
         history = [ended if e == live else e for e in service.history]
         claim = drain if old in COLOURS else None
-        self.write(task, service, {NOTE_HISTORY: history, NOTE_BAKE: None, NOTE_CLAIM: claim})
+        self.write(
+            task,
+            service,
+            {ANNOTATION_HISTORY: history, ANNOTATION_BAKE: None, ANNOTATION_CLAIM: claim},
+        )
         return True
 
     # What is left behind.
 
-    def tidy(self, task: Task, claim: Object) -> None:
+    def finish_claim(self, task: Task, claim: Object) -> None:
         """Finish what a claim says is unfinished, then remove what nothing names any more."""
         service = self.service(task)
         if service is None or service.claim != claim:
             return
         colour, phase = str(claim.get("colour", "")), claim.get("phase")
         if phase == Phase.ROLLBACK and claim.get("heal"):
-            self.heal(task, f"{task.app.name}-{colour}", service)
+            self.restore(task, f"{task.app.name}-{colour}", service)
         elif colour in COLOURS and service.selector.get(LABEL_VERSION) != colour:
             name, retain = f"{task.app.name}-{colour}", task.app.deploy.retain
             if phase == Phase.PREPARING:
-                self.heal(task, name, service)
+                self.restore(task, name, service)
             elif phase == Phase.SWITCHED_BACK:
                 self.scale(task, name, 0, str(claim.get("run")))
             elif phase == Phase.DRAINING and retain is not None:
@@ -4495,20 +4523,22 @@ class Deployer:
             elif phase == Phase.DRAINING:
                 self.restart(task, name)
 
-        self.hold(task, None, claim)
+        self.replace_claim(task, None, claim)
         self.collect_garbage(task)
 
     @persistent
-    def hold(self, task: Task, claim: Object | None, was: Object | None = None) -> Service | None:
+    def replace_claim(
+        self, task: Task, claim: Object | None, was: Object | None = None
+    ) -> Service | None:
         """Put a claim in the place of another, or of any; None drops it."""
         service = self.service(task)
         if service is None or (was and service.claim != was):
             return service
-        notes: Object = {NOTE_CLAIM: claim}
+        annotations: Object = {ANNOTATION_CLAIM: claim}
         if goal := None if claim else self.widened(task, service):
             history = [{**e, **goal} if e == service.live else e for e in service.history]
-            notes |= {NOTE_HISTORY: history, NOTE_PREVIOUS: None}
-        return self.write(task, service, notes, goal)
+            annotations |= {ANNOTATION_HISTORY: history, ANNOTATION_PREVIOUS: None}
+        return self.write(task, service, annotations, goal)
 
     def widened(self, task: Task, service: Service) -> Object | None:
         """Return the selector that a Service had before it was adopted, if it can have that again.
@@ -4541,7 +4571,7 @@ class Deployer:
         if found and found["spec"].get("replicas"):
             self.kubectl.run("rollout", "restart", f"deployment/{name}", namespace=task.namespace)
 
-    def heal(self, task: Task, name: str, service: Service) -> None:
+    def restore(self, task: Task, name: str, service: Service) -> None:
         """Put the rollback target back into the idle colour that a failed deployment overwrote.
 
         From its release, never by `rollout undo`. Where no target stood, the Deployment goes. Tried
@@ -4597,23 +4627,23 @@ class Deployer:
         and StageError when the target does not become ready.
         """
         task = replace(task, run=replace(task.run, id=target["run"]))
-        claim = self.note(task.run.id, target["colour"], Phase.ROLLBACK)
-        claimed, left = self.hold(task, claim) or service, service.claim or None
+        claim = self.new_claim(task.run.id, target["colour"], Phase.ROLLBACK)
+        claimed, left = self.replace_claim(task, claim) or service, service.claim or None
         switched = None
         try:
             if claimed.selector != service.selector:
                 raise RefusedError("traffic was switched this very moment; look, and try again")
             goal = self.raise_target(task, claimed, target)
-            switched = self.go_back(task, claimed, goal, reason)
+            switched = self.switch_to_target(task, claimed, goal, reason)
             left = None
             if goal.overwritten and switched and switched.claim.get("heal"):
-                self.heal(task, f"{task.app.name}-{target['colour']}", switched)
+                self.restore(task, f"{task.app.name}-{target['colour']}", switched)
                 claim = switched.claim
         finally:
             with suppress(HookError):
                 if switched is None:
                     self.resume(task, f"{task.app.name}-{target['colour']}")
-                self.hold(task, left, claim)
+                self.replace_claim(task, left, claim)
         return goal.entry
 
     def resume(self, task: Task, name: str) -> None:
@@ -4623,7 +4653,9 @@ class Deployer:
             self.kubectl.patch("deployment", name, task.namespace, {"spec": {"paused": False}})
 
     @persistent
-    def go_back(self, task: Task, claimed: Service, goal: Goal, reason: str) -> Service | None:
+    def switch_to_target(
+        self, task: Task, claimed: Service, goal: Goal, reason: str
+    ) -> Service | None:
         """Point the live Service at a rollback's goal, if nobody else has taken over."""
         now = self.service(task)
         if now is None or now.selector == goal.entry["selector"]:
@@ -4632,8 +4664,8 @@ class Deployer:
             raise RefusedError(f"{now.claim.get('run') or 'someone'} has taken over meanwhile")
         history = rolled_back(now.history, goal.target, goal.entry, reason)
         claim = {**claimed.claim, "heal": goal.target["release"]} if goal.overwritten else None
-        notes = {NOTE_HISTORY: history, NOTE_CLAIM: claim, NOTE_BAKE: None}
-        return self.write(task, now, notes, goal.entry)
+        annotations = {ANNOTATION_HISTORY: history, ANNOTATION_CLAIM: claim, ANNOTATION_BAKE: None}
+        return self.write(task, now, annotations, goal.entry)
 
     def raise_target(self, task: Task, claimed: Service, target: Object) -> Goal:
         """Return where a rollback goes once its pods are ready, brought back if need be."""
@@ -4652,7 +4684,7 @@ class Deployer:
         size = self.size(task, claimed.selector)
         release = recoloured(release, task.app, colour, max(size, release.wanted))
         record = release.configmap(app)
-        with self.watched_pods(task) as pods:
+        with self.follow_pods(task) as pods:
             self.apply(task, release, claimed)
             self.roll_out(task, release, pods)
         changed = {"colour": colour, "selector": release.selector, "replicas": release.wanted}
@@ -4667,7 +4699,7 @@ class Deployer:
         late, of a deployment that has lost its claim, finds a conflict after this.
         """
         name = f"{task.app.name}-{target.get('colour')}"
-        fence = {"metadata": {"annotations": {NOTE_WRITTEN: str(self.clock.now())}}}
+        fence = {"metadata": {"annotations": {ANNOTATION_WRITTEN: str(self.clock.now())}}}
         try:
             found = self.kubectl.patch("deployment", name, task.namespace, fence)
         except KubectlError as gone:
@@ -4712,10 +4744,12 @@ class Bake:
     the API server, and confirms. The worker itself judges what they have seen, and takes back.
     """
 
-    def __init__(self, deployer: Deployer, task: Task, release: Release, pods: Watch[Pod]) -> None:
+    def __init__(
+        self, deployer: Deployer, task: Task, release: Release, pods: Informer[Pod]
+    ) -> None:
         self.deployer, self.urgent, self.clock = deployer, deployer.urgent, deployer.clock
         self.task, self.release, self.mirror = task, release, pods
-        self.health, self.checks, self.doom = task.app.deploy.health, Checks(), Doom()
+        self.health, self.checks, self.tracker = task.app.deploy.health, Checks(), ProblemTracker()
         at = -NEVER if pods.trouble else self.clock.monotonic()
         self.sight = Sight(at=at, pods=tuple(self.mirrored()), wanted=release.wanted)
         self.needed, self.began = task.app.deploy.bake, self.clock.monotonic()
@@ -4726,7 +4760,7 @@ class Bake:
 
     def run(self, service: Service, *, resumed: bool) -> None:
         """Return when the version is confirmed; raises RunError when it is not going to be."""
-        rest = seconds_of(service.note(NOTE_BAKE, 0.0)) - self.clock.now()
+        rest = seconds_of(service.annotation(ANNOTATION_BAKE, 0.0)) - self.clock.now()
         if resumed:  # what was judged before this process, nobody knows
             self.needed = min(self.needed, max(rest, REBAKE_SECONDS))
         self.since = seconds_of(service.live.get("at"))
@@ -4766,7 +4800,7 @@ class Bake:
                     step()
                     step = self.refresh
                     if self.unjudged or self.checks.judged >= self.needed:
-                        conclude = partial(self.deployer.conclude, self.task, self.proof)
+                        conclude = partial(self.deployer.confirm, self.task, self.proof)
                         self.confirmed = self.healthy() and conclude(unjudged=self.unjudged)
                     # at its end the bake waits for no look
                     self.over.wait(min(LOOK_SECONDS, max(0.5, self.needed - self.checks.judged)))
@@ -4802,12 +4836,12 @@ class Bake:
 
     def clear(self) -> bool:
         """Whether health can be judged: no pod is missing, as far as a moment ago."""
-        return self.fresh() and not disturbed(self.sight.pods, self.sight.wanted)
+        return self.fresh() and not pods_taken_away(self.sight.pods, self.sight.wanted)
 
     def healthy(self) -> bool:
         """Whether the last checks passed, as many as it takes, and no container has failed."""
         passed = self.checks.passing(self.clock.monotonic()) >= self.health.successes
-        return passed and not sickness([*self.sight.pods, *self.mirrored()], self.since)
+        return passed and not container_failure([*self.sight.pods, *self.mirrored()], self.since)
 
     def proof(self) -> bool:
         """Whether the version may be confirmed now: its endpoints are there, and it is healthy."""
@@ -4821,18 +4855,18 @@ class Bake:
         now, newer = self.clock.monotonic(), {p.name: p for p in mirrored}
         known = [max(p, newer.get(p.name, p), key=lambda pod: pod.version) for p in sight.pods]
         known = known if fresh else mirrored
-        lacks = shortage(known, self.since, self.clock.now(), starting=bool(sight.pods))
+        lacks = readiness_shortage(known, self.since, self.clock.now(), starting=bool(sight.pods))
         lacks = lacks if fresh or not self.mirror.trouble else None  # it may be over by now
-        lasts = self.doom.verdict([lacks] if lacks and (known or fresh) else [], now)
-        sick = sickness([*known, *mirrored], self.since) or (lasts.detail if lasts else "")
+        lasts = self.tracker.fatal([lacks] if lacks and (known or fresh) else [], now)
+        sick = container_failure([*known, *mirrored], self.since) or (lasts.detail if lasts else "")
         failed = self.checks.failures >= self.health.failures and self.condemned()
         if failed:
             times = f"{self.checks.failures} times in a row: {self.checks.refusal}"
             sick = f"{self.health.path} failed {times}"
         if sick:
-            sound = sum(p.ready and not sickness([p], self.since) for p in known)
+            sound = sum(p.ready and not container_failure([p], self.since) for p in known)
             of_all = max(sight.wanted, sum(p.stays for p in known))
-            self.urgent.take_back(self.task, sick, None if failed else (sound, of_all))
+            self.urgent.switch_back_if_worse(self.task, sick, None if failed else (sound, of_all))
             self.checks.failures = 0
         elif not self.unjudged:
             self.compare(now - self.began - min(self.checks.judged, self.needed))
@@ -4848,15 +4882,15 @@ class Bake:
         """Let the healthier version have the traffic where time does not tell; alike: the new."""
         if spent <= self.task.app.deploy.rollout_timeout:
             return
-        _, old, new = self.urgent.look_back(self.task, unhealthy=True)
+        _, old, new = self.urgent.compare_versions(self.task, unhealthy=True)
         new = new if self.healthy() else (0, new[1])
         detail = f"health could not be judged for {spent:.0f} s; now {new[0]} of {new[1]} pods"
         detail += f" are healthy, {old[0]} of {old[1]} of the version before"
-        if ahead(old, new) > 0:
+        if healthier_by(old, new) > 0:
             self.urgent.switch_back(self.task, Outcome.FAILED, Reason.UNJUDGED, detail)
             raise StageError(Reason.UNJUDGED, detail)
         if not new[0]:
-            raise StageError(Reason.BOTH_SICK, detail)
+            raise StageError(Reason.BOTH_UNHEALTHY, detail)
         warn("confirmed unjudged", detail=detail, **self.task.words)
         self.unjudged = True
 
@@ -4938,7 +4972,7 @@ def pod_address(pod: Object, port: Mapping[str, Any], path: str) -> str | None:
 # === controller ===================================================================================
 
 
-class Pulses:
+class Heartbeats:
     """When each thread must have moved again, so that liveness can fail."""
 
     def __init__(self, clock: Clock) -> None:
@@ -4955,14 +4989,14 @@ class Pulses:
         return sorted(name for name, due in list(self._due.items()) if due < now)
 
 
-class Once:
+class Cooldown:
     """Remembers for a while what was done, and on what ground, until its effect shows."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self._done: dict[Any, tuple[Any, float]] = {}
 
-    def may(self, key: Any, ground: Any, seconds: float) -> bool:
+    def allows(self, key: Any, ground: Any, seconds: float) -> bool:
         """Whether to do something: on another ground than the last time, or so long after it."""
         now = self.clock.monotonic()
         self._done = {k: done for k, done in self._done.items() if done[1] > now}
@@ -5003,10 +5037,10 @@ CATCH_UP = "catch-up"  # in the place of a delivery's id
 STEP_SECONDS = 300.0  # in which a thread must have moved
 OUTCOMES = {  # of deployments that end otherwise than failed or superseded
     Reason.ROLLED_BACK: Outcome.ROLLED_BACK,
-    Reason.SICK_AFTER_SWITCH: Outcome.SWITCHED_BACK,
+    Reason.UNHEALTHY_AFTER_SWITCH: Outcome.SWITCHED_BACK,
 }
 FORGIVEN = {  # ends of a deployment that say nothing new against its commit
-    *(Reason.BOTH_SICK, Reason.UNJUDGED, Reason.SELECTOR_CHANGED, Reason.SELECTOR_CONTESTED),
+    *(Reason.BOTH_UNHEALTHY, Reason.UNJUDGED, Reason.SELECTOR_CHANGED, Reason.SELECTOR_CONTESTED),
     *(Reason.ADOPTION_REFUSED, Reason.REJECTED),
     *(Reason.QUOTA_EXCEEDED, Reason.UNSCHEDULABLE),  # a full cluster
 }
@@ -5033,17 +5067,17 @@ class Controller:
     def __init__(self, config: Config, deployer: Deployer, spool: Spool) -> None:
         self.config, self.deployer, self.spool = config, deployer, spool
         self.kubectl, self.metrics, self.clock = deployer.kubectl, deployer.metrics, deployer.clock
-        self.state, self.pulses = deployer.state, Pulses(self.clock)
+        self.state, self.heartbeats = deployer.state, Heartbeats(self.clock)
         self.stop, self.wake, self.spooled = deployer.stop, threading.Event(), threading.Event()
         ours, spaces = f"{LABEL_MANAGED}={MANAGER}", config.namespaces
         stages = [spaces[s] for s in STAGES]
-        self.jobs = [Watch(self.kubectl, "jobs", n, Job, ours) for n in stages]
-        self.pods = [Watch(self.kubectl, "pods", n, Pod, ours) for n in stages]
+        self.jobs = [Informer(self.kubectl, "jobs", n, Job, ours) for n in stages]
+        self.pods = [Informer(self.kubectl, "pods", n, Pod, ours) for n in stages]
         used = dict.fromkeys(e for app in config.apps for e in app.deploy.environments)
         self.apps = {a.name: a for a in config.apps}
         # by name, with whatever labels: one that lost ours is still what visitors ask
         live = partial(app_service, frozenset(self.apps))
-        self.services = {e: Watch(self.kubectl, "services", spaces[e], live, "") for e in used}
+        self.services = {e: Informer(self.kubectl, "services", spaces[e], live, "") for e in used}
         self.asked = {name: threading.Event() for name in self.apps}
         # by app: the time of the question, that of the answer on the other clock, the answer
         self.heads: dict[str, tuple[float, float, dict[str, str]]] = {}
@@ -5051,9 +5085,9 @@ class Controller:
         self.taken: dict[tuple[str, str], tuple[int, float]] = {}  # failures, and until when
         self.admissions = Retry(self.clock)  # by the name of a batch
         self.collisions: dict[str, tuple[str, str]] = {}  # ids that were taken, by ref and commit
-        self.doom: dict[str, Doom] = {}
+        self.trackers: dict[str, ProblemTracker] = {}
         self.known: dict[str, Job] = {}  # by name; what is gone until that is written down
-        self.once = Once(self.clock)
+        self.cooldown = Cooldown(self.clock)
         self.failing = -NEVER  # until when a run's step counts as failing: not each look takes it
         self.selectors: dict[tuple[str, str], dict[str, str]] = {}  # of live Services, last seen
         self.saved: dict[tuple[str, str], Object] = {}  # what is live, as it is written down
@@ -5064,15 +5098,15 @@ class Controller:
 
     # Threads.
 
-    def watches(self) -> list[Watch[Any]]:
+    def informers(self) -> list[Informer[Any]]:
         """Return every mirror."""
         return [*self.jobs, *self.pods, *self.services.values()]
 
     def start(self) -> None:
         """Start every thread; none of them needs the cluster to be there."""
-        for watch in self.watches():
+        for watch in self.informers():
             name = f"watch of {watch.resource} in {watch.namespace}"
-            beat = partial(self.pulses.beat, name, WATCH_SECONDS + 120.0)
+            beat = partial(self.heartbeats.beat, name, WATCH_SECONDS + 120.0)
             self.spawn(name, partial(watch.run, beat, self.wake))
         self.repeat("intake", "intake waits for the cluster", self.intake, self.spooled)
         self.repeat("controller", "a step will be tried again", self.control, self.wake)
@@ -5108,7 +5142,7 @@ class Controller:
             """Take step after step until stopped."""
             failures = 0
             while not self.stop.is_set():
-                self.pulses.beat(name, STEP_SECONDS)
+                self.heartbeats.beat(name, STEP_SECONDS)
                 event.clear()
                 try:
                     pause, failures = step(), 0
@@ -5121,7 +5155,7 @@ class Controller:
                     self.stop.wait(backoff(failures))
                     pause, failures = 0.0, failures + 1
                 self.metrics.waiting.labels(name).set(bool(failures))
-                self.pulses.beat(name, pause + STEP_SECONDS)
+                self.heartbeats.beat(name, pause + STEP_SECONDS)
                 event.wait(pause)
                 self.stop.wait(0.05)  # a burst of events is one look
 
@@ -5131,7 +5165,7 @@ class Controller:
         """End every thread, then drain the spool; what is cut off the next process takes up."""
         until = self.clock.monotonic() + seconds
         self.stop.set()
-        for watch in self.watches():
+        for watch in self.informers():
             watch.stop()
         for event in (self.wake, self.spooled, *self.asked.values()):
             event.set()
@@ -5250,7 +5284,11 @@ class Controller:
         refusals = {name.removeprefix("test-"): refusal for name, refusal in refused.items()}
         existing = [k for k, refusal in refusals.items() if refusal.kind == "AlreadyExists"]
         there = jobs_of(self.kubectl, self.config, existing)
-        begun = [r for k, r in runs.items() if self.settle(r, refusals.get(k), there.get(k))]
+        begun = [
+            r
+            for k, r in runs.items()
+            if self.handle_create_result(r, refusals.get(k), there.get(k))
+        ]
         self.record_started(app, begun)
         left = runs.keys() - {r.id for r in begun} - there.keys()
         if left:
@@ -5306,9 +5344,11 @@ class Controller:
                 needless[service.live.get("commit", "")] = "AlreadyLive"
         return needless
 
-    def settle(self, run: Run, refusal: KubectlError | None, there: Sequence[Job] | None) -> bool:
+    def handle_create_result(
+        self, run: Run, refusal: KubectlError | None, there: Sequence[Job] | None
+    ) -> bool:
         """Deal with a Job that was created or refused; return whether its push is dealt with."""
-        self.pulses.beat("intake", STEP_SECONDS)
+        self.heartbeats.beat("intake", STEP_SECONDS)
         if refusal and refusal.kind in ("Invalid", "Denied", "BadRequest"):
             self.finish(run, {}, ends(Outcome.FAILED, Reason.JOB_REFUSED, refusal.said, "test"))
             return True
@@ -5385,10 +5425,10 @@ class Controller:
 
     def control(self) -> float:
         """Decide for every run, while what is mirrored is what is there."""
-        self.metrics.waiting.labels("cluster").set(any(w.trouble for w in self.watches()))
-        stages: list[Watch[Any]] = [*self.jobs, *self.pods]
+        self.metrics.waiting.labels("cluster").set(any(w.trouble for w in self.informers()))
+        stages: list[Informer[Any]] = [*self.jobs, *self.pods]
         if not any(w.trouble for w in stages):
-            self.tick()
+            self.reconcile()
         self.metrics.waiting.labels("a step").set(self.clock.monotonic() < self.failing)
         return LOOK_SECONDS
 
@@ -5399,7 +5439,7 @@ class Controller:
             runs.setdefault(found.run.id, {})[found.stage] = found
         return runs
 
-    def tick(self) -> None:
+    def reconcile(self) -> None:
         """Take the next step of every run that has one; newest first."""
         runs = self.grouped()
         there = {j.name: j for g in runs.values() for j in g.values()}
@@ -5407,8 +5447,8 @@ class Controller:
         until = self.clock.monotonic() + LOOK_SECONDS
         for lost in [j for name, j in self.known.items() if name not in there]:
             if self.clock.monotonic() < until:
-                with self.alone(lost.run):
-                    self.vanished(lost, runs.get(lost.run.id, {}))
+                with self.contain_errors(lost.run):
+                    self.end_vanished(lost, runs.get(lost.run.id, {}))
                     del self.known[lost.name]
         groups = [g for g in runs.values() if not over(g)]
         states = [j.state for g in groups for j in g.values()]
@@ -5418,33 +5458,35 @@ class Controller:
         for pod in (p for w in self.pods for p in w.items()):
             pods.setdefault(pod.job, []).append(pod)
         active = sorted(((newest(g), g) for g in groups), key=lambda item: -item[0].received)
-        self.doom = {run.id: self.doom.get(run.id, Doom()) for run, _ in active}
-        pushed, steps = set[tuple[str, str]](), list[tuple[View, Action]]()
+        self.trackers = {run.id: self.trackers.get(run.id, ProblemTracker()) for run, _ in active}
+        pushed, steps = set[tuple[str, str]](), list[tuple[Observation, Action]]()
         for run, jobs in ((r, g) for r, g in active if r.app in self.apps):
             newer = (run.app, run.ref) in pushed
             pushed.add((run.app, run.ref))
-            with self.alone(run):
+            with self.contain_errors(run):
                 mine = [p for j in jobs.values() for p in pods.get(j.uid, [])]
-                view = self.view(jobs, mine, newer=newer)
-                steps.append((view, decide(view)))
+                observed = self.observe(jobs, mine, newer=newer)
+                steps.append((observed, decide(observed)))
         running = [self.slot(j.run) for g in groups for j in g.values() if j.state == "active"]
-        self.act_on([*self.with_slots(steps, running)])
-        self.sweep(runs)
-        self.look_after([run for run, _ in active])
+        self.execute_all([*self.with_slots(steps, running)])
+        self.delete_expired(runs)
+        self.reconcile_services([run for run, _ in active])
 
-    def act_on(self, steps: Sequence[tuple[View, Action]]) -> None:
+    def execute_all(self, steps: Sequence[tuple[Observation, Action]]) -> None:
         """Carry out what is next; ends of test-only runs, of which there may be many, come last.
 
         Those that do not fit into this look are left to the next ones, after what came meanwhile.
         """
         ends_test = [a.do is Do.END and not self.slot(v.run).deploys for v, a in steps]
         until = self.clock.monotonic() + LOOK_SECONDS
-        for late, (view, action) in sorted(zip(ends_test, steps, strict=True), key=lambda x: x[0]):
+        for late, (observed, action) in sorted(
+            zip(ends_test, steps, strict=True), key=lambda x: x[0]
+        ):
             if late and self.clock.monotonic() > until:
                 self.wake.set()
                 break
-            with self.alone(view.run):
-                self.act(view, action)
+            with self.contain_errors(observed.run):
+                self.execute(observed, action)
 
     def slot(self, run: Run) -> Slot:
         """Return what a Job of a run takes, or would take."""
@@ -5453,59 +5495,67 @@ class Controller:
         return Slot(run=run.id, app=run.app, deploys=deploys, received=run.received)
 
     def with_slots(
-        self, steps: Sequence[tuple[View, Action]], running: Sequence[Slot]
-    ) -> Iterator[tuple[View, Action]]:
+        self, steps: Sequence[tuple[Observation, Action]], running: Sequence[Slot]
+    ) -> Iterator[tuple[Observation, Action]]:
         """Yield each run's next step; one that would start a Job without a slot waits."""
         served = dict[str, float]()
         for found in (j for w in self.jobs for j in w.items()):
             served[found.run.app] = max(served.get(found.run.app, 0.0), found.released)
-        wanted = [self.slot(v.run) for v, action in steps if action.do in (Do.RELEASE, Do.BUILD)]
+        wanted = [self.slot(v.run) for v, action in steps if action.do in (Do.UNSUSPEND, Do.BUILD)]
         granted = grant_slots(wanted, running, served, self.config.limits.max_running)
-        for view, action in steps:
-            starts = action.do in (Do.RELEASE, Do.BUILD)
-            if starts and view.run.id not in granted:
-                without_slot = replace(view, slot=False)
+        for observed, action in steps:
+            starts = action.do in (Do.UNSUSPEND, Do.BUILD)
+            if starts and observed.run.id not in granted:
+                without_slot = replace(observed, slot=False)
                 yield without_slot, decide(without_slot)
             else:
-                yield view, action
+                yield observed, action
 
     @contextmanager
-    def alone(self, run: Run) -> Iterator[None]:
+    def contain_errors(self, run: Run) -> Iterator[None]:
         """Let one run's trouble not hold back the others; the same is said once in five minutes."""
-        self.pulses.beat("controller", STEP_SECONDS)
+        self.heartbeats.beat("controller", STEP_SECONDS)
         try:
             yield
         except (KubectlError, RuntimeError) as lost:  # the latter: there are no more threads
             self.failing = self.clock.monotonic() + 2 * AGAIN_SECONDS
-            if self.once.may((run.id, re.sub(r"\d+", "", str(lost))), None, 300.0):  # ports vary
+            if self.cooldown.allows(
+                (run.id, re.sub(r"\d+", "", str(lost))), None, 300.0
+            ):  # ports vary
                 warn("a step will be tried again", detail=str(lost), **run_words(run))
 
-    def sweep(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
+    def delete_expired(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
         """Delete what no time to live ends: Jobs of ended runs that never ran, and old logs."""
-        due = (a for a in self.apps.values() if self.once.may(("logs", a.name), None, 3600.0))
+        due = (
+            a for a in self.apps.values() if self.cooldown.allows(("logs", a.name), None, 3600.0)
+        )
         if app := next(due, None):  # one at each look
             self.deployer.logs.start(partial(self.deployer.logs.tidy, app, self.config.namespaces))
         until = self.clock.now() - UNRUN_TTL
         unran = [j for g in runs.values() for j in g.values() if j.state == "suspended"]
-        old = [j for j in unran if j.outcome and seconds_of(j.notes.get(NOTE_ENDED)) < until]
+        old = [
+            j
+            for j in unran
+            if j.outcome and seconds_of(j.annotations.get(ANNOTATION_ENDED)) < until
+        ]
         for found in old[:1]:  # and with it many others in one call
             names = [j.name for j in old if j.namespace == found.namespace][:BATCH]
-            with self.alone(found.run):
+            with self.contain_errors(found.run):
                 self.kubectl.delete("job", names, found.namespace)
 
-    def view(self, jobs: Mapping[str, Job], pods: Sequence[Pod], *, newer: bool) -> View:
+    def observe(self, jobs: Mapping[str, Job], pods: Sequence[Pod], *, newer: bool) -> Observation:
         """Gather what decides over one run."""
         run, now = newest(jobs), self.clock.now()
         # in this order: who is done with an environment has written on the Jobs how it ended
         busy = self.busy(run.app)
-        jobs = {stage: self.mirror(j).find(j.name) or j for stage, j in jobs.items()}
+        jobs = {stage: self.informer_of(j).find(j.name) or j for stage, j in jobs.items()}
         asked, read, heads = self.heads.get(run.app, (0.0, -NEVER, {}))
         age = self.clock.monotonic() - read
         services = {e: s for e, w in self.services.items() for s in w.items() if s.name == run.app}
-        symptoms = [s for p in pods for s in pod_symptoms(p) if s.reason != Reason.UNSCHEDULABLE]
+        problems = [s for p in pods for s in pod_problems(p) if s.reason != Reason.UNSCHEDULABLE]
         idle = (j for j in jobs.values() if j.uid not in {p.job for p in pods})
-        symptoms += [s for j in idle for s in self.creation_trouble(j)]
-        return View(
+        problems += [s for j in idle for s in self.creation_problems(j)]
+        return Observation(
             app=self.apps[run.app],
             run=run,
             jobs=jobs,
@@ -5513,7 +5563,7 @@ class Controller:
             services=services,
             head=head_word(run, heads if asked >= run.received else None, age, now),
             newer=newer,
-            doomed=self.doom[run.id].verdict(symptoms, now),
+            fatal_problem=self.trackers[run.id].fatal(problems, now),
             busy=busy,
             now=now,
             queue_timeout=self.config.limits.queue_timeout,
@@ -5525,70 +5575,74 @@ class Controller:
         now, taken = self.clock.monotonic(), list(self.taken.items())
         return frozenset(e for (a, e), (_, until) in taken if a == app and until > now) | unseen
 
-    def creation_trouble(self, found: Job) -> Iterator[Symptom]:
+    def creation_problems(self, found: Job) -> Iterator[PodProblem]:
         """Note on a released Job why it has no pod, and yield it. Quota is only waited for."""
         if found.state != "active" or self.clock.now() - found.released < LOOK_SECONDS:
             return
-        if self.once.may(found.name, "look", AGAIN_SECONDS):
+        if self.cooldown.allows(found.name, "look", AGAIN_SECONDS):
             chosen = f"involvedObject.uid={found.uid},reason=FailedCreate"
             events = self.kubectl.list("events", found.namespace, "--field-selector", chosen)
             last = str(events[-1].get("message", "")) if events else ""
-            if last and clip(last) != found.notes.get(NOTE_DETAIL):
-                why = creation_symptom(last, "").reason
-                self.note(found, {NOTE_REASON: why, NOTE_DETAIL: clip(last)})
-        if found.notes.get(NOTE_REASON) == Reason.ADMISSION_REFUSED:
-            yield creation_symptom(found.notes.get(NOTE_DETAIL, ""), found.name)
+            if last and clip(last) != found.annotations.get(ANNOTATION_DETAIL):
+                why = creation_problem(last, "").reason
+                self.annotate(found, {ANNOTATION_REASON: why, ANNOTATION_DETAIL: clip(last)})
+        if found.annotations.get(ANNOTATION_REASON) == Reason.ADMISSION_REFUSED:
+            yield creation_problem(found.annotations.get(ANNOTATION_DETAIL, ""), found.name)
 
-    def act(self, view: View, action: Action) -> None:
+    def execute(self, observed: Observation, action: Action) -> None:
         """Carry out an action, once until the cluster shows its effect."""
-        run, do, stage = view.run, action.do, action.stage
+        run, do, stage = observed.run, action.do, action.stage
         if action.reason is Reason.GIT_ERROR:
             self.asked[run.app].set()
-            if view.now - run.received > AGAIN_SECONDS:
-                self.tell_wait(view.jobs.get("build") or view.jobs["test"], action)
-        ground = (do, stage, *(j.version for j in view.jobs.values()))
+            if observed.now - run.received > AGAIN_SECONDS:
+                self.annotate_wait(observed.jobs.get("build") or observed.jobs["test"], action)
+        ground = (do, stage, *(j.version for j in observed.jobs.values()))
         idle = do in (Do.NOTHING, Do.WAIT)
         # that an environment is being changed is known without looking
-        if idle or not (do is Do.DEPLOY or self.once.may(run.id, ground, AGAIN_SECONDS)):
+        if idle or not (do is Do.DEPLOY or self.cooldown.allows(run.id, ground, AGAIN_SECONDS)):
             return
-        for waited in (j for j in view.jobs.values() if NOTE_REASON in j.notes):
-            self.note(waited, {NOTE_REASON: None, NOTE_DETAIL: None})
-        if do is Do.NOTE:
-            key = NOTE_SUMMARY if stage == "test" else NOTE_DIGEST
-            self.note(view.jobs[stage], {key: self.deployer.secrets.mask(action.detail)})
-        elif do is Do.RELEASE:
-            self.note(view.jobs[stage], {}, suspend=False)
+        for waited in (j for j in observed.jobs.values() if ANNOTATION_REASON in j.annotations):
+            self.annotate(waited, {ANNOTATION_REASON: None, ANNOTATION_DETAIL: None})
+        if do is Do.ANNOTATE:
+            key = ANNOTATION_SUMMARY if stage == "test" else ANNOTATION_DIGEST
+            self.annotate(observed.jobs[stage], {key: self.deployer.secrets.mask(action.detail)})
+        elif do is Do.UNSUSPEND:
+            self.annotate(observed.jobs[stage], {}, suspend=False)
         elif do is Do.DEPLOY:
-            digest = view.jobs["build"].notes.get(NOTE_DIGEST, "") if "build" in view.jobs else ""
-            image = f"{view.app.build.image}@{digest}" if digest else ""
-            task = self.task(view.app, stage, run, image)
-            self.start_worker(task, partial(self.deploy, task, view.jobs))
+            digest = (
+                observed.jobs["build"].annotations.get(ANNOTATION_DIGEST, "")
+                if "build" in observed.jobs
+                else ""
+            )
+            image = f"{observed.app.build.image}@{digest}" if digest else ""
+            task = self.task(observed.app, stage, run, image)
+            self.start_worker(task, partial(self.deploy, task, observed.jobs))
         elif do is Do.END:
-            self.finish(run, view.jobs, action)
+            self.finish(run, observed.jobs, action)
         else:
-            self.build(view)
+            self.build(observed)
 
-    def tell_wait(self, found: Job, action: Action) -> None:
+    def annotate_wait(self, found: Job, action: Action) -> None:
         """Note on a Job that its run waits for git, and now and then what git says to it."""
         said = self.troubles.get(f"heads of {found.run.app}", "")
-        new = self.once.may((found.run.id, bool(said)), "", 300.0)  # its words vary
-        if new or found.notes.get(NOTE_REASON) != action.reason:
+        new = self.cooldown.allows((found.run.id, bool(said)), "", 300.0)  # its words vary
+        if new or found.annotations.get(ANNOTATION_REASON) != action.reason:
             words = "; ".join(filter(None, (action.detail, said)))
             detail = clip(self.deployer.secrets.mask(words))
-            self.note(found, {NOTE_REASON: action.reason, NOTE_DETAIL: detail})
+            self.annotate(found, {ANNOTATION_REASON: action.reason, ANNOTATION_DETAIL: detail})
 
     def task(self, app: App, environment: str, run: Run, image: str = "") -> Task:
         """Return a run on its way into an environment."""
         namespace = self.config.namespaces[environment]
         return Task(app=app, environment=environment, namespace=namespace, run=run, image=image)
 
-    def build(self, view: View) -> None:
+    def build(self, observed: Observation) -> None:
         """Create a build Job, released; in the place of one whose digest was lost with its pod."""
-        made = build_job(self.config, view.app, view.run)
+        made = build_job(self.config, observed.app, observed.run)
         made["spec"]["suspend"] = False
         name, namespace = made["metadata"]["name"], made["metadata"]["namespace"]
-        if "build" in view.jobs:
-            made["metadata"]["annotations"][NOTE_REMADE] = "1"
+        if "build" in observed.jobs:
+            made["metadata"]["annotations"][ANNOTATION_REMADE] = "1"
             self.kubectl.run("delete", "job", name, "--ignore-not-found", namespace=namespace)
         try:
             self.kubectl.create([made], namespace)
@@ -5596,17 +5650,19 @@ class Controller:
             if refused.kind not in ("Invalid", "BadRequest", "Denied"):
                 raise
             why = ends(Outcome.FAILED, Reason.JOB_REFUSED, refused.said, "build")
-            self.finish(view.run, view.jobs, why)
+            self.finish(observed.run, observed.jobs, why)
 
-    def mirror(self, found: Job) -> Watch[Job]:
+    def informer_of(self, found: Job) -> Informer[Job]:
         """Return the mirror that a Job is in."""
         return next(w for w in self.jobs if w.namespace == found.namespace)
 
-    def note(self, found: Job, notes: Mapping[str, str | None], **spec: Any) -> None:
+    def annotate(self, found: Job, annotations: Mapping[str, str | None], **spec: Any) -> None:
         """Write annotations on a Job; one that is gone needs none."""
-        change: Object = {"metadata": {"annotations": dict(notes)}, "spec": spec}
+        change: Object = {"metadata": {"annotations": dict(annotations)}, "spec": spec}
         try:
-            self.mirror(found).learn(self.kubectl.patch("job", found.name, found.namespace, change))
+            self.informer_of(found).learn(
+                self.kubectl.patch("job", found.name, found.namespace, change)
+            )
         except KubectlError as gone:
             if gone.kind != "NotFound":
                 raise
@@ -5623,11 +5679,14 @@ class Controller:
             last = sorted(mine, key=lambda p: -p.created)[:1]
             logs, namespace = self.deployer.logs, jobs[stage].namespace
             logs.start(partial(logs.keep, run.app, run.id, last, namespace))
-        notes: dict[str, str | None] = {NOTE_OUTCOME: str(outcome), NOTE_ENDED: f"{at:.3f}"}
-        notes |= dict.fromkeys((NOTE_REASON, NOTE_DETAIL))  # what it waited for
+        annotations: dict[str, str | None] = {
+            ANNOTATION_OUTCOME: str(outcome),
+            ANNOTATION_ENDED: f"{at:.3f}",
+        }
+        annotations |= dict.fromkeys((ANNOTATION_REASON, ANNOTATION_DETAIL))  # what it waited for
         for found in jobs.values():
             stop = {"activeDeadlineSeconds": 1} if found.state == "active" else {}
-            self.note(found, notes, ttlSecondsAfterFinished=JOB_TTL, **stop)
+            self.annotate(found, annotations, ttlSecondsAfterFinished=JOB_TTL, **stop)
             if found.released and found.finished:
                 measure = self.metrics.stage_seconds.labels(run.app, found.stage, found.state)
                 measure.observe(max(0.0, found.finished - found.released))
@@ -5656,7 +5715,7 @@ class Controller:
             records.append(Rejection(commit=run.commit, reason=reason, at=now))
         self.state.write(app, *records, with_job=self.runs_with_job(app.name))
 
-    def vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
+    def end_vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
         """End a run whose Job disappeared before its end."""
         # only green tests are built; a finished build can be made once more
         green = "build" in left and not left["build"].outcome
@@ -5729,7 +5788,7 @@ class Controller:
                 self.deployer.collect_garbage(task)
             self.finish(task.run, jobs, ended)
 
-    def look_after(self, runs: Iterable[Run]) -> None:
+    def reconcile_services(self, runs: Iterable[Run]) -> None:
         """Say who pointed a Service elsewhere; start what claims of ended runs leave to do."""
         active = {r.id: r for r in runs if r.app in self.apps}
         waiting = {r.app for r in active.values() if r.ref == self.apps[r.app].deploy_ref}
@@ -5738,8 +5797,8 @@ class Controller:
             app, claim, phase = self.apps[service.name], service.claim, service.claim.get("phase")
             run = Run(id=str(claim.get("run", "")), app=app.name, ref="", commit="")
             task = self.task(app, environment, run)
-            with self.alone(run):
-                self.look_at_traffic(task, service)
+            with self.contain_errors(run):
+                self.reconcile_service(task, service)
             after = app.deploy.drain if phase == Phase.DRAINING else 0.0
             after = CLAIM_SECONDS if phase == Phase.ROLLBACK else after
             due = seconds_of(claim.get("since")) + after
@@ -5748,9 +5807,9 @@ class Controller:
             # a newer run overwrites the idle colour anyway: healing it would be in its way
             pointless = phase == Phase.PREPARING and app.name in waiting
             if claim and self.clock.now() >= due and not held and not pointless:
-                self.start_worker(task, partial(self.deployer.tidy, task, claim))
+                self.start_worker(task, partial(self.deployer.finish_claim, task, claim))
 
-    def look_at_traffic(self, task: Task, service: Service) -> None:
+    def reconcile_service(self, task: Task, service: Service) -> None:
         """Keep what is live while a Service is in order; else see to it in a thread of its own."""
         was, live = self.selectors.get(task.labels), service.live
         self.selectors[task.labels], new = service.selector, was != service.selector
@@ -5767,7 +5826,7 @@ class Controller:
             words = {**task.words, "run": left["run"], "live": live["run"]}
             warn("rolled back", detail=clip(left["detail"]), **words)
         new = self.saved.get(task.labels) != live
-        if new and self.once.may(("what is live", *task.labels), None, AGAIN_SECONDS):
+        if new and self.cooldown.allows(("what is live", *task.labels), None, AGAIN_SECONDS):
             self.state.write(task.app, live={task.environment: live})
             self.saved[task.labels] = live
 
@@ -5785,7 +5844,7 @@ class Controller:
 
         name = f"selector of {task.app.name} in {task.environment}"
         running = name in self.threads and self.threads[name].is_alive()
-        if not running and self.once.may(name, service.version, rest):
+        if not running and self.cooldown.allows(name, service.version, rest):
             self.spawn(name, body, again=False)
 
 
@@ -5835,17 +5894,26 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
     """
     if not jobs or any(j.deleting for j in jobs):
         return False
-    ended = max(seconds_of(j.notes.get(NOTE_ENDED)) for j in jobs)
+    ended = max(seconds_of(j.annotations.get(ANNOTATION_ENDED)) for j in jobs)
     if not over({j.stage: j for j in jobs}) or ended > run.received:
         return True
     failed = [j for j in jobs if j.state != "succeeded"]
     lost = jobs if any(j.stage == "test" for j in failed) else failed
     for known in lost:
         kubectl.delete("job", [known.name], known.namespace)
-    told: Object = dict.fromkeys((NOTE_OUTCOME, NOTE_REASON, NOTE_DETAIL, NOTE_ENDED))
+    told: Object = dict.fromkeys(
+        (ANNOTATION_OUTCOME, ANNOTATION_REASON, ANNOTATION_DETAIL, ANNOTATION_ENDED)
+    )
     for known in (j for j in reversed(jobs) if j not in lost):  # the last one tells
-        notes = {**told, NOTE_RECEIVED: f"{run.received:.3f}", NOTE_DELIVERY: run.delivery}
-        change = {"metadata": {"annotations": notes}, "spec": {"ttlSecondsAfterFinished": None}}
+        annotations = {
+            **told,
+            ANNOTATION_RECEIVED: f"{run.received:.3f}",
+            ANNOTATION_DELIVERY: run.delivery,
+        }
+        change = {
+            "metadata": {"annotations": annotations},
+            "spec": {"ttlSecondsAfterFinished": None},
+        }
         kubectl.patch("job", known.name, known.namespace, change)
     return len(lost) < len(jobs)
 
@@ -5975,7 +6043,7 @@ class WebhookApp(Site):
 
     def healthz(self, _: WSGIEnvironment) -> Answer:
         """Whether every thread moves."""
-        late = ", ".join(self.controller.pulses.late())
+        late = ", ".join(self.controller.heartbeats.late())
         return 503 if late else 200, {"status": f"stuck: {late}" if late else "ok"}
 
     def readyz(self, _: WSGIEnvironment) -> Answer:
@@ -6281,7 +6349,7 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
     tempfile.tempdir = str(spool.scratch)
     controller = Controller(config, deployer, spool)
     app = WebhookApp(config, deployer.secrets, spool, controller)
-    beat = partial(controller.pulses.beat, "first port", LOOP_SECONDS)
+    beat = partial(controller.heartbeats.beat, "first port", LOOP_SECONDS)
     server = make_server(app, process.listen, config.webhook.max_body, beat)
     admin = make_server(app.admin(), process.admin_listen, 0)
     stop_on_signals(app.stopping)
@@ -6447,7 +6515,7 @@ def environment_status(tools: Tools, app: App) -> dict[str, Object]:
             "previous": {k: target.get(k, "") for k in keys} if target else {},
             "rollback_ready": bool(target) and len(there) >= wanted,
             "deploying": service.claim or None,
-            "bake_until": service.note(NOTE_BAKE, 0.0) or None,
+            "bake_until": service.annotation(ANNOTATION_BAKE, 0.0) or None,
             "reverted": {k: back[k] for k in ("run", "reason", "detail") if k in back},
         }
     return found
@@ -6485,7 +6553,10 @@ def run_row(record: RunRecord | None, jobs: Mapping[str, Job], app: App) -> Obje
         return row | dict.fromkeys(TOLD[5:], "") | {"state": "lost"}
     last = jobs.get("build") or jobs["test"]
     row |= {"stage": last.stage, "state": "ended" if over(jobs) else last.state}
-    texts = {"reason": last.notes.get(NOTE_REASON, ""), "detail": last.notes.get(NOTE_DETAIL, "")}
+    texts = {
+        "reason": last.annotations.get(ANNOTATION_REASON, ""),
+        "detail": last.annotations.get(ANNOTATION_DETAIL, ""),
+    }
     return row | {"outcome": last.outcome, **texts}
 
 
@@ -6528,7 +6599,7 @@ def arrive(deployer: Deployer, task: Task, left: Object, target: Object) -> None
         deployer.scale(task, f"{task.app.name}-{target['colour']}", size)
     task = replace(task, run=replace(task.run, id=target["run"]))
     selector, wanted = target["selector"], target["replicas"]
-    if not deployer.followed(task, selector, wanted, deployer.clock.now()):
+    if not deployer.endpoints_converged(task, selector, wanted, deployer.clock.now()):
         raise StageError(Reason.ENDPOINTS_MISSING, "switched, but no endpoints follow")
 
 
@@ -6661,7 +6732,9 @@ def next_version(tools: Tools, task: Task, checkout: Path) -> str:
     """Return what would be applied to an environment, and how long its pods would take."""
     kubectl, manifests = tools.deployer.kubectl, read_manifests(checkout, task.app.deploy.manifests)
     objects, _ = check_objects(task.app, task.namespace, manifests)
-    release = render(task.app, task.run, task.image, tools.deployer.place(task), objects)
+    release = render(
+        task.app, task.run, task.image, tools.deployer.idle_colour_and_size(task), objects
+    )
     deployment, names = release.deployment, [c["metadata"]["name"] for c in release.configmaps]
     new = [n for n in names if not kubectl.get("configmap", n, task.namespace)]
     standing = kubectl.get("deployment", deployment["metadata"]["name"], task.namespace)
@@ -6688,8 +6761,8 @@ def difference(tools: Tools, namespace: str, wanted: Object) -> str:
     specs = [mask(found["spec"]) for found in (now or {"spec": {}}, then)]
     for spec in specs:  # what a drain has restarted has not drifted
         meta = spec.get("template", {}).get("metadata", {})
-        notes = {**meta.pop("annotations", {}), "kubectl.kubernetes.io/restartedAt": None}
-        meta["annotations"] = {k: v for k, v in notes.items() if v is not None}
+        annotations = {**meta.pop("annotations", {}), "kubectl.kubernetes.io/restartedAt": None}
+        meta["annotations"] = {k: v for k, v in annotations.items() if v is not None}
     old, new = (yaml.safe_dump(spec).split("\n")[:-1] for spec in specs)
     lines = difflib.unified_diff(old, new, f"{name} now", f"{name} then", lineterm="")
     return "".join(f"\n  {line}" for line in lines)

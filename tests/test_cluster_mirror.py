@@ -160,7 +160,7 @@ def service(notes: Object, selector: Object | None = None) -> hook.Service:
     ["", "{", "null", "{}", '"x"', "[1, null, []]", '[{"run": "r2"}]', '[{"selector": "blue"}]'],
 )
 def test_a_history_that_cannot_be_read_is_none(history: str) -> None:
-    found = service({hook.NOTE_HISTORY: history, hook.NOTE_CLAIM: history})
+    found = service({hook.ANNOTATION_HISTORY: history, hook.ANNOTATION_CLAIM: history})
     assert (found.history, found.live, found.target(), found.entry("r2")) == ([], {}, {}, {})
     assert found.run == "r2"
 
@@ -215,8 +215,8 @@ def test_what_0_1_0_wrote_is_read_and_a_claim_without_a_phase_is_none() -> None:
 
 
 def test_a_note_of_another_type_is_empty() -> None:
-    found = service({hook.NOTE_BAKE: "12.5", "gitops-hook/x": "[]", "gitops-hook/y": "7"})
-    assert found.note(hook.NOTE_BAKE, 0.0) == 12.5
+    found = service({hook.ANNOTATION_BAKE: "12.5", "gitops-hook/x": "[]", "gitops-hook/y": "7"})
+    assert found.note(hook.ANNOTATION_BAKE, 0.0) == 12.5
     assert found.note("gitops-hook/x", {}) == {}
     assert found.note("gitops-hook/y", "") == ""
     assert found.note("gitops-hook/none", []) == []
@@ -270,7 +270,7 @@ FOREIGN = {"run": "", "selector": {"app": "shop"}, "outcome": "adopted"}
 def test_a_rollback_goes_to_the_proven_one_before(
     history: list[Object], back: int, run: str | None
 ) -> None:
-    found = service({hook.NOTE_HISTORY: json.dumps(history)}).target(back)
+    found = service({hook.ANNOTATION_HISTORY: json.dumps(history)}).target(back)
     assert found.get("run") == run
 
 
@@ -293,14 +293,14 @@ def test_a_sick_version_goes_back_to_what_it_replaced(
     previous: str, history: list[Object], run: str | None
 ) -> None:
     selector = OURS if previous == "r2" else entry(previous)["selector"]
-    notes = {hook.NOTE_PREVIOUS: selector, hook.NOTE_HISTORY: history}
+    notes = {hook.ANNOTATION_PREVIOUS: selector, hook.ANNOTATION_HISTORY: history}
     found = service({key: json.dumps(value) for key, value in notes.items()})
     assert found.before.get("run") == run
 
 
 def test_an_entry_is_the_newest_of_its_run_since_a_time() -> None:
     history = [entry("r1", "failed", 30), LIVE, entry("r1", "deployed", 10)]
-    found = service({hook.NOTE_HISTORY: json.dumps(history)})
+    found = service({hook.ANNOTATION_HISTORY: json.dumps(history)})
     assert found.entry("r1")["at"] == 30
     assert found.entry("r1", 30)["outcome"] == "failed"
     assert found.entry("r1", 31) == {}

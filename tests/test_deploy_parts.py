@@ -122,14 +122,14 @@ def task() -> hook.Task:
 def test_endpoints_that_did_not_move_at_all_are_given_more_time_than_those_that_did(
     tmp_path: Path, looks: list[Object], *, arrives: bool
 ) -> None:
-    assert deployer(tmp_path, looks).followed(task(), NEW, 2, SWITCHED) is arrives
+    assert deployer(tmp_path, looks).endpoints_converged(task(), NEW, 2, SWITCHED) is arrives
 
 
 def test_endpoints_are_as_many_as_an_autoscaler_wants_by_now(tmp_path: Path) -> None:
     made = deployer(tmp_path, [slices("shop-new-1")])
     smaller = {"metadata": {"name": "shop-green"}, "spec": {"replicas": 1}}
     (tmp_path / "deployment").write_text(json.dumps(smaller))
-    assert made.followed(task(), NEW, 2, SWITCHED)
+    assert made.endpoints_converged(task(), NEW, 2, SWITCHED)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_pod_that_the_cluster_takes_away_after_the_switch_is_not_waited_for(
     made, other = deployer(tmp_path, [slices("shop-new-1")]), ready_pod("shop-new-2", created)
     other["metadata"] |= {"deletionTimestamp": LATE} if taken else {}
     (tmp_path / "pods").write_text(json.dumps({"items": [ready_pod("shop-new-1"), other]}))
-    assert made.followed(task(), NEW, 2, SWITCHED) is arrives
+    assert made.endpoints_converged(task(), NEW, 2, SWITCHED) is arrives
 
 
 def test_endpoints_of_a_service_that_was_switched_away_are_not_waited_for(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_endpoints_of_a_service_that_was_switched_away_are_not_waited_for(tmp_pa
     away = {"metadata": {"name": "shop", "resourceVersion": "2"}, "spec": {"selector": OLD}}
     (tmp_path / "service").write_text(json.dumps(away))
     with pytest.raises(hook.SupersededError, match="SelectorChanged"):
-        made.followed(task(), NEW, 2, SWITCHED)
+        made.endpoints_converged(task(), NEW, 2, SWITCHED)
 
 
 @pytest.mark.parametrize(("observed", "told"), [(1, []), (2, ["QuotaExceeded"])])
@@ -166,7 +166,7 @@ def test_what_a_deployment_said_of_the_version_before_is_not_held_against_the_ne
     names = ("run", "commit", "image", "colour")
     values: Object = {**dict.fromkeys(names, ""), "selector": NEW, "configmaps": [], "service": {}}
     release = hook.Release(**values, deployment=standing)
-    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
+    pods = hook.Informer(made.kubectl, "pods", "production", hook.Pod, "")
     assert [str(s.reason) for s in made.symptoms(task(), release, pods)] == told
 
 
@@ -187,8 +187,8 @@ def test_a_rollout_is_judged_by_the_pods_of_its_own_run(tmp_path: Path) -> None:
     made = deployer(tmp_path, [])
     (tmp_path / "deployment").write_text(json.dumps(named("shop-blue")))
     release = a_release(named("shop-blue"))
-    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
-    late = hook.Symptom("", hook.Reason.NEVER_READY, "late")
+    pods = hook.Informer(made.kubectl, "pods", "production", hook.Pod, "")
+    late = hook.PodProblem("", hook.Reason.NEVER_READY, "late")
     pods._take("ADDED", pod_without_image("shop-old"))
     assert made.symptoms(task(), release, pods) == []
     assert made.failed(release, pods, late).reason is hook.Reason.NEVER_READY
@@ -196,7 +196,7 @@ def test_a_rollout_is_judged_by_the_pods_of_its_own_run(tmp_path: Path) -> None:
     (symptom,) = made.symptoms(task(), release, pods)
     assert symptom.reason is hook.Reason.IMAGE_NOT_FOUND
     assert made.failed(release, pods, late).reason is hook.Reason.IMAGE_NOT_FOUND
-    quota = hook.Symptom("k", hook.Reason.QUOTA_EXCEEDED, "quota")
+    quota = hook.PodProblem("k", hook.Reason.QUOTA_EXCEEDED, "quota")
     assert made.failed(release, pods, quota).reason is hook.Reason.QUOTA_EXCEEDED
 
 
@@ -217,7 +217,7 @@ def test_a_rollout_that_cannot_end_well_any_more_is_not_waited_for(
     standing = {"metadata": meta, "spec": spec, "status": {"observedGeneration": 2}}
     (tmp_path / "deployment").write_text(json.dumps(standing))
     (tmp_path / "pods").write_text('{"items": []}')
-    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
+    pods = hook.Informer(made.kubectl, "pods", "production", hook.Pod, "")
     with pytest.raises(raised, match=said):
         made.roll_out(task(), a_release(standing), pods)
     assert made.clock.monotonic() < 1000 + 10 * hook.VERIFY_SECONDS
@@ -242,8 +242,8 @@ def history(
         {**common, "run": "shop-new", "selector": NEW, "outcome": ""},
         {**common, "run": "shop-old", "selector": OLD, "outcome": "deployed"},
     ]
-    notes = {hook.NOTE_HISTORY: json.dumps(entries if old else entries[:1])}
-    notes |= {hook.NOTE_PREVIOUS: json.dumps(OLD)} if old else {}
+    notes = {hook.ANNOTATION_HISTORY: json.dumps(entries if old else entries[:1])}
+    notes |= {hook.ANNOTATION_PREVIOUS: json.dumps(OLD)} if old else {}
     live = {"metadata": {"name": "shop", "resourceVersion": "1", "annotations": notes}}
     texts = {
         "service": {**live, "spec": {"selector": NEW}},
@@ -273,13 +273,13 @@ def test_a_rollback_that_only_began_ends_no_bake(
     service = json.loads((tmp_path / "service").read_text())
     claim = made.note("shop-old", "blue", hook.Phase.ROLLBACK)
     claim["since"] = made.clock.now() - age
-    service["metadata"]["annotations"][hook.NOTE_CLAIM] = json.dumps(claim)
+    service["metadata"]["annotations"][hook.ANNOTATION_CLAIM] = json.dumps(claim)
     (tmp_path / "service").write_text(json.dumps(service))
     if confirmed:
-        made.conclude(task())
+        made.confirm(task())
     else:
         with pytest.raises(hook.HookError, match="a rollback is under way"):
-            made.conclude(task())
+            made.confirm(task())
     assert (tmp_path / "done").exists() is confirmed
 
 
@@ -293,7 +293,9 @@ def test_missing_endpoints_send_traffic_back_only_to_a_version_that_is_as_well(
 ) -> None:
     made = history(tmp_path, None if old is None else two_pods(old), two_pods(new))
     release = a_release({"metadata": {}, "spec": {"replicas": 2}})
-    with pytest.raises(hook.StageError, match="^EndpointsMissing: " if back else "^BothSick: "):
+    with pytest.raises(
+        hook.StageError, match="^EndpointsMissing: " if back else "^BothUnhealthy: "
+    ):
         made.verify(task(), release, SWITCHED)
     assert (tmp_path / "done").exists() is back
 
@@ -324,7 +326,7 @@ def test_a_release_record_that_is_not_as_it_was_written_is_not_used(
 
 def switches_back(made: hook.Deployer) -> float | None:
     """Let traffic be taken back; return how often that was counted."""
-    ended = (hook.Outcome.SWITCHED_BACK, hook.Reason.SICK_AFTER_SWITCH, "it is sick")
+    ended = (hook.Outcome.SWITCHED_BACK, hook.Reason.UNHEALTHY_AFTER_SWITCH, "it is sick")
     labels = {"app": "shop", "environment": "production", "direction": "back"}
     with suppress(hook.SupersededError):
         made.switch_back(task(), *ended)
@@ -364,7 +366,7 @@ def test_a_step_before_the_switch_is_not_tried_for_ever_once_the_branch_has_anot
 def take_back(made: hook.Deployer, well: tuple[int, int] | None) -> str:
     """Return why traffic was taken back, or had to stay; "" when the verdict was dropped."""
     try:
-        made.take_back(task(), "it is sick", well)
+        made.switch_back_if_worse(task(), "it is sick", well)
     except hook.StageError as ended:
         return str(ended.reason)
     return ""
@@ -372,7 +374,11 @@ def take_back(made: hook.Deployer, well: tuple[int, int] | None) -> str:
 
 @pytest.mark.parametrize(
     ("old", "well", "wanted", "verdict"),
-    [(2, 2, 3, "SickAfterSwitch"), (1, 1, 2, "BothSick"), (2, 1, 2, "SickAfterSwitch")],
+    [
+        (2, 2, 3, "UnhealthyAfterSwitch"),
+        (1, 1, 2, "BothUnhealthy"),
+        (2, 1, 2, "UnhealthyAfterSwitch"),
+    ],
     ids=["more-were-wanted", "equal", "fewer"],
 )
 def test_a_crash_sends_traffic_back_to_where_a_larger_share_is_well(
@@ -385,14 +391,14 @@ def test_a_crash_sends_traffic_back_to_where_a_larger_share_is_well(
 @pytest.mark.parametrize(
     ("old", "new", "verdict"),
     [
-        ((200, 200), (503, 503), "SickAfterSwitch"),
-        ((200, 200), (200, 503), "SickAfterSwitch"),
+        ((200, 200), (503, 503), "UnhealthyAfterSwitch"),
+        ((200, 200), (200, 503), "UnhealthyAfterSwitch"),
         ((200, 503), (200, 503), ""),
         ((200, 200), (200, 200), ""),
         ((200,) * 6, (200,) * 6, ""),
         ((200, 200, 503), (200, 200, 200, 503), ""),
-        ((503, 503), (503, 503), "BothSick"),
-        (None, (200, 503), "BothSick"),
+        ((503, 503), (503, 503), "BothUnhealthy"),
+        (None, (200, 503), "BothUnhealthy"),
     ],
     ids=["sick", "half", "lost-machine", "over", "larger-now", "a-better-share", "both", "first"],
 )
@@ -520,7 +526,7 @@ def test_traffic_is_taken_back_while_other_calls_take_all_their_places_and_one_h
         verdict = take_back(made.urgent, (0, 2))
         took = time.monotonic() - began
         (tmp_path / "end").touch()
-    assert (verdict, (tmp_path / "done").exists()) == ("SickAfterSwitch", True)
+    assert (verdict, (tmp_path / "done").exists()) == ("UnhealthyAfterSwitch", True)
     assert took < 10, "and not after the 30 seconds of one call"
 
 
@@ -532,7 +538,7 @@ def test_a_rollout_is_not_waited_for_when_the_daemon_is_to_stop(tmp_path: Path) 
     meta, spec = {"name": "shop-blue"}, {"replicas": 1, "progressDeadlineSeconds": 600}
     standing = {"metadata": meta, "spec": spec}
     (tmp_path / "deployment").write_text(json.dumps(standing))
-    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
+    pods = hook.Informer(made.kubectl, "pods", "production", hook.Pod, "")
     made.stop.set()
     with pytest.raises(InterruptedError):
         made.roll_out(task(), a_release(standing), pods)
@@ -759,9 +765,9 @@ def test_twenty_logs_of_an_app_are_kept_for_a_day(tmp_path: Path) -> None:
     assert [*shelf.kept][-1] == "log-shop-29"
     app = hook.load_config(CONFIG).apps[0]
     spaces = dict.fromkeys(("test", "build", "staging", "production"), "production")
-    tails(shelf, tmp_path, now=80_000.0).tidy(app, spaces)
+    tails(shelf, tmp_path, now=80_000.0).finish_claim(app, spaces)
     assert "log-shop-28" in shelf.kept
-    tails(shelf, tmp_path, now=88_000.0).tidy(app, spaces)
+    tails(shelf, tmp_path, now=88_000.0).finish_claim(app, spaces)
     assert [*shelf.kept] == ["other", "release"]
 
 
@@ -776,7 +782,7 @@ def test_logs_of_pods_that_shall_not_be_kept_any_more_go(tmp_path: Path) -> None
     text = CONFIG.replace("shop}}", "shop}, deploy: {log_tails: false}}")
     spaces = dict.fromkeys(("test", "build"), "test")
     app = hook.load_config(text).apps[0]
-    tails(shelf, tmp_path).tidy(app, {**spaces, "staging": "s", "production": "production"})
+    tails(shelf, tmp_path).finish_claim(app, {**spaces, "staging": "s", "production": "production"})
     assert not shelf.kept
 
 
@@ -823,7 +829,7 @@ def test_what_was_adopted_is_as_large_as_its_pods_that_stay(tmp_path: Path) -> N
         pod["metadata"]["labels"] = foreign
     gone = [ended_pod("c"), ended_pod("d", "Succeeded"), ended_pod("e", deletionTimestamp=LATE)]
     (tmp_path / "pods").write_text(json.dumps({"items": [*serving, *gone]}))
-    assert made.place(task()) == ("blue", 2)
+    assert made.idle_colour_and_size(task()) == ("blue", 2)
 
 
 @pytest.mark.parametrize(
@@ -848,7 +854,7 @@ def widens(folder: Path, pods: list[Object]) -> bool:
     """Whether an adopted Service gets its own selector back while there are these pods of ours."""
     made, narrow = deployer(folder, []), {"app": "shop", "pod-template-hash": "1"}
     entry = {"run": "", "outcome": "adopted", "selector": narrow, "was": {"app": "shop"}}
-    notes = {hook.NOTE_HISTORY: json.dumps([entry])}
+    notes = {hook.ANNOTATION_HISTORY: json.dumps([entry])}
     meta = {"name": "shop", "resourceVersion": "1", "annotations": notes}
     (folder / "service").write_text(json.dumps({"metadata": meta, "spec": {"selector": narrow}}))
     (folder / "deployment").write_text(json.dumps({"items": [{"spec": {"replicas": 0}}]}))
@@ -856,9 +862,9 @@ def widens(folder: Path, pods: list[Object]) -> bool:
     script = folder / "kubectl"
     patched = 'case "$*" in\n*patch*) cat > patched; cat service ;;'
     script.write_text(script.read_text().replace('case "$*" in', patched))
-    made.hold(task(), None)
+    made.replace_claim(task(), None)
     change = json.loads((folder / "patched").read_text())
-    history = json.loads(change["metadata"]["annotations"][hook.NOTE_HISTORY])
+    history = json.loads(change["metadata"]["annotations"][hook.ANNOTATION_HISTORY])
     assert history[0]["selector"] == {"app": "shop"}
     wanted = {"app": "shop", "pod-template-hash": None}
     return bool(change["spec"]["selector"] == wanted)
