@@ -1736,6 +1736,107 @@ class Git:
         return [head for head in heads if head[1] == "blob"]
 
 
+# === retry ========================================================================================
+
+
+class Clock:
+    """The one door to time, so that a test can hold it."""
+
+    now = staticmethod(time.time)
+    monotonic = staticmethod(time.monotonic)
+
+
+def jittered(seconds: float) -> float:
+    """Return about so many seconds, so that what failed together does not come back together."""
+    return seconds * random.uniform(0.7, 1.3)  # noqa: S311 - it hides nothing
+
+
+def backoff(failures: int) -> float:
+    """Return the seconds to wait after so many failures in a row."""
+    return jittered(DELAYS[min(failures, len(DELAYS) - 1)])
+
+
+class Retry:
+    """When each item that failed is tried again, and which of its failures are reported.
+
+    The delays grow and then stay the same. While one item waits, the others go on. The first
+    failures of an item are reported each, later ones now and then. Threads may share it.
+    """
+
+    def __init__(
+        self, clock: Clock, delays: Sequence[float] = DELAYS, report_every: int = 10
+    ) -> None:
+        self.clock = clock
+        self.delays = delays
+        self.report_every = report_every
+        self._failures: dict[Any, int] = {}  # in a row, by item
+        self._due: dict[Any, float] = {}  # when each of them is tried again, by the clock
+
+    def due(self, item: Any) -> bool:
+        """Whether an item may be tried now."""
+        return self._due.get(item, 0.0) <= self.clock.monotonic()
+
+    def failed(self, item: Any) -> bool:
+        """Put an item off, longer each time; return whether this failure is to be reported."""
+        failures = self._failures.get(item, 0)
+        delay = self.delays[min(failures, len(self.delays) - 1)]
+        self._failures[item] = failures + 1
+        self._due[item] = self.clock.monotonic() + jittered(delay)
+        return failures < len(self.delays) or failures % self.report_every == 0
+
+    def succeeded(self, item: Any) -> bool:
+        """Forget the failures of an item; return whether there were any."""
+        self._due.pop(item, None)
+        return self._failures.pop(item, 0) > 0
+
+    def trigger(self, item: Any) -> None:
+        """Let an item be tried at once, because something new is known of it."""
+        self._due.pop(item, None)
+
+    def failing(self) -> bool:
+        """Whether any item has failed and not succeeded since."""
+        return bool(self._failures)
+
+    def wait(self, longest: float) -> float:
+        """Return the seconds until the next item is due, at most the longest."""
+        now = self.clock.monotonic()
+        return max(0.0, min([longest, *(at - now for at in [*self._due.values()])]))
+
+
+class Heartbeats:
+    """When each thread must have moved again, so that liveness can fail."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._due: dict[str, float] = {}
+
+    def beat(self, name: str, allowed: float) -> None:
+        """Note that a thread moves, and promise the next beat within so many seconds."""
+        self._due[name] = self.clock.monotonic() + allowed
+
+    def late(self) -> list[str]:
+        """Return the threads that have not kept their promise."""
+        now = self.clock.monotonic()
+        return sorted(name for name, due in list(self._due.items()) if due < now)
+
+
+class Cooldown:
+    """Remembers for a while what was done, and on what ground, until its effect shows."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._done: dict[Any, tuple[Any, float]] = {}
+
+    def allows(self, key: Any, ground: Any, seconds: float) -> bool:
+        """Whether to do something: on another ground than the last time, or so long after it."""
+        now = self.clock.monotonic()
+        self._done = {k: done for k, done in self._done.items() if done[1] > now}
+        if key in self._done and self._done[key][0] == ground:
+            return False
+        self._done[key] = ground, now + seconds
+        return True
+
+
 # === job manifests ================================================================================
 
 RUN_FIELDS = ("ref", "commit", "before", "title", "delivery")  # each an annotation of the Job
@@ -2820,16 +2921,6 @@ class Informer(Generic[V]):
             return self._items.get(name)
 
 
-def jittered(seconds: float) -> float:
-    """Return about so many seconds, so that what failed together does not come back together."""
-    return seconds * random.uniform(0.7, 1.3)  # noqa: S311 - it hides nothing
-
-
-def backoff(failures: int) -> float:
-    """Return the seconds to wait after so many failures in a row."""
-    return jittered(DELAYS[min(failures, len(DELAYS) - 1)])
-
-
 # === decide =======================================================================================
 # Pure: observed state in, what to do next out. Nothing here starts a program or asks for the time.
 
@@ -3475,13 +3566,6 @@ def forgotten(state: AppState, deploy_ref: str, with_job: Set[str] | None) -> li
             keys.append(record.key)
     rejected = sorted(state.rejected.values(), key=lambda r: r.at)
     return keys + [r.key for r in rejected[: max(0, len(rejected) - REJECTED_LENGTH)]]
-
-
-class Clock:
-    """The one door to time, so that a test can hold it."""
-
-    now = staticmethod(time.time)
-    monotonic = staticmethod(time.monotonic)
 
 
 class StateStore:
@@ -4972,67 +5056,6 @@ def pod_address(pod: Object, port: Mapping[str, Any], path: str) -> str | None:
 # === controller ===================================================================================
 
 
-class Heartbeats:
-    """When each thread must have moved again, so that liveness can fail."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self._due: dict[str, float] = {}
-
-    def beat(self, name: str, allowed: float) -> None:
-        """Note that a thread moves, and promise the next beat within so many seconds."""
-        self._due[name] = self.clock.monotonic() + allowed
-
-    def late(self) -> list[str]:
-        """Return the threads that have not kept their promise."""
-        now = self.clock.monotonic()
-        return sorted(name for name, due in list(self._due.items()) if due < now)
-
-
-class Cooldown:
-    """Remembers for a while what was done, and on what ground, until its effect shows."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self._done: dict[Any, tuple[Any, float]] = {}
-
-    def allows(self, key: Any, ground: Any, seconds: float) -> bool:
-        """Whether to do something: on another ground than the last time, or so long after it."""
-        now = self.clock.monotonic()
-        self._done = {k: done for k, done in self._done.items() if done[1] > now}
-        if key in self._done and self._done[key][0] == ground:
-            return False
-        self._done[key] = ground, now + seconds
-        return True
-
-
-class Retry:
-    """When each item that failed is tried again, while the others go on."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self._failed: dict[str, tuple[int, float]] = {}
-
-    def due(self, item: str) -> bool:
-        """Whether an item may be tried now."""
-        return self._failed.get(item, (0, 0.0))[1] <= self.clock.monotonic()
-
-    def failed(self, item: str) -> int:
-        """Put an item off, longer each time; return how often it has failed in a row."""
-        failures = self._failed.get(item, (0, 0.0))[0] + 1
-        self._failed[item] = failures, self.clock.monotonic() + backoff(failures - 1)
-        return failures
-
-    def succeeded(self, item: str) -> None:
-        """Forget that an item had failed."""
-        self._failed.pop(item, None)
-
-    def pause(self, longest: float) -> float:
-        """Return the seconds until the next item is due."""
-        times = [until for _, until in self._failed.values()]
-        return max(0.0, min([longest, *(t - self.clock.monotonic() for t in times)]))
-
-
 CATCH_UP = "catch-up"  # in the place of a delivery's id
 STEP_SECONDS = 300.0  # in which a thread must have moved
 OUTCOMES = {  # of deployments that end otherwise than failed or superseded
@@ -5207,7 +5230,7 @@ class Controller:
                 self.put_off(batch, None)
         again = any(len(b.pushes) == BATCH for b in batches)
         waits = len(pushes) > sum(len(b.pushes) for b in batches)
-        return self.admissions.pause(0.0 if again else AGAIN_SECONDS if waits else 30.0)
+        return self.admissions.wait(0.0 if again else AGAIN_SECONDS if waits else 30.0)
 
     def batches(self, pushes: Sequence[tuple[Path, Run]]) -> list[Batch]:
         """Return what is admitted next: of each app what is deployed, then what is only tested.
@@ -5227,9 +5250,9 @@ class Controller:
 
     def put_off(self, batch: Batch, failed: KubectlError | None) -> None:
         """Try an app's pushes again later, and say so now and then."""
-        failures = self.admissions.failed(batch.name)
+        report = self.admissions.failed(batch.name)
         self.metrics.waiting.labels(f"intake of {batch.app}").set(1)
-        if failed and (failures <= len(DELAYS) or failures % 10 == 0):
+        if failed and report:
             warn("intake waits for the cluster", app=batch.app, detail=str(failed))
 
     def recorded(self, app: App) -> AppState:

@@ -32,7 +32,7 @@ MAX_EXEMPTIONS = 8
 
 SECTIONS = [
     "constants", "errors", "configuration", "logging", "metrics", "signatures", "pushes", "spool",
-    "kubectl", "git", "job manifests", "app manifests", "cluster mirror", "decide", "state",
+    "kubectl", "git", "retry", "job manifests", "app manifests", "cluster mirror", "decide", "state",
     "deploy", "controller", "http", "commands", "main",
 ]  # fmt: skip
 
