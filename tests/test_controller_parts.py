@@ -1185,7 +1185,7 @@ def test_a_pod_left_by_a_deleted_job_of_the_same_name_does_not_count(
     controller.reconcile()
     view = controller.looked
     assert [p.name for p in view.pods] == ["pod"] * own
-    assert bool(view.doomed) is own
+    assert bool(view.fatal_problem) is own
     asked = [f for f in controller.kubectl.filters if "involvedObject" in f]
     assert asked == ["involvedObject.uid=this,reason=FailedCreate"] * (not own)
     controller.finish(view.run, view.jobs, hook.ends(Outcome.FAILED, Reason.VANISHED, "", "test"))

@@ -558,7 +558,7 @@ def test_a_rollout_is_not_waited_for_when_the_daemon_is_to_stop(tmp_path: Path) 
     standing = {"metadata": meta, "spec": spec}
     (tmp_path / "deployment").write_text(json.dumps(standing))
     pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
-    made.stop.set()
+    made.doors.stop.set()
     with pytest.raises(InterruptedError):
         made.steady.rollout.wait(task(), a_release(standing), pods)
 
