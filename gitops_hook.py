@@ -2721,14 +2721,17 @@ class Claim:
     @classmethod
     def from_json(cls, data: Any) -> Claim:
         """Return the claim in parsed JSON, an empty one where it has no phase."""
-        if isinstance(data, dict) and "heal" in data:  # the field's name in version 0.1
-            data = {"restore": data["heal"], **data}
-        claim = cls(**fitting_fields(cls, data))
+        values = data if isinstance(data, dict) else {}
+        claim = cls(**fitting_fields(cls, {**values, "restore": values.get("heal")}))
         return claim or cls()
 
     def to_json(self) -> Object:
-        """Return the claim as it is written into an annotation."""
-        return asdict(self)
+        """Return the claim as it is written into an annotation.
+
+        The field `restore` is called `heal` there, as version 0.1 reads and writes it.
+        """
+        data = asdict(self)
+        return {**data, "heal": data.pop("restore")}
 
 
 def fitting_fields(kind: type[Any], data: Any) -> Object:

@@ -216,6 +216,7 @@ def test_what_0_1_0_wrote_is_read_and_a_claim_without_a_phase_is_none() -> None:
     assert hook.Claim.from_json(old) == claim
     assert hook.Claim.from_json({**old, "heal": "shop-release-1"}).restore == "shop-release-1"
     assert hook.Claim.from_json(claim.to_json()) == claim
+    assert claim.to_json() == {**old, "v": 1}
     for data in ({"run": "r1"}, [5]):
         assert hook.Claim.from_json(data) == hook.Claim()
         assert not hook.Claim.from_json(data)
