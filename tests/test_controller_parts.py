@@ -66,7 +66,7 @@ class Watched(hook.Controller):
 
     ticks = 0
 
-    def tick(self) -> None:
+    def reconcile(self) -> None:
         self.ticks += 1
 
 
@@ -74,7 +74,16 @@ def a_controller(
     directory: Path, kind: type[hook.Controller] = hook.Controller, config: str = CONFIG
 ) -> Any:
     git = SimpleNamespace(heads=lambda url: {})
-    deployer = hook.Deployer(Desk(), git, hook.Secrets(directory), hook.Clock())  # type: ignore[arg-type]
+    desk = Desk()
+    doors = hook.Doors(
+        kubectl=desk,
+        git=git,  # type: ignore[arg-type]
+        secrets=hook.Secrets(directory),
+        clock=hook.Clock(),
+        reports=hook.Reports(desk.metrics),
+        stop=threading.Event(),
+    )
+    deployer = hook.Deployer(doors)
     spool = hook.Spool(directory / "spool", 100)
     spool.prepare()
     return kind(hook.load_config(config), deployer, spool)
@@ -91,7 +100,7 @@ def a_run(commit: str, ref: str = "refs/heads/main") -> hook.Run:
 
 def catch_up(controller: Any, heads: dict[str, str]) -> None:
     """Let the heads be read, and compared with what was last seen."""
-    controller.deployer.git.heads = lambda url: heads
+    controller.deployer.doors.git.heads = lambda url: heads
     controller.due["shop"] = 0.0
     controller.read_heads(controller.apps["shop"])
 
@@ -124,14 +133,14 @@ def ends(outcome: Outcome) -> hook.Action:
 
 def test_what_was_done_is_not_done_again_on_the_same_ground_for_a_while() -> None:
     now = [0.0]
-    once = hook.Once(SimpleNamespace(monotonic=lambda: now[0]))  # type: ignore[arg-type]
-    assert once.may("run", "ground", 10.0)
+    once = hook.Cooldown(SimpleNamespace(monotonic=lambda: now[0]))  # type: ignore[arg-type]
+    assert once.allows("run", "ground", 10.0)
     now[0] = 9.0
-    assert not once.may("run", "ground", 10.0)
-    assert once.may("another", "ground", 10.0)
-    assert once.may("run", "another ground", 10.0)
+    assert not once.allows("run", "ground", 10.0)
+    assert once.allows("another", "ground", 10.0)
+    assert once.allows("run", "another ground", 10.0)
     now[0] = 20.0
-    assert once.may("run", "another ground", 10.0)
+    assert once.allows("run", "another ground", 10.0)
 
 
 def test_the_services_of_environments_that_no_app_uses_are_not_watched(tmp_path: Path) -> None:
@@ -198,7 +207,7 @@ def test_a_newer_push_stays_the_last_seen_when_the_older_run_ends_after_it(contr
     [
         ("production", Reason.CRASH_LOOP, True),
         ("staging", Reason.MANIFEST_INVALID, True),
-        ("production", Reason.BOTH_SICK, False),
+        ("production", Reason.BOTH_UNHEALTHY, False),
         ("production", Reason.QUOTA_EXCEEDED, False),
         ("staging", Reason.UNSCHEDULABLE, False),
         ("test", Reason.TESTS_FAILED, False),
@@ -228,7 +237,7 @@ def live_service(*entries: Object) -> Object:
     """A live Service with this history, newest first, which selects the last entry marked live."""
     told = [{"selector": {hook.LABEL_RUN: e["run"]}, "at": 1.0, **e} for e in entries]
     (live,) = [e["selector"] for e in told if e.get("live")]
-    notes = {hook.NOTE_HISTORY: json.dumps(told)}
+    notes = {hook.ANNOTATION_HISTORY: json.dumps(told)}
     meta = {"name": "shop", "resourceVersion": "1", "annotations": notes}
     return {"metadata": meta, "spec": {"selector": live}}
 
@@ -340,7 +349,7 @@ def test_a_run_that_goes_again_says_that_its_old_job_is_deleted_first(
     controller.clock.monotonic = lambda: now[0]
     name = f"test-{run.id}"
     old = hook.test_job(controller.config, controller.apps["shop"], a_run(NEW))
-    notes = {hook.NOTE_OUTCOME: "failed", hook.NOTE_ENDED: "1.0"}
+    notes = {hook.ANNOTATION_OUTCOME: "failed", hook.ANNOTATION_ENDED: "1.0"}
     old["metadata"] |= {"resourceVersion": "1", "uid": "old"}
     old["metadata"]["annotations"] |= notes
     made = desk.create_each
@@ -372,16 +381,16 @@ def test_a_run_that_goes_again_says_that_its_old_job_is_deleted_first(
     assert stored(controller) == []
 
 
-def a_mirrored_job(controller: Any) -> hook.Watch[hook.Job]:
+def a_mirrored_job(controller: Any) -> hook.Informer[hook.Job]:
     """Let a run of a side branch have its Job, in the cluster and in a mirror; return that."""
     job = hook.test_job(controller.config, controller.apps["shop"], a_run(OLD, "refs/heads/side"))
     controller.kubectl.create_each([job], "test")
-    watch: hook.Watch[hook.Job] = controller.jobs[0]
+    watch: hook.Informer[hook.Job] = controller.jobs[0]
     watch._take("ADDED", job)
     return watch
 
 
-def delete(controller: Any, watch: hook.Watch[hook.Job]) -> None:
+def delete(controller: Any, watch: hook.Informer[hook.Job]) -> None:
     """Delete the only Job; its mirror is told."""
     (name,) = [j.name for j in watch.items()]
     watch._take("DELETED", controller.kubectl.objects.pop(("job", name)))
@@ -391,7 +400,7 @@ def test_a_deleted_job_is_told_again_after_a_failure_and_then_no_more(
     controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = a_mirrored_job(controller)
-    controller.tick()
+    controller.reconcile()
     delete(controller, watch)
 
     def lose(resource: str, name: str, namespace: str) -> None:
@@ -399,11 +408,11 @@ def test_a_deleted_job_is_told_again_after_a_failure_and_then_no_more(
 
     with monkeypatch.context() as patched:
         patched.setattr(controller.kubectl, "get", lose)
-        controller.tick()
+        controller.reconcile()
     assert seen(controller) == {}
     labels = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
     for _ in range(2):
-        controller.tick()
+        controller.reconcile()
         assert seen(controller) == {"refs/heads/side": (OLD, "failed")}
         ended = controller.metrics.registry.get_sample_value("gitops_hook_runs_total", labels)
         assert ended == 1
@@ -411,10 +420,10 @@ def test_a_deleted_job_is_told_again_after_a_failure_and_then_no_more(
 
 def test_a_job_that_goes_after_its_run_has_ended_is_not_told_again(controller: Any) -> None:
     watch = a_mirrored_job(controller)
-    controller.tick()
+    controller.reconcile()
     controller.finish(a_run(OLD, "refs/heads/side"), {}, ends(Outcome.TESTED))
     delete(controller, watch)
-    controller.tick()
+    controller.reconcile()
     assert seen(controller) == {"refs/heads/side": (OLD, "tested")}
     labels = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
     assert controller.metrics.registry.get_sample_value("gitops_hook_runs_total", labels) is None
@@ -428,7 +437,7 @@ def a_seen_job(
     found = make(controller.config, controller.apps["shop"], replace(a_run(OLD), received=10.0))
     found["metadata"] |= {"resourceVersion": "1", "uid": stage, **meta}
     if ended is not None:
-        told = {hook.NOTE_OUTCOME: "failed", hook.NOTE_ENDED: str(ended)}
+        told = {hook.ANNOTATION_OUTCOME: "failed", hook.ANNOTATION_ENDED: str(ended)}
         found["metadata"]["annotations"] |= told
     found["spec"]["suspend"] = False
     done = {"succeeded": "Complete", "failed": "Failed"}.get(state)
@@ -462,7 +471,7 @@ def test_a_run_vanishes_with_a_job_that_it_still_needs(
     ended: list[Any] = []
     controller.finish = lambda run, jobs, why: ended.append(([*jobs], why.stage, why.reason))
     there = {left[0]: a_seen_job(controller, *left)} if left else {}
-    controller.vanished(a_seen_job(controller, *lost), there)
+    controller.end_vanished(a_seen_job(controller, *lost), there)
     assert ended == ([] if told is None else [(told, lost[0], Reason.VANISHED)])
 
 
@@ -494,9 +503,12 @@ def test_a_run_that_is_pushed_again_goes_on_where_it_failed(
     def patch(resource: str, name: str, namespace: str, change: Object) -> None:
         patched.append(name.partition("-")[0])
         notes = change["metadata"]["annotations"]
-        assert {notes[k] for k in (hook.NOTE_OUTCOME, hook.NOTE_ENDED)} == {None}
-        assert {notes[k] for k in (hook.NOTE_REASON, hook.NOTE_DETAIL)} == {None}
-        assert (notes[hook.NOTE_RECEIVED], notes[hook.NOTE_DELIVERY]) == ("30.000", "again")
+        assert {notes[k] for k in (hook.ANNOTATION_OUTCOME, hook.ANNOTATION_ENDED)} == {None}
+        assert {notes[k] for k in (hook.ANNOTATION_REASON, hook.ANNOTATION_DETAIL)} == {None}
+        assert (notes[hook.ANNOTATION_RECEIVED], notes[hook.ANNOTATION_DELIVERY]) == (
+            "30.000",
+            "again",
+        )
         assert change["spec"] == {"ttlSecondsAfterFinished": None}
 
     kubectl: Any = SimpleNamespace(delete=delete, patch=patch)
@@ -514,7 +526,9 @@ def test_a_job_that_is_being_deleted_is_waited_for(controller: Any) -> None:
 
 def test_a_push_whose_run_is_under_way_needs_nothing_more(controller: Any) -> None:
     refusal = hook.KubectlError(["kubectl"], 1, "Error from server (AlreadyExists): it is there")
-    assert controller.settle(a_run(OLD), refusal, [a_seen_job(controller, "test", "active")])
+    assert controller.handle_create_result(
+        a_run(OLD), refusal, [a_seen_job(controller, "test", "active")]
+    )
     assert seen(controller) == {}
 
 
@@ -535,7 +549,7 @@ def test_a_push_whose_job_is_refused_for_good_has_failed_and_any_other_waits(
     controller: Any, said: str, dealt: bool, outcome: str | None
 ) -> None:
     refusal = hook.KubectlError(["kubectl"], 1, said) if said else None
-    assert controller.settle(a_run(NEW), refusal, None) is dealt
+    assert controller.handle_create_result(a_run(NEW), refusal, None) is dealt
     assert seen(controller) == ({"refs/heads/main": (NEW, outcome)} if outcome else {})
 
 
@@ -543,7 +557,7 @@ def test_one_vanished_job_that_cannot_be_written_down_holds_back_no_other_run(
     controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch, acted = a_mirrored_job(controller), []
-    controller.tick()
+    controller.reconcile()
     delete(controller, watch)
     other = hook.test_job(controller.config, controller.apps["shop"], a_run(NEW, "refs/heads/x"))
     controller.kubectl.create_each([other], "test")
@@ -553,8 +567,8 @@ def test_one_vanished_job_that_cannot_be_written_down_holds_back_no_other_run(
         raise hook.KubectlError(["kubectl"], 1, "Error from server (Forbidden): no")
 
     monkeypatch.setattr(controller.state, "write", refuse)
-    monkeypatch.setattr(controller, "act", lambda view, action: acted.append(view.run.commit))
-    controller.tick()
+    monkeypatch.setattr(controller, "execute", lambda view, action: acted.append(view.run.commit))
+    controller.reconcile()
     assert acted == [NEW]
 
 
@@ -567,7 +581,7 @@ def test_a_step_that_fails_again_and_again_is_said_once_in_five_minutes_and_show
     synced(controller)
     lost = [f"read tcp 10.0.0.1:{{}}->10.0.0.2:443: no {what}" for what in ("way", "answer")]
 
-    def fail(view: hook.View, action: hook.Action) -> None:
+    def fail(view: hook.Observation, action: hook.Action) -> None:
         # each look is a second, and every fifth takes the step
         if troubles and now[0] % 5 == 0:
             raise hook.KubectlError(["kubectl"], 1, troubles[0].format(next(port)))
@@ -585,7 +599,7 @@ def test_a_step_that_fails_again_and_again_is_said_once_in_five_minutes_and_show
         labels = {"what": what}
         return controller.metrics.registry.get_sample_value("gitops_hook_waiting", labels)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(controller, "act", fail)
+    monkeypatch.setattr(controller, "execute", fail)
     shown: set[float | None] = set()
     troubles: list[str] = []
     assert (look(1), shown) == (0, {0})
@@ -613,8 +627,8 @@ def test_a_job_that_is_deleted_during_a_look_is_missed_in_the_next(
 
     with monkeypatch.context() as patched:
         patched.setattr(controller, "grouped", deleted_meanwhile)
-        controller.tick()
-    controller.tick()
+        controller.reconcile()
+    controller.reconcile()
     assert seen(controller) == {"refs/heads/side": (OLD, "failed")}
 
 
@@ -664,7 +678,7 @@ def test_a_push_that_comes_while_git_is_asked_is_not_undone(
             controller.intake()
         return {"refs/heads/main": OLD}
 
-    monkeypatch.setattr(controller.deployer.git, "heads", heads)
+    monkeypatch.setattr(controller.deployer.doors.git, "heads", heads)
     controller.read_heads(controller.apps["shop"])
     controller.intake()
     assert stored(controller) == []
@@ -740,8 +754,8 @@ def test_what_is_live_of_an_app_is_recorded_although_that_of_another_cannot_be(
         for app in controller.apps.values():
             run = hook.Run(id="", app=app.name, ref="", commit="")
             task = controller.task(app, "production", run)
-            with controller.alone(run):
-                controller.look_at_traffic(task, hook.Service(live_service(entry)))
+            with controller.contain_errors(run):
+                controller.reconcile_service(task, hook.Service(live_service(entry)))
     assert wrote == ["blog"]
 
 
@@ -828,11 +842,11 @@ def test_the_ends_of_very_many_tests_hold_back_nothing_that_is_deployed(
         acted.append(view.run.commit)
         now[0] += 0.3
 
-    monkeypatch.setattr(controller, "act", act)
+    monkeypatch.setattr(controller, "execute", act)
     ended = [SimpleNamespace(run=a_run(f"{n:040x}", f"refs/heads/b{n}")) for n in range(100)]
     steps = [(view, ends(Outcome.SUPERSEDED)) for view in ended]
-    steps.append((SimpleNamespace(run=a_run(NEW)), hook.Action(Do.RELEASE, "test")))
-    controller.act_on(steps)
+    steps.append((SimpleNamespace(run=a_run(NEW)), hook.Action(Do.UNSUSPEND, "test")))
+    controller.execute_all(steps)
     assert acted[0] == NEW
     assert 1 < len(acted) < 20
     assert controller.wake.is_set()
@@ -858,7 +872,7 @@ def test_a_push_whose_id_another_push_has_gets_a_longer_one(
         )
         made = hook.test_job(controller.config, app, taken)
         made["metadata"] |= {"resourceVersion": "1", "uid": "u"}
-        assert not controller.settle(push, refusal, [hook.Job(made)])
+        assert not controller.handle_create_result(push, refusal, [hook.Job(made)])
     assert [*controller.identified(app, state, [push])] == [
         (push, hook.run_ids(*hook.run_key(push))[1])
     ]
@@ -911,7 +925,7 @@ def test_a_delivery_that_is_replayed_after_a_restart_runs_nothing_again(
 
 def synced(controller: Any) -> None:
     """Let every mirror know all that is there."""
-    for watch in controller.watches():
+    for watch in controller.informers():
         watch.trouble = ""
 
 
@@ -995,7 +1009,7 @@ def test_a_step_that_fails_is_said_and_taken_again_after_a_pause(
     assert [r.message for r in caplog.records] == ["it waits"]
     event.set()
     eventually(lambda: len(taken) == 3)
-    assert controller.pulses.late() == []
+    assert controller.heartbeats.late() == []
     controller.shut_down(5)
     event.set()
     eventually(lambda: not any(t.is_alive() for t in controller.threads.values()))
@@ -1007,7 +1021,7 @@ def test_a_step_that_fails_is_said_and_taken_again_after_a_pause(
 def look_at(controller: Any, service: Object) -> None:
     """Let the mirror of production tell of the live Service, and the controller look."""
     controller.services["production"]._items = {"shop": hook.Service(service)}
-    controller.look_after([])
+    controller.reconcile_services([])
 
 
 def rolled_back_lines(caplog: pytest.LogCaptureFixture) -> list[Object]:
@@ -1057,7 +1071,9 @@ def test_neither_a_rollback_of_before_the_start_nor_the_next_version_is_a_rollba
 def test_a_selector_that_no_history_knows_is_drift_also_at_first_sight(
     controller: Any, monkeypatch: pytest.MonkeyPatch, *, known: bool
 ) -> None:
-    monkeypatch.setattr(controller.deployer, "last_change", lambda task: {"manager": "someone"})
+    monkeypatch.setattr(
+        controller.deployer.steady.live, "last_change", lambda task: {"manager": "someone"}
+    )
     if known:
         look_at(controller, live_service(GONE, {**OLD_ENTRY, "live": True}))
     drifted = live_service(GONE, {**OLD_ENTRY, "live": True})
@@ -1067,7 +1083,7 @@ def test_a_selector_that_no_history_knows_is_drift_also_at_first_sight(
     registry = controller.metrics.registry
     seen = partial(registry.get_sample_value, "gitops_hook_selector_drift_total", labels)
     for _ in range(2):
-        controller.once = hook.Once(controller.clock)  # as if some time had passed
+        controller.cooldown = hook.Cooldown(controller.clock)  # as if some time had passed
         look_at(controller, drifted)
         eventually(lambda: seen() == 1)
 
@@ -1107,7 +1123,7 @@ def test_a_run_that_waits_for_git_shows_what_git_said_last(
     notes: list[Object] = []
 
     def note(found: hook.Job, told: dict[str, str | None]) -> None:
-        found.notes.update({k: v for k, v in told.items() if v is not None})
+        found.annotations.update({k: v for k, v in told.items() if v is not None})
         notes.append(told)
 
     def fail(url: str) -> None:
@@ -1116,15 +1132,15 @@ def test_a_run_that_waits_for_git_shows_what_git_said_last(
 
     asked: list[str] = []
     monkeypatch.setattr(hook, "DELAYS", (0.1,))
-    monkeypatch.setattr(controller, "note", note)
-    monkeypatch.setattr(controller.deployer.git, "heads", fail)
-    controller.tick()
+    monkeypatch.setattr(controller, "annotate", note)
+    monkeypatch.setattr(controller.deployer.doors.git, "heads", fail)
+    controller.reconcile()
     step = partial(controller.read_heads, controller.apps["shop"])
     controller.repeat("heads of shop", "catch-up waits", step, controller.asked["shop"])
-    eventually(lambda: controller.tick() or len(asked) > 3)
+    eventually(lambda: controller.reconcile() or len(asked) > 3)
     controller.shut_down(5)
-    assert {told[hook.NOTE_REASON] for told in notes} == {"GitError"}
-    bare, full = (told[hook.NOTE_DETAIL] for told in notes)
+    assert {told[hook.ANNOTATION_REASON] for told in notes} == {"GitError"}
+    bare, full = (told[hook.ANNOTATION_DETAIL] for told in notes)
     assert bare == "for the head of the branch"
     assert full.startswith("for the head of the branch; git ls-remote https://git.example.com/")
     assert re.search(r"refused after \d ms", full)
@@ -1137,9 +1153,9 @@ def test_a_run_that_waits_for_git_shows_what_git_said_last(
 class Seen(hook.Controller):
     """A controller that only looks at its runs."""
 
-    looked: hook.View
+    looked: hook.Observation
 
-    def act(self, view: hook.View, action: hook.Action) -> None:
+    def execute(self, view: hook.Observation, action: hook.Action) -> None:
         self.looked = view
 
 
@@ -1161,13 +1177,15 @@ def test_a_pod_left_by_a_deleted_job_of_the_same_name_does_not_count(
     }
     logs: list[str] = []
     controller.kubectl.objects["job", job["metadata"]["name"]] = job
-    controller.deployer.logs.keep = lambda _app, _run, pods, _: logs.extend(p.name for p in pods)
+    controller.deployer.steady.rollout.logs.keep = lambda _app, _run, pods, _: logs.extend(
+        p.name for p in pods
+    )
     controller.jobs[0]._take("ADDED", job)
     controller.pods[0]._take("ADDED", pod)
-    controller.tick()
+    controller.reconcile()
     view = controller.looked
     assert [p.name for p in view.pods] == ["pod"] * own
-    assert bool(view.doomed) is own
+    assert bool(view.fatal_problem) is own
     asked = [f for f in controller.kubectl.filters if "involvedObject" in f]
     assert asked == ["involvedObject.uid=this,reason=FailedCreate"] * (not own)
     controller.finish(view.run, view.jobs, hook.ends(Outcome.FAILED, Reason.VANISHED, "", "test"))
@@ -1180,11 +1198,11 @@ def test_a_run_that_ended_during_a_look_is_not_begun_again_by_that_look(controll
     found["metadata"] |= {"resourceVersion": "1", "uid": "this"}
     found["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
     controller.jobs[0]._take("ADDED", found)
-    controller.doom[run.id] = hook.Doom()
+    controller.trackers[run.id] = hook.ProblemTracker()
     at_the_beginning = {"test": hook.Job(found)}
     ended = {"gitops-hook/outcome": "superseded", "gitops-hook/ended-at": str(time.time())}
     meta = {**found["metadata"], "resourceVersion": "2"}
     meta["annotations"] = {**meta["annotations"], **ended}
     controller.jobs[0].learn({**found, "metadata": meta})
-    view = controller.view(at_the_beginning, [], newer=False)
+    view = controller.observe(at_the_beginning, [], newer=False)
     assert hook.decide(view).do is Do.NOTHING

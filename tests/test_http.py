@@ -568,7 +568,7 @@ def test_a_full_spool_refuses_pushes_but_still_answers_what_asks_for_nothing(
 def test_a_bug_is_a_500_that_tells_nothing_and_is_logged_and_counted(
     receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    receiver.controller.pulses.late = lambda: 1 / 0
+    receiver.controller.heartbeats.late = lambda: 1 / 0
     reply = receiver.request("GET", "/healthz")
     assert (reply.status, reply.json) == (500, {"status": "error"})
     assert receiver.count("errors_total", where="request") == 1
@@ -1041,7 +1041,7 @@ def test_the_second_port_has_metrics_and_probes_and_nothing_else(receiver: Recei
 def test_it_is_not_alive_when_the_loop_of_the_first_port_stands_still(receiver: Receiver) -> None:
     now = [100.0]
     clock: Any = SimpleNamespace(monotonic=lambda: now[0])
-    pulses = receiver.controller.pulses = hook.Pulses(clock)
+    pulses = receiver.controller.heartbeats = hook.Heartbeats(clock)
     beat = partial(pulses.beat, "first port", hook.LOOP_SECONDS)
     held = threading.Event()
 

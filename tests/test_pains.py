@@ -178,5 +178,5 @@ def test_a_switch_that_no_endpoints_follow_is_put_back(apps: Fleet) -> None:
         eventually(unready, 10, "no pod of the new version is ready")
     ended = apps.ended(run)
     # its health path fails as well, which is seen before the endpoints had their time
-    assert (ended["outcome"], ended["reason"]) == ("switched-back", "SickAfterSwitch")
+    assert (ended["outcome"], ended["reason"]) == ("switched-back", "UnhealthyAfterSwitch")
     assert empty.answer()["version"] == "first"
