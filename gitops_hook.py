@@ -2731,7 +2731,8 @@ class Claim:
         The field `restore` is called `heal` there, as version 0.1 reads and writes it.
         """
         data = asdict(self)
-        return {**data, "heal": data.pop("restore")}
+        data["heal"] = data.pop("restore")
+        return data
 
 
 def fitting_fields(kind: type[Any], data: Any) -> Object:
