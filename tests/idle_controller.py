@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,12 +76,18 @@ def refused(message: str, code: int | None = 1) -> hook.KubectlError:
 
 def idle_controller(directory: Path, config: str = CONFIG) -> Any:
     """A controller whose threads are not started, with a clock that a test holds."""
-    git = SimpleNamespace(heads=lambda url: {})
-    kubectl, secrets = FakeKubectl(), hook.Secrets(directory)
-    deployer = hook.Deployer(kubectl, git, secrets, HeldClock())  # type: ignore[arg-type]
+    kubectl = FakeKubectl()
+    doors = hook.Doors(
+        kubectl=kubectl,
+        git=SimpleNamespace(heads=lambda url: {}),  # type: ignore[arg-type]
+        secrets=hook.Secrets(directory),
+        clock=HeldClock(),
+        reports=hook.Reports(kubectl.metrics),
+        stop=threading.Event(),
+    )
     spool = hook.Spool(directory / "spool", 100)
     spool.prepare()
-    return hook.Controller(hook.load_config(config), deployer, spool)
+    return hook.Controller(hook.load_config(config), hook.Deployer(doors), spool)
 
 
 def synced(controller: Any) -> None:

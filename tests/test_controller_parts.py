@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,8 +257,8 @@ def test_an_environment_that_cannot_be_seen_is_left_alone(controller: Any) -> No
     add_job(controller, a_run(OLD))
 
     def busy_environments() -> frozenset[str]:
-        open_runs = controller.runs.open_runs(controller.informers.jobs_by_run())
-        environments: frozenset[str] = controller.runs.observe(open_runs[0]).busy
+        (jobs,) = controller.informers.jobs_by_run().values()
+        environments: frozenset[str] = controller.runs.observe(jobs, [], newer=False).busy
         return environments
 
     assert busy_environments() == {"staging", "production"}
@@ -286,7 +286,11 @@ def test_a_pod_left_by_a_deleted_job_of_the_same_name_does_not_count(
         "status": {"containerStatuses": [{"name": "test-runner", "state": state}]},
     }
     logs: list[str] = []
-    controller.recorder.logs.keep = lambda _app, _run, pods, _: logs.extend(p.name for p in pods)
+
+    def keep(app: str, run: str, pods: Sequence[hook.Pod], namespace: str) -> None:
+        logs.extend(pod.name for pod in pods)
+
+    monkeypatch.setattr(controller.context.recorder.logs, "keep", keep)
     controller.context.kubectl.objects["job", job["metadata"]["name"]] = job
     controller.informers.jobs[0]._take("ADDED", job)
     controller.informers.pods[0]._take("ADDED", pod)
@@ -295,10 +299,11 @@ def test_a_pod_left_by_a_deleted_job_of_the_same_name_does_not_count(
     (observed,) = observations
     assert [p.name for p in observed.pods] == ["pod"] * own
     assert bool(observed.fatal_problem) is own
+    controller.runs.wait_for_pod(observed.jobs["test"], observed)
     events = [f for f in controller.context.kubectl.filters if "involvedObject" in f]
     assert events == ["involvedObject.uid=this,reason=FailedCreate"] * (not own)
     end = hook.ends(Outcome.FAILED, Reason.VANISHED, "", "test")
-    controller.recorder.finish(observed.run, observed.jobs, end)
+    controller.context.recorder.finish(observed.run, observed.jobs, end)
     eventually(lambda: logs == ["pod"] * own)
 
 
@@ -307,12 +312,11 @@ def test_a_run_that_ended_during_a_look_is_not_begun_again_by_that_look(controll
     job["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
     informer = controller.informers.jobs[0]
     informer._take("ADDED", job)
-    open_runs = controller.runs.open_runs(controller.informers.jobs_by_run())
     ended = {"gitops-hook/outcome": "superseded", "gitops-hook/ended-at": str(time.time())}
     meta = {**job["metadata"], "resourceVersion": "2"}
     meta["annotations"] = {**meta["annotations"], **ended}
     informer.learn({**job, "metadata": meta})
-    observed = controller.runs.observe(open_runs[0])
+    observed = controller.runs.observe({"test": hook.Job(job)}, [], newer=False)
     assert hook.decide(observed).do is Do.NOTHING
 
 
@@ -343,7 +347,7 @@ def test_a_deleted_job_is_recorded_again_after_a_failure_and_then_no_more(
 def test_a_job_that_goes_after_its_run_has_ended_is_not_recorded_again(controller: Any) -> None:
     add_job(controller, a_run(OLD, SIDE))
     controller.runs.reconcile()
-    controller.recorder.finish(a_run(OLD, SIDE), {}, ends(Outcome.TESTED))
+    controller.context.recorder.finish(a_run(OLD, SIDE), {}, ends(Outcome.TESTED))
     delete_job(controller)
     controller.runs.reconcile()
     assert recorded(controller) == {SIDE: (OLD, "tested")}
@@ -374,7 +378,7 @@ def test_a_run_vanishes_with_a_job_that_it_still_needs(
     controller: Any, lost: Any, left: Any, jobs_of_end: list[str] | None
 ) -> None:
     ended: list[Any] = []
-    controller.recorder.finish = lambda run, jobs, end: ended.append(
+    controller.context.recorder.finish = lambda run, jobs, end: ended.append(
         ([*jobs], end.stage, end.reason)
     )
     jobs = {left[0]: a_job(controller, *left)} if left else {}
@@ -568,7 +572,8 @@ def look_at(controller: Any, service: Object) -> None:
 
 def rolled_back_lines(caplog: pytest.LogCaptureFixture) -> list[Object]:
     lines = [line for line in caplog.records if line.message == "rolled back"]
-    return [{"level": line.levelname, **getattr(line, "fields", {})} for line in lines]
+    fields = [{"level": line.levelname, **getattr(line, "fields", {})} for line in lines]
+    return [{key: value for key, value in line.items() if value} for line in fields]
 
 
 OLD_ENTRY: Object = {"run": "shop-old", "outcome": "deployed", "at": 1.0}
@@ -613,7 +618,8 @@ def test_a_selector_that_no_history_knows_is_drift_also_at_first_sight(
     controller: Any, monkeypatch: pytest.MonkeyPatch, *, before: bool
 ) -> None:
     change = {"manager": "someone"}
-    monkeypatch.setattr(controller.context.deployer, "last_change", lambda task: change)
+    live = controller.context.deployer.steady.live
+    monkeypatch.setattr(live, "last_change", lambda task: change)
     if before:
         look_at(controller, live_service(LEFT, {**OLD_ENTRY, "live": True}))
     drifted = live_service(LEFT, {**OLD_ENTRY, "live": True})

@@ -218,7 +218,7 @@ def test_a_run_that_ends_while_its_job_is_being_created_stays_ended(
     controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def create(objects: Sequence[Object], namespace: str) -> dict[str, hook.KubectlError]:
-        controller.recorder.finish(a_run(OLD), {}, ends(Outcome.SUPERSEDED))
+        controller.context.recorder.finish(a_run(OLD), {}, ends(Outcome.SUPERSEDED))
         return {}
 
     monkeypatch.setattr(controller.context.kubectl, "create_each", create)
@@ -335,7 +335,7 @@ def test_a_push_whose_id_another_push_has_gets_a_longer_one(
         refusal = refused("Error from server (AlreadyExists): it is there")
         existing = [hook.Job(a_manifest(controller, other))]
         assert not controller.intake.handle_create_result(push, refusal, existing)
-    longer = hook.possible_ids(push)[1]
+    longer = hook.run_ids(*hook.run_key(push))[1]
     assert controller.intake.ids_of(shop(controller), state, [push]) == {push: longer}
     assert caplog.messages == ["two pushes have the same run id"]
     store(controller, push)
@@ -348,7 +348,7 @@ def test_a_push_whose_id_another_push_has_gets_a_longer_one(
 def test_a_push_that_has_a_run_of_version_0_1_keeps_its_id(controller: Any) -> None:
     synced(controller)
     push = a_run(NEW)
-    old = replace(push, id=hook.possible_ids(push)[-1])
+    old = replace(push, id=hook.run_ids(*hook.run_key(push))[-1])
     controller.informers.jobs[0]._take("ADDED", a_manifest(controller, old))
     state = hook.AppState({}, {}, {}, "", {})
     assert controller.intake.ids_of(shop(controller), state, [push]) == {push: old.id}
@@ -368,7 +368,7 @@ def test_a_delivery_that_is_replayed_after_a_restart_runs_nothing_again(
     run = a_run(NEW, delivery=sent, received=now)
     store(controller, run)
     controller.intake.admit_all()
-    controller.recorder.finish(run, {}, ends(Outcome.TESTED))
+    controller.context.recorder.finish(run, {}, ends(Outcome.TESTED))
     del controller.context.kubectl.objects["job", f"test-{run.id}"]
     new = another_daemon(controller, tmp_path)
     store(new, a_run(NEW, delivery=delivery, received=now + later))
@@ -531,8 +531,8 @@ def test_a_newer_push_stays_the_last_seen_when_the_older_run_ends_after_it(contr
     new = a_run(NEW, received=2.0)
     record(controller, old)
     record(controller, new)
-    controller.recorder.finish(new, {}, ends(Outcome.TESTED))
-    controller.recorder.finish(old, {}, ends(Outcome.TESTED))
+    controller.context.recorder.finish(new, {}, ends(Outcome.TESTED))
+    controller.context.recorder.finish(old, {}, ends(Outcome.TESTED))
     assert recorded(controller) == {MAIN: (NEW, "tested")}
 
 
@@ -550,7 +550,7 @@ def test_a_newer_push_stays_the_last_seen_when_the_older_run_ends_after_it(contr
 def test_a_commit_is_rejected_for_what_a_deployment_says_against_it_alone(
     controller: Any, stage: str, reason: Reason, *, rejects: bool
 ) -> None:
-    controller.recorder.finish(a_run(NEW), {}, hook.ends(Outcome.FAILED, reason, "", stage))
+    controller.context.recorder.finish(a_run(NEW), {}, hook.ends(Outcome.FAILED, reason, "", stage))
     assert rejected(controller) == [NEW] * rejects
 
 
