@@ -82,6 +82,7 @@ def test_a_step_that_fails_is_reported_and_taken_again_after_a_pause(
     eventually(lambda: len(times) == 3)
     assert controller.heartbeats.late() == []
     controller.shut_down(5)
+    event.set()
     threads = controller.supervisor._threads
     eventually(lambda: not any(thread.is_alive() for thread in threads.values()))
 
@@ -105,6 +106,7 @@ def test_a_thread_that_waits_says_so_now_and_then_and_when_it_has_recovered(
     event.set()
     eventually(lambda: steps[0] == 34)
     controller.shut_down(5)
+    event.set()
     lines: list[Any] = caplog.records
     reports = [(line.levelname, line.message, line.fields.get("detail")) for line in lines]
     failures = [("WARNING", "it waits", n) for n in ("1", "2", "3", "4", "5", "11", "21", "31")]

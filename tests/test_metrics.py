@@ -75,7 +75,7 @@ def test_the_first_of_a_kind_is_an_increase_since_all_that_can_happen_is_0_at_th
     assert found["catch_up_runs"] == {("shop",)}
     # what counts an error, or names a thread whose bugs are counted by the first word of its name
     source = Path(hook.__file__).read_text("utf-8")
-    counting = r'(?:errors\.labels\(|\brepeat\(|\bworkers\.start\(|\bname = )f?"([a-z]+)'
+    counting = r'(?:errors\.labels\(|\brepeat\(|\bworkers\.start\(|\bname = )f?"([a-z]+)(?: of |")'
     words = {*re.findall(counting, source)}
     assert {word for (word,) in found["errors"]} == words
     assert {"worker", "watch", "intake", "heads", "secrets"} <= words
