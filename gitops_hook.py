@@ -68,7 +68,18 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Generic,
+    NoReturn,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
 
@@ -88,14 +99,15 @@ __version__ = "0.1.0"
 
 # === constants ====================================================================================
 
-MANAGER = "gitops-hook"
+MANAGER = "gitops-hook"  # the field manager of every write, and the value of LABEL_MANAGED
 ORCHESTRATION = "orchestration"  # the namespace of the daemon, its configuration and its state
+COLOURS = ("blue", "green")
 
 LABEL_MANAGED = "app.kubernetes.io/managed-by"
 LABEL_APP = "gitops-hook/app"
 LABEL_RUN = "gitops-hook/run"
 LABEL_STAGE = "gitops-hook/stage"
-LABEL_VERSION = "version"  # blue or green, the key of the article
+LABEL_VERSION = "version"  # the colour of a pod
 
 ANNOTATION_REPOSITORY = "gitops-hook/repository"
 ANNOTATION_COMMIT = "gitops-hook/commit"
@@ -115,48 +127,56 @@ ANNOTATION_BAKE = "gitops-hook/bake-until"
 ANNOTATION_WRITTEN = "gitops-hook/written-at"
 ANNOTATION_PUT_BACK = "gitops-hook/put-back-at"
 
-LOOK_SECONDS = 2.0  # between looks at what is not watched
-AGAIN_SECONDS = 10.0  # before an action whose effect does not show is tried again
-COLOURS = ("blue", "green")
-HISTORY_LENGTH = 10
-PUT_BACKS = 3  # of a widened selector within so many seconds; then whoever widens it has his way
-PUT_BACK_SECONDS = 600.0
-REJECTED_LENGTH = 50
+# Deliveries.
+SIGNATURE_TOLERANCE = 300  # seconds that the time of a signature may differ from ours
+DEDUPE_SECONDS = 1200  # how long a delivery is remembered; longer than a replay could be authentic
+DEDUPE_ENTRIES = 20_000  # deliveries that are remembered at most
+
+# Runs and their records.
+HISTORY_LENGTH = 10  # entries in the history of a live Service
+REJECTED_LENGTH = 50  # rejected commits that are recorded of an app
 RUNS_LENGTH = 100  # the newest runs of an app that are recorded, besides those that have a Job
 STATE_BYTES = 600 * 1024  # of all records of an app: a ConfigMap holds 1 MiB
 RECORD_BYTES = 2048  # of one record
-RECORD_VERSION = 1
-STATE_TRIES = 5  # of a write that finds that another process has written meanwhile
-ADOPTED = "adopted"  # the outcome of what was there before the first run
-DETAIL_LENGTH = 1500  # characters of explanation kept on an object
-SIGNATURE_TOLERANCE = 300  # seconds, as the Standard Webhooks libraries have it
-DEDUPE_SECONDS = 1200  # twice the tolerance: a replay is refused by age before it is forgotten
-DEDUPE_ENTRIES = 20_000
-JOB_TTL = 3600  # seconds a finished Job is kept
-UNRUN_TTL = 300  # seconds a Job is kept that never ran
-LOG_BYTES = 64 * 1024  # of log tails that are kept of a run in a namespace
-LOG_TTL = 86400.0  # seconds they are kept
-LOGS_KEPT = 20  # of an app in a namespace
-KUBECTL_TIMEOUT = 30.0  # seconds for one call, as in the article
-WATCH_SECONDS = 300  # every watch ends and relists after this: a hung one looks like a quiet one
-GIT_TIMEOUT = 60.0
-HEADS_AT_ONCE = 4  # questions to one git server: a dead one delays only its own apps
-VERIFY_SECONDS = 10.0  # the endpoints must have followed the selector by then
-UNMOVED_SECONDS = 60.0  # ... unless nobody has acted on it: a controller-manager that starts anew
-HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures are seen within one second
-UNREADY_SECONDS = 5.0  # readiness below the wanted number for so long is sickness
-GONE_SECONDS = 1.0  # ... and so long with no ready pod at all: every visitor is refused
-REPLACED_SECONDS = 20.0  # ... unless pods are starting in the place of those that were taken away
-CHECK_GAP = 2.0  # between two health checks further apart than that, health is not known
-FRESH_SECONDS = 5.0  # as old may be what the API server said of the pods that are judged
-REBAKE_SECONDS = 15.0  # a bake that nobody watched to its end is watched for at least so long
-ROLLOUT_PER_REPLICA = 20.0
-CLAIM_SECONDS = 900.0  # a claim of a command that old belongs to a process that is gone
-HEAD_GRACE = 30.0  # a git server may show a pushed head so much later than the webhook
-HEAD_FRESH = 10.0  # age up to which a read head decides over a release
-DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0)  # back-off, the last one repeats
-BATCH = 200  # Jobs in one create
-TEST_JOBS = 1000  # unfinished Jobs of an app above which pushes that are only tested wait
+RECORD_VERSION = 1  # of the format of a record
+STATE_TRIES = 5  # attempts to write records that another process changes at the same time
+ADOPTED = "adopted"  # the outcome of the version that was live before the first run
+DETAIL_LENGTH = 1500  # characters of each line that `explain` prints
+
+# Jobs and logs.
+BATCH = 200  # Jobs that one call creates
+TEST_JOBS = 1000  # unfinished Jobs of an app above which its test-only pushes stay in the spool
+JOB_TTL = 3600  # seconds that a finished Job is kept
+UNRUN_TTL = 300  # seconds that the Job of an ended run is kept if it never ran
+LOG_BYTES = 64 * 1024  # of log tails that are kept of one run in one namespace
+LOG_TTL = 86400.0  # seconds that they are kept
+LOGS_KEPT = 20  # runs of an app whose log tails are kept in one namespace
+
+# Calls and retries.
+KUBECTL_TIMEOUT = 30.0  # seconds for one call
+WATCH_SECONDS = 300  # after which every watch is renewed: one that hangs looks like a quiet one
+GIT_TIMEOUT = 60.0  # seconds for one call
+HEADS_AT_ONCE = 4  # git servers' heads read at the same time; a dead server delays only its apps
+HEAD_FRESH = 10.0  # seconds for which a head that was read decides what may be deployed
+HEAD_GRACE = 30.0  # seconds after a push in which git may still show the commit before it
+DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds before each retry; the last delay repeats
+LOOK_SECONDS = 2.0  # between two looks at something that no informer reports
+AGAIN_SECONDS = 10.0  # after which an action that has shown no effect is repeated
+
+# Deployments.
+ROLLOUT_PER_REPLICA = 20.0  # seconds that a rollout may take at least for each replica
+VERIFY_SECONDS = 10.0  # in which the endpoints must converge on the selector
+UNMOVED_SECONDS = 60.0  # the same while no endpoint has changed: their controller may be restarting
+HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures take less than a second
+CHECK_GAP = 2.0  # seconds between two health checks above which the time between them is unjudged
+FRESH_SECONDS = 5.0  # for which the pods, as they were read, may be used to judge health
+UNREADY_SECONDS = 5.0  # that pods of the live version may be unready before it is unhealthy
+GONE_SECONDS = 1.0  # the same while no pod at all is ready: every visitor is refused
+REPLACED_SECONDS = 20.0  # the same while the cluster replaces pods that it took away itself
+REBAKE_SECONDS = 15.0  # that a bake takes at least after the daemon was restarted during it
+CLAIM_SECONDS = 900.0  # after which the claim of a rollback counts as left by a dead process
+PUT_BACKS = 3  # times that a widened selector is put back within PUT_BACK_SECONDS
+PUT_BACK_SECONDS = 600.0
 
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 SHA = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -371,18 +391,20 @@ class RefusedError(HookError):
 # === configuration ================================================================================
 
 T = TypeVar("T")
-Object = dict[str, Any]
+Object = dict[str, Any]  # JSON as kubectl, YAML files and payloads have it
 Parser = Callable[[Any], Any]
-REQUIRED = ""  # in the place of a default
+REQUIRED = ""  # the default of a setting that has none
 
 
-def matching(pattern: str, what: str, make: Parser = str, kind: type[Any] = str) -> Parser:
-    """Return a parser for a value of a type whose text matches the whole pattern."""
+def matching(
+    pattern: str, what: str, convert: Parser = str, types: tuple[type[Any], ...] = (str,)
+) -> Parser:
+    """Return a parser for values of these types whose text matches the whole pattern."""
 
     def parse(value: Any) -> Any:
-        """Return the value, made what it stands for."""
-        if type(value) is kind and re.fullmatch(pattern, str(value)):
-            return make(value)
+        """Return the value, converted; raises ValueError that says what was expected."""
+        if type(value) in types and re.fullmatch(pattern, str(value)):
+            return convert(value)
         raise ValueError(f"is not {what}")
 
     return parse
@@ -391,10 +413,15 @@ def matching(pattern: str, what: str, make: Parser = str, kind: type[Any] = str)
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "KiB": 2**10, "MiB": 2**20}
 
 
-def scaled(text: str) -> float:
-    """Return an amount with a unit in seconds or bytes."""
+def parse_amount(text: str) -> float:
+    """Return a whole number with a unit, in seconds or bytes."""
     unit = text.lstrip("0123456789")
     return int(text.removesuffix(unit)) * UNITS[unit]
+
+
+def parse_replicas(value: Any) -> int | None:
+    """Return a number of replicas, None for `full`; raises ValueError for anything else."""
+    return None if value == "full" else REPLICAS(value)
 
 
 TEXT = matching(r"(?s)(?=.*\S)[^\x00]{1,10000}", "a text")
@@ -403,30 +430,27 @@ NAME = matching(rf"(?![0-9]|.{{31}}){DNS_LABEL.pattern}", SHORT)
 LABEL = matching(rf"(?!.{{64}}){DNS_LABEL.pattern}", "a DNS label")
 BRANCH = matching(r"(?!refs/)[^\s~^:?*\[\\]{1,255}", "a branch name (without refs/heads/)")
 FOLDER = matching(r"(?![/-])(?!(.*/)?\.\.(/|$))[^\x00]+", "a relative path within the repository")
+URL_PATH = matching(r"/[\x21-\x7e]*", "a path")
 REPOSITORY = matching(
     r"(file://)?/[^\s\x00]+|https?://[A-Za-z0-9._:\[\]-]+/[^\s@?#\x00]+",
     "an http(s) URL without user, query and fragment (a user belongs in file git-credentials)",
 )
-PATH = r"([a-z0-9][\w.-]*(:[0-9]+)?/)?[a-z0-9._/-]*"  # of an image: lower case but for its host
-IMAGE = matching(rf"(?=[a-z0-9]){PATH}(:[\w.-]+)?(@\w+:[0-9a-f]+)?", "an image reference")
-TARGET = matching(PATH, "an image without tag and digest")
+IMAGE_PATH = r"([a-z0-9][\w.-]*(:[0-9]+)?/)?[a-z0-9._/-]*"  # only its host may have capitals
+IMAGE = matching(rf"(?=[a-z0-9]){IMAGE_PATH}(:[\w.-]+)?(@\w+:[0-9a-f]+)?", "an image reference")
+TARGET = matching(IMAGE_PATH, "an image without tag and digest")
 ADDRESS = matching(r"[^\s/]+:[0-9]{1,5}", "host:port")
-QUANTITY = matching(r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "a quantity (e.g. 250m, 1Gi)")
+AMOUNT = r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?"
+QUANTITY = matching(AMOUNT, "a quantity (e.g. 250m, 1Gi)", str, (str, int, float))
 MODE = matching("signature|token|hmac", "signature, token or hmac")
-BUILDS = matching("kaniko|none", "kaniko or none")
-SWITCH = matching("True|False", "true or false", bool, bool)
-NUMBER = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, int)
-# A setting is a type, the parser of its texts or numbers, its default as YAML text, its meaning.
-Texts = Annotated[tuple[str, ...], TEXT]
-Resources = Annotated[dict[str, dict[str, str]], lambda v: QUANTITY(str(v))]
-Count = Annotated[int, matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int, int)]
-Replicas = Annotated[int | None, lambda v: None if v == "full" else NUMBER(v)]
-DURATION = "a duration (e.g. 90s, 15m, 2h)"
-Seconds = Annotated[float, matching("[1-9][0-9]{0,4}[smh]", DURATION, scaled)]
-Pause = Annotated[float, matching("[0-9]{1,5}(ms|[smh])", DURATION, scaled)]
-SIZE = "(?!0)([1-5]?[0-9]|6[0-4])MiB|[1-9][0-9]{0,4}KiB"
-Bytes = Annotated[int, matching(SIZE, "a size up to 64MiB", scaled)]
-DiskBytes = Annotated[int, matching("[1-9][0-9]{0,3}MiB", "a size from 1MiB to 9999MiB", scaled)]
+BUILD_TOOL = matching("kaniko|none", "kaniko or none")
+SWITCH = matching("True|False", "true or false", bool, (bool,))
+COUNT = matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int, (int,))
+REPLICAS = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, (int,))
+DURATION = matching("[1-9][0-9]{0,4}[smh]", "a duration (e.g. 90s, 15m, 2h)", parse_amount)
+PAUSE = matching("[0-9]{1,5}(ms|[smh])", "a duration (e.g. 90s, 15m, 2h)", parse_amount)
+SMALL_SIZES = "(?!0)([1-5]?[0-9]|6[0-4])MiB|[1-9][0-9]{0,4}KiB"
+SIZE = matching(SMALL_SIZES, "a size up to 64MiB", parse_amount)
+DISK_SIZE = matching("[1-9][0-9]{0,3}MiB", "a size from 1MiB to 9999MiB", parse_amount)
 
 TESTS = "pip install -r requirements.txt && python -m pytest tests/ -v --junitxml=$JUNIT_XML"
 TEST_POD = "{requests: {cpu: 250m, memory: 256Mi}, limits: {cpu: 500m, memory: 512Mi}}"
@@ -436,60 +460,147 @@ KANIKO = "ghcr.io/osscontainertools/kaniko:v1.28.3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What is declared of one setting."""
+
+    kind: Any  # its type: a section, a list, a mapping, or what the parser returns
+    parse: Parser  # of its value, or of each text and number in its list or mapping
+    default: str  # as YAML text
+    meaning: str
+
+
+def setting(*, parse: Parser = TEXT, default: str = REQUIRED, meaning: str = "") -> Any:
+    """Declare a field of a section to be a setting."""
+    return dataclass_field(metadata={"parse": parse, "default": default, "meaning": meaning})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TestSettings:
     """How the tests of an app are run."""
 
-    image: Annotated[str, IMAGE, "python:3.12-slim", "image the tests run in"]
-    command: Annotated[str, TEXT, TESTS, "run under `sh -ec`; $JUNIT_XML is where a report goes"]
-    timeout: Annotated[Seconds, "15m", "from the pod's start"]
-    resources: Annotated[Resources, TEST_POD, "of the test container; ephemeral-storage: 4Gi"]
+    image: str = setting(
+        parse=IMAGE, default="python:3.12-slim", meaning="image in which the tests run"
+    )
+    command: str = setting(
+        default=TESTS,
+        meaning="test command for `sh -ec`; it may write a JUnit report to $JUNIT_XML",
+    )
+    timeout: float = setting(
+        parse=DURATION, default="15m", meaning="how long the tests may run, from their pod's start"
+    )
+    resources: dict[str, dict[str, str]] = setting(
+        parse=QUANTITY,
+        default=TEST_POD,
+        meaning="requests and limits of the test container; `ephemeral-storage: 4Gi` if not set",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildSettings:
     """How the image of an app is built."""
 
-    builder: Annotated[str, BUILDS, "kaniko", "none: the manifests name images by digest"]
-    image: Annotated[str, TARGET, "''", "where to push it, without a tag"]
-    dockerfile: Annotated[str, FOLDER, "Dockerfile", "path in the repository"]
-    args: Annotated[Texts, "[]", "more options for kaniko"]
-    timeout: Annotated[Seconds, "20m", "from the pod's start"]
-    resources: Annotated[Resources, BUILD_POD, "of the build container; ephemeral-storage: 10Gi"]
+    builder: str = setting(
+        parse=BUILD_TOOL,
+        default="kaniko",
+        meaning="`none`: nothing is built, the manifests name images by digest",
+    )
+    image: str = setting(
+        parse=TARGET, default="''", meaning="where the image is pushed, without a tag"
+    )
+    dockerfile: str = setting(
+        parse=FOLDER, default="Dockerfile", meaning="path of the Dockerfile in the repository"
+    )
+    args: tuple[str, ...] = setting(default="[]", meaning="further options for kaniko")
+    timeout: float = setting(
+        parse=DURATION, default="20m", meaning="how long a build may run, from its pod's start"
+    )
+    resources: dict[str, dict[str, str]] = setting(
+        parse=QUANTITY,
+        default=BUILD_POD,
+        meaning="requests and limits of the build container; `ephemeral-storage: 10Gi` if not set",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Health:
     """What makes a version healthy before and after the switch."""
 
-    path: Annotated[str, matching(r"/[\x21-\x7e]*", "a path"), "/ready", "2xx or 3xx when healthy"]
-    successes: Annotated[Count, "3", "answers in a row that let a version pass"]
-    failures: Annotated[Count, "3", "failures in a row that make it sick"]
-    timeout: Annotated[Seconds, "30s", "for the smoke test before the switch"]
+    path: str = setting(
+        parse=URL_PATH,
+        default="/ready",
+        meaning="path that a healthy app answers with a status from 200 to 399",
+    )
+    successes: int = setting(
+        parse=COUNT, default="3", meaning="passed checks in a row that make a version healthy"
+    )
+    failures: int = setting(
+        parse=COUNT, default="3", meaning="failed checks in a row that make a version unhealthy"
+    )
+    timeout: float = setting(
+        parse=DURATION, default="30s", meaning="how long the smoke test before the switch may take"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeploySettings:
     """How an app is deployed."""
 
-    manifests: Annotated[str, FOLDER, "deploy", "folder of plain YAML or of a kustomization"]
-    ignore_kinds: Annotated[Texts, "[]", "kinds in there that someone else applies"]
-    environments: Annotated[Texts, "[staging, production]", "in order; the last bakes; []: none"]
+    manifests: str = setting(
+        parse=FOLDER,
+        default="deploy",
+        meaning="folder of the app's manifests: plain YAML files or a kustomization",
+    )
+    ignore_kinds: tuple[str, ...] = setting(
+        default="[]", meaning="kinds in that folder that others apply and this program leaves alone"
+    )
+    environments: tuple[str, ...] = setting(
+        default="[staging, production]",
+        meaning="where the app is deployed, in this order; the bake is in the last; `[]`: nowhere",
+    )
     health: Health
-    rollout_timeout: Annotated[Seconds, "300s", "at least; 20 s a replica if that is more"]
-    log_tails: Annotated[bool, SWITCH, "true", "keep the last log lines of its pods that fail"]
-    bake: Annotated[Pause, "60s", "sickness so long after the switch takes the traffic back"]
-    drain: Annotated[Pause, "60s", "until the old colour is restarted or scaled down"]
-    retain: Annotated[Replicas, "full", "or how many replicas of the old colour stay"]
+    rollout_timeout: float = setting(
+        parse=DURATION,
+        default="300s",
+        meaning="how long new pods may take to become ready; at least 20 s for each replica",
+    )
+    log_tails: bool = setting(
+        parse=SWITCH,
+        default="true",
+        meaning="whether the last log lines of the app's failed pods are kept and shown",
+    )
+    bake: float = setting(
+        parse=PAUSE,
+        default="60s",
+        meaning="how long after the switch an unhealthy version is switched back automatically",
+    )
+    drain: float = setting(
+        parse=PAUSE,
+        default="60s",
+        meaning="how long after the switch the old pods keep running, to finish their requests",
+    )
+    retain: int | None = setting(
+        parse=parse_replicas,
+        default="full",
+        meaning="replicas of the old version that keep running for a rollback: `full` or a number",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class App:
     """One repository and what becomes of its pushes."""
 
-    name: Annotated[str, NAME, REQUIRED, "of Deployments, Services and Jobs, with a suffix"]
-    repository: Annotated[str, REPOSITORY, REQUIRED, "clone URL; its ssh forms match as well"]
-    branch: Annotated[str, BRANCH, "main", "pushes here are tested, built, deployed"]
-    test_branches: Annotated[Texts, "['*']", "pushes here are only tested"]
+    name: str = setting(
+        parse=NAME, meaning="name of the live Service; names of Deployments and Jobs contain it"
+    )
+    repository: str = setting(
+        parse=REPOSITORY, meaning="clone URL; pushes that name an ssh URL of it match as well"
+    )
+    branch: str = setting(
+        parse=BRANCH, default="main", meaning="pushes to it are tested, built and deployed"
+    )
+    test_branches: tuple[str, ...] = setting(
+        default="['*']", meaning="patterns of branches whose pushes are only tested"
+    )
     test: TestSettings
     build: BuildSettings
     deploy: DeploySettings
@@ -504,145 +615,192 @@ class App:
 class Images:
     """The images of Job pods."""
 
-    hook: Annotated[str, IMAGE, "gitops-hook:dev", "this program; `make apply` sets it"]
-    kaniko: Annotated[str, IMAGE, KANIKO, "the builder"]
+    hook: str = setting(
+        parse=IMAGE,
+        default="gitops-hook:dev",
+        meaning="this program's image; `make apply` sets it",
+    )
+    kaniko: str = setting(parse=IMAGE, default=KANIKO, meaning="image of the builder")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Webhook:
-    """How deliveries are judged."""
+    """Which deliveries are accepted."""
 
-    verify: Annotated[str, MODE, "signature", "signature, token or hmac: what is required"]
-    max_body: Annotated[Bytes, "5MiB", "larger bodies get a 413"]
+    verify: str = setting(
+        parse=MODE,
+        default="signature",
+        meaning="what proves that GitLab sent a delivery: `signature`, `token` or `hmac`",
+    )
+    max_body: int = setting(
+        parse=SIZE, default="5MiB", meaning="larger deliveries are refused with status 413"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Bounds on what runs at once."""
+    """Bounds on what the daemon uses."""
 
-    max_running: Annotated[Count, "4", "Jobs released at once"]
-    queue_timeout: Annotated[Seconds, "1h", "wait for quota or a free place"]
-    spool_files: Annotated[Count, "10000", "pushes stored, 16 KiB each; then 503"]
-    kubectl: Annotated[Count, "8", "kubectl processes at once, watches apart"]
-    checkout: Annotated[DiskBytes, "64MiB", "what git may bring for one commit's manifests"]
+    max_running: int = setting(
+        parse=COUNT, default="4", meaning="Jobs that may run (be unsuspended) at the same time"
+    )
+    queue_timeout: float = setting(
+        parse=DURATION,
+        default="1h",
+        meaning="how long a Job may wait to be unsuspended, and then for its pod to start",
+    )
+    spool_files: int = setting(
+        parse=COUNT,
+        default="10000",
+        meaning="pushes stored on disk, 16 KiB each; more are refused with status 503",
+    )
+    kubectl: int = setting(
+        parse=COUNT, default="8", meaning="kubectl processes at the same time, besides watches"
+    )
+    checkout: int = setting(
+        parse=DISK_SIZE, default="64MiB", meaning="what git may fetch for one commit's manifests"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """The whole configuration, valid."""
 
-    apps: Annotated[tuple[App, ...], TEXT, REQUIRED, ""]
-    namespaces: Annotated[dict[str, str], LABEL, NAMESPACES, "of stages, environments"]
+    apps: tuple[App, ...] = setting()
+    namespaces: dict[str, str] = setting(
+        parse=LABEL,
+        default=NAMESPACES,
+        meaning="namespace of each stage and each environment",
+    )
     images: Images
     webhook: Webhook
     limits: Limits
-    catch_up: Annotated[Seconds, "5m", "between looks at the heads of all repositories"]
-
-
-def settings_of(section: type[Any]) -> dict[str, tuple[Any, Parser, str, str]]:
-    """Return the type, parser, default as YAML text and meaning of every setting by its key."""
-    hints = get_type_hints(section, include_extras=True)
-    whole = {k: getattr(hint, "__metadata__", (TEXT, "{}", "")) for k, hint in hints.items()}
-    return {k: (getattr(hints[k], "__origin__", hints[k]), *more) for k, more in whole.items()}
-
-
-def load_section(section: Any, data: Any, path: str, faults: list[str]) -> Any:
-    """Build a dataclass from YAML data; a wrong value adds a fault, and its default stands in."""
-    if not isinstance(data, dict):
-        faults.append(f"{path or 'configuration'}: is not a mapping")
-        data = {}
-    known, prefix, values = settings_of(section), f"{path}." if path else "", {}
-    unknown = [clip(str(k), 60) for k in data if k not in known]
-    faults += [f"{prefix}{k}: unknown key (known: {', '.join(known)})" for k in unknown]
-    for key, (kind, parse, default, _) in known.items():
-        values[key] = load(kind, parse, yaml.safe_load(default), "", []) if default else ()
-        if data.get(key) is not None:
-            given = load(kind, parse, data[key], prefix + key, faults)
-            values[key] = values[key] if given is None else given
-        elif not default:
-            faults.append(f"{prefix}{key}: is required")
-    return section(**values)
-
-
-def load(kind: Any, parse: Parser, raw: Any, where: str, faults: list[str]) -> Any:
-    """Return what a type makes of YAML data, None when it is wrong; every fault is added."""
-    if is_dataclass(kind):
-        return load_section(kind, raw, where, faults)
-    family, inner = getattr(kind, "__origin__", None), getattr(kind, "__args__", [])
-    if family is tuple and isinstance(raw, list):
-        return tuple(load(inner[0], parse, v, f"{where}[{i}]", faults) for i, v in enumerate(raw))
-    if family is dict and isinstance(raw, dict):
-        return {str(k): load(inner[1], parse, v, f"{where}.{k}", faults) for k, v in raw.items()}
-    if family in (tuple, dict):
-        what = "list" if family is tuple else "mapping"
-        faults.append(f"{where}: {clip(repr(raw), 80)} is not a {what}")
-        return None
-    try:
-        return parse(raw)
-    except ValueError as wrong:
-        faults.append(f"{where}: {clip(repr(raw), 80)} {wrong}")
-        return None
-
-
-class ConfigLoader(yaml.SafeLoader):
-    """YAML in which no key stands twice: the first of two values would be lost without a word."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return a mapping's node; raises YAMLError for a key that is there again."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
-        if again := sorted({k for k in keys if keys.count(k) > 1}):
-            raise yaml.YAMLError(f"{', '.join(again)} twice in one mapping{node.start_mark}")
-        return node
-
-
-def cross_faults(config: Config) -> Iterator[str]:
-    """Yield what is wrong between settings that are each right."""
-    names, spaces = [a.name for a in config.apps], config.namespaces
-    distinct = {v for k, v in spaces.items() if DNS_LABEL.fullmatch(k)} - {ORCHESTRATION}
-    if not {"test", "build"} <= spaces.keys() or len(distinct) < len(spaces):
-        yield "namespaces: needs test, build and others, all different, none the daemon's own"
-    taken = {f"{n}-{suffix}" for n in names for suffix in (*COLOURS, "preview")}
-    for i, app in enumerate(config.apps):
-        environments, image = app.deploy.environments, app.build.image
-        where = f"apps[{i}].deploy.environments"
-        if app.name and app.name in names[:i]:
-            yield f"apps[{i}].name: {app.name!r} is the name of two apps"
-        if app.name in taken:
-            yield f"apps[{i}].name: {app.name!r} is the name of another app's Deployment or Service"
-        if len(set(environments)) < len(environments):
-            yield f"{where}: names one of them twice"
-        for e in sorted({*filter(None, environments)} - (spaces.keys() - {"test", "build"})):
-            yield f"{where}: {e!r} is not an environment in namespaces ({', '.join(spaces)})"
-        if app.build.builder == "kaniko" and environments and not image:
-            yield f"apps[{i}].build.image: is required with builder kaniko"
-        if {*app.test.resources, *app.build.resources} - {"requests", "limits"}:
-            yield f"apps[{i}]: resources have keys other than requests and limits"
+    catch_up: float = setting(
+        parse=DURATION,
+        default="5m",
+        meaning="how often deploy branches are searched for pushes that GitLab did not deliver",
+    )
 
 
 def load_config(document: str) -> Config:
-    """Parse and check the YAML text of the configuration; raises ConfigError with all faults."""
+    """Return the configuration in a YAML text; raises ConfigError with all its faults."""
     try:
         data = yaml.load(document, ConfigLoader)  # noqa: S506 - a SafeLoader that is stricter
     except (yaml.YAMLError, ValueError, RecursionError) as wrong:
         raise ConfigError([f"configuration: not YAML: {clip(str(wrong))}"]) from wrong
     faults: list[str] = []
     config: Config = load_section(Config, data, "", faults)
-    told = {fault.partition(":")[0] for fault in faults}
-    faults += [f for f in cross_faults(config) if f.partition(":")[0] not in told]
+    faulty = {fault.partition(":")[0] for fault in faults}
+    faults += [f for f in cross_faults(config) if f.partition(":")[0] not in faulty]
     if faults:
         raise ConfigError(faults)
     return config
 
 
-def settings_table(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (key, default, meaning) of every setting, for the README."""
-    for key, (kind, _, default, meaning) in settings_of(section).items():
-        inner = getattr(kind, "__args__", [kind])[0]
+class ConfigLoader(yaml.SafeLoader):
+    """YAML without repeated keys, of which one value would be dropped silently."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return a mapping's node; raises YAMLError for a repeated key."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+            raise yaml.YAMLError(f"{', '.join(repeated)} twice in one mapping{node.start_mark}")
+        return node
+
+
+def load_section(section: Any, data: Any, path: str, faults: list[str]) -> Any:
+    """Return a section as YAML data has it; a wrong value adds a fault, and its default is used."""
+    if not isinstance(data, dict):
+        faults.append(f"{path or 'configuration'}: is not a mapping")
+        data = {}
+    settings = settings_of(section)
+    prefix = f"{path}." if path else ""
+    unknown = [clip(str(key), 60) for key in data if key not in settings]
+    faults += [f"{prefix}{key}: unknown key (known: {', '.join(settings)})" for key in unknown]
+    values: Object = {}
+    for key, declared in settings.items():
+        raw = data.get(key)
+        default = yaml.safe_load(declared.default)
+        values[key] = (
+            () if default is None else load_value(declared.kind, declared.parse, default, "", [])
+        )
+        if raw is None and default is None:
+            faults.append(f"{prefix}{key}: is required")
+        elif raw is not None:
+            value = load_value(declared.kind, declared.parse, raw, prefix + key, faults)
+            values[key] = values[key] if value is None else value
+    return section(**values)
+
+
+def settings_of(section: type[Any]) -> dict[str, Setting]:
+    """Return the settings of a section by key; a section within it is one of them."""
+    kinds = get_type_hints(section)
+    nested: Object = {"parse": TEXT, "default": "{}", "meaning": ""}
+    return {f.name: Setting(kind=kinds[f.name], **(f.metadata or nested)) for f in fields(section)}
+
+
+def load_value(kind: Any, parse: Parser, raw: Any, path: str, faults: list[str]) -> Any:
+    """Return what YAML data means for a type, None if it is wrong; adds every fault."""
+    if is_dataclass(kind):
+        return load_section(kind, raw, path, faults)
+    family = get_origin(kind)
+    inner = get_args(kind)
+    if family is tuple and isinstance(raw, list):
+        return tuple(
+            load_value(inner[0], parse, v, f"{path}[{i}]", faults) for i, v in enumerate(raw)
+        )
+    if family is dict and isinstance(raw, dict):
+        return {
+            str(k): load_value(inner[1], parse, v, f"{path}.{k}", faults) for k, v in raw.items()
+        }
+    if family in (tuple, dict):
+        what = "list" if family is tuple else "mapping"
+        faults.append(f"{path}: {clip(repr(raw), 80)} is not a {what}")
+        return None
+    try:
+        return parse(raw)
+    except ValueError as wrong:
+        faults.append(f"{path}: {clip(repr(raw), 80)} {wrong}")
+        return None
+
+
+def cross_faults(config: Config) -> Iterator[str]:
+    """Yield what is wrong between settings that are each valid."""
+    namespaces = config.namespaces
+    own = {v for k, v in namespaces.items() if DNS_LABEL.fullmatch(k)} - {ORCHESTRATION}
+    if not {"test", "build"} <= namespaces.keys() or len(own) < len(namespaces):
+        yield "namespaces: needs test, build and others, all different, none the daemon's own"
+    names = [app.name for app in config.apps]
+    taken = {f"{name}-{suffix}" for name in names for suffix in (*COLOURS, "preview")}
+    for i, app in enumerate(config.apps):
+        environments = app.deploy.environments
+        where = f"apps[{i}].deploy.environments"
+        if app.name and app.name in names[:i]:
+            yield f"apps[{i}].name: {app.name!r} is the name of two apps"
+        if app.name in taken:
+            yield f"apps[{i}].name: {app.name!r} is the name of another app's Deployment or Service"
+        if len(set(environments)) < len(environments):
+            yield f"{where}: names an environment twice"
+        for name in sorted({*filter(None, environments)} - (namespaces.keys() - {"test", "build"})):
+            yield f"{where}: {name!r} is not an environment in namespaces ({', '.join(namespaces)})"
+        if app.build.builder == "kaniko" and environments and not app.build.image:
+            yield f"apps[{i}].build.image: is required with builder kaniko"
+        if {*app.test.resources, *app.build.resources} - {"requests", "limits"}:
+            yield f"apps[{i}]: resources have keys other than requests and limits"
+
+
+def settings_by_path(section: Any = Config, prefix: str = "") -> dict[str, Setting]:
+    """Return every setting by the path by which faults and the README name it."""
+    settings: dict[str, Setting] = {}
+    for key, declared in settings_of(section).items():
+        inner = (*get_args(declared.kind), declared.kind)[0]
         if is_dataclass(inner):
-            yield from settings_table(inner, f"{prefix}{key}{'.' if inner is kind else '[].'}")
+            dot = "." if inner is declared.kind else "[]."
+            settings |= settings_by_path(inner, f"{prefix}{key}{dot}")
         else:
-            yield prefix + key, default or "required", meaning
+            settings[prefix + key] = declared
+    return settings
 
 
 # What a kubelet sets in a pod beside a Service whose name begins with gitops-hook.
@@ -653,32 +811,105 @@ INJECTED = re.compile(r"GITOPS_HOOK(_\w+)?_(SERVICE_(HOST|PORT\w*)|PORT\w*)")
 class Process:
     """What the environment variables GITOPS_HOOK_* say: files, folders and addresses."""
 
-    config: Annotated[Path, Path, "/etc/gitops-hook/config.yaml", ""]
-    secrets: Annotated[Path, Path, "/etc/gitops-hook/secrets", ""]
-    spool: Annotated[Path, Path, "/var/spool/gitops-hook", ""]
-    listen: Annotated[str, ADDRESS, "0.0.0.0:8080", ""]
-    admin_listen: Annotated[str, ADDRESS, "127.0.0.1:8081", ""]
+    config: Path = setting(
+        parse=Path, default="/etc/gitops-hook/config.yaml", meaning="file of the configuration"
+    )
+    secrets: Path = setting(
+        parse=Path, default="/etc/gitops-hook/secrets", meaning="folder of the secrets"
+    )
+    spool: Path = setting(
+        parse=Path, default="/var/spool/gitops-hook", meaning="folder of the stored pushes"
+    )
+    listen: str = setting(parse=ADDRESS, default="0.0.0.0:8080", meaning="address for GitLab")
+    admin_listen: str = setting(
+        parse=ADDRESS, default="127.0.0.1:8081", meaning="address for metrics and probes"
+    )
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Process:
         """Read GITOPS_HOOK_*; raises ConfigError for unknown names but those a kubelet injects."""
         faults: list[str] = []
         ours = [k for k in environ if k.startswith("GITOPS_HOOK_") and not INJECTED.fullmatch(k)]
-        given = {k.removeprefix("GITOPS_HOOK_").lower(): environ[k] or None for k in ours}
-        process: Process = load_section(cls, given, "", faults)
+        values = {k.removeprefix("GITOPS_HOOK_").lower(): environ[k] or None for k in ours}
+        process: Process = load_section(cls, values, "", faults)
         if faults:
             named = (fault.partition(":") for fault in faults)
             raise ConfigError([f"GITOPS_HOOK_{key.upper()}:{rest}" for key, _, rest in named])
         return process
 
 
-SIGNING_TOKENS, PLAIN_TOKENS = "webhook-signing-tokens", "webhook-tokens"
-SECRET_OF_MODE = {"signature": SIGNING_TOKENS, "token": PLAIN_TOKENS, "hmac": PLAIN_TOKENS}
+SIGNING_TOKENS = "webhook-signing-tokens"
+PLAIN_TOKENS = "webhook-tokens"
 GIT_CREDENTIALS = "git-credentials"
 SECRET_FILES = (SIGNING_TOKENS, PLAIN_TOKENS, GIT_CREDENTIALS)
-KEY_BYTES = 32
-SHORTEST_MASKED = 4  # what is shorter occurs in innocent words
-# Bounded or possessive repetitions only: logs are searched with these, whatever is in them.
+SECRET_OF_MODE = {"signature": SIGNING_TOKENS, "token": PLAIN_TOKENS, "hmac": PLAIN_TOKENS}
+KEY_BYTES = 32  # of a decoded signing token
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SecretFile:
+    """The lines of a secret file, and the file's state when they were read."""
+
+    state: tuple[int, int, int]
+    lines: list[bytes]
+
+
+class Secrets:
+    """The secrets directory: one file a kind, one secret a line, read at use so that it rotates."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files: dict[str, SecretFile] = {}
+        self._words: dict[tuple[bytes, ...], list[str]] = {}  # of the newest lines only
+
+    def keys(self, mode: str) -> list[bytes]:
+        """Return the keys to verify deliveries with; raises ConfigError if one is unusable."""
+        name = SECRET_OF_MODE[mode]
+        lines = self.lines(name)
+        if not lines:
+            raise ConfigError([f"secret file {self.directory / name} is missing or empty"])
+        if name != SIGNING_TOKENS:
+            return lines
+        return [decode_signing_token(token, number) for number, token in enumerate(lines, 1)]
+
+    def mask(self, value: T) -> T:
+        """Return a text, or all texts within a value, without what is or looks like a secret."""
+        lines = tuple(line for name in SECRET_FILES for line in self.lines(name))
+        words = self._words.get(lines)
+        if words is None:
+            words = secret_words(line.decode("utf-8", "replace") for line in lines)
+            self._words = {lines: words}
+        masked: T = mask_value(value, words)
+        return masked
+
+    def lines(self, name: str) -> list[bytes]:
+        """Return the secrets in a file, without white space around them; none if it is absent."""
+        path = self.directory / name
+        try:
+            status = path.stat()
+            # the inode tells that a link was changed, as a kubelet does it
+            state = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if name not in self._files or self._files[name].state != state:
+                stripped = [line.strip(b" \t\r") for line in path.read_bytes().split(b"\n")]
+                self._files[name] = SecretFile(state=state, lines=[*filter(None, stripped)])
+        except OSError:
+            return []
+        return self._files[name].lines
+
+
+def decode_signing_token(token: bytes, line: int) -> bytes:
+    """Return the 32 key bytes of `whsec_` + base64; raises ConfigError naming only the line."""
+    with suppress(binascii.Error):
+        key = base64.b64decode(token.removeprefix(b"whsec_"), validate=True)
+        if token.startswith(b"whsec_") and len(key) == KEY_BYTES:
+            return key
+    fault = f"is not whsec_ and the base64 of {KEY_BYTES} bytes"
+    raise ConfigError([f"secret file {SIGNING_TOKENS}, line {line}: {fault}"])
+
+
+SHORTEST_MASKED = 4  # characters; shorter secrets occur in innocent words
+# Repetitions in these expressions are bounded or possessive, so that searching a log takes time in
+# proportion to its length, whatever is in it.
 TOKEN_PREFIXES = (
     *("glpat-", "glptt-", "gldt-", "glrt-", "glcbt-", "glft-", "glimt-", "glsoat-", "glagent-"),
     *("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "dckr_pat_", "sk_live_", "rk_live_"),
@@ -686,12 +917,13 @@ TOKEN_PREFIXES = (
 )
 KEYS = "(?:access|account|api|deploy|encryption|master|private|signing|ssh)[_-]?key"
 WORDS = f"passw(?:or)?d|passphrase|secret|token|{KEYS}"
-# Beside the words: DB_PASS, DB_KEY_2 and pwd, not bypass, monkey, keys, or the shell's PWD=/a/path.
+# Names of variables whose values are secrets: those words, and DB_PASS, DB_KEY_2 and pwd; but not
+# bypass, monkey, keys, or the shell's PWD=/a/path.
 SECRET_NAME = re.compile(
     rf"(?i:(?:{WORDS})[\w-]{{0,30}}"
     r"|(?:_key|[_-]pass|(?!(?-i:(?:(?<![A-Z_])|(?<=OLD))PWD=/))pwd)(?![a-z])[\w-]{0,30})"
 )
-# What follows a word in prose that tells no secret: "password is required", "--token or a file".
+# Words after such a name that show it to be prose: "password is required", "--token or a file".
 PROSE = (
     "(?:a|an|and|as|at|be|been|changed|correct|empty|expired|for|from|in|incorrect|invalid|is|it"
     "|masked|missing|must|no|none|not|null|of|on|option|optional|or|read|required|reset|set|stored"
@@ -708,94 +940,44 @@ SECRET = re.compile(
     r"|(?<![\w-])eyJ[\w-]+\.[\w.-]{8,}|(?i:\b(?:bearer|basic)\s[\w+/=.~-]{16,})"
     rf"|(?i:({ASSIGNED}|{OPTION}|{SPOKEN})(?=\S){VALUE})"
 )
-# A private key goes to its last line, or to the end of what is left of it; where its beginning is
-# cut off, it begins with what could be a part of it.
+# A private key is masked up to its last line, or to the end of the text where that is cut off;
+# where its first line is cut off, from the first character that could be a part of it.
 PEM_WORDS = "[A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
 PEM = re.compile(
     rf"-----BEGIN {PEM_WORDS}[^-]*+(?:-(?!----)[^-]*+)*+(?:-----END {PEM_WORDS})?"
     rf"|(?<![\w+/=\s\\])[\w+/=\s\\]*+-----END {PEM_WORDS}"
 )
-# One of these is in whatever those find; looking for them is ten times as fast.
+# Every text that those expressions match contains one of these; this search is ten times as fast.
 SECRET_HINTS = ["://", "akia", "asia", "eyj", "bearer", "basic", "passw", "passphrase", "pwd"]
 SECRET_HINTS += ["secret", "token", "key", "_pass", "-pass", *TOKEN_PREFIXES]
 
 
-class Secrets:
-    """The secrets directory: one file a kind, one secret a line, read at use so that it rotates."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._files: dict[str, tuple[Any, list[bytes]]] = {}  # as it was when it was read
-        self._known: tuple[list[list[bytes]], list[str]] = [], []
-
-    def lines(self, name: str) -> list[bytes]:
-        """Return the secrets in a file, ends of lines dropped; none when it is absent."""
-        path, (known, lines) = Path(f"{self.directory}/{name}"), self._files.get(name, (None, []))
-        try:
-            found = path.stat()
-            state = found.st_mtime_ns, found.st_size, found.st_ino  # the last tells a changed link
-            content = b"" if state == known else path.read_bytes()
-        except OSError:
-            return []
-        if state != known:
-            lines = [line for raw in content.split(b"\n") if (line := raw.strip(b" \t\r"))]
-            self._files[name] = state, lines
-        return lines
-
-    def keys(self, mode: str) -> list[bytes]:
-        """Return the keys to verify deliveries with; raises ConfigError if one is unusable."""
-        name = SECRET_OF_MODE[mode]
-        found = self.lines(name)
-        if not found:
-            raise ConfigError([f"secret file {self.directory / name} is missing or empty"])
-        decoded = (decode_signing_token(token, i + 1) for i, token in enumerate(found))
-        return [*decoded] if name == SIGNING_TOKENS else found
-
-    def mask(self, value: T) -> T:
-        """Return a text, or all texts within a value, without what is or looks like a secret."""
-        secrets, (known, words) = [self.lines(f) for f in SECRET_FILES], self._known
-        if secrets != known:
-            words = secret_words(line.decode("utf-8", "replace") for f in secrets for line in f)
-            self._known = secrets, words
-        masked: T = without(value, words)
-        return masked
-
-
 def secret_words(lines: Iterable[str]) -> list[str]:
     """Return what must not be shown, longest first: secrets, and the passwords in their URLs."""
-    known = {*lines}
-    users = [u for k in known for u in re.findall(r"://([^/\s@]+)@", k)]
-    words = {u.rpartition(":")[2] for u in users}
-    known |= words | {unquote(w) for w in words}
-    return sorted((k for k in known if len(k) >= SHORTEST_MASKED), key=len, reverse=True)
+    words = {*lines}
+    users = [user for line in words for user in re.findall(r"://([^/\s@]+)@", line)]
+    passwords = {user.rpartition(":")[2] for user in users}
+    words |= passwords | {unquote(password) for password in passwords}
+    return sorted((w for w in words if len(w) >= SHORTEST_MASKED), key=len, reverse=True)
 
 
-def without(value: Any, known: Sequence[str]) -> Any:
-    """Return a value as JSON has them, its texts without known secrets and what looks like one."""
+def mask_value(value: Any, words: Sequence[str]) -> Any:
+    """Return a JSON value whose texts have neither these words nor what looks like a secret."""
     if isinstance(value, dict):
-        # a variable of a pod: its name tells what its value is
+        # the name of an environment variable tells whether its value is a secret
         hidden = "value" if SECRET_NAME.search(str(value.get("name", ""))) else None
-        return {str(k): "***" if k == hidden else without(v, known) for k, v in value.items()}
+        return {str(k): "***" if k == hidden else mask_value(v, words) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [without(v, known) for v in value]
+        return [mask_value(element, words) for element in value]
     if value is None or isinstance(value, bool | int | float):
         return value
     text = str(value)
-    for secret in known:
-        text = text.replace(secret, "***")
+    for word in words:
+        text = text.replace(word, "***")
     lower = text.lower()
-    if not any(h in lower for h in SECRET_HINTS):
+    if not any(hint in lower for hint in SECRET_HINTS):
         return text
     return SECRET.sub(r"\1***", PEM.sub("***", text))
-
-
-def decode_signing_token(token: bytes, line: int) -> bytes:
-    """Return the 32 key bytes of `whsec_` + base64; raises ConfigError naming only the line."""
-    with suppress(binascii.Error):
-        key = base64.b64decode(token.removeprefix(b"whsec_"), validate=True)
-        if token.startswith(b"whsec_") and len(key) == KEY_BYTES:
-            return key
-    raise ConfigError([f"secret file {SIGNING_TOKENS}, line {line}: not whsec_ and 32 bytes"])
 
 
 # === logging ======================================================================================
@@ -6894,7 +7076,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         code, lines = verdict(failed)
     except KeyboardInterrupt:
         code, lines = 1, ["interrupted; `status` shows how things stand"]
-    sys.stderr.writelines(f"gitops-hook: {without(line, ())}\n" for line in lines)
+    sys.stderr.writelines(f"gitops-hook: {mask_value(line, ())}\n" for line in lines)
     return code
 
 

@@ -231,7 +231,7 @@ NO_TARGET = f"{NOT} an image without tag and digest"
         ({"deploy": {"environments": ["test"]}}, "deploy.environments: 'test' is not an environme"),
         (
             {"deploy": {"environments": ["staging", "staging"]}},
-            "deploy.environments: names one of them twice",
+            "deploy.environments: names an environment twice",
         ),
         ({"deploy": {"health": {"path": "ready"}}}, "deploy.health.path: 'ready' is not a path"),
         ({"deploy": {"health": {"path": "/a b"}}}, "deploy.health.path: '/a b' is not a path"),
@@ -250,8 +250,8 @@ NO_TARGET = f"{NOT} an image without tag and digest"
 )
 def test_a_fault_of_an_app_is_told_with_its_place(app: Any, fault: str) -> None:
     build = {"build": {**IMAGE, **app.get("build", {})}}
-    (found,) = faults(document({**app, **build}))
-    assert found.startswith("apps[0]" + fault.rjust(len(fault) + (fault[0] != ":"), "."))
+    (only_fault,) = faults(document({**app, **build}))
+    assert only_fault.startswith("apps[0]" + fault.rjust(len(fault) + (fault[0] != ":"), "."))
 
 
 @pytest.mark.parametrize(
@@ -377,37 +377,41 @@ def test_a_fault_quotes_no_more_than_a_line() -> None:
 
 def paths(section: Any, prefix: str = "") -> list[str]:
     """Where values are in a configuration."""
-    found = []
+    listed = []
     for field in fields(section):
-        value, path = getattr(section, field.name), prefix + field.name
+        value = getattr(section, field.name)
+        path = prefix + field.name
         if is_dataclass(value):
-            found += paths(value, f"{path}.")
+            listed += paths(value, f"{path}.")
         elif field.name == "apps":
-            found += paths(value[0], f"{path}[].")
+            listed += paths(value[0], f"{path}[].")
         else:
-            found.append(path)
-    return found
+            listed.append(path)
+    return listed
 
 
 def test_the_table_lists_every_setting_with_its_default_and_its_meaning() -> None:
-    table = {key: (default, meaning) for key, default, meaning in hook.settings_table()}
-    assert table["apps[].name"][0] == "required"
-    assert table["apps[].deploy.health.path"][0] == "/ready"
-    assert table["apps[].deploy.retain"][0] == "full"
-    assert table["limits.spool_files"][0] == "10000"
-    assert table["catch_up"][0] == "5m"
-    assert all(default and meaning for default, meaning in table.values())
+    table = hook.settings_by_path()
+    assert table["apps[].name"].default == hook.REQUIRED
+    assert table["apps[].deploy.health.path"].default == "/ready"
+    assert table["apps[].deploy.retain"].default == "full"
+    assert table["limits.spool_files"].default == "10000"
+    assert table["catch_up"].default == "5m"
+    assert all(setting.meaning for setting in table.values())
+    required = [path for path, setting in table.items() if setting.default == hook.REQUIRED]
+    assert required == ["apps[].name", "apps[].repository"]
     assert sorted(table) == sorted(paths(loaded()))
 
 
 def test_a_configuration_of_the_defaults_in_the_table_is_the_default() -> None:
     spelled: dict[str, Any] = {}
-    for key, default, _ in hook.settings_table():
-        place, parts = spelled, key.replace("[]", "").split(".")
-        for part in parts[:-1]:
-            place = place.setdefault(part, {})
-        if default != "required":
-            place[parts[-1]] = yaml.safe_load(default)
+    for path, setting in hook.settings_by_path().items():
+        section = spelled
+        *sections, key = path.replace("[]", "").split(".")
+        for name in sections:
+            section = section.setdefault(name, {})
+        if setting.default != hook.REQUIRED:
+            section[key] = yaml.safe_load(setting.default)
     app = spelled.pop("apps")
     app["build"]["image"] = IMAGE["image"]
     assert loaded(app, **spelled) == loaded()
@@ -516,7 +520,10 @@ def test_a_signing_token_that_is_none_is_an_error_that_names_its_line_only(
     write(secrets, TOKENS, f"{TOKEN}\n{token}\n")
     with pytest.raises(hook.ConfigError) as wrong:
         secrets.keys("signature")
-    assert str(wrong.value) == f"secret file {TOKENS}, line 2: not whsec_ and 32 bytes"
+    assert (
+        str(wrong.value)
+        == f"secret file {TOKENS}, line 2: is not whsec_ and the base64 of 32 bytes"
+    )
 
 
 def test_a_file_that_changes_is_read_again(secrets: hook.Secrets) -> None:

@@ -25,27 +25,32 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def settings() -> str:
-    rows = []
-    for key, default, meaning in gitops_hook.settings_table():
-        rows.append((f"`{key}`", default if default == "required" else f"`{default}`", meaning))
+    rows = [
+        (f"`{path}`", f"`{setting.default}`" if setting.default else "required", setting.meaning)
+        for path, setting in gitops_hook.settings_by_path().items()
+    ]
     return table(("setting", "default", "meaning"), rows)
 
 
 def process() -> str:
-    known = gitops_hook.settings_of(gitops_hook.Process).items()
-    named = [f"`GITOPS_HOOK_{key.upper()}` (`{default}`)" for key, (_, _, default, _) in known]
-    return ", ".join(named) + "."
+    return (
+        ", ".join(
+            f"`GITOPS_HOOK_{key.upper()}` ({setting.meaning}: `{setting.default}`)"
+            for key, setting in gitops_hook.settings_of(gitops_hook.Process).items()
+        )
+        + "."
+    )
 
 
 def metrics() -> str:
     rows = []
-    for made in vars(gitops_hook.Metrics()).values():
-        if isinstance(made, MetricWrapperBase):
-            (found,) = made.collect()
-            name = found.name.removeprefix("gitops_hook_")
-            name += "_total" * (found.type == "counter")
-            labels = ", ".join(f"`{label}`" for label in made._labelnames)
-            rows.append((f"`{name}`", labels, found.documentation))
+    for metric in vars(gitops_hook.Metrics()).values():
+        if isinstance(metric, MetricWrapperBase):
+            (family,) = metric.collect()
+            name = family.name.removeprefix("gitops_hook_")
+            name += "_total" * (family.type == "counter")
+            labels = ", ".join(f"`{label}`" for label in metric._labelnames)
+            rows.append((f"`{name}`", labels, family.documentation))
     return table(("metric", "labels", "meaning"), rows)
 
 
@@ -60,8 +65,8 @@ def block(name: str) -> re.Pattern[str]:
 def rewrite() -> None:
     """Write the generated tables into the README."""
     text = README.read_text()
-    for name, made in TABLES.items():
-        new = made() + "\n"
+    for name, generate in TABLES.items():
+        new = generate() + "\n"
         text = block(name).sub(lambda _, new=new: new, text)
     README.write_text(text)
 
@@ -81,8 +86,8 @@ def test_it_has_no_pictures(readme: str) -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_its_tables_are_those_of_the_code(readme: str, name: str) -> None:
-    (found,) = block(name).findall(readme)
-    assert found == TABLES[name]() + "\n", "python -m tests.test_readme writes them anew"
+    (table_in_readme,) = block(name).findall(readme)
+    assert table_in_readme == TABLES[name]() + "\n", "python -m tests.test_readme writes them anew"
 
 
 def test_it_names_every_command_and_option(readme: str) -> None:
@@ -119,8 +124,8 @@ def test_its_log_lines_are_those_of_the_program(readme: str) -> None:
 def test_its_metrics_in_prose_exist(readme: str) -> None:
     prose = block("metrics").sub("", readme)
     named = set(re.findall(r"`(\w+?)(?:\{.*?\})?`", prose)) & set(re.findall(r"\w+_\w+", prose))
-    known = re.findall(r"(?m)^\| `(\w+)`", metrics())
-    assert {n for n in named if n.endswith(("_total", "_files", "_seconds"))} <= {*known}
+    names = re.findall(r"(?m)^\| `(\w+)`", metrics())
+    assert {n for n in named if n.endswith(("_total", "_files", "_seconds"))} <= {*names}
 
 
 def test_its_make_targets_exist(readme: str) -> None:
