@@ -55,6 +55,7 @@ import tempfile
 import threading
 import time
 import traceback
+import typing
 import uuid
 import zlib
 from collections import Counter, OrderedDict
@@ -68,18 +69,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Generic,
-    NoReturn,
-    TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
 
@@ -500,9 +490,7 @@ class BuildSettings:
     """How the image of an app is built."""
 
     builder: str = setting(
-        parse=BUILD_TOOL,
-        default="kaniko",
-        meaning="`none`: nothing is built, the manifests name images by digest",
+        parse=BUILD_TOOL, default="kaniko", meaning="`none` if the manifests name images by digest"
     )
     image: str = setting(
         parse=TARGET, default="''", meaning="where the image is pushed, without a tag"
@@ -526,9 +514,7 @@ class Health:
     """What makes a version healthy before and after the switch."""
 
     path: str = setting(
-        parse=URL_PATH,
-        default="/ready",
-        meaning="path that a healthy app answers with a status from 200 to 399",
+        parse=URL_PATH, default="/ready", meaning="path that a healthy app answers with 200 to 399"
     )
     successes: int = setting(
         parse=COUNT, default="3", meaning="passed checks in a row that make a version healthy"
@@ -546,9 +532,7 @@ class DeploySettings:
     """How an app is deployed."""
 
     manifests: str = setting(
-        parse=FOLDER,
-        default="deploy",
-        meaning="folder of the app's manifests: plain YAML files or a kustomization",
+        parse=FOLDER, default="deploy", meaning="folder of manifests: plain YAML or a kustomization"
     )
     ignore_kinds: tuple[str, ...] = setting(
         default="[]", meaning="kinds in that folder that others apply and this program leaves alone"
@@ -564,9 +548,7 @@ class DeploySettings:
         meaning="how long new pods may take to become ready; at least 20 s for each replica",
     )
     log_tails: bool = setting(
-        parse=SWITCH,
-        default="true",
-        meaning="whether the last log lines of the app's failed pods are kept and shown",
+        parse=SWITCH, default="true", meaning="whether the last log lines of failed pods are kept"
     )
     bake: float = setting(
         parse=PAUSE,
@@ -616,9 +598,7 @@ class Images:
     """The images of Job pods."""
 
     hook: str = setting(
-        parse=IMAGE,
-        default="gitops-hook:dev",
-        meaning="this program's image; `make apply` sets it",
+        parse=IMAGE, default="gitops-hook:dev", meaning="this program's image; `make apply` sets it"
     )
     kaniko: str = setting(parse=IMAGE, default=KANIKO, meaning="image of the builder")
 
@@ -628,9 +608,7 @@ class Webhook:
     """Which deliveries are accepted."""
 
     verify: str = setting(
-        parse=MODE,
-        default="signature",
-        meaning="what proves that GitLab sent a delivery: `signature`, `token` or `hmac`",
+        parse=MODE, default="signature", meaning="proof of origin: `signature`, `token` or `hmac`"
     )
     max_body: int = setting(
         parse=SIZE, default="5MiB", meaning="larger deliveries are refused with status 413"
@@ -647,12 +625,10 @@ class Limits:
     queue_timeout: float = setting(
         parse=DURATION,
         default="1h",
-        meaning="how long a Job may wait to be unsuspended, and then for its pod to start",
+        meaning="how long a Job waits for a slot, and then for its pod",
     )
     spool_files: int = setting(
-        parse=COUNT,
-        default="10000",
-        meaning="pushes stored on disk, 16 KiB each; more are refused with status 503",
+        parse=COUNT, default="10000", meaning="pushes stored on disk, 16 KiB each; then status 503"
     )
     kubectl: int = setting(
         parse=COUNT, default="8", meaning="kubectl processes at the same time, besides watches"
@@ -668,17 +644,13 @@ class Config:
 
     apps: tuple[App, ...] = setting()
     namespaces: dict[str, str] = setting(
-        parse=LABEL,
-        default=NAMESPACES,
-        meaning="namespace of each stage and each environment",
+        parse=LABEL, default=NAMESPACES, meaning="namespace of each stage and each environment"
     )
     images: Images
     webhook: Webhook
     limits: Limits
     catch_up: float = setting(
-        parse=DURATION,
-        default="5m",
-        meaning="how often deploy branches are searched for pushes that GitLab did not deliver",
+        parse=DURATION, default="5m", meaning="interval of the search for undelivered pushes"
     )
 
 
@@ -744,8 +716,8 @@ def load_value(kind: Any, parse: Parser, raw: Any, path: str, faults: list[str])
     """Return what YAML data means for a type, None if it is wrong; adds every fault."""
     if is_dataclass(kind):
         return load_section(kind, raw, path, faults)
-    family = get_origin(kind)
-    inner = get_args(kind)
+    family = typing.get_origin(kind)
+    inner = typing.get_args(kind)
     if family is tuple and isinstance(raw, list):
         return tuple(
             load_value(inner[0], parse, v, f"{path}[{i}]", faults) for i, v in enumerate(raw)
@@ -794,7 +766,7 @@ def settings_by_path(section: Any = Config, prefix: str = "") -> dict[str, Setti
     """Return every setting by the path by which faults and the README name it."""
     settings: dict[str, Setting] = {}
     for key, declared in settings_of(section).items():
-        inner = (*get_args(declared.kind), declared.kind)[0]
+        inner = (*typing.get_args(declared.kind), declared.kind)[0]
         if is_dataclass(inner):
             dot = "." if inner is declared.kind else "[]."
             settings |= settings_by_path(inner, f"{prefix}{key}{dot}")
@@ -811,19 +783,11 @@ INJECTED = re.compile(r"GITOPS_HOOK(_\w+)?_(SERVICE_(HOST|PORT\w*)|PORT\w*)")
 class Process:
     """What the environment variables GITOPS_HOOK_* say: files, folders and addresses."""
 
-    config: Path = setting(
-        parse=Path, default="/etc/gitops-hook/config.yaml", meaning="file of the configuration"
-    )
-    secrets: Path = setting(
-        parse=Path, default="/etc/gitops-hook/secrets", meaning="folder of the secrets"
-    )
-    spool: Path = setting(
-        parse=Path, default="/var/spool/gitops-hook", meaning="folder of the stored pushes"
-    )
-    listen: str = setting(parse=ADDRESS, default="0.0.0.0:8080", meaning="address for GitLab")
-    admin_listen: str = setting(
-        parse=ADDRESS, default="127.0.0.1:8081", meaning="address for metrics and probes"
-    )
+    config: Path = setting(parse=Path, default="/etc/gitops-hook/config.yaml")
+    secrets: Path = setting(parse=Path, default="/etc/gitops-hook/secrets")
+    spool: Path = setting(parse=Path, default="/var/spool/gitops-hook")
+    listen: str = setting(parse=ADDRESS, default="0.0.0.0:8080")
+    admin_listen: str = setting(parse=ADDRESS, default="127.0.0.1:8081")
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Process:
@@ -846,21 +810,14 @@ SECRET_OF_MODE = {"signature": SIGNING_TOKENS, "token": PLAIN_TOKENS, "hmac": PL
 KEY_BYTES = 32  # of a decoded signing token
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SecretFile:
-    """The lines of a secret file, and the file's state when they were read."""
-
-    state: tuple[int, int, int]
-    lines: list[bytes]
-
-
 class Secrets:
     """The secrets directory: one file a kind, one secret a line, read at use so that it rotates."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._files: dict[str, SecretFile] = {}
-        self._words: dict[tuple[bytes, ...], list[str]] = {}  # of the newest lines only
+        # what was read or computed last, by what it was made of
+        self._files: dict[str, dict[tuple[int, int, int], list[bytes]]] = {}
+        self._words: dict[tuple[bytes, ...], list[str]] = {}
 
     def keys(self, mode: str) -> list[bytes]:
         """Return the keys to verify deliveries with; raises ConfigError if one is unusable."""
@@ -889,12 +846,14 @@ class Secrets:
             status = path.stat()
             # the inode tells that a link was changed, as a kubelet does it
             state = (status.st_mtime_ns, status.st_size, status.st_ino)
-            if name not in self._files or self._files[name].state != state:
-                stripped = [line.strip(b" \t\r") for line in path.read_bytes().split(b"\n")]
-                self._files[name] = SecretFile(state=state, lines=[*filter(None, stripped)])
+            lines = self._files.get(name, {}).get(state)
+            if lines is None:
+                lines = [line.strip(b" \t\r") for line in path.read_bytes().split(b"\n")]
+                lines = [line for line in lines if line]
+                self._files[name] = {state: lines}
         except OSError:
             return []
-        return self._files[name].lines
+        return lines
 
 
 def decode_signing_token(token: bytes, line: int) -> bytes:

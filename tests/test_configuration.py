@@ -151,7 +151,7 @@ def test_values_do_not_change() -> None:
         ("[" * 1000, "configuration: not YAML: maximum recursion depth exceeded"),
     ],
 )
-def test_a_fault_at_the_top_is_told(text: str, fault: str) -> None:
+def test_a_fault_at_the_top_is_reported(text: str, fault: str) -> None:
     assert faults(text)[0].startswith(fault)
 
 
@@ -248,7 +248,7 @@ NO_TARGET = f"{NOT} an image without tag and digest"
     ],
     ids=str,
 )
-def test_a_fault_of_an_app_is_told_with_its_place(app: Any, fault: str) -> None:
+def test_a_fault_of_an_app_is_reported_with_its_path(app: Any, fault: str) -> None:
     build = {"build": {**IMAGE, **app.get("build", {})}}
     (only_fault,) = faults(document({**app, **build}))
     assert only_fault.startswith("apps[0]" + fault.rjust(len(fault) + (fault[0] != ":"), "."))
@@ -278,7 +278,7 @@ def test_a_fault_of_an_app_is_told_with_its_place(app: Any, fault: str) -> None:
     ],
     ids=str,
 )
-def test_what_makes_sense_is_accepted(app: dict[str, Any]) -> None:
+def test_valid_values_are_accepted(app: dict[str, Any]) -> None:
     assert loaded(app)
 
 
@@ -330,7 +330,7 @@ def test_namespaces_are_dns_labels(spaces: Any) -> None:
     assert faults(document(namespaces=spaces))[0].startswith("namespaces")
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     text = """
 apps:
   - {name: shop, repository: https://h/a, test: {timeout: 15x, tiemout: 1m}, build: {image: r/a:1}}
@@ -360,7 +360,7 @@ colour: blue
     ]
 
 
-def test_a_list_of_right_and_wrong_texts_is_told_element_by_element() -> None:
+def test_each_wrong_element_of_a_list_is_reported() -> None:
     assert faults(document({"deploy": {"environments": [5, "qa"]}})) == [
         "apps[0].deploy.environments[0]: 5 is not a text",
         f"apps[0].deploy.environments: 'qa' is not an environment in namespaces ({SPACES})",
@@ -436,7 +436,7 @@ def test_the_process_has_its_defaults() -> None:
     )
 
 
-def test_the_process_is_told_by_its_environment() -> None:
+def test_the_process_is_configured_by_its_environment() -> None:
     process = hook.Process.from_environ(
         {"GITOPS_HOOK_SPOOL": "/a/b", "GITOPS_HOOK_ADMIN_LISTEN": "[::1]:0"}
     )
@@ -466,7 +466,7 @@ def test_where_to_listen_is_a_host_and_a_port(key: str, wrong: str) -> None:
     assert process_faults(**{f"GITOPS_HOOK_{key}": wrong}) == [fault]
 
 
-def test_all_faults_of_the_environment_are_told_at_once() -> None:
+def test_all_faults_of_the_environment_are_reported_at_once() -> None:
     assert len(process_faults(GITOPS_HOOK_A="", GITOPS_HOOK_B="", GITOPS_HOOK_LISTEN="x")) == 3
 
 
@@ -520,10 +520,8 @@ def test_a_signing_token_that_is_none_is_an_error_that_names_its_line_only(
     write(secrets, TOKENS, f"{TOKEN}\n{token}\n")
     with pytest.raises(hook.ConfigError) as wrong:
         secrets.keys("signature")
-    assert (
-        str(wrong.value)
-        == f"secret file {TOKENS}, line 2: is not whsec_ and the base64 of 32 bytes"
-    )
+    fault = "is not whsec_ and the base64 of 32 bytes"
+    assert str(wrong.value) == f"secret file {TOKENS}, line 2: {fault}"
 
 
 def test_a_file_that_changes_is_read_again(secrets: hook.Secrets) -> None:

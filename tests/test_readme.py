@@ -33,13 +33,9 @@ def settings() -> str:
 
 
 def process() -> str:
-    return (
-        ", ".join(
-            f"`GITOPS_HOOK_{key.upper()}` ({setting.meaning}: `{setting.default}`)"
-            for key, setting in gitops_hook.settings_of(gitops_hook.Process).items()
-        )
-        + "."
-    )
+    settings = gitops_hook.settings_of(gitops_hook.Process).items()
+    named = [f"`GITOPS_HOOK_{key.upper()}` (`{setting.default}`)" for key, setting in settings]
+    return ", ".join(named) + "."
 
 
 def metrics() -> str:
