@@ -942,7 +942,17 @@ def mask_value(value: Any, words: Sequence[str]) -> Any:
 # === logging ======================================================================================
 
 LOG = logging.getLogger("gitops_hook")
-LOG_FIRST = ("run", "app", "environment", "delivery")
+LOG_FIRST = ("run", "app", "environment", "delivery")  # fields that stand before all others
+
+
+def setup_logging(mask: Callable[[Object], Object]) -> None:
+    """Send every log record of the program to stderr as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(mask))
+    logging.root.handlers = [handler]
+    logging.root.setLevel(logging.WARNING)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every burst
+    LOG.setLevel(logging.INFO)
 
 
 class JsonFormatter(logging.Formatter):
@@ -953,42 +963,33 @@ class JsonFormatter(logging.Formatter):
         self.mask = mask
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line for one record, secrets masked."""
-        given: Object = getattr(record, "fields", {})
+        """Return the line for one record: fields without a value left out, secrets masked."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: Object = {"ts": f"{stamp}.{int(record.msecs):03d}Z"}
         line |= {"level": record.levelname.lower(), "msg": record.getMessage()}
-        told = [k for k in (*LOG_FIRST, *given) if k not in line and given.get(k) not in (None, "")]
-        line |= {k: given[k] for k in told}
+        values: Object = getattr(record, "fields", {})
+        for key in (*LOG_FIRST, *values):
+            if values.get(key) not in (None, ""):
+                line.setdefault(key, values[key])
         if record.exc_info:
             line["exc"] = "".join(traceback.format_exception(*record.exc_info))[-4000:]
         return json.dumps(self.mask(line))
 
 
-def setup_logging(mask: Callable[[Object], Object]) -> None:
-    """Send every log record of the program to stderr as JSON."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(mask))
-    logging.root.handlers = [handler]
-    logging.root.setLevel(logging.WARNING)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a burst of pushes is no news
-    LOG.setLevel(logging.INFO)
-
-
-def info(msg: str, **given: Any) -> None:
+def info(msg: str, **values: Any) -> None:
     """Log something that happened as it should: msg is constant, values go in fields."""
-    LOG.info(msg, extra={"fields": given})
+    LOG.info(msg, extra={"fields": values})
 
 
-def warn(msg: str, **given: Any) -> None:
+def warn(msg: str, **values: Any) -> None:
     """Log something that will be tried again."""
-    LOG.warning(msg, extra={"fields": given})
+    LOG.warning(msg, extra={"fields": values})
 
 
-def error(msg: str, **given: Any) -> None:
+def error(msg: str, **values: Any) -> None:
     """Log something that a person must look at; exc=True adds the traceback being handled."""
-    exc = given.pop("exc", False)
-    LOG.error(msg, extra={"fields": given}, exc_info=exc)
+    exc = values.pop("exc", False)
+    LOG.error(msg, extra={"fields": values}, exc_info=exc)
 
 
 # === metrics ======================================================================================
