@@ -994,11 +994,12 @@ def error(msg: str, **values: Any) -> None:
 
 # === metrics ======================================================================================
 
+# The parts of the daemon in which errors are counted.
 ERRORS = (
     *("controller", "heads", "heal", "intake", "request", "secrets", "selector", "watch"),
     "worker",
 )
-STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)
+STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)  # seconds
 
 
 class Metrics:
@@ -1011,20 +1012,21 @@ class Metrics:
         gauge: Any = partial(prometheus_client.Gauge, **ours)
         histogram: Any = partial(prometheus_client.Histogram, buckets=STAGE_BUCKETS, **ours)
         place = ("app", "environment")
-        self.deliveries = counter("deliveries", "Webhook requests by result.", ["result"])
-        self.runs = counter("runs", "Ended runs.", ["app", "outcome", "stage", "reason"])
-        self.switches = counter("switches", "Switched traffic.", [*place, "direction"])
-        self.kubectl = counter("kubectl_calls", "kubectl processes ended.", ["verb", "result"])
+        self.deliveries = counter("deliveries", "Requests to /webhook.", ["result"])
+        self.runs = counter("runs", "Runs that have ended.", ["app", "outcome", "stage", "reason"])
+        self.switches = counter("switches", "Switches of live traffic.", [*place, "direction"])
+        self.kubectl = counter("kubectl_calls", "Ended kubectl processes.", ["verb", "result"])
         self.errors = counter("errors", "Errors that a person should look at.", ["where"])
-        self.drift = counter("selector_drift", "Services changed by someone else.", place)
-        self.catch_up = counter("catch_up_runs", "Runs GitLab failed to announce.", ["app"])
-        self.spool = gauge("spool_files", "Pushes stored and not yet in the cluster.")
-        self.waiting = gauge("waiting", "1 while it waits for something outside.", ["what"])
-        self.queue = gauge("jobs", "Unfinished Jobs by state.", ["state"])
-        self.stage_seconds = histogram("stage_seconds", "Stages.", ["app", "stage", "result"])
+        self.drift = counter("selector_drift", "Live Services changed by someone else.", place)
+        self.catch_up = counter("catch_up_runs", "Runs that GitLab did not announce.", ["app"])
+        self.spool = gauge("spool_files", "Pushes stored on disk that are not in the cluster yet.")
+        self.waiting = gauge("waiting", "1 while the daemon waits for it, otherwise 0.", ["what"])
+        self.queue = gauge("jobs", "Jobs that have not ended.", ["state"])
+        labels = ["app", "stage", "result"]
+        self.stage_seconds = histogram("stage_seconds", "Seconds that stages took.", labels)
 
     def begin(self, apps: Iterable[App]) -> None:
-        """Let what is counted begin at 0, where its labels are known: 1 from nothing is no rise."""
+        """Start the counters whose labels are known at 0: the first event shows as an increase."""
         for where in ERRORS:
             self.errors.labels(where)
         for app in apps:
