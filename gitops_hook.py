@@ -1039,8 +1039,45 @@ class Metrics:
 
 # === signatures ===================================================================================
 
-SIGNED, TOKEN = ("webhook-id", "webhook-timestamp", "webhook-signature"), ("x-gitlab-token",)
-NEEDED_HEADERS = {"signature": SIGNED, "token": TOKEN, "hmac": TOKEN}  # by what is required
+NEEDED_HEADERS = {  # by what webhook.verify requires
+    "signature": ("webhook-id", "webhook-timestamp", "webhook-signature"),
+    "token": ("x-gitlab-token",),
+    "hmac": ("x-gitlab-token",),
+}
+
+
+def verify_delivery(
+    mode: str, keys: Sequence[bytes], headers: Mapping[str, str], body: bytes, now: float
+) -> None:
+    """Check that a delivery is authentic; raises DeliveryError 401, which says what was wrong.
+
+    Exactly the configured mode counts, there is no fallback. Header names are lower case.
+    """
+    names = NEEDED_HEADERS[mode]
+    # WSGI hands the bytes of headers over as latin-1 text (PEP 3333)
+    values = [headers.get(name, "").encode("latin-1", "replace") for name in names]
+    if not all(values):
+        raise DeliveryError(401, "NotAuthentic", f"{', '.join(names)}: required")
+    difference = 0.0
+    if mode == "signature":
+        message_id, stamp, signatures = values
+        offered = signatures.split(b" ")[:20]
+        expected = [sign(key, message_id, stamp, body) for key in keys]
+        number = re.fullmatch(rb"[0-9]{1,12}", stamp)
+        difference = abs(now - int(stamp)) if number else math.inf
+    else:
+        offered = values
+        expected = [hex_hmac(key, body) for key in keys] if mode == "hmac" else [*keys]
+    if not any(same_secret(one, other) for one in offered for other in expected):
+        raise DeliveryError(401, "NotAuthentic", f"{names[-1]} does not match")
+    if difference > SIGNATURE_TOLERANCE:
+        raise DeliveryError(401, "NotAuthentic", "webhook-timestamp is not a recent Unix time")
+
+
+def same_secret(one: bytes, other: bytes) -> bool:
+    """Whether two secrets are equal, in a time that tells nothing about either or its length."""
+    digests = (hashlib.sha256(secret).digest() for secret in (one, other))
+    return hmac.compare_digest(*digests)
 
 
 def sign(key: bytes, message_id: bytes, stamp: bytes, body: bytes) -> bytes:
@@ -1054,38 +1091,8 @@ def sign(key: bytes, message_id: bytes, stamp: bytes, body: bytes) -> bytes:
 
 
 def hex_hmac(key: bytes, body: bytes) -> bytes:
-    """Return the hex HMAC-SHA256 of a body: the article's scheme, for relays that sign."""
+    """Return the hex HMAC-SHA256 of a body, as relays send it that sign for old GitLab servers."""
     return hmac.digest(key, body, "sha256").hex().encode()
-
-
-def verify_delivery(
-    mode: str, keys: Sequence[bytes], headers: Mapping[str, str], body: bytes, now: float
-) -> None:
-    """Check that a delivery is authentic; raises DeliveryError 401, which says what was wrong.
-
-    Exactly the configured mode counts, there is no fallback. Header names are lower case.
-    """
-    names = NEEDED_HEADERS[mode]
-    # WSGI hands the bytes of headers over as latin-1 text (PEP 3333)
-    given = [headers.get(n, "").encode("latin-1", "replace") for n in names]
-    entries, expected, age, refusal = given, keys, 0.0, ""
-    if mode == "hmac":
-        expected = [hex_hmac(k, body) for k in keys]
-    elif mode == "signature":
-        message_id, stamp, listed = given
-        entries = listed.split(b" ")[:20]
-        expected = [sign(k, message_id, stamp, body) for k in keys]
-        age = abs(now - int(stamp)) if re.fullmatch(rb"[0-9]{1,12}", stamp) else math.inf
-    # digests have one length, so that the time of a comparison tells nothing about lengths
-    seen, right = ([hashlib.sha256(x).digest() for x in side] for side in (entries, expected))
-    if not all(given):
-        refusal = f"{', '.join(names)}: required"
-    elif not any(hmac.compare_digest(a, b) for a in seen for b in right):
-        refusal = f"{names[-1]} does not match"
-    elif age > SIGNATURE_TOLERANCE:
-        refusal = "webhook-timestamp is not a recent Unix time"
-    if refusal:
-        raise DeliveryError(401, "NotAuthentic", refusal)
 
 
 # === pushes =======================================================================================
