@@ -1097,10 +1097,9 @@ def hex_hmac(key: bytes, body: bytes) -> bytes:
 
 # === pushes =======================================================================================
 
-REF_LENGTH = 500  # characters; file systems hold 255 bytes between two slashes
-# Digits of the hash in a run's id: as usual, where two pushes would have the same, in version 0.1.
-ID_DIGITS = (10, 16, 4)
-ADDRESS_LENGTH = 2048  # characters; urlsplit keeps the addresses that it has parsed last
+REF_LENGTH = 500  # characters; a file name holds 255 bytes between two slashes
+ID_DIGITS = (10, 16, 4)  # of the hash in a run's id: usually; if two would be the same; in 0.1.0
+ADDRESS_LENGTH = 2048  # characters; longer URLs are refused, because urlsplit caches what it parses
 FORBIDDEN_IN_REFS = re.compile(  # https://git-scm.com/docs/git-check-ref-format
     r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|\.\Z|(\A|/)(\.|/|\Z)|\.lock(/|\Z)"
 )
@@ -1108,16 +1107,16 @@ FORBIDDEN_IN_REFS = re.compile(  # https://git-scm.com/docs/git-check-ref-format
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One commit of one ref of one app: what its Jobs say about where it came from."""
+    """One commit of one ref of one app, and what is known of the push that brought it."""
 
     id: str
     app: str
     ref: str
     commit: str
-    before: str = ""
+    before: str = ""  # the commit that the ref had before the push
     title: str = ""
     delivery: str = ""
-    received: float = 0.0
+    received: float = 0.0  # seconds since the epoch
 
     @property
     def branch(self) -> str:
@@ -1125,38 +1124,23 @@ class Run:
         return self.ref.removeprefix("refs/heads/")
 
 
-def run_id(app: str, ref: str, commit: str, digits: int = ID_DIGITS[0]) -> str:
-    """Return the deterministic id: the same push always makes the same run."""
-    digest = hashlib.sha256(f"{ref} {commit}".encode()).hexdigest()
-    return f"{app}-{commit[:8]}-{digest[:digits]}"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BranchHead:
+    """A branch, by its full ref name, and its newest commit."""
+
+    ref: str
+    commit: str
 
 
-def run_ids(app: str, ref: str, commit: str) -> list[str]:
-    """Return every id that a push may have, the usual one first."""
-    return [run_id(app, ref, commit, digits) for digits in ID_DIGITS]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepositoryAddress:
+    """What all URLs of a repository have in common; a local path has an empty host."""
+
+    host: str
+    path: str
 
 
-def run_of(app: App, ref: str, commit: str, **more: Any) -> Run | None:
-    """Return an app's run of a commit, None where it does not want the branch."""
-    run = Run(id=run_id(app.name, ref, commit), app=app.name, ref=ref, commit=commit, **more)
-    wanted = any(fnmatchcase(run.branch, p) for p in (app.branch, *app.test_branches))
-    return run if wanted else None
-
-
-def deny(status: int, code: str, text: str) -> NoReturn:
-    """End a request early; with a 200 where nothing is wrong, or GitLab switches the hook off."""
-    raise DeliveryError(status, code, text)
-
-
-def typed(data: Mapping[str, Any], key: str, kind: type[T]) -> T:
-    """Return a field of a payload; a 400 that names it when it is missing or of another type."""
-    value = data.get(key)
-    if not isinstance(value, kind):
-        deny(400, "Malformed", f"{key}: {'missing' if value is None else f'not a {kind.__name__}'}")
-    return value
-
-
-def parse_delivery(config: Config, body: bytes, **more: Any) -> list[Run]:
+def parse_delivery(config: Config, body: bytes, **details: Any) -> list[Run]:
     """Return the run of each app that a push concerns; DeliveryError says why there is none.
 
     Clone URL, image names and commands never come from here.
@@ -1167,79 +1151,115 @@ def parse_delivery(config: Config, body: bytes, **more: Any) -> list[Run]:
         deny(400, "Malformed", f"the body is not JSON: {clip(str(wrong), 80)}")
     if not isinstance(data, dict):
         deny(400, "Malformed", "the body is not a JSON object")
-    ref, commit = pushed_branch(data)
+    head = pushed_branch(data)
     before = data.get("before")
     if isinstance(before, str) and SHA.fullmatch(before):
-        more["before"] = before
-    more["title"], named = commit_title(data.get("commits"), commit), projects(data)
-    apps = [a for a in config.apps if normalise_url(a.repository) in named]
-    runs = [run for a in apps if (run := run_of(a, ref, commit, **more))]
+        details["before"] = before
+    details["title"] = commit_title(data.get("commits"), head.commit)
+    addresses = project_addresses(data)
+    apps = [app for app in config.apps if normalise_url(app.repository) in addresses]
     if not apps:
-        urls = " ".join(f"{host}/{path}" for host, path in sorted(filter(None, named)))
-        deny(200, "UnknownProject", f"no app has the repository {clip(urls)}")
-    return runs or deny(200, "OtherBranch", f"no app asks for {clip(ref)}")
+        listed = " ".join(sorted(f"{address.host}/{address.path}" for address in addresses))
+        deny(200, "UnknownProject", f"no app has the repository {clip(listed)}")
+    runs = [run for app in apps if (run := run_of(app, head.ref, head.commit, **details))]
+    return runs or deny(200, "OtherBranch", f"no app tests or deploys {clip(head.ref)}")
 
 
-def pushed_branch(data: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the ref and commit of a pushed branch; DeliveryError for anything else.
+def pushed_branch(data: Mapping[str, Any]) -> BranchHead:
+    """Return what was pushed to a branch; DeliveryError for anything else.
 
     The body decides what it is, never the X-Gitlab-Event header: old servers send samples whose
     header and body disagree. Of system hooks, some have only `event_name`.
     """
     key = next((k for k in ("object_kind", "event_name") if k in data), "object_kind")
-    if (kind := typed(data, key, str)) != "push":
-        deny(200, "TagPush" if kind == "tag_push" else "OtherEvent", "only pushes start anything")
-    ref, after = typed(data, "ref", str), typed(data, "after", str)
+    kind = field_of(data, key, str)
+    if kind != "push":
+        deny(200, "TagPush" if kind == "tag_push" else "OtherEvent", "only pushes start a run")
+    ref = field_of(data, "ref", str)
+    commit = field_of(data, "after", str)
     if not ref.startswith("refs/heads/"):
-        deny(200, "TagPush" if ref.startswith("refs/tags/") else "OtherRef", "it is no branch")
-    if not SHA.fullmatch(after):
+        deny(200, "TagPush" if ref.startswith("refs/tags/") else "OtherRef", "it is not a branch")
+    if not SHA.fullmatch(commit):
         deny(400, "Malformed", "after: not a full commit id")
-    if set(after) == {"0"}:
+    if set(commit) == {"0"}:
         deny(200, "RefDeleted", "the branch was deleted")
     if FORBIDDEN_IN_REFS.search(ref):
         deny(400, "Malformed", "ref: not a branch name that git allows")
     if not valid_ref(ref):
         deny(200, "OtherRef", "the name of the branch is too long, not UTF-8, or has control codes")
-    return ref, after
+    return BranchHead(ref=ref, commit=commit)
 
 
-def valid_ref(ref: str) -> bool:
-    """Whether git allows a name and we carry it: it is UTF-8, and one line for whoever reads it."""
-    odd = re.search(r"[\x80-\x9f\u2028\u2029\ud800-\udfff]", ref)
-    return len(ref) <= REF_LENGTH and not (odd or FORBIDDEN_IN_REFS.search(ref))
-
-
-def commit_title(commits: Any, after: str) -> str:
-    """Return the first line of the pushed commit's message where the payload has it, clipped."""
+def commit_title(commits: Any, commit: str) -> str:
+    """Return the first line of a commit's message where the payload has it, clipped."""
     listed = (c for c in commits if isinstance(c, dict)) if isinstance(commits, list) else ()
-    message = next((c.get("message") for c in listed if c.get("id") == after), "")
+    message = next((c.get("message") for c in listed if c.get("id") == commit), "")
     return clip(message.lstrip()[:1000].partition("\n")[0], 120) if isinstance(message, str) else ""
 
 
-def projects(data: Mapping[str, Any]) -> set[tuple[str, str] | None]:
+def project_addresses(data: Mapping[str, Any]) -> set[RepositoryAddress]:
     """Return every address by which a payload names its project; a 400 when there is none."""
-    keys, project = ("git_http_url", "git_ssh_url", "web_url"), typed(data, "project", dict)
-    urls = [url for k in keys if isinstance(url := project.get(k), str)]
+    keys = ("git_http_url", "git_ssh_url", "web_url")
+    project = field_of(data, "project", dict)
+    urls = [url for key in keys if isinstance(url := project.get(key), str)]
     if any(len(url) > ADDRESS_LENGTH for url in urls):
         deny(400, "Malformed", f"project: an address is longer than {ADDRESS_LENGTH} characters")
-    found = {normalise_url(u) for u in urls} - {None}
-    return found or deny(400, "Malformed", f"project: names no {', '.join(keys)}")
+    addresses = {address for url in urls if (address := normalise_url(url))}
+    return addresses or deny(400, "Malformed", f"project: names no {', '.join(keys)}")
 
 
-def normalise_url(url: str) -> tuple[str, str] | None:
-    """Return (host, path) by which two addresses of one repository are equal, None if it is none.
+def normalise_url(url: str) -> RepositoryAddress | None:
+    """Return the address of a repository, the same for all its URLs; None if a text is no URL.
 
-    Scheme, user, port, case and `.git` do not count; `git@host:path` is read as ssh. A local path
-    is compared as it is, with an empty host.
+    Scheme, user, port, case and `.git` do not count; `git@host:path` is read as ssh. The case of a
+    local path counts.
     """
     if not url.startswith("/") and "://" not in url:
         url = "ssh://" + url.replace(":", "/", 1)
     with suppress(ValueError):
         split = urlsplit(url)
-        host, path = split.hostname or "", split.path.strip("/").removesuffix(".git").strip("/")
+        host = split.hostname or ""
+        path = split.path.strip("/").removesuffix(".git").strip("/")
         if path and (host or split.scheme in ("", "file")):
-            return host, path.casefold() if host else path
+            return RepositoryAddress(host=host, path=path.casefold() if host else path)
     return None
+
+
+def run_of(app: App, ref: str, commit: str, **details: Any) -> Run | None:
+    """Return an app's run of a commit, None if the app neither tests nor deploys the branch."""
+    run = Run(id=run_id(app.name, ref, commit), app=app.name, ref=ref, commit=commit, **details)
+    wanted = any(fnmatchcase(run.branch, p) for p in (app.branch, *app.test_branches))
+    return run if wanted else None
+
+
+def run_id(app: str, ref: str, commit: str, digits: int = ID_DIGITS[0]) -> str:
+    """Return the id of a run: the same push always has the same one."""
+    digest = hashlib.sha256(f"{ref} {commit}".encode()).hexdigest()
+    return f"{app}-{commit[:8]}-{digest[:digits]}"
+
+
+def run_ids(app: str, ref: str, commit: str) -> list[str]:
+    """Return every id that a run may have, the usual one first."""
+    return [run_id(app, ref, commit, digits) for digits in ID_DIGITS]
+
+
+def valid_ref(ref: str) -> bool:
+    """Whether git allows a ref name, and it is short, UTF-8 and one line for whoever reads it."""
+    odd = re.search(r"[\x80-\x9f\u2028\u2029\ud800-\udfff]", ref)
+    return len(ref) <= REF_LENGTH and not (odd or FORBIDDEN_IN_REFS.search(ref))
+
+
+def field_of(data: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    """Return a field of a payload; a 400 that names it when it is missing or of another type."""
+    value = data.get(key)
+    if not isinstance(value, kind):
+        deny(400, "Malformed", f"{key}: {'missing' if value is None else f'not a {kind.__name__}'}")
+    return value
+
+
+def deny(status: int, code: str, text: str) -> NoReturn:
+    """End a request early; with a 200 where nothing is wrong, or GitLab switches the hook off."""
+    raise DeliveryError(status, code, text)
 
 
 # === spool ========================================================================================
@@ -1767,7 +1787,8 @@ class Git:
 
         Of one server, few at a time.
         """
-        host = (normalise_url(url) or ("", ""))[0]
+        address = normalise_url(url)
+        host = address.host if address else ""
         place = self._places.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
         if not place.acquire(timeout=self.timeout):
             raise GitError(("git", "ls-remote"), None, f"too many wait for {clip(host)}")
