@@ -1264,95 +1264,38 @@ def deny(status: int, code: str, text: str) -> NoReturn:
 
 # === spool ========================================================================================
 
-SPOOL_RECORD = 16384  # bytes a stored push has at most; times limits.spool_files the spool's bound
+SPOOL_RECORD = 16384  # bytes of a stored push at most; the spool holds limits.spool_files of them
 ACCEPTED_LINE = re.compile(rb"([0-9]{1,12}\.[0-9]{3}) ([0-9a-f]{64})")
 
 
-class Accepted:
-    """Which pushes of which deliveries were accepted lately, also before a restart.
+class StoredPush(typing.NamedTuple):
+    """A run in the spool, and the file in which it is."""
 
-    A stored push tells its delivery itself. When the cluster has it a line in a file does so, which
-    is not synced: only a lost machine loses it. Ids of senders are hashed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._lock = path, threading.Lock()
-        self.times: OrderedDict[str, float] = OrderedDict()  # when, the oldest first
-        self.handle, self._lines = -1, 0  # of the file, and how many are in it
-
-    @staticmethod
-    def key(run: Run) -> str:
-        """Return the hash of a delivery and one of its runs, "" for a delivery without an id."""
-        text = f"{run.delivery}\n{run.id}".encode(errors="replace")
-        return hashlib.sha256(text).hexdigest() if run.delivery else ""
-
-    def load(self, stored: Iterable[Run]) -> None:
-        """Take over what the file and the stored pushes tell; raises OSError."""
-        with suppress(FileNotFoundError):
-            # what is no file, a pipe say, is not waited for
-            with os.fdopen(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                lines = file.read(200 * DEDUPE_ENTRIES).split(b"\n")
-            for match in filter(None, map(ACCEPTED_LINE.fullmatch, lines)):
-                self.times[match[2].decode()] = float(match[1])
-        self.add(stored)
-        self._write_anew()
-
-    def has(self, run: Run) -> bool:
-        """Whether this push of this delivery was accepted before."""
-        at = self.times.get(self.key(run), -math.inf)
-        return abs(run.received - at) <= DEDUPE_SECONDS
-
-    def add(self, runs: Iterable[Run]) -> None:
-        """Remember pushes that are stored, and forget the oldest."""
-        with self._lock:
-            for key, at in ((self.key(run), run.received) for run in runs if run.delivery):
-                self.times.pop(key, None)
-                self.times[key] = at
-            while len(self.times) > DEDUPE_ENTRIES:
-                self.times.popitem(last=False)
-
-    def write(self, key: str) -> None:
-        """Write down a push that is stored no longer; the file is bounded as well."""
-        with self._lock:
-            if at := self.times.get(key):
-                try:
-                    # it begins a line: one that a full disk cut off spoils no other
-                    os.write(self.handle, f"\n{at:.3f} {key}".encode())
-                    self._lines += 1
-                    if self._lines > 2 * DEDUPE_ENTRIES:
-                        self._write_anew()
-                except OSError as refused:
-                    warn("an accepted delivery is not written down", detail=refused.strerror)
-
-    def _write_anew(self) -> None:
-        """Write the file with what is remembered; raises OSError."""
-        part = Path(f"{self.path}.new")
-        part.write_text("".join(f"\n{at:.3f} {key}" for key, at in self.times.items()))
-        part.replace(self.path)
-        if self.handle >= 0:
-            os.close(self.handle)
-        self.handle, self._lines = os.open(self.path, os.O_WRONLY | os.O_APPEND), len(self.times)
+    path: Path
+    run: Run
 
 
 class Spool:
     """Accepted pushes on disk, one file a run, until the cluster has them.
 
-    Threads may share it. What is no stored push is moved aside to `bad/`, never deleted.
+    Threads may share it. Files that are not stored pushes are moved to `bad/`, never deleted.
     """
 
     def __init__(self, directory: Path, max_files: int) -> None:
-        self.directory, self.max_files = directory, max_files
-        self.scratch = directory / "scratch"  # for what need not outlive the process
-        self._lock, self._folder = threading.Lock(), -1
-        # what is stored or being stored, with its delivery: a count would drift
-        self._names: dict[str, str] = {}
+        self.directory = directory
+        self.max_files = max_files
+        self.scratch = directory / "scratch"  # for files that need not outlive the process
         self.accepted = Accepted(directory / "accepted")
+        self._lock = threading.Lock()
+        self._folder = -1  # the descriptor by which the folder is synced
+        # by file name, the delivery of each push that is stored or being stored
+        self._deliveries: dict[str, str] = {}
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._deliveries)
 
     def prepare(self) -> None:
-        """Create the folder, take stock, prove it writable; raises ConfigError."""
+        """Create the folder, prove it writable, read what is stored; raises ConfigError."""
         try:
             (self.directory / "bad").mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)  # what a killed daemon left
@@ -1360,12 +1303,12 @@ class Spool:
             self.probe()
             self._folder = os.open(self.directory, os.O_RDONLY)
             stored = self.read()
-            self.accepted.load(run for _, run in stored)
+            self.accepted.load(push.run for push in stored)
         except OSError as refused:
             raise ConfigError([f"spool {self.directory}: {refused.strerror}"]) from refused
         for leftover in self.directory.glob("*.tmp"):
             self._set_aside(leftover, "half-written, its push was not accepted")
-        self._names = {path.name: self.accepted.key(run) for path, run in stored}
+        self._deliveries = {push.path.name: self.accepted.key(push.run) for push in stored}
 
     def probe(self) -> None:
         """Prove that a file can be written; raises OSError."""
@@ -1381,13 +1324,12 @@ class Spool:
         with self._lock:
             if len(self) + len(paths) > self.max_files - spare:
                 deny(503, "SpoolFull", f"{len(self)} pushes are waiting already")
-            self._names |= {path.name: self.accepted.key(run) for path, run in paths.items()}
+            self._deliveries |= {path.name: self.accepted.key(run) for path, run in paths.items()}
         try:
             for path, run in paths.items():
-                record = {f.name: getattr(run, f.name) for f in fields(run)}
                 part = Path(f"{path}.tmp")
                 with part.open("xb") as file:
-                    file.write(json.dumps(record).encode())
+                    file.write(json.dumps(asdict(run)).encode())
                     file.flush()
                     os.fsync(file.fileno())
                 part.rename(path)
@@ -1400,41 +1342,110 @@ class Spool:
             raise DeliveryError(503, "SpoolUnwritable", str(refused.strerror)) from refused
         self.accepted.add(runs)
 
-    def read(self) -> list[tuple[Path, Run]]:
+    def read(self) -> list[StoredPush]:
         """Return everything stored, oldest first."""
-        found: list[tuple[Path, Run]] = []
+        pushes: list[StoredPush] = []
         unread: list[str] = []
         for path in sorted(self.directory.glob("*.json")):
             try:
-                found.append((path, parse_run(read_plain(path))))
+                pushes.append(StoredPush(path, parse_run(read_plain(path))))
             except FileNotFoundError:
                 continue
             except ValueError as wrong:
                 self._set_aside(path, str(wrong))
             except OSError as refused:
                 unread.append(f"{path.name}: {refused.strerror}")
-        if unread:  # one line, also when all are: there is no file descriptor left, say
-            error("spool file cannot be read", count=len(unread), detail=unread[0])
-        return found
+        if unread:  # one line for all of them: no file can be opened when descriptors run out
+            error("spool files cannot be read", count=len(unread), detail=unread[0])
+        return pushes
 
     def _set_aside(self, path: Path, why: str) -> None:
-        error("spool file moved aside", file=clip(path.name), detail=clip(why))
+        error("spool file moved to folder bad", file=clip(path.name), detail=clip(why))
         with suppress(OSError):
             path.rename(self.directory / "bad" / path.name)
 
     def done(self, path: Path) -> None:
-        """Forget a push that the cluster has or that needs nothing more."""
+        """Remove a push that the cluster has or that needs nothing more."""
         with self._lock:
-            delivery = self._names.pop(path.name, "")
+            delivery = self._deliveries.pop(path.name, "")
         self.accepted.write(delivery)
         path.unlink(missing_ok=True)
+
+
+class Accepted:
+    """Which pushes of which deliveries were accepted lately, also before a restart.
+
+    A stored push itself says of which delivery it is. When it is removed a line in a file says so,
+    which is not synced: only the loss of the machine loses it. Ids of senders are hashed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.times: OrderedDict[str, float] = OrderedDict()  # when by key, the oldest first
+        self.handle = -1  # the descriptor by which lines are appended to the file
+        self._lines = 0  # in the file
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def key(run: Run) -> str:
+        """Return the hash of a delivery and one of its runs, "" for a delivery without an id."""
+        text = f"{run.delivery}\n{run.id}".encode(errors="replace")
+        return hashlib.sha256(text).hexdigest() if run.delivery else ""
+
+    def load(self, stored: Iterable[Run]) -> None:
+        """Remember what the file and the stored pushes say; raises OSError."""
+        with suppress(FileNotFoundError):
+            # not blocking: a pipe in the place of the file must not hold the program up
+            with os.fdopen(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                lines = file.read(200 * DEDUPE_ENTRIES).split(b"\n")
+            for match in filter(None, map(ACCEPTED_LINE.fullmatch, lines)):
+                self.times[match[2].decode()] = float(match[1])
+        self.add(stored)
+        self._rewrite()
+
+    def has(self, run: Run) -> bool:
+        """Whether this push of this delivery was accepted before."""
+        at = self.times.get(self.key(run), -math.inf)
+        return abs(run.received - at) <= DEDUPE_SECONDS
+
+    def add(self, runs: Iterable[Run]) -> None:
+        """Remember pushes that are stored, and forget the oldest."""
+        with self._lock:
+            for run in (run for run in runs if run.delivery):
+                self.times[self.key(run)] = run.received
+                self.times.move_to_end(self.key(run))
+            while len(self.times) > DEDUPE_ENTRIES:
+                self.times.popitem(last=False)
+
+    def write(self, key: str) -> None:
+        """Write down a push that is not stored any more; the file is bounded as well."""
+        with self._lock:
+            if at := self.times.get(key):
+                try:
+                    # the newline comes first, so that a line cut off by a full disk spoils no other
+                    os.write(self.handle, f"\n{at:.3f} {key}".encode())
+                    self._lines += 1
+                    if self._lines > 2 * DEDUPE_ENTRIES:
+                        self._rewrite()
+                except OSError as refused:
+                    warn("accepted delivery cannot be written down", detail=refused.strerror)
+
+    def _rewrite(self) -> None:
+        """Replace the file by one with just what is remembered; raises OSError."""
+        part = Path(f"{self.path}.new")
+        part.write_text("".join(f"\n{at:.3f} {key}" for key, at in self.times.items()))
+        part.replace(self.path)
+        if self.handle >= 0:
+            os.close(self.handle)
+        self.handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self._lines = len(self.times)
 
 
 def read_plain(path: Path) -> bytes:
     """Return what a stored push may hold; ValueError for a link, a pipe, a folder or the like."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError("not a plain file")
-    # what has taken its place since cannot hold the program up either
+    # not blocking: what has taken the file's place since must not hold the program up either
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
         return file.read(SPOOL_RECORD + 1)
 
@@ -1445,7 +1456,7 @@ def parse_run(content: bytes) -> Run:
         run = Run(**json.loads(content))
     except (TypeError, RecursionError) as wrong:
         raise ValueError("not a stored push") from wrong
-    kinds = {f.name: type(getattr(run, f.name)) for f in fields(run)}
+    kinds = {name: type(value) for name, value in asdict(run).items()}
     if kinds != {**dict.fromkeys(kinds, str), "received": float}:
         raise ValueError("a field has another type")
     named = run.id in run_ids(run.app, run.ref, run.commit) and DNS_LABEL.fullmatch(run.id)
