@@ -6126,64 +6126,90 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
 
 # === HTTP =========================================================================================
 
-Answer = tuple[int, Object | bytes]  # JSON, or metrics as Prometheus reads them
-Routes = dict[str, tuple[str, "Callable[[WSGIEnvironment], Answer]"]]
-# Seconds in which it must arrive; `more` is anything at all on a connection that was used before.
+OPEN_CONNECTIONS = 256  # of each port; no more than a quarter of the files that may be open
+HELD_BYTES = 64 * 2**20  # of the bodies that all connections of a port have received
+HEADER_BYTES = 16384  # of one request
+HEADER_LINES = 100  # of one request
+REQUESTS_AT_ONCE = 16  # that one connection sends without waiting for answers
+ACCEPTS_AT_ONCE = 32  # new connections, before those that are open have their turn
+# Seconds in which each must arrive; `more` is the next request on a connection.
 ARRIVAL = {"headers": 5.0, "body": 20.0, "more": 20.0}
-OPEN_CONNECTIONS = 256  # of each port; at most as many as a quarter of the allowed open files
-HELD_BYTES = 64 * 2**20  # of all bodies
-HEADER_BYTES, HEADER_LINES = 16384, 100
-# The expressions of waitress take minutes for what the first does not match, or the second finds.
-FIRST_LINE = re.compile(rb"[^ \r]+ [^ \r]{1,2048}( HTTP/[0-9]\.[0-9])?\r\n")
-BLANKS = re.compile(rb"[ \t]{9}")
-REQUESTS_AT_ONCE = 16  # on one connection, before the first of them is answered
-ACCEPTS_AT_ONCE = 32  # connections, before those that are open have their turn
-LOOK_INTERVAL, LOOK_BYTES = 0.1, 2**20  # seconds, or bytes arrived, between looks at all of them
+LOOK_INTERVAL = 0.1  # seconds between looks at all connections
+LOOK_BYTES = 2**20  # received bytes after which there is a look before that
 PAUSE_SECONDS = 1.0  # after a connection could not be accepted
 QUIET_SECONDS = 300.0  # between log lines about connections that fail
 LOOP_SECONDS = 15.0  # in which a server's loop must come round; when idle it does so every second
-# poll, because select knows no file descriptor above 1023; strangers do not write the log
-SERVER: Object = {"asyncore_use_poll": True, "ident": "", "log_socket_errors": False}
-SERVER |= {"threads": 4, "max_request_header_size": HEADER_BYTES}
+# The expressions of waitress take minutes for a first line that does not match the first of these,
+# and for headers that contain the second.
+FIRST_LINE = re.compile(rb"[^ \r]+ [^ \r]{1,2048}( HTTP/[0-9]\.[0-9])?\r\n")
+BLANKS = re.compile(rb"[ \t]{9}")
+SERVER: Object = {
+    "asyncore_use_poll": True,  # select cannot handle file descriptors above 1023
+    "ident": "",
+    "log_socket_errors": False,  # strangers cause them
+    "max_request_header_size": HEADER_BYTES,
+    "threads": 4,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a request is answered with: JSON, or metrics as Prometheus reads them."""
+
+    status: int
+    body: Object | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The only method that a path takes, and what answers it."""
+
+    method: str
+    handler: Callable[[WSGIEnvironment], Answer]
 
 
 class Site:
-    """A WSGI application that answers by a table of paths, each with its one method."""
+    """A WSGI application that answers by a table of paths."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self.metrics, self.routes = metrics, Routes()
+        self.metrics = metrics
+        self.routes: dict[str, Route] = {}
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
         """Answer one request; whatever it holds, there is an answer and the process lives."""
         path = environ.get("PATH_INFO", "")
-        method, handler = self.routes.get(path, ("", None))
-        headers = [("Content-Type", "application/json")]
-        try:
-            if handler is None:
-                deny(404, "NotFound", "no such path")
-            if environ["REQUEST_METHOD"] != method:
-                headers.append(("Allow", method))
-                deny(405, "MethodNotAllowed", f"only {method}")
-            status, body = handler(environ)
-        except DeliveryError as early:
-            status, body = early.status, {"reason": early.code, "text": str(early)}
-        except Exception:  # noqa: BLE001 - a request ends here; it is logged and counted
-            error("request failed", exc=True, path=clip(path, 80))
-            self.metrics.errors.labels("request").inc()
-            status, body = 500, {"status": "error"}
-        if isinstance(body, bytes):
+        route = self.routes.get(path)
+        answer = self.answer(environ, route)
+        if isinstance(answer.body, bytes):
             start_response("200 OK", [("Content-Type", prometheus_client.CONTENT_TYPE_LATEST)])
-            return [body]
-        fine = status < http.HTTPStatus.BAD_REQUEST
-        body.setdefault("status", "ignored" if fine else "refused")
-        if path == "/webhook" and handler:
-            result = body.get("reason", body["status"])
-            more = {k: body.get(k) for k in ("runs", "text")}
+            return [answer.body]
+        headers = [("Content-Type", "application/json")]
+        if route and answer.status == http.HTTPStatus.METHOD_NOT_ALLOWED:
+            headers.append(("Allow", route.method))
+        if route and path == "/webhook":
+            result = answer.body.get("reason", answer.body["status"])
             self.metrics.deliveries.labels(result).inc()
-            more |= {"delivery": delivery_id(environ), "status": status, "result": result}
-            (info if fine else warn)("delivery", **more)
-        start_response(f"{status} {http.HTTPStatus(status).phrase}", headers)
-        return [json.dumps(body).encode() + b"\n"]
+            words = {"delivery": delivery_id(environ), "status": answer.status, "result": result}
+            words |= {key: answer.body.get(key) for key in ("runs", "text")}
+            (info if answer.status < http.HTTPStatus.BAD_REQUEST else warn)("delivery", **words)
+        start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", headers)
+        return [json.dumps(answer.body).encode() + b"\n"]
+
+    def answer(self, environ: WSGIEnvironment, route: Route | None) -> Answer:
+        """Return what a route answers, or why there is no such answer."""
+        try:
+            if route is None:
+                deny(404, "NotFound", "no such path")
+            if environ["REQUEST_METHOD"] != route.method:
+                deny(405, "MethodNotAllowed", f"only {route.method}")
+            return route.handler(environ)
+        except DeliveryError as early:
+            word = "ignored" if early.status < http.HTTPStatus.BAD_REQUEST else "refused"
+            return Answer(early.status, {"status": word, "reason": early.code, "text": str(early)})
+        except Exception:  # noqa: BLE001 - a request ends here; it is logged and counted
+            error("request failed", exc=True, path=clip(environ.get("PATH_INFO", ""), 80))
+            self.metrics.errors.labels("request").inc()
+            return Answer(500, {"status": "error"})
 
     def reads_body(self, _: Any) -> bool:
         """Whether the body of a request is wanted, by what its headers say."""
@@ -6191,23 +6217,27 @@ class Site:
 
 
 class WebhookApp(Site):
-    """What is behind the Ingress: /webhook, and for one more minor version the probes."""
+    """What is behind the Ingress: /webhook and, until version 0.3, the probes."""
 
     def __init__(
         self, config: Config, secrets: Secrets, spool: Spool, controller: Controller
     ) -> None:
         super().__init__(controller.metrics)
-        self.config, self.secrets, self.spool, self.controller = config, secrets, spool, controller
-        self.clock, self.stopping = controller.clock, threading.Event()
-        self._parsing = threading.Lock()  # in Python's objects a body can be 40 times as large
-        self.probes: Routes = {"/healthz": ("GET", self.healthz), "/readyz": ("GET", self.readyz)}
-        self.routes = {"/webhook": ("POST", self.webhook), **self.probes}
+        self.config = config
+        self.secrets = secrets
+        self.spool = spool
+        self.controller = controller
+        self.stopping = threading.Event()
+        self._parsing = threading.Lock()  # one at a time: a parsed body is up to 40 times as large
+        self.probes = {"/healthz": Route("GET", self.healthz), "/readyz": Route("GET", self.readyz)}
+        self.routes = {"/webhook": Route("POST", self.webhook), **self.probes}
 
     def admin(self) -> Site:
-        """Return what the second port answers, which strangers do not reach."""
-        site, registry = Site(self.metrics), self.metrics.registry
-        exposition = partial(prometheus_client.generate_latest, registry)
-        site.routes = {"/metrics": ("GET", lambda _: (200, exposition())), **self.probes}
+        """Return the site of the second port, which strangers do not reach: metrics and probes."""
+        site = Site(self.metrics)
+        latest = partial(prometheus_client.generate_latest, self.metrics.registry)
+        metrics = Route("GET", lambda _: Answer(200, latest()))
+        site.routes = {"/metrics": metrics, **self.probes}
         return site
 
     def reads_body(self, request: Any) -> bool:
@@ -6219,48 +6249,56 @@ class WebhookApp(Site):
 
     def webhook(self, environ: WSGIEnvironment) -> Answer:
         """Authenticate, understand and store a delivery; in this order, for security."""
-        limit, size = self.config.webhook.max_body, int(environ.get("CONTENT_LENGTH") or 0)
+        now = self.controller.clock.now()
+        body = self.authentic_body(environ, now)
+        with self._parsing:
+            delivery = delivery_id(environ)
+            runs = parse_delivery(self.config, body, delivery=delivery, received=now)
+        new = [run for run in runs if not self.spool.accepted.has(run)]
+        if new:
+            deploy_refs = {(app.name, app.deploy_ref) for app in self.config.apps}
+            deploys = any((run.app, run.ref) in deploy_refs for run in new)
+            self.spool.store(new, spare=0 if deploys else self.spool.max_files // 10)
+            self.controller.spooled.set()
+        word = "accepted" if new else "duplicate"
+        return Answer(202 if new else 200, {"status": word, "runs": [run.id for run in runs]})
+
+    def authentic_body(self, environ: WSGIEnvironment, now: float) -> bytes:
+        """Return the body of a delivery that may be parsed; raises DeliveryError for any other."""
+        limit = self.config.webhook.max_body
+        size = int(environ.get("CONTENT_LENGTH") or 0)
         if size > limit:
             deny(413, "TooLarge", f"more than {limit} bytes")
-        body, now = environ["wsgi.input"].read(size), self.clock.now()
+        body: bytes = environ["wsgi.input"].read(size)
         try:
             keys = self.secrets.keys(self.config.webhook.verify)
         except ConfigError as broken:
             error("secrets cannot be used", detail=str(broken))
             self.metrics.errors.labels("secrets").inc()
             deny(503, "NoSecrets", "not configured")
-        given = {k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k[:5] == "HTTP_"}
-        verify_delivery(self.config.webhook.verify, keys, given, body, now)
+        fields = {
+            k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k[:5] == "HTTP_"
+        }
+        verify_delivery(self.config.webhook.verify, keys, fields, body, now)
         kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             deny(415, "NotJson", "send application/json")
-        delivery = delivery_id(environ)
-        with self._parsing:
-            runs = parse_delivery(self.config, body, delivery=delivery, received=now)
-        answer = {"status": "duplicate", "runs": [r.id for r in runs]}
-        new = [r for r in runs if not self.spool.accepted.has(r)]
-        if not new:
-            return 200, answer
-        deploy_refs = {(app.name, app.deploy_ref) for app in self.config.apps}
-        deploys = any((run.app, run.ref) in deploy_refs for run in new)
-        self.spool.store(new, spare=0 if deploys else self.spool.max_files // 10)
-        self.controller.spooled.set()
-        return 202, answer | {"status": "accepted"}
+        return body
 
     def healthz(self, _: WSGIEnvironment) -> Answer:
-        """Whether every thread moves."""
+        """Answer whether every thread moves."""
         late = ", ".join(self.controller.heartbeats.late())
-        return 503 if late else 200, {"status": f"stuck: {late}" if late else "ok"}
+        return Answer(503 if late else 200, {"status": f"stuck: {late}" if late else "ok"})
 
     def readyz(self, _: WSGIEnvironment) -> Answer:
-        """Whether deliveries can be authenticated and stored; never how cluster or git are."""
+        """Answer whether deliveries can be authenticated and stored; never how the cluster is."""
         trouble = "stopping" if self.stopping.is_set() else ""
         try:
             self.secrets.keys(self.config.webhook.verify)
             self.spool.probe()
         except (ConfigError, OSError) as broken:
             trouble = str(broken)
-        return 503 if trouble else 200, {"status": trouble or "ok"}
+        return Answer(503 if trouble else 200, {"status": trouble or "ok"})
 
 
 def delivery_id(environ: WSGIEnvironment) -> str:
@@ -6268,53 +6306,102 @@ def delivery_id(environ: WSGIEnvironment) -> str:
     return clip(environ.get("HTTP_WEBHOOK_ID") or environ.get("HTTP_IDEMPOTENCY_KEY", ""), 100)
 
 
-class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress has no types
-    """A request as far as it has arrived; its body is taken only if the application wants it."""
+def make_server(
+    site: Site, listen: str, max_body: int, beat: Callable[[], None] = lambda: None
+) -> Server:
+    """Return a server: bounded threads, time and sizes; slow clients hold no thread.
 
-    body_rcv: Any
-    error: Any
-    cut = False  # whether a part of it is left unread
+    Chunked bodies of up to twice the limit reach the application, which says what is wrong.
+    Raises ConfigError if the address cannot be listened on.
+    """
+    host, _, port = listen.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        both = host == "[::]" and socket.has_dualstack_ipv6()
+        address = (host.strip("[]"), int(port))
+        bound = socket.create_server(address, family=family, dualstack_ipv6=both)
+    except (OSError, ValueError, OverflowError) as wrong:
+        raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
+    return Server(site, bound, beat, max_request_body_size=2 * max_body + 1)
 
-    def __init__(self, adjustments: Any, site: Site) -> None:
-        super().__init__(adjustments)
+
+class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
+    """A server that strangers cannot fill: what waits longest for a request gives way."""
+
+    def __init__(
+        self, site: Site, bound: socket.socket, beat: Callable[[], None], **more: Any
+    ) -> None:
         self.site = site
+        self.beat = beat
+        self.arrival = ARRIVAL
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+        self.most = min(OPEN_CONNECTIONS, max(8, allowed))
+        self.paused_until = 0.0
+        self.look_at = 0.0  # when the next look at all connections is
+        self.arrived = 0  # bytes since the last look
+        self.failures = 0  # since they were last logged
+        self.quiet_until = 0.0
+        address = (bound.family, bound.type, bound.proto, bound.getsockname())
+        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=address, **SERVER, **more)
 
-    def refuse(self, text: str) -> None:
-        """Answer a 400, and nothing more on this connection."""
-        self.error = waitress.utilities.BadRequest(text)
-        self.completed = True
+    def readable(self) -> bool:
+        """Whether a connection may be accepted; the loop asks in each of its turns."""
+        self.beat()
+        now = time.monotonic()
+        if now >= self.look_at or self.arrived > LOOK_BYTES:
+            self.make_room()
+        room = len(self.active_channels) <= self.most
+        return self.accepting and now >= self.paused_until and room
 
-    def parse_header(self, header_plus: bytes) -> None:
-        """Understand the headers, if that takes no time; leave a body alone that nobody wants."""
-        usual = FIRST_LINE.match(header_plus) and not BLANKS.search(header_plus)
-        if not usual or header_plus.count(b"\r\n") > HEADER_LINES:
-            raise waitress.parser.ParsingError("not a request line, or too many headers or blanks")
-        super().parse_header(header_plus)
-        if self.body_rcv is not None and not self.site.reads_body(self):
-            self.headers["CONNECTION"] = "close"
-            self.body_rcv, self.content_length, self.chunked = None, 0, False
-            self.cut = True
-        if self.body_rcv is None:
-            self.expect_continue = False  # else waitress waits for more
+    def make_room(self) -> None:
+        """Close connections that are late, and while there is too much those that wait longest."""
+        self.look_at = time.monotonic() + LOOK_INTERVAL
+        self.arrived = 0
+        now = time.time()
+        channels = [*self.active_channels.values()]
+        held = sum(channel.held for channel in channels)
+        waiting = (channel for channel in channels if not channel.requests)
+        for channel in sorted(waiting, key=lambda channel: channel.last_activity):
+            late = now - channel.last_activity > self.arrival[channel.awaits]
+            too_large = held > HELD_BYTES and channel.held
+            if late or too_large or len(self.active_channels) > self.most:
+                held -= channel.held
+                channel.handle_close()
 
-    def received(self, data: bytes) -> int:
-        """Take data and return how much of it; what waitress would be slow with is refused."""
-        if self.chunked and data.count(b"\r\n") > 64 + len(data) // 16:
-            self.refuse("too small chunks")
-        if self.completed:
-            return len(data)
-        taken, body = int(super().received(data)), self.body_rcv
-        if self.chunked and len(body.control_line) + len(body.trailer) > HEADER_BYTES:
-            self.refuse("too long a line between chunks")
-        return taken
+    def handle_accept(self) -> None:
+        """Accept some connections, then make room for them.
+
+        The other way round a new one might get the number of a closed one, and what came for it.
+        """
+        for _ in range(ACCEPTS_AT_ONCE):
+            if (accepted := self.accept()) is None:
+                break
+            self.set_socket_options(accepted[0])
+            Channel(self, *accepted, self.adj, map=self._map)
+        if len(self.active_channels) > self.most:
+            self.make_room()
+
+    def handle_error(self) -> None:
+        """Pause: waitress would stop listening, and without a pause the loop would spin."""
+        self.paused_until = time.monotonic() + PAUSE_SECONDS
+        self.complain("no connection can be accepted")
+
+    def complain(self, what: str) -> None:
+        """Log the exception being handled, but seldom, and how many there were since the last."""
+        self.failures += 1
+        if (now := time.monotonic()) >= self.quiet_until:
+            error(what, count=self.failures, detail=clip(repr(sys.exc_info()[1])))
+            self.failures = 0
+            self.quiet_until = now + QUIET_SECONDS
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress has no types
     """A connection whose every request must arrive in time, however steadily it drips."""
 
-    last_activity: float  # when that began which it `awaits`
+    last_activity: float  # when the time began in which `awaits` must arrive
     close_when_flushed: bool
-    used = lingering = False
+    used = False  # whether a request has arrived
+    lingering = False  # whether all is answered, and the other side is waited for to close
     newest: Request
 
     def parser_class(self, adjustments: Any) -> Request:
@@ -6349,15 +6436,16 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
         return self.socket is not None and not self.requests and bool(super().writable())
 
     def handle_read(self) -> None:
-        """Receive something."""
-        awaited, since = self.awaits, self.last_activity
+        """Receive something; only what completes a step begins the time of the next one anew."""
+        awaited = self.awaits
+        since = self.last_activity
         super().handle_read()
         self.used = self.used or bool(self.requests)
         if self.awaits == awaited and not self.requests:
             self.last_activity = since
 
     def received(self, data: bytes) -> bool:
-        """Understand what arrived, unless the last answer was given."""
+        """Understand what arrived, unless the last answer was sent."""
         self.server.arrived += len(data)
         return not self.lingering and bool(super().received(data))
 
@@ -6383,89 +6471,53 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
         self.handle_close()
 
     def handle_error(self) -> None:
-        """Close: its body could not be written to a file, say."""
+        """Close, because its body could not be written to a file, for example."""
         self.server.complain("a connection failed")
         self.handle_close()
 
 
-class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
-    """A server that strangers cannot fill: what waits longest for a request gives way."""
+class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress has no types
+    """A request as far as it has arrived; its body is taken only if the application wants it."""
 
-    def __init__(
-        self, site: Site, bound: socket.socket, beat: Callable[[], None], **more: Any
-    ) -> None:
-        self.site, self.beat, self.arrival = site, beat, ARRIVAL
-        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
-        self.most = min(OPEN_CONNECTIONS, max(8, allowed))
-        self.failures, self.quiet_until, self.paused_until = 0, 0.0, 0.0
-        self.arrived, self.look_at = 0, 0.0  # bytes since the last look, and when the next one is
-        where = (bound.family, bound.type, bound.proto, bound.getsockname())
-        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=where, **SERVER, **more)
+    body_rcv: Any
+    error: Any
+    cut = False  # whether a part of it is left unread
 
-    def readable(self) -> bool:
-        """Whether a connection may be accepted; the loop asks in each of its turns."""
-        self.beat()
-        now = time.monotonic()
-        if now >= self.look_at or self.arrived > LOOK_BYTES:
-            self.make_room()
-        room = len(self.active_channels) <= self.most
-        return self.accepting and now >= self.paused_until and room
+    def __init__(self, adjustments: Any, site: Site) -> None:
+        super().__init__(adjustments)
+        self.site = site
 
-    def make_room(self) -> None:
-        """Close connections that are late, and while there is too much those that wait longest."""
-        self.look_at, self.arrived = time.monotonic() + LOOK_INTERVAL, 0
-        now, channels = time.time(), [*self.active_channels.values()]
-        held = sum(c.held for c in channels)
-        waiting = (c for c in channels if not c.requests)
-        for channel in sorted(waiting, key=lambda c: c.last_activity):
-            late = now - channel.last_activity > self.arrival[channel.awaits]
-            too_large = held > HELD_BYTES and channel.held
-            if late or too_large or len(self.active_channels) > self.most:
-                held -= channel.held
-                channel.handle_close()
+    def refuse(self, text: str) -> None:
+        """Answer a 400, and nothing more on this connection."""
+        self.error = waitress.utilities.BadRequest(text)
+        self.completed = True
 
-    def handle_accept(self) -> None:
-        """Accept some connections, then make room for them.
+    def parse_header(self, header_plus: bytes) -> None:
+        """Understand the headers, if that takes no time; leave a body alone that nobody wants."""
+        usual = FIRST_LINE.match(header_plus) and not BLANKS.search(header_plus)
+        if not usual or header_plus.count(b"\r\n") > HEADER_LINES:
+            raise waitress.parser.ParsingError("not a request line, or too many headers or blanks")
+        super().parse_header(header_plus)
+        if self.body_rcv is not None and not self.site.reads_body(self):
+            self.headers["CONNECTION"] = "close"
+            self.body_rcv = None
+            self.content_length = 0
+            self.chunked = False
+            self.cut = True
+        if self.body_rcv is None:
+            self.expect_continue = False  # else waitress waits for more
 
-        The other way round a new one might get the number of a closed one, and what came for it.
-        """
-        for _ in range(ACCEPTS_AT_ONCE):
-            if (accepted := self.accept()) is None:
-                break
-            self.set_socket_options(accepted[0])
-            Channel(self, *accepted, self.adj, map=self._map)
-        if len(self.active_channels) > self.most:
-            self.make_room()
-
-    def handle_error(self) -> None:
-        """Pause, or the loop would try again at once; waitress would stop listening."""
-        self.paused_until = time.monotonic() + PAUSE_SECONDS
-        self.complain("no connection can be accepted")
-
-    def complain(self, what: str) -> None:
-        """Log the exception being handled, seldom, with the number of those before it."""
-        self.failures += 1
-        if (now := time.monotonic()) >= self.quiet_until:
-            error(what, count=self.failures, detail=clip(repr(sys.exc_info()[1])))
-            self.failures, self.quiet_until = 0, now + QUIET_SECONDS
-
-
-def make_server(
-    site: Site, listen: str, max_body: int, beat: Callable[[], None] = lambda: None
-) -> Server:
-    """Return a server: bounded threads, time and sizes; slow clients hold no thread.
-
-    Chunked bodies of up to twice the limit reach the application, which says what is wrong.
-    """
-    host, _, port = listen.rpartition(":")
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    try:
-        both = host == "[::]" and socket.has_dualstack_ipv6()
-        where = (host.strip("[]"), int(port))
-        bound = socket.create_server(where, family=family, dualstack_ipv6=both)
-    except (OSError, ValueError, OverflowError) as wrong:
-        raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
-    return Server(site, bound, beat, max_request_body_size=2 * max_body + 1)
+    def received(self, data: bytes) -> int:
+        """Take data and return how much of it; what waitress would be slow with is refused."""
+        if self.chunked and data.count(b"\r\n") > 64 + len(data) // 16:
+            self.refuse("too small chunks")
+        if self.completed:
+            return len(data)
+        taken = int(super().received(data))
+        body = self.body_rcv
+        if self.chunked and len(body.control_line) + len(body.trailer) > HEADER_BYTES:
+            self.refuse("too long a line between chunks")
+        return taken
 
 
 # === commands =====================================================================================
