@@ -693,15 +693,12 @@ def load_section(section: Any, data: Any, path: str, faults: list[str]) -> Any:
     values: Object = {}
     for key, declared in settings.items():
         raw = data.get(key)
-        default = yaml.safe_load(declared.default)
-        values[key] = (
-            () if default is None else load_value(declared.kind, declared.parse, default, "", [])
-        )
-        if raw is None and default is None:
+        value = None if raw is None else load_value(declared, raw, prefix + key, faults)
+        if value is None and declared.default != REQUIRED:
+            value = load_value(declared, yaml.safe_load(declared.default), "", [])
+        elif raw is None:
             faults.append(f"{prefix}{key}: is required")
-        elif raw is not None:
-            value = load_value(declared.kind, declared.parse, raw, prefix + key, faults)
-            values[key] = values[key] if value is None else value
+        values[key] = value
     return section(**values)
 
 
@@ -712,26 +709,22 @@ def settings_of(section: type[Any]) -> dict[str, Setting]:
     return {f.name: Setting(kind=kinds[f.name], **(f.metadata or nested)) for f in fields(section)}
 
 
-def load_value(kind: Any, parse: Parser, raw: Any, path: str, faults: list[str]) -> Any:
-    """Return what YAML data means for a type, None if it is wrong; adds every fault."""
-    if is_dataclass(kind):
-        return load_section(kind, raw, path, faults)
-    family = typing.get_origin(kind)
-    inner = typing.get_args(kind)
-    if family is tuple and isinstance(raw, list):
-        return tuple(
-            load_value(inner[0], parse, v, f"{path}[{i}]", faults) for i, v in enumerate(raw)
-        )
-    if family is dict and isinstance(raw, dict):
-        return {
-            str(k): load_value(inner[1], parse, v, f"{path}.{k}", faults) for k, v in raw.items()
-        }
+def load_value(declared: Setting, raw: Any, path: str, faults: list[str]) -> Any:
+    """Return what YAML data means for a setting, None if it is wrong; adds every fault."""
+    if is_dataclass(declared.kind):
+        return load_section(declared.kind, raw, path, faults)
+    family = typing.get_origin(declared.kind)
     if family in (tuple, dict):
+        inner = replace(declared, kind=typing.get_args(declared.kind)[family is dict])
+        if family is tuple and isinstance(raw, list):
+            return tuple(load_value(inner, v, f"{path}[{i}]", faults) for i, v in enumerate(raw))
+        if family is dict and isinstance(raw, dict):
+            return {str(k): load_value(inner, v, f"{path}.{k}", faults) for k, v in raw.items()}
         what = "list" if family is tuple else "mapping"
         faults.append(f"{path}: {clip(repr(raw), 80)} is not a {what}")
         return None
     try:
-        return parse(raw)
+        return declared.parse(raw)
     except ValueError as wrong:
         faults.append(f"{path}: {clip(repr(raw), 80)} {wrong}")
         return None
@@ -742,10 +735,11 @@ def cross_faults(config: Config) -> Iterator[str]:
     namespaces = config.namespaces
     own = {v for k, v in namespaces.items() if DNS_LABEL.fullmatch(k)} - {ORCHESTRATION}
     if not {"test", "build"} <= namespaces.keys() or len(own) < len(namespaces):
-        yield "namespaces: needs test, build and others, all different, none the daemon's own"
-    names = [app.name for app in config.apps]
+        yield "namespaces: test, build and each environment need their own, none orchestration"
+    apps = config.apps or ()  # None where they are missing
+    names = [app.name for app in apps]
     taken = {f"{name}-{suffix}" for name in names for suffix in (*COLOURS, "preview")}
-    for i, app in enumerate(config.apps):
+    for i, app in enumerate(apps):
         environments = app.deploy.environments
         where = f"apps[{i}].deploy.environments"
         if app.name and app.name in names[:i]:
@@ -6340,7 +6334,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress h
         self.look_at = 0.0  # when the next look at all connections is
         self.arrived = 0  # bytes since the last look
         self.failures = 0  # since they were last logged
-        self.quiet_until = 0.0
+        self.cooldown = Cooldown(Clock())
         address = (bound.family, bound.type, bound.proto, bound.getsockname())
         super().__init__(site, _sock=bound, bind_socket=False, sockinfo=address, **SERVER, **more)
 
@@ -6389,10 +6383,9 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress h
     def complain(self, what: str) -> None:
         """Log the exception being handled, but seldom, and how many there were since the last."""
         self.failures += 1
-        if (now := time.monotonic()) >= self.quiet_until:
+        if self.cooldown.allows("failures", None, QUIET_SECONDS):
             error(what, count=self.failures, detail=clip(repr(sys.exc_info()[1])))
             self.failures = 0
-            self.quiet_until = now + QUIET_SECONDS
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress has no types
