@@ -490,7 +490,9 @@ class BuildSettings:
     """How the image of an app is built."""
 
     builder: str = setting(
-        parse=BUILD_TOOL, default="kaniko", meaning="`none` if the manifests name images by digest"
+        parse=BUILD_TOOL,
+        default="kaniko",
+        meaning="`kaniko`, or `none` if the manifests name images by digest",
     )
     image: str = setting(
         parse=TARGET, default="''", meaning="where the image is pushed, without a tag"
@@ -608,7 +610,9 @@ class Webhook:
     """Which deliveries are accepted."""
 
     verify: str = setting(
-        parse=MODE, default="signature", meaning="proof of origin: `signature`, `token` or `hmac`"
+        parse=MODE,
+        default="signature",
+        meaning="what proves that GitLab sent a delivery: `signature`, `token` or `hmac`",
     )
     max_body: int = setting(
         parse=SIZE, default="5MiB", meaning="larger deliveries are refused with status 413"
@@ -625,10 +629,12 @@ class Limits:
     queue_timeout: float = setting(
         parse=DURATION,
         default="1h",
-        meaning="how long a Job waits for a slot, and then for its pod",
+        meaning="how long a Job may wait to be unsuspended, and then for its pod to start",
     )
     spool_files: int = setting(
-        parse=COUNT, default="10000", meaning="pushes stored on disk, 16 KiB each; then status 503"
+        parse=COUNT,
+        default="10000",
+        meaning="pushes stored on disk, 16 KiB each; more are refused with status 503",
     )
     kubectl: int = setting(
         parse=COUNT, default="8", meaning="kubectl processes at the same time, besides watches"
@@ -650,7 +656,9 @@ class Config:
     webhook: Webhook
     limits: Limits
     catch_up: float = setting(
-        parse=DURATION, default="5m", meaning="interval of the search for undelivered pushes"
+        parse=DURATION,
+        default="5m",
+        meaning="how often deploy branches are searched for pushes that GitLab did not deliver",
     )
 
 
