@@ -2723,21 +2723,23 @@ def epoch(stamp: str | None) -> float:
 
 def true_condition(status: Object, *kinds: str) -> Object:
     """Return the first condition of one of these types that is True; empty when there is none."""
-    found: list[Object] = status.get("conditions") or []
-    return next((c for c in found if c["type"] in kinds and c["status"] == "True"), {})
+    conditions: list[Object] = status.get("conditions") or []
+    return next((c for c in conditions if c["type"] in kinds and c["status"] == "True"), {})
 
 
 class Container:
     """What a pod's status says about one container, in its current or last life."""
 
     def __init__(self, entry: Object, kind: str) -> None:
-        state, last = entry.get("state") or {}, entry.get("lastState") or {}
+        state = entry.get("state") or {}
+        last = entry.get("lastState") or {}
         waiting = state.get("waiting") or {}
         ended = state.get("terminated") or last.get("terminated") or {}
         ended = {} if ended.get("reason") in NODE_LOST else ended
         self.name: str = entry["name"]
         self.kind = kind  # init, sidecar or app
-        self.ready, self.running = bool(entry.get("ready")), "running" in state
+        self.ready = bool(entry.get("ready"))
+        self.running = "running" in state
         self.waiting: str = waiting.get("reason", "")
         self.words: str = ended.get("message") or ""  # its last ones: as good as lines of its log
         self.text: str = waiting.get("message") or ""  # of kubelet and runtime
@@ -2752,54 +2754,66 @@ class Container:
 class Pod:
     """What matters of a pod."""
 
-    def __init__(self, found: Object) -> None:
-        meta, spec, status = found["metadata"], found["spec"], found.get("status") or {}
+    def __init__(self, manifest: Object) -> None:
+        meta = manifest["metadata"]
+        status = manifest.get("status") or {}
         conditions = {c["type"]: c for c in status.get("conditions") or []}
-        scheduled, ready = conditions.get("PodScheduled", {}), conditions.get("Ready", {})
-        is_ready, changed = ready.get("status") == "True", epoch(ready.get("lastTransitionTime"))
-        stuck, deleting = scheduled.get("reason") == "Unschedulable", "deletionTimestamp" in meta
-        evicted, message = status.get("reason") == "Evicted", str(status.get("message"))
+        ready = conditions.get("Ready", {})
+        scheduled = conditions.get("PodScheduled", {})
+        is_ready = ready.get("status") == "True"
+        deleting = "deletionTimestamp" in meta
+        evicted = status.get("reason") == "Evicted"
         disrupted = bool(true_condition(status, "DisruptionTarget"))
-        inits, apps = (status.get(k) or [] for k in ("initContainerStatuses", "containerStatuses"))
-        always = [c["name"] for c in spec.get("initContainers") or [] if "restartPolicy" in c]
-        kinds = ["sidecar" if e["name"] in always else "init" for e in inits]
         self.name: str = meta["name"]
         self.version = int(meta["resourceVersion"])
         self.labels = {sys.intern(k): sys.intern(v) for k, v in (meta.get("labels") or {}).items()}
         self.run = self.labels.get(LABEL_RUN, "")
-        # its uid: a deleted Job's pods may outlive it, beside a new one of the same name
+        # the Job's uid: a deleted Job's pods may outlive it, beside a new one of the same name
         self.job = self.labels.get("batch.kubernetes.io/controller-uid", "")
         self.created = epoch(meta.get("creationTimestamp"))
         self.started = epoch(status.get("startTime"))
         self.ready = is_ready and not deleting
-        self.changed = changed  # when it was last seen to become ready, or not to be any more
+        # when it was last seen to become ready, or not to be any more
+        self.changed = epoch(ready.get("lastTransitionTime"))
         # now or before: a condition that was never True is as old as the pod's start
-        self.seen_ready = is_ready or 0 < self.started < changed - 1
-        # by the kubelet's words, of a Job's pod that wrote more than it may: its own fault
-        self.overfull = message.strip() if self.job and OVERFULL.match(message) else ""
-        self.overfull = self.overfull if evicted and not disrupted else ""
-        # the cluster takes it away, and replaces it
+        self.seen_ready = is_ready or 0 < self.started < self.changed - 1
+        # the kubelet's words where a Job's pod wrote more than it may: that is its own fault
+        message = str(status.get("message"))
+        own_fault = self.job and OVERFULL.match(message) and evicted and not disrupted
+        self.overfull = message.strip() if own_fault else ""
+        # whether the cluster takes it away, and replaces it
         self.leaving = deleting or disrupted or (evicted and not self.overfull)
         self.stays = not self.leaving and status.get("phase") not in ("Failed", "Succeeded")
-        self.unschedulable: str = scheduled["message"] if stuck else ""
-        self.containers = [*map(Container, inits, kinds), *(Container(e, "app") for e in apps)]
+        unschedulable = scheduled.get("reason") == "Unschedulable"
+        self.unschedulable: str = scheduled["message"] if unschedulable else ""
+        self.containers = containers_of(manifest["spec"], status)
+
+
+def containers_of(spec: Object, status: Object) -> list[Container]:
+    """Return the containers of a pod, those that begin before the app's own first."""
+    inits = status.get("initContainerStatuses") or []
+    apps = status.get("containerStatuses") or []
+    sidecars = [c["name"] for c in spec.get("initContainers") or [] if "restartPolicy" in c]
+    kinds = ["sidecar" if entry["name"] in sidecars else "init" for entry in inits]
+    return [*map(Container, inits, kinds), *(Container(entry, "app") for entry in apps)]
 
 
 class Job:
     """What matters of a Job of ours."""
 
-    def __init__(self, found: Object) -> None:
-        meta, status = found["metadata"], found.get("status") or {}
+    def __init__(self, manifest: Object) -> None:
+        meta = manifest["metadata"]
+        status = manifest.get("status") or {}
         done = true_condition(status, "Complete")
         failed = true_condition(status, "Failed", "FailureTarget")
-        waiting = "suspended" if found["spec"].get("suspend") else "active"
+        waiting = "suspended" if manifest["spec"].get("suspend") else "active"
         annotations: dict[str, str] = meta.get("annotations") or {}
         self.name: str = meta["name"]
         self.uid: str = meta["uid"]
         self.version = int(meta["resourceVersion"])
         self.namespace: str = meta["namespace"]
         self.stage: str = (meta.get("labels") or {}).get(LABEL_STAGE, "")
-        self.run = run_of_job(found)
+        self.run = run_of_job(manifest)
         self.annotations = {k: v for k, v in annotations.items() if k.startswith(MANAGER)}
         # of the run, if it has ended and this is its last Job
         self.outcome = annotations.get(ANNOTATION_OUTCOME, "")
@@ -2807,7 +2821,7 @@ class Job:
         self.deleting = "deletionTimestamp" in meta
         self.reason: str = failed.get("reason", "")
         self.created = epoch(meta.get("creationTimestamp"))
-        self.released = epoch(status.get("startTime"))
+        self.unsuspended = epoch(status.get("startTime"))
         self.finished = epoch((done or failed).get("lastTransitionTime"))
 
 
@@ -2823,8 +2837,9 @@ def text(pattern: str) -> Callable[[Any], bool]:
 
 def is_selector(value: Any) -> bool:
     """Whether a value can stand for a selector."""
-    key, term = text(r"[\w./-]{1,317}"), text(r"[\w.-]{0,63}")
-    return isinstance(value, dict) and all(key(k) and term(v) for k, v in value.items())
+    is_key = text(r"[\w./-]{1,317}")
+    is_value = text(r"[\w.-]{0,63}")
+    return isinstance(value, dict) and all(is_key(k) and is_value(v) for k, v in value.items())
 
 
 def are_ports(value: Any) -> bool:
@@ -2935,8 +2950,9 @@ class Service:
     this environment; `history`: the switches, newest first. Each is empty when there is none.
     """
 
-    def __init__(self, found: Object) -> None:
-        meta, spec = found["metadata"], found["spec"]
+    def __init__(self, manifest: Object) -> None:
+        meta = manifest["metadata"]
+        spec = manifest["spec"]
         self.name: str = meta["name"]
         self.uid: str = meta.get("uid", "")
         self.version = int(meta["resourceVersion"])
@@ -2966,11 +2982,11 @@ class Service:
 
     def annotations(self) -> Object:
         """Return what our annotations say, as it is written; None for what is not there."""
-        told = {ANNOTATION_PREVIOUS: {}, ANNOTATION_BAKE: 0.0, ANNOTATION_PUT_BACK: []}
+        others = {ANNOTATION_PREVIOUS: {}, ANNOTATION_BAKE: 0.0, ANNOTATION_PUT_BACK: []}
         return {
             ANNOTATION_HISTORY: self.history,
             ANNOTATION_CLAIM: self.claim,
-            **{key: self.annotation(key, empty) or None for key, empty in told.items()},
+            **{key: self.annotation(key, empty) or None for key, empty in others.items()},
         }
 
     @property
@@ -3024,9 +3040,9 @@ class Service:
         return next(stood, HistoryEntry()) or self.target()
 
 
-def app_service(names: Iterable[str], found: Object) -> Service | None:
-    """Return the live Service of one of these apps; another Service is none of our business."""
-    return Service(found) if found["metadata"]["name"] in names else None
+def app_service(names: Iterable[str], manifest: Object) -> Service | None:
+    """Return the live Service of one of these apps, None for any other Service."""
+    return Service(manifest) if manifest["metadata"]["name"] in names else None
 
 
 # === informers ====================================================================================
@@ -3035,7 +3051,7 @@ V = TypeVar("V", Job, Pod, Service)
 
 
 class Informer(Generic[V]):
-    """A mirror of one resource type in one namespace: a list, then what changes after it.
+    """Knows the objects of one resource type in one namespace: a list, then each change after it.
 
     Both are the API server's own words, `kubectl get --raw`: its list carries the version from
     which its watch tells every change, one a line and in order. A watch's exit code says nothing,
@@ -3050,30 +3066,34 @@ class Informer(Generic[V]):
         parse: Callable[[Object], V | None],
         selector: str,
     ) -> None:
-        self.kubectl, self.resource, self.namespace = kubectl, resource, namespace
+        self.kubectl = kubectl
+        self.resource = resource
+        self.namespace = namespace
+        # why it may lag behind the cluster; then what it lacks is not gone, only unseen
+        self.trouble = "not listed yet"
+        self.changed = threading.Event()
+        self.stopped = threading.Event()
         self._address = list_address(resource, namespace, selector)
-        self.changed, self.stopped = threading.Event(), threading.Event()
-        # why it may not follow what is there: what it lacks is then not gone, only unseen
-        self.trouble, self._lock = "not listed yet", threading.RLock()
         self._parse: Callable[[Object], V | None] = parse
         self._items: dict[str, V] = {}
+        self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def items(self) -> list[V]:
-        """Return what is known now."""
+        """Return every object as it is known now."""
         with self._lock:
             return list(self._items.values())
 
     def find(self, name: str) -> V | None:
-        """Return what is known now of one object."""
+        """Return one object as it is known now."""
         with self._lock:
             return self._items.get(name)
 
-    def learn(self, found: Object) -> None:
-        """Take over what a patch returned, before the watch tells; what is gone stays so."""
+    def learn(self, manifest: Object) -> None:
+        """Take over what a patch returned, before the watch tells it; what is gone stays so."""
         with self._lock:
-            if found["metadata"]["name"] in self._items:
-                self._take("MODIFIED", found)
+            if manifest["metadata"]["name"] in self._items:
+                self._take("MODIFIED", manifest)
 
     def stop(self) -> None:
         """End the watch; its thread returns."""
@@ -3082,37 +3102,47 @@ class Informer(Generic[V]):
             process.kill()
 
     def run(
-        self, pulse: Callable[[], None] = lambda: None, changed: threading.Event | None = None
+        self, beat: Callable[[], None] = lambda: None, changed: threading.Event | None = None
     ) -> None:
-        """Keep the mirror until stopped; back off while the API server does not answer."""
-        self.changed, failures = changed or self.changed, 0
+        """Follow the cluster until stopped; wait longer each time that the API server is away."""
+        self.changed = changed or self.changed
+        retry = Retry(Clock())
         while not self.stopped.is_set():
-            pulse()
-            try:
-                lost = self._follow(self._list(), pulse)
-            except HookError as failed:
-                lost = str(failed)
-            except ODD as wrong:
-                lost = f"not an API server's answer: {clip(repr(wrong))}"
-            if lost and not (failures or self.stopped.is_set()):
+            beat()
+            lost = self._list_and_watch(beat)
+            if not lost:
+                retry.succeeded(self.resource)
+            elif not retry.failing() and not self.stopped.is_set():
                 warn("watch lost", resource=self.resource, namespace=self.namespace, detail=lost)
-            self.trouble, failures = lost, failures + 1 if lost else 0
-            self.stopped.wait(backoff(failures - 1) if lost else 0.1)
+            if lost:
+                retry.failed(self.resource)
+            self.trouble = lost
+            self.stopped.wait(retry.wait(DELAYS[-1] * 2) if lost else 0.1)
+
+    def _list_and_watch(self, beat: Callable[[], None]) -> str:
+        """List, then watch until that ends; return why it did not work, or ""."""
+        try:
+            return self._watch(self._list(), beat)
+        except HookError as failed:
+            return str(failed)
+        except ODD as wrong:
+            return f"not an API server's answer: {clip(repr(wrong))}"
 
     def _list(self) -> str:
         """Learn what is there; return the version at which that was so."""
-        found: dict[str, V] = {}
+        items: dict[str, V] = {}
         for page in self.kubectl.pages(self._address, self.namespace):
-            found |= {v.name: v for v in map(self._read, page["items"]) if v}
+            items |= {item.name: item for item in map(self._read, page["items"]) if item}
         with self._lock:
-            self._items = {name: self._newer(seen) for name, seen in found.items()}
+            self._items = {name: self._newer(item) for name, item in items.items()}
         self.trouble = ""
         self.changed.set()
         return str(page["metadata"]["resourceVersion"])
 
-    def _follow(self, version: str, pulse: Callable[[], None]) -> str:
-        """Let what changes after a version change the mirror; return why it was no good watch."""
-        began, seconds = time.monotonic(), math.ceil(jittered(WATCH_SECONDS))
+    def _watch(self, version: str, beat: Callable[[], None]) -> str:
+        """Take over each change after a version; return why it was no good watch, or ""."""
+        began = time.monotonic()
+        seconds = math.ceil(jittered(WATCH_SECONDS))
         query = f"&watch=true&resourceVersion={version}&timeoutSeconds={seconds}"
         args = ("get", "--raw", self._address + query)
         process = self._process = self.kubectl.stream(*args, namespace=self.namespace)
@@ -3120,10 +3150,10 @@ class Informer(Generic[V]):
         deadline = threading.Timer(0 if self.stopped.is_set() else seconds * 1.05, process.kill)
         try:
             deadline.start()
-            pulse()
+            beat()
             # of a line that is too long only a part is read, which is no JSON
             for line in iter(partial(cast(Any, process.stdout).readline, OUTPUT_BYTES), b""):
-                pulse()
+                beat()
                 event = json.loads(line.decode(errors="replace"))
                 if event["type"] == "ERROR":  # 410 above all: the version is forgotten
                     break
@@ -3135,26 +3165,26 @@ class Informer(Generic[V]):
         said = clip(stderr.decode(errors="replace")) or "ended at once"
         return said if time.monotonic() - began < SHORT_WATCH else ""
 
-    def _take(self, kind: str, found: Object) -> None:
-        """Let one event change the mirror."""
-        if seen := self._read(found):
+    def _take(self, kind: str, manifest: Object) -> None:
+        """Take over one event."""
+        if item := self._read(manifest):
             with self._lock:
                 if kind == "DELETED":
-                    self._items.pop(seen.name, None)
+                    self._items.pop(item.name, None)
                 else:
-                    self._items[seen.name] = self._newer(seen)
+                    self._items[item.name] = self._newer(item)
             self.changed.set()
 
-    def _newer(self, seen: V) -> V:
-        """Return what was told of an object, or what a patch returned of it since."""
-        return max(seen, self._items.get(seen.name, seen), key=lambda parse: parse.version)
+    def _newer(self, item: V) -> V:
+        """Return an object as it was told, or as a patch returned it since."""
+        return max(item, self._items.get(item.name, item), key=lambda each: each.version)
 
-    def _read(self, found: Object) -> V | None:
-        """Return the parse of an object, if it has one; unreadable, what was last seen of it."""
+    def _read(self, manifest: Object) -> V | None:
+        """Return the object parsed; where that fails, as it was last known."""
         try:
-            return self._parse(found)
+            return self._parse(manifest)
         except ODD:
-            name = found["metadata"]["name"]
+            name = manifest["metadata"]["name"]
             error("object cannot be read", exc=True, resource=self.resource, name=clip(name))
             self.kubectl.metrics.errors.labels("watch").inc()
             return self._items.get(name)
@@ -3174,9 +3204,21 @@ HOPELESS_PULL = re.compile(
 HEALING_REFUSAL = re.compile(
     "Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown|being terminated"
 )
-STAGES = {  # who works, who leaves its last words where, and how it fails
-    "test": (TEST_CONTAINER, RESULTS_CONTAINER, ANNOTATION_SUMMARY, Reason.TESTS_FAILED),
-    "build": (BUILD_CONTAINER, BUILD_CONTAINER, ANNOTATION_DIGEST, Reason.BUILD_FAILED),
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """How a stage that is a Job works."""
+
+    worker: str  # the container that does the work
+    reporter: str  # the container whose termination message is the result
+    annotation: str  # of the Job, where the result is kept
+    failure: Reason
+
+
+STAGES = {
+    "test": Stage(TEST_CONTAINER, RESULTS_CONTAINER, ANNOTATION_SUMMARY, Reason.TESTS_FAILED),
+    "build": Stage(BUILD_CONTAINER, BUILD_CONTAINER, ANNOTATION_DIGEST, Reason.BUILD_FAILED),
 }
 Do = StrEnum("Do", "NOTHING WAIT UNSUSPEND BUILD ANNOTATE DEPLOY END")
 
@@ -3195,26 +3237,37 @@ class PodProblem:
 
 def container_problem(container: Container, pod: Pod) -> PodProblem | None:
     """Return what is wrong with a container, by the texts a real cluster gives."""
-    code, why, waiting = container.exit_code, container.exit_reason, container.waiting
-    key, name = f"{pod.name}/{container.name}", f"container {container.name} of {pod.name}"
+    key = f"{pod.name}/{container.name}"
+    name = f"container {container.name} of {pod.name}"
     text = f"{name}: {clip(container.text, 800)}"
+    waiting = container.waiting
     if PULL.fullmatch(waiting):
         unquoted = re.sub(r'"[^"]*"', "", container.text)  # an image may be called what it likes
         if HOPELESS_PULL.search(f"{waiting}: {unquoted}"):
             return PodProblem(f"{key}/pull", Reason.IMAGE_NOT_FOUND, text)
         return PodProblem(f"{key}/pull", Reason.IMAGE_PULL_FAILED, text, 60.0)
-    if not container.running and (START.fullmatch(waiting) or START.fullmatch(why)):
+    starting = START.fullmatch(waiting) or START.fullmatch(container.exit_reason)
+    if starting and not container.running:
         grace = NEVER if "failed to sync" in text else 30.0  # the kubelet's cache, not the object
         return PodProblem(f"{key}/start", Reason.CONTAINER_CONFIG, text, grace)
-    worked, oom = container.ready or pod.seen_ready, why == "OOMKilled"
+    return exit_problem(container, pod, f"{key}/exit", name)
+
+
+def exit_problem(container: Container, pod: Pod, key: str, name: str) -> PodProblem | None:
+    """Return what is wrong with a container that ended, unless it may or has worked before."""
+    code = container.exit_code
+    worked = container.ready or pod.seen_ready
+    out_of_memory = container.exit_reason == "OOMKilled"
     done = code is None or (code == 0 and container.kind != "app")
-    if done or (worked and not oom) or (pod.job and container.kind == "sidecar"):
+    if done or (worked and not out_of_memory) or (pod.job and container.kind == "sidecar"):
         return None
     reason = Reason.INIT_FAILED if container.kind == "init" else Reason.CRASH_LOOP
-    reason, cause = Reason.OUT_OF_MEMORY if oom else reason, f"{code} ({why})"
+    if out_of_memory:
+        reason = Reason.OUT_OF_MEMORY
+    cause = f"{code} ({container.exit_reason})"
     text = f"{name} ended {container.exits} times, last with exit code {cause}"
     grace = NEVER if worked or container.exits == 1 else 15.0
-    return PodProblem(f"{key}/exit", reason, text, grace, container.exits, cause)
+    return PodProblem(key, reason, text, grace, container.exits, cause)
 
 
 def pod_problems(pod: Pod) -> Iterator[PodProblem]:
@@ -3241,21 +3294,23 @@ def creation_problem(message: str, key: str) -> PodProblem:
 
 
 class ProblemTracker:
-    """Remembers since when each problem is there, and so tells which one will not heal."""
+    """Remembers since when each problem is there, and so knows which one is fatal."""
 
     def __init__(self) -> None:
-        self._first: dict[str, tuple[float, PodProblem]] = {}
+        self._first: dict[str, PodProblem] = {}  # as it was first seen
+        self._since: dict[str, float] = {}
 
     def fatal(self, problems: Iterable[PodProblem], now: float) -> PodProblem | None:
         """Return a problem that has lasted too long or recurred; what is gone is forgotten."""
-        present = {s.key: s for s in problems}
-        self._first = {k: self._first.get(k, (now, s)) for k, s in present.items()}
-        for key, found in present.items():
-            since, first = self._first[key]
-            again = found.times > first.times and found.cause == first.cause
-            unwatched = first.times > 1 and found.grace < NEVER
-            if again or unwatched or now - since >= found.grace:
-                return found
+        present = {p.key: p for p in problems}
+        self._first = {k: self._first.get(k, p) for k, p in present.items()}
+        self._since = {k: self._since.get(k, now) for k in present}
+        for key, problem in present.items():
+            first = self._first[key]
+            again = problem.times > first.times and problem.cause == first.cause
+            unwatched = first.times > 1 and problem.grace < NEVER
+            if again or unwatched or now - self._since[key] >= problem.grace:
+                return problem
         return None
 
 
@@ -3313,7 +3368,8 @@ def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
 
 def decide(observed: Observation) -> Action:
     """Return the next step of a run from what is observed; every call could be the first."""
-    test, build = (observed.jobs.get(stage) for stage in STAGES)
+    test = observed.jobs.get("test")
+    build = observed.jobs.get("build")
     if not observed.jobs or over(observed.jobs):
         return Action(Do.NOTHING)
     if test and (action := decide_job(observed, test)):
@@ -3348,27 +3404,29 @@ def decide_start(observed: Observation, do: Do, stage: str) -> Action:
     return Action(Do.WAIT, stage, detail="for a free slot")
 
 
-def decide_job(observed: Observation, found: Job) -> Action | None:
-    """Return what a Job needs, or None when it has succeeded and said what it had to."""
-    stage, (_, teller, note, _) = found.stage, STAGES[found.stage]
-    if found.deleting:
-        return Action(Do.WAIT, stage, detail=f"Job {found.name} is being deleted")
-    if found.state == "suspended":
-        return decide_start(observed, Do.UNSUSPEND, stage)
-    pods = [p for p in observed.pods if p.job == found.uid and not p.leaving]
+def decide_job(observed: Observation, job: Job) -> Action | None:
+    """Return what a Job needs, or None when it has succeeded and its result is kept."""
+    stage = STAGES[job.stage]
+    if job.deleting:
+        return Action(Do.WAIT, job.stage, detail=f"Job {job.name} is being deleted")
+    if job.state == "suspended":
+        return decide_start(observed, Do.UNSUSPEND, job.stage)
+    pods = [p for p in observed.pods if p.job == job.uid and not p.leaving]
     pods.sort(key=lambda p: -p.created)
     ended = [c for p in pods for c in p.containers if c.exit_code is not None]
-    said = next((c.words.strip() for c in ended if c.name == teller and c.words), "")
-    if note not in found.annotations and (said if stage == "test" else DIGEST.fullmatch(said)):
-        return Action(Do.ANNOTATE, stage, detail=said)
-    if found.state == "succeeded":
-        return None if stage == "test" or note in found.annotations else no_digest(observed, found)
-    if observed.fatal_problem:
-        return ends(
-            Outcome.FAILED, observed.fatal_problem.reason, observed.fatal_problem.detail, stage
-        )
-    failed, started = found.state == "failed", max((p.started for p in pods), default=0.0)
-    return failure(observed, found, ended) if failed else lateness(observed, found, started)
+    messages = (c.words.strip() for c in ended if c.name == stage.reporter and c.words)
+    result = next(messages, "")
+    whole = result if job.stage == "test" else DIGEST.fullmatch(result)
+    if whole and stage.annotation not in job.annotations:
+        return Action(Do.ANNOTATE, job.stage, detail=result)
+    if job.state == "succeeded":
+        complete = job.stage == "test" or stage.annotation in job.annotations
+        return None if complete else no_digest(observed, job)
+    if problem := observed.fatal_problem:
+        return ends(Outcome.FAILED, problem.reason, problem.detail, job.stage)
+    started = max((p.started for p in pods), default=0.0)
+    failed = job.state == "failed"
+    return failure(observed, job, ended) if failed else lateness(observed, job, started)
 
 
 def no_digest(observed: Observation, build: Job) -> Action:
@@ -3380,62 +3438,79 @@ def no_digest(observed: Observation, build: Job) -> Action:
     return decide_start(observed, Do.BUILD, "build")
 
 
-def lateness(observed: Observation, found: Job, started: float) -> Action:
-    """Return what a released Job waits for, or which of its times is over."""
-    stage, why = found.stage, found.annotations.get(ANNOTATION_DETAIL, "")
-    limit = getattr(observed.app, stage).timeout
+def lateness(observed: Observation, job: Job, started: float) -> Action:
+    """Return what an unsuspended Job waits for, or which of its times is over."""
+    why = job.annotations.get(ANNOTATION_DETAIL, "")
+    limit = getattr(observed.app, job.stage).timeout
     if started and observed.now - started > limit:
-        return ends(Outcome.FAILED, Reason.TIMEOUT, f"no result within {limit:.0f} s", stage)
-    if not started and found.released and observed.now - found.released > observed.queue_timeout:
-        why = why or "no pod could start in time"
-        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, why, stage)
-    return Action(Do.WAIT, stage, detail="its pod runs" if started else why or "for its pod")
+        detail = f"no result within {limit:.0f} s"
+        return ends(Outcome.FAILED, Reason.TIMEOUT, detail, job.stage)
+    waited = observed.now - job.unsuspended
+    if not started and job.unsuspended and waited > observed.queue_timeout:
+        detail = why or "no pod could start in time"
+        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, detail, job.stage)
+    return Action(Do.WAIT, job.stage, detail="its pod runs" if started else why or "for its pod")
 
 
-def failure(observed: Observation, found: Job, ended: Iterable[Container]) -> Action:
+def failure(observed: Observation, job: Job, ended: Iterable[Container]) -> Action:
     """Return why a Job failed, by its pods or its own condition, or that they may yet tell."""
-    main, _, _, red = STAGES[found.stage]
-    report = observed.report if found.stage == "test" else ""
-    told = next((c for c in ended if c.exit_code and c.name in (main, "clone")), None)
-    if told and told.exit_reason == "OOMKilled":
-        reason, detail = Reason.OUT_OF_MEMORY, f"{told.name} was killed for its memory"
-    elif told:
-        # the clone's words are our own; those of pushed code may hold anything
-        said = clip(told.words if told.name == "clone" else told.text)
-        said = said or f"exit code {told.exit_code}"
-        reason, detail = (red, report or said) if told.name == main else (Reason.CLONE_FAILED, said)
-    elif found.reason == "DeadlineExceeded":
-        reason, detail = Reason.TIMEOUT, "the Job's deadline passed"
-    elif observed.now - found.finished < LAG:
-        return Action(Do.WAIT, found.stage, detail="for its pod's last words")
-    else:
-        reason = red if found.reason == "PodFailurePolicy" else Reason.VANISHED
-        detail = report or f"its pods left no result ({clip(found.reason, 60)})"
-    return ends(Outcome.FAILED, reason, detail, found.stage)
+    stage = STAGES[job.stage]
+    report = observed.report if job.stage == "test" else ""
+    names = (stage.worker, "clone")
+    culprit = next((c for c in ended if c.exit_code and c.name in names), None)
+    if culprit:
+        return culprit_failure(job, culprit, report)
+    if job.reason == "DeadlineExceeded":
+        detail = "the Job's deadline passed"
+        return ends(Outcome.FAILED, Reason.TIMEOUT, detail, job.stage)
+    if observed.now - job.finished < LAG:
+        return Action(Do.WAIT, job.stage, detail="for its pod's last words")
+    reason = stage.failure if job.reason == "PodFailurePolicy" else Reason.VANISHED
+    detail = report or f"its pods left no result ({clip(job.reason, 60)})"
+    return ends(Outcome.FAILED, reason, detail, job.stage)
+
+
+def culprit_failure(job: Job, culprit: Container, report: str) -> Action:
+    """Return why a Job failed, by the container that did."""
+    if culprit.exit_reason == "OOMKilled":
+        detail = f"{culprit.name} was killed for its memory"
+        return ends(Outcome.FAILED, Reason.OUT_OF_MEMORY, detail, job.stage)
+    # the clone's words are our own; those of pushed code may hold anything
+    message = clip(culprit.words if culprit.name == "clone" else culprit.text)
+    message = message or f"exit code {culprit.exit_code}"
+    if culprit.name == "clone":
+        return ends(Outcome.FAILED, Reason.CLONE_FAILED, message, job.stage)
+    return ends(Outcome.FAILED, STAGES[job.stage].failure, report or message, job.stage)
 
 
 def decide_deploy(observed: Observation) -> Action:
     """Return which environment comes next, or how the run ended there."""
-    name, ended = "", (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED)
     for name in observed.app.deploy.environments:
-        service = observed.services.get(name)
-        switched = service is not None and service.run == observed.run.id
-        last = name == observed.app.deploy.environments[-1]
-        nothing = HistoryEntry()
-        entry = service.entry(observed.run.id, observed.run.received) if service else nothing
-        live = service.live if service and switched else nothing
-        done = Outcome.DEPLOYED in (live.outcome, entry.outcome)
-        # whoever confirmed it a moment ago may yet take the traffic back
-        if done and not (switched and last and name in observed.busy):
-            continue
-        if name in observed.busy:
-            return Action(Do.WAIT, name, detail=f"{name} is being changed")
-        if (outcome := entry.outcome) in ended:
-            known = [r for r in Reason if r == entry.reason] or [Reason.UNHEALTHY_AFTER_SWITCH]
-            return ends(Outcome(outcome), known[0], str(entry.detail), name)
-        stale = None if switched else outdated(observed, name)
-        return stale or Action(Do.DEPLOY, name)
-    return ends(Outcome.DEPLOYED, Reason.OK, observed.report, name)
+        if action := decide_environment(observed, name):
+            return action
+    last = observed.app.deploy.environments[-1]
+    return ends(Outcome.DEPLOYED, Reason.OK, observed.report, last)
+
+
+def decide_environment(observed: Observation, name: str) -> Action | None:
+    """Return what a run needs in an environment, None where it is deployed there."""
+    run = observed.run
+    service = observed.services.get(name)
+    entry = service.entry(run.id, run.received) if service else HistoryEntry()
+    switched = service is not None and service.run == run.id
+    live = service.live if service and switched else HistoryEntry()
+    last = name == observed.app.deploy.environments[-1]
+    done = Outcome.DEPLOYED in (live.outcome, entry.outcome)
+    # whoever confirmed it a moment ago may yet switch back
+    if done and not (switched and last and name in observed.busy):
+        return None
+    if name in observed.busy:
+        return Action(Do.WAIT, name, detail=f"{name} is being changed")
+    if entry.outcome in (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED):
+        reasons = [r for r in Reason if r == entry.reason] or [Reason.UNHEALTHY_AFTER_SWITCH]
+        return ends(Outcome(entry.outcome), reasons[0], entry.detail, name)
+    stale = None if switched else outdated(observed, name)
+    return stale or Action(Do.DEPLOY, name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -3456,7 +3531,9 @@ def grant_slots(
     Deploy branches come before test-only branches, then apps in turn, then the newest push. One
     slot is left to deploy branches. An app has at most half of the slots while another one waits.
     """
-    used, turns, granted = [*running], dict(served), set[str]()
+    used = [*running]
+    turns = dict(served)
+    granted = set[str]()
     while True:
         tests = sum(not s.deploys for s in used)
         room_for_tests = tests < max(limit - 1, 1)
@@ -3489,9 +3566,11 @@ def head_word(run: Run, heads: Mapping[str, str] | None, age: float, now: float)
 def container_failure(pods: Iterable[Pod], since: float) -> str:
     """Return how an app container of a switched-to run failed on its own since a time, or ""."""
     for pod in (p for p in pods if not p.leaving):
-        for found in (c for c in pod.containers if c.kind == "app" and c.ended >= int(since)):
-            if code := found.exit_code:
-                return f"container {found.name} of {pod.name} ended with exit code {code}"
+        for container in pod.containers:
+            failed = container.kind == "app" and container.exit_code
+            if failed and container.ended >= int(since):
+                code = container.exit_code
+                return f"container {container.name} of {pod.name} ended with exit code {code}"
     return ""
 
 
@@ -3511,15 +3590,18 @@ def readiness_shortage(
     there by the cluster's doing; `starting`: others are, in the place of those it took away.
     """
     pods = [*pods]
-    down, served = unready(pods, since), any(p.ready for p in pods)
+    down = unready(pods, since)
+    served = any(p.ready for p in pods)
     if served and not down:
         return None
     grace = UNREADY_SECONDS if served else GONE_SECONDS
     grace = REPLACED_SECONDS if starting and not down else grace
     who = ", ".join(p.name for p in down) or "any pod"
     lasts = down and now - max(p.changed for p in down) > grace + 1.0  # it is in whole seconds
-    key, detail = f"{served} {grace}", f"not ready for {grace:.0f} s: {who}"
-    return PodProblem(key, Reason.UNHEALTHY_AFTER_SWITCH, detail, 0.0 if lasts else grace)
+    detail = f"not ready for {grace:.0f} s: {who}"
+    return PodProblem(
+        f"{served} {grace}", Reason.UNHEALTHY_AFTER_SWITCH, detail, 0.0 if lasts else grace
+    )
 
 
 def pods_taken_away(pods: Sequence[Pod], wanted: int) -> bool:
@@ -3569,7 +3651,8 @@ def moved(
     It stays proven if it was. What is newer was left by that, and is no target any more.
     """
     place = history.index(entry) if entry in history else 1
-    reason, detail = str(Reason.SELECTOR_CHANGED), f"left by {by}"
+    reason = str(Reason.SELECTOR_CHANGED)
+    detail = f"left by {by}"
     newer = [e if e.reason else replace(e, reason=reason, detail=detail) for e in history[:place]]
     outcome = entry.outcome if entry.proven else ""
     again = replace(entry, outcome=outcome, reason="", detail="", by=by, at=now)
@@ -3733,13 +3816,14 @@ class AppState:
 
     def find(self, ref: str, commit: str) -> RunRecord | None:
         """Return the record of a push by what identifies it, whatever its id."""
-        push, records = (recorded_ref(ref), commit), self.runs.values()
-        return next((r for r in records if (r.ref, r.commit) == push), None)
+        push = (recorded_ref(ref), commit)
+        return next((r for r in self.runs.values() if (r.ref, r.commit) == push), None)
 
     def last(self, ref: str) -> RunRecord | None:
         """Return the record of the newest push of a ref that was not found to be outdated."""
-        short, records = recorded_ref(ref), self.runs.values()
-        pushed = (r for r in records if r.ref == short and r.reason != Reason.NOT_HEAD)
+        short = recorded_ref(ref)
+        runs = self.runs.values()
+        pushed = (r for r in runs if r.ref == short and r.reason != Reason.NOT_HEAD)
         return max(pushed, key=lambda r: r.received, default=None)
 
 
@@ -3748,7 +3832,8 @@ def migrated(app: App, text: Any) -> RunRecord | None:
     old = json.loads(text)
     if old["outcome"] == "baseline":
         return None
-    ref, outcome = old["ref"], old["outcome"] or ""
+    ref = old["ref"]
+    outcome = old["outcome"] or ""
     kept = {**old, "ref": recorded_ref(ref), "outcome": outcome}
     push = parse_record(RunRecord, json.dumps(kept, ensure_ascii=False), id="")
     ended = push.received if outcome else 0.0
@@ -3765,7 +3850,8 @@ def forgotten(state: AppState, deploy_ref: str, with_job: Set[str] | None) -> li
     order = sorted(state.runs.values(), key=lambda r: (r.ref == deploys, r.received))
     newest = {r.id for r in order[-RUNS_LENGTH:]}
     sizes = {r.id: len(record_text(r).encode()) + len(r.key) for r in order}
-    size, keys = sum(sizes.values()), []
+    size = sum(sizes.values())
+    keys = []
     for record in order:
         spare = record.outcome and with_job is not None and record.id not in newest | with_job
         if spare or size > STATE_BYTES:
@@ -3779,7 +3865,8 @@ class StateStore:
     """Reads and writes what is recorded of the apps."""
 
     def __init__(self, kubectl: Kubectl, clock: Clock) -> None:
-        self.kubectl, self.clock = kubectl, clock
+        self.kubectl = kubectl
+        self.clock = clock
         self._seen: dict[str, AppState] = {}
         self._locks: dict[str, threading.RLock] = {}
 
@@ -3789,8 +3876,8 @@ class StateStore:
 
     def read(self, app: App) -> AppState:
         """Return what is recorded of an app now."""
-        found = self.kubectl.get("configmap", f"{MANAGER}-{app.name}", ORCHESTRATION)
-        state = self._seen[app.name] = AppState.from_configmap(app, found)
+        configmap = self.kubectl.get("configmap", f"{MANAGER}-{app.name}", ORCHESTRATION)
+        state = self._seen[app.name] = AppState.from_configmap(app, configmap)
         return state
 
     def write(
@@ -3835,7 +3922,8 @@ class StateStore:
         self, app: App, state: AppState, change: Mapping[str, str | None], with_job: Set[str] | None
     ) -> None:
         """Merge a change into the ConfigMap that a state was read from."""
-        name, data = f"{MANAGER}-{app.name}", {**state.repairs, **change}
+        name = f"{MANAGER}-{app.name}"
+        data = {**state.repairs, **change}
         records: list[RunRecord | Rejection] = [*state.runs.values(), *state.rejected.values()]
         texts = {record.key: record_text(record) for record in records}
         after = {k: v for k, v in {**texts, **data}.items() if v is not None}
@@ -3931,8 +4019,8 @@ class Reports:
         elif transition.state is State.DRIFTED:
             self.metrics.drift.labels(*place).inc()
         elif transition.state is State.ENDED:
-            stage, reason = transition.stage, transition.reason
-            self.metrics.runs.labels(transition.app, transition.outcome, stage, reason).inc()
+            labels = (transition.app, transition.outcome, transition.stage, transition.reason)
+            self.metrics.runs.labels(*labels).inc()
 
 
 class LogTails:
@@ -6220,7 +6308,7 @@ class Controller:
         """Yield each run's next step; one that would start a Job without a slot waits."""
         served = dict[str, float]()
         for found in (j for w in self.jobs for j in w.items()):
-            served[found.run.app] = max(served.get(found.run.app, 0.0), found.released)
+            served[found.run.app] = max(served.get(found.run.app, 0.0), found.unsuspended)
         wanted = [self.slot(v.run) for v, action in steps if action.do in (Do.UNSUSPEND, Do.BUILD)]
         granted = grant_slots(wanted, running, served, self.config.limits.max_running)
         for observed, action in steps:
@@ -6301,7 +6389,7 @@ class Controller:
 
     def creation_problems(self, found: Job) -> Iterator[PodProblem]:
         """Note on a released Job why it has no pod, and yield it. Quota is only waited for."""
-        if found.state != "active" or self.clock.now() - found.released < LOOK_SECONDS:
+        if found.state != "active" or self.clock.now() - found.unsuspended < LOOK_SECONDS:
             return
         if self.cooldown.allows(found.name, "look", AGAIN_SECONDS):
             chosen = f"involvedObject.uid={found.uid},reason=FailedCreate"
@@ -6411,9 +6499,9 @@ class Controller:
         for found in jobs.values():
             stop = {"activeDeadlineSeconds": 1} if found.state == "active" else {}
             self.annotate(found, annotations, ttlSecondsAfterFinished=JOB_TTL, **stop)
-            if found.released and found.finished:
+            if found.unsuspended and found.finished:
                 measure = self.metrics.stage_seconds.labels(run.app, found.stage, found.state)
-                measure.observe(max(0.0, found.finished - found.released))
+                measure.observe(max(0.0, found.finished - found.unsuspended))
         self.metrics.runs.labels(run.app, outcome, stage, action.reason).inc()
         why = {"outcome": outcome, "stage": stage, "reason": action.reason, "detail": detail}
         took = round(self.clock.now() - run.received, 1)

@@ -903,9 +903,9 @@ def test_a_recorded_job_without_a_pod_waits(scenario: str) -> None:
     jobs = [hook.Job(e["object"]) for e in recorded(scenario, "jobs")]
     found = jobs[-1]
     found.stage = "test"
-    view = a_view(jobs={"test": found}, now=found.released + 600)
+    view = a_view(jobs={"test": found}, now=found.unsuspended + 600)
     assert hook.decide(view) == hook.Action(Do.WAIT, "test", detail="for its pod")
-    late = hook.decide(replace(view, now=found.released + 3601))
+    late = hook.decide(replace(view, now=found.unsuspended + 3601))
     assert (late.outcome, late.reason) == (Outcome.FAILED, Reason.QUEUE_TIMEOUT)
 
 

@@ -62,7 +62,7 @@ def test_a_recorded_job_goes_through_its_states(scenario: str, states: list[str]
     seen = [v.state for v in views]
     assert [s for s, before in zip(seen, ["", *seen], strict=False) if s != before] == states
     assert (views[-1].finished > 0) is (views[-1].state in ("succeeded", "failed"))
-    assert not any(v.released for v in views if v.state == "suspended")
+    assert not any(v.unsuspended for v in views if v.state == "suspended")
 
 
 def test_why_a_job_failed_is_kept_from_its_first_condition() -> None:
@@ -489,7 +489,7 @@ def test_whoever_waits_for_several_mirrors_is_woken_by_each(
 ) -> None:
     wake, beats = threading.Event(), []
     watch = services(kubectl, space)
-    with running(watch, changed=wake, pulse=lambda: beats.append(1)):
+    with running(watch, changed=wake, beat=lambda: beats.append(1)):
         eventually(lambda: not watch.trouble)
         wake.clear()
         before = len(beats)
