@@ -75,7 +75,8 @@ def test_the_first_of_a_kind_is_an_increase_since_all_that_can_happen_is_0_at_th
     assert at_zero["catch_up_runs"] == {("shop",)}
     # what counts an error, or names a thread whose bugs are counted by the first word of its name
     source = Path(hook.__file__).read_text("utf-8")
-    counting = r'(?:errors\.labels\(|self\.spawn\(|self\.repeat\(|\bname = )f?"([a-z]+)'
+    thread = r'self\.(?:spawn|repeat)\(f?"|\bname = f"(?=[a-z]+ of )'
+    counting = rf'(?:errors\.labels\("|{thread})([a-z]+)'
     words = {*re.findall(counting, source)}
     assert {word for (word,) in at_zero["errors"]} == words
     assert {"worker", "watch", "intake", "heads", "secrets"} <= words
