@@ -1936,11 +1936,6 @@ def jittered(seconds: float) -> float:
     return seconds * random.uniform(0.7, 1.3)  # noqa: S311 - it hides nothing
 
 
-def backoff(failures: int) -> float:
-    """Return the seconds to wait after so many failures in a row."""
-    return jittered(DELAYS[min(failures, len(DELAYS) - 1)])
-
-
 class Retry:
     """When each item that failed is tried again, and which of its failures are reported.
 
