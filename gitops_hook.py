@@ -1936,11 +1936,6 @@ def jittered(seconds: float) -> float:
     return seconds * random.uniform(0.7, 1.3)  # noqa: S311 - it hides nothing
 
 
-def backoff(failures: int) -> float:
-    """Return the seconds to wait after so many failures in a row."""
-    return jittered(DELAYS[min(failures, len(DELAYS) - 1)])
-
-
 class Retry:
     """When each item that failed is tried again, and which of its failures are reported.
 
@@ -5933,7 +5928,7 @@ class Batch:
 
     app: str
     name: str  # what it is tried again by
-    pushes: Mapping[Path, Run]  # by the file in the spool, the oldest first
+    pushes: Sequence[StoredPush]  # the oldest first
 
 
 class Intake:
@@ -5958,8 +5953,8 @@ class Intake:
             stored = len(self.spool)
             if self.context.stop.wait(0.05) or len(self.spool) == stored:
                 break
-        pushes = dict(self.spool.read())
-        batches = [b for b in self.batches(pushes) if self.retry.due(b.name, max(b.pushes))]
+        pushes = self.spool.read()
+        batches = [b for b in self.batches(pushes) if self.retry.due(b.name, b.pushes[-1].path)]
         unreachable = 0
         for batch in batches:
             try:
@@ -5975,21 +5970,21 @@ class Intake:
         some_wait = len(pushes) > sum(len(batch.pushes) for batch in batches)
         return self.retry.wait(AGAIN_SECONDS if some_wait else 30.0)
 
-    def batches(self, pushes: Mapping[Path, Run]) -> list[Batch]:
+    def batches(self, pushes: Iterable[StoredPush]) -> list[Batch]:
         """Return what is admitted next: of each app what is deployed, then what is only tested.
 
         An app has a bounded number of each in the cluster; what is more waits in the spool.
         """
-        groups: dict[tuple[bool, str], list[Path]] = {}
-        for path, run in pushes.items():
-            only_tested = not self.context.is_deployed(run)
-            groups.setdefault((only_tested, run.app), []).append(path)
+        groups: dict[tuple[bool, str], list[StoredPush]] = {}
+        for push in pushes:
+            only_tested = not self.context.is_deployed(push.run)
+            groups.setdefault((only_tested, push.run.app), []).append(push)
         open_jobs = Counter(job.run.app for job in self.informers.all_jobs() if not job.outcome)
         batches = []
         for only_tested, app in sorted(groups):
             most = TEST_JOBS if only_tested else 2 * TEST_JOBS
             room = max(0, min(BATCH, most - open_jobs[app]))
-            if first := {path: pushes[path] for path in groups[only_tested, app][:room]}:
+            if first := groups[only_tested, app][:room]:
                 name = f"{app}, {'only tested' if only_tested else 'deployed'}"
                 batches.append(Batch(app=app, name=name, pushes=first))
         return batches
@@ -5997,16 +5992,16 @@ class Intake:
     def put_off(self, batch: Batch) -> bool:
         """Try a batch again later; return whether to report that."""
         self.context.metrics.waiting.labels(f"intake of {batch.app}").set(1)
-        return self.retry.failed(batch.name, max(batch.pushes))
+        return self.retry.failed(batch.name, batch.pushes[-1].path)
 
     def admit_batch(self, batch: Batch) -> None:
         """Admit the pushes of a batch, and remove from the spool those that are done with."""
-        pushes = [*dict.fromkeys(batch.pushes.values())]
-        done = self.admit(batch.app, pushes)
-        for path, run in batch.pushes.items():
-            if run in done:
-                self.spool.done(path)
-        if done == set(pushes):
+        runs = [push.run for push in batch.pushes]
+        done = self.admit(batch.app, runs)
+        for push in batch.pushes:
+            if push.run in done:
+                self.spool.done(push.path)
+        if done == set(runs):
             self.retry.succeeded(batch.name)
             self.context.metrics.waiting.labels(f"intake of {batch.app}").set(0)
         else:
@@ -6186,8 +6181,8 @@ class CatchUp:
         stored push, or that may be older than the last push.
         """
         state = self.context.recorder.repaired_state(app)
-        pushes = dict(self.context.spool.read()).values()
-        stored = [run for run in pushes if run.app == app.name]
+        pushes = self.context.spool.read()
+        stored = [push.run for push in pushes if push.run.app == app.name]
         self.end_lost_runs(app, state, heads, stored)
         ref = app.deploy_ref
         last = state.last(ref)

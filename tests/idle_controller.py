@@ -176,7 +176,7 @@ def rejected(controller: Any) -> list[str]:
 
 def stored(controller: Any) -> list[str]:
     """The commits of the pushes that wait for the cluster."""
-    return [run.commit for run in dict(controller.context.spool.read()).values()]
+    return [push.run.commit for push in controller.context.spool.read()]
 
 
 def sample(controller: Any, metric: str, labels: Mapping[str, str]) -> float | None:

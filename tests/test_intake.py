@@ -504,7 +504,7 @@ def test_a_run_that_never_had_a_job_begins_again_when_its_stored_push_is_lost(
         controller.intake.admit_all()
     new = another_daemon(controller, tmp_path)
     catch_up(new, {MAIN: OLD})
-    assert [run.id for _, run in new.context.spool.read()] == [a_run(OLD).id]
+    assert [push.run.id for push in new.context.spool.read()] == [a_run(OLD).id]
     new.intake.admit_all()
     assert f"test-{a_run(OLD).id}" in job_names(new)
     assert recorded(new) == {MAIN: (OLD, None)}
