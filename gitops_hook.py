@@ -225,16 +225,16 @@ class Phase(StrEnum):
 
 
 # === errors =======================================================================================
-# Everything raised on purpose is a HookError with fields; foreign text in it is clipped. They are
-# caught where their meaning is known: a request, a run, a command. A broad except stands only where
-# a request or a thread ends, and it logs and counts.
+# Everything raised on purpose is a HookError with fields; text from outside is clipped in it.
+# It is caught where its meaning is known: a request, a run, a command. A broad except stands only
+# where a request or a thread ends, and it logs and counts.
 
 
 def clip(text: str, limit: int = 300) -> str:
-    """Return foreign text fit for a log line: printable, one line, at most limit characters."""
+    """Return outside text fit for a log line: printable, one line, at most limit characters."""
     if len(text) <= limit and text.isprintable() and "  " not in text:
         return text.strip()
-    # of megabytes only the beginning is looked at: the rest is cut off anyway
+    # only the beginning of megabytes is read, since the rest is cut off anyway
     flat = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * limit]).split())
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."
 
@@ -244,7 +244,7 @@ class HookError(Exception):
 
 
 class ConfigError(HookError):
-    """The configuration or the surroundings cannot work; carries every fault found."""
+    """The configuration or the environment of the process cannot work; carries every fault."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         super().__init__("; ".join(faults))
@@ -256,22 +256,31 @@ class DeliveryError(HookError):
 
     def __init__(self, status: int, code: str, text: str) -> None:
         super().__init__(text)
-        self.status, self.code = status, code
+        self.status = status
+        self.code = code
 
 
-LIBRARY_LOG = re.compile(r"(?m)^[EFIW][0-9]{4} .*$")  # what kubectl says around its own words
+# Lines that kubectl's client library logs, and advice for a person who types the command.
+CLIENT_LOG_LINE = re.compile(r"(?m)^[EFIW][0-9]{4} .*$")
+KUBECTL_HINT = re.compile(
+    r"; if you choose to ignore these errors, turn validation off with --validate=false"
+    r"| - did you specify the right host or port\?"
+    r"|(?m:^See 'kubectl .*' for (usage\.|help and examples)$)"
+)
 
 
 class ProcessError(HookError):
-    """A program failed; with code None it was ended by its time limit, its effect unknown.
+    """A program failed. Code None means that it ran into its time limit and its effect is unknown.
 
-    `said` is what it wrote to stderr, made fit to be shown.
+    `said` is what it wrote to stderr, fit to be shown: one line, clipped, without kubectl's hints.
     """
 
     def __init__(self, argv: Sequence[str], code: int | None, stderr: str, out: str = "") -> None:
-        self.code, self.stderr, self.stdout = code, stderr, out
-        ended = "ended here" if code is None else f"exit status {code}"
-        self.said = clip(LIBRARY_LOG.sub("", stderr)) or ended
+        self.code = code
+        self.stderr = stderr
+        self.stdout = out
+        ended = "it was stopped" if code is None else f"exit status {code}"
+        self.said = clip(KUBECTL_HINT.sub("", CLIENT_LOG_LINE.sub("", stderr))) or ended
         late = "no answer in time; " if code is None else ""
         call = f"{Path(argv[0]).name} {clip(' '.join(argv[1:4]), 80)}"
         super().__init__(f"{call}: {late}{self.said}")
@@ -290,9 +299,20 @@ UNREACHABLE = re.compile(
     r"|timed out waiting for a connection|connection timed out|failure in name resolution|x509: "
 )
 OVERLOADED = {"InternalError", "ServerTimeout", "ServiceUnavailable", "Timeout", "TooManyRequests"}
-NAMED = {"AlreadyExists", "Conflict", "NotFound", "Unknown"}  # these quote no more than a name
-SERVER_WORD = re.compile(r'Error from server(?: \((\w+)\))?: |The \w+ (?:".*" )?is invalid')
-QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)')  # also where the text was cut off
+WITHOUT_CONTENT = {"AlreadyExists", "Conflict", "NotFound", "Unknown"}  # they quote names at most
+SERVER_REASON = re.compile(r'Error from server(?: \((\w+)\))?: |The \w+ (?:".*" )?is invalid')
+QUOTED_TEXT = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)')  # also where the text was cut off
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What a failure of kubectl means, by the line that says so.
+
+    The message is that line without the texts that it quotes: these may come from a manifest.
+    """
+
+    kind: str
+    message: str
 
 
 class KubectlError(ProcessError):
@@ -300,72 +320,78 @@ class KubectlError(ProcessError):
 
     @property
     def kind(self) -> str:
-        """The API server's word, such as Conflict; or Unreachable, Invalid, Denied, Unknown."""
-        return self.word[0]
+        """The API server's reason, such as Conflict; or Unreachable, Invalid, Denied, Unknown."""
+        return self.diagnosis.kind
 
     @property
-    def word(self) -> tuple[str, str]:
-        """The kind, and the line that tells it, without the texts that the line quotes.
+    def diagnosis(self) -> Diagnosis:
+        """What the failure means.
 
-        Of several failures the one that may mend itself counts: the call is made again. But what
-        follows a refusal of an object's content may be that content, whatever it looks like.
+        Of several failures, one that may pass by itself counts, since the call is then repeated.
+        Lines after the refusal of an object's content are not read: they may be that content.
         """
         if self.code is None:
-            return "Unreachable", ""
-        first = "Unknown", ""
-        for line in LIBRARY_LOG.sub("", self.stderr).split("\n"):
-            kind, plain = failure_kind(line)
-            if kind == "Unreachable":
-                return kind, plain
-            first = (kind, plain) if first[0] == "Unknown" else first
-            if kind not in NAMED:
+            return Diagnosis("Unreachable", "")
+        first = Diagnosis("Unknown", "")
+        for line in CLIENT_LOG_LINE.sub("", self.stderr).split("\n"):
+            diagnosis = diagnose(line)
+            if diagnosis.kind == "Unreachable":
+                return diagnosis
+            if first.kind == "Unknown":
+                first = diagnosis
+            if diagnosis.kind not in WITHOUT_CONTENT:
                 break
         return first
 
 
-def failure_kind(line: str) -> tuple[str, str]:
-    """Return what one line of kubectl's complaints says, and the line without quoted texts."""
-    plain, server = QUOTED.sub("", line), SERVER_WORD.match(line)
-    word = server[1] if server else None
+def diagnose(line: str) -> Diagnosis:
+    """Return what one line of kubectl's stderr means."""
+    message = QUOTED_TEXT.sub("", line)
+    server = SERVER_REASON.match(line)
+    reason = server[1] if server else None
     if line.startswith("Warning: "):
-        return "Unknown", plain
-    if re.search("denied (the )?request", plain):  # most of them Forbidden besides
-        return "Denied", plain
-    if (line.startswith("The ") and server) or "etcdserver: request is too large" in plain:
-        return "Invalid", plain
-    away = word in OVERLOADED or (word is None and UNREACHABLE.search(plain))
-    return "Unreachable" if away else word or "Unknown", plain
+        kind = "Unknown"
+    elif re.search("denied (the )?request", message):  # most of them are Forbidden as well
+        kind = "Denied"
+    elif (line.startswith("The ") and server) or "etcdserver: request is too large" in message:
+        kind = "Invalid"
+    elif reason in OVERLOADED or (reason is None and UNREACHABLE.search(message)):
+        kind = "Unreachable"
+    else:
+        kind = reason or "Unknown"
+    return Diagnosis(kind, message)
 
 
 class RunError(HookError):
     """A run cannot go on, for a reason of the closed list."""
 
-    outcome: Outcome  # where the reason says nothing else
+    outcome: Outcome  # of the run, unless the reason has an outcome of its own
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+        self.reason = reason
+        self.detail = detail
 
 
 class StageError(RunError):
-    """It ends red; live traffic is as it was, or was taken back."""
+    """The run failed; live traffic is as it was, or was switched back."""
 
     outcome = Outcome.FAILED
 
 
 def refuse(detail: str, reason: Reason = Reason.MANIFEST_REFUSED) -> NoReturn:
-    """End a run because of its manifests."""
+    """Raise the StageError that ends a run because of its manifests."""
     raise StageError(reason, detail)
 
 
 class SupersededError(RunError):
-    """It ends because something newer, or someone, took its place."""
+    """The run ends because something newer, or a person, took its place."""
 
     outcome = Outcome.SUPERSEDED
 
 
 class RefusedError(HookError):
-    """A command was not carried out, for a reason that trying again does not mend: exit 3."""
+    """A command is not carried out, for a reason that repeating it does not change: exit 3."""
 
 
 # === configuration ================================================================================
@@ -5796,7 +5822,8 @@ class Controller:
         except KubectlError as refused:
             service = self.deployer.service(task)
             # a role of ours that lacks a verb is not the manifest's fault, another Forbidden is
-            kind, said = refused.word
+            kind = refused.kind
+            said = refused.diagnosis.message
             heals = HEALING_REFUSAL.search(said) or re.search("User  cannot [a-z]+ resource ", said)
             again = heals if kind == "Forbidden" else kind in RETRIED
             if again or (service and service.run == task.run.id):
