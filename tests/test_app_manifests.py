@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -439,6 +440,18 @@ def _kubectl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
+def test_a_kustomization_is_built_by_a_kubectl_beside_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "kubectl").symlink_to(find_kubectl())
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    files = {"kustomization.yaml": "resources: [app.yaml]", "app.yaml": CONFIGMAP}
+    (item,) = read(tmp_path, **files)
+    assert item["data"] == {"GREETING": "hello"}
+
+
 @pytest.mark.usefixtures("_kubectl")
 def test_a_kustomization_is_built_with_all_its_parts(tmp_path: Path) -> None:
     found = read(
@@ -626,7 +639,7 @@ def test_what_a_kustomization_makes_is_bounded(tmp_path: Path) -> None:
     )
     assert (reason, detail) == (
         Reason.MANIFEST_INVALID,
-        "kustomize: more than 2048 KiB of output",
+        "kustomize: it printed more than 2048 KiB",
     )
 
 
@@ -690,10 +703,11 @@ def test_kustomize_gets_no_home_no_git_and_no_way_out(
     assert "SECRET" not in seen
 
 
-def test_a_missing_kubectl_is_a_fault_of_the_surroundings(
+def test_a_missing_kubectl_is_a_configuration_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(ConfigError, match="kubectl cannot be started"):
         read(tmp_path, **{"kustomization.yaml": "resources: []"})
 
