@@ -1925,8 +1925,11 @@ class Cooldown:
 # === job manifests ================================================================================
 
 RUN_FIELDS = ("ref", "commit", "before", "title", "delivery")  # each an annotation of the Job
-TEST_CONTAINER, BUILD_CONTAINER, RESULTS_CONTAINER = "test-runner", "kaniko", "results"
-SOURCE, CREDENTIALS_MOUNT = "/workspace/src", "/var/run/gitops-hook"
+TEST_CONTAINER = "test-runner"
+BUILD_CONTAINER = "kaniko"
+RESULTS_CONTAINER = "results"
+SOURCE = "/workspace/src"
+CREDENTIALS_MOUNT = "/var/run/gitops-hook"
 BUILD_CONTEXT = "/kaniko/source/src"  # SOURCE, where no Dockerfile writes: kaniko leaves mounts out
 # What every Job has; what every container has, fit for Pod Security `restricted`; what the builder
 # has instead, which unpacks images over its own root, /tmp included, fit for `baseline`.
@@ -1974,94 +1977,103 @@ name: registry
 secret: {secretName: registry-credentials, optional: true, defaultMode: 0400,
          items: [{key: .dockerconfigjson, path: config.json}]}
 """)
-
-
-def container(name: str, image: str, args: Sequence[str], **env: str) -> Object:
-    """Return a container; Kubernetes expands $(NAME) and $$ in its texts: they are escaped."""
-    made = {**CONTAINER, "name": name, "image": image, "args": [a.replace("$", "$$") for a in args]}
-    told = [{"name": k, "value": v.replace("$", "$$")} for k, v in env.items()]
-    return {**made, "env": [*CONTAINER["env"], *told]}
-
-
 DISK = "ephemeral-storage"
 # What a pod may write where the settings do not say: kaniko unpacks images over its own root.
 DISK_LIMITS = {"test": "4Gi", "build": "10Gi"}
 
 
-def bounded(resources: Mapping[str, Mapping[str, str]], limit: str) -> Object:
-    """Return resources that bound the disk as well; a request of it is never above its limit."""
-    requests, limits = resources.get("requests", {}), resources.get("limits", {})
-    little = {} if DISK in {**requests, **limits} else {DISK: "256Mi"}
-    most = {DISK: requests.get(DISK, limit), **limits}
-    return {**resources, "requests": {**little, **requests}, "limits": most}
-
-
-def job(config: Config, app: App, run: Run, stage: str, *containers: Object) -> Object:
-    """Return the Job of a stage: side-cars and the clone of the commit, then the main container.
-
-    Its deadline is only the backstop of a daemon that is down: waiting for quota counts towards it,
-    so the time-out proper is the controller's.
-    """
-    *sidecars, main = containers
-    labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name, LABEL_RUN: run.id, LABEL_STAGE: stage}
-    annotations = {f"{MANAGER}/{name}": getattr(run, name) for name in RUN_FIELDS}
-    annotations |= {
-        ANNOTATION_REPOSITORY: app.repository,
-        ANNOTATION_RECEIVED: f"{run.received:.3f}",
-    }
-    meta: Object = {"name": f"{stage}-{run.id}", "namespace": config.namespaces[stage]}
-    env = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
-    env["CREDENTIALS_FILE"] = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
-    clone = container("clone", config.images.hook, ["clone"], **env)
-    git = {"name": "git", "mountPath": CREDENTIALS_MOUNT}
-    made: Object = copy.deepcopy(JOB)
-    spec, template, settings = made["spec"], made["spec"]["template"], getattr(app, stage)
-    made["metadata"] = {**meta, "labels": labels, "annotations": annotations}
-    spec["activeDeadlineSeconds"] = int(settings.timeout + config.limits.queue_timeout)
-    spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] = main["name"]
-    template["metadata"] = {"labels": labels}
-    resources = bounded(settings.resources, DISK_LIMITS[stage])
-    template["spec"] |= {
-        "serviceAccountName": f"{stage}-runner-sa",
-        # a side-car first: it is listening long before the tests can end
-        "initContainers": [*sidecars, {**clone, "volumeMounts": [*clone["volumeMounts"], git]}],
-        "containers": [{**main, "resources": resources}],
-    }
-    for volume in (v for v in template["spec"]["volumes"] if "emptyDir" in v):
-        volume["emptyDir"]["sizeLimit"] = resources["limits"][DISK]
-    return made
-
-
 def test_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that checks out the commit, runs its tests and sums up their report."""
-    results = container(RESULTS_CONTAINER, config.images.hook, ["collect"])
+    results = new_container(RESULTS_CONTAINER, config.images.hook, ["collect"])
     env = {"CI": "true", "GIT_BRANCH": run.branch, "GIT_COMMIT": run.commit}
-    tests = container(TEST_CONTAINER, app.test.image, [app.test.command], **env)
+    tests = new_container(TEST_CONTAINER, app.test.image, [app.test.command], **env)
     tests |= {"command": ["sh", "-ec"], "workingDir": SOURCE}
-    return job(config, app, run, "test", {**results, "restartPolicy": "Always"}, tests)
+    # a side-car first: it listens long before the tests can end
+    return stage_job(config, app, run, "test", {**results, "restartPolicy": "Always"}, tests)
 
 
 def build_job(config: Config, app: App, run: Run) -> Object:
-    """Return the Job that builds and pushes the image; its last words are the digest."""
+    """Return the Job that builds and pushes the image; its termination message is the digest."""
     options = [f"--context=dir://{BUILD_CONTEXT}", f"--dockerfile={app.build.dockerfile}"]
     options += [f"--destination={app.build.image}:{run.commit[:8]}", *app.build.args]
     options += ["--digest-file=/dev/termination-log"]
-    build = container(BUILD_CONTAINER, config.images.kaniko, options)
-    made = job(config, app, run, "build", {**build, **BUILDER})
-    made["spec"]["template"]["spec"]["volumes"] += [REGISTRY]
-    return made
+    build = new_container(BUILD_CONTAINER, config.images.kaniko, options)
+    job = stage_job(config, app, run, "build", {**build, **BUILDER})
+    job["spec"]["template"]["spec"]["volumes"] += [REGISTRY]
+    return job
 
 
-def run_of_job(found: Object) -> Run:
+def stage_job(config: Config, app: App, run: Run, stage: str, *containers: Object) -> Object:
+    """Return the Job of a stage: side-cars, the clone of the commit, and the last container.
+
+    Its deadline is a backstop for a daemon that is down: it includes the time that the Job waits
+    for quota. The time-out proper is the controller's.
+    """
+    *sidecars, main = containers
+    settings = getattr(app, stage)
+    labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name, LABEL_RUN: run.id, LABEL_STAGE: stage}
+    annotations = {f"{MANAGER}/{name}": getattr(run, name) for name in RUN_FIELDS}
+    annotations[ANNOTATION_REPOSITORY] = app.repository
+    annotations[ANNOTATION_RECEIVED] = f"{run.received:.3f}"
+    names = {"name": f"{stage}-{run.id}", "namespace": config.namespaces[stage]}
+    job: Object = copy.deepcopy(JOB)
+    job["metadata"] = {**names, "labels": labels, "annotations": annotations}
+    spec = job["spec"]
+    spec["activeDeadlineSeconds"] = int(settings.timeout + config.limits.queue_timeout)
+    spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] = main["name"]
+    spec["template"]["metadata"] = {"labels": labels}
+    resources = with_disk_limit(settings.resources, DISK_LIMITS[stage])
+    pod = spec["template"]["spec"]
+    pod["serviceAccountName"] = f"{stage}-runner-sa"
+    pod["initContainers"] = [*sidecars, clone_container(config, app, run)]
+    pod["containers"] = [{**main, "resources": resources}]
+    for volume in pod["volumes"]:
+        if "emptyDir" in volume:
+            volume["emptyDir"]["sizeLimit"] = resources["limits"][DISK]
+    return job
+
+
+def clone_container(config: Config, app: App, run: Run) -> Object:
+    """Return the container that checks out the commit; only it sees the git credentials."""
+    env = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
+    env["CREDENTIALS_FILE"] = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
+    clone = new_container("clone", config.images.hook, ["clone"], **env)
+    credentials = {"name": "git", "mountPath": CREDENTIALS_MOUNT}
+    return {**clone, "volumeMounts": [*clone["volumeMounts"], credentials]}
+
+
+def new_container(name: str, image: str, args: Sequence[str], **env: str) -> Object:
+    """Return a container; Kubernetes expands $(NAME) and $$ in its texts, so they are escaped."""
+    escaped = [{"name": key, "value": value.replace("$", "$$")} for key, value in env.items()]
+    return {
+        **CONTAINER,
+        "name": name,
+        "image": image,
+        "args": [arg.replace("$", "$$") for arg in args],
+        "env": [*CONTAINER["env"], *escaped],
+    }
+
+
+def with_disk_limit(resources: Mapping[str, Mapping[str, str]], limit: str) -> Object:
+    """Return resources that limit the disk as well; a request of it is never above its limit."""
+    requests = resources.get("requests", {})
+    limits = resources.get("limits", {})
+    default = {} if DISK in {**requests, **limits} else {DISK: "256Mi"}
+    most = {DISK: requests.get(DISK, limit), **limits}
+    return {**resources, "requests": {**default, **requests}, "limits": most}
+
+
+def run_of_job(job: Object) -> Run:
     """Return the run that a Job of ours belongs to."""
-    annotations, labels = (found["metadata"].get(k) or {} for k in ("annotations", "labels"))
-    given = {name: str(annotations.get(f"{MANAGER}/{name}", "")) for name in RUN_FIELDS}
-    known = {"id": labels.get(LABEL_RUN, ""), "app": labels.get(LABEL_APP, "")}
-    return Run(**known, **given, received=seconds_of(annotations.get(ANNOTATION_RECEIVED)))
+    annotations = job["metadata"].get("annotations") or {}
+    labels = job["metadata"].get("labels") or {}
+    ids = {"id": labels.get(LABEL_RUN, ""), "app": labels.get(LABEL_APP, "")}
+    push = {name: str(annotations.get(f"{MANAGER}/{name}", "")) for name in RUN_FIELDS}
+    return Run(**ids, **push, received=seconds_of(annotations.get(ANNOTATION_RECEIVED)))
 
 
 def seconds_of(value: Any) -> float:
-    """Return a number of seconds kept as text, or 0 for anything else."""
+    """Return a number of seconds that is kept as text, or 0 for anything else."""
     with suppress(TypeError, ValueError, OverflowError):
         seconds = float(value)
         return seconds if math.isfinite(seconds) else 0.0
@@ -2071,8 +2083,8 @@ def seconds_of(value: Any) -> float:
 def junit_summary(report: Path) -> str:
     """Return the counts and the first failures of a JUnit report, "" when it cannot be read.
 
-    It is the tests' own: a document type, which could declare entities, is refused, and how much
-    is read the container's memory limits.
+    The tests write it: a document type, which could declare entities, is refused, and how much is
+    read is bounded by the memory limit of the container.
     """
     parser: Any = ElementTree.XMLPullParser(("end",))
     try:
@@ -2085,8 +2097,8 @@ def junit_summary(report: Path) -> str:
     red = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = sum(c.find("skipped") is not None for c in cases)
     names = [clip(f"{c.get('classname', '')}.{c.get('name', '')}", 120) for c in red[:5]]
-    told = f": {', '.join(names)}" if names else ""
-    return f"{len(cases) - len(red) - skipped} passed, {len(red)} failed{told}"
+    listed = f": {', '.join(names)}" if names else ""
+    return f"{len(cases) - len(red) - skipped} passed, {len(red)} failed{listed}"
 
 
 # === app manifests ================================================================================
