@@ -1634,14 +1634,6 @@ FOLDER_FILES = 500
 OUT_OF_ROOM = re.compile(r"(?m)^(fatal|error): .*([Oo]ut of memory|Cannot allocate|File too large)")
 
 
-@dataclass(frozen=True, slots=True)
-class Blob:
-    """A file of a commit: the id of its content, and its size in bytes where that was asked for."""
-
-    id: str
-    size: int
-
-
 class Git:
     """The only way to git: no hooks, no prompts, no submodules, nobody's configuration.
 
@@ -1795,30 +1787,27 @@ class Git:
         fetch = (*remote, "fetch", "--quiet", "--no-tags", "--filter=blob:none")
         how: Any = {"directory": root, "patience": 10, "file_bytes": self.limit}
         self.run(*fetch, "--depth=1", "--", "origin", commit, **how)
-        if ids := "".join(f"{blob.id}\n" for blob in self._blobs(commit, top, root)):
-            self.run(*fetch, "--no-write-fetch-head", "--stdin", "origin", stdin=ids, **how)
+        if ids := self._listed(commit, top, root):
+            blobs = "".join(f"{blob}\n" for blob in ids)
+            self.run(*fetch, "--no-write-fetch-head", "--stdin", "origin", stdin=blobs, **how)
 
     def _write_folder(self, commit: str, top: str, root: Path) -> None:
         """Write the files of one folder, once they are measured; links become plain files."""
-        blobs = self._blobs(commit, top, root, "--long")
-        if (total := sum(blob.size for blob in blobs)) > self.limit:
+        sizes = self._listed(commit, top, root, "--long")
+        if (total := sum(int(size) for size in sizes if size.isdigit())) > self.limit:
             raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {total >> 20} MiB")
-        if blobs:
+        if sizes:
             write = ("-c", "core.symlinks=false", "checkout", "--quiet", commit, "--", top)
             self.run(*write, directory=root, file_bytes=self.limit)
 
-    def _blobs(self, commit: str, top: str, root: Path, *options: str) -> list[Blob]:
-        """Return the files of one folder; with option --long each with its size."""
+    def _listed(self, commit: str, top: str, root: Path, *options: str) -> list[str]:
+        """Return the id of each file of one folder, or with option --long its size."""
         ask = ("ls-tree", "-r", "-z", *options, commit, "--", top)
         entries = self.run(*ask, directory=root, file_bytes=FOLDER_FILES * 4096).split("\0")[:-1]
         if len(entries) > FOLDER_FILES:
             raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {len(entries)} files")
-        blobs = []
-        for entry in entries:
-            _, kind, blob_id, size, *_ = [*entry.partition("\t")[0].split(), "0"]
-            if kind == "blob":
-                blobs.append(Blob(blob_id, int(size) if size.isdigit() else 0))
-        return blobs
+        rows = [entry.partition("\t")[0].split() for entry in entries]  # mode, type, id, size
+        return [row[-1] for row in rows if row[1] == "blob"]
 
 
 # === retry ========================================================================================
@@ -2107,66 +2096,16 @@ MANIFEST_BYTES = 2 * 1024 * 1024  # of all files that are read, or of what kusto
 MANIFEST_NODES = 50_000  # keys and values in them, a kilobyte of memory each
 LONGEST_NUMBER = 1000  # characters
 CONFIGMAP_BYTES = 1024 * 1024 - 4096  # what the API server takes, its own additions left out
-UNSHAPED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# What Python raises where a value does not have the expected shape.
+SHAPE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 INVALID = Reason.MANIFEST_INVALID
-AppObjects = dict[str, dict[str, Object]]  # by kind and name: one Deployment, one Service, and maps
 KINDS = {"Deployment": "apps/v1", "Service": "v1", "ConfigMap": "v1"}
-DATA = ("data", "binaryData")  # of a ConfigMap
-GENTLE = {"maxSurge": 1, "maxUnavailable": 0}
+CONFIGMAP_DATA = ("data", "binaryData")
 SERVICE_ACCOUNTS = ("serviceAccountName", "serviceAccount")
 CONFIGMAP_REFERENCES = ("configMap", "configMapRef", "configMapKeyRef")
-# What a folder may not say, by the key under which it stands: each would let one application's
-# commit move another's traffic, pods or credentials, or reach the nodes. All other fields of a
-# Deployment and a Service are applied as they are, and Pod Security judges them. A field that is
-# empty, 0 or false says nothing and may stay.
-HOST = "shares the node's; leave it out"
-ROOT = "gives root on the node; leave it out"
-EVICTS = "lets these pods evict those of others; leave it out"
-ASKS = "lets the node ask another host; leave it out, and the pod itself is asked"
-TOOL = "is what a tool or the cluster writes for itself; leave it out"
-APART = "keeps nodes from pods of other namespaces; leave it out"
-ELSEWHERE = ("namespaces", "namespaceSelector")
-REFUSED = {
-    "spec.externalIPs": "takes traffic for addresses of others; use a Service of type LoadBalancer",
-    "spec.externalName": "leads to another host than the pods; write its name into a ConfigMap",
-    "spec.publishNotReadyAddresses": "sends visitors to pods that are not ready; leave it out",
-    "spec.nodeName": "goes past the scheduler; use nodeSelector or affinity",
-    "spec.priorityClassName": EVICTS,
-    "spec.priority": EVICTS,
-    **{f"spec.{name}": HOST for name in ("hostNetwork", "hostPID", "hostIPC")},
-    "ports.hostPort": "takes a port of the node; reach the pods through the Service",
-    "securityContext.privileged": ROOT,
-    "windowsOptions.hostProcess": ROOT,
-    **{f"requiredDuringSchedulingIgnoredDuringExecution.{n}": APART for n in ELSEWHERE},
-    "httpGet.host": ASKS,
-    "tcpSocket.host": ASKS,
-    "annotations.kubectl.kubernetes.io/last-applied-configuration": TOOL,
-    "annotations.deployment.kubernetes.io/revision": TOOL,
-}
-OBJECT = {"apiVersion", "kind", "metadata"}
-# Where only these fields may stand, and what is said of any other.
-ALLOWED: dict[str, tuple[set[str], str]] = {
-    "Deployment": ({*OBJECT, "spec"}, TOOL),
-    "Service": ({*OBJECT, "spec"}, TOOL),
-    "ConfigMap": ({*OBJECT, *DATA, "immutable"}, TOOL),
-    "metadata": (
-        {"name", "namespace", "labels", "annotations"},
-        "is for the cluster to set, or ties it to other objects; leave it out",
-    ),
-    "volumes": (
-        {
-            *("name", "configMap", "secret", "emptyDir", "projected", "downwardAPI", "csi"),
-            *("persistentVolumeClaim", "ephemeral", "image"),
-        },
-        "reaches the node or a disk past the cluster; use a persistentVolumeClaim",
-    ),
-    "sources": (  # of a projected volume; trust bundles are public
-        {"configMap", "secret", "downwardAPI", "clusterTrustBundle"},
-        "gives the pod credentials of the cluster; mount a Secret of this namespace",
-    ),
-}
+ONE_BY_ONE = {"maxSurge": 1, "maxUnavailable": 0}
 MOST_REPLICAS = 1000
-REFUSALS_TOLD = 10  # at once; the rest is counted
+LISTED_REFUSALS = 10  # at once; the rest is counted
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 KUSTOMIZATION_VISITS = 100  # each counts as often as it is named, since they multiply
 KUSTOMIZE_PATHS = {  # the keys under which kustomize reads, or fetches, what is named there
@@ -2174,23 +2113,160 @@ KUSTOMIZE_PATHS = {  # the keys under which kustomize reads, or fetches, what is
     *("patchesstrategicmerge", "path", "files", "envs", "env"),
 }
 KUSTOMIZE_TEXTS = {"commonlabels", "commonannotations", "labels", "metadata", "generatoroptions"}
-GO_FULL = re.compile(r"(?m)^fatal error: .*(out of memory|cannot allocate memory)")
 KUSTOMIZE_REFUSED = {"generators", "transformers", "validators", "helmcharts", "helmglobals"}
+GO_OUT_OF_MEMORY = re.compile(r"(?m)^fatal error: .*(out of memory|cannot allocate memory)")
+# What a folder may not say, by the key under which it stands: each would let one application's
+# commit move another's traffic, pods or credentials, or reach the nodes. All other fields of a
+# Deployment and a Service are applied as they are, and Pod Security judges them. A field that is
+# empty, 0 or false says nothing and may stay.
+ROOT = "gives root on the node. Remove it."
+EVICTS = "lets these pods evict those of other apps. Remove it."
+ASKS = "makes the node ask another host. Remove it, so that the pod itself is asked."
+WRITTEN = "is written by a tool or by the cluster. Remove it."
+REPELS = "keeps pods of other namespaces away from nodes. Remove it."
+REQUIRED_TERM = "requiredDuringSchedulingIgnoredDuringExecution"
+REFUSED_FIELDS = {
+    "spec.externalIPs": "takes traffic of other addresses. Use a Service of type LoadBalancer.",
+    "spec.externalName": "leads to another host than the pods. Write its name into a ConfigMap.",
+    "spec.publishNotReadyAddresses": "sends visitors to pods that are not ready. Remove it.",
+    "spec.nodeName": "bypasses the scheduler. Use nodeSelector or affinity.",
+    "spec.priorityClassName": EVICTS,
+    "spec.priority": EVICTS,
+    "spec.hostNetwork": "shares the network of the node. Remove it.",
+    "spec.hostPID": "shares the processes of the node. Remove it.",
+    "spec.hostIPC": "shares the memory of the node's processes. Remove it.",
+    "ports.hostPort": "takes a port of the node. Remove it, and use the Service.",
+    "securityContext.privileged": ROOT,
+    "windowsOptions.hostProcess": ROOT,
+    f"{REQUIRED_TERM}.namespaces": REPELS,
+    f"{REQUIRED_TERM}.namespaceSelector": REPELS,
+    "httpGet.host": ASKS,
+    "tcpSocket.host": ASKS,
+    "annotations.kubectl.kubernetes.io/last-applied-configuration": WRITTEN,
+    "annotations.deployment.kubernetes.io/revision": WRITTEN,
+    **{f"{kind}.*": WRITTEN for kind in KINDS},
+    "metadata.*": "is set by the cluster, or ties the object to others. Remove it.",
+    "volumes.*": "reaches the node or a disk past the cluster. Use a persistentVolumeClaim.",
+    "sources.*": "gives the pod credentials of the cluster. Mount a Secret of this namespace.",
+}
+OBJECT_FIELDS = {"apiVersion", "kind", "metadata"}
+# Under these keys no other fields may stand; REFUSED_FIELDS has what is said of others as `key.*`.
+ALLOWED_FIELDS = {
+    "Deployment": {*OBJECT_FIELDS, "spec"},
+    "Service": {*OBJECT_FIELDS, "spec"},
+    "ConfigMap": {*OBJECT_FIELDS, *CONFIGMAP_DATA, "immutable"},
+    "metadata": {"name", "namespace", "labels", "annotations"},
+    "volumes": {
+        *("name", "configMap", "secret", "emptyDir", "projected", "downwardAPI", "csi"),
+        *("persistentVolumeClaim", "ephemeral", "image"),
+    },
+    # of a projected volume; trust bundles are public
+    "sources": {"configMap", "secret", "downwardAPI", "clusterTrustBundle"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """An object as the commit has it, and the words that name it: its file, kind and name."""
+
+    where: str
+    content: Object
+
+
+def read_manifests(root: Path, path: str) -> list[Manifest]:
+    """Return the objects of an app's manifests folder, plain or built by kustomize."""
+    root = root.resolve()
+    directory = (root / path).resolve()
+    budget = ReadBudget()
+    if not directory.is_dir() or not directory.is_relative_to(root):
+        advice = "Add it, or correct deploy.manifests."
+        refuse(f"There is no folder {path!r} in the commit. {advice}", INVALID)
+    if any((directory / name).exists() for name in KUSTOMIZATIONS):
+        rewrite_kustomization(root, directory, [], budget)
+        return parse_manifests(build_kustomization(directory), f"{path}/kustomization", budget)
+    files = [f for f in sorted(directory.iterdir()) if f.suffix in (".yaml", ".yml", ".json")]
+    sources = {str(f.relative_to(root)): f for f in files if not f.name.startswith(".")}
+    texts = {source: read_text(file, source, budget) for source, file in sources.items()}
+    return [m for source, text in texts.items() for m in parse_manifests(text, source, budget)]
+
+
+class ReadBudget:
+    """How much may still be read for one environment, over all its files."""
+
+    def __init__(self) -> None:
+        self.bytes = MANIFEST_BYTES
+        self.characters = 2 * MANIFEST_BYTES + 2**19
+
+    def spend(self, source: str, size: int = 0, expanded: int = 0) -> None:
+        """Count bytes of a file, or characters that its anchors expand to; raises StageError."""
+        self.bytes -= size
+        self.characters -= expanded
+        if self.bytes < 0:
+            most = f"{MANIFEST_BYTES >> 20} MiB together"
+            refuse(f"{source}: The manifests have more than {most}. Shorten them.", INVALID)
+        if self.characters < 0:
+            refuse(f"{source}: It expands to too much, since its anchors multiply.", INVALID)
+
+
+def read_text(file: Path, source: str, budget: ReadBudget) -> str:
+    """Return the text of a file of the commit; raises StageError when it is no plain text file."""
+    if file.is_symlink() or not file.is_file():
+        refuse(f"{source}: It is not a plain file.", INVALID)
+    budget.spend(source, file.stat().st_size)
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        refuse(f"{source}: It is not UTF-8.", INVALID)
+
+
+def parse_manifests(text: str, source: str, budget: ReadBudget | None = None) -> list[Manifest]:
+    """Return the Kubernetes objects in a text, those in Lists too."""
+    objects: list[Any] = []
+    for document in parse_documents(text, source, budget):
+        items, kind = (document.get(key) for key in ("items", "kind"))
+        objects += items if isinstance(items, list) and str(kind).endswith("List") else [document]
+    try:
+        names = [" ".join((item["kind"], item["metadata"]["name"])) for item in objects]
+    except (KeyError, TypeError):
+        lacks = "It is not a Kubernetes object, as it has no kind or no metadata.name."
+        refuse(f"{source}: {lacks}", INVALID)
+    pairs = zip(names, objects, strict=True)
+    return [Manifest(f"{source}: {clip(name, 100)}", item) for name, item in pairs]
+
+
+def parse_documents(text: str, source: str, budget: ReadBudget | None = None) -> list[Object]:
+    """Return the documents of a YAML or JSON text; faults name file and line."""
+    chunks: list[str] = []
+    budget = budget or ReadBudget()
+    try:
+        is_json = source.endswith(".json")
+        values = [json.loads(text)] if is_json else yaml.load_all(text, ManifestLoader)
+        # through JSON: what it cannot say is refused, and what anchors share is copied, to a limit
+        for chunk in json.JSONEncoder(allow_nan=False, ensure_ascii=False).iterencode([*values]):
+            chunks.append(chunk)
+            budget.spend(source, expanded=len(chunk))
+        documents = [d for d in json.loads("".join(chunks)) if d is not None]
+    except (yaml.YAMLError, *SHAPE_ERRORS) as failure:
+        said = str(failure).replace('"<unicode string>", ', "")
+        refuse(f"{source}: {clip(said)}", INVALID)
+    if not all(isinstance(d, dict) for d in documents):
+        refuse(f"{source}: A document is not a mapping. Links are not followed.", INVALID)
+    return documents
 
 
 class ManifestLoader(yaml.SafeLoader):
-    """YAML with dates as texts, as kubectl reads it. The loader in C dies of deep nesting."""
+    """YAML with dates as texts, as kubectl reads it. The loader in C crashes on deep nesting."""
 
     nodes = 0
 
     def count(self, nodes: int) -> None:
-        """Count nodes, unless there were too many."""
+        """Count nodes; raises YAMLError when there are too many."""
         self.nodes += nodes
         if self.nodes > MANIFEST_NODES:
             raise yaml.YAMLError(f"more than {MANIFEST_NODES} keys and values")
 
     def compose_node(self, *where: Any) -> yaml.Node | None:
-        """Return the next node; a long number is none, as reading one takes its length squared."""
+        """Return the next node; no long number, since reading one takes its length squared."""
         self.count(1)
         node: yaml.Node | None = super().compose_node(*where)
         number = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))
@@ -2199,133 +2275,62 @@ class ManifestLoader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put what `<<` names into a mapping, and so count it each time that it is put anywhere."""
+        """Merge what `<<` names into a mapping, and count it each time that it is merged."""
         super().flatten_mapping(node)
         self.count(len(node.value))
 
 
 ManifestLoader.yaml_implicit_resolvers = {
-    first: [known for known in forms if not known[0].endswith(":timestamp")]
-    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [resolver for resolver in resolvers if not resolver[0].endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
-class Room:
-    """How much may still be read for one environment, over all its files."""
+def rewrite_kustomization(
+    root: Path, directory: Path, visits: list[str], budget: ReadBudget
+) -> None:
+    """Check a kustomization and all that it includes, and write each file as JSON.
 
-    def __init__(self) -> None:
-        self.bytes, self.characters = MANIFEST_BYTES, 2 * MANIFEST_BYTES + 2**19
-
-    def take(self, source: str, amount: int = 0, expanded: int = 0) -> None:
-        """Take bytes of a file, or characters of what its anchors expand to; end the run at 0."""
-        self.bytes -= amount
-        self.characters -= expanded
-        if self.bytes < 0:
-            told = f"the manifests that are read have more than {MANIFEST_BYTES >> 20} MiB together"
-            refuse(f"{source}: {told}; take out what is not needed", INVALID)
-        if self.characters < 0:
-            refuse(f"{source}: expands to too much; its anchors multiply", INVALID)
-
-
-def parse_documents(text: str, source: str, room: Room | None = None) -> list[Object]:
-    """Return the documents of a YAML or JSON text; faults name file and line."""
-    chunks, in_json, room = [], source.endswith(".json"), room or Room()
-    try:
-        read = [json.loads(text)] if in_json else yaml.load_all(text, ManifestLoader)
-        # through JSON: what it cannot say is refused, and what anchors share is copied, to a limit
-        for chunk in json.JSONEncoder(allow_nan=False, ensure_ascii=False).iterencode([*read]):
-            chunks.append(chunk)
-            room.take(source, expanded=len(chunk))
-        documents = [d for d in json.loads("".join(chunks)) if d is not None]
-    except (yaml.YAMLError, *UNSHAPED) as wrong:
-        said = str(wrong).replace('"<unicode string>", ', "")
-        refuse(f"{source}: {clip(said)}", INVALID)
-    if not all(isinstance(d, dict) for d in documents):
-        refuse(f"{source}: a document is not a mapping (links are not followed)", INVALID)
-    return documents
-
-
-def parse_objects(text: str, source: str, room: Room | None = None) -> list[tuple[str, Object]]:
-    """Return the Kubernetes objects in a text, those in Lists too, each with what to call it."""
-    found: list[Any] = []
-    for document in parse_documents(text, source, room):
-        items, kind = document.get("items"), str(document.get("kind"))
-        found += items if isinstance(items, list) and kind.endswith("List") else [document]
-    try:
-        names = [" ".join((o["kind"], o["metadata"]["name"])) for o in found]
-    except (KeyError, TypeError):
-        refuse(f"{source}: not a Kubernetes object, kind or metadata.name is missing", INVALID)
-    return [(f"{source}: {clip(n, 100)}", o) for n, o in zip(names, found, strict=True)]
-
-
-def read_text(root: Path, file: Path, room: Room) -> tuple[str, str]:
-    """Return the text of a file of the commit, and its path in there."""
-    source = str(file.relative_to(root))
-    if file.is_symlink() or not file.is_file():
-        refuse(f"{source}: not a plain file", INVALID)
-    room.take(source, file.stat().st_size)
-    try:
-        return file.read_bytes().decode("utf-8-sig"), source
-    except UnicodeDecodeError:
-        refuse(f"{source}: not UTF-8", INVALID)
-
-
-def read_manifests(root: Path, path: str) -> list[tuple[str, Object]]:
-    """Return the objects of an app's manifests folder, plain or built by kustomize."""
-    root, directory, room = root.resolve(), (root / path).resolve(), Room()
-    if not directory.is_dir() or not directory.is_relative_to(root):
-        refuse(f"there is no folder {path!r} in the commit", INVALID)
-    if any((directory / k).exists() for k in KUSTOMIZATIONS):
-        check_kustomization(root, directory, [], room)
-        return parse_objects(kustomize(directory), f"{path}/kustomization", room)
-    files = [f for f in sorted(directory.iterdir()) if f.suffix in (".yaml", ".yml", ".json")]
-    texts = [read_text(root, f, room) for f in files if not f.name.startswith(".")]
-    return [o for text in texts for o in parse_objects(*text, room)]
-
-
-def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield a value and all that is in it, each with the key it stands under."""
-    yield key, value
-    listed = [(key, v) for v in value] if isinstance(value, list) else []
-    for name, inner in value.items() if isinstance(value, dict) else listed:
-        yield from walk(name, inner)
-
-
-def check_kustomization(root: Path, directory: Path, visits: list[str], room: Room) -> None:
-    """Refuse a kustomization that names what is not in the commit: kubectl would fetch it."""
-    for file in [directory / k for k in KUSTOMIZATIONS if (directory / k).exists()]:
-        text, where = read_text(root, file, room)
-        visits.append(where)
+    Raises StageError where one names what is not in the commit: kubectl would fetch it.
+    """
+    for file in [directory / name for name in KUSTOMIZATIONS if (directory / name).exists()]:
+        source = str(file.relative_to(root))
+        visits.append(source)
         if len(visits) > KUSTOMIZATION_VISITS:
-            refuse(f"{where}: includes itself, or is one of too many")
-        documents = parse_documents(text, where, room)
+            refuse(f"{source}: It includes itself, or is one of too many kustomizations.")
+        documents = parse_documents(read_text(file, source, budget), source, budget)
         if len(documents) != 1:
-            refuse(f"{where}: one document is needed", INVALID)
+            refuse(f"{source}: It must be one document.", INVALID)
         # kustomize is to read what is checked here: its YAML is of another dialect
         file.write_text(json.dumps(documents[0]))
-        for path in kustomize_paths(documents, where):
+        for path in kustomize_paths(documents[0], source):
             # kustomize takes a URL for one, and github.com too, even where a file has that name
             named = re.fullmatch(r"(?!github\.com)[\w./ +=~-]{1,200}", path, re.IGNORECASE)
             target = (directory / path).resolve() if named else root.parent
             if not target.is_relative_to(root) or not target.exists():
-                refuse(f"{where}: {clip(path, 80)!r} is not in the commit; copy it there")
+                refuse(f"{source}: {clip(path, 80)!r} is not in the commit. Copy it there.")
             if target.is_dir():
-                check_kustomization(root, target, visits, room)
+                rewrite_kustomization(root, target, visits, budget)
 
 
-def kustomize_paths(documents: Iterable[Object], where: str) -> list[str]:
+def kustomize_paths(kustomization: Object, source: str) -> list[str]:
     """Return every text in a kustomization that kustomize takes for a path."""
-    items = [i for d in documents for i in d.items() if i[0].casefold() not in KUSTOMIZE_TEXTS]
-    # kustomize does not tell upper from lower case in keys
-    found = [(k.casefold(), v) for item in items for k, v in walk(*item)]
-    if refused := KUSTOMIZE_REFUSED & {k for k, _ in found}:
-        refuse(f"{where}: {min(refused)} is not supported; put what it makes into the repository")
-    paths = [(k, v) for k, v in found if k in KUSTOMIZE_PATHS and isinstance(v, str)]
-    outside = [(k, v) for k, v in paths if not (k.startswith("patches") and "\n" in v)]
-    return [v.rpartition("=")[2] if k == "files" else v for k, v in outside]
+    paths = []
+    for name, part in kustomization.items():
+        if name.casefold() in KUSTOMIZE_TEXTS:
+            continue
+        for written, value in walk(name, part):
+            key = written.casefold()  # kustomize does not distinguish upper from lower case in keys
+            if key in KUSTOMIZE_REFUSED:
+                advice = "Put what it makes into the repository."
+                refuse(f"{source}: {key} is not supported. {advice}")
+            inline = key.startswith("patches") and "\n" in str(value)
+            if key in KUSTOMIZE_PATHS and isinstance(value, str) and not inline:
+                paths.append(value.rpartition("=")[2] if key == "files" else value)
+    return paths
 
 
-def kustomize(directory: Path) -> str:
+def build_kustomization(directory: Path) -> str:
     """Return what `kubectl kustomize` makes of a folder, without git, network and home."""
     with tempfile.TemporaryDirectory() as home:
         closed = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
@@ -2334,113 +2339,97 @@ def kustomize(directory: Path) -> str:
         finished = run_program(argv, KUBECTL_TIMEOUT, "", environ, MANIFEST_BYTES)
     if finished.code != 0:
         stderr = finished.stderr.decode(errors="replace")
-        said = clip(stderr.replace(str(directory), "")) or "it makes too much, or does not end"
-        memory = f"it takes more than {MEMORY_BYTES >> 20} MiB of memory; make it smaller"
-        refuse(f"kustomize: {memory if GO_FULL.search(stderr) else said}", INVALID)
+        said = clip(stderr.replace(str(directory), "")) or "It makes too much, or does not end."
+        if GO_OUT_OF_MEMORY.search(stderr):
+            said = f"It takes more than {MEMORY_BYTES >> 20} MiB of memory. Make it smaller."
+        refuse(f"kustomize: {said}", INVALID)
     return finished.stdout.decode(errors="replace")
 
 
-def refusals(item: Object, namespace: str) -> Iterator[str]:
-    """Yield what an object of an app may not say, each with what to do about it."""
-    shown = {k: "any" if k in DATA else v for k, v in item.items()}
-    for key, part in walk(item["kind"], shown):
-        allowed, advice = ALLOWED.get(key, (None, ""))
-        for field, value in part.items() if isinstance(part, dict) else ():
-            name = f"{key}.{clip(field, 80)}"
-            if not value and not (value == {} and name in REFUSED):  # an empty selector is of all
-                continue
-            if name in REFUSED:
-                yield f"{name} {REFUSED[name]}"
-            elif key in ("labels", "annotations") and field.startswith(f"{MANAGER}/"):
-                yield f"{name} is this program's own; leave it out"
-            elif allowed and field not in allowed:
-                yield f"{name} {advice}"
-            elif name == "metadata.namespace" and value != namespace:
-                yield f"names a namespace that is not {namespace!r}; leave it out"
+@dataclass(frozen=True, slots=True)
+class AppObjects:
+    """What the manifests of an app hold."""
+
+    deployment: Object
+    service: Object
+    configmaps: dict[str, Object]  # by name
+    ignored: list[str]  # what was left out, by the app's ignore_kinds
 
 
-def check_objects(
-    app: App, namespace: str, found: Iterable[tuple[str, Object]]
-) -> tuple[AppObjects, list[str]]:
-    """Return the objects of an app, and what is ignored; end the run before anything changes.
-
-    All that is refused is told at once.
-    """
-    kept: AppObjects = {kind: {} for kind in KINDS}
-    ignored, refused = [], dict[str, None]()
-    for where, item in found:
-        kind, version = item["kind"], clip(str(item.get("apiVersion")), 40)
+def check_objects(app: App, namespace: str, manifests: Iterable[Manifest]) -> AppObjects:
+    """Return the objects of an app; raises StageError with everything that is refused."""
+    by_kind: dict[str, dict[str, Object]] = {kind: {} for kind in KINDS}
+    ignored: list[str] = []
+    refused: list[str] = []
+    for manifest in manifests:
+        item = manifest.content
+        kind = item["kind"]
         name = item["metadata"]["name"]
+        version = clip(str(item.get("apiVersion")), 40)
         if kind in app.deploy.ignore_kinds:
-            ignored.append(where)
-            continue
-        if (kind, version) not in KINDS.items():
-            advice = "is not deployed; apply it, list its kind in ignore_kinds"
-            refused[f"{where} of {version} {advice}"] = None
-            continue
-        if name in kept[kind]:
-            refuse(f"{where} is there twice", INVALID)
-        kept[kind][name] = item
-        try:
-            refused |= dict.fromkeys(f"{where}: {each}" for each in refusals(item, namespace))
-        except RecursionError:
-            refuse(f"{where}: nested too deeply", INVALID)
-    if len(kept["Deployment"]) != 1 or list(kept["Service"]) != [app.name]:
-        names = (", ".join(kept[kind]) or "none" for kind in ("Deployment", "Service"))
-        told = clip("; Services: ".join(names))
-        needed = f"needed: one Deployment and one Service {app.name!r}; Deployments: {told}"
-        refused[needed] = None
-    if refused:
-        more = [f"and {len(refused) - REFUSALS_TOLD} more"] * (len(refused) > REFUSALS_TOLD)
-        refuse("; ".join([*[*refused][:REFUSALS_TOLD], *more]))
-    return kept, ignored
+            ignored.append(manifest.where)
+        elif (kind, version) not in KINDS.items():
+            advice = "Apply it by hand, and list its kind in ignore_kinds."
+            refused.append(f"{manifest.where} of {version} is not deployed. {advice}")
+        elif name in by_kind[kind]:
+            refuse(f"{manifest.where} occurs twice. Remove one of the two.", INVALID)
+        else:
+            by_kind[kind][name] = item
+            refused += [f"{manifest.where}: {fault}" for fault in refusals(manifest, namespace)]
+    if len(by_kind["Deployment"]) != 1 or list(by_kind["Service"]) != [app.name]:
+        names = (", ".join(by_kind[kind]) or "none" for kind in ("Deployment", "Service"))
+        listed = clip("; Services: ".join(names))
+        needed = f"There must be one Deployment and one Service {app.name!r}"
+        refused.append(f"{needed}, but there are Deployments: {listed}.")
+    if refused := [*dict.fromkeys(refused)]:
+        rest = len(refused) - LISTED_REFUSALS
+        more = [f"{rest} more are not listed."] if rest > 0 else []
+        refuse(" ".join([*refused[:LISTED_REFUSALS], *more]))
+    (deployment,) = by_kind["Deployment"].values()
+    return AppObjects(deployment, by_kind["Service"][app.name], by_kind["ConfigMap"], ignored)
 
 
-def manifest(kind: str, name: str, labels: Mapping[str, str], given: Object) -> Object:
-    """Return an object with our labels, and the labels and annotations of a repository's."""
-    meta: Object = {"name": name}
-    for field in ("labels", "annotations"):
-        meta[field] = {**(given.get(field) or {})}
-    meta["labels"] |= {**labels, LABEL_MANAGED: MANAGER}
-    return {"apiVersion": KINDS[kind], "kind": kind, "metadata": meta}
+def refusals(manifest: Manifest, namespace: str) -> list[str]:
+    """Return what an object of an app may not say, each with what to do about it."""
+    item = manifest.content
+    shown = {k: "any" if k in CONFIGMAP_DATA else v for k, v in item.items()}
+    try:
+        parts = [pair for pair in walk(item["kind"], shown) if isinstance(pair[1], dict)]
+    except RecursionError:
+        refuse(f"{manifest.where}: It is nested too deeply.", INVALID)
+    faults = []
+    for key, part in parts:
+        for field, value in part.items():
+            name = f"{key}.{clip(field, 80)}"
+            fault = REFUSED_FIELDS.get(name)
+            # what is empty says nothing, but an empty selector selects everything
+            if not value and not (value == {} and fault):
+                continue
+            if not fault and key in ("labels", "annotations") and field.startswith(f"{MANAGER}/"):
+                fault = f"is reserved for {MANAGER}. Remove it."
+            elif not fault and field not in ALLOWED_FIELDS.get(key, {field}):
+                fault = REFUSED_FIELDS[f"{key}.*"]
+            elif name == "metadata.namespace" and value != namespace:
+                fault = f"is not {namespace!r}. Remove it."
+            if fault:
+                faults.append(f"{name} {fault}")
+    return faults
 
 
-def immutable(name: str, labels: Mapping[str, str], given: Object, **content: Any) -> Object:
-    """Return an immutable ConfigMap, its name followed by eight digits of its content's hash."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
-    if len(text) > CONFIGMAP_BYTES:
-        refuse(f"ConfigMap {clip(name, 60)} of {len(text)} bytes: {CONFIGMAP_BYTES} are possible")
-    made = manifest("ConfigMap", name, labels, given)
-    # the app counts too: what two apps shared would go with the first of them
-    hashed = labels[LABEL_APP].encode() + b" " + text
-    if given:
-        hashed += json.dumps(made["metadata"], sort_keys=True).encode()
-    made["metadata"]["name"] += f"-{hashlib.sha256(hashed).hexdigest()[:8]}"
-    return {**made, "immutable": True, **content}
+def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a value and all that is in it, as items() does: each with the key it stands under."""
+    yield key, value
+    listed = [(key, v) for v in value] if isinstance(value, list) else []
+    for name, inner in value.items() if isinstance(value, dict) else listed:
+        yield from walk(name, inner)
 
 
-def substance(configmap: Object) -> tuple[Any, ...]:
-    """Return what counts of an immutable ConfigMap, as the API server keeps it."""
-    texts, files = ({k: v or "" for k, v in (configmap.get(d) or {}).items()} for d in DATA)
-    content = texts, {k: base64.b64decode(v) for k, v in files.items()}
-    return configmap["metadata"].get("labels"), configmap.get("immutable"), content
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a run goes in an environment: the idle colour, and as many replicas as the live one."""
 
-
-def ports_like(ports: Iterable[Object], live: Iterable[Object] = ()) -> list[Object]:
-    """Return ports with the node ports that a live Service has for them; none where it has none."""
-    nodes = {(p["port"], p.get("protocol")): p["nodePort"] for p in live if p.get("nodePort")}
-    made = []
-    for port in ports:
-        node = nodes.get((port["port"], port.get("protocol") or "TCP"))
-        known = {"nodePort": node, **port} if node else port
-        made.append({k: v for k, v in known.items() if nodes or k != "nodePort"})
-    return made
-
-
-def release_record(app: str, packed: str) -> Object:
-    """Return the immutable ConfigMap with a packed release; its name tells whether it is whole."""
-    labels = {LABEL_APP: app, LABEL_STAGE: "release"}
-    return immutable(f"{app}-release", labels, {}, binaryData={"release": packed})
+    colour: str
+    replicas: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -2473,74 +2462,72 @@ class Release:
         return release_record(app, packed.decode())
 
     @classmethod
-    def from_configmap(cls, found: Object) -> Release:
+    def from_configmap(cls, record: Object) -> Release:
         """Return the release that a ConfigMap records; raises StageError when it cannot be read."""
         try:
-            packed = base64.b64decode(found["binaryData"]["release"])
+            packed = base64.b64decode(record["binaryData"]["release"])
             return cls(**json.loads(zlib.decompress(packed)))
         except (KeyError, TypeError, ValueError, zlib.error):
-            refuse("a release record cannot be read", INVALID)
+            refuse("The release record cannot be read.", INVALID)
 
 
-def render(app: App, run: Run, image: str, place: tuple[str, int], objects: AppObjects) -> Release:
-    """Return everything that a run puts into a place: a colour, and the size of the live one; pure.
+def render(app: App, run: Run, image: str, placement: Placement, objects: AppObjects) -> Release:
+    """Return everything that a run puts into a placement, and change nothing.
 
-    Only what is read here must have the right shape; the rest is for the API server to judge.
+    Only what is read here must have the right shape; the API server judges the rest.
     """
-    colour, live_replicas = place
+    colour = placement.colour
     selector = {LABEL_APP: app.name, LABEL_VERSION: colour, LABEL_RUN: run.id}
     try:
-        given = copy.deepcopy(objects)
-        (deployment,) = given["Deployment"].values()
-        service = live_service(app, given["Service"][app.name], selector)
-        copies = {name: copied(app, m) for name, m in given["ConfigMap"].items()}
-        pod = deployment["spec"]["template"]["spec"]
-        if {pod.get(k) for k in SERVICE_ACCOUNTS} - {None, "", "default"}:
-            refuse("the Deployment names a service account; its pods get the namespace's default")
+        objects = copy.deepcopy(objects)
+        meta, spec = (objects.deployment[key] for key in ("metadata", "spec"))
+        service = rendered_service(app, objects.service, selector)
+        copies = {name: configmap_copy(app, item) for name, item in objects.configmaps.items()}
+        pod = spec["template"]["spec"]
+        if {pod.get(key) for key in SERVICE_ACCOUNTS} - {None, "", "default"}:
+            account = "The Deployment names a service account, and its pods would run as that."
+            refuse(f"{account} Remove it, so that they get the default one of the namespace.")
         for key, value in walk("", pod):
-            named = key in CONFIGMAP_REFERENCES and isinstance(value, dict) and value.get("name")
-            if named in copies:
-                value["name"] = copies[named]["metadata"]["name"]
+            name = key in CONFIGMAP_REFERENCES and isinstance(value, dict) and value.get("name")
+            if name in copies:
+                value["name"] = copies[name]["metadata"]["name"]
         set_images(app, pod, image)
         set_probes(app, pod, service["spec"]["ports"][0])
-        made = manifest("Deployment", f"{app.name}-{colour}", selector, deployment["metadata"])
-        made["metadata"]["annotations"][ANNOTATION_COMMIT] = run.commit
-        made["spec"] = coloured(app, deployment["spec"], selector, live_replicas)
-        identity = (run.id, run.commit, image, colour, selector)
-        release = Release(*identity, made, [*copies.values()], service)
+        deployment = new_object("Deployment", f"{app.name}-{colour}", selector, meta)
+        deployment["metadata"]["annotations"][ANNOTATION_COMMIT] = run.commit
+        deployment["spec"] = rendered_spec(app, spec, selector, placement.replicas)
+        rendered = (deployment, [*copies.values()], service)
+        release = Release(run.id, run.commit, image, colour, selector, *rendered)
         release.configmap(app.name)  # refuses what is too large before anything changes
-    except UNSHAPED as wrong:
-        near = clip(repr(getattr(wrong, "obj", None) or wrong), 80)
-        told = f"the Deployment or the Service is not formed well, near {near}"
-        refuse(f"{told}; `kubectl apply --dry-run=server` on them says more", INVALID)
+    except SHAPE_ERRORS as failure:
+        near = clip(repr(getattr(failure, "obj", None) or failure), 80)
+        fault = f"The Deployment or the Service is not well formed, near {near}."
+        refuse(f"{fault} `kubectl apply --dry-run=server` on them says more.", INVALID)
     return release
 
 
-def live_service(app: App, given: Object, selector: Mapping[str, str]) -> Object:
+def rendered_service(app: App, written: Object, selector: Mapping[str, str]) -> Object:
     """Return the live Service as a first deployment creates it; later only its ports change."""
-    spec, ports = given["spec"], ports_like(given["spec"]["ports"])
+    spec = written["spec"]
+    ports = ports_like(spec["ports"])
     if not ports or (len(ports) > 1 and not all(p.get("name") for p in ports)):
-        refuse(f"Service {app.name} needs ports, and of several each a name", INVALID)
+        refuse(f"Service {app.name} must have ports, and several ports must have names.", INVALID)
     if spec.get("type") == "ExternalName":
-        refuse(f"Service {app.name} is an ExternalName, which selects no pods")
+        refuse(f"Service {app.name} is an ExternalName, which selects no pods. Change its type.")
     labels = {LABEL_APP: app.name, LABEL_STAGE: "live"}
-    made = manifest("Service", app.name, labels, given["metadata"])
-    return {**made, "spec": {**spec, "selector": selector}}
+    service = new_object("Service", app.name, labels, written["metadata"])
+    return {**service, "spec": {**spec, "selector": selector}}
 
 
-def copied(app: App, given: Object) -> Object:
-    """Return the immutable copy of a ConfigMap, its labels and annotations with it."""
-    name, content = given["metadata"]["name"], {k: given.get(k) or {} for k in DATA}
-    meta = {k: v for k, v in given["metadata"].items() if v and k in ("labels", "annotations")}
+def configmap_copy(app: App, written: Object) -> Object:
+    """Return the immutable copy of a ConfigMap, with its labels and annotations."""
+    name = written["metadata"]["name"]
+    content = {key: written.get(key) or {} for key in CONFIGMAP_DATA}
+    meta = {k: v for k, v in written["metadata"].items() if v and k in ("labels", "annotations")}
     if loose := [k for k, v in content["data"].items() if not isinstance(v, str | None)]:
-        refuse(f"ConfigMap {clip(name, 60)}: {clip(loose[0], 60)} is not a text: quote it", INVALID)
+        where = f"ConfigMap {clip(name, 60)}: {clip(loose[0], 60)}"
+        refuse(f"{where} is not a text. Put it in quotes.", INVALID)
     return immutable(name, {LABEL_APP: app.name}, meta, **content)
-
-
-def repository_of(image: str) -> str:
-    """Return the name of an image without its tag and digest."""
-    host, slash, name = image.partition("@")[0].rpartition("/")
-    return f"{host}{slash}{name.partition(':')[0]}"
 
 
 def set_images(app: App, pod: Object, image: str) -> None:
@@ -2549,28 +2536,37 @@ def set_images(app: App, pod: Object, image: str) -> None:
     With builder none every image must already be named by digest.
     """
     containers = [*pod["containers"], *(pod.get("initContainers") or ())]
-    images = [c["image"] for c in containers]
     if app.build.builder == "none":
+        images = [c["image"] for c in containers]
         if loose := [i for i in images if not DIGEST.fullmatch(i.partition("@")[2])]:
-            refuse(f"builder none: image {clip(loose[0], 120)!r} is not named by digest")
+            advice = "Name it by digest, since build.builder is none."
+            refuse(f"The image {clip(loose[0], 120)!r} is not named by digest. {advice}")
         return
     names = {app.build.image, app.name}
     ours = [c for c in containers if repository_of(c["image"]) in names]
     if not ours:
-        refuse(f"no container's image is {app.build.image!r} (or {app.name!r}): nothing to set")
+        needed = f"No container has the image {app.build.image!r} (or {app.name!r})"
+        refuse(f"{needed}, so the build would not be deployed. Name it in the Deployment.")
     for container in ours:
         container["image"] = image
 
 
+def repository_of(image: str) -> str:
+    """Return the name of an image without its tag and digest."""
+    host, slash, name = image.partition("@")[0].rpartition("/")
+    return f"{host}{slash}{name.partition(':')[0]}"
+
+
 def set_probes(app: App, pod: Object, port: Object) -> None:
-    """Add a readiness probe and a preStop sleep where the app says nothing; never a liveness."""
-    containers, inits = pod["containers"], pod.get("initContainers") or ()
+    """Add a readiness probe and a preStop sleep where the app has none; never a liveness probe."""
+    containers = pod["containers"]
+    inits = pod.get("initContainers") or ()
     running = [*containers, *(c for c in inits if c.get("restartPolicy") == "Always")]
     target = port.get("targetPort") or port["port"]
     declared = [(c, p) for c in running for p in c.get("ports") or ()]
     serving = [c for c, p in declared if target in (p.get("name"), p.get("containerPort"))]
     if not serving and not isinstance(target, int):
-        refuse(f"targetPort {clip(str(target), 60)!r} is no port of a container", INVALID)
+        refuse(f"No container has a port with the targetPort {clip(str(target), 60)!r}.", INVALID)
     if not any(c.get("readinessProbe") for c in running):
         probe = {"httpGet": {"path": app.deploy.health.path, "port": target}}
         times = {"initialDelaySeconds": 5, "periodSeconds": 5}
@@ -2582,26 +2578,79 @@ def set_probes(app: App, pod: Object, port: Object) -> None:
             container["lifecycle"] = {**sleep, **(container.get("lifecycle") or {})}
 
 
-def coloured(app: App, spec: Object, selector: Mapping[str, str], live_replicas: int) -> Object:
-    """Return the spec of a run's Deployment. What the app says stays, but labels and size."""
+def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], at_least: int) -> Object:
+    """Return the spec of a run's Deployment. What the app says stays, but for labels and size."""
     meta = spec["template"].get("metadata") or {}
     labels = {**(meta.get("labels") or {}), LABEL_MANAGED: MANAGER, **selector}
-    replicas = max(spec.get("replicas") or 0, live_replicas, 1)
+    replicas = max(spec.get("replicas") or 0, at_least, 1)
     if replicas > MOST_REPLICAS:
-        refuse(f"{replicas} replicas: {MOST_REPLICAS} are possible")
-    calm = spec.get("minReadySeconds", 10)
-    longest = max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, calm + 10))
+        refuse(f"{replicas} replicas are too many. At most {MOST_REPLICAS} are possible.")
+    min_ready = spec.get("minReadySeconds", 10)
+    longest = max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, min_ready + 10))
     return {
         "minReadySeconds": 10,
         "revisionHistoryLimit": 3,
-        "strategy": {"type": "RollingUpdate", "rollingUpdate": GENTLE},
+        "strategy": {"type": "RollingUpdate", "rollingUpdate": ONE_BY_ONE},
         **spec,
         "replicas": replicas,
         "paused": False,
-        "progressDeadlineSeconds": max(int(longest), calm + 1),
+        "progressDeadlineSeconds": max(int(longest), min_ready + 1),
         "selector": {"matchLabels": {k: selector[k] for k in (LABEL_APP, LABEL_VERSION)}},
         "template": {**spec["template"], "metadata": {**meta, "labels": labels}},
     }
+
+
+def ports_like(ports: Iterable[Object], live: Iterable[Object] = ()) -> list[Object]:
+    """Return ports with the node ports that a live Service has for them; none where it has none."""
+    node_ports = {(p["port"], p.get("protocol")): p["nodePort"] for p in live if p.get("nodePort")}
+    result = []
+    for port in ports:
+        node_port = node_ports.get((port["port"], port.get("protocol") or "TCP"))
+        merged = {"nodePort": node_port, **port} if node_port else port
+        result.append({k: v for k, v in merged.items() if node_ports or k != "nodePort"})
+    return result
+
+
+def release_record(app: str, packed: str) -> Object:
+    """Return the immutable ConfigMap with a packed release; its name tells whether it is whole."""
+    labels = {LABEL_APP: app, LABEL_STAGE: "release"}
+    return immutable(f"{app}-release", labels, {}, binaryData={"release": packed})
+
+
+def immutable(name: str, labels: Mapping[str, str], meta: Object, **content: Any) -> Object:
+    """Return an immutable ConfigMap, its name followed by eight digits of its content's hash."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+    if len(text) > CONFIGMAP_BYTES:
+        most = f"{CONFIGMAP_BYTES} are possible. Make it smaller."
+        refuse(f"ConfigMap {clip(name, 60)} of {len(text)} bytes is too large: {most}")
+    configmap = new_object("ConfigMap", name, labels, meta)
+    # the app counts too: what two apps shared would go with the first of them
+    hashed = labels[LABEL_APP].encode() + b" " + text
+    if meta:
+        hashed += json.dumps(configmap["metadata"], sort_keys=True).encode()
+    configmap["metadata"]["name"] += f"-{hashlib.sha256(hashed).hexdigest()[:8]}"
+    return {**configmap, "immutable": True, **content}
+
+
+def new_object(kind: str, name: str, labels: Mapping[str, str], meta: Object) -> Object:
+    """Return an object with our labels, and with the labels and annotations of a metadata."""
+    labels = {**(meta.get("labels") or {}), **labels, LABEL_MANAGED: MANAGER}
+    annotations = {**(meta.get("annotations") or {})}
+    metadata = {"name": name, "labels": labels, "annotations": annotations}
+    return {"apiVersion": KINDS[kind], "kind": kind, "metadata": metadata}
+
+
+def same_configmap(one: Object, other: Object) -> bool:
+    """Whether two immutable ConfigMaps have the same labels and content, as the server keeps it."""
+
+    def kept(configmap: Object) -> Object:
+        """Return what counts of a ConfigMap."""
+        meta, texts, files = (configmap.get(key) or {} for key in ("metadata", *CONFIGMAP_DATA))
+        data = {key: text or "" for key, text in texts.items()}
+        data |= {key: base64.b64decode(file or "") for key, file in files.items()}
+        return {"labels": meta.get("labels"), "fixed": configmap.get("immutable"), "data": data}
+
+    return kept(one) == kept(other)
 
 
 # === cluster mirror ===============================================================================
@@ -3974,10 +4023,10 @@ class Deployer:
         where = (task.app.repository, task.run.commit, path := task.app.deploy.manifests)
         with self.git.manifests(*where) as checkout:
             found = read_manifests(checkout, path)
-        objects, ignored = check_objects(task.app, task.namespace, found)
+        objects = check_objects(task.app, task.namespace, found)
         release = render(task.app, task.run, task.image, self.idle_colour_and_size(task), objects)
         claimed = self.claim(task, release)
-        info("claimed", colour=release.colour, ignored=ignored or None, **task.words)
+        info("claimed", colour=release.colour, ignored=objects.ignored or None, **task.words)
         try:
             self.apply(task, release, claimed)
             self.roll_out(task, release, pods)
@@ -4110,7 +4159,7 @@ class Deployer:
         self.remember(task, written)
         return written
 
-    def idle_colour_and_size(self, task: Task) -> tuple[str, int]:
+    def idle_colour_and_size(self, task: Task) -> Placement:
         """Return the idle colour, and how large the live one is.
 
         Live is what today's selector reaches, which may be what a person wrote: the two colours of
@@ -4137,7 +4186,7 @@ class Deployer:
                 free.remove(colour)
         if not free:
             raise StageError(Reason.ADOPTION_REFUSED, detail)
-        return free[0], replicas
+        return Placement(free[0], replicas)
 
     def require_order(self, task: Task, service: Service | None, source: Service | None) -> None:
         """Raise while the live selector reaches two versions; it is put back soon, or contested."""
@@ -4324,7 +4373,7 @@ class Deployer:
                 raise refused
             if (found := self.kubectl.get("configmap", name, task.namespace)) is None:
                 raise HookError(f"ConfigMap {name} was deleted this very moment")
-            if substance(found) != substance(wanted[name]):
+            if not same_configmap(found, wanted[name]):
                 detail = f"ConfigMap {name} is there with another content or other labels"
                 raise StageError(Reason.ADOPTION_REFUSED, f"{detail}; delete or rename it")
 
@@ -4418,7 +4467,7 @@ class Deployer:
         found = self.kubectl.get("service", name, task.namespace)
         if found is None:
             labels = {LABEL_APP: task.app.name, LABEL_STAGE: "preview"}
-            made = manifest("Service", name, labels, {})
+            made = new_object("Service", name, labels, {})
             made["spec"] = {"ports": ports, "selector": release.selector}
             self.kubectl.create([made], task.namespace)
             found = self.kubectl.get("service", name, task.namespace) or {"spec": {}}
@@ -4502,8 +4551,8 @@ class Deployer:
             raise StageError(Reason.VANISHED, f"release record {name} is gone")
         packed = str((found.get("binaryData") or {}).get("release", ""))
         whole = release_record(task.app.name, packed)
-        seen = (found["metadata"]["name"], substance(found))
-        if seen != (whole["metadata"]["name"], substance(whole)):
+        same_name = found["metadata"]["name"] == whole["metadata"]["name"]
+        if not (same_name and same_configmap(found, whole)):
             detail = f"release record {name} was changed, or is not one of {task.app.name}"
             raise StageError(Reason.ADOPTION_REFUSED, detail)
         return Release.from_configmap(found)
@@ -6852,7 +6901,7 @@ def live_version(tools: Tools, task: Task) -> str:
 def next_version(tools: Tools, task: Task, checkout: Path) -> str:
     """Return what would be applied to an environment, and how long its pods would take."""
     kubectl, manifests = tools.deployer.kubectl, read_manifests(checkout, task.app.deploy.manifests)
-    objects, _ = check_objects(task.app, task.namespace, manifests)
+    objects = check_objects(task.app, task.namespace, manifests)
     release = render(
         task.app, task.run, task.image, tools.deployer.idle_colour_and_size(task), objects
     )

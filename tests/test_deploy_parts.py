@@ -829,7 +829,7 @@ def test_what_was_adopted_is_as_large_as_its_pods_that_stay(tmp_path: Path) -> N
         pod["metadata"]["labels"] = foreign
     gone = [ended_pod("c"), ended_pod("d", "Succeeded"), ended_pod("e", deletionTimestamp=LATE)]
     (tmp_path / "pods").write_text(json.dumps({"items": [*serving, *gone]}))
-    assert made.idle_colour_and_size(task()) == ("blue", 2)
+    assert made.idle_colour_and_size(task()) == hook.Placement("blue", 2)
 
 
 @pytest.mark.parametrize(
