@@ -879,7 +879,7 @@ def error(msg: str, **given: Any) -> None:
 # === metrics ======================================================================================
 
 ERRORS = (
-    *("controller", "heads", "heal", "intake", "request", "secrets", "selector", "watch"),
+    *("controller", "heads", "intake", "request", "restore", "secrets", "selector", "watch"),
     "worker",
 )
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)
@@ -2653,9 +2653,10 @@ def same_configmap(one: Object, other: Object) -> bool:
     return kept(one) == kept(other)
 
 
-# === cluster mirror ===============================================================================
+# === objects ======================================================================================
 
 SHORT_WATCH = 5.0  # a watch that ends so soon did not work
+LOG_PATIENCE = 2.0  # seconds that a failed deployment waits until its logs are kept
 ODD = (AttributeError, LookupError, TypeError, ValueError)  # what another shape raises
 # exit reasons after a machine was lost: they tell nothing about the program
 NODE_LOST = ("ContainerStatusUnknown", "Unknown")
@@ -2675,21 +2676,23 @@ def epoch(stamp: str | None) -> float:
 
 def true_condition(status: Object, *kinds: str) -> Object:
     """Return the first condition of one of these types that is True; empty when there is none."""
-    found: list[Object] = status.get("conditions") or []
-    return next((c for c in found if c["type"] in kinds and c["status"] == "True"), {})
+    conditions: list[Object] = status.get("conditions") or []
+    return next((c for c in conditions if c["type"] in kinds and c["status"] == "True"), {})
 
 
 class Container:
     """What a pod's status says about one container, in its current or last life."""
 
     def __init__(self, entry: Object, kind: str) -> None:
-        state, last = entry.get("state") or {}, entry.get("lastState") or {}
+        state = entry.get("state") or {}
+        last = entry.get("lastState") or {}
         waiting = state.get("waiting") or {}
         ended = state.get("terminated") or last.get("terminated") or {}
         ended = {} if ended.get("reason") in NODE_LOST else ended
         self.name: str = entry["name"]
         self.kind = kind  # init, sidecar or app
-        self.ready, self.running = bool(entry.get("ready")), "running" in state
+        self.ready = bool(entry.get("ready"))
+        self.running = "running" in state
         self.waiting: str = waiting.get("reason", "")
         self.words: str = ended.get("message") or ""  # its last ones: as good as lines of its log
         self.text: str = waiting.get("message") or ""  # of kubelet and runtime
@@ -2704,54 +2707,66 @@ class Container:
 class Pod:
     """What matters of a pod."""
 
-    def __init__(self, found: Object) -> None:
-        meta, spec, status = found["metadata"], found["spec"], found.get("status") or {}
+    def __init__(self, manifest: Object) -> None:
+        meta = manifest["metadata"]
+        status = manifest.get("status") or {}
         conditions = {c["type"]: c for c in status.get("conditions") or []}
-        scheduled, ready = conditions.get("PodScheduled", {}), conditions.get("Ready", {})
-        is_ready, changed = ready.get("status") == "True", epoch(ready.get("lastTransitionTime"))
-        stuck, deleting = scheduled.get("reason") == "Unschedulable", "deletionTimestamp" in meta
-        evicted, message = status.get("reason") == "Evicted", str(status.get("message"))
+        ready = conditions.get("Ready", {})
+        scheduled = conditions.get("PodScheduled", {})
+        is_ready = ready.get("status") == "True"
+        deleting = "deletionTimestamp" in meta
+        evicted = status.get("reason") == "Evicted"
         disrupted = bool(true_condition(status, "DisruptionTarget"))
-        inits, apps = (status.get(k) or [] for k in ("initContainerStatuses", "containerStatuses"))
-        always = [c["name"] for c in spec.get("initContainers") or [] if "restartPolicy" in c]
-        kinds = ["sidecar" if e["name"] in always else "init" for e in inits]
         self.name: str = meta["name"]
         self.version = int(meta["resourceVersion"])
         self.labels = {sys.intern(k): sys.intern(v) for k, v in (meta.get("labels") or {}).items()}
         self.run = self.labels.get(LABEL_RUN, "")
-        # its uid: a deleted Job's pods may outlive it, beside a new one of the same name
+        # the Job's uid: a deleted Job's pods may outlive it, beside a new one of the same name
         self.job = self.labels.get("batch.kubernetes.io/controller-uid", "")
         self.created = epoch(meta.get("creationTimestamp"))
         self.started = epoch(status.get("startTime"))
         self.ready = is_ready and not deleting
-        self.changed = changed  # when it was last seen to become ready, or not to be any more
+        # when it was last seen to become ready, or not to be any more
+        self.changed = epoch(ready.get("lastTransitionTime"))
         # now or before: a condition that was never True is as old as the pod's start
-        self.seen_ready = is_ready or 0 < self.started < changed - 1
-        # by the kubelet's words, of a Job's pod that wrote more than it may: its own fault
-        self.overfull = message.strip() if self.job and OVERFULL.match(message) else ""
-        self.overfull = self.overfull if evicted and not disrupted else ""
-        # the cluster takes it away, and replaces it
+        self.seen_ready = is_ready or 0 < self.started < self.changed - 1
+        # the kubelet's words where a Job's pod wrote more than it may: that is its own fault
+        message = str(status.get("message"))
+        own_fault = self.job and OVERFULL.match(message) and evicted and not disrupted
+        self.overfull = message.strip() if own_fault else ""
+        # whether the cluster takes it away, and replaces it
         self.leaving = deleting or disrupted or (evicted and not self.overfull)
         self.stays = not self.leaving and status.get("phase") not in ("Failed", "Succeeded")
-        self.unschedulable: str = scheduled["message"] if stuck else ""
-        self.containers = [*map(Container, inits, kinds), *(Container(e, "app") for e in apps)]
+        unschedulable = scheduled.get("reason") == "Unschedulable"
+        self.unschedulable: str = scheduled["message"] if unschedulable else ""
+        self.containers = containers_of(manifest["spec"], status)
+
+
+def containers_of(spec: Object, status: Object) -> list[Container]:
+    """Return the containers of a pod, those that begin before the app's own first."""
+    inits = status.get("initContainerStatuses") or []
+    apps = status.get("containerStatuses") or []
+    sidecars = [c["name"] for c in spec.get("initContainers") or [] if "restartPolicy" in c]
+    kinds = ["sidecar" if entry["name"] in sidecars else "init" for entry in inits]
+    return [*map(Container, inits, kinds), *(Container(entry, "app") for entry in apps)]
 
 
 class Job:
     """What matters of a Job of ours."""
 
-    def __init__(self, found: Object) -> None:
-        meta, status = found["metadata"], found.get("status") or {}
+    def __init__(self, manifest: Object) -> None:
+        meta = manifest["metadata"]
+        status = manifest.get("status") or {}
         done = true_condition(status, "Complete")
         failed = true_condition(status, "Failed", "FailureTarget")
-        waiting = "suspended" if found["spec"].get("suspend") else "active"
+        waiting = "suspended" if manifest["spec"].get("suspend") else "active"
         annotations: dict[str, str] = meta.get("annotations") or {}
         self.name: str = meta["name"]
         self.uid: str = meta["uid"]
         self.version = int(meta["resourceVersion"])
         self.namespace: str = meta["namespace"]
         self.stage: str = (meta.get("labels") or {}).get(LABEL_STAGE, "")
-        self.run = run_of_job(found)
+        self.run = run_of_job(manifest)
         self.annotations = {k: v for k, v in annotations.items() if k.startswith(MANAGER)}
         # of the run, if it has ended and this is its last Job
         self.outcome = annotations.get(ANNOTATION_OUTCOME, "")
@@ -2759,7 +2774,7 @@ class Job:
         self.deleting = "deletionTimestamp" in meta
         self.reason: str = failed.get("reason", "")
         self.created = epoch(meta.get("creationTimestamp"))
-        self.released = epoch(status.get("startTime"))
+        self.unsuspended = epoch(status.get("startTime"))
         self.finished = epoch((done or failed).get("lastTransitionTime"))
 
 
@@ -2775,8 +2790,9 @@ def text(pattern: str) -> Callable[[Any], bool]:
 
 def is_selector(value: Any) -> bool:
     """Whether a value can stand for a selector."""
-    key, term = text(r"[\w./-]{1,317}"), text(r"[\w.-]{0,63}")
-    return isinstance(value, dict) and all(key(k) and term(v) for k, v in value.items())
+    is_key = text(r"[\w./-]{1,317}")
+    is_value = text(r"[\w.-]{0,63}")
+    return isinstance(value, dict) and all(is_key(k) and is_value(v) for k, v in value.items())
 
 
 def are_ports(value: Any) -> bool:
@@ -2797,9 +2813,12 @@ PROVEN = (Outcome.DEPLOYED, ADOPTED)  # the outcomes of what a rollback may go t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HistoryEntry:
-    """One switch of a live Service, as its annotation records it."""
+    """One switch of a live Service, as its annotation records it.
 
-    selector: Selector
+    Where nothing is recorded the entry is empty, and then it is false.
+    """
+
+    selector: Selector = dataclass_field(default_factory=dict)
     run: Name = ""
     commit: Annotated[str, text(f"({SHA.pattern})?")] = ""
     image: Annotated[str, text(r"[\x21-\x7e]{0,1000}")] = ""
@@ -2816,28 +2835,65 @@ class HistoryEntry:
     unjudged: Annotated[bool, lambda v: v is True] = False  # its bake could not tell its health
     v: int = 1
 
+    def __bool__(self) -> bool:
+        return bool(self.selector)
+
+    @classmethod
+    def from_json(cls, data: Any) -> HistoryEntry:
+        """Return the entry in parsed JSON, an empty one where it has no selector."""
+        entry = cls(**fitting_fields(cls, data))
+        return entry or cls()
+
+    def to_json(self) -> Object:
+        """Return the entry as it is written into an annotation."""
+        return asdict(self)
+
+    @property
+    def proven(self) -> bool:
+        """Whether this version was confirmed, so that a rollback may go to it."""
+        return self.outcome in PROVEN
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """Who is changing an environment, and what is to be put back there."""
+    """Who is changing an environment, and what is to be restored there.
 
-    phase: Word
+    Where nobody is, the claim is empty, and then it is false.
+    """
+
+    phase: Word = ""
     run: Name = ""
     colour: Colour = ""
     since: Time = 0.0
-    heal: Name = ""  # the release of the rollback target that stood in the colour
+    restore: Name = ""  # the release of the rollback target that stood in the colour
     v: int = 1
 
+    def __bool__(self) -> bool:
+        return bool(self.phase)
 
-RECORDS = {kind: get_type_hints(kind, include_extras=True) for kind in (HistoryEntry, Claim)}
+    @classmethod
+    def from_json(cls, data: Any) -> Claim:
+        """Return the claim in parsed JSON, an empty one where it has no phase."""
+        values = data if isinstance(data, dict) else {}
+        claim = cls(**fitting_fields(cls, {**values, "restore": values.get("heal")}))
+        return claim or cls()
+
+    def to_json(self) -> Object:
+        """Return the claim as it is written into an annotation.
+
+        The field `restore` is called `heal` there, as version 0.1 reads and writes it.
+        """
+        data = asdict(self)
+        data["heal"] = data.pop("restore")
+        return data
 
 
-def read_record(kind: type[Any], record: Any) -> Object:
-    """Return a record with all its fields; empty when it lacks the first one."""
-    checks = {k: h.__metadata__[0] for k, h in RECORDS[kind].items() if hasattr(h, "__metadata__")}
-    given = record if isinstance(record, dict) else {}
-    fitting = {k: given[k] for k, check in checks.items() if k in given and check(given[k])}
-    return asdict(kind(**fitting)) if fitting.get(next(iter(checks))) else {}
+def fitting_fields(kind: type[Any], data: Any) -> Object:
+    """Return the fields of a record that parsed JSON has and that hold what they may."""
+    hints = get_type_hints(kind, include_extras=True)
+    checks = {k: h.__metadata__[0] for k, h in hints.items() if hasattr(h, "__metadata__")}
+    values = data if isinstance(data, dict) else {}
+    return {k: values[k] for k, check in checks.items() if k in values and check(values[k])}
 
 
 class Service:
@@ -2847,8 +2903,9 @@ class Service:
     this environment; `history`: the switches, newest first. Each is empty when there is none.
     """
 
-    def __init__(self, found: Object) -> None:
-        meta, spec = found["metadata"], found["spec"]
+    def __init__(self, manifest: Object) -> None:
+        meta = manifest["metadata"]
+        spec = manifest["spec"]
         self.name: str = meta["name"]
         self.uid: str = meta.get("uid", "")
         self.version = int(meta["resourceVersion"])
@@ -2858,16 +2915,16 @@ class Service:
         # whether the selector names a run of ours, whatever else it asks for
         self.ours = self.selector.keys() >= {LABEL_APP, LABEL_VERSION, LABEL_RUN}
         self._annotations: dict[str, str] = meta.get("annotations") or {}
-        self.claim = read_record(Claim, self.annotation(ANNOTATION_CLAIM, {}))
-        told = (read_record(HistoryEntry, e) for e in self.annotation(ANNOTATION_HISTORY, []))
-        self.history = [e for e in told if e]
+        self.claim = Claim.from_json(self.annotation(ANNOTATION_CLAIM, {}))
+        entries = map(HistoryEntry.from_json, self.annotation(ANNOTATION_HISTORY, []))
+        self.history = [entry for entry in entries if entry]
 
     @classmethod
-    def recorded(cls, name: str, entry: Object) -> Service:
+    def recorded(cls, name: str, entry: HistoryEntry) -> Service:
         """Return the Service that an entry is the whole history of."""
-        annotations = {ANNOTATION_HISTORY: json.dumps([entry])}
+        annotations = {ANNOTATION_HISTORY: json.dumps([entry.to_json()])}
         meta = {"name": name, "resourceVersion": "0", "annotations": annotations}
-        return cls({"metadata": meta, "spec": {"selector": entry["selector"]}})
+        return cls({"metadata": meta, "spec": {"selector": entry.selector}})
 
     def annotation(self, key: str, empty: Any) -> Any:
         """Return the JSON in an annotation; empty when it is missing, broken or of another type."""
@@ -2878,71 +2935,76 @@ class Service:
 
     def annotations(self) -> Object:
         """Return what our annotations say, as it is written; None for what is not there."""
-        told = {ANNOTATION_PREVIOUS: {}, ANNOTATION_BAKE: 0.0, ANNOTATION_PUT_BACK: []}
+        others = {ANNOTATION_PREVIOUS: {}, ANNOTATION_BAKE: 0.0, ANNOTATION_PUT_BACK: []}
         return {
-            ANNOTATION_HISTORY: self.history or None,
-            ANNOTATION_CLAIM: self.claim or None,
-            **{key: self.annotation(key, empty) or None for key, empty in told.items()},
+            ANNOTATION_HISTORY: self.history,
+            ANNOTATION_CLAIM: self.claim,
+            **{key: self.annotation(key, empty) or None for key, empty in others.items()},
         }
 
     @property
-    def live(self) -> Object:
+    def live(self) -> HistoryEntry:
         """The entry of what today's traffic reaches."""
-        same = (e for e in self.history if self.run and e["run"] == self.run)
-        return next((e for e in self.history if e["selector"] == self.selector), next(same, {}))
+        same = (e for e in self.history if self.run and e.run == self.run)
+        return next(
+            (e for e in self.history if e.selector == self.selector), next(same, HistoryEntry())
+        )
 
     @property
     def in_order(self) -> bool:
         """Whether the selector is what the history says that it was set to last."""
-        return self.live.get("selector") == self.selector and self.live == self.served
+        return self.live.selector == self.selector and self.live == self.served
 
     @property
-    def served(self) -> Object:
+    def served(self) -> HistoryEntry:
         """The entry of what is live as far as it is recorded, whatever the selector says now."""
-        return next((e for e in self.history if e["outcome"] in ("", *PROVEN)), {})
+        return next((e for e in self.history if not e.outcome or e.proven), HistoryEntry())
 
-    def entry(self, run: str, since: float = 0.0) -> Object:
+    def entry(self, run: str, since: float = 0.0) -> HistoryEntry:
         """Return the newest history entry of a run made at or after a time; empty when none."""
-        ours = (e for e in self.history if e["run"] == run)
-        return next((e for e in ours if e["at"] >= since), {})
+        ours = (e for e in self.history if e.run == run)
+        return next((e for e in ours if e.at >= since), HistoryEntry())
 
-    def reaches(self, entry: Object) -> bool:
+    def reaches(self, entry: HistoryEntry) -> bool:
         """Whether an entry is of what today's traffic reaches."""
-        return entry["selector"] == self.selector or bool(self.run and entry["run"] == self.run)
+        return entry.selector == self.selector or bool(self.run and entry.run == self.run)
 
     @property
-    def targets(self) -> list[Object]:
+    def targets(self) -> list[HistoryEntry]:
         """The entries that a rollback can go to: the proven versions before the live one."""
-        live, good = self.live, dict[str, Object]()
+        live = self.live
+        good = dict[str, HistoryEntry]()
         if not (live or self.run):
             return []
         for entry in self.history[self.history.index(live) + 1 :] if live else self.history:
-            if entry["outcome"] in PROVEN and not (entry["reason"] or self.reaches(entry)):
-                good.setdefault(entry["run"], entry)
+            if entry.proven and not (entry.reason or self.reaches(entry)):
+                good.setdefault(entry.run, entry)
         return [*good.values()]
 
-    def target(self, back: int = 1) -> Object:
+    def target(self, back: int = 1) -> HistoryEntry:
         """Return the entry that a rollback goes to: the back-th proven version before the live."""
-        return self.targets[back - 1] if 0 < back <= len(self.targets) else {}
+        return self.targets[back - 1] if 0 < back <= len(self.targets) else HistoryEntry()
 
     @property
-    def before(self) -> Object:
+    def before(self) -> HistoryEntry:
         """What was live before, proven or not, if it is known; else where a rollback goes."""
         was = self.annotation(ANNOTATION_PREVIOUS, {})
-        stood = (e for e in self.history if e["selector"] == was and not self.reaches(e))
-        return next(stood, {}) or self.target()
+        stood = (e for e in self.history if e.selector == was and not self.reaches(e))
+        return next(stood, HistoryEntry()) or self.target()
 
 
-def app_service(names: Iterable[str], found: Object) -> Service | None:
-    """Return the live Service of one of these apps; another Service is none of our business."""
-    return Service(found) if found["metadata"]["name"] in names else None
+def app_service(names: Iterable[str], manifest: Object) -> Service | None:
+    """Return the live Service of one of these apps, None for any other Service."""
+    return Service(manifest) if manifest["metadata"]["name"] in names else None
 
+
+# === informers ====================================================================================
 
 V = TypeVar("V", Job, Pod, Service)
 
 
 class Informer(Generic[V]):
-    """A mirror of one resource type in one namespace: a list, then what changes after it.
+    """Knows the objects of one resource type in one namespace: a list, then each change after it.
 
     Both are the API server's own words, `kubectl get --raw`: its list carries the version from
     which its watch tells every change, one a line and in order. A watch's exit code says nothing,
@@ -2957,30 +3019,34 @@ class Informer(Generic[V]):
         parse: Callable[[Object], V | None],
         selector: str,
     ) -> None:
-        self.kubectl, self.resource, self.namespace = kubectl, resource, namespace
+        self.kubectl = kubectl
+        self.resource = resource
+        self.namespace = namespace
+        # why it may lag behind the cluster; then what it lacks is not gone, only unseen
+        self.trouble = "not listed yet"
+        self.changed = threading.Event()
+        self.stopped = threading.Event()
         self._address = list_address(resource, namespace, selector)
-        self.changed, self.stopped = threading.Event(), threading.Event()
-        # why it may not follow what is there: what it lacks is then not gone, only unseen
-        self.trouble, self._lock = "not listed yet", threading.RLock()
         self._parse: Callable[[Object], V | None] = parse
         self._items: dict[str, V] = {}
+        self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def items(self) -> list[V]:
-        """Return what is known now."""
+        """Return every object as it is known now."""
         with self._lock:
             return list(self._items.values())
 
     def find(self, name: str) -> V | None:
-        """Return what is known now of one object."""
+        """Return one object as it is known now."""
         with self._lock:
             return self._items.get(name)
 
-    def learn(self, found: Object) -> None:
-        """Take over what a patch returned, before the watch tells; what is gone stays so."""
+    def learn(self, manifest: Object) -> None:
+        """Take over what a patch returned, before the watch tells it; what is gone stays so."""
         with self._lock:
-            if found["metadata"]["name"] in self._items:
-                self._take("MODIFIED", found)
+            if manifest["metadata"]["name"] in self._items:
+                self._take("MODIFIED", manifest)
 
     def stop(self) -> None:
         """End the watch; its thread returns."""
@@ -2989,37 +3055,47 @@ class Informer(Generic[V]):
             process.kill()
 
     def run(
-        self, pulse: Callable[[], None] = lambda: None, changed: threading.Event | None = None
+        self, beat: Callable[[], None] = lambda: None, changed: threading.Event | None = None
     ) -> None:
-        """Keep the mirror until stopped; back off while the API server does not answer."""
-        self.changed, failures = changed or self.changed, 0
+        """Follow the cluster until stopped; wait longer each time that the API server is away."""
+        self.changed = changed or self.changed
+        retry = Retry(Clock())
         while not self.stopped.is_set():
-            pulse()
-            try:
-                lost = self._follow(self._list(), pulse)
-            except HookError as failed:
-                lost = str(failed)
-            except ODD as wrong:
-                lost = f"not an API server's answer: {clip(repr(wrong))}"
-            if lost and not (failures or self.stopped.is_set()):
+            beat()
+            lost = self._list_and_watch(beat)
+            if not lost:
+                retry.succeeded(self.resource)
+            elif not retry.failing() and not self.stopped.is_set():
                 warn("watch lost", resource=self.resource, namespace=self.namespace, detail=lost)
-            self.trouble, failures = lost, failures + 1 if lost else 0
-            self.stopped.wait(backoff(failures - 1) if lost else 0.1)
+            if lost:
+                retry.failed(self.resource)
+            self.trouble = lost
+            self.stopped.wait(retry.wait(DELAYS[-1] * 2) if lost else 0.1)
+
+    def _list_and_watch(self, beat: Callable[[], None]) -> str:
+        """List, then watch until that ends; return why it did not work, or ""."""
+        try:
+            return self._watch(self._list(), beat)
+        except HookError as failed:
+            return str(failed)
+        except ODD as wrong:
+            return f"not an API server's answer: {clip(repr(wrong))}"
 
     def _list(self) -> str:
         """Learn what is there; return the version at which that was so."""
-        found: dict[str, V] = {}
+        items: dict[str, V] = {}
         for page in self.kubectl.pages(self._address, self.namespace):
-            found |= {v.name: v for v in map(self._read, page["items"]) if v}
+            items |= {item.name: item for item in map(self._read, page["items"]) if item}
         with self._lock:
-            self._items = {name: self._newer(seen) for name, seen in found.items()}
+            self._items = {name: self._newer(item) for name, item in items.items()}
         self.trouble = ""
         self.changed.set()
         return str(page["metadata"]["resourceVersion"])
 
-    def _follow(self, version: str, pulse: Callable[[], None]) -> str:
-        """Let what changes after a version change the mirror; return why it was no good watch."""
-        began, seconds = time.monotonic(), math.ceil(jittered(WATCH_SECONDS))
+    def _watch(self, version: str, beat: Callable[[], None]) -> str:
+        """Take over each change after a version; return why it was no good watch, or ""."""
+        began = time.monotonic()
+        seconds = math.ceil(jittered(WATCH_SECONDS))
         query = f"&watch=true&resourceVersion={version}&timeoutSeconds={seconds}"
         args = ("get", "--raw", self._address + query)
         process = self._process = self.kubectl.stream(*args, namespace=self.namespace)
@@ -3027,10 +3103,10 @@ class Informer(Generic[V]):
         deadline = threading.Timer(0 if self.stopped.is_set() else seconds * 1.05, process.kill)
         try:
             deadline.start()
-            pulse()
+            beat()
             # of a line that is too long only a part is read, which is no JSON
             for line in iter(partial(cast(Any, process.stdout).readline, OUTPUT_BYTES), b""):
-                pulse()
+                beat()
                 event = json.loads(line.decode(errors="replace"))
                 if event["type"] == "ERROR":  # 410 above all: the version is forgotten
                     break
@@ -3042,26 +3118,26 @@ class Informer(Generic[V]):
         said = clip(stderr.decode(errors="replace")) or "ended at once"
         return said if time.monotonic() - began < SHORT_WATCH else ""
 
-    def _take(self, kind: str, found: Object) -> None:
-        """Let one event change the mirror."""
-        if seen := self._read(found):
+    def _take(self, kind: str, manifest: Object) -> None:
+        """Take over one event."""
+        if item := self._read(manifest):
             with self._lock:
                 if kind == "DELETED":
-                    self._items.pop(seen.name, None)
+                    self._items.pop(item.name, None)
                 else:
-                    self._items[seen.name] = self._newer(seen)
+                    self._items[item.name] = self._newer(item)
             self.changed.set()
 
-    def _newer(self, seen: V) -> V:
-        """Return what was told of an object, or what a patch returned of it since."""
-        return max(seen, self._items.get(seen.name, seen), key=lambda parse: parse.version)
+    def _newer(self, item: V) -> V:
+        """Return an object as it was told, or as a patch returned it since."""
+        return max(item, self._items.get(item.name, item), key=lambda each: each.version)
 
-    def _read(self, found: Object) -> V | None:
-        """Return the parse of an object, if it has one; unreadable, what was last seen of it."""
+    def _read(self, manifest: Object) -> V | None:
+        """Return the object parsed; where that fails, as it was last known."""
         try:
-            return self._parse(found)
+            return self._parse(manifest)
         except ODD:
-            name = found["metadata"]["name"]
+            name = manifest["metadata"]["name"]
             error("object cannot be read", exc=True, resource=self.resource, name=clip(name))
             self.kubectl.metrics.errors.labels("watch").inc()
             return self._items.get(name)
@@ -3081,9 +3157,21 @@ HOPELESS_PULL = re.compile(
 HEALING_REFUSAL = re.compile(
     "Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown|being terminated"
 )
-STAGES = {  # who works, who leaves its last words where, and how it fails
-    "test": (TEST_CONTAINER, RESULTS_CONTAINER, ANNOTATION_SUMMARY, Reason.TESTS_FAILED),
-    "build": (BUILD_CONTAINER, BUILD_CONTAINER, ANNOTATION_DIGEST, Reason.BUILD_FAILED),
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """How a stage that is a Job works."""
+
+    worker: str  # the container that does the work
+    reporter: str  # the container whose termination message is the result
+    annotation: str  # of the Job, where the result is kept
+    failure: Reason
+
+
+STAGES = {
+    "test": Stage(TEST_CONTAINER, RESULTS_CONTAINER, ANNOTATION_SUMMARY, Reason.TESTS_FAILED),
+    "build": Stage(BUILD_CONTAINER, BUILD_CONTAINER, ANNOTATION_DIGEST, Reason.BUILD_FAILED),
 }
 Do = StrEnum("Do", "NOTHING WAIT UNSUSPEND BUILD ANNOTATE DEPLOY END")
 
@@ -3102,26 +3190,37 @@ class PodProblem:
 
 def container_problem(container: Container, pod: Pod) -> PodProblem | None:
     """Return what is wrong with a container, by the texts a real cluster gives."""
-    code, why, waiting = container.exit_code, container.exit_reason, container.waiting
-    key, name = f"{pod.name}/{container.name}", f"container {container.name} of {pod.name}"
+    key = f"{pod.name}/{container.name}"
+    name = f"container {container.name} of {pod.name}"
     text = f"{name}: {clip(container.text, 800)}"
+    waiting = container.waiting
     if PULL.fullmatch(waiting):
         unquoted = re.sub(r'"[^"]*"', "", container.text)  # an image may be called what it likes
         if HOPELESS_PULL.search(f"{waiting}: {unquoted}"):
             return PodProblem(f"{key}/pull", Reason.IMAGE_NOT_FOUND, text)
         return PodProblem(f"{key}/pull", Reason.IMAGE_PULL_FAILED, text, 60.0)
-    if not container.running and (START.fullmatch(waiting) or START.fullmatch(why)):
+    starting = START.fullmatch(waiting) or START.fullmatch(container.exit_reason)
+    if starting and not container.running:
         grace = NEVER if "failed to sync" in text else 30.0  # the kubelet's cache, not the object
         return PodProblem(f"{key}/start", Reason.CONTAINER_CONFIG, text, grace)
-    worked, oom = container.ready or pod.seen_ready, why == "OOMKilled"
+    return exit_problem(container, pod, f"{key}/exit", name)
+
+
+def exit_problem(container: Container, pod: Pod, key: str, name: str) -> PodProblem | None:
+    """Return what is wrong with a container that ended, unless it may or has worked before."""
+    code = container.exit_code
+    worked = container.ready or pod.seen_ready
+    out_of_memory = container.exit_reason == "OOMKilled"
     done = code is None or (code == 0 and container.kind != "app")
-    if done or (worked and not oom) or (pod.job and container.kind == "sidecar"):
+    if done or (worked and not out_of_memory) or (pod.job and container.kind == "sidecar"):
         return None
     reason = Reason.INIT_FAILED if container.kind == "init" else Reason.CRASH_LOOP
-    reason, cause = Reason.OUT_OF_MEMORY if oom else reason, f"{code} ({why})"
+    if out_of_memory:
+        reason = Reason.OUT_OF_MEMORY
+    cause = f"{code} ({container.exit_reason})"
     text = f"{name} ended {container.exits} times, last with exit code {cause}"
     grace = NEVER if worked or container.exits == 1 else 15.0
-    return PodProblem(f"{key}/exit", reason, text, grace, container.exits, cause)
+    return PodProblem(key, reason, text, grace, container.exits, cause)
 
 
 def pod_problems(pod: Pod) -> Iterator[PodProblem]:
@@ -3148,21 +3247,23 @@ def creation_problem(message: str, key: str) -> PodProblem:
 
 
 class ProblemTracker:
-    """Remembers since when each problem is there, and so tells which one will not heal."""
+    """Remembers since when each problem is there, and so knows which one is fatal."""
 
     def __init__(self) -> None:
-        self._first: dict[str, tuple[float, PodProblem]] = {}
+        self._first: dict[str, PodProblem] = {}  # as it was first seen
+        self._since: dict[str, float] = {}
 
     def fatal(self, problems: Iterable[PodProblem], now: float) -> PodProblem | None:
         """Return a problem that has lasted too long or recurred; what is gone is forgotten."""
-        present = {s.key: s for s in problems}
-        self._first = {k: self._first.get(k, (now, s)) for k, s in present.items()}
-        for key, found in present.items():
-            since, first = self._first[key]
-            again = found.times > first.times and found.cause == first.cause
-            unwatched = first.times > 1 and found.grace < NEVER
-            if again or unwatched or now - since >= found.grace:
-                return found
+        present = {p.key: p for p in problems}
+        self._first = {k: self._first.get(k, p) for k, p in present.items()}
+        self._since = {k: self._since.get(k, now) for k in present}
+        for key, problem in present.items():
+            first = self._first[key]
+            again = problem.times > first.times and problem.cause == first.cause
+            unwatched = first.times > 1 and problem.grace < NEVER
+            if again or unwatched or now - self._since[key] >= problem.grace:
+                return problem
         return None
 
 
@@ -3220,7 +3321,8 @@ def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
 
 def decide(observed: Observation) -> Action:
     """Return the next step of a run from what is observed; every call could be the first."""
-    test, build = (observed.jobs.get(stage) for stage in STAGES)
+    test = observed.jobs.get("test")
+    build = observed.jobs.get("build")
     if not observed.jobs or over(observed.jobs):
         return Action(Do.NOTHING)
     if test and (action := decide_job(observed, test)):
@@ -3255,27 +3357,29 @@ def decide_start(observed: Observation, do: Do, stage: str) -> Action:
     return Action(Do.WAIT, stage, detail="for a free slot")
 
 
-def decide_job(observed: Observation, found: Job) -> Action | None:
-    """Return what a Job needs, or None when it has succeeded and said what it had to."""
-    stage, (_, teller, note, _) = found.stage, STAGES[found.stage]
-    if found.deleting:
-        return Action(Do.WAIT, stage, detail=f"Job {found.name} is being deleted")
-    if found.state == "suspended":
-        return decide_start(observed, Do.UNSUSPEND, stage)
-    pods = [p for p in observed.pods if p.job == found.uid and not p.leaving]
+def decide_job(observed: Observation, job: Job) -> Action | None:
+    """Return what a Job needs, or None when it has succeeded and its result is kept."""
+    stage = STAGES[job.stage]
+    if job.deleting:
+        return Action(Do.WAIT, job.stage, detail=f"Job {job.name} is being deleted")
+    if job.state == "suspended":
+        return decide_start(observed, Do.UNSUSPEND, job.stage)
+    pods = [p for p in observed.pods if p.job == job.uid and not p.leaving]
     pods.sort(key=lambda p: -p.created)
     ended = [c for p in pods for c in p.containers if c.exit_code is not None]
-    said = next((c.words.strip() for c in ended if c.name == teller and c.words), "")
-    if note not in found.annotations and (said if stage == "test" else DIGEST.fullmatch(said)):
-        return Action(Do.ANNOTATE, stage, detail=said)
-    if found.state == "succeeded":
-        return None if stage == "test" or note in found.annotations else no_digest(observed, found)
-    if observed.fatal_problem:
-        return ends(
-            Outcome.FAILED, observed.fatal_problem.reason, observed.fatal_problem.detail, stage
-        )
-    failed, started = found.state == "failed", max((p.started for p in pods), default=0.0)
-    return failure(observed, found, ended) if failed else lateness(observed, found, started)
+    messages = (c.words.strip() for c in ended if c.name == stage.reporter and c.words)
+    result = next(messages, "")
+    whole = result if job.stage == "test" else DIGEST.fullmatch(result)
+    if whole and stage.annotation not in job.annotations:
+        return Action(Do.ANNOTATE, job.stage, detail=result)
+    if job.state == "succeeded":
+        complete = job.stage == "test" or stage.annotation in job.annotations
+        return None if complete else no_digest(observed, job)
+    if problem := observed.fatal_problem:
+        return ends(Outcome.FAILED, problem.reason, problem.detail, job.stage)
+    started = max((p.started for p in pods), default=0.0)
+    failed = job.state == "failed"
+    return failure(observed, job, ended) if failed else lateness(observed, job, started)
 
 
 def no_digest(observed: Observation, build: Job) -> Action:
@@ -3287,63 +3391,79 @@ def no_digest(observed: Observation, build: Job) -> Action:
     return decide_start(observed, Do.BUILD, "build")
 
 
-def lateness(observed: Observation, found: Job, started: float) -> Action:
-    """Return what a released Job waits for, or which of its times is over."""
-    stage, why = found.stage, found.annotations.get(ANNOTATION_DETAIL, "")
-    limit = getattr(observed.app, stage).timeout
+def lateness(observed: Observation, job: Job, started: float) -> Action:
+    """Return what an unsuspended Job waits for, or which of its times is over."""
+    why = job.annotations.get(ANNOTATION_DETAIL, "")
+    limit = getattr(observed.app, job.stage).timeout
     if started and observed.now - started > limit:
-        return ends(Outcome.FAILED, Reason.TIMEOUT, f"no result within {limit:.0f} s", stage)
-    if not started and found.released and observed.now - found.released > observed.queue_timeout:
-        why = why or "no pod could start in time"
-        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, why, stage)
-    return Action(Do.WAIT, stage, detail="its pod runs" if started else why or "for its pod")
+        detail = f"no result within {limit:.0f} s"
+        return ends(Outcome.FAILED, Reason.TIMEOUT, detail, job.stage)
+    waited = observed.now - job.unsuspended
+    if not started and job.unsuspended and waited > observed.queue_timeout:
+        detail = why or "no pod could start in time"
+        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, detail, job.stage)
+    return Action(Do.WAIT, job.stage, detail="its pod runs" if started else why or "for its pod")
 
 
-def failure(observed: Observation, found: Job, ended: Iterable[Container]) -> Action:
+def failure(observed: Observation, job: Job, ended: Iterable[Container]) -> Action:
     """Return why a Job failed, by its pods or its own condition, or that they may yet tell."""
-    main, _, _, red = STAGES[found.stage]
-    report = observed.report if found.stage == "test" else ""
-    told = next((c for c in ended if c.exit_code and c.name in (main, "clone")), None)
-    if told and told.exit_reason == "OOMKilled":
-        reason, detail = Reason.OUT_OF_MEMORY, f"{told.name} was killed for its memory"
-    elif told:
-        # the clone's words are our own; those of pushed code may hold anything
-        said = clip(told.words if told.name == "clone" else told.text)
-        said = said or f"exit code {told.exit_code}"
-        reason, detail = (red, report or said) if told.name == main else (Reason.CLONE_FAILED, said)
-    elif found.reason == "DeadlineExceeded":
-        reason, detail = Reason.TIMEOUT, "the Job's deadline passed"
-    elif observed.now - found.finished < LAG:
-        return Action(Do.WAIT, found.stage, detail="for its pod's last words")
-    else:
-        reason = red if found.reason == "PodFailurePolicy" else Reason.VANISHED
-        detail = report or f"its pods left no result ({clip(found.reason, 60)})"
-    return ends(Outcome.FAILED, reason, detail, found.stage)
+    stage = STAGES[job.stage]
+    report = observed.report if job.stage == "test" else ""
+    names = (stage.worker, "clone")
+    culprit = next((c for c in ended if c.exit_code and c.name in names), None)
+    if culprit:
+        return culprit_failure(job, culprit, report)
+    if job.reason == "DeadlineExceeded":
+        detail = "the Job's deadline passed"
+        return ends(Outcome.FAILED, Reason.TIMEOUT, detail, job.stage)
+    if observed.now - job.finished < LAG:
+        return Action(Do.WAIT, job.stage, detail="for its pod's last words")
+    reason = stage.failure if job.reason == "PodFailurePolicy" else Reason.VANISHED
+    detail = report or f"its pods left no result ({clip(job.reason, 60)})"
+    return ends(Outcome.FAILED, reason, detail, job.stage)
+
+
+def culprit_failure(job: Job, culprit: Container, report: str) -> Action:
+    """Return why a Job failed, by the container that did."""
+    if culprit.exit_reason == "OOMKilled":
+        detail = f"{culprit.name} was killed for its memory"
+        return ends(Outcome.FAILED, Reason.OUT_OF_MEMORY, detail, job.stage)
+    # the clone's words are our own; those of pushed code may hold anything
+    message = clip(culprit.words if culprit.name == "clone" else culprit.text)
+    message = message or f"exit code {culprit.exit_code}"
+    if culprit.name == "clone":
+        return ends(Outcome.FAILED, Reason.CLONE_FAILED, message, job.stage)
+    return ends(Outcome.FAILED, STAGES[job.stage].failure, report or message, job.stage)
 
 
 def decide_deploy(observed: Observation) -> Action:
     """Return which environment comes next, or how the run ended there."""
-    name, ended = "", (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED)
     for name in observed.app.deploy.environments:
-        service = observed.services.get(name)
-        switched = service is not None and service.run == observed.run.id
-        last = name == observed.app.deploy.environments[-1]
-        entry = service.entry(observed.run.id, observed.run.received) if service else {}
-        live = service.live if service and switched else {}
-        done = Outcome.DEPLOYED in (live.get("outcome"), entry.get("outcome"))
-        # whoever confirmed it a moment ago may yet take the traffic back
-        if done and not (switched and last and name in observed.busy):
-            continue
-        if name in observed.busy:
-            return Action(Do.WAIT, name, detail=f"{name} is being changed")
-        if (outcome := entry.get("outcome")) in ended:
-            known = [r for r in Reason if r == entry.get("reason")] or [
-                Reason.UNHEALTHY_AFTER_SWITCH
-            ]
-            return ends(Outcome(outcome), known[0], str(entry.get("detail", "")), name)
-        stale = None if switched else outdated(observed, name)
-        return stale or Action(Do.DEPLOY, name)
-    return ends(Outcome.DEPLOYED, Reason.OK, observed.report, name)
+        if action := decide_environment(observed, name):
+            return action
+    last = observed.app.deploy.environments[-1]
+    return ends(Outcome.DEPLOYED, Reason.OK, observed.report, last)
+
+
+def decide_environment(observed: Observation, name: str) -> Action | None:
+    """Return what a run needs in an environment, None where it is deployed there."""
+    run = observed.run
+    service = observed.services.get(name)
+    entry = service.entry(run.id, run.received) if service else HistoryEntry()
+    switched = service is not None and service.run == run.id
+    live = service.live if service and switched else HistoryEntry()
+    last = name == observed.app.deploy.environments[-1]
+    done = Outcome.DEPLOYED in (live.outcome, entry.outcome)
+    # whoever confirmed it a moment ago may yet switch back
+    if done and not (switched and last and name in observed.busy):
+        return None
+    if name in observed.busy:
+        return Action(Do.WAIT, name, detail=f"{name} is being changed")
+    if entry.outcome in (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED):
+        reasons = [r for r in Reason if r == entry.reason] or [Reason.UNHEALTHY_AFTER_SWITCH]
+        return ends(Outcome(entry.outcome), reasons[0], entry.detail, name)
+    stale = None if switched else outdated(observed, name)
+    return stale or Action(Do.DEPLOY, name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -3364,7 +3484,9 @@ def grant_slots(
     Deploy branches come before test-only branches, then apps in turn, then the newest push. One
     slot is left to deploy branches. An app has at most half of the slots while another one waits.
     """
-    used, turns, granted = [*running], dict(served), set[str]()
+    used = [*running]
+    turns = dict(served)
+    granted = set[str]()
     while True:
         tests = sum(not s.deploys for s in used)
         room_for_tests = tests < max(limit - 1, 1)
@@ -3397,9 +3519,11 @@ def head_word(run: Run, heads: Mapping[str, str] | None, age: float, now: float)
 def container_failure(pods: Iterable[Pod], since: float) -> str:
     """Return how an app container of a switched-to run failed on its own since a time, or ""."""
     for pod in (p for p in pods if not p.leaving):
-        for found in (c for c in pod.containers if c.kind == "app" and c.ended >= int(since)):
-            if code := found.exit_code:
-                return f"container {found.name} of {pod.name} ended with exit code {code}"
+        for container in pod.containers:
+            failed = container.kind == "app" and container.exit_code
+            if failed and container.ended >= int(since):
+                code = container.exit_code
+                return f"container {container.name} of {pod.name} ended with exit code {code}"
     return ""
 
 
@@ -3419,15 +3543,18 @@ def readiness_shortage(
     there by the cluster's doing; `starting`: others are, in the place of those it took away.
     """
     pods = [*pods]
-    down, served = unready(pods, since), any(p.ready for p in pods)
+    down = unready(pods, since)
+    served = any(p.ready for p in pods)
     if served and not down:
         return None
     grace = UNREADY_SECONDS if served else GONE_SECONDS
     grace = REPLACED_SECONDS if starting and not down else grace
     who = ", ".join(p.name for p in down) or "any pod"
     lasts = down and now - max(p.changed for p in down) > grace + 1.0  # it is in whole seconds
-    key, detail = f"{served} {grace}", f"not ready for {grace:.0f} s: {who}"
-    return PodProblem(key, Reason.UNHEALTHY_AFTER_SWITCH, detail, 0.0 if lasts else grace)
+    detail = f"not ready for {grace:.0f} s: {who}"
+    return PodProblem(
+        f"{served} {grace}", Reason.UNHEALTHY_AFTER_SWITCH, detail, 0.0 if lasts else grace
+    )
 
 
 def pods_taken_away(pods: Sequence[Pod], wanted: int) -> bool:
@@ -3436,39 +3563,6 @@ def pods_taken_away(pods: Sequence[Pod], wanted: int) -> bool:
     asleep = (p for p in stayed if not p.ready and {c.ready for c in p.containers} == {True})
     running = [p for p in pods if any(c.running for c in p.containers)]
     return any(asleep) or len(stayed) < max(wanted, len(running))
-
-
-@dataclass(slots=True)
-class Checks:
-    """What the health checks of a switched-to version have said, and for how long they did."""
-
-    failures: int = 0  # in a row
-    passes: int = 0  # in a row, none of them long after the one before
-    refusal: str = ""
-    judged: float = 0.0  # seconds
-    at: float = -NEVER  # when the last one ended
-
-    def add(self, now: float, refusal: str | None, *, clear: bool) -> None:
-        """Take over one; the time since the last counts if that is near, and nothing is hidden."""
-        gap = now - self.at
-        near = gap <= CHECK_GAP
-        self.judged += gap if near and clear else 0.0
-        self.passes = 0 if refusal else 1 + (self.passes if near else 0)
-        self.failures = self.failures + 1 if refusal else 0
-        self.refusal = refusal or ""
-        self.at = now
-
-    def passing(self, now: float) -> int:
-        """Return how many in a row have passed, up to now."""
-        return self.passes if now - self.at <= CHECK_GAP else 0
-
-
-def healthier_by(old: tuple[int, int], new: tuple[int, int]) -> int:
-    """Return above 0 when a larger share of the old version's pods is well than of the new one's.
-
-    Each is how many are well, and of how many: a version may have more pods than the one before.
-    """
-    return old[0] * max(new[1], 1) - new[0] * max(old[1], 1)
 
 
 class Drift(StrEnum):
@@ -3502,25 +3596,28 @@ def drift_of(recorded: str, reached: set[str], put_backs: int) -> Drift:
     return Drift.CONTESTED if put_backs >= PUT_BACKS else Drift.WIDENED
 
 
-def moved(history: Sequence[Object], entry: Object, by: str, now: float) -> list[Object]:
+def moved(
+    history: Sequence[HistoryEntry], entry: HistoryEntry, by: str, now: float
+) -> list[HistoryEntry]:
     """Return a history in which someone else has made an entry's run the live one.
 
     It stays proven if it was. What is newer was left by that, and is no target any more.
     """
     place = history.index(entry) if entry in history else 1
-    left = {"reason": str(Reason.SELECTOR_CHANGED), "detail": f"left by {by}"}
-    newer = [e if e["reason"] else {**e, **left} for e in history[:place]]
-    outcome = entry["outcome"] if entry["outcome"] in PROVEN else ""
-    again = {**entry, "outcome": outcome, "reason": "", "detail": "", "by": by, "at": now}
+    reason = str(Reason.SELECTOR_CHANGED)
+    detail = f"left by {by}"
+    newer = [e if e.reason else replace(e, reason=reason, detail=detail) for e in history[:place]]
+    outcome = entry.outcome if entry.proven else ""
+    again = replace(entry, outcome=outcome, reason="", detail="", by=by, at=now)
     return [again, *newer, *(e for e in history[place:] if e != entry)][:HISTORY_LENGTH]
 
 
-def chosen(service: Service, to: int | str) -> Object:
+def chosen(service: Service, to: int | str) -> HistoryEntry:
     """Return the history entry that a rollback goes to: so many proven versions back, or a run's.
 
     Raises RefusedError where there is none, or it is what is to be left.
     """
-    runs = ", ".join(dict.fromkeys(e["run"] for e in service.history if e["run"])) or "none"
+    runs = ", ".join(dict.fromkeys(e.run for e in service.history if e.run)) or "none"
     if isinstance(to, int):
         if service.history and not (service.live or service.run):
             raise RefusedError(f"what is live is not known; say where to go, --to RUN, of: {runs}")
@@ -3533,8 +3630,8 @@ def chosen(service: Service, to: int | str) -> Object:
         raise RefusedError(f"{clip(to, 60)!r} is no run of the history: {runs}")
     if service.reaches(entry):
         raise RefusedError(f"{to} is what is live")
-    outcome = entry["outcome"] if entry["outcome"] in PROVEN else str(Outcome.DEPLOYED)
-    return {**entry, "outcome": outcome, "reason": "", "detail": ""}
+    outcome = entry.outcome if entry.proven else str(Outcome.DEPLOYED)
+    return replace(entry, outcome=outcome, reason="", detail="")
 
 
 def narrowed(
@@ -3634,7 +3731,7 @@ class AppState:
 
     runs: dict[str, RunRecord]  # by id
     rejected: dict[str, Rejection]  # by commit
-    live: dict[str, Object]  # the history entry of what is live, by environment
+    live: dict[str, HistoryEntry]  # the history entry of what is live, by environment
     version: str  # the ConfigMap's resourceVersion, empty where there is none
     repairs: dict[str, str | None]  # what is to be written because of what was read
 
@@ -3662,7 +3759,7 @@ class AppState:
         elif kind == "rejected":
             self.rejected[name] = parse_record(Rejection, text, commit=name)
         elif kind == "live":
-            if entry := read_record(HistoryEntry, json.loads(text[: 4 * RECORD_BYTES])):
+            if entry := HistoryEntry.from_json(json.loads(text[: 4 * RECORD_BYTES])):
                 self.live[name] = entry
         elif kind == "ref":  # of version 0.1: the last push of each ref, by a hash of its name
             self.repairs[key] = None
@@ -3672,13 +3769,14 @@ class AppState:
 
     def find(self, ref: str, commit: str) -> RunRecord | None:
         """Return the record of a push by what identifies it, whatever its id."""
-        push, records = (recorded_ref(ref), commit), self.runs.values()
-        return next((r for r in records if (r.ref, r.commit) == push), None)
+        push = (recorded_ref(ref), commit)
+        return next((r for r in self.runs.values() if (r.ref, r.commit) == push), None)
 
     def last(self, ref: str) -> RunRecord | None:
         """Return the record of the newest push of a ref that was not found to be outdated."""
-        short, records = recorded_ref(ref), self.runs.values()
-        pushed = (r for r in records if r.ref == short and r.reason != Reason.NOT_HEAD)
+        short = recorded_ref(ref)
+        runs = self.runs.values()
+        pushed = (r for r in runs if r.ref == short and r.reason != Reason.NOT_HEAD)
         return max(pushed, key=lambda r: r.received, default=None)
 
 
@@ -3687,7 +3785,8 @@ def migrated(app: App, text: Any) -> RunRecord | None:
     old = json.loads(text)
     if old["outcome"] == "baseline":
         return None
-    ref, outcome = old["ref"], old["outcome"] or ""
+    ref = old["ref"]
+    outcome = old["outcome"] or ""
     kept = {**old, "ref": recorded_ref(ref), "outcome": outcome}
     push = parse_record(RunRecord, json.dumps(kept, ensure_ascii=False), id="")
     ended = push.received if outcome else 0.0
@@ -3704,7 +3803,8 @@ def forgotten(state: AppState, deploy_ref: str, with_job: Set[str] | None) -> li
     order = sorted(state.runs.values(), key=lambda r: (r.ref == deploys, r.received))
     newest = {r.id for r in order[-RUNS_LENGTH:]}
     sizes = {r.id: len(record_text(r).encode()) + len(r.key) for r in order}
-    size, keys = sum(sizes.values()), []
+    size = sum(sizes.values())
+    keys = []
     for record in order:
         spare = record.outcome and with_job is not None and record.id not in newest | with_job
         if spare or size > STATE_BYTES:
@@ -3718,7 +3818,8 @@ class StateStore:
     """Reads and writes what is recorded of the apps."""
 
     def __init__(self, kubectl: Kubectl, clock: Clock) -> None:
-        self.kubectl, self.clock = kubectl, clock
+        self.kubectl = kubectl
+        self.clock = clock
         self._seen: dict[str, AppState] = {}
         self._locks: dict[str, threading.RLock] = {}
 
@@ -3728,8 +3829,8 @@ class StateStore:
 
     def read(self, app: App) -> AppState:
         """Return what is recorded of an app now."""
-        found = self.kubectl.get("configmap", f"{MANAGER}-{app.name}", ORCHESTRATION)
-        state = self._seen[app.name] = AppState.from_configmap(app, found)
+        configmap = self.kubectl.get("configmap", f"{MANAGER}-{app.name}", ORCHESTRATION)
+        state = self._seen[app.name] = AppState.from_configmap(app, configmap)
         return state
 
     def write(
@@ -3738,7 +3839,7 @@ class StateStore:
         *records: RunRecord | Rejection,
         forget: Iterable[str] = (),
         with_job: Set[str] | None = None,
-        live: Mapping[str, Object] | None = None,
+        live: Mapping[str, HistoryEntry] | None = None,
     ) -> None:
         """Write records, forget keys, and what is too old: one compare-and-set patch.
 
@@ -3746,7 +3847,9 @@ class StateStore:
         entries of what is live by environment. Raises KubectlError.
         """
         change = {**dict.fromkeys(forget), **{r.key: record_text(r) for r in records}}
-        entries = {f"live-{name}": json.dumps(entry) for name, entry in (live or {}).items()}
+        entries = {
+            f"live-{name}": json.dumps(entry.to_json()) for name, entry in (live or {}).items()
+        }
         change |= {k: text for k, text in entries.items() if len(text) <= 4 * RECORD_BYTES}
         with self.lock(app):
             for left in reversed(range(STATE_TRIES)):
@@ -3772,7 +3875,8 @@ class StateStore:
         self, app: App, state: AppState, change: Mapping[str, str | None], with_job: Set[str] | None
     ) -> None:
         """Merge a change into the ConfigMap that a state was read from."""
-        name, data = f"{MANAGER}-{app.name}", {**state.repairs, **change}
+        name = f"{MANAGER}-{app.name}"
+        data = {**state.repairs, **change}
         records: list[RunRecord | Rejection] = [*state.runs.values(), *state.rejected.values()]
         texts = {record.key: record_text(record) for record in records}
         after = {k: v for k, v in {**texts, **data}.items() if v is not None}
@@ -3790,44 +3894,225 @@ class StateStore:
         self.write(app, Rejection(commit=commit, reason=reason, at=self.clock.now()))
 
 
-# === deploy =======================================================================================
+# === reports ======================================================================================
+# What becomes known outside: every change of state is one Transition, from which each report is
+# made; and the last log lines of what failed are kept for a day.
 
-LOG_PATIENCE = 2.0  # seconds that a failed deployment waits for the end of its logs to be kept
-AGAIN = ("Conflict", "AlreadyExists", "Unreachable")  # look once more: it mends itself, or is done
+
+class State(StrEnum):
+    """What happened to a run or an environment, as the log says it."""
+
+    QUEUED = "run queued"
+    CLAIMED = "claimed"
+    SWITCHED = "switched"
+    SWITCHED_BACK = "switched back"
+    REMOVED = "nothing to switch back to"
+    ROLLED_BACK = "rolled back"
+    RESTORED = "restored"
+    UNJUDGED = "confirmed unjudged"
+    DRIFTED = "selector drift"
+    ENDED = "run ended"
+
+
+BAD_OUTCOMES = (Outcome.FAILED, Outcome.SWITCHED_BACK)
+ALARMING_STATES = (State.SWITCHED_BACK, State.REMOVED, State.DRIFTED)
+NOTABLE_STATES = (State.ROLLED_BACK, State.UNJUDGED)
+DIRECTIONS = {  # of the traffic, by the state that follows
+    State.SWITCHED: "forward",
+    State.SWITCHED_BACK: "back",
+    State.ROLLED_BACK: "rollback",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transition:
+    """One change of the state of a run or of an environment."""
+
+    state: State
+    run: str
+    app: str
+    environment: str = ""
+    stage: str = ""
+    outcome: str = ""
+    reason: str = ""
+    detail: str = ""
+    at: float
+    by: str = ""  # who did it, where that was not this program
+    more: Mapping[str, Any] = dataclass_field(default_factory=dict)  # for the log line alone
+
+
+class Reports:
+    """Gives each Transition to every sink."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+
+    def emit(self, transition: Transition) -> None:
+        """Log and count a change of state."""
+        self.log(transition)
+        self.count(transition)
+
+    def log(self, transition: Transition) -> None:
+        """Write the log line."""
+        values = {f.name: getattr(transition, f.name) for f in fields(transition)}
+        values |= values.pop("more")
+        del values["at"]  # the line has a time of its own
+        report = info
+        if transition.state in NOTABLE_STATES:
+            report = warn
+        if transition.state in ALARMING_STATES or transition.outcome in BAD_OUTCOMES:
+            report = error
+        report(str(values.pop("state")), **values)
+
+    def count(self, transition: Transition) -> None:
+        """Count what has a metric."""
+        place = (transition.app, transition.environment)
+        if direction := DIRECTIONS.get(transition.state):
+            self.metrics.switches.labels(*place, direction).inc()
+        elif transition.state is State.DRIFTED:
+            self.metrics.drift.labels(*place).inc()
+        elif transition.state is State.ENDED:
+            labels = (transition.app, transition.outcome, transition.stage, transition.reason)
+            self.metrics.runs.labels(*labels).inc()
+
+
+class LogTails:
+    """Keeps the last log lines of what failed in ConfigMap `log-RUN`, where they were printed.
+
+    What a container printed goes nowhere else. A failure to keep it fails nothing else: threads do
+    it, through a kubectl of their own.
+    """
+
+    def __init__(self, kubectl: Kubectl, secrets: Secrets, clock: Clock) -> None:
+        self.kubectl = kubectl.with_own_slot()
+        self.secrets = secrets
+        self.clock = clock
+        self._permits = threading.BoundedSemaphore(LOGS_KEPT)
+
+    def start(self, work: Callable[[], Any], patience: float = 0.0) -> None:
+        """Start a thread for some work of this class, and wait for it at most so many seconds.
+
+        While very many such threads are busy, the work is left out.
+        """
+
+        def run() -> None:
+            """Do the work, and log why it failed."""
+            if not self._permits.acquire(blocking=False):
+                return
+            try:
+                work()
+            except (HookError, *ODD) as failed:
+                warn("logs not kept", detail=str(failed))
+            finally:
+                self._permits.release()
+
+        thread = threading.Thread(target=run, name="logs", daemon=True)
+        with suppress(RuntimeError):  # there can be no more threads: then no log is kept
+            thread.start()
+            thread.join(patience)
+
+    def keep(self, app: str, run: str, pods: Sequence[Pod], namespace: str) -> None:
+        """Write the ConfigMap of a run's logs, in the place of an older one."""
+        tails = {}
+        for spoken in speakers(pods):
+            printed = self.kubectl.logs(spoken.pod.name, spoken.container.name, namespace)
+            message = spoken.container.words
+            whole = printed if message in printed else f"{printed}\n{message}"
+            if tail := self.secrets.mask(whole.strip()[-2 * LOG_BYTES :]):
+                tails[f"{spoken.pod.name}.{spoken.container.name}"] = tail.encode()
+        if not tails:
+            return
+        share = LOG_BYTES // len(tails)
+        data = {key: tail[-share:].decode("utf-8", "ignore") for key, tail in tails.items()}
+        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app, LABEL_RUN: run, LABEL_STAGE: "log"}
+        meta = {"name": f"log-{run}", "labels": labels}
+        self.delete_surplus(app, namespace, LOGS_KEPT - 1, replaced=meta["name"])
+        configmap = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data}
+        self.kubectl.create([configmap], namespace)
+
+    def delete_expired(self, app: App, namespaces: Mapping[str, str]) -> None:
+        """Delete the logs of an app that are not to be kept any more."""
+        for name in (*STAGES, *app.deploy.environments):
+            keeps = name in STAGES or app.deploy.log_tails
+            self.delete_surplus(app.name, namespaces[name], LOGS_KEPT if keeps else 0)
+
+    def delete_surplus(self, app: str, namespace: str, most: int, replaced: object = None) -> None:
+        """Delete logs that are too old, are not among the newest, or are written again."""
+        terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_APP: app, LABEL_STAGE: "log"})
+        metas = [c["metadata"] for c in self.kubectl.list("configmaps", namespace, "-l", terms)]
+        metas.sort(key=lambda meta: epoch(meta["creationTimestamp"]), reverse=True)
+        oldest = self.clock.now() - LOG_TTL
+        surplus = {meta["name"] for meta in metas[most:]}
+        surplus |= {m["name"] for m in metas if epoch(m["creationTimestamp"]) < oldest}
+        surplus |= {m["name"] for m in metas if m["name"] == replaced}
+        self.kubectl.delete("configmap", surplus, namespace)
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """A container whose log says why something failed."""
+
+    pod: Pod
+    container: Container
+
+
+def speakers(pods: Iterable[Pod]) -> list[Speaker]:
+    """Return the containers whose logs say most: those that failed in the newest unready pod.
+
+    Where none failed, they are what runs in it: a test that hangs, or a version that answers wrong.
+    """
+    ordered = sorted(pods, key=lambda p: (p.ready, -p.created))
+    ran = [Speaker(p, c) for p in ordered for c in p.containers if c.running or c.exits]
+    ran = [s for s in ran if s.container.kind != "sidecar"]
+    failed = [s for s in ran if s.container.exit_code or not s.container.ready]
+    chosen = failed or [s for s in ran if s.container.kind == "app"]
+    return [s for s in chosen if s.pod is chosen[0].pod][:4]
+
+
+def selector_text(selector: Mapping[str, str]) -> str:
+    """Return a selector as `-l` takes it."""
+    return ",".join(f"{k}={v}" for k, v in selector.items())
+
+
+# === health =======================================================================================
+# Whether a version is healthy, by its pods, by the endpoints of its Service and by its health path.
+
 HEAD_BYTES = 65_536  # of an answer's status and headers
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
+UNCERTAIN = ("Conflict", "AlreadyExists", "Unreachable")  # the step looks again, and acts again
 
 
-def health_refusal(url: str, patience: float = 2.0) -> str | None:
-    """Return why a health path does not answer as healthy, or None; the one door to HTTP.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Doors:
+    """The ways out of the program, as everything that deploys uses them."""
 
-    There is one deadline for the whole answer, which is read to the end of its headers and no
-    further. Raises OSError where it is this process that has no more files.
-    """
-    until, parts, head = time.monotonic() + patience, urlsplit(url), b""
-    path = f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
-    lines = (f"GET {path} HTTP/1.1", f"Host: {parts.netloc}", "Accept: */*", "Connection: close")
-    request = "\r\n".join([*lines, f"User-Agent: {MANAGER}/{__version__}", "", ""])
-    try:
-        with socket.create_connection((parts.hostname or "", parts.port), patience) as connection:
-            connection.sendall(request.encode())
-            while not re.search(rb"\n\r?\n", head) and len(head) < HEAD_BYTES:
-                if (left := until - time.monotonic()) <= 0:
-                    return f"no whole answer within {patience:.0f} s"
-                connection.settimeout(left)
-                if not (received := connection.recv(4096)):
-                    break
-                head += received
-    except TimeoutError:
-        return f"no whole answer within {patience:.0f} s"
-    except OSError as failed:
-        if failed.errno in OUT_OF_FILES:
-            raise
-        return type(failed).__name__
-    status = re.match(rb"HTTP/1\.[01] ([1-9][0-9]{2})\b", head)
-    if not status or not re.search(rb"\n\r?\n", head):
-        return "not an HTTP answer"
-    return None if b"200" <= status[1] < b"400" else f"status {status[1].decode()}"
+    kubectl: Kubectl
+    git: Git
+    secrets: Secrets
+    clock: Clock
+    reports: Reports
+    stop: threading.Event  # ends all waiting
+
+    def pause(self, seconds: float) -> None:
+        """Wait; raises InterruptedError when the program is to stop."""
+        if self.stop.wait(seconds):
+            raise InterruptedError
+
+    def urgent(self) -> Doors:
+        """Return the same doors with a kubectl that waits for no other call."""
+        calls = 2 * self.kubectl.at_once
+        return replace(
+            self, kubectl=UrgentKubectl(self.kubectl.metrics, calls, self.kubectl.program)
+        )
+
+    def require_head(self, task: Task) -> None:
+        """Raise unless the commit is its branch's head; without an answer it is tried again."""
+        heads = self.git.heads(task.app.repository)
+        word = head_word(task.run, heads, 0, self.clock.now())
+        if word == "moved":
+            raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
+        if word == "unknown":
+            raise HookError("the git server does not show the push yet")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -3847,7 +4132,7 @@ class Task:
 
     @property
     def labels(self) -> tuple[str, str]:
-        """The labels of its metrics."""
+        """The labels of its metrics, by which an environment of an app is known."""
         return self.app.name, self.environment
 
     @property
@@ -3856,442 +4141,572 @@ class Task:
         return self.environment == self.app.deploy.environments[-1]
 
 
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """Where a rollback goes: an entry of the history, as it was and as it will be live.
-
-    Overwritten: its pods are ready, but another run is in their Deployment.
-    """
-
-    target: Object
-    entry: Object
-    overwritten: bool
-
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def persistent(step: F, *, while_head: bool = False) -> F:
-    """Repeat a step that looks and acts, until it gets an answer another try cannot change.
+def retried(step: F, *, while_head: bool = False) -> F:
+    """Repeat a step that looks and then acts, until it gets an answer that another try keeps.
 
-    After a conflict, and where no answer came, so that its effect is unknown. A step before the
-    switch goes on only while its commit is the branch's head: what is tried for ever would keep
-    the correction out.
+    It is repeated after a conflict, and where no answer came, so that its effect is unknown. A step
+    before the switch goes on only while its commit is the branch's head: a step that is tried for
+    ever would keep the correction out.
     """
 
-    def persist(self: Deployer, task: Task, *args: Any, **more: Any) -> Any:
+    def repeat(self: Any, task: Task, *args: Any, **more: Any) -> Any:
         """Take the step until it is answered."""
-        failures = 0
-        asked = self.clock.monotonic()
+        doors: Doors = self.doors
+        retry = Retry(doors.clock, report_every=30)
+        checked = doors.clock.monotonic()
         while True:
             try:
                 return step(self, task, *args, **more)
             except KubectlError as failed:
-                if failed.kind not in AGAIN:
+                if failed.kind not in UNCERTAIN:
                     raise
-                if failures < len(DELAYS) or failures % 30 == 0:  # then every half a minute
-                    warn("will look again", detail=str(failed), **task.words)
-                self.pause(0.05 if failed.kind != "Unreachable" else min(backoff(failures), 1.0))
-                failures += 1
-            if while_head and task.run.ref and self.clock.monotonic() - asked > HEAD_FRESH:
+                if retry.failed("step"):
+                    warn("a step is tried again", detail=str(failed), **task.words)
+                doors.pause(retry.wait(1.0) if failed.kind == "Unreachable" else 0.05)
+            if while_head and task.run.ref and doors.clock.monotonic() - checked > HEAD_FRESH:
                 with suppress(GitError):
-                    self.require_head(task)
-                asked = self.clock.monotonic()
+                    doors.require_head(task)
+                checked = doors.clock.monotonic()
 
-    return cast(F, persist)
+    return cast(F, repeat)
 
 
-class LogTails:
-    """Keeps the last log lines of what failed in ConfigMap `log-RUN`, where they were printed.
+@dataclass(frozen=True, slots=True)
+class PodHealth:
+    """How many pods of a version are healthy, and how many it is to have."""
 
-    Nowhere else does what a container printed go. Best effort: a thread does it through a door of
-    its own, so that it neither delays nor fails anything.
-    """
+    ready: int = 0
+    wanted: int = 0
 
-    def __init__(self, kubectl: Kubectl, secrets: Secrets, clock: Clock) -> None:
-        self.kubectl, self.secrets, self.clock = kubectl.with_own_slot(), secrets, clock
-        self._places = threading.BoundedSemaphore(LOGS_KEPT)
+    def better_than(self, other: PodHealth) -> bool:
+        """Whether a larger share of these pods is healthy; versions may differ in size."""
+        return self.ready * max(other.wanted, 1) > other.ready * max(self.wanted, 1)
 
-    def start(self, work: Callable[[], Any], patience: float = 0.0) -> None:
-        """Start a thread for some work of this class, and wait for it only so long.
 
-        It does nothing while very many are busy.
+@dataclass(frozen=True, slots=True)
+class EndpointState:
+    """What the endpoints of a Service say after a switch."""
+
+    converged: bool  # they are pods of the selected version alone, and enough
+    moved: bool  # some of them are, or none is left: a controller has acted on the switch
+
+
+class Workloads:
+    """The pods and Deployments of an app: how many there are, and how many are healthy."""
+
+    def __init__(self, doors: Doors) -> None:
+        self.doors = doors
+        self.kubectl = doors.kubectl
+
+    def health(self, task: Task, entry: HistoryEntry, *, ask: bool) -> PodHealth:
+        """Return how many pods of a history entry are healthy.
+
+        Healthy are those that are ready and, if they are asked, answer as healthy within a second.
         """
-
-        def run() -> None:
-            """Work, and say what does not work."""
-            if not self._places.acquire(blocking=False):
-                return
-            try:
-                work()
-            except (HookError, *ODD) as failed:
-                warn("logs not kept", detail=str(failed))
-            finally:
-                self._places.release()
-
-        thread = threading.Thread(target=run, name="logs", daemon=True)
-        with suppress(RuntimeError):  # no more threads: no log is kept
-            thread.start()
-            thread.join(patience)
-
-    def keep(self, app: str, run: str, pods: Sequence[Pod], namespace: str) -> None:
-        """Write the ConfigMap of a run's logs, in the place of an older one."""
-        tails = {}
-        for pod, container in speakers(pods):
-            printed = self.kubectl.logs(pod.name, container.name, namespace)
-            words = "" if container.words in printed else f"\n{container.words}"
-            if text := self.secrets.mask(f"{printed}{words}".strip()[-2 * LOG_BYTES :]):
-                tails[f"{pod.name}.{container.name}"] = text.encode()
-        if not tails:
-            return
-        share = LOG_BYTES // len(tails)
-        data = {key: text[-share:].decode("utf-8", "ignore") for key, text in tails.items()}
-        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app, LABEL_RUN: run, LABEL_STAGE: "log"}
-        meta = {"name": f"log-{run}", "labels": labels}
-        self.prune(app, namespace, LOGS_KEPT - 1, meta["name"])
-        made = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data}
-        self.kubectl.create([made], namespace)
-
-    def tidy(self, app: App, namespaces: Mapping[str, str]) -> None:
-        """Delete the logs of an app that are not to be kept any more."""
-        for name in (*STAGES, *app.deploy.environments):
-            kept = LOGS_KEPT if name in STAGES or app.deploy.log_tails else 0
-            self.prune(app.name, namespaces[name], kept)
-
-    def prune(self, app: str, namespace: str, most: int, again: object = None) -> None:
-        """Delete logs that are too old, not among the newest so many, or written again."""
-        terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_APP: app, LABEL_STAGE: "log"})
-        metas = [c["metadata"] for c in self.kubectl.list("configmaps", namespace, "-l", terms)]
-        dated = sorted(((epoch(m["creationTimestamp"]), m["name"]) for m in metas), reverse=True)
-        oldest = self.clock.now() - LOG_TTL
-        gone = [n for i, (at, n) in enumerate(dated) if i >= most or at < oldest or n == again]
-        self.kubectl.delete("configmap", gone, namespace)
-
-
-def speakers(pods: Iterable[Pod]) -> list[tuple[Pod, Container]]:
-    """Return the containers whose logs tell most: those that failed in the newest unready pod.
-
-    Where none failed, what runs in it: a test that hangs, or a version that answers wrongly.
-    """
-    ordered = sorted(pods, key=lambda p: (p.ready, -p.created))
-    all_ran = [(p, c) for p in ordered for c in p.containers if c.running or c.exits]
-    ran = [(p, c) for p, c in all_ran if c.kind != "sidecar"]
-    failed = [(p, c) for p, c in ran if c.exit_code or not c.ready]
-    chosen = failed or [(p, c) for p, c in ran if c.kind == "app"]
-    return [(p, c) for p, c in chosen if p is chosen[0][0]][:4]
-
-
-class Deployer:
-    """Brings runs into environments, and takes traffic back. Every step looks before it acts."""
-
-    def __init__(self, kubectl: Kubectl, git: Git, secrets: Secrets, clock: Clock) -> None:
-        self.kubectl, self.git, self.secrets, self.clock = kubectl, git, secrets, clock
-        self.metrics, self.state = kubectl.metrics, StateStore(kubectl, clock)
-        self.logs = LogTails(kubectl, secrets, clock)
-        self.stop = threading.Event()  # ends all waiting
-        # by app and environment: the live Service as it was when last in order, and what was said
-        self.known: dict[tuple[str, str], Service] = {}
-        self.drifts: dict[tuple[str, str], tuple[Drift, dict[str, str]]] = {}
-        # itself with a door that is not waited for, for what is live
-        self.urgent = self
-        if not isinstance(kubectl, UrgentKubectl):
-            door = UrgentKubectl(kubectl.metrics, 2 * kubectl.at_once, kubectl.program)
-            self.urgent = Deployer(door, git, secrets, clock)
-            self.urgent.stop, self.urgent.state = self.stop, self.state
-            self.urgent.known, self.urgent.drifts = self.known, self.drifts
-
-    def deploy(self, task: Task) -> None:
-        """Bring a run into an environment, through its bake in the last one.
-
-        Raises StageError when it cannot (live traffic is as before, or was taken back) and
-        SupersededError when something newer, or someone, took its place.
-        """
-        with self.follow_pods(task) as pods:
-            service = self.urgent.service(task)
-            if service is None:
-                self.require_undeleted(task)
-            resumed = service is not None and service.run == task.run.id
-            if not resumed:
-                release, claimed = self.prepare(task, pods)
-                self.switch(task, release, claimed)
-                self.metrics.switches.labels(*task.labels, "forward").inc()
-                info("switched", colour=release.colour, commit=release.commit, **task.words)
-            self.verify_and_bake(task, pods, resumed=resumed)
-
-    def prepare(self, task: Task, pods: Informer[Pod]) -> tuple[Release, Service | None]:
-        """Do everything before the switch; return what may go live, and the Service as claimed."""
-        where = (task.app.repository, task.run.commit, path := task.app.deploy.manifests)
-        with self.git.manifests(*where) as checkout:
-            found = read_manifests(checkout, path)
-        objects = check_objects(task.app, task.namespace, found)
-        release = render(task.app, task.run, task.image, self.idle_colour_and_size(task), objects)
-        claimed = self.claim(task, release)
-        info("claimed", colour=release.colour, ignored=objects.ignored or None, **task.words)
-        try:
-            self.apply(task, release, claimed)
-            self.roll_out(task, release, pods)
-            self.smoke_test(task, release)
-        finally:
-            # pods that someone else replaced meanwhile say nothing against this run
-            self.check_claim(task, claimed, self.service(task))
-        return release, claimed
-
-    # What is there, and who may change it.
-
-    def service(self, task: Task) -> Service | None:
-        """Return the live Service as it is now; where its selector names no run, by its pods."""
-        found = self.kubectl.get("service", task.app.name, task.namespace)
-        service = Service(found) if found else None
-        if service and not (service.run or service.live):
-            ready = map(Pod, self.ready_pods(task.namespace, service.selector))
-            runs = runs_of(task.app.name, ready)
-            service.run = runs.pop() if len(runs) == 1 else ""
-        return service
-
-    def remember(self, task: Task, service: Service) -> None:
-        """Keep a live Service that is in order, for when what is written on it is lost."""
-        last = self.known.get(task.labels, service)
-        if service.in_order and service.version >= last.version:
-            self.known[task.labels] = service
-            self.drifts.pop(task.labels, None)
-
-    def recorded(self, task: Task, service: Service | None) -> Service | None:
-        """Return the live Service as it is recorded: by itself, or, if it lost that, elsewhere."""
-        if source := service if service and service.history else self.known.get(task.labels):
-            return source
-        entry = self.state.read(task.app).live.get(task.environment)
-        if service and service.run and not entry:
-            entry = self.released(task, service)
-        return Service.recorded(task.app.name, entry) if entry else None
-
-    def released(self, task: Task, service: Service) -> Object:
-        """Return the history entry of the run that a Service reaches, by its release."""
-        terms = f"{LABEL_APP}={task.app.name},{LABEL_STAGE}=release"
-        for found in self.kubectl.list("configmaps", task.namespace, "-l", terms):
-            with suppress(StageError):
-                release = Release.from_configmap(found)
-                colour = service.selector.get(LABEL_VERSION, release.colour)
-                if (release.run, release.colour) == (service.run, colour):
-                    return entry_of(release, task.app.name, self.clock.now())
-        return {}
-
-    def drift(self, task: Task, service: Service, source: Service | None) -> Drift:
-        """Return what the selector of a live Service is beside what is recorded of it."""
-        if source is None or not source.served or service.in_order:
-            return Drift.NONE
-        pods = map(Pod, self.staying(task.namespace, service.selector))
-        put_backs = len(self.put_backs(source))
-        return drift_of(source.served["run"], runs_of(task.app.name, pods), put_backs)
-
-    def put_backs(self, source: Service) -> list[float]:
-        """Return when a widened selector was put back of late."""
-        since = self.clock.now() - PUT_BACK_SECONDS
-        return [
-            at for at in map(seconds_of, source.annotation(ANNOTATION_PUT_BACK, [])) if at > since
+        pods = self.staying(task.namespace, entry.selector)
+        port: Object = (entry.ports or [{}])[0]
+        ready = [p for p in pods if Pod(p).ready]
+        wanted = len(pods)
+        if LABEL_VERSION in entry.selector:
+            wanted = max(wanted, self.size(task, entry.selector))
+        urls = [
+            u for p in ready if ask and (u := pod_address(p, port, task.app.deploy.health.path))
         ]
+        return PodHealth(len(ready) - failing_addresses(urls), wanted)
 
-    @persistent
-    def mend(self, task: Task) -> None:
-        """See to a live Service that someone else changed: put it back, or write down what it is.
+    def endpoints(
+        self, task: Task, selector: Mapping[str, str], wanted: int, since: float
+    ) -> EndpointState:
+        """Return whether the ready endpoints are the wanted pods of a selector.
 
-        What was written on it comes back, too, where it was deleted and made again.
+        Pods that the cluster took away or replaced since a time are not waited for.
         """
-        service = self.service(task)
-        source = self.recorded(task, service)
-        if service is None or source is None or service.in_order:
-            return
-        drift, by = self.drift(task, service, source), self.last_change(task).get("manager")
-        self.say_drift(task, service, drift, by := clip(str(by or "someone else"), 80))
-        own = {k: v for k, v in service.annotations().items() if v}
-        annotations, goal = {**source.annotations(), **own}, None
-        if drift is Drift.WIDENED:
-            annotations[ANNOTATION_PUT_BACK] = [*self.put_backs(source), round(self.clock.now(), 3)]
-            goal = source.served
-        elif drift is Drift.KEPT:
-            annotations[ANNOTATION_HISTORY] = [
-                {**e, "by": by} if e == source.served else e for e in source.history
-            ]
-        elif drift is Drift.MOVED and service.run:
-            unknown = {"run": service.run, "selector": service.selector}
-            entry = source.entry(service.run) or self.released(task, service)
-            entry = entry or read_record(HistoryEntry, unknown)
-            annotations[ANNOTATION_HISTORY] = moved(source.history, entry, by, self.clock.now())
-        if goal or annotations[ANNOTATION_HISTORY] != service.history:
-            self.write(task, service, annotations, goal)
-
-    def say_drift(self, task: Task, service: Service, drift: Drift, by: str) -> None:
-        """Say and count once what someone else made of a live selector."""
-        if self.drifts.get(task.labels) != (drift, service.selector):
-            self.drifts[task.labels] = drift, service.selector
-            self.metrics.drift.labels(*task.labels).inc()
-            contested = drift is Drift.CONTESTED
-            reason = Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED
-            words = {**task.words, "run": service.run}
-            error("selector drift", drift=drift, reason=reason, by=by, **words)
-
-    def pause(self, seconds: float) -> None:
-        """Wait; raises InterruptedError when the program is to stop."""
-        if self.stop.wait(seconds):
-            raise InterruptedError
-
-    def write(
-        self, task: Task, seen: Service, annotations: Object, goal: Object | None = None
-    ) -> Service:
-        """Compare-and-set the live Service: annotations, None removes one, and where it points.
-
-        The same patch stores the selector that it replaces, as the previous one.
-        """
-        spec: Object = {}
-        if goal:
-            # a merge keeps keys that are not named: those that must go are set to null
-            spec["selector"] = {**dict.fromkeys(seen.selector), **goal["selector"]}
-            annotations = {
-                ANNOTATION_PREVIOUS: seen.live.get("selector") or seen.selector,
-                **annotations,
-            }
-        if goal and goal.get("ports"):
-            spec["ports"] = ports_like(goal["ports"], seen.ports)
-        texts = {k: None if v is None else json.dumps(v) for k, v in annotations.items()}
-        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: seen.name, LABEL_STAGE: "live"}
-        meta = {"resourceVersion": str(seen.version), "annotations": texts, "labels": labels}
-        change = {"metadata": meta, "spec": spec}
-        written = Service(self.kubectl.patch("service", seen.name, task.namespace, change))
-        self.remember(task, written)
-        return written
-
-    def idle_colour_and_size(self, task: Task) -> Placement:
-        """Return the idle colour, and how large the live one is.
-
-        Live is what today's selector reaches, which may be what a person wrote: the two colours of
-        our own pods among it, or neither; and, where there is no Service, what it reached.
-        """
-        service, name = self.service(task), task.app.name
-        selector = service.selector if service else {}
-        source = self.recorded(task, service)
-        self.require_order(task, service, source)
-        labels = [p["metadata"]["labels"] for p in self.staying(task.namespace, selector)]
-        live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == name}
-        live.add(selector.get(LABEL_VERSION))
-        if source and not service:
-            live.add(source.served.get("colour"))
-        foreign = service and not service.ours
-        replicas, free = len(labels) if foreign else 0, [c for c in COLOURS if c not in live]
-        detail = "both colours serve; point the Service at one of them"
-        for colour in COLOURS:
-            found = self.kubectl.get("deployment", f"{name}-{colour}", task.namespace)
-            if found and colour in live:
-                replicas = max(replicas, int(found["spec"].get("replicas", 1)))
-            elif found and LABEL_APP not in found["spec"]["selector"].get("matchLabels", {}):
-                detail = f"Deployment {name}-{colour} was not made here; delete or rename it"
-                free.remove(colour)
-        if not free:
-            raise StageError(Reason.ADOPTION_REFUSED, detail)
-        return Placement(free[0], replicas)
-
-    def require_order(self, task: Task, service: Service | None, source: Service | None) -> None:
-        """Raise while the live selector reaches two versions; it is put back soon, or contested."""
-        drift = self.drift(task, service, source) if service else Drift.NONE
-        if drift is Drift.CONTESTED:
-            raise StageError(Reason.SELECTOR_CONTESTED, self.last_manager(task))
-        if drift is Drift.WIDENED:
-            raise HookError("the selector of the live Service was widened, and is put back first")
-
-    def require_undeleted(self, task: Task) -> None:
-        """Raise while the live Service of a run that is verified or baked is deleted."""
-        source = self.recorded(task, None)
-        served = source.served if source else {}
-        if served.get("run") == task.run.id and self.ready_pods(task.namespace, served["selector"]):
-            raise HookError("someone deleted the live Service; the run goes on when it is there")
+        terms = f"kubernetes.io/service-name={task.app.name}"
+        slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
+        ready = ready_endpoints(slices)
+        pods = [Pod(p) for p in self.pods(task.namespace, selector)]
+        names = {p.name for p in pods}
+        enough = min(wanted, sum(p.created <= since and not p.leaving for p in pods))
+        converged = bool(ready and ready <= names and len(ready) >= enough)
+        return EndpointState(converged, moved=bool(slices) and (not ready or bool(ready & names)))
 
     def size(self, task: Task, selector: Mapping[str, str]) -> int:
         """Return how many pods a colour is to have now: an autoscaler may have changed it."""
         name = f"{task.app.name}-{selector.get(LABEL_VERSION, '')}"
-        found = self.kubectl.get("deployment", name, task.namespace) or {}
-        return int(found.get("spec", {}).get("replicas", 1))
+        deployment = self.kubectl.get("deployment", name, task.namespace) or {}
+        return int(deployment.get("spec", {}).get("replicas", 1))
+
+    def staying(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
+        """Return the pods that a selector reaches and that neither have ended nor are to end."""
+        return [p for p in self.pods(namespace, selector) if Pod(p).stays]
+
+    def ready(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
+        """Return the ready pods that a selector reaches."""
+        return [p for p in self.pods(namespace, selector) if Pod(p).ready]
 
     def pods(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
         """Return the pods that a selector reaches; an empty one reaches none."""
         terms = selector_text(selector)
         return self.kubectl.list("pods", namespace, "-l", terms) if terms else []
 
-    def staying(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
-        """Return the pods that a selector reaches and that neither have ended nor are to end."""
-        return [p for p in self.pods(namespace, selector) if Pod(p).stays]
+    @retried
+    def scale(self, task: Task, name: str, replicas: int, run: str = "") -> None:
+        """Set the size of a Deployment; where a run is named, only if it still carries that."""
+        deployment = self.kubectl.get("deployment", name, task.namespace)
+        if deployment and (not run or deployment["metadata"]["labels"].get(LABEL_RUN) == run):
+            meta = {"resourceVersion": deployment["metadata"]["resourceVersion"]}
+            change = {"metadata": meta, "spec": {"replicas": replicas}}
+            self.kubectl.patch("deployment", name, task.namespace, change)
 
-    def ready_pods(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
-        """Return the ready pods that a selector reaches."""
-        return [p for p in self.pods(namespace, selector) if Pod(p).ready]
+    def restart(self, task: Task, name: str) -> None:
+        """Restart the pods of an old colour, so that connections that are kept alive move."""
+        deployment = self.kubectl.get("deployment", name, task.namespace)
+        if deployment and deployment["spec"].get("replicas"):
+            self.kubectl.run("rollout", "restart", f"deployment/{name}", namespace=task.namespace)
 
-    def new_claim(self, run: str, colour: str, phase: str, heal: str = "") -> Object:
+    def unpause(self, task: Task, name: str) -> None:
+        """Let the rollout of a Deployment go on that a rollback has paused."""
+        deployment = self.kubectl.get("deployment", name, task.namespace)
+        if deployment and deployment["spec"].get("paused"):
+            change = {"spec": {"paused": False}}
+            self.kubectl.patch("deployment", name, task.namespace, change)
+
+
+def failing_addresses(urls: Iterable[str]) -> int:
+    """Return how many of these health paths do not answer as healthy within a second."""
+    with ThreadPoolExecutor(32) as at_once:
+        refusals = at_once.map(partial(health_refusal, patience=1.0), urls)
+        return sum(refusal is not None for refusal in refusals)
+
+
+def health_refusal(url: str, patience: float = 2.0) -> str | None:
+    """Return why a health path does not answer as healthy, or None; the one door to HTTP.
+
+    There is one deadline, in seconds, for the whole answer, which is read to the end of its headers
+    and no further. Raises OSError where it is this process that can open no more files.
+    """
+    deadline = time.monotonic() + patience
+    parts = urlsplit(url)
+    head = b""
+    path = f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
+    lines = (f"GET {path} HTTP/1.1", f"Host: {parts.netloc}", "Accept: */*", "Connection: close")
+    request = "\r\n".join([*lines, f"User-Agent: {MANAGER}/{__version__}", "", ""])
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port), patience) as connection:
+            connection.sendall(request.encode())
+            while not re.search(rb"\n\r?\n", head) and len(head) < HEAD_BYTES:
+                if (left := deadline - time.monotonic()) <= 0:
+                    return f"no whole answer within {patience:.0f} s"
+                connection.settimeout(left)
+                if not (received := connection.recv(4096)):
+                    break
+                head += received
+    except TimeoutError:
+        return f"no whole answer within {patience:.0f} s"
+    except OSError as failed:
+        if failed.errno in OUT_OF_FILES:
+            raise
+        return type(failed).__name__
+    status = re.match(rb"HTTP/1\.[01] ([1-9][0-9]{2})\b", head)
+    if not status or not re.search(rb"\n\r?\n", head):
+        return "not an HTTP answer"
+    return None if b"200" <= status[1] < b"400" else f"status {status[1].decode()}"
+
+
+def pod_address(pod: Object, port: Mapping[str, Any], path: str) -> str | None:
+    """Return the address of a pod's health path by its Service's target port, None if unknown."""
+    target = port.get("targetPort", port.get("port"))
+    host = (pod.get("status") or {}).get("podIP")
+    if isinstance(target, str):
+        containers = [*pod["spec"]["containers"], *(pod["spec"].get("initContainers") or [])]
+        ports = [p for c in containers for p in c.get("ports") or []]
+        target = next((p["containerPort"] for p in ports if p.get("name") == target), None)
+    return web_address(host, target, path) if target and host else None
+
+
+def web_address(host: str, port: Any, path: str) -> str:
+    """Return an http address, also of an IPv6 host."""
+    return f"http://[{host}]:{port}{path}" if ":" in host else f"http://{host}:{port}{path}"
+
+
+def ready_endpoints(slices: Iterable[Object]) -> set[str]:
+    """Return the names of the pods behind the ready endpoints of EndpointSlices."""
+    endpoints = [e for s in slices for e in s.get("endpoints") or []]
+    ready = [e for e in endpoints if (e.get("conditions") or {}).get("ready") is not False]
+    return {(e.get("targetRef") or {}).get("name", e["addresses"][0]) for e in ready}
+
+
+def rolled_out(deployment: Object, ready: int) -> bool:
+    """Whether a Deployment's status and its ready pods prove that all wanted ones are ready."""
+    status = deployment.get("status") or {}
+    wanted = deployment["spec"].get("replicas", 1)
+    counts = ("updatedReplicas", "readyReplicas", "availableReplicas", "replicas")
+    complete = {status.get(k, 0) for k in counts} == {wanted} and ready >= wanted > 0
+    current = status.get("observedGeneration", 0) >= deployment["metadata"]["generation"]
+    return bool(complete and current)
+
+
+# === live service =================================================================================
+# What visitors reach: the live Service of an app in an environment, who may change it, and the
+# patches that move traffic. Each of them compares and sets.
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedDrift:
+    """What was last reported of a selector that someone else changed."""
+
+    drift: Drift
+    selector: Mapping[str, str]
+
+
+@dataclass(slots=True)
+class Remembered:
+    """What this process remembers of live Services, each by app and environment."""
+
+    in_order: dict[tuple[str, str], Service] = dataclass_field(default_factory=dict)
+    drifts: dict[tuple[str, str], ReportedDrift] = dataclass_field(default_factory=dict)
+
+
+class LiveServices:
+    """Reads and writes live Services, and what is recorded of them, there and elsewhere."""
+
+    def __init__(self, doors: Doors, state: StateStore, remembered: Remembered) -> None:
+        self.doors = doors
+        self.kubectl = doors.kubectl
+        self.state = state
+        self.remembered = remembered
+        self.workloads = Workloads(doors)
+
+    def read(self, task: Task) -> Service | None:
+        """Return the live Service as it is now; where its selector names no run, by its pods."""
+        manifest = self.kubectl.get("service", task.app.name, task.namespace)
+        service = Service(manifest) if manifest else None
+        if service and not (service.run or service.live):
+            ready = map(Pod, self.workloads.ready(task.namespace, service.selector))
+            runs = runs_of(task.app.name, ready)
+            service.run = runs.pop() if len(runs) == 1 else ""
+        return service
+
+    def remember(self, task: Task, service: Service) -> None:
+        """Keep a live Service that is in order, for when what is written on it is lost."""
+        last = self.remembered.in_order.get(task.labels, service)
+        if service.in_order and service.version >= last.version:
+            self.remembered.in_order[task.labels] = service
+            self.remembered.drifts.pop(task.labels, None)
+
+    def forget(self, task: Task) -> None:
+        """Forget what was live: its Service is removed."""
+        self.remembered.in_order.pop(task.labels, None)
+        self.state.write(task.app, forget=[f"live-{task.environment}"])
+
+    def recorded(self, task: Task, service: Service | None) -> Service | None:
+        """Return the live Service as it is recorded: by itself, or, if it lost that, elsewhere."""
+        remembered = self.remembered.in_order.get(task.labels)
+        if source := service if service and service.history else remembered:
+            return source
+        entry = self.state.read(task.app).live.get(task.environment)
+        if service and service.run and not entry:
+            entry = self.entry_from_release(task, service)
+        return Service.recorded(task.app.name, entry) if entry else None
+
+    def entry_from_release(self, task: Task, service: Service) -> HistoryEntry:
+        """Return the history entry of the run that a Service reaches, by its recorded release."""
+        terms = f"{LABEL_APP}={task.app.name},{LABEL_STAGE}=release"
+        for configmap in self.kubectl.list("configmaps", task.namespace, "-l", terms):
+            with suppress(StageError):
+                release = Release.from_configmap(configmap)
+                colour = service.selector.get(LABEL_VERSION, release.colour)
+                if (release.run, release.colour) == (service.run, colour):
+                    return entry_of(release, task.app.name, self.doors.clock.now())
+        return HistoryEntry()
+
+    def release(self, task: Task, name: str) -> Release:
+        """Return a recorded release; raises StageError where it is gone or was changed."""
+        name = name or "none"
+        configmap = self.kubectl.get("configmap", name, task.namespace)
+        if not configmap:
+            raise StageError(Reason.VANISHED, f"release record {name} is gone")
+        packed = str((configmap.get("binaryData") or {}).get("release", ""))
+        genuine = release_record(task.app.name, packed)
+        same_name = configmap["metadata"]["name"] == genuine["metadata"]["name"]
+        if not (same_name and same_configmap(configmap, genuine)):
+            detail = f"release record {name} was changed, or is not one of {task.app.name}"
+            raise StageError(Reason.ADOPTION_REFUSED, detail)
+        return Release.from_configmap(configmap)
+
+    def write(
+        self, task: Task, service: Service, annotations: Object, goal: HistoryEntry | None = None
+    ) -> Service:
+        """Compare-and-set annotations, an empty value removes one, and where the Service points.
+
+        The same patch stores the selector that it replaces, as the previous one.
+        """
+        spec: Object = {}
+        if goal:
+            # a merge keeps keys that are not named: those that must go are set to null
+            spec["selector"] = {**dict.fromkeys(service.selector), **goal.selector}
+            previous = service.live.selector or service.selector
+            annotations = {ANNOTATION_PREVIOUS: previous, **annotations}
+            if goal.ports:
+                spec["ports"] = ports_like(goal.ports, service.ports)
+        meta = {
+            "resourceVersion": str(service.version),
+            "annotations": {key: annotation_text(value) for key, value in annotations.items()},
+            "labels": {LABEL_MANAGED: MANAGER, LABEL_APP: service.name, LABEL_STAGE: "live"},
+        }
+        change = {"metadata": meta, "spec": spec}
+        written = Service(self.kubectl.patch("service", service.name, task.namespace, change))
+        self.remember(task, written)
+        return written
+
+    def last_manager(self, task: Task) -> str:
+        """Return a sentence about who changed the live Service last."""
+        last = self.last_change(task)
+        at = f" at {last['time']}" if "time" in last else ""
+        return f"changed by {clip(str(last.get('manager', 'someone else')), 80)}{at}"
+
+    def last_change(self, task: Task) -> Object:
+        """Return what the managedFields of the live Service say of its last change."""
+        args = ("get", "service", task.app.name, "-o", "json", "--show-managed-fields")
+        with suppress(KubectlError, ValueError):
+            meta = json.loads(self.kubectl.run(*args, namespace=task.namespace))["metadata"]
+            managers = meta.get("managedFields") or [{}]
+            spec = [m for m in managers if "f:selector" in json.dumps(m.get("fieldsV1"))]
+            return dict(max(spec or managers, key=lambda m: str(m.get("time", ""))))
+        return {}
+
+
+def annotation_text(value: Any) -> str | None:
+    """Return a value as an annotation holds it; None, which removes that, for an empty one."""
+    return json.dumps(value, default=lambda record: record.to_json()) if value else None
+
+
+def entry_of(release: Release, app: str, now: float) -> HistoryEntry:
+    """Return the history entry of a switch to a release."""
+    return HistoryEntry(
+        run=release.run,
+        commit=release.commit,
+        image=release.image,
+        colour=release.colour,
+        selector=release.selector,
+        ports=release.ports,
+        release=release.configmap(app)["metadata"]["name"],
+        replicas=release.wanted,
+        at=round(now, 3),
+        by=MANAGER,
+    )
+
+
+class SelectorGuard:
+    """Sees to live Services that someone else changed: puts them back, or writes down what is."""
+
+    def __init__(self, live: LiveServices) -> None:
+        self.live = live
+        self.doors = live.doors
+
+    @retried
+    def repair(self, task: Task) -> None:
+        """Put a changed selector back, or record what it reaches now.
+
+        What was written on the Service comes back, too, where it was deleted and made again.
+        """
+        service = self.live.read(task)
+        source = self.live.recorded(task, service)
+        if service is None or source is None or service.in_order:
+            return
+        drift = self.drift(task, service, source)
+        by = clip(str(self.live.last_change(task).get("manager") or "someone else"), 80)
+        self.report(task, service, drift, by)
+        own = {key: value for key, value in service.annotations().items() if value}
+        annotations = {**source.annotations(), **own}
+        history = service.history or source.history
+        goal = None
+        if drift is Drift.WIDENED:
+            now = round(self.doors.clock.now(), 3)
+            annotations[ANNOTATION_PUT_BACK] = [*self.put_backs(source), now]
+            goal = source.served
+        elif drift is Drift.KEPT:
+            history = [replace(e, by=by) if e == source.served else e for e in source.history]
+        elif drift is Drift.MOVED and service.run:
+            history = self.history_of_move(task, service, source, by)
+        if goal or history != service.history:
+            self.live.write(task, service, {**annotations, ANNOTATION_HISTORY: history}, goal)
+
+    def history_of_move(
+        self, task: Task, service: Service, source: Service, by: str
+    ) -> list[HistoryEntry]:
+        """Return the history after someone else has moved all traffic to another run."""
+        entry = source.entry(service.run) or self.live.entry_from_release(task, service)
+        entry = entry or HistoryEntry(run=service.run, selector=service.selector)
+        return moved(source.history, entry, by, self.doors.clock.now())
+
+    def report(self, task: Task, service: Service, drift: Drift, by: str) -> None:
+        """Report once what someone else made of a live selector."""
+        reported = ReportedDrift(drift, service.selector)
+        if self.live.remembered.drifts.get(task.labels) == reported:
+            return
+        self.live.remembered.drifts[task.labels] = reported
+        contested = drift is Drift.CONTESTED
+        transition = Transition(
+            state=State.DRIFTED,
+            **{**task.words, "run": service.run},
+            reason=Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED,
+            at=self.doors.clock.now(),
+            by=by,
+            more={"drift": drift},
+        )
+        self.doors.reports.emit(transition)
+
+    def drift(self, task: Task, service: Service, source: Service | None) -> Drift:
+        """Return what the selector of a live Service is beside what is recorded of it."""
+        if source is None or not source.served or service.in_order:
+            return Drift.NONE
+        pods = map(Pod, self.live.workloads.staying(task.namespace, service.selector))
+        put_backs = len(self.put_backs(source))
+        return drift_of(source.served.run, runs_of(task.app.name, pods), put_backs)
+
+    def put_backs(self, source: Service) -> list[float]:
+        """Return when a widened selector was put back of late."""
+        since = self.doors.clock.now() - PUT_BACK_SECONDS
+        times = map(seconds_of, source.annotation(ANNOTATION_PUT_BACK, []))
+        return [at for at in times if at > since]
+
+    def require_order(self, task: Task, service: Service | None, source: Service | None) -> None:
+        """Raise while the live selector reaches two versions; it is put back soon, or contested."""
+        drift = self.drift(task, service, source) if service else Drift.NONE
+        if drift is Drift.CONTESTED:
+            raise StageError(Reason.SELECTOR_CONTESTED, self.live.last_manager(task))
+        if drift is Drift.WIDENED:
+            raise HookError("the selector of the live Service was widened, and is put back first")
+
+    def require_undeleted(self, task: Task) -> None:
+        """Raise while the live Service of a run that is verified or baked is deleted."""
+        source = self.live.recorded(task, None)
+        served = source.served if source else HistoryEntry()
+        if served.run != task.run.id or not served:
+            return
+        if self.live.workloads.ready(task.namespace, served.selector):
+            raise HookError("someone deleted the live Service; the run goes on when it is there")
+
+    def own(self, task: Task) -> Service:
+        """Return the live Service, with its history, while it selects the run; raises else."""
+        service = self.require_live(task, self.live.read(task))
+        if not service.live:
+            self.repair(task)
+            raise HookError("the history of the live Service was lost, and is put back first")
+        return service
+
+    def require_live(self, task: Task, service: Service | None) -> Service:
+        """Return the live Service while it selects the run; raises when it was switched away."""
+        if service and service.run == task.run.id:
+            return service
+        if service and service.entry(task.run.id).outcome:
+            raise SupersededError(Reason.ROLLED_BACK, "rolled back by hand")
+        source = self.live.recorded(task, service)
+        drift = self.drift(task, service, source) if service else Drift.WIDENED
+        if drift is Drift.WIDENED and source and source.served.run == task.run.id:
+            raise HookError("the live Service was widened, or deleted; it is put back first")
+        contested = drift is Drift.CONTESTED
+        reason = Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED
+        raise SupersededError(reason, self.live.last_manager(task))
+
+
+class Claims:
+    """Says on a live Service who is changing its environment; one at a time."""
+
+    def __init__(self, live: LiveServices, guard: SelectorGuard) -> None:
+        self.live = live
+        self.guard = guard
+        self.doors = live.doors
+
+    def new(self, run: str, colour: str, phase: Phase, restore: str = "") -> Claim:
         """Return a claim; its time tells it from that of another process."""
-        since = round(self.clock.now(), 3)
-        return asdict(Claim(run=run, colour=colour, phase=str(phase), since=since, heal=heal))
+        since = round(self.doors.clock.now(), 3)
+        return Claim(run=run, colour=colour, phase=str(phase), since=since, restore=restore)
 
-    @partial(persistent, while_head=True)
-    def claim(self, task: Task, release: Release) -> Service | None:
-        """Say on the live Service that this run is changing the environment; None if there is none.
+    @partial(retried, while_head=True)
+    def take(self, task: Task, release: Release) -> Service | None:
+        """Claim the environment for a run; return the Service as claimed, None if there is none.
 
         The same patch remembers the release that stands in the idle colour if it is a rollback
-        target, so that it can be healed, and narrows a foreign selector.
+        target, so that it can be restored, and narrows a foreign selector.
         """
-        if (service := self.service(task)) is None:
+        service = self.live.read(task)
+        if service is None:
             return None
-        claim, colour = service.claim, release.colour
-        if service.selector.get(LABEL_VERSION) == colour:
+        if service.selector.get(LABEL_VERSION) == release.colour:
             raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
-        source = self.recorded(task, service)
-        self.require_order(task, service, source)
-        fresh = abs(self.clock.now() - seconds_of(claim.get("since"))) < CLAIM_SECONDS
-        if fresh and claim.get("phase") == Phase.ROLLBACK:
-            raise HookError("a rollback is under way")
-        heal = claim.get("heal", "") if claim.get("colour") == colour else ""
-        standing = self.kubectl.get("deployment", f"{task.app.name}-{colour}", task.namespace)
-        labels = (standing or {"metadata": {}})["metadata"].get("labels") or {}
-        stood = service.entry(labels.get(LABEL_RUN, ""))
-        same = (claim.get("colour"), claim.get("run")) == (colour, stood.get("run"))
-        if stood.get("colour") == colour and not same:
-            heal = stood["release"] if stood.get("outcome") in (Outcome.DEPLOYED, "") else ""
-        annotations: Object = {
-            ANNOTATION_CLAIM: self.new_claim(task.run.id, colour, Phase.PREPARING, heal)
-        }
-        goal = self.narrower(task, release, service, source)
-        older = [e for e in service.history if e.get("outcome") != ADOPTED]
-        if source and source.served.get("run") and not service.history:
-            annotations |= {ANNOTATION_HISTORY: source.history}
+        source = self.live.recorded(task, service)
+        self.guard.require_order(task, service, source)
+        self.require_no_rollback(service.claim)
+        restore = self.release_to_restore(task, service, release.colour)
+        claim = self.new(task.run.id, release.colour, Phase.PREPARING, restore)
+        annotations: Object = {ANNOTATION_CLAIM: claim}
+        goal = self.narrowed_entry(task, release, service, source)
+        older = [e for e in service.history if e.outcome != ADOPTED]
+        if source and source.served.run and not service.history:
+            annotations[ANNOTATION_HISTORY] = source.history
         elif goal and not service.run and (service.live or not older):
-            told = {"outcome": ADOPTED, "was": service.live.get("was") or service.selector, **goal}
-            told |= {"ports": service.ports, "at": self.clock.now()}
-            annotations |= {ANNOTATION_HISTORY: [asdict(HistoryEntry(**told)), *older]}
-            annotations |= {ANNOTATION_PREVIOUS: goal["selector"]}
-        return self.write(task, service, annotations, goal)
+            adopted = replace(
+                goal,
+                outcome=ADOPTED,
+                was=service.live.was or service.selector,
+                ports=service.ports,
+                at=self.doors.clock.now(),
+            )
+            annotations[ANNOTATION_HISTORY] = [adopted, *older]
+            annotations[ANNOTATION_PREVIOUS] = goal.selector
+        return self.live.write(task, service, annotations, goal)
 
-    def narrower(
+    def require_no_rollback(self, claim: Claim) -> None:
+        """Raise while a person rolls the environment back; such a claim is not for ever."""
+        fresh = abs(self.doors.clock.now() - claim.since) < CLAIM_SECONDS
+        if fresh and claim.phase == Phase.ROLLBACK:
+            raise HookError("a rollback is under way")
+
+    def release_to_restore(self, task: Task, service: Service, colour: str) -> str:
+        """Return the release of the rollback target that stands in a colour, "" where none does."""
+        claim = service.claim
+        name = f"{task.app.name}-{colour}"
+        standing = self.doors.kubectl.get("deployment", name, task.namespace)
+        labels = (standing or {"metadata": {}})["metadata"].get("labels") or {}
+        entry = service.entry(labels.get(LABEL_RUN, ""))
+        same = (claim.colour, claim.run) == (colour, entry.run)
+        if entry.colour == colour and not same:
+            return entry.release if entry.outcome in (Outcome.DEPLOYED, "") else ""
+        return claim.restore if claim.colour == colour else ""
+
+    def narrowed_entry(
         self, task: Task, release: Release, service: Service, source: Service | None
-    ) -> Object | None:
+    ) -> HistoryEntry | None:
         """Return where a live Service has to point before there are new pods; None: it may stay.
 
-        To the one run of the app that it reaches, or what was there before the first.
+        That is the one run of the app that it reaches, or what was there before the first.
         """
         if service.ours:
             return None
-        live = source.entry(service.run) if source and service.run else {}
-        return {"selector": live.get("selector") or self.adopted(task, release, service)}
+        live = source.entry(service.run) if source and service.run else HistoryEntry()
+        return HistoryEntry(selector=live.selector or self.adopted(task, release, service))
 
     def adopted(self, task: Task, release: Release, service: Service) -> dict[str, str]:
         """Return the selector that keeps a foreign Service on exactly today's pods."""
-        pods = [Pod(p) for p in self.staying(task.namespace, service.selector)]
+        pods = [Pod(p) for p in self.live.workloads.staying(task.namespace, service.selector)]
         labels = release.deployment["spec"]["template"]["metadata"]["labels"]
-        found = narrowed(service.selector, pods, labels) if service.selector else None
-        if found is None:
-            call, terms = f"kubectl -n {task.namespace}", selector_text(service.selector)
+        selector = narrowed(service.selector, pods, labels) if service.selector else None
+        if selector is None:
+            call = f"kubectl -n {task.namespace}"
             patch = '{"spec":{"selector":{"version":"before"}}}'
-            run = f"{call} label pods -l {terms} version=before && "
-            run += f"{call} patch service {task.app.name} -p '{patch}'"
-            detail = f"its selector would also match the new pods; run: {run}"
+            terms = selector_text(service.selector)
+            commands = f"{call} label pods -l {terms} version=before && "
+            commands += f"{call} patch service {task.app.name} -p '{patch}'"
+            detail = f"its selector would also match the new pods; run: {commands}"
             raise StageError(Reason.ADOPTION_REFUSED, detail)
-        return found
+        return selector
 
-    def check_claim(self, task: Task, claimed: Service | None, now: Service | None) -> None:
+    def check(self, task: Task, claimed: Service | None, now: Service | None) -> None:
         """Raise when someone else holds the claim now or has changed the live Service.
 
         A Service that was deleted and made again has lost the claim, which nobody has taken.
@@ -4299,67 +4714,352 @@ class Deployer:
         if claimed is None and now is None:
             return
         if not (claimed and now) or now.claim != claimed.claim:
-            who = str(now.claim.get("run", "")) if now else ""
-            if who == task.run.id:
+            holder = now.claim.run if now else ""
+            if holder == task.run.id:
                 raise HookError("another daemon has this run in hand")
-            if not who and not (claimed and now and kept(claimed, now)):
+            if not holder and not (claimed and now and still_claimed(claimed, now)):
                 raise HookError("the live Service was deleted or made anew meanwhile")
-            raise SupersededError(Reason.CLAIM_LOST, f"{who or 'someone else'} has taken the claim")
+            taker = holder or "someone else"
+            raise SupersededError(Reason.CLAIM_LOST, f"{taker} has taken the claim")
         if now.selector == claimed.selector:
             return
         # what only asks for more, and still reaches the same pods, is as good
-        pods = map(Pod, self.staying(task.namespace, now.selector))
+        pods = map(Pod, self.live.workloads.staying(task.namespace, now.selector))
         same = claimed.selector.items() <= now.selector.items()
         if not (same and claimed.run and runs_of(task.app.name, pods) == {claimed.run}):
-            raise StageError(Reason.SELECTOR_CHANGED, self.last_manager(task))
+            raise StageError(Reason.SELECTOR_CHANGED, self.live.last_manager(task))
 
-    def last_change(self, task: Task) -> Object:
-        """Return what the managedFields of the live Service say of its last change."""
-        args = ("get", "service", task.app.name, "-o", "json", "--show-managed-fields")
-        with suppress(KubectlError, ValueError):
-            meta = json.loads(self.kubectl.run(*args, namespace=task.namespace))["metadata"]
-            managed = meta.get("managedFields") or [{}]
-            spec = [m for m in managed if "f:selector" in json.dumps(m.get("fieldsV1"))]
-            return dict(max(spec or managed, key=lambda m: str(m.get("time", ""))))
-        return {}
+    @retried
+    def put(self, task: Task, claim: Claim, expected: Claim | None = None) -> Service | None:
+        """Put a claim in the place of an expected one, or of any; an empty one drops it."""
+        service = self.live.read(task)
+        if service is None or (expected and service.claim != expected):
+            return service
+        annotations: Object = {ANNOTATION_CLAIM: claim}
+        goal = None if claim else self.widened_entry(task, service)
+        if goal:
+            annotations[ANNOTATION_PREVIOUS] = None
+            annotations[ANNOTATION_HISTORY] = [
+                replace(e, selector=goal.selector) if e == service.live else e
+                for e in service.history
+            ]
+        return self.live.write(task, service, annotations, goal)
 
-    def last_manager(self, task: Task) -> str:
-        """Return who changed the live Service last."""
-        last = self.last_change(task)
-        at = f" at {last['time']}" if "time" in last else ""
-        return f"changed by {clip(str(last.get('manager', 'someone else')), 80)}{at}"
+    def widened_entry(self, task: Task, service: Service) -> HistoryEntry | None:
+        """Return where a Service pointed before it was adopted, if it can have that again.
 
-    # Apply and wait.
+        Its owner goes on without us, and what he changes next may not fit a narrowed one. Raises
+        HookError while it would reach pods of ours, too, that have not begun to end.
+        """
+        was = service.live.was
+        if service.live.outcome != ADOPTED or not was or was == service.selector:
+            return None
+        ours = {LABEL_APP: task.app.name}
+        terms = selector_text(ours)
+        deployments = self.doors.kubectl.list("deployments", task.namespace, "-l", terms)
+        if any(d["spec"].get("replicas", 1) for d in deployments):
+            return None
+        if self.live.workloads.staying(task.namespace, ours):
+            raise HookError("the pods of the failed version are not gone yet")
+        return HistoryEntry(selector=was)
+
+    def idle_colour_and_size(self, task: Task) -> Placement:
+        """Return the idle colour, and how large the live one is.
+
+        Live is what today's selector reaches, which may be what a person wrote: the two colours of
+        our own pods among it, or neither; and, where there is no Service, what it reached.
+        """
+        service = self.live.read(task)
+        source = self.live.recorded(task, service)
+        self.guard.require_order(task, service, source)
+        selector = service.selector if service else {}
+        pods = self.live.workloads.staying(task.namespace, selector)
+        labels = [p["metadata"]["labels"] for p in pods]
+        live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == task.app.name}
+        live.add(selector.get(LABEL_VERSION))
+        if source and not service:
+            live.add(source.served.colour)
+        size = len(labels) if service and not service.ours else 0
+        for colour in COLOURS:
+            if colour in live:
+                name = f"{task.app.name}-{colour}"
+                deployment = self.doors.kubectl.get("deployment", name, task.namespace)
+                replicas = deployment["spec"].get("replicas", 1) if deployment else 0
+                size = max(size, int(replicas))
+        return Placement(self.idle_colour(task, live), size)
+
+    def idle_colour(self, task: Task, live: Set[Any]) -> str:
+        """Return the first colour that is not live; raises StageError where none can be had."""
+        detail = "both colours serve; point the Service at one of them"
+        for colour in COLOURS:
+            if colour in live:
+                continue
+            name = f"{task.app.name}-{colour}"
+            deployment = self.doors.kubectl.get("deployment", name, task.namespace)
+            labels = deployment["spec"]["selector"].get("matchLabels", {}) if deployment else {}
+            if deployment is None or LABEL_APP in labels:
+                return colour
+            detail = f"Deployment {name} was not made here; delete or rename it"
+        raise StageError(Reason.ADOPTION_REFUSED, detail)
+
+
+def still_claimed(claimed: Service, now: Service) -> bool:
+    """Whether a Service is still the one that was claimed, with what was written on it."""
+    return now.uid == claimed.uid and (bool(now.history) or not claimed.history)
+
+
+class Traffic:
+    """Moves traffic: forward to a new version, or back to the one before."""
+
+    def __init__(self, guard: SelectorGuard, claims: Claims) -> None:
+        self.guard = guard
+        self.live = guard.live
+        self.claims = claims
+        self.doors = guard.doors
+        self.workloads = guard.live.workloads
+
+    @retried
+    def switch(self, task: Task, release: Release, claimed: Service | None) -> None:
+        """Point the live Service at a release in one compare-and-set patch, or make the first."""
+        service = self.live.read(task)
+        if service and service.run == release.run:
+            return
+        self.doors.require_head(task)
+        self.claims.check(task, claimed, service)
+        source = self.live.recorded(task, service)
+        now = self.doors.clock.now()
+        entry = entry_of(release, task.app.name, now)
+        history = [entry, *(source.history if source else ())][:HISTORY_LENGTH]
+        claim = self.claims.new(release.run, release.colour, Phase.BAKING)
+        annotations: Object = {ANNOTATION_HISTORY: history, ANNOTATION_CLAIM: claim}
+        if task.last:
+            annotations[ANNOTATION_BAKE] = round(now + task.app.deploy.bake, 3)
+        if service:
+            self.live.write(task, service, annotations, entry)
+            return
+        live = copy.deepcopy(release.service)
+        live["metadata"]["annotations"] |= {k: annotation_text(v) for k, v in annotations.items()}
+        self.doors.kubectl.put(live, None, task.namespace)
+
+    def verify(self, task: Task, release: Release, since: float) -> None:
+        """Wait for the endpoints of a switch; switch back if they do not come.
+
+        Raises StageError then, also where there is nothing better to go back to.
+        """
+        wanted = release.wanted
+        if self.endpoints_converge(task, release.selector, wanted, since):
+            return
+        detail = f"the endpoints did not become the {wanted} pods of {release.run}"
+        ready = len(self.workloads.ready(task.namespace, release.selector))
+        versions = self.compare_versions(task, ask=False)
+        worse = PodHealth(ready, wanted).better_than(versions.previous)
+        if worse or (versions.target and not versions.previous.ready):
+            raise StageError(Reason.BOTH_UNHEALTHY, f"{detail}; nothing better to go back to")
+        self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
+        raise StageError(Reason.ENDPOINTS_MISSING, detail)
+
+    def endpoints_converge(
+        self, task: Task, selector: Mapping[str, str], wanted: int, since: float
+    ) -> bool:
+        """Wait until the ready endpoints are the wanted pods of the live selector; False if late.
+
+        Only the time between looks that were answered counts. That they are still all of another
+        version says nothing against this one, nor does what the cluster took away or replaced since
+        a time.
+        """
+        clock = self.doors.clock
+        spent = 0.0
+        limit = VERIFY_SECONDS
+        looked = clock.monotonic()
+        while spent < limit:
+            with suppress(KubectlError):
+                endpoints = self.workloads.endpoints(task, selector, wanted, since)
+                if endpoints.converged:
+                    return True
+                limit = VERIFY_SECONDS if endpoints.moved else UNMOVED_SECONDS
+                spent += min(clock.monotonic() - looked, 1.0)
+                wanted = min(wanted, self.workloads.size(task, selector))
+            looked = clock.monotonic()
+            with suppress(KubectlError):
+                self.guard.require_live(task, self.live.read(task))
+            self.doors.pause(0.1)
+        return False
+
+    def switch_back_if_worse(self, task: Task, why: str, health: PodHealth | None) -> None:
+        """Switch back from an unhealthy version, and raise StageError.
+
+        Only to a version of which a larger share is healthy: with both unhealthy, traffic stays.
+        Where the health path failed, so that its own `health` is not known, the pods of both are
+        asked one by one; the verdict is dropped when as many of the new ones answer: a lost machine
+        has pods of both.
+        """
+        versions = self.compare_versions(task, ask=health is None)
+        if versions.previous.better_than(health or versions.live):
+            reason = Reason.UNHEALTHY_AFTER_SWITCH
+            self.switch_back(task, Outcome.SWITCHED_BACK, reason, why)
+            raise StageError(reason, why)
+        if not (versions.target and versions.live.ready):
+            other = "there is no version before"
+            if versions.target:
+                other = "the version before is no better"
+            raise StageError(Reason.BOTH_UNHEALTHY, f"{why}; {other}")
+
+    @retried
+    def compare_versions(self, task: Task, *, ask: bool) -> Versions:
+        """Return how healthy the version before is and, where pods are asked, the live one.
+
+        By the word of the pods themselves, not of a Service.
+        """
+        service = self.live.read(task)
+        target = service.before if service else HistoryEntry()
+        live = service.live if service and ask else HistoryEntry()
+        with ThreadPoolExecutor(2) as at_once:
+            measure = partial(self.workloads.health, task, ask=ask)
+            previous, current = at_once.map(measure, (target, live))
+        return Versions(target, previous, current)
+
+    def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
+        """Point the live Service back at the version before, in one patch with the outcome.
+
+        It does not look at the pods it leaves. Tried until it is done. Raises SupersededError when
+        someone else has switched; a first deployment has nothing to go back to, so its Service is
+        removed.
+        """
+        ended = Ended(str(outcome), str(reason), clip(detail))
+        back = self.try_switch_back(task, ended)
+        transition = Transition(
+            state=State.SWITCHED_BACK if back else State.REMOVED,
+            **task.words,
+            reason=reason,
+            detail=clip(detail),
+            at=self.doors.clock.now(),
+        )
+        self.doors.reports.emit(transition)
+
+    @retried
+    def try_switch_back(self, task: Task, ended: Ended) -> bool:
+        """Switch back if there is a version before; return whether this was done, now or before."""
+        service = self.live.read(task)
+        if service is None:  # deleted, perhaps by the try before
+            return False
+        entry = service.entry(task.run.id)
+        if entry and Ended(entry.outcome, entry.reason, entry.detail) == ended:
+            return True
+        service = self.guard.own(task)
+        live = service.live
+        target = service.before
+        if not target and not service.annotation(ANNOTATION_PREVIOUS, {}):
+            self.live.forget(task)
+            self.doors.kubectl.delete("service", [task.app.name], task.namespace)
+        if not target:
+            return False
+        left = ended.mark(live)
+        annotations = {
+            ANNOTATION_HISTORY: [left if e == live else e for e in service.history],
+            ANNOTATION_CLAIM: self.claims.new(task.run.id, live.colour, Phase.SWITCHED_BACK),
+            ANNOTATION_BAKE: None,
+        }
+        self.live.write(task, service, annotations, target)
+        return True
+
+    @retried
+    def confirm(
+        self, task: Task, proof: Callable[[], bool] = lambda: True, *, unjudged: bool = False
+    ) -> bool:
+        """Record that a version stays, and leave a claim by which the old one is drained.
+
+        Each try of it asks for the proof that the version is healthy, after it has read what it is
+        going to change; without it nothing is written, and the answer is False.
+        """
+        service = self.guard.own(task)
+        self.claims.require_no_rollback(service.claim)
+        if not proof():
+            return False
+        live = service.live
+        old = service.before.colour
+        confirmed = replace(live, outcome=str(Outcome.DEPLOYED), unjudged=live.unjudged or unjudged)
+        drain = replace(self.claims.new(task.run.id, old, Phase.DRAINING), since=live.at)
+        annotations = {
+            ANNOTATION_HISTORY: [confirmed if e == live else e for e in service.history],
+            ANNOTATION_BAKE: None,
+            ANNOTATION_CLAIM: drain if old in COLOURS else None,
+        }
+        self.live.write(task, service, annotations)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a version left the traffic, as its history entry records it."""
+
+    outcome: str
+    reason: str
+    detail: str
+
+    def mark(self, entry: HistoryEntry) -> HistoryEntry:
+        """Return the entry of a version that left the traffic so."""
+        return replace(entry, outcome=self.outcome, reason=self.reason, detail=self.detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """The version before, to which traffic could go back, and how healthy both are."""
+
+    target: HistoryEntry
+    previous: PodHealth
+    live: PodHealth  # empty where its pods were not asked
+
+
+# === rollout ======================================================================================
+
+
+class Rollout:
+    """Brings a release into its colour, and finds out whether its pods are healthy there."""
+
+    def __init__(self, traffic: Traffic, logs: LogTails) -> None:
+        self.doors = traffic.doors
+        self.kubectl = traffic.doors.kubectl
+        self.live = traffic.live
+        self.claims = traffic.claims
+        self.workloads = traffic.workloads
+        self.logs = logs
 
     @contextmanager
     def follow_pods(self, task: Task) -> Iterator[Informer[Pod]]:
-        """Keep a mirror of an app's pods while the block runs, and their logs if it fails."""
+        """Run an informer of an app's pods during the block, and keep their logs if it fails."""
         selector = f"{LABEL_APP}={task.app.name}"
-        watch = Informer(self.kubectl, "pods", task.namespace, Pod, selector)
-        thread = threading.Thread(target=watch.run, name=f"pods-{task.app.name}", daemon=True)
+        informer = Informer(self.kubectl, "pods", task.namespace, Pod, selector)
+        thread = threading.Thread(target=informer.run, name=f"pods-{task.app.name}", daemon=True)
         thread.start()
         try:
-            yield watch
+            yield informer
         except StageError:
-            self.keep_logs(task, [p for p in watch.items() if p.run == task.run.id])
+            self.keep_logs(task, [p for p in informer.items() if p.run == task.run.id])
             raise
         finally:
-            watch.stop()
+            informer.stop()
             thread.join(KUBECTL_TIMEOUT)
 
-    @partial(persistent, while_head=True)
+    def keep_logs(self, task: Task, pods: Sequence[Pod]) -> None:
+        """Keep the end of the logs of pods that may soon be gone; wait for that only a moment."""
+        if task.app.deploy.log_tails:
+            keep = partial(self.logs.keep, task.app.name, task.run.id, pods, task.namespace)
+            self.logs.start(keep, LOG_PATIENCE)
+
+    @partial(retried, while_head=True)
     def apply(self, task: Task, release: Release, claimed: Service | None) -> None:
         """Record a release, and put its Deployment in the place of what stands there.
 
         It is written against the version read before the look at the claim, and each write differs:
         the late write of one who has lost the claim meets a newer version and changes nothing.
         """
-        made = copy.deepcopy(release.deployment)
-        made["metadata"]["annotations"][ANNOTATION_WRITTEN] = str(self.clock.now())
+        deployment = copy.deepcopy(release.deployment)
+        deployment["metadata"]["annotations"][ANNOTATION_WRITTEN] = str(self.doors.clock.now())
         self.record(task, release)
-        found = self.kubectl.get("deployment", made["metadata"]["name"], task.namespace)
-        self.check_claim(task, claimed, self.service(task))
-        self.kubectl.put(made, found, task.namespace)
+        name = deployment["metadata"]["name"]
+        standing = self.kubectl.get("deployment", name, task.namespace)
+        self.claims.check(task, claimed, self.live.read(task))
+        self.kubectl.put(deployment, standing, task.namespace)
 
     def record(self, task: Task, release: Release) -> None:
         """Write a release and its copies of ConfigMaps; raises StageError where others are there.
@@ -4367,598 +5067,208 @@ class Deployer:
         What cannot be changed any more is used only if it is exactly what was to be written.
         """
         records = [*release.configmaps, release.configmap(task.app.name)]
-        wanted = {each["metadata"]["name"]: each for each in records}
+        wanted = {record["metadata"]["name"]: record for record in records}
         for name, refused in self.kubectl.create_each(records, task.namespace).items():
             if refused.kind != "AlreadyExists":
                 raise refused
-            if (found := self.kubectl.get("configmap", name, task.namespace)) is None:
+            standing = self.kubectl.get("configmap", name, task.namespace)
+            if standing is None:
                 raise HookError(f"ConfigMap {name} was deleted this very moment")
-            if not same_configmap(found, wanted[name]):
+            if not same_configmap(standing, wanted[name]):
                 detail = f"ConfigMap {name} is there with another content or other labels"
                 raise StageError(Reason.ADOPTION_REFUSED, f"{detail}; delete or rename it")
 
-    def roll_out(self, task: Task, release: Release, pods: Informer[Pod]) -> None:
+    def wait(self, task: Task, release: Release, pods: Informer[Pod]) -> None:
         """Wait for the pods of a release; raises StageError at once for what cannot heal."""
+        clock = self.doors.clock
         name = release.deployment["metadata"]["name"]
         timeout = int(release.deployment["spec"]["progressDeadlineSeconds"])
-        args = ("rollout", "status", f"deployment/{name}", f"--timeout={timeout}s")
-        tracker, until = ProblemTracker(), self.clock.monotonic() + timeout
-        while self.clock.monotonic() < until:
-            process = self.kubectl.stream(*args, namespace=task.namespace)
-            try:
-                # bounded, since a process whose complaints nobody reads may hang on them
-                while process.poll() is None and self.clock.monotonic() < until:
-                    seen = self.problems(task, release, pods)
-                    if problem := tracker.fatal(seen, self.clock.now()):
-                        raise self.failed(release, pods, problem)
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(1.0)
-                    self.pause(0)
-            finally:
-                process.kill()
-                process.communicate()
+        tracker = ProblemTracker()
+        deadline = clock.monotonic() + timeout
+        ready = 0
+        while clock.monotonic() < deadline:
+            ended = self.follow_status(task, release, pods, tracker, deadline)
             # what it says is no proof: it is content with no replicas, and with another's pods
-            found = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
-            if (found["metadata"].get("labels") or {}).get(LABEL_RUN) != release.run:
+            deployment = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
+            if (deployment["metadata"].get("labels") or {}).get(LABEL_RUN) != release.run:
                 raise HookError(f"Deployment {name} was deleted or replaced meanwhile")
-            ready = len(self.ready_pods(task.namespace, release.selector))
-            if proven(found, ready):
+            ready = len(self.workloads.ready(task.namespace, release.selector))
+            if rolled_out(deployment, ready):
                 return
-            if process.returncode == 0:
-                until = min(until, self.clock.monotonic() + VERIFY_SECONDS)
-            self.pause(0.3)
+            if ended == 0:
+                deadline = min(deadline, clock.monotonic() + VERIFY_SECONDS)
+            self.doors.pause(0.3)
         detail = f"{ready} of {release.wanted} pods ready within {timeout} s"
-        raise self.failed(release, pods, PodProblem("", Reason.NEVER_READY, detail))
+        raise self.failure(release, pods, PodProblem("", Reason.NEVER_READY, detail))
+
+    def follow_status(
+        self,
+        task: Task,
+        release: Release,
+        pods: Informer[Pod],
+        tracker: ProblemTracker,
+        deadline: float,
+    ) -> int | None:
+        """Run `kubectl rollout status` to its end or a deadline; return its exit code.
+
+        Raises StageError for a problem that cannot heal.
+        """
+        clock = self.doors.clock
+        name = release.deployment["metadata"]["name"]
+        seconds = max(1, math.ceil(deadline - clock.monotonic()))
+        args = ("rollout", "status", f"deployment/{name}", f"--timeout={seconds}s")
+        process = self.kubectl.stream(*args, namespace=task.namespace)
+        try:
+            # bounded, since a process whose complaints nobody reads may hang on them
+            while process.poll() is None and clock.monotonic() < deadline:
+                problems = self.problems(task, release, pods)
+                if problem := tracker.fatal(problems, clock.now()):
+                    raise self.failure(release, pods, problem)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(1.0)
+                self.doors.pause(0)
+        finally:
+            process.kill()
+            process.communicate()
+        return process.returncode
 
     def problems(self, task: Task, release: Release, pods: Informer[Pod]) -> list[PodProblem]:
         """Return what is wrong with a release's pods, also with those that cannot be created."""
-        seen = [s for p in pods.items() if p.run == release.run for s in pod_problems(p)]
+        problems = [q for p in pods.items() if p.run == release.run for q in pod_problems(p)]
         with suppress(KubectlError):
             name = release.deployment["metadata"]["name"]
-            found = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
-            status = found.get("status") or {}
+            deployment = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
+            status = deployment.get("status") or {}
+            generation = deployment["metadata"].get("generation", 0)
             # before that it speaks of what stood there
-            current = status.get("observedGeneration", 0) >= found["metadata"].get("generation", 0)
+            current = status.get("observedGeneration", 0) >= generation
             failure = true_condition(status, "ReplicaFailure") if current else None
             if failure:
-                seen.append(creation_problem(str(failure.get("message")), name))
-        return seen
+                problems.append(creation_problem(str(failure.get("message")), name))
+        return problems
 
-    def failed(self, release: Release, pods: Informer[Pod], problem: PodProblem) -> StageError:
-        """Return the end of a rollout; one that is only late is told by what is wrong with it."""
-        ours = [p for p in pods.items() if p.run == release.run]
-        seen = (s for p in ours for s in pod_problems(p))
-        told = problem if problem.key else next(seen, problem)
-        return StageError(told.reason, told.detail)
-
-    def keep_logs(self, task: Task, pods: Sequence[Pod]) -> None:
-        """Keep the end of the logs of pods that may soon be gone; wait for that only a moment."""
-        if task.app.deploy.log_tails:
-            words = (task.app.name, task.run.id, pods, task.namespace)
-            self.logs.start(partial(self.logs.keep, *words), LOG_PATIENCE)
+    def failure(self, release: Release, pods: Informer[Pod], problem: PodProblem) -> StageError:
+        """Return the end of a rollout; one that is only late ends with what is wrong with it."""
+        own = [p for p in pods.items() if p.run == release.run]
+        seen = (q for p in own for q in pod_problems(p))
+        cause = problem if problem.key else next(seen, problem)
+        return StageError(cause.reason, cause.detail)
 
     def smoke_test(self, task: Task, release: Release) -> None:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
-        url, health = self.preview(task, release), task.app.deploy.health
-        until, passed = self.clock.monotonic() + health.timeout, 0
+        clock = self.doors.clock
+        health = task.app.deploy.health
+        preview = self.preview(task, release)
+        deadline = clock.monotonic() + health.timeout
+        passed = 0
         while passed < health.successes:
             # the pods themselves first: the preview may lead to those before for a moment
-            found = self.ready_pods(task.namespace, release.selector)
-            own = [pod_address(p, release.ports[0], health.path) for p in found]
-            refusal = next((r for u in (*own, url) if u and (r := health_refusal(u))), None)
+            ready = self.workloads.ready(task.namespace, release.selector)
+            own = [pod_address(p, release.ports[0], health.path) for p in ready]
+            refusal = next((r for u in (*own, preview) if u and (r := health_refusal(u))), None)
             passed = 0 if refusal else passed + 1
-            if refusal and len(found) < release.wanted:
-                until += self.replaced(task, release)
-            elif refusal and self.clock.monotonic() > until:
+            if refusal and len(ready) < release.wanted:
+                deadline += self.wait_for_replacements(task, release)
+            elif refusal and clock.monotonic() > deadline:
                 raise StageError(Reason.SMOKE_FAILED, f"{health.path}: {refusal}")
-            self.pause(HEALTH_INTERVAL if refusal else 0.05)
+            self.doors.pause(HEALTH_INTERVAL if refusal else 0.05)
 
-    def replaced(self, task: Task, release: Release) -> float:
-        """Wait until pods that were taken away meanwhile are replaced; return how long it took."""
-        began = self.clock.monotonic()
+    def wait_for_replacements(self, task: Task, release: Release) -> float:
+        """Wait until pods that were taken away are replaced; return the seconds that it took."""
+        began = self.doors.clock.monotonic()
         with self.follow_pods(task) as pods:
-            self.roll_out(task, release, pods)
-        return self.clock.monotonic() - began
+            self.wait(task, release, pods)
+        return self.doors.clock.monotonic() - began
 
-    @persistent
+    @retried
     def preview(self, task: Task, release: Release) -> str:
         """Point the preview Service at a release; return the address of its health path."""
-        name, ports = f"{task.app.name}-preview", ports_like(release.ports)
-        found = self.kubectl.get("service", name, task.namespace)
-        if found is None:
+        name = f"{task.app.name}-preview"
+        ports = ports_like(release.ports)
+        service = self.kubectl.get("service", name, task.namespace)
+        if service is None:
             labels = {LABEL_APP: task.app.name, LABEL_STAGE: "preview"}
-            made = new_object("Service", name, labels, {})
-            made["spec"] = {"ports": ports, "selector": release.selector}
-            self.kubectl.create([made], task.namespace)
-            found = self.kubectl.get("service", name, task.namespace) or {"spec": {}}
-        elif (found["metadata"].get("labels") or {}).get(LABEL_MANAGED) != MANAGER:
+            preview = new_object("Service", name, labels, {})
+            preview["spec"] = {"ports": ports, "selector": release.selector}
+            self.kubectl.create([preview], task.namespace)
+            service = self.kubectl.get("service", name, task.namespace) or {"spec": {}}
+        elif (service["metadata"].get("labels") or {}).get(LABEL_MANAGED) != MANAGER:
             raise StageError(Reason.ADOPTION_REFUSED, f"Service {name} belongs to someone else")
-        elif found["spec"].get("selector") != release.selector:
-            selector = {**dict.fromkeys(found["spec"].get("selector") or {}), **release.selector}
+        elif service["spec"].get("selector") != release.selector:
+            selector = {**dict.fromkeys(service["spec"].get("selector") or {}), **release.selector}
             change = {"spec": {"selector": selector, "ports": ports}}
-            found = self.kubectl.patch("service", name, task.namespace, change)
-        address, port = found["spec"].get("clusterIP", ""), ports[0]["port"]
-        return web_address(address, port, task.app.deploy.health.path)
-
-    # The switch and the way back.
-
-    @persistent
-    def switch(self, task: Task, release: Release, claimed: Service | None) -> None:
-        """Point the live Service at a release in one compare-and-set patch, or make the first."""
-        service = self.service(task)
-        if service and service.run == release.run:
-            return
-        self.require_head(task)
-        self.check_claim(task, claimed, service)
-        source, entry = (
-            self.recorded(task, service),
-            entry_of(release, task.app.name, self.clock.now()),
-        )
-        history = [entry, *(source.history if source else ())][:HISTORY_LENGTH]
-        claim = self.new_claim(release.run, release.colour, Phase.BAKING)
-        annotations: Object = {ANNOTATION_HISTORY: history, ANNOTATION_CLAIM: claim}
-        if task.last:
-            annotations[ANNOTATION_BAKE] = round(self.clock.now() + task.app.deploy.bake, 3)
-        if service:
-            self.write(task, service, annotations, entry)
-            return
-        live = copy.deepcopy(release.service)
-        live["metadata"]["annotations"] |= {k: json.dumps(v) for k, v in annotations.items()}
-        self.kubectl.put(live, None, task.namespace)
-
-    def require_head(self, task: Task) -> None:
-        """Raise unless the commit is its branch's head; without an answer it is tried again."""
-        heads = self.git.heads(task.app.repository)
-        if (word := head_word(task.run, heads, 0, self.clock.now())) == "moved":
-            raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
-        if word == "unknown":
-            raise HookError("the git server does not show the push yet")
-
-    def verify_and_bake(self, task: Task, pods: Informer[Pod], *, resumed: bool = False) -> None:
-        """Verify the switch, bake in the last environment, write the outcome."""
-        service, release = self.urgent.switched(task)
-        if release and task.last:
-            Bake(self, task, release, pods).run(service, resumed=resumed)
-        elif release:
-            self.verify(task, release, seconds_of(service.live.get("at")))
-            self.confirm(task)
-
-    @persistent
-    def switched(self, task: Task) -> tuple[Service, Release | None]:
-        """Return the live Service and the release that it leads to, none if that has an outcome."""
-        service = self.own_live(task)
-        entry = service.live
-        return service, None if entry["outcome"] else self.release(task, entry)
-
-    def verify(self, task: Task, release: Release, since: float) -> None:
-        """Wait for the endpoints of a switch; take traffic back if they do not come."""
-        wanted = release.wanted
-        if self.endpoints_converged(task, release.selector, wanted, since):
-            return
-        detail = f"the endpoints did not become the {wanted} pods of {release.run}"
-        ready = len(self.ready_pods(task.namespace, release.selector))
-        target, old, _ = self.compare_versions(task, unhealthy=False)
-        if healthier_by(old, (ready, wanted)) < 0 or (target and not old[0]):
-            raise StageError(Reason.BOTH_UNHEALTHY, f"{detail}; nothing better to go back to")
-        self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
-        raise StageError(Reason.ENDPOINTS_MISSING, detail)
-
-    def release(self, task: Task, entry: Mapping[str, Any]) -> Release:
-        """Return the release that a history entry names."""
-        name = str(entry.get("release") or "none")
-        found = self.kubectl.get("configmap", name, task.namespace)
-        if not found:
-            raise StageError(Reason.VANISHED, f"release record {name} is gone")
-        packed = str((found.get("binaryData") or {}).get("release", ""))
-        whole = release_record(task.app.name, packed)
-        same_name = found["metadata"]["name"] == whole["metadata"]["name"]
-        if not (same_name and same_configmap(found, whole)):
-            detail = f"release record {name} was changed, or is not one of {task.app.name}"
-            raise StageError(Reason.ADOPTION_REFUSED, detail)
-        return Release.from_configmap(found)
-
-    def endpoints_converged(
-        self, task: Task, selector: Mapping[str, str], wanted: int, since: float
-    ) -> bool:
-        """Whether the ready endpoints become the wanted pods of the live selector in time.
-
-        Only the time between looks that were answered counts. That they are still all of another
-        version says nothing against this one, nor does what the cluster took away or replaced since
-        a time.
-        """
-        spent, limit, looked = 0.0, VERIFY_SECONDS, self.clock.monotonic()
-        while spent < limit:
-            with suppress(KubectlError):
-                converged, moved = self.endpoints(task, selector, wanted, since)
-                if converged:
-                    return True
-                limit = VERIFY_SECONDS if moved else UNMOVED_SECONDS
-                spent += min(self.clock.monotonic() - looked, 1.0)
-                wanted = min(wanted, self.size(task, selector))
-            looked = self.clock.monotonic()
-            self.still_live(task)
-            self.pause(0.1)
-        return False
-
-    def endpoints(
-        self, task: Task, selector: Mapping[str, str], wanted: int, since: float
-    ) -> tuple[bool, bool]:
-        """Return whether the ready endpoints are pods of a selector and enough, or some of them."""
-        terms = f"kubernetes.io/service-name={task.app.name}"
-        slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
-        ready = ready_endpoints(slices)
-        pods = [Pod(p) for p in self.pods(task.namespace, selector)]
-        known, stayed = {p.name for p in pods}, [p for p in pods if p.created <= since]
-        enough = min(wanted, sum(not p.leaving for p in stayed))
-        moved = bool(slices) and (not ready or bool(ready & known))
-        return bool(ready and ready <= known and len(ready) >= enough), moved
-
-    def still_live(self, task: Task) -> None:
-        """Raise when the live Service was switched away from a run, as far as it can be seen."""
-        with suppress(KubectlError):
-            self.judge_live(task, self.service(task))
-
-    def judge_live(self, task: Task, service: Service | None) -> Service:
-        """Return the live Service while it selects the run; raises when it was switched away."""
-        if service and service.run == task.run.id:
-            return service
-        if service and service.entry(task.run.id).get("outcome"):
-            raise SupersededError(Reason.ROLLED_BACK, "rolled back by hand")
-        source = self.recorded(task, service)
-        drift = self.drift(task, service, source) if service else Drift.WIDENED
-        if drift is Drift.WIDENED and source and source.served.get("run") == task.run.id:
-            raise HookError("the live Service was widened, or deleted; it is put back first")
-        contested = drift is Drift.CONTESTED
-        reason = Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED
-        raise SupersededError(reason, self.last_manager(task))
-
-    def own_live(self, task: Task) -> Service:
-        """Return the live Service, with its history, while it selects the run; else raise."""
-        service = self.judge_live(task, self.service(task))
-        if not service.live:
-            self.mend(task)
-            raise HookError("the history of the live Service was lost, and is put back first")
-        return service
-
-    def switch_back_if_worse(self, task: Task, sick: str, well: tuple[int, int] | None) -> None:
-        """Switch back; raises StageError.
-
-        Only onto a version of which a larger share is well: with both sick it stays. Where the
-        health path failed, so that `well` is not known, the pods of both are asked one by one; the
-        verdict is dropped when as many of the new ones answer: a lost machine has pods of both.
-        """
-        target, old, answering = self.compare_versions(task, unhealthy=well is None)
-        if healthier_by(old, well or answering) > 0:
-            self.switch_back(task, Outcome.SWITCHED_BACK, Reason.UNHEALTHY_AFTER_SWITCH, sick)
-            raise StageError(Reason.UNHEALTHY_AFTER_SWITCH, sick)
-        if not (target and answering[0]):
-            other = "the version before is no better" if target else "there is no version before"
-            raise StageError(Reason.BOTH_UNHEALTHY, f"{sick}; {other}")
-
-    @persistent
-    def compare_versions(
-        self, task: Task, *, unhealthy: bool
-    ) -> tuple[Object, tuple[int, int], tuple[int, int]]:
-        """Return what there is to go back to, how many of its pods are well, and of the live one.
-
-        The latter only of an unhealthy one, by the word of the pods themselves, not of a Service.
-        """
-        service = self.service(task)
-        target = service.before if service else {}
-        both = target, service.live if service and unhealthy else {}
-        with ThreadPoolExecutor(2) as at_once:
-            old, new = at_once.map(partial(self.well, task, ask=unhealthy), both)
-        return target, old, new
-
-    def well(self, task: Task, entry: Object, *, ask: bool) -> tuple[int, int]:
-        """Return how many pods of a history entry are well, and of how many.
-
-        Well are those that are ready and, if they are asked, healthy within a second.
-        """
-        pods = self.staying(task.namespace, entry.get("selector", {}))
-        port, path = (entry.get("ports") or [{}])[0], task.app.deploy.health.path
-        ready = [p for p in pods if Pod(p).ready]
-        ours = LABEL_VERSION in entry.get("selector", {})
-        wanted = max(len(pods), self.size(task, entry["selector"]) if ours else 0)
-        urls = [u for p in ready if ask and (u := pod_address(p, port, path))]
-        with ThreadPoolExecutor(32) as at_once:
-            refused = at_once.map(partial(health_refusal, patience=1.0), urls)
-            return len(ready) - sum(map(bool, refused)), wanted
-
-    def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
-        """Point the live Service back at the version before, in one patch that carries the outcome.
-
-        It does not look at the pods it leaves. Tried until it is done. Raises SupersededError when
-        someone else has switched; a first deployment has nothing to go back to, so its Service is
-        removed.
-        """
-        ended = {"outcome": str(outcome), "reason": str(reason), "detail": clip(detail)}
-        if self.try_switch_back(task, ended):
-            self.metrics.switches.labels(*task.labels, "back").inc()
-            error("switched back", reason=reason, detail=clip(detail), **task.words)
-        else:
-            error("nothing to switch back to", reason=reason, detail=clip(detail), **task.words)
-
-    @persistent
-    def try_switch_back(self, task: Task, ended: Object) -> bool:
-        """Switch back if there is a version before; return whether this was done, now or before."""
-        service = self.service(task)
-        if service is None:  # deleted, perhaps by the try before
-            return False
-        if service.entry(task.run.id).items() >= ended.items():
-            return True
-        service = self.own_live(task)
-        target, live = service.before, service.live
-        if not target and not service.annotation(ANNOTATION_PREVIOUS, {}):
-            self.known.pop(task.labels, None)
-            self.state.write(task.app, forget=[f"live-{task.environment}"])
-            self.kubectl.delete("service", [task.app.name], task.namespace)
-        if not target:
-            return False
-        annotations = {
-            ANNOTATION_HISTORY: [{**e, **ended} if e == live else e for e in service.history],
-            ANNOTATION_CLAIM: self.new_claim(
-                task.run.id, live.get("colour", ""), Phase.SWITCHED_BACK
-            ),
-            ANNOTATION_BAKE: None,
-        }
-        self.write(task, service, annotations, target)
-        return True
-
-    @persistent
-    def confirm(
-        self, task: Task, proof: Callable[[], bool] = lambda: True, *, unjudged: bool = False
-    ) -> bool:
-        """Write that a version stays, and leave a claim by which the old one is drained.
-
-        Each try of it asks for the proof that the version is healthy, after it has read what it is
-        going to change; without it nothing is written, and the answer is False.
-        """
-        service = self.own_live(task)
-        fresh = abs(self.clock.now() - seconds_of(service.claim.get("since"))) < CLAIM_SECONDS
-        if fresh and service.claim.get("phase") == Phase.ROLLBACK:
-            raise HookError("a rollback is under way")
-        if not proof():
-            return False
-        live, old = service.live, service.before.get("colour", "")
-        ended = {**live, "outcome": Outcome.DEPLOYED, **({"unjudged": True} if unjudged else {})}
-        drain = {**self.new_claim(task.run.id, old, Phase.DRAINING), "since": live.get("at", 0)}
-        history = [ended if e == live else e for e in service.history]
-        claim = drain if old in COLOURS else None
-        self.write(
-            task,
-            service,
-            {ANNOTATION_HISTORY: history, ANNOTATION_BAKE: None, ANNOTATION_CLAIM: claim},
-        )
-        return True
-
-    # What is left behind.
-
-    def finish_claim(self, task: Task, claim: Object) -> None:
-        """Finish what a claim says is unfinished, then remove what nothing names any more."""
-        service = self.service(task)
-        if service is None or service.claim != claim:
-            return
-        colour, phase = str(claim.get("colour", "")), claim.get("phase")
-        if phase == Phase.ROLLBACK and claim.get("heal"):
-            self.restore(task, f"{task.app.name}-{colour}", service)
-        elif colour in COLOURS and service.selector.get(LABEL_VERSION) != colour:
-            name, retain = f"{task.app.name}-{colour}", task.app.deploy.retain
-            if phase == Phase.PREPARING:
-                self.restore(task, name, service)
-            elif phase == Phase.SWITCHED_BACK:
-                self.scale(task, name, 0, str(claim.get("run")))
-            elif phase == Phase.DRAINING and retain is not None:
-                self.scale(task, name, retain)
-            elif phase == Phase.DRAINING:
-                self.restart(task, name)
-
-        self.replace_claim(task, None, claim)
-        self.collect_garbage(task)
-
-    @persistent
-    def replace_claim(
-        self, task: Task, claim: Object | None, was: Object | None = None
-    ) -> Service | None:
-        """Put a claim in the place of another, or of any; None drops it."""
-        service = self.service(task)
-        if service is None or (was and service.claim != was):
-            return service
-        annotations: Object = {ANNOTATION_CLAIM: claim}
-        if goal := None if claim else self.widened(task, service):
-            history = [{**e, **goal} if e == service.live else e for e in service.history]
-            annotations |= {ANNOTATION_HISTORY: history, ANNOTATION_PREVIOUS: None}
-        return self.write(task, service, annotations, goal)
-
-    def widened(self, task: Task, service: Service) -> Object | None:
-        """Return the selector that a Service had before it was adopted, if it can have that again.
-
-        Its owner goes on without us, and what he changes next may not fit a narrowed one. Raises
-        HookError while it would reach pods of ours, too, that have not begun to end.
-        """
-        was, ours = service.live.get("was"), {LABEL_APP: task.app.name}
-        if service.live.get("outcome") != ADOPTED or not was or was == service.selector:
-            return None
-        found = self.kubectl.list("deployments", task.namespace, "-l", selector_text(ours))
-        if any(d["spec"].get("replicas", 1) for d in found):
-            return None
-        if self.staying(task.namespace, ours):
-            raise HookError("the pods of the failed version are not gone yet")
-        return {"selector": was}
-
-    @persistent
-    def scale(self, task: Task, name: str, replicas: int, run: str = "") -> None:
-        """Set the size of a Deployment, with a run only if it still carries it."""
-        found = self.kubectl.get("deployment", name, task.namespace)
-        if found and (not run or found["metadata"]["labels"].get(LABEL_RUN) == run):
-            meta = {"resourceVersion": found["metadata"]["resourceVersion"]}
-            change = {"metadata": meta, "spec": {"replicas": replicas}}
-            self.kubectl.patch("deployment", name, task.namespace, change)
-
-    def restart(self, task: Task, name: str) -> None:
-        """Restart what an old colour has of pods: so kept-alive connections move."""
-        found = self.kubectl.get("deployment", name, task.namespace)
-        if found and found["spec"].get("replicas"):
-            self.kubectl.run("rollout", "restart", f"deployment/{name}", namespace=task.namespace)
+            service = self.kubectl.patch("service", name, task.namespace, change)
+        address = service["spec"].get("clusterIP", "")
+        return web_address(address, ports[0]["port"], task.app.deploy.health.path)
 
     def restore(self, task: Task, name: str, service: Service) -> None:
         """Put the rollback target back into the idle colour that a failed deployment overwrote.
 
         From its release, never by `rollout undo`. Where no target stood, the Deployment goes. Tried
-        once: what does not work is said and counted, unless only the API server is away.
+        once: what does not work is reported and counted, unless only the API server is away.
         """
-        record = service.claim.get("heal")
+        record = service.claim.restore
         try:
             if not record:
                 return self.kubectl.delete("deployment", [name], task.namespace)
-            release = self.release(task, {"release": record})
+            release = self.live.release(task, record)
             self.apply(task, release, service)
-            return info("healed", target=release.run, colour=release.colour, **task.words)
         except (StageError, KubectlError) as failed:
             if isinstance(failed, KubectlError) and failed.kind == "Unreachable":
                 raise
-            error("given up", what="heal", detail=str(failed), **task.words)
-            self.metrics.errors.labels("heal").inc()
-
-    def collect_garbage(self, task: Task) -> None:
-        """Delete what a failed first deployment left, and records that nothing names any more."""
-        namespace, name = task.namespace, task.app.name
-        ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP}={name}"
-        service, named = self.service(task), ""
-        source = self.recorded(task, service)
-        # what a deleted Service named is in use, and is named again when it is back
-        if source and (service is None or service.claim or not service.history):
-            return
-        deployments = self.kubectl.list("deployments", namespace, "-l", ours)
-        if service:
-            sets = self.kubectl.list("replicasets", namespace, "-l", f"{LABEL_APP}={name}")
-            named = json.dumps([service.history, deployments, sets])
-        else:
-            metas = [d["metadata"] for d in deployments]
-            left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
-            self.kubectl.delete("deployment", left, namespace)
-            self.kubectl.delete("service", [f"{name}-preview"], namespace)
-        # logs go by their age and number
-        found = self.kubectl.names("configmaps", namespace, f"{ours},{LABEL_STAGE}!=log")
-        now = self.service(task)
-        # whoever made one of them after the first look has claimed the Service by now
-        if (now.version if now else 0) == (service.version if service else 0):
-            # a release has the text of its copies: applying it makes them again
-            self.kubectl.delete("configmap", [n for n in found if n not in named], namespace)
-
-    # Rollback on request.
-
-    def rollback(self, task: Task, service: Service, target: Object, reason: str) -> Object:
-        """Switch an environment to an entry of its history; return the entry as it is live then.
-
-        Works beside a daemon or without one. A target of which enough pods are ready is one patch
-        away, and what overwrote its Deployment is undone afterwards; one that was scaled down is
-        applied again and waited for. Raises RefusedError when someone else has switched meanwhile,
-        and StageError when the target does not become ready.
-        """
-        task = replace(task, run=replace(task.run, id=target["run"]))
-        claim = self.new_claim(task.run.id, target["colour"], Phase.ROLLBACK)
-        claimed, left = self.replace_claim(task, claim) or service, service.claim or None
-        switched = None
-        try:
-            if claimed.selector != service.selector:
-                raise RefusedError("traffic was switched this very moment; look, and try again")
-            goal = self.raise_target(task, claimed, target)
-            switched = self.switch_to_target(task, claimed, goal, reason)
-            left = None
-            if goal.overwritten and switched and switched.claim.get("heal"):
-                self.restore(task, f"{task.app.name}-{target['colour']}", switched)
-                claim = switched.claim
-        finally:
-            with suppress(HookError):
-                if switched is None:
-                    self.resume(task, f"{task.app.name}-{target['colour']}")
-                self.replace_claim(task, left, claim)
-        return goal.entry
-
-    def resume(self, task: Task, name: str) -> None:
-        """Let a Deployment go on that a rollback has paused."""
-        found = self.kubectl.get("deployment", name, task.namespace)
-        if found and found["spec"].get("paused"):
-            self.kubectl.patch("deployment", name, task.namespace, {"spec": {"paused": False}})
-
-    @persistent
-    def switch_to_target(
-        self, task: Task, claimed: Service, goal: Goal, reason: str
-    ) -> Service | None:
-        """Point the live Service at a rollback's goal, if nobody else has taken over."""
-        now = self.service(task)
-        if now is None or now.selector == goal.entry["selector"]:
-            return now
-        if (now.claim, now.selector) != (claimed.claim, claimed.selector):
-            raise RefusedError(f"{now.claim.get('run') or 'someone'} has taken over meanwhile")
-        history = rolled_back(now.history, goal.target, goal.entry, reason)
-        claim = {**claimed.claim, "heal": goal.target["release"]} if goal.overwritten else None
-        annotations = {ANNOTATION_HISTORY: history, ANNOTATION_CLAIM: claim, ANNOTATION_BAKE: None}
-        return self.write(task, now, annotations, goal.entry)
-
-    def raise_target(self, task: Task, claimed: Service, target: Object) -> Goal:
-        """Return where a rollback goes once its pods are ready, brought back if need be."""
-        app, live = task.app.name, claimed.selector.get(LABEL_VERSION, "")
-        apart = target["run"] and target["colour"] != live
-        carries = self.fenced(task, target) if apart else ""
-        ready = len(self.ready_pods(task.namespace, target["selector"]))
-        overwritten = bool(carries != target["run"])
-        if ready >= target["replicas"] and (not overwritten or (carries and target["release"])):
-            return Goal(target, target, overwritten)
-        if not target["release"]:
-            gone = "the version before has no ready pods and was not deployed from here"
-            raise RefusedError(gone)
-        release = self.release(task, target)
-        colour = next(c for c in (release.colour, *COLOURS) if c != live)
-        size = self.size(task, claimed.selector)
-        release = recoloured(release, task.app, colour, max(size, release.wanted))
-        record = release.configmap(app)
-        with self.follow_pods(task) as pods:
-            self.apply(task, release, claimed)
-            self.roll_out(task, release, pods)
-        changed = {"colour": colour, "selector": release.selector, "replicas": release.wanted}
-        entry = {**target, **changed, "release": record["metadata"]["name"]}
-        return Goal(target, entry, overwritten=False)
-
-    @persistent
-    def fenced(self, task: Task, target: Object) -> str:
-        """Mark a target's Deployment as ours from now on; return the run it carries, "" for none.
-
-        Ready pods are no proof that it stands: a rollout may be replacing them. And a write that is
-        late, of a deployment that has lost its claim, finds a conflict after this.
-        """
-        name = f"{task.app.name}-{target.get('colour')}"
-        fence = {"metadata": {"annotations": {ANNOTATION_WRITTEN: str(self.clock.now())}}}
-        try:
-            found = self.kubectl.patch("deployment", name, task.namespace, fence)
-        except KubectlError as gone:
-            if gone.kind != "NotFound":
-                raise
-            return ""
-        carries = str((found["metadata"].get("labels") or {}).get(LABEL_RUN, ""))
-        if carries != target["run"] and target["release"]:
-            # until it is put back: its rollout would take the target's pods away
-            self.kubectl.patch("deployment", name, task.namespace, {"spec": {"paused": True}})
-        return carries
+            error("the rollback target was not restored", detail=str(failed), **task.words)
+            self.kubectl.metrics.errors.labels("restore").inc()
+            return None
+        more = {"target": release.run, "colour": release.colour}
+        transition = Transition(
+            state=State.RESTORED, **task.words, at=self.doors.clock.now(), more=more
+        )
+        return self.doors.reports.emit(transition)
 
 
-def kept(claimed: Service, now: Service) -> bool:
-    """Whether a Service is still the one that was claimed, with what was written on it."""
-    return now.uid == claimed.uid and (bool(now.history) or not claimed.history)
+class Operations:
+    """Everything that reads and changes environments, through one set of doors."""
+
+    def __init__(self, doors: Doors, state: StateStore, remembered: Remembered) -> None:
+        self.doors = doors
+        self.live = LiveServices(doors, state, remembered)
+        self.workloads = self.live.workloads
+        self.guard = SelectorGuard(self.live)
+        self.claims = Claims(self.live, self.guard)
+        self.traffic = Traffic(self.guard, self.claims)
+        self.rollout = Rollout(self.traffic, LogTails(doors.kubectl, doors.secrets, doors.clock))
 
 
-def entry_of(release: Release, app: str, now: float) -> Object:
-    """Return the history entry of a switch to a release."""
-    told = ("run", "commit", "image", "colour", "selector", "ports")
-    copied_fields: Object = {name: getattr(release, name) for name in told}
-    record = release.configmap(app)["metadata"]["name"]
-    more = {"release": record, "replicas": release.wanted, "at": round(now, 3), "by": MANAGER}
-    return asdict(HistoryEntry(**copied_fields, **more))
+# === bake =========================================================================================
+
+
+@dataclass(slots=True)
+class HealthChecks:
+    """What the health checks of a switched-to version have shown, and for how long."""
+
+    failures: int = 0  # in a row
+    passes: int = 0  # in a row, none of them long after the one before
+    refusal: str = ""
+    judged: float = 0.0  # seconds
+    at: float = -NEVER  # when the last one ended
+
+    def add(self, now: float, refusal: str | None, *, clear: bool) -> None:
+        """Take over one; the time since the last counts if that is near, and nothing is hidden."""
+        gap = now - self.at
+        near = gap <= CHECK_GAP
+        self.judged += gap if near and clear else 0.0
+        self.passes = 0 if refusal else 1 + (self.passes if near else 0)
+        self.failures = self.failures + 1 if refusal else 0
+        self.refusal = refusal or ""
+        self.at = now
+
+    def passing(self, now: float) -> int:
+        """Return how many in a row have passed, up to now."""
+        return self.passes if now - self.at <= CHECK_GAP else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sight:
+class PodsSeen:
     """What the API server last said of the pods of a run in its bake."""
 
     at: float
@@ -4968,49 +5278,69 @@ class Sight:
 
 
 class Bake:
-    """Watches a switched-to version until it is confirmed, or takes the traffic back.
+    """Observes a switched-to version until it is confirmed, or switches back.
 
     One thread asks for health and does nothing else, so that nothing holds it up. A second one asks
-    the API server, and confirms. The worker itself judges what they have seen, and takes back.
+    the API server, and confirms. The worker itself judges what they have seen, and switches back.
     """
 
     def __init__(
-        self, deployer: Deployer, task: Task, release: Release, pods: Informer[Pod]
+        self,
+        steady: Operations,
+        urgent: Operations,
+        task: Task,
+        release: Release,
+        pods: Informer[Pod],
     ) -> None:
-        self.deployer, self.urgent, self.clock = deployer, deployer.urgent, deployer.clock
-        self.task, self.release, self.mirror = task, release, pods
-        self.health, self.checks, self.tracker = task.app.deploy.health, Checks(), ProblemTracker()
-        at = -NEVER if pods.trouble else self.clock.monotonic()
-        self.sight = Sight(at=at, pods=tuple(self.mirrored()), wanted=release.wanted)
-        self.needed, self.began = task.app.deploy.bake, self.clock.monotonic()
+        self.steady = steady
+        self.urgent = urgent
+        self.clock = steady.doors.clock
+        self.task = task
+        self.release = release
+        self.informer = pods
+        self.health = task.app.deploy.health
+        self.checks = HealthChecks()
+        self.tracker = ProblemTracker()
+        self.required = task.app.deploy.bake  # seconds of judged time
+        self.began = self.clock.monotonic()
+        self.switched = 0.0  # when traffic was switched
+        self.url = ""  # whom to ask for health
+        self.lost_answers = 0
         self.over = threading.Event()
         self.ended: RunError | None = None
-        self.unjudged = self.confirmed = False
-        self.since, self.url, self.lost = 0.0, "", 0  # the switch, whom to ask, answers lost
+        self.unjudged = False
+        self.confirmed = False
+        at = -NEVER if pods.trouble else self.clock.monotonic()
+        self.seen = PodsSeen(at=at, pods=tuple(self.informed()), wanted=release.wanted)
 
     def run(self, service: Service, *, resumed: bool) -> None:
         """Return when the version is confirmed; raises RunError when it is not going to be."""
         rest = seconds_of(service.annotation(ANNOTATION_BAKE, 0.0)) - self.clock.now()
-        if resumed:  # what was judged before this process, nobody knows
-            self.needed = min(self.needed, max(rest, REBAKE_SECONDS))
-        self.since = seconds_of(service.live.get("at"))
-        threads = [threading.Thread(target=t, daemon=True) for t in (self.check, self.look)]
+        if resumed:  # nobody knows what was judged before this process
+            self.required = min(self.required, max(rest, REBAKE_SECONDS))
+        self.switched = service.live.at
+        threads = [
+            threading.Thread(target=body, daemon=True)
+            for body in (self.check_health, self.observe_cluster)
+        ]
         try:
             for thread in threads:
                 thread.start()
             while not (self.confirmed and self.healthy()):
-                with self.unanswered():
+                with self.tolerate_lost_answers():
                     self.judge()
                 alive = all(thread.is_alive() for thread in threads)
                 if self.ended:
                     raise self.ended
                 if not (alive or self.confirmed):
                     raise HookError("a thread of the bake has ended")
-                self.deployer.pause(0.1)
+                self.steady.doors.pause(0.1)
         finally:
             self.over.set()
 
-    def check(self) -> None:
+    # The first thread: health.
+
+    def check_health(self) -> None:
         """Ask for health, at most four times a second, until the bake is over."""
         took = 0.0
         while not self.over.wait(max(0.0, HEALTH_INTERVAL - took)):
@@ -5021,138 +5351,422 @@ class Bake:
                     self.checks.add(self.clock.monotonic(), refusal, clear=self.clear())
             took = self.clock.monotonic() - began
 
-    def look(self) -> None:
-        """See the endpoints arrive, then look at the pods again and again; confirm in the end."""
-        step = self.arrive
+    # The second thread: the API server.
+
+    def observe_cluster(self) -> None:
+        """See the endpoints converge, then look at the pods repeatedly; confirm in the end."""
+        step = self.await_endpoints
         while not (self.over.is_set() or self.ended or self.confirmed):
             try:
-                with self.unanswered():
+                with self.tolerate_lost_answers():
                     step()
                     step = self.refresh
-                    if self.unjudged or self.checks.judged >= self.needed:
-                        conclude = partial(self.deployer.confirm, self.task, self.proof)
-                        self.confirmed = self.healthy() and conclude(unjudged=self.unjudged)
+                    self.confirm_when_due()
                     # at its end the bake waits for no look
-                    self.over.wait(min(LOOK_SECONDS, max(0.5, self.needed - self.checks.judged)))
+                    rest = self.required - self.checks.judged
+                    self.over.wait(min(LOOK_SECONDS, max(0.5, rest)))
             except RunError as ended:
                 self.ended = ended
             except InterruptedError:
                 break
 
-    def arrive(self) -> None:
+    def await_endpoints(self) -> None:
         """Let health be asked for, and wait for the endpoints of the switch."""
-        self.url = self.url or self.urgent.preview(self.task, self.release)
-        self.urgent.verify(self.task, self.release, self.since)
+        self.url = self.url or self.urgent.rollout.preview(self.task, self.release)
+        self.urgent.traffic.verify(self.task, self.release, self.switched)
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the live Service and the pods, whatever the mirror shows."""
-        task, selector, began = self.task, self.release.selector, self.clock.monotonic()
-        self.urgent.judge_live(task, self.urgent.service(task))
-        wanted = self.urgent.size(task, selector)
-        found = self.urgent.staying(task.namespace, selector)
-        served = [p for p in found if Pod(p).seen_ready]
+        """Read the live Service and the pods, whatever the informer shows."""
+        began = self.clock.monotonic()
+        selector = self.release.selector
+        self.urgent.guard.require_live(self.task, self.urgent.live.read(self.task))
+        wanted = self.urgent.workloads.size(self.task, selector)
+        manifests = self.urgent.workloads.staying(self.task.namespace, selector)
+        served = [p for p in manifests if Pod(p).seen_ready]
         urls = [pod_address(p, self.release.ports[0], self.health.path) for p in served]
-        pods = tuple(map(Pod, found))
-        self.sight = Sight(at=began, pods=pods, wanted=wanted, urls=tuple(filter(None, urls)))
+        pods = tuple(map(Pod, manifests))
+        self.seen = PodsSeen(at=began, pods=pods, wanted=wanted, urls=tuple(filter(None, urls)))
 
-    def mirrored(self) -> list[Pod]:
-        """Return the pods of the run as the mirror has them, which may follow or not."""
-        return [p for p in self.mirror.items() if p.run == self.release.run]
+    def confirm_when_due(self) -> None:
+        """Confirm the version once it was judged for long enough, or may be without."""
+        due = self.unjudged or self.checks.judged >= self.required
+        if due and self.healthy():
+            confirm = self.steady.traffic.confirm
+            self.confirmed = confirm(self.task, self.proof, unjudged=self.unjudged)
+
+    def proof(self) -> bool:
+        """Whether the version may be confirmed now: its endpoints are there, and it is healthy."""
+        selector = self.release.selector
+        endpoints = self.urgent.workloads.endpoints(
+            self.task, selector, self.seen.wanted, self.switched
+        )
+        return endpoints.converged and self.healthy() and not self.over.is_set()
+
+    # The worker: the verdict.
+
+    def judge(self) -> None:
+        """Switch back from a version that is unhealthy, or that nobody can judge."""
+        seen = self.seen
+        informed = self.informed()
+        fresh = self.fresh()
+        pods = self.newest_pods(seen, informed) if fresh else informed
+        why = container_failure([*pods, *informed], self.switched)
+        why = why or self.lasting_shortage(seen, pods, fresh=fresh)
+        failed = self.checks.failures >= self.health.failures and self.failures_count()
+        if failed:
+            times = f"{self.checks.failures} times in a row: {self.checks.refusal}"
+            why = f"{self.health.path} failed {times}"
+        if why:
+            healthy = sum(p.ready and not container_failure([p], self.switched) for p in pods)
+            wanted = max(seen.wanted, sum(p.stays for p in pods))
+            health = None if failed else PodHealth(healthy, wanted)
+            self.urgent.traffic.switch_back_if_worse(self.task, why, health)
+            self.checks.failures = 0
+        elif not self.unjudged:
+            waited = self.clock.monotonic() - self.began
+            self.end_unjudged(waited - min(self.checks.judged, self.required))
+
+    def newest_pods(self, seen: PodsSeen, informed: Sequence[Pod]) -> list[Pod]:
+        """Return the pods last read, each as the informer has it where that is newer."""
+        newer = {p.name: p for p in informed}
+        return [max(p, newer.get(p.name, p), key=lambda pod: pod.version) for p in seen.pods]
+
+    def lasting_shortage(self, seen: PodsSeen, pods: Sequence[Pod], *, fresh: bool) -> str:
+        """Return that too few pods have been ready for too long, or ""."""
+        lacks = readiness_shortage(pods, self.switched, self.clock.now(), starting=bool(seen.pods))
+        if not fresh and self.informer.trouble:  # it may be over by now
+            lacks = None
+        counted = [lacks] if lacks and (pods or fresh) else []
+        fatal = self.tracker.fatal(counted, self.clock.monotonic())
+        return fatal.detail if fatal else ""
+
+    def failures_count(self) -> bool:
+        """Whether failed checks count: not while they may be those of a pod that is taken away."""
+        if self.clear() or not self.fresh():
+            return True
+        return failing_addresses(self.seen.urls) > 0
+
+    def end_unjudged(self, spent: float) -> None:
+        """After too long without a judgement give the healthier version the traffic.
+
+        If they are alike, the new one keeps it, and is confirmed as unjudged.
+        """
+        if spent <= self.task.app.deploy.rollout_timeout:
+            return
+        versions = self.urgent.traffic.compare_versions(self.task, ask=True)
+        live = versions.live if self.healthy() else PodHealth(0, versions.live.wanted)
+        previous = versions.previous
+        detail = (
+            f"health could not be judged for {spent:.0f} s; now {live.ready} of {live.wanted} pods"
+            f" are healthy, {previous.ready} of {previous.wanted} of the version before"
+        )
+        if previous.better_than(live):
+            self.urgent.traffic.switch_back(self.task, Outcome.FAILED, Reason.UNJUDGED, detail)
+            raise StageError(Reason.UNJUDGED, detail)
+        if not live.ready:
+            raise StageError(Reason.BOTH_UNHEALTHY, detail)
+        transition = Transition(
+            state=State.UNJUDGED, **self.task.words, detail=detail, at=self.clock.now()
+        )
+        self.steady.doors.reports.emit(transition)
+        self.unjudged = True
+
+    # What all three ask.
+
+    def informed(self) -> list[Pod]:
+        """Return the pods of the run as the informer has them, which may follow or not."""
+        return [p for p in self.informer.items() if p.run == self.release.run]
 
     def fresh(self) -> bool:
         """Whether the API server was heard a moment ago."""
-        return self.clock.monotonic() - self.sight.at <= FRESH_SECONDS
+        return self.clock.monotonic() - self.seen.at <= FRESH_SECONDS
 
     def clear(self) -> bool:
         """Whether health can be judged: no pod is missing, as far as a moment ago."""
-        return self.fresh() and not pods_taken_away(self.sight.pods, self.sight.wanted)
+        return self.fresh() and not pods_taken_away(self.seen.pods, self.seen.wanted)
 
     def healthy(self) -> bool:
         """Whether the last checks passed, as many as it takes, and no container has failed."""
         passed = self.checks.passing(self.clock.monotonic()) >= self.health.successes
-        return passed and not container_failure([*self.sight.pods, *self.mirrored()], self.since)
-
-    def proof(self) -> bool:
-        """Whether the version may be confirmed now: its endpoints are there, and it is healthy."""
-        wanted, selector = self.sight.wanted, self.release.selector
-        arrived, _ = self.urgent.endpoints(self.task, selector, wanted, self.since)
-        return arrived and self.healthy() and not self.over.is_set()
-
-    def judge(self) -> None:
-        """Take the traffic back from a version that is sick, or that nobody can judge."""
-        sight, mirrored, fresh = self.sight, self.mirrored(), self.fresh()
-        now, newer = self.clock.monotonic(), {p.name: p for p in mirrored}
-        known = [max(p, newer.get(p.name, p), key=lambda pod: pod.version) for p in sight.pods]
-        known = known if fresh else mirrored
-        lacks = readiness_shortage(known, self.since, self.clock.now(), starting=bool(sight.pods))
-        lacks = lacks if fresh or not self.mirror.trouble else None  # it may be over by now
-        lasts = self.tracker.fatal([lacks] if lacks and (known or fresh) else [], now)
-        sick = container_failure([*known, *mirrored], self.since) or (lasts.detail if lasts else "")
-        failed = self.checks.failures >= self.health.failures and self.condemned()
-        if failed:
-            times = f"{self.checks.failures} times in a row: {self.checks.refusal}"
-            sick = f"{self.health.path} failed {times}"
-        if sick:
-            sound = sum(p.ready and not container_failure([p], self.since) for p in known)
-            of_all = max(sight.wanted, sum(p.stays for p in known))
-            self.urgent.switch_back_if_worse(self.task, sick, None if failed else (sound, of_all))
-            self.checks.failures = 0
-        elif not self.unjudged:
-            self.compare(now - self.began - min(self.checks.judged, self.needed))
-
-    def condemned(self) -> bool:
-        """Whether failed checks count: not while they may be those of a pod that is taken away."""
-        if self.clear() or not self.fresh():
-            return True
-        with ThreadPoolExecutor(32) as at_once:
-            return any(at_once.map(partial(health_refusal, patience=1.0), self.sight.urls))
-
-    def compare(self, spent: float) -> None:
-        """Let the healthier version have the traffic where time does not tell; alike: the new."""
-        if spent <= self.task.app.deploy.rollout_timeout:
-            return
-        _, old, new = self.urgent.compare_versions(self.task, unhealthy=True)
-        new = new if self.healthy() else (0, new[1])
-        detail = f"health could not be judged for {spent:.0f} s; now {new[0]} of {new[1]} pods"
-        detail += f" are healthy, {old[0]} of {old[1]} of the version before"
-        if healthier_by(old, new) > 0:
-            self.urgent.switch_back(self.task, Outcome.FAILED, Reason.UNJUDGED, detail)
-            raise StageError(Reason.UNJUDGED, detail)
-        if not new[0]:
-            raise StageError(Reason.BOTH_UNHEALTHY, detail)
-        warn("confirmed unjudged", detail=detail, **self.task.words)
-        self.unjudged = True
+        return passed and not container_failure([*self.seen.pods, *self.informed()], self.switched)
 
     @contextmanager
-    def unanswered(self) -> Iterator[None]:
+    def tolerate_lost_answers(self) -> Iterator[None]:
         """Let a step that got no answer, or could not even be begun, be taken again."""
         try:
             yield
         except (RunError, InterruptedError):
             raise
         except (HookError, OSError, RuntimeError, *ODD) as lost:
-            if self.lost % 60 == 0:
-                warn("will look again", detail=clip(str(lost)), **self.task.words)
-            self.lost += 1
-            self.deployer.pause(0.5)
+            if self.lost_answers % 60 == 0:
+                warn("a step is tried again", detail=clip(str(lost)), **self.task.words)
+            self.lost_answers += 1
+            self.steady.doors.pause(0.5)
 
 
-def rolled_back(history: list[Object], target: Object, goal: Object, reason: str) -> list[Object]:
-    """Return a history in which what came after a target is rolled back; the target is `goal`."""
-    keys = [(e.get("run"), e.get("at")) for e in history]
-    if (key := (target.get("run"), target.get("at"))) not in keys:
+# === deploy =======================================================================================
+# The story of a run in one environment, of a rollback by hand, and of what both leave behind.
+
+
+class Deployer:
+    """Brings runs into environments. Every step looks before it acts."""
+
+    def __init__(self, doors: Doors) -> None:
+        self.doors = doors
+        self.state = StateStore(doors.kubectl, doors.clock)
+        self.remembered = Remembered()
+        self.steady = Operations(doors, self.state, self.remembered)
+        # for what is live: its calls wait for no others
+        self.urgent = Operations(doors.urgent(), self.state, self.remembered)
+
+    def deploy(self, task: Task) -> None:
+        """Bring a run into an environment, through its bake in the last one.
+
+        Raises StageError when it cannot (live traffic is as before, or was switched back) and
+        SupersededError when something newer, or someone, took its place.
+        """
+        with self.steady.rollout.follow_pods(task) as pods:
+            service = self.urgent.live.read(task)
+            if service is None:
+                self.urgent.guard.require_undeleted(task)
+            resumed = service is not None and service.run == task.run.id
+            if not resumed:
+                self.promote(task, pods)
+            self.verify_and_bake(task, pods, resumed=resumed)
+
+    def promote(self, task: Task, pods: Informer[Pod]) -> None:
+        """Do everything up to the switch, and switch."""
+        path = task.app.deploy.manifests
+        with self.doors.git.manifests(task.app.repository, task.run.commit, path) as checkout:
+            manifests = read_manifests(checkout, path)
+        objects = check_objects(task.app, task.namespace, manifests)
+        placement = self.steady.claims.idle_colour_and_size(task)
+        release = render(task.app, task.run, task.image, placement, objects)
+        claimed = self.steady.claims.take(task, release)
+        self.emit(task, State.CLAIMED, colour=release.colour, ignored=objects.ignored or None)
+        try:
+            self.steady.rollout.apply(task, release, claimed)
+            self.steady.rollout.wait(task, release, pods)
+            self.steady.rollout.smoke_test(task, release)
+        finally:
+            # pods that someone else replaced meanwhile say nothing against this run
+            self.steady.claims.check(task, claimed, self.steady.live.read(task))
+        self.steady.traffic.switch(task, release, claimed)
+        self.emit(task, State.SWITCHED, colour=release.colour, commit=release.commit)
+
+    def verify_and_bake(self, task: Task, pods: Informer[Pod], *, resumed: bool) -> None:
+        """Verify the switch, bake in the last environment, write the outcome."""
+        service = self.read_own(task)
+        entry = service.live
+        if entry.outcome:
+            return
+        release = self.urgent.live.release(task, entry.release)
+        if task.last:
+            bake = Bake(self.steady, self.urgent, task, release, pods)
+            bake.run(service, resumed=resumed)
+        else:
+            self.steady.traffic.verify(task, release, entry.at)
+            self.steady.traffic.confirm(task)
+
+    @retried
+    def read_own(self, task: Task) -> Service:
+        """Return the live Service while it selects the run; raises when it was switched away."""
+        return self.urgent.guard.own(task)
+
+    def emit(self, task: Task, state: State, **more: Any) -> None:
+        """Report that a task has come so far."""
+        transition = Transition(state=state, **task.words, at=self.doors.clock.now(), more=more)
+        self.doors.reports.emit(transition)
+
+    # What is left behind.
+
+    def finish_claim(self, task: Task, claim: Claim) -> None:
+        """Finish what a claim says is unfinished, then remove what nothing names any more."""
+        service = self.steady.live.read(task)
+        if service is None or service.claim != claim:
+            return
+        name = f"{task.app.name}-{claim.colour}"
+        workloads = self.steady.workloads
+        retain = task.app.deploy.retain
+        idle = claim.colour in COLOURS and service.selector.get(LABEL_VERSION) != claim.colour
+        overwritten = claim.phase == Phase.ROLLBACK and claim.restore
+        if overwritten or (idle and claim.phase == Phase.PREPARING):
+            self.steady.rollout.restore(task, name, service)
+        elif idle and claim.phase == Phase.SWITCHED_BACK:
+            workloads.scale(task, name, 0, claim.run)
+        elif idle and claim.phase == Phase.DRAINING and retain is not None:
+            workloads.scale(task, name, retain)
+        elif idle and claim.phase == Phase.DRAINING:
+            workloads.restart(task, name)
+        self.steady.claims.put(task, Claim(), claim)
+        self.collect_garbage(task)
+
+    def collect_garbage(self, task: Task) -> None:
+        """Delete what a failed first deployment left, and records that nothing names any more."""
+        kubectl = self.doors.kubectl
+        namespace = task.namespace
+        app = task.app.name
+        ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP}={app}"
+        service = self.steady.live.read(task)
+        source = self.steady.live.recorded(task, service)
+        # what a deleted Service named is in use, and is named again when it is back
+        if source and (service is None or service.claim or not service.history):
+            return
+        deployments = kubectl.list("deployments", namespace, "-l", ours)
+        in_use = ""
+        if service:
+            sets = kubectl.list("replicasets", namespace, "-l", f"{LABEL_APP}={app}")
+            history = [entry.to_json() for entry in service.history]
+            in_use = json.dumps([history, deployments, sets])
+        else:
+            metas = [d["metadata"] for d in deployments]
+            left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
+            kubectl.delete("deployment", left, namespace)
+            kubectl.delete("service", [f"{app}-preview"], namespace)
+        # logs go by their age and number
+        names = kubectl.names("configmaps", namespace, f"{ours},{LABEL_STAGE}!=log")
+        now = self.steady.live.read(task)
+        # whoever made one of them after the first look has claimed the Service by now
+        if (now.version if now else 0) == (service.version if service else 0):
+            # a release has the text of its copies: applying it makes them again
+            kubectl.delete("configmap", [n for n in names if n not in in_use], namespace)
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """Where a rollback goes: an entry of the history, as it was and as it will be live.
+
+    Overwritten: its pods are ready, but another run is in their Deployment.
+    """
+
+    target: HistoryEntry
+    entry: HistoryEntry
+    overwritten: bool
+
+
+class Rollback:
+    """Switches an environment to an entry of its history, at a person's request."""
+
+    def __init__(self, operations: Operations) -> None:
+        self.doors = operations.doors
+        self.kubectl = operations.doors.kubectl
+        self.live = operations.live
+        self.claims = operations.claims
+        self.rollout = operations.rollout
+        self.workloads = operations.workloads
+
+    def run(self, task: Task, service: Service, target: HistoryEntry, reason: str) -> HistoryEntry:
+        """Switch to a target; return the entry as it is live then.
+
+        Works beside a daemon or without one. A target of which enough pods are ready is one patch
+        away, and what overwrote its Deployment is undone afterwards; one that was scaled down is
+        applied again and waited for. Raises RefusedError when someone else has switched meanwhile,
+        and StageError when the target does not become ready.
+        """
+        task = replace(task, run=replace(task.run, id=target.run))
+        name = f"{task.app.name}-{target.colour}"
+        claim = self.claims.new(task.run.id, target.colour, Phase.ROLLBACK)
+        claimed = self.claims.put(task, claim) or service
+        left = service.claim  # what is put back in the end
+        switched = None
+        try:
+            if claimed.selector != service.selector:
+                raise RefusedError("traffic was switched this very moment; look, and try again")
+            goal = self.ready_goal(task, claimed, target)
+            switched = self.switch(task, claimed, goal, reason)
+            left = Claim()
+            if goal.overwritten and switched and switched.claim.restore:
+                self.rollout.restore(task, name, switched)
+                claim = switched.claim
+        finally:
+            with suppress(HookError):
+                if switched is None:
+                    self.workloads.unpause(task, name)
+                self.claims.put(task, left, claim)
+        return goal.entry
+
+    def ready_goal(self, task: Task, claimed: Service, target: HistoryEntry) -> Goal:
+        """Return where a rollback goes once its pods are ready, brought back if need be."""
+        live = claimed.selector.get(LABEL_VERSION, "")
+        apart = target.run and target.colour != live
+        carries = self.fence(task, target) if apart else ""
+        ready = len(self.workloads.ready(task.namespace, target.selector))
+        overwritten = carries != target.run
+        if ready >= target.replicas and (not overwritten or (carries and target.release)):
+            return Goal(target, target, overwritten)
+        if not target.release:
+            gone = "the version before has no ready pods and was not deployed from here"
+            raise RefusedError(gone)
+        release = self.live.release(task, target.release)
+        colour = next(c for c in (release.colour, *COLOURS) if c != live)
+        size = max(self.workloads.size(task, claimed.selector), release.wanted)
+        release = recoloured(release, task.app, colour, size)
+        with self.rollout.follow_pods(task) as pods:
+            self.rollout.apply(task, release, claimed)
+            self.rollout.wait(task, release, pods)
+        entry = replace(
+            target,
+            colour=colour,
+            selector=release.selector,
+            replicas=release.wanted,
+            release=release.configmap(task.app.name)["metadata"]["name"],
+        )
+        return Goal(target, entry, overwritten=False)
+
+    @retried
+    def fence(self, task: Task, target: HistoryEntry) -> str:
+        """Mark a target's Deployment as ours from now on; return the run it carries, "" for none.
+
+        Ready pods are no proof that it stands: a rollout may be replacing them. And a write that is
+        late, of a deployment that has lost its claim, finds a conflict after this.
+        """
+        name = f"{task.app.name}-{target.colour}"
+        mark = {"metadata": {"annotations": {ANNOTATION_WRITTEN: str(self.doors.clock.now())}}}
+        try:
+            deployment = self.kubectl.patch("deployment", name, task.namespace, mark)
+        except KubectlError as gone:
+            if gone.kind != "NotFound":
+                raise
+            return ""
+        carries = str((deployment["metadata"].get("labels") or {}).get(LABEL_RUN, ""))
+        if carries != target.run and target.release:
+            # until it is restored: its rollout would take the target's pods away
+            self.kubectl.patch("deployment", name, task.namespace, {"spec": {"paused": True}})
+        return carries
+
+    @retried
+    def switch(self, task: Task, claimed: Service, goal: Goal, reason: str) -> Service | None:
+        """Point the live Service at a rollback's goal, if nobody else has taken over."""
+        now = self.live.read(task)
+        if now is None or now.selector == goal.entry.selector:
+            return now
+        if (now.claim, now.selector) != (claimed.claim, claimed.selector):
+            raise RefusedError(f"{now.claim.run or 'someone'} has taken over meanwhile")
+        claim = Claim()
+        if goal.overwritten:
+            claim = replace(claimed.claim, restore=goal.target.release)
+        annotations = {
+            ANNOTATION_HISTORY: rolled_back(now.history, goal, reason),
+            ANNOTATION_CLAIM: claim,
+            ANNOTATION_BAKE: None,
+        }
+        return self.live.write(task, now, annotations, goal.entry)
+
+
+def rolled_back(history: Sequence[HistoryEntry], goal: Goal, reason: str) -> list[HistoryEntry]:
+    """Return a history in which what came after a rollback's target is rolled back.
+
+    Raises RefusedError where the target is not in it any more.
+    """
+    same = [(e.run, e.at) == (goal.target.run, goal.target.at) for e in history]
+    if not any(same):
         raise RefusedError("the history was changed meanwhile; look, and try again")
-    place = keys.index(key)
-    gone = {"outcome": Outcome.ROLLED_BACK, "reason": Reason.ROLLED_BACK, "detail": reason}
+    place = same.index(True)
+    ended = Ended(str(Outcome.ROLLED_BACK), str(Reason.ROLLED_BACK), reason)
     stayed = (Outcome.DEPLOYED, "")
-    newer = [{**e, **gone} if e.get("outcome") in stayed else e for e in history[:place]]
-    return [*newer, goal, *history[place + 1 :]]
-
-
-def selector_text(selector: Mapping[str, str]) -> str:
-    """Return a selector as `-l` takes it."""
-    return ",".join(f"{k}={v}" for k, v in selector.items())
+    newer = [ended.mark(e) if e.outcome in stayed else e for e in history[:place]]
+    return [*newer, goal.entry, *history[place + 1 :]]
 
 
 def recoloured(release: Release, app: App, colour: str, replicas: int) -> Release:
@@ -5166,37 +5780,6 @@ def recoloured(release: Release, app: App, colour: str, replicas: int) -> Releas
         labels[LABEL_VERSION] = colour
     selector = {**release.selector, LABEL_VERSION: colour}
     return replace(release, colour=colour, selector=selector, deployment=deployment)
-
-
-def proven(deployment: Object, ready: int) -> bool:
-    """Whether a Deployment's status and its ready pods prove that all wanted ones are ready."""
-    meta, spec, status = deployment["metadata"], deployment["spec"], deployment.get("status") or {}
-    counts = ("updatedReplicas", "readyReplicas", "availableReplicas", "replicas")
-    wanted, current = spec.get("replicas", 1), status.get("observedGeneration", 0)
-    whole = {status.get(k, 0) for k in counts} == {wanted} and ready >= wanted > 0
-    return bool(whole and current >= meta["generation"])
-
-
-def ready_endpoints(slices: Iterable[Object]) -> set[str]:
-    """Return the names of the pods behind the ready endpoints of EndpointSlices."""
-    endpoints = [e for s in slices for e in s.get("endpoints") or []]
-    ready = [e for e in endpoints if (e.get("conditions") or {}).get("ready") is not False]
-    return {(e.get("targetRef") or {}).get("name", e["addresses"][0]) for e in ready}
-
-
-def web_address(host: str, port: Any, path: str) -> str:
-    """Return an http address, also of an IPv6 host."""
-    return f"http://[{host}]:{port}{path}" if ":" in host else f"http://{host}:{port}{path}"
-
-
-def pod_address(pod: Object, port: Mapping[str, Any], path: str) -> str | None:
-    """Return the address of a pod's health path by its Service's target port, None if unknown."""
-    target, host = port.get("targetPort", port.get("port")), (pod.get("status") or {}).get("podIP")
-    if isinstance(target, str):
-        containers = [*pod["spec"]["containers"], *(pod["spec"].get("initContainers") or [])]
-        ports = [p for c in containers for p in c.get("ports") or []]
-        target = next((p["containerPort"] for p in ports if p.get("name") == target), None)
-    return web_address(host, target, path) if target and host else None
 
 
 # === controller ===================================================================================
@@ -5235,9 +5818,18 @@ class Controller:
 
     def __init__(self, config: Config, deployer: Deployer, spool: Spool) -> None:
         self.config, self.deployer, self.spool = config, deployer, spool
-        self.kubectl, self.metrics, self.clock = deployer.kubectl, deployer.metrics, deployer.clock
+        self.doors = deployer.doors
+        self.kubectl, self.metrics, self.clock = (
+            deployer.doors.kubectl,
+            deployer.doors.kubectl.metrics,
+            deployer.doors.clock,
+        )
         self.state, self.heartbeats = deployer.state, Heartbeats(self.clock)
-        self.stop, self.wake, self.spooled = deployer.stop, threading.Event(), threading.Event()
+        self.stop, self.wake, self.spooled = (
+            deployer.doors.stop,
+            threading.Event(),
+            threading.Event(),
+        )
         ours, spaces = f"{LABEL_MANAGED}={MANAGER}", config.namespaces
         stages = [spaces[s] for s in STAGES]
         self.jobs = [Informer(self.kubectl, "jobs", n, Job, ours) for n in stages]
@@ -5259,7 +5851,7 @@ class Controller:
         self.cooldown = Cooldown(self.clock)
         self.failing = -NEVER  # until when a run's step counts as failing: not each look takes it
         self.selectors: dict[tuple[str, str], dict[str, str]] = {}  # of live Services, last seen
-        self.saved: dict[tuple[str, str], Object] = {}  # what is live, as it is written down
+        self.saved: dict[tuple[str, str], HistoryEntry] = {}  # what is live, as it is written down
         self.threads: dict[str, threading.Thread] = {}
         self.troubles: dict[str, str] = {}  # by thread: why its last step failed
         self.metrics.spool.set_function(lambda: len(spool))
@@ -5505,12 +6097,12 @@ class Controller:
                 service = Service(found)
                 # what is recorded goes with an uninstallation, what a Service tells of itself not
                 old = [] if state.last(app.deploy_ref) else service.history[::-1]
-                ended = {str(e.get("commit")): e.get("outcome") for e in old}
+                ended = {str(e.commit): e.outcome for e in old}
                 gone = {c for c, o in ended.items() if o in OUTCOMES.values() and SHA.fullmatch(c)}
                 needless |= dict.fromkeys(gone, str(Reason.REJECTED))
                 for commit in sorted(gone - state.rejected.keys()):
                     self.state.reject(app, commit, Reason.ROLLED_BACK)
-                needless[service.live.get("commit", "")] = "AlreadyLive"
+                needless[service.live.commit] = "AlreadyLive"
         return needless
 
     def handle_create_result(
@@ -5538,7 +6130,7 @@ class Controller:
     def read_heads(self, app: App) -> float:
         """Read an app's heads; now and then compare them with what was last seen."""
         asked = self.clock.now()
-        heads = self.deployer.git.heads(app.repository)
+        heads = self.doors.git.heads(app.repository)
         self.heads[app.name] = asked, self.clock.monotonic(), heads
         self.wake.set()
         if self.clock.monotonic() >= self.due[app.name]:
@@ -5669,7 +6261,7 @@ class Controller:
         """Yield each run's next step; one that would start a Job without a slot waits."""
         served = dict[str, float]()
         for found in (j for w in self.jobs for j in w.items()):
-            served[found.run.app] = max(served.get(found.run.app, 0.0), found.released)
+            served[found.run.app] = max(served.get(found.run.app, 0.0), found.unsuspended)
         wanted = [self.slot(v.run) for v, action in steps if action.do in (Do.UNSUSPEND, Do.BUILD)]
         granted = grant_slots(wanted, running, served, self.config.limits.max_running)
         for observed, action in steps:
@@ -5699,7 +6291,11 @@ class Controller:
             a for a in self.apps.values() if self.cooldown.allows(("logs", a.name), None, 3600.0)
         )
         if app := next(due, None):  # one at each look
-            self.deployer.logs.start(partial(self.deployer.logs.tidy, app, self.config.namespaces))
+            self.deployer.steady.rollout.logs.start(
+                partial(
+                    self.deployer.steady.rollout.logs.delete_expired, app, self.config.namespaces
+                )
+            )
         until = self.clock.now() - UNRUN_TTL
         unran = [j for g in runs.values() for j in g.values() if j.state == "suspended"]
         old = [
@@ -5746,7 +6342,7 @@ class Controller:
 
     def creation_problems(self, found: Job) -> Iterator[PodProblem]:
         """Note on a released Job why it has no pod, and yield it. Quota is only waited for."""
-        if found.state != "active" or self.clock.now() - found.released < LOOK_SECONDS:
+        if found.state != "active" or self.clock.now() - found.unsuspended < LOOK_SECONDS:
             return
         if self.cooldown.allows(found.name, "look", AGAIN_SECONDS):
             chosen = f"involvedObject.uid={found.uid},reason=FailedCreate"
@@ -5774,7 +6370,7 @@ class Controller:
             self.annotate(waited, {ANNOTATION_REASON: None, ANNOTATION_DETAIL: None})
         if do is Do.ANNOTATE:
             key = ANNOTATION_SUMMARY if stage == "test" else ANNOTATION_DIGEST
-            self.annotate(observed.jobs[stage], {key: self.deployer.secrets.mask(action.detail)})
+            self.annotate(observed.jobs[stage], {key: self.doors.secrets.mask(action.detail)})
         elif do is Do.UNSUSPEND:
             self.annotate(observed.jobs[stage], {}, suspend=False)
         elif do is Do.DEPLOY:
@@ -5797,7 +6393,7 @@ class Controller:
         new = self.cooldown.allows((found.run.id, bool(said)), "", 300.0)  # its words vary
         if new or found.annotations.get(ANNOTATION_REASON) != action.reason:
             words = "; ".join(filter(None, (action.detail, said)))
-            detail = clip(self.deployer.secrets.mask(words))
+            detail = clip(self.doors.secrets.mask(words))
             self.annotate(found, {ANNOTATION_REASON: action.reason, ANNOTATION_DETAIL: detail})
 
     def task(self, app: App, environment: str, run: Run, image: str = "") -> Task:
@@ -5839,14 +6435,14 @@ class Controller:
     def finish(self, run: Run, jobs: Mapping[str, Job], action: Action) -> None:
         """Record how a run ended, mark its Jobs as done with; then say it."""
         outcome, stage = action.outcome or Outcome.FAILED, action.stage
-        detail = self.deployer.secrets.mask(action.detail)
+        detail = self.doors.secrets.mask(action.detail)
         bad = outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK)
         at = max(self.clock.now(), run.received)  # by a clock that may be ahead
         self.record_end(run, action, outcome, at)
         if bad and stage in jobs and action.reason is not Reason.CLONE_FAILED:
             mine = [p for w in self.pods for p in w.items() if p.job == jobs[stage].uid]
             last = sorted(mine, key=lambda p: -p.created)[:1]
-            logs, namespace = self.deployer.logs, jobs[stage].namespace
+            logs, namespace = self.deployer.steady.rollout.logs, jobs[stage].namespace
             logs.start(partial(logs.keep, run.app, run.id, last, namespace))
         annotations: dict[str, str | None] = {
             ANNOTATION_OUTCOME: str(outcome),
@@ -5856,9 +6452,9 @@ class Controller:
         for found in jobs.values():
             stop = {"activeDeadlineSeconds": 1} if found.state == "active" else {}
             self.annotate(found, annotations, ttlSecondsAfterFinished=JOB_TTL, **stop)
-            if found.released and found.finished:
+            if found.unsuspended and found.finished:
                 measure = self.metrics.stage_seconds.labels(run.app, found.stage, found.state)
-                measure.observe(max(0.0, found.finished - found.released))
+                measure.observe(max(0.0, found.finished - found.unsuspended))
         self.metrics.runs.labels(run.app, outcome, stage, action.reason).inc()
         why = {"outcome": outcome, "stage": stage, "reason": action.reason, "detail": detail}
         took = round(self.clock.now() - run.received, 1)
@@ -5868,7 +6464,7 @@ class Controller:
         """Record how a run ended; reject its commit if a deployment says something against it."""
         if (app := self.apps.get(run.app)) is None:
             return
-        detail = clip(self.deployer.secrets.mask(action.detail))
+        detail = clip(self.doors.secrets.mask(action.detail))
         ended = replace(
             RunRecord.of(run),
             outcome=str(outcome),
@@ -5940,7 +6536,7 @@ class Controller:
             outcome = OUTCOMES.get(stopped.reason, stopped.outcome)
             ended = ends(outcome, stopped.reason, stopped.detail, place)
         except KubectlError as refused:
-            service = self.deployer.service(task)
+            service = self.deployer.steady.live.read(task)
             # a role of ours that lacks a verb is not the manifest's fault, another Forbidden is
             kind = refused.kind
             said = refused.diagnosis.message
@@ -5950,11 +6546,11 @@ class Controller:
                 raise
             full = kind == "Forbidden" and "exceeded quota: " in said
             reason = Reason.QUOTA_EXCEEDED if full else Reason.MANIFEST_INVALID
-            ended = ends(Outcome.FAILED, reason, self.deployer.secrets.mask(refused.said), place)
+            ended = ends(Outcome.FAILED, reason, self.doors.secrets.mask(refused.said), place)
         took, result = self.clock.monotonic() - started, ended.outcome if ended else "ok"
         self.metrics.stage_seconds.labels(task.app.name, place, result).observe(took)
         if ended:
-            if self.deployer.service(task) is None:
+            if self.deployer.steady.live.read(task) is None:
                 self.deployer.collect_garbage(task)
             self.finish(task.run, jobs, ended)
 
@@ -5964,14 +6560,14 @@ class Controller:
         waiting = {r.app for r in active.values() if r.ref == self.apps[r.app].deploy_ref}
         listed = [(e, s) for e, w in self.services.items() for s in w.items()]
         for environment, service in ((e, s) for e, s in listed if s.name in self.apps):
-            app, claim, phase = self.apps[service.name], service.claim, service.claim.get("phase")
-            run = Run(id=str(claim.get("run", "")), app=app.name, ref="", commit="")
+            app, claim, phase = self.apps[service.name], service.claim, service.claim.phase
+            run = Run(id=str(claim.run), app=app.name, ref="", commit="")
             task = self.task(app, environment, run)
             with self.contain_errors(run):
                 self.reconcile_service(task, service)
             after = app.deploy.drain if phase == Phase.DRAINING else 0.0
             after = CLAIM_SECONDS if phase == Phase.ROLLBACK else after
-            due = seconds_of(claim.get("since")) + after
+            due = seconds_of(claim.since) + after
             # of the last environment the run ends first: it waits for whoever works there
             held = run.id in active and (phase != Phase.DRAINING or task.last)
             # a newer run overwrites the idle colour anyway: healing it would be in its way
@@ -5988,13 +6584,13 @@ class Controller:
             rest = 6 * AGAIN_SECONDS if service.ours else AGAIN_SECONDS
             self.mend(task, service, rest)
             return
-        self.deployer.remember(task, service)
+        self.deployer.steady.live.remember(task, service)
         # with nothing seen before, a rollback may be long ago
         left = service.entry((was or {}).get(LABEL_RUN, ""))
-        if new and left.get("outcome") == Outcome.ROLLED_BACK and live != service.history[0]:
+        if new and left.outcome == Outcome.ROLLED_BACK and live != service.history[0]:
             self.metrics.switches.labels(*task.labels, "rollback").inc()
-            words = {**task.words, "run": left["run"], "live": live["run"]}
-            warn("rolled back", detail=clip(left["detail"]), **words)
+            words = {**task.words, "run": left.run, "live": live.run}
+            warn("rolled back", detail=clip(left.detail), **words)
         new = self.saved.get(task.labels) != live
         if new and self.cooldown.allows(("what is live", *task.labels), None, AGAIN_SECONDS):
             self.state.write(task.app, live={task.environment: live})
@@ -6006,7 +6602,7 @@ class Controller:
         def body() -> None:
             """Let the Service be seen to; what does not work is tried after the next look."""
             try:
-                self.deployer.mend(task)
+                self.deployer.steady.guard.repair(task)
             except (HookError, OSError) as lost:
                 if not self.stop.is_set():
                     warn("a live Service will be looked at again", detail=str(lost), **task.words)
@@ -6484,7 +7080,21 @@ class Tools:
         git = Git(secrets.directory / GIT_CREDENTIALS, limit=config.limits.checkout)
         refs = {(a.repository, a.deploy_ref) for a in config.apps}
         git.deployed_refs = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
-        return cls(process, config, Deployer(kubectl, git, secrets, Clock()))
+        doors = Doors(
+            kubectl=kubectl,
+            git=git,
+            secrets=secrets,
+            clock=Clock(),
+            reports=Reports(metrics),
+            stop=threading.Event(),
+        )
+        return cls(process, config, Deployer(doors))
+
+    def task(self, app: App, environment: str) -> Task:
+        """Return the task of looking at an app in an environment, whatever run is there."""
+        namespace = self.config.namespaces[environment]
+        run = Run(id="", app=app.name, ref="", commit="")
+        return Task(app=app, environment=environment, namespace=namespace, run=run)
 
     def app(self, name: str) -> App:
         """Return the app of that name; raises ConfigError when there is none."""
@@ -6506,8 +7116,8 @@ def say(text: str) -> None:
 def serve(tools: Tools, args: argparse.Namespace) -> int:
     """Run the daemon until SIGTERM, or with --check only say that it could."""
     process, config, deployer = tools.process, tools.config, tools.deployer
-    setup_logging(deployer.secrets.mask)
-    deployer.secrets.keys(config.webhook.verify)
+    setup_logging(deployer.doors.secrets.mask)
+    deployer.doors.secrets.keys(config.webhook.verify)
     names = [a.name for a in config.apps]
     if args.check:
         say(f"the configuration is valid; apps: {', '.join(names) or 'none'}")
@@ -6518,7 +7128,7 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
     spool.prepare()
     tempfile.tempdir = str(spool.scratch)
     controller = Controller(config, deployer, spool)
-    app = WebhookApp(config, deployer.secrets, spool, controller)
+    app = WebhookApp(config, deployer.doors.secrets, spool, controller)
     beat = partial(controller.heartbeats.beat, "first port", LOOP_SECONDS)
     server = make_server(app, process.listen, config.webhook.max_body, beat)
     admin = make_server(app.admin(), process.admin_listen, 0)
@@ -6558,10 +7168,10 @@ def push(tools: Tools, args: argparse.Namespace) -> int:
     payload = {"object_kind": "push", "ref": ref, "after": args.sha, "project": project}
     body, delivery = json.dumps(payload).encode(), str(uuid.uuid4())
     headers = {"Content-Type": "application/json", "webhook-id": delivery}
-    mode, secrets = tools.config.webhook.verify, tools.deployer.secrets
+    mode, secrets = tools.config.webhook.verify, tools.deployer.doors.secrets
     key = secrets.keys(mode)[0]
     if mode == "signature":
-        stamp = str(int(tools.deployer.clock.now()))
+        stamp = str(int(tools.deployer.doors.clock.now()))
         signature = sign(key, delivery.encode(), stamp.encode(), body)
         headers |= {"webhook-timestamp": stamp, "webhook-signature": signature.decode()}
     else:
@@ -6599,7 +7209,7 @@ def status(tools: Tools, args: argparse.Namespace) -> int:
         say(json.dumps({"apps": listed, "runs": runs}, indent=2))
         return 0
     say(columns(rows))
-    now = tools.deployer.clock.now()
+    now = tools.deployer.doors.clock.now()
     for r in runs:
         short = {"ref": r["ref"].removeprefix("refs/heads/"), "age": age(r["received"], now)}
         r |= {**short, "detail": r["detail"].partition("\n")[0]}
@@ -6610,7 +7220,7 @@ def status(tools: Tools, args: argparse.Namespace) -> int:
 
 def explain(tools: Tools, args: argparse.Namespace) -> int:
     """Print how a run stands, and with --log the last lines that its failed containers printed."""
-    run, now = args.run, tools.deployer.clock.now()
+    run, now = args.run, tools.deployer.doors.clock.now()
     if not re.fullmatch("[a-z0-9-]{1,63}", run):
         raise ConfigError([f"{clip(run, 80)!r} is no id of a run; `status` shows them"])
     app = tools.app(run.rsplit("-", 2)[0])
@@ -6634,7 +7244,7 @@ def kept_logs(tools: Tools, app: App, run: str) -> Iterator[tuple[str, str]]:
     terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_STAGE: "log", LABEL_RUN: run})
     for namespace in (tools.config.namespaces[name] for name in (*STAGES, *shown)):
         try:
-            logs = tools.deployer.kubectl.list("configmaps", namespace, "-l", terms)
+            logs = tools.deployer.doors.kubectl.list("configmaps", namespace, "-l", terms)
         except KubectlError as refused:
             if refused.kind != "Forbidden":
                 raise
@@ -6667,33 +7277,39 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 def environment_status(tools: Tools, app: App) -> dict[str, Object]:
     """Return what is live of an app in each of its environments, and what it could go back to."""
-    found, keys = {}, ("colour", "run", "commit", "image")
+    environments = {}
     for name in app.deploy.environments:
-        namespace = tools.config.namespaces[name]
-        run = Run(id="", app=app.name, ref="", commit="")
-        task = Task(app=app, environment=name, namespace=namespace, run=run)
-        service = tools.deployer.service(task) or Service(NO_SERVICE)
-        target, wanted = service.target(), service.target().get("replicas", 1)
-        source = service if service.in_order else tools.deployer.recorded(task, service)
-        entry = service.live or (source.entry(service.run) if source and service.run else {})
-        there = tools.deployer.ready_pods(namespace, target["selector"]) if target else []
-        back = next((e for e in service.history[:1] if e.get("reason") and e != service.live), {})
-        found[name] = {
-            **{k: entry.get(k, "") for k in keys},
-            "run": service.run or entry.get("run", ""),
-            "drift": str(tools.deployer.drift(task, service, source)),
-            "previous": {k: target.get(k, "") for k in keys} if target else {},
-            "rollback_ready": bool(target) and len(there) >= wanted,
-            "deploying": service.claim or None,
+        task = tools.task(app, name)
+        operations = tools.deployer.steady
+        service = operations.live.read(task) or Service(NO_SERVICE)
+        source = service if service.in_order else operations.live.recorded(task, service)
+        entry = service.live
+        if not entry and source and service.run:
+            entry = source.entry(service.run)
+        target = service.target()
+        ready = operations.workloads.ready(task.namespace, target.selector) if target else []
+        left = next((e for e in service.history[:1] if e.reason and e != service.live), None)
+        environments[name] = {
+            **version_json(entry),
+            "run": service.run or entry.run,
+            "drift": str(operations.guard.drift(task, service, source)),
+            "previous": version_json(target) if target else {},
+            "rollback_ready": bool(target) and len(ready) >= target.replicas,
+            "deploying": service.claim.to_json() if service.claim else None,
             "bake_until": service.annotation(ANNOTATION_BAKE, 0.0) or None,
-            "reverted": {k: back[k] for k in ("run", "reason", "detail") if k in back},
+            "reverted": {k: getattr(left, k) for k in ("run", "reason", "detail") if left},
         }
-    return found
+    return environments
+
+
+def version_json(entry: HistoryEntry) -> Object:
+    """Return what `status` prints of a version."""
+    return {key: getattr(entry, key) for key in ("colour", "run", "commit", "image")}
 
 
 def run_status(tools: Tools, apps: Sequence[App]) -> list[Object]:
     """Return the runs that Jobs tell of, newest first; where those are gone, each branch's last."""
-    pages, spaces = tools.deployer.kubectl.pages, [tools.config.namespaces[s] for s in STAGES]
+    pages, spaces = tools.deployer.doors.kubectl.pages, [tools.config.namespaces[s] for s in STAGES]
     where = [(list_address("jobs", n, f"{LABEL_MANAGED}={MANAGER}"), n) for n in spaces]
     jobs: dict[str, dict[str, Job]] = {}
     for job in (Job(j) for place in where for page in pages(*place) for j in page["items"]):
@@ -6741,53 +7357,56 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
     if environment not in app.deploy.environments:
         fault = f"{app.name} is not deployed to {environment!r}, only to: {', '.join(names)}"
         raise ConfigError([fault])
-    place = {"environment": environment, "namespace": tools.config.namespaces[environment]}
-    task = Task(app=app, run=Run(id="", app=app.name, ref="", commit=""), **place)
-    service = deployer.service(task) or Service(NO_SERVICE)
+    task = tools.task(app, environment)
+    service = deployer.steady.live.read(task) or Service(NO_SERVICE)
     try:
         target = chosen(service, args.to)
     except RefusedError as refused:
         raise RefusedError(f"{app.name} in {environment}: {refused}") from refused
     left = service.live
     say(f"{app.name} {environment}: from {version_words(left)} to {version_words(target)}")
-    target = deployer.rollback(task, service, target, clip(args.reason))
+    target = Rollback(deployer.steady).run(task, service, target, clip(args.reason))
     say(f"{app.name} {environment}: back on {version_words(target)}")
-    if commit := left.get("commit"):
+    if left.commit:
         reason = clip(args.reason) or Reason.ROLLED_BACK
-        rejection = Rejection(commit=commit, reason=reason, at=deployer.clock.now())
+        rejection = Rejection(commit=left.commit, reason=reason, at=deployer.doors.clock.now())
         deployer.state.write(app, rejection, live={environment: target})
-        say(f"{left['run']} is rejected until `rerun {left['run']}`")
-    arrive(deployer, task, left, target)
+        say(f"{left.run} is rejected until `rerun {left.run}`")
+    await_endpoints(deployer, task, left, target)
     return 0
 
 
-def arrive(deployer: Deployer, task: Task, left: Object, target: Object) -> None:
+def await_endpoints(
+    deployer: Deployer, task: Task, left: HistoryEntry, target: HistoryEntry
+) -> None:
     """Let a target be as large as what is left, and wait for its endpoints."""
+    workloads = deployer.steady.workloads
     # what served alone until now may be larger than the target was in its time
-    size = deployer.size(task, left.get("selector", {}))
-    if deployer.size(task, target["selector"]) < size:
-        deployer.scale(task, f"{task.app.name}-{target['colour']}", size)
-    task = replace(task, run=replace(task.run, id=target["run"]))
-    selector, wanted = target["selector"], target["replicas"]
-    if not deployer.endpoints_converged(task, selector, wanted, deployer.clock.now()):
+    size = workloads.size(task, left.selector)
+    if workloads.size(task, target.selector) < size:
+        workloads.scale(task, f"{task.app.name}-{target.colour}", size)
+    task = replace(task, run=replace(task.run, id=target.run))
+    now = deployer.doors.clock.now()
+    traffic = deployer.steady.traffic
+    if not traffic.endpoints_converge(task, target.selector, target.replicas, now):
         raise StageError(Reason.ENDPOINTS_MISSING, "switched, but no endpoints follow")
 
 
-def version_words(entry: Object) -> str:
+def version_words(entry: HistoryEntry) -> str:
     """Return how a history entry is called."""
     if not entry:
         return "what is not in the history"
-    return f"{entry['run'] or 'what was there before'} ({entry['colour'] or 'adopted'})"
+    return f"{entry.run or 'what was there before'} ({entry.colour or 'adopted'})"
 
 
 def rerun(tools: Tools, args: argparse.Namespace) -> int:
     """Let a branch's head go on, rejected or not, if it has ended and is not live everywhere."""
     deployer, app = tools.deployer, tools.app(args.run.rsplit("-", 2)[0])
-    heads = deployer.git.heads(app.repository).items()
+    heads = deployer.doors.git.heads(app.repository).items()
     named = [(r, c) for r, c in heads if args.run in run_ids(app.name, r, c)]
     if not named:
         raise RefusedError(f"{clip(args.run)} is not the head of a branch; only that can go again")
-    (ref, commit), now = named[0], deployer.clock.now()
+    (ref, commit), now = named[0], deployer.doors.clock.now()
     record, namespace = deployer.state.read(app).find(ref, commit), tools.config.namespaces["test"]
     name = record.id if record else args.run
     run = Run(id=name, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
@@ -6798,17 +7417,17 @@ def rerun(tools: Tools, args: argparse.Namespace) -> int:
         say(f"{run.id} is live")
         return 0
     for _ in range(REOPEN_TRIES):
-        made = deployer.kubectl.create_each([test_job(tools.config, app, run)], namespace)
+        made = deployer.doors.kubectl.create_each([test_job(tools.config, app, run)], namespace)
         refused = made.get(f"test-{run.id}")
         if refused and refused.kind != "AlreadyExists":
             raise StageError(Reason.JOB_REFUSED, refused.said)
-        there = jobs_of(deployer.kubectl, tools.config, [run.id] if refused else [])
-        if not refused or reopen(deployer.kubectl, run, there[run.id]):
+        there = jobs_of(deployer.doors.kubectl, tools.config, [run.id] if refused else [])
+        if not refused or reopen(deployer.doors.kubectl, run, there[run.id]):
             if newer_than(run, deployer.state.read(app)):  # it may have ended again by now
                 deployer.state.write(app, RunRecord.of(run))
             say(f"{run.id} goes on; `status {app.name}` tells how far it is")
             return 0
-        deployer.stop.wait(0.5)
+        deployer.doors.stop.wait(0.5)
     raise HookError(f"the old Jobs of {run.id} are still being deleted; try again in a minute")
 
 
@@ -6817,20 +7436,19 @@ def plan(tools: Tools, args: argparse.Namespace) -> int:
     app, deployer, spaces = tools.app(args.app), tools.deployer, tools.config.namespaces
     if args.commit and not SHA.fullmatch(args.commit):
         raise ConfigError([f"{clip(args.commit, 60)!r} is not a full commit id"])
-    head = deployer.git.heads(app.repository).get(ref := app.deploy_ref, "")
+    head = deployer.doors.git.heads(app.repository).get(ref := app.deploy_ref, "")
     if not (commit := args.commit or head):
         raise RefusedError(f"{app.repository} has no branch {app.branch!r}")
     run = Run(id=run_id(app.name, ref, commit), app=app.name, ref=ref, commit=commit)
     say(f"run: {run.id}" + (f", superseded: {app.branch} is at {head}" if commit != head else ""))
     ask = partial(show, tools)
     told = [ask("rejected", rejection, run), ask("permissions", missing_rights, app)]
-    with deployer.git.manifests(app.repository, commit, app.deploy.manifests) as checkout:
+    with deployer.doors.git.manifests(app.repository, commit, app.deploy.manifests) as checkout:
         for name in ("test", "build", *app.deploy.environments):
             told += [ask(f"{name}, quota", quota, spaces[name])]
         for name in app.deploy.environments:
             # by tag, as it has no digest before it is built
-            place = {"environment": name, "namespace": spaces[name]}
-            task = Task(app=app, run=run, image=f"{app.build.image}:{commit[:8]}", **place)
+            task = replace(tools.task(app, name), run=run, image=f"{app.build.image}:{commit[:8]}")
             told += [ask(f"{name}, live", live_version, task)]
             told += [ask(f"{name}, next", next_version, task, checkout)]
     return 0 if all(told) else 1
@@ -6845,7 +7463,7 @@ def show(tools: Tools, title: str, find: Callable[..., str], *given: Any) -> boo
         if kind == "Unreachable":
             raise
         unread = find is quota and kind == "Forbidden"  # as the daemon's own account may not
-        why = printable(tools.deployer.secrets.mask(f"failed: {failed}"))
+        why = printable(tools.deployer.doors.secrets.mask(f"failed: {failed}"))
         answer = "not readable with this account" if unread else why
     say(f"{title}: {answer}")
     return not re.match(f"failed: |.*{UNCOMPARED}", answer)
@@ -6871,7 +7489,7 @@ def missing_rights(tools: Tools, app: App) -> str:
         reviews.append({**kind, "spec": {"resourceAttributes": {**asked, "subresource": part}}})
     stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": reviews})
     args = ("create", "-f", "-", "-o", 'jsonpath={.status.allowed}{"\\n"}', "--validate=false")
-    answers = tools.deployer.kubectl.run(*args, stdin=stdin).split()
+    answers = tools.deployer.doors.kubectl.run(*args, stdin=stdin).split()
     for (namespace, what, verb), allowed in zip(rights, answers, strict=True):
         if allowed != "true":
             missing.setdefault(f"{what.strip('/')} in {namespace}", []).append(verb)
@@ -6880,7 +7498,7 @@ def missing_rights(tools: Tools, app: App) -> str:
 
 def quota(tools: Tools, namespace: str) -> str:
     """Return how much of each quota of a namespace is used."""
-    listed = tools.deployer.kubectl.list("resourcequotas", namespace)
+    listed = tools.deployer.doors.kubectl.list("resourcequotas", namespace)
     found = [o["status"] for o in listed if o.get("status", {}).get("used")]
     told = [f"{k} {s['used'].get(k, 0)} of {most}" for s in found for k, most in s["hard"].items()]
     return ", ".join(told) or "none"
@@ -6888,32 +7506,33 @@ def quota(tools: Tools, namespace: str) -> str:
 
 def live_version(tools: Tools, task: Task) -> str:
     """Return what is live in an environment, and what has drifted of it since."""
-    service = tools.deployer.service(task)
-    live = service.live if service else {}
-    if not live.get("release"):
+    service = tools.deployer.steady.live.read(task)
+    live = service.live if service else HistoryEntry()
+    if not live.release:
         return "not deployed from here" if service else "nothing"
-    same = ", this commit" if live["commit"] == task.run.commit else ""
-    deployed = tools.deployer.release(task, live).deployment
+    same = ", this commit" if live.commit == task.run.commit else ""
+    deployed = tools.deployer.steady.live.release(task, live.release).deployment
     drift = difference(tools, task.namespace, deployed)
-    return f"{live['run']} ({live['colour']}){same}{drift or ', as it was deployed'}"
+    return f"{live.run} ({live.colour}){same}{drift or ', as it was deployed'}"
 
 
 def next_version(tools: Tools, task: Task, checkout: Path) -> str:
     """Return what would be applied to an environment, and how long its pods would take."""
-    kubectl, manifests = tools.deployer.kubectl, read_manifests(checkout, task.app.deploy.manifests)
+    kubectl = tools.deployer.doors.kubectl
+    manifests = read_manifests(checkout, task.app.deploy.manifests)
     objects = check_objects(task.app, task.namespace, manifests)
-    release = render(
-        task.app, task.run, task.image, tools.deployer.idle_colour_and_size(task), objects
-    )
-    deployment, names = release.deployment, [c["metadata"]["name"] for c in release.configmaps]
+    placement = tools.deployer.steady.claims.idle_colour_and_size(task)
+    release = render(task.app, task.run, task.image, placement, objects)
+    deployment = release.deployment
+    names = [c["metadata"]["name"] for c in release.configmaps]
     new = [n for n in names if not kubectl.get("configmap", n, task.namespace)]
     standing = kubectl.get("deployment", deployment["metadata"]["name"], task.namespace)
     # where pods stand they are replaced one by one, else all start at once
     steps = release.wanted if standing and standing["spec"].get("replicas") else 1
     seconds = steps * (deployment["spec"]["minReadySeconds"] + START_SECONDS)
-    told = f"{release.colour}, {release.wanted} pods in about {seconds:.0f} s"
-    told += f", new ConfigMaps: {', '.join(new) or 'none'}"
-    return told + difference(tools, task.namespace, deployment)
+    forecast = f"{release.colour}, {release.wanted} pods in about {seconds:.0f} s"
+    forecast += f", new ConfigMaps: {', '.join(new) or 'none'}"
+    return forecast + difference(tools, task.namespace, deployment)
 
 
 def difference(tools: Tools, namespace: str, wanted: Object) -> str:
@@ -6921,7 +7540,7 @@ def difference(tools: Tools, namespace: str, wanted: Object) -> str:
 
     Not by `kubectl diff`, in whose text the value of a variable may stand without its name.
     """
-    kubectl, mask = tools.deployer.kubectl, tools.deployer.secrets.mask
+    kubectl, mask = tools.deployer.doors.kubectl, tools.deployer.doors.secrets.mask
     name = wanted["metadata"]["name"]
     now = kubectl.get("deployment", name, namespace)
     try:

@@ -92,7 +92,7 @@ class Receiver:
             metrics=self.metrics,
             clock=SimpleNamespace(now=lambda: self.now),
             spooled=threading.Event(),
-            pulses=SimpleNamespace(late=lambda: self.late),
+            heartbeats=SimpleNamespace(late=lambda: self.late),
         )
         self.config = settings or config()
         self.directory, self.secrets = folder / "spool", folder / "secrets"

@@ -66,7 +66,7 @@ class Watched(hook.Controller):
 
     ticks = 0
 
-    def tick(self) -> None:
+    def reconcile(self) -> None:
         self.ticks += 1
 
 
@@ -74,7 +74,16 @@ def a_controller(
     directory: Path, kind: type[hook.Controller] = hook.Controller, config: str = CONFIG
 ) -> Any:
     git = SimpleNamespace(heads=lambda url: {})
-    deployer = hook.Deployer(Desk(), git, hook.Secrets(directory), hook.Clock())  # type: ignore[arg-type]
+    desk = Desk()
+    doors = hook.Doors(
+        kubectl=desk,
+        git=git,  # type: ignore[arg-type]
+        secrets=hook.Secrets(directory),
+        clock=hook.Clock(),
+        reports=hook.Reports(desk.metrics),
+        stop=threading.Event(),
+    )
+    deployer = hook.Deployer(doors)
     spool = hook.Spool(directory / "spool", 100)
     spool.prepare()
     return kind(hook.load_config(config), deployer, spool)
@@ -91,7 +100,7 @@ def a_run(commit: str, ref: str = "refs/heads/main") -> hook.Run:
 
 def catch_up(controller: Any, heads: dict[str, str]) -> None:
     """Let the heads be read, and compared with what was last seen."""
-    controller.deployer.git.heads = lambda url: heads
+    controller.deployer.doors.git.heads = lambda url: heads
     controller.due["shop"] = 0.0
     controller.read_heads(controller.apps["shop"])
 
@@ -558,7 +567,7 @@ def test_one_vanished_job_that_cannot_be_written_down_holds_back_no_other_run(
         raise hook.KubectlError(["kubectl"], 1, "Error from server (Forbidden): no")
 
     monkeypatch.setattr(controller.state, "write", refuse)
-    monkeypatch.setattr(controller, "act", lambda view, action: acted.append(view.run.commit))
+    monkeypatch.setattr(controller, "execute", lambda view, action: acted.append(view.run.commit))
     controller.reconcile()
     assert acted == [NEW]
 
@@ -590,7 +599,7 @@ def test_a_step_that_fails_again_and_again_is_said_once_in_five_minutes_and_show
         labels = {"what": what}
         return controller.metrics.registry.get_sample_value("gitops_hook_waiting", labels)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(controller, "act", fail)
+    monkeypatch.setattr(controller, "execute", fail)
     shown: set[float | None] = set()
     troubles: list[str] = []
     assert (look(1), shown) == (0, {0})
@@ -669,7 +678,7 @@ def test_a_push_that_comes_while_git_is_asked_is_not_undone(
             controller.intake()
         return {"refs/heads/main": OLD}
 
-    monkeypatch.setattr(controller.deployer.git, "heads", heads)
+    monkeypatch.setattr(controller.deployer.doors.git, "heads", heads)
     controller.read_heads(controller.apps["shop"])
     controller.intake()
     assert stored(controller) == []
@@ -833,7 +842,7 @@ def test_the_ends_of_very_many_tests_hold_back_nothing_that_is_deployed(
         acted.append(view.run.commit)
         now[0] += 0.3
 
-    monkeypatch.setattr(controller, "act", act)
+    monkeypatch.setattr(controller, "execute", act)
     ended = [SimpleNamespace(run=a_run(f"{n:040x}", f"refs/heads/b{n}")) for n in range(100)]
     steps = [(view, ends(Outcome.SUPERSEDED)) for view in ended]
     steps.append((SimpleNamespace(run=a_run(NEW)), hook.Action(Do.UNSUSPEND, "test")))
@@ -1062,7 +1071,9 @@ def test_neither_a_rollback_of_before_the_start_nor_the_next_version_is_a_rollba
 def test_a_selector_that_no_history_knows_is_drift_also_at_first_sight(
     controller: Any, monkeypatch: pytest.MonkeyPatch, *, known: bool
 ) -> None:
-    monkeypatch.setattr(controller.deployer, "last_change", lambda task: {"manager": "someone"})
+    monkeypatch.setattr(
+        controller.deployer.steady.live, "last_change", lambda task: {"manager": "someone"}
+    )
     if known:
         look_at(controller, live_service(GONE, {**OLD_ENTRY, "live": True}))
     drifted = live_service(GONE, {**OLD_ENTRY, "live": True})
@@ -1112,7 +1123,7 @@ def test_a_run_that_waits_for_git_shows_what_git_said_last(
     notes: list[Object] = []
 
     def note(found: hook.Job, told: dict[str, str | None]) -> None:
-        found.notes.update({k: v for k, v in told.items() if v is not None})
+        found.annotations.update({k: v for k, v in told.items() if v is not None})
         notes.append(told)
 
     def fail(url: str) -> None:
@@ -1121,8 +1132,8 @@ def test_a_run_that_waits_for_git_shows_what_git_said_last(
 
     asked: list[str] = []
     monkeypatch.setattr(hook, "DELAYS", (0.1,))
-    monkeypatch.setattr(controller, "note", note)
-    monkeypatch.setattr(controller.deployer.git, "heads", fail)
+    monkeypatch.setattr(controller, "annotate", note)
+    monkeypatch.setattr(controller.deployer.doors.git, "heads", fail)
     controller.reconcile()
     step = partial(controller.read_heads, controller.apps["shop"])
     controller.repeat("heads of shop", "catch-up waits", step, controller.asked["shop"])
@@ -1144,7 +1155,7 @@ class Seen(hook.Controller):
 
     looked: hook.Observation
 
-    def act(self, view: hook.Observation, action: hook.Action) -> None:
+    def execute(self, view: hook.Observation, action: hook.Action) -> None:
         self.looked = view
 
 
@@ -1166,13 +1177,15 @@ def test_a_pod_left_by_a_deleted_job_of_the_same_name_does_not_count(
     }
     logs: list[str] = []
     controller.kubectl.objects["job", job["metadata"]["name"]] = job
-    controller.deployer.logs.keep = lambda _app, _run, pods, _: logs.extend(p.name for p in pods)
+    controller.deployer.steady.rollout.logs.keep = lambda _app, _run, pods, _: logs.extend(
+        p.name for p in pods
+    )
     controller.jobs[0]._take("ADDED", job)
     controller.pods[0]._take("ADDED", pod)
     controller.reconcile()
     view = controller.looked
     assert [p.name for p in view.pods] == ["pod"] * own
-    assert bool(view.doomed) is own
+    assert bool(view.fatal_problem) is own
     asked = [f for f in controller.kubectl.filters if "involvedObject" in f]
     assert asked == ["involvedObject.uid=this,reason=FailedCreate"] * (not own)
     controller.finish(view.run, view.jobs, hook.ends(Outcome.FAILED, Reason.VANISHED, "", "test"))
@@ -1185,7 +1198,7 @@ def test_a_run_that_ended_during_a_look_is_not_begun_again_by_that_look(controll
     found["metadata"] |= {"resourceVersion": "1", "uid": "this"}
     found["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
     controller.jobs[0]._take("ADDED", found)
-    controller.doom[run.id] = hook.ProblemTracker()
+    controller.trackers[run.id] = hook.ProblemTracker()
     at_the_beginning = {"test": hook.Job(found)}
     ended = {"gitops-hook/outcome": "superseded", "gitops-hook/ended-at": str(time.time())}
     meta = {**found["metadata"], "resourceVersion": "2"}

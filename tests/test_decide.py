@@ -11,6 +11,7 @@ import builtins
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def a_view(*jobs: hook.Job, **changes: Any) -> hook.Observation:
     run = jobs[0].run if jobs else a_run()
     given: Object = {
         "app": app_of(run), "run": run, "jobs": {j.stage: j for j in jobs}, "pods": (),
-        "services": {}, "head": "same", "newer": False, "doomed": None,
+        "services": {}, "head": "same", "newer": False, "fatal_problem": None,
         "busy": frozenset(), "now": NOW, "queue_timeout": 3600.0,
     }  # fmt: skip
     return hook.Observation(**given | changes)
@@ -207,18 +208,18 @@ def test_a_pod_of_another_app_is_of_no_run() -> None:
     assert hook.runs_of("shop", pods) == {"r1", ""}
 
 
-def records(*entries: Object) -> list[Object]:
-    return [hook.read_record(hook.HistoryEntry, e) for e in entries]
+def records(*entries: Object) -> list[hook.HistoryEntry]:
+    return [hook.HistoryEntry.from_json(e) for e in entries]
 
 
 def test_whoever_points_a_service_at_an_older_version_leaves_the_newer_ones() -> None:
     bad, old, older = records(*(history_entry("deployed", run=r) for r in ("r3", "r2", "r1")))
     first, left, last = hook.moved([bad, old, older], old, "kubectl-edit", 7.0)
-    assert first == {**old, "by": "kubectl-edit", "at": 7.0}
-    assert (left["outcome"], left["reason"]) == ("deployed", "SelectorChanged")
+    assert first == replace(old, by="kubectl-edit", at=7.0)
+    assert (left.outcome, left.reason) == ("deployed", "SelectorChanged")
     assert last == older
     (sick,) = records(history_entry("switched-back", run="r4", reason="UnhealthyAfterSwitch"))
-    assert hook.moved([sick, old], sick, "x", 7.0)[0]["outcome"] == ""
+    assert hook.moved([sick, old], sick, "x", 7.0)[0].outcome == ""
     assert len(hook.moved([old] * 10, bad, "x", 7.0)) == 10
 
 
@@ -247,7 +248,7 @@ def test_a_rollback_never_goes_to_what_it_leaves_and_asks_where_that_is_not_know
             hook.chosen(service, to)
     else:
         found = hook.chosen(service, to)
-        assert (found["run"], found["outcome"]) == (goes, "deployed")
+        assert (found.run, found.outcome) == (goes, "deployed")
 
 
 # === States and actions ===
@@ -873,7 +874,7 @@ def story(scenario: str) -> Iterator[tuple[float, hook.Action]]:
         view = a_view(
             a_job("test", run=OTHER), jobs=jobs, pods=tuple(pods.values()), now=begin + now
         )
-        view = hook.replace(view, fatal_problem=doom.fatal(symptoms, now))
+        view = replace(view, fatal_problem=doom.fatal(symptoms, now))
         action = hook.decide(view)
         if action.do is Do.ANNOTATE:
             notes[hook.ANNOTATION_SUMMARY] = action.detail
@@ -902,9 +903,9 @@ def test_a_recorded_job_without_a_pod_waits(scenario: str) -> None:
     jobs = [hook.Job(e["object"]) for e in recorded(scenario, "jobs")]
     found = jobs[-1]
     found.stage = "test"
-    view = a_view(jobs={"test": found}, now=found.released + 600)
+    view = a_view(jobs={"test": found}, now=found.unsuspended + 600)
     assert hook.decide(view) == hook.Action(Do.WAIT, "test", detail="for its pod")
-    late = hook.decide(hook.replace(view, now=found.released + 3601))
+    late = hook.decide(replace(view, now=found.unsuspended + 3601))
     assert (late.outcome, late.reason) == (Outcome.FAILED, Reason.QUEUE_TIMEOUT)
 
 
@@ -1354,7 +1355,7 @@ CHECKED = {
 def test_time_counts_for_the_bake_only_between_checks_that_are_near_each_other(
     steps: list[tuple[float, str | None, bool]], judged: float, passes: int, failures: int
 ) -> None:
-    checks, now = hook.Checks(), 1000.0
+    checks, now = hook.HealthChecks(), 1000.0
     for seconds, refusal, clear in steps:
         now += seconds
         checks.add(now, refusal, clear=clear)
@@ -1364,7 +1365,7 @@ def test_time_counts_for_the_bake_only_between_checks_that_are_near_each_other(
 
 
 def test_checks_of_long_ago_are_no_proof_that_a_version_is_healthy() -> None:
-    checks = hook.Checks()
+    checks = hook.HealthChecks()
     for now in (1.0, 1.25, 1.5):
         checks.add(now, None, clear=True)
     assert checks.passing(1.5 + hook.CHECK_GAP) == 3
@@ -1410,7 +1411,7 @@ def test_a_selector_is_narrowed_to_todays_pods(
 
 # === Purity ===
 
-HELPERS = {"clip", "seconds_of"}
+HELPERS = {"clip", "replace", "seconds_of"}
 FORBIDDEN = {
     "open",
     "print",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,15 @@ def test_the_first_of_a_kind_is_an_increase_since_all_that_can_happen_is_0_at_th
 ) -> None:
     apps = "apps: [{name: shop, repository: /x.git, build: {builder: none}}]"
     metrics, secrets = hook.Metrics(), hook.Secrets(tmp_path)
-    deployer = hook.Deployer(hook.Kubectl(metrics), hook.Git(tmp_path), secrets, hook.Clock())
+    doors = hook.Doors(
+        kubectl=hook.Kubectl(metrics),
+        git=hook.Git(tmp_path),
+        secrets=secrets,
+        clock=hook.Clock(),
+        reports=hook.Reports(metrics),
+        stop=threading.Event(),
+    )
+    deployer = hook.Deployer(doors)
     hook.Controller(hook.load_config(apps), deployer, hook.Spool(tmp_path, 1))
     places = {("shop", "staging"), ("shop", "production")}
     found = samples(metrics)
