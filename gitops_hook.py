@@ -2223,8 +2223,9 @@ def parse_manifests(text: str, source: str, budget: ReadBudget | None = None) ->
     """Return the Kubernetes objects in a text, those in Lists too."""
     objects: list[Any] = []
     for document in parse_documents(text, source, budget):
-        items, kind = (document.get(key) for key in ("items", "kind"))
-        objects += items if isinstance(items, list) and str(kind).endswith("List") else [document]
+        items: Any = document.get("items")
+        is_list = isinstance(items, list) and str(document.get("kind")).endswith("List")
+        objects += items if is_list else [document]
     try:
         names = [" ".join((item["kind"], item["metadata"]["name"])) for item in objects]
     except (KeyError, TypeError):
@@ -2480,7 +2481,8 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
     selector = {LABEL_APP: app.name, LABEL_VERSION: colour, LABEL_RUN: run.id}
     try:
         objects = copy.deepcopy(objects)
-        meta, spec = (objects.deployment[key] for key in ("metadata", "spec"))
+        meta = objects.deployment["metadata"]
+        spec = objects.deployment["spec"]
         service = rendered_service(app, objects.service, selector)
         copies = {name: configmap_copy(app, item) for name, item in objects.configmaps.items()}
         pod = spec["template"]["spec"]
@@ -2645,10 +2647,11 @@ def same_configmap(one: Object, other: Object) -> bool:
 
     def kept(configmap: Object) -> Object:
         """Return what counts of a ConfigMap."""
-        meta, texts, files = (configmap.get(key) or {} for key in ("metadata", *CONFIGMAP_DATA))
-        data = {key: text or "" for key, text in texts.items()}
-        data |= {key: base64.b64decode(file or "") for key, file in files.items()}
-        return {"labels": meta.get("labels"), "fixed": configmap.get("immutable"), "data": data}
+        data = {key: text or "" for key, text in (configmap.get("data") or {}).items()}
+        files = (configmap.get("binaryData") or {}).items()
+        data |= {key: base64.b64decode(file or "") for key, file in files}
+        labels = configmap["metadata"].get("labels")
+        return {"labels": labels, "immutable": configmap.get("immutable"), "data": data}
 
     return kept(one) == kept(other)
 
