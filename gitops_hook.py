@@ -1644,10 +1644,10 @@ class Git:
         self.credentials = credentials
         self.timeout = timeout
         self.limit = limit
-        self.deployed_refs: Mapping[str, Sequence[str]] = {}  # by URL; they are read of any number
+        self.deployed_refs: Mapping[str, Sequence[str]] = {}  # by URL, if too many are listed
         self._slots: dict[str, threading.Semaphore] = {}  # by host
         self._reading = threading.Semaphore()
-        self._quiet_until: dict[str, float] = {}  # by URL; no warning of ignored branches before
+        self._quiet_until: dict[str, float] = {}  # by URL; no warning before that time
 
     def run(
         self,
@@ -1659,7 +1659,7 @@ class Git:
     ) -> str:
         """Return what one call prints, bytes that are no UTF-8 as surrogates; raises GitError.
 
-        It is given patience times the usual time.
+        The call may take patience times the usual time.
         """
         kept = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
         environ = {**kept, **GIT_ENVIRONMENT, "CREDENTIALS_FILE": str(self.credentials)}
@@ -1674,9 +1674,9 @@ class Git:
         return stdout
 
     def heads(self, url: str) -> dict[str, str]:
-        """Return the commit of every branch, by full ref name; of too many, of the deployed ones.
+        """Return the commit of every branch, by full ref name; of the deployed ones where too many.
 
-        One server is asked by few at a time.
+        Only a few calls ask one server at a time.
         """
         host = (normalise_url(url) or ("", ""))[0]
         slots = self._slots.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
@@ -1712,9 +1712,9 @@ class Git:
             return self.run("for-each-ref", "--format=%(objectname)%09%(refname)", **where).strip()
 
     def _supported_heads(self, url: str, listed: str) -> dict[str, str]:
-        """Return the commits of the listed refs, but for refs with names that we do not support.
+        """Return the commits of the listed refs; those with unsupported names are ignored.
 
-        Whoever may push one of those must not keep us from reading the others.
+        Whoever may push such a ref must not keep us from reading the others.
         """
         heads: dict[str, str] = {}
         ignored: list[str] = []
