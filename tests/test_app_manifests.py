@@ -409,7 +409,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     reason, detail = fault(lambda: read_manifests(tmp_path, "deploy"))
     assert (reason, detail) == (
         Reason.MANIFEST_INVALID,
-        "There is no folder 'deploy' in the commit. Add it, or correct deploy.manifests.",
+        "The commit has no folder 'deploy'. Add it, or correct deploy.manifests.",
     )
 
 
@@ -1603,8 +1603,8 @@ def test_configmaps_of_300_kilobytes_fit_into_a_release() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (os.urandom(900_000).hex(), "ConfigMap settings of "),
-        ("x" * 1_050_000, "ConfigMap settings of "),
+        (os.urandom(900_000).hex(), "ConfigMap settings has "),
+        ("x" * 1_050_000, "ConfigMap settings has "),
         (os.urandom(500_000).hex(), ""),
         ("\u20ac" * 330_000, ""),
     ],
@@ -1623,7 +1623,7 @@ def test_what_fits_into_no_release_is_refused_before_anything_changes() -> None:
     more = copy.deepcopy(items[2])
     more["metadata"]["name"], more["data"] = "more", {"noise": os.urandom(450_000).hex()}
     reason, detail = fault(lambda: released([*items, more]))
-    assert (reason, detail.split(" of ")[0]) == (Reason.MANIFEST_REFUSED, "ConfigMap shop-release")
+    assert (reason, detail.split(" has ")[0]) == (Reason.MANIFEST_REFUSED, "ConfigMap shop-release")
 
 
 @pytest.mark.parametrize(
