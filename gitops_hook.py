@@ -235,16 +235,16 @@ class Phase(StrEnum):
 
 
 # === errors =======================================================================================
-# Everything raised on purpose is a HookError with fields; foreign text in it is clipped. They are
-# caught where their meaning is known: a request, a run, a command. A broad except stands only where
-# a request or a thread ends, and it logs and counts.
+# Everything raised on purpose is a HookError with fields; text from outside is clipped in it.
+# It is caught where its meaning is known: a request, a run, a command. A broad except stands only
+# where a request or a thread ends, and it logs and counts.
 
 
 def clip(text: str, limit: int = 300) -> str:
-    """Return foreign text fit for a log line: printable, one line, at most limit characters."""
+    """Return outside text fit for a log line: printable, one line, at most limit characters."""
     if len(text) <= limit and text.isprintable() and "  " not in text:
         return text.strip()
-    # of megabytes only the beginning is looked at: the rest is cut off anyway
+    # only the beginning of megabytes is read, since the rest is cut off anyway
     flat = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * limit]).split())
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."
 
@@ -254,7 +254,7 @@ class HookError(Exception):
 
 
 class ConfigError(HookError):
-    """The configuration or the surroundings cannot work; carries every fault found."""
+    """The configuration or the environment of the process cannot work; carries every fault."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         super().__init__("; ".join(faults))
@@ -266,22 +266,31 @@ class DeliveryError(HookError):
 
     def __init__(self, status: int, code: str, text: str) -> None:
         super().__init__(text)
-        self.status, self.code = status, code
+        self.status = status
+        self.code = code
 
 
-LIBRARY_LOG = re.compile(r"(?m)^[EFIW][0-9]{4} .*$")  # what kubectl says around its own words
+# Lines that kubectl's client library logs, and advice for a person who types the command.
+CLIENT_LOG_LINE = re.compile(r"(?m)^[EFIW][0-9]{4} .*$")
+KUBECTL_HINT = re.compile(
+    r"; if you choose to ignore these errors, turn validation off with --validate=false"
+    r"| - did you specify the right host or port\?"
+    r"|(?m:^See 'kubectl .*' for (usage\.|help and examples)$)"
+)
 
 
 class ProcessError(HookError):
-    """A program failed; with code None it was ended by its time limit, its effect unknown.
+    """A program failed. Code None means that it ran into its time limit and its effect is unknown.
 
-    `said` is what it wrote to stderr, made fit to be shown.
+    `said` is what it wrote to stderr, fit to be shown: one line, clipped, without kubectl's hints.
     """
 
     def __init__(self, argv: Sequence[str], code: int | None, stderr: str, out: str = "") -> None:
-        self.code, self.stderr, self.stdout = code, stderr, out
-        ended = "ended here" if code is None else f"exit status {code}"
-        self.said = clip(LIBRARY_LOG.sub("", stderr)) or ended
+        self.code = code
+        self.stderr = stderr
+        self.stdout = out
+        ended = "it was stopped" if code is None else f"exit status {code}"
+        self.said = clip(KUBECTL_HINT.sub("", CLIENT_LOG_LINE.sub("", stderr))) or ended
         late = "no answer in time; " if code is None else ""
         call = f"{Path(argv[0]).name} {clip(' '.join(argv[1:4]), 80)}"
         super().__init__(f"{call}: {late}{self.said}")
@@ -300,9 +309,20 @@ UNREACHABLE = re.compile(
     r"|timed out waiting for a connection|connection timed out|failure in name resolution|x509: "
 )
 OVERLOADED = {"InternalError", "ServerTimeout", "ServiceUnavailable", "Timeout", "TooManyRequests"}
-NAMED = {"AlreadyExists", "Conflict", "NotFound", "Unknown"}  # these quote no more than a name
-SERVER_WORD = re.compile(r'Error from server(?: \((\w+)\))?: |The \w+ (?:".*" )?is invalid')
-QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)')  # also where the text was cut off
+WITHOUT_CONTENT = {"AlreadyExists", "Conflict", "NotFound", "Unknown"}  # they quote names at most
+SERVER_REASON = re.compile(r'Error from server(?: \((\w+)\))?: |The \w+ (?:".*" )?is invalid')
+QUOTED_TEXT = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)')  # also where the text was cut off
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What a failure of kubectl means, by the line that says so.
+
+    The message is that line without the texts that it quotes: these may come from a manifest.
+    """
+
+    kind: str
+    message: str
 
 
 class KubectlError(ProcessError):
@@ -310,72 +330,78 @@ class KubectlError(ProcessError):
 
     @property
     def kind(self) -> str:
-        """The API server's word, such as Conflict; or Unreachable, Invalid, Denied, Unknown."""
-        return self.word[0]
+        """The API server's reason, such as Conflict; or Unreachable, Invalid, Denied, Unknown."""
+        return self.diagnosis.kind
 
     @property
-    def word(self) -> tuple[str, str]:
-        """The kind, and the line that tells it, without the texts that the line quotes.
+    def diagnosis(self) -> Diagnosis:
+        """What the failure means.
 
-        Of several failures the one that may mend itself counts: the call is made again. But what
-        follows a refusal of an object's content may be that content, whatever it looks like.
+        Of several failures, one that may pass by itself counts, since the call is then repeated.
+        Lines after the refusal of an object's content are not read: they may be that content.
         """
         if self.code is None:
-            return "Unreachable", ""
-        first = "Unknown", ""
-        for line in LIBRARY_LOG.sub("", self.stderr).split("\n"):
-            kind, plain = failure_kind(line)
-            if kind == "Unreachable":
-                return kind, plain
-            first = (kind, plain) if first[0] == "Unknown" else first
-            if kind not in NAMED:
+            return Diagnosis("Unreachable", "")
+        first = Diagnosis("Unknown", "")
+        for line in CLIENT_LOG_LINE.sub("", self.stderr).split("\n"):
+            diagnosis = diagnose(line)
+            if diagnosis.kind == "Unreachable":
+                return diagnosis
+            if first.kind == "Unknown":
+                first = diagnosis
+            if diagnosis.kind not in WITHOUT_CONTENT:
                 break
         return first
 
 
-def failure_kind(line: str) -> tuple[str, str]:
-    """Return what one line of kubectl's complaints says, and the line without quoted texts."""
-    plain, server = QUOTED.sub("", line), SERVER_WORD.match(line)
-    word = server[1] if server else None
+def diagnose(line: str) -> Diagnosis:
+    """Return what one line of kubectl's stderr means."""
+    message = QUOTED_TEXT.sub("", line)
+    server = SERVER_REASON.match(line)
+    reason = server[1] if server else None
     if line.startswith("Warning: "):
-        return "Unknown", plain
-    if re.search("denied (the )?request", plain):  # most of them Forbidden besides
-        return "Denied", plain
-    if (line.startswith("The ") and server) or "etcdserver: request is too large" in plain:
-        return "Invalid", plain
-    away = word in OVERLOADED or (word is None and UNREACHABLE.search(plain))
-    return "Unreachable" if away else word or "Unknown", plain
+        kind = "Unknown"
+    elif re.search("denied (the )?request", message):  # most of them are Forbidden as well
+        kind = "Denied"
+    elif (line.startswith("The ") and server) or "etcdserver: request is too large" in message:
+        kind = "Invalid"
+    elif reason in OVERLOADED or (reason is None and UNREACHABLE.search(message)):
+        kind = "Unreachable"
+    else:
+        kind = reason or "Unknown"
+    return Diagnosis(kind, message)
 
 
 class RunError(HookError):
     """A run cannot go on, for a reason of the closed list."""
 
-    outcome: Outcome  # where the reason says nothing else
+    outcome: Outcome  # of the run, unless the reason has an outcome of its own
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+        self.reason = reason
+        self.detail = detail
 
 
 class StageError(RunError):
-    """It ends red; live traffic is as it was, or was taken back."""
+    """The run failed; live traffic is as it was, or was switched back."""
 
     outcome = Outcome.FAILED
 
 
 def refuse(detail: str, reason: Reason = Reason.MANIFEST_REFUSED) -> NoReturn:
-    """End a run because of its manifests."""
+    """Raise the StageError that ends a run because of its manifests."""
     raise StageError(reason, detail)
 
 
 class SupersededError(RunError):
-    """It ends because something newer, or someone, took its place."""
+    """The run ends because something newer, or a person, took its place."""
 
     outcome = Outcome.SUPERSEDED
 
 
 class RefusedError(HookError):
-    """A command was not carried out, for a reason that trying again does not mend: exit 3."""
+    """A command is not carried out, for a reason that repeating it does not change: exit 3."""
 
 
 # === configuration ================================================================================
@@ -1470,139 +1496,70 @@ def parse_run(content: bytes) -> Run:
 
 # === kubectl ======================================================================================
 
-
-OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; in Python it is some times that
-COMPLAINT_BYTES = 2**20
-API = {"jobs": "/apis/batch/v1", "pods": "/api/v1", "services": "/api/v1"}
-PAGE = 100  # objects in one answer: a thousand Jobs at once are 50 MB of Python
-MEMORY_BYTES = 160 * 2**20  # of a child: the largest kustomization that is read takes 130 MB
+OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; Python needs several times that
+STDERR_BYTES = 2**20
+API_PATHS = {"jobs": "/apis/batch/v1", "pods": "/api/v1", "services": "/api/v1"}
+PAGE_SIZE = 100  # objects in one answer: a thousand Jobs at once are 50 MB of Python
+LOG_READ = 500 * 16 * 1024  # all of 500 lines, since container runtimes cut lines at 16 KiB
+MEMORY_BYTES = 160 * 2**20  # of a program: the largest kustomization that is read takes 130 MB
 # A constant script: it sets the limits before the program begins, and for all that it starts.
 # `preexec_fn` is not safe beside threads, and prlimit(2) may come too late. Never the address space
 # (RLIMIT_AS), of which a Go program reserves more than it uses.
-BOUNDED = ("/bin/sh", "-c", 'ulimit -d "$1"; ulimit -f "$2"; shift 2; exec "$@"', "sh")
-
-
-def start(
-    argv: Sequence[str], environ: Mapping[str, str] | None = None, **how: Any
-) -> subprocess.Popen[bytes]:
-    """Start a program, nothing of it read by a shell; raises ConfigError when it cannot be."""
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
-    try:
-        return subprocess.Popen(argv, env=environ, **how)  # noqa: S603 - no shell
-    except OSError as missing:
-        raise ConfigError([f"{argv[0]} cannot be started: {missing.strerror}"]) from missing
-
-
-def run_program(
-    argv: Sequence[str],
-    timeout: float,
-    stdin: str = "",
-    environ: Mapping[str, str] | None = None,
-    file_bytes: int = OUTPUT_BYTES,
-) -> tuple[int | None, bytes, bytes]:
-    """Run a program to its end; return (exit code, stdout, stderr), the code None on a time-out.
-
-    Its memory is bounded, and what it writes to a file or prints; no limit at all if that is 0.
-    """
-    if (program := shutil.which(argv[0])) is None:
-        raise ConfigError([f"{argv[0]} cannot be started: {os.strerror(errno.ENOENT)}"])
-    limits = (*BOUNDED, f"{MEMORY_BYTES >> 10}", f"{file_bytes >> 9}") if file_bytes else ()
-    most = min(file_bytes or OUTPUT_BYTES, OUTPUT_BYTES)
-    with memory_file(stdin.encode()) as given, memory_file() as out:
-        how = {"stdin": given, "stdout": out, "process_group": 0}
-        code, stderr = finish(start((*limits, program, *argv[1:]), environ, **how), timeout)
-        if out.seek(0, os.SEEK_END) >= most:
-            return -signal.SIGXFSZ, b"", f"more than {most >> 10} KiB of output".encode()
-        out.seek(0)
-        return code, out.read(), stderr
-
-
-def memory_file(content: bytes = b"") -> IO[bytes]:
-    """Return a file to talk to a program by: a full disk must not keep us from switching back."""
-    try:
-        memory = getattr(os, "memfd_create", None)  # Linux
-        kind: Any = partial(os.fdopen, memory("file"), "w+b") if memory else tempfile.TemporaryFile
-        file: IO[bytes] = kind()
-    except OSError as refused:
-        raise ConfigError([f"no program can be started: {refused.strerror}"]) from refused
-    file.write(content)
-    file.seek(0)
-    return file
-
-
-def finish(process: subprocess.Popen[bytes], timeout: float) -> tuple[int | None, bytes]:
-    """Wait for the end of a group's leader; return its exit code, None on a time-out, and stderr.
-
-    The rest of what is too long is read and dropped.
-    """
-    stderr, until = bytearray(), time.monotonic() + timeout
-    with process, selectors.DefaultSelector() as pipe:
-        pipe.register(cast(Any, process.stderr), selectors.EVENT_READ)
-        while (left := until - time.monotonic()) > 0 and pipe.select(left):
-            if chunk := os.read(cast(Any, process.stderr).fileno(), 65536):
-                stderr += chunk[: COMPLAINT_BYTES - len(stderr)]
-                continue
-            with suppress(subprocess.TimeoutExpired):
-                return process.wait(left), bytes(stderr)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            while True:  # as process 1 of a container it inherits what its helpers left
-                os.waitpid(-process.pid, 0)
-    return None, bytes(stderr)
-
-
-LOG_READ = 500 * 16 * 1024  # of 500 lines that is all, since container runtimes cut lines at 16 KiB
+WITH_LIMITS = ("/bin/sh", "-c", 'ulimit -d "$1"; ulimit -f "$2"; shift 2; exec "$@"', "sh")
 
 
 class Kubectl:
-    """The one door to the cluster: each method is one kubectl process.
+    """The only way to the cluster: each method runs one kubectl process.
 
     Without `--request-timeout`, with which kubectl in a pod does not use the pod's account
-    (kubernetes#93474): what does not end in time is ended here.
+    (kubernetes#93474): a call that does not end in time is killed here.
     """
 
     def __init__(self, metrics: Metrics, at_once: int = 8, program: str = "kubectl") -> None:
-        self.program, self.metrics, self.at_once = program, metrics, at_once
-        self._places = threading.BoundedSemaphore(at_once)
+        self.program = program
+        self.metrics = metrics
+        self.at_once = at_once
+        self._slots = threading.BoundedSemaphore(at_once)
 
     def run(
         self, *args: str, namespace: str = "", stdin: str = "", timeout: float = KUBECTL_TIMEOUT
     ) -> str:
         """Return what one call prints; raises KubectlError, after a time-out of unknown effect."""
-        with self._places:
+        with self._slots:
             return self._call(args, namespace, stdin, timeout)
 
     def _call(self, args: Sequence[str], namespace: str, stdin: str, timeout: float) -> str:
-        """Return what one call prints, without asking for a place."""
-        code, *printed = run_program((self.program, "-n", namespace, *args), timeout, stdin)
-        stdout, stderr = (text.decode(errors="replace") for text in printed)
-        failure = None if code == 0 else KubectlError([self.program, *args], code, stderr, stdout)
-        self.metrics.kubectl.labels(args[0], failure.kind if failure else "ok").inc()
-        if failure:
-            raise failure
-        return stdout
+        """Return what one call prints; the caller holds a slot."""
+        finished = run_program((self.program, "-n", namespace, *args), timeout, stdin)
+        stdout = finished.stdout.decode(errors="replace")
+        if finished.code == 0:
+            self.metrics.kubectl.labels(args[0], "ok").inc()
+            return stdout
+        stderr = finished.stderr.decode(errors="replace")
+        failure = KubectlError([self.program, *args], finished.code, stderr, stdout)
+        self.metrics.kubectl.labels(args[0], failure.kind).inc()
+        raise failure
 
     def stream(self, *args: str, namespace: str) -> subprocess.Popen[bytes]:
-        """Start a call that goes on: a watch, a rollout status. The caller ends it."""
+        """Start a call that goes on, such as a watch or a rollout status. The caller ends it."""
         return start((self.program, "-n", namespace, *args))
 
     def get(self, resource: str, name: str, namespace: str) -> Object | None:
         """Return one object, or None when there is none."""
         args = ("get", f"{resource}/{name}", "-o", "json", "--ignore-not-found")
-        found: Object | None = json.loads(self.run(*args, namespace=namespace).strip() or "null")
-        return found
+        printed = self.run(*args, namespace=namespace).strip()
+        return dict(json.loads(printed)) if printed else None
 
     def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
         """Return the objects that match, e.g. `-l`, "a=b" or `--field-selector`, "a=b"."""
-        found = json.loads(self.run("get", resource, *filters, "-o", "json", namespace=namespace))
-        return [*found["items"]]
+        args = ("get", resource, *filters, "-o", "json")
+        return [*json.loads(self.run(*args, namespace=namespace))["items"]]
 
     def pages(self, address: str, namespace: str) -> Iterator[Object]:
-        """Yield a list in the API server's own words, some objects at a time."""
+        """Yield the lists of which a long list consists, as the API server sends them."""
         token: str | None = ""
         while token is not None:
-            args = ("get", "--raw", f"{address}&limit={PAGE}&continue={token}")
+            args = ("get", "--raw", f"{address}&limit={PAGE_SIZE}&continue={token}")
             yield (page := json.loads(self.run(*args, namespace=namespace)))
             token = page["metadata"].get("continue") or None
 
@@ -1613,46 +1570,50 @@ class Kubectl:
         return [row.partition(" ")[0] for row in rows if row]
 
     def create(self, objects: Sequence[Object], namespace: str) -> None:
-        """Create what is not there yet; what exists under the same name is left as it is."""
-        for refused in self.create_each(objects, namespace).values():
-            if refused.kind != "AlreadyExists":
-                raise refused
+        """Create what is not there yet; an object that exists by the same name stays as it is."""
+        for refusal in self.create_each(objects, namespace).values():
+            if refusal.kind != "AlreadyExists":
+                raise refusal
 
     def create_each(self, objects: Sequence[Object], namespace: str) -> dict[str, KubectlError]:
         """Create objects in one call; return the refusal of each that was not created, by name.
 
-        Exit 1 is not "nothing happened": kubectl creates what it can. It names what exists; the
-        rest goes again, one at a time. Raises the KubectlError that is no object's own fault.
+        Exit 1 does not mean that nothing happened: kubectl creates what it can, and names what
+        exists. The others are tried again, one at a time. Raises the KubectlError that is no
+        object's own fault.
         """
         stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
         args = ("create", "-f", "-", "-o", "name", "--validate=false")
         try:
             self.run(*args, namespace=namespace, stdin=stdin, timeout=2 * KUBECTL_TIMEOUT)
-        except KubectlError as failed:
-            if failed.kind in ("Unreachable", "Forbidden", "NotFound"):
+        except KubectlError as failure:
+            if failure.kind in ("Unreachable", "Forbidden", "NotFound"):
                 raise
-            named = {o["metadata"]["name"]: o for o in objects}
-            if len(named) == 1:
-                return dict.fromkeys(named, failed)
+            by_name = {item["metadata"]["name"]: item for item in objects}
+            if len(by_name) == 1:
+                return dict.fromkeys(by_name, failure)
             exists = r'(?m)^Error from server \(AlreadyExists\): .*"([^"\n]+)" already exists$'
-            known = re.finditer(exists, failed.stderr)
-            told = {m[1]: KubectlError([self.program, *args], 1, m[0]) for m in known}
-            refused = {name: told[name] for name in told.keys() & named.keys()}
-            made = {line.rpartition("/")[2] for line in failed.stdout.split("\n")}
-            for left in [o for n, o in named.items() if n not in made | refused.keys()]:
-                refused |= self.create_each([left], namespace)
-            return refused
+            refusals = {
+                match[1]: KubectlError([self.program, *args], 1, match[0])
+                for match in re.finditer(exists, failure.stderr)
+                if match[1] in by_name
+            }
+            created = {line.rpartition("/")[2] for line in failure.stdout.split("\n")}
+            for name, item in by_name.items():
+                if name not in created and name not in refusals:
+                    refusals |= self.create_each([item], namespace)
+            return refusals
         return {}
 
-    def put(self, wanted: Object, found: Object | None, namespace: str, *options: str) -> str:
-        """Write a whole object in the place of exactly what was read, or where nothing was.
+    def put(self, wanted: Object, current: Object | None, namespace: str, *options: str) -> str:
+        """Write a whole object in the place of exactly the one that was read, or of none.
 
-        The server refuses unknown fields, and what was changed or made since (Conflict,
+        The server refuses unknown fields, and what was changed or created since (Conflict,
         AlreadyExists).
         """
-        seen = {"resourceVersion": found["metadata"]["resourceVersion"]} if found else {}
-        stdin = json.dumps({**wanted, "metadata": {**wanted["metadata"], **seen}})
-        verb = "replace" if found else "create"
+        version = {"resourceVersion": current["metadata"]["resourceVersion"]} if current else {}
+        stdin = json.dumps({**wanted, "metadata": {**wanted["metadata"], **version}})
+        verb = "replace" if current else "create"
         return self.run(verb, "-f", "-", *options, namespace=namespace, stdin=stdin)
 
     def patch(self, resource: str, name: str, namespace: str, change: Object) -> Object:
@@ -1662,76 +1623,168 @@ class Kubectl:
         return dict(json.loads(self.run(*args, namespace=namespace, stdin=json.dumps(change))))
 
     def delete(self, resource: str, names: Iterable[str], namespace: str) -> None:
-        """Delete objects by name without waiting; what is not there is fine."""
+        """Delete objects by name without waiting; a name that does not exist is no error."""
         if listed := [f"{resource}/{n}" for n in sorted(names)]:
             self.run("delete", *listed, "--wait=false", "--ignore-not-found", namespace=namespace)
 
     def logs(self, pod: str, container: str, namespace: str) -> str:
-        """Return the last lines of a container, also of its last life; "" when there are none."""
+        """Return the last lines of a container, else of its previous life, else an empty text."""
         args = ("logs", pod, "-c", container, "--tail=500", f"--limit-bytes={LOG_READ}")
-        for more in ((), ("--previous",)):
+        for option in ((), ("--previous",)):
             with suppress(KubectlError):
-                if printed := self.run(*args, *more, namespace=namespace, timeout=10.0).strip():
+                if printed := self.run(*args, *option, namespace=namespace, timeout=10.0).strip():
                     return printed[-2 * LOG_BYTES :]
         return ""
 
-    def apart(self) -> Kubectl:
-        """Return a door with one place of its own, whose calls are in nobody's way."""
+    def with_own_slot(self) -> Kubectl:
+        """Return a copy with one slot of its own, whose calls delay nobody else's."""
         other = copy.copy(self)
-        other._places = threading.BoundedSemaphore(1)
+        other._slots = threading.BoundedSemaphore(1)
         return other
 
 
 class UrgentKubectl(Kubectl):
-    """A door with places of its own, for what cannot wait: to see health, and to take traffic back.
+    """kubectl with slots of its own, for what cannot wait: to see health, and to switch traffic.
 
-    A call that is not answered is made again and again, beside the one that hangs, and the first
-    answer counts. So it is for reading, and for writes that compare and set or say the same twice.
+    A call without an answer is repeated beside the one that hangs, and the first answer counts.
+    So it is for reading, and for writes that compare and set or may be written twice.
     """
 
-    AGAIN = 1.5  # seconds; a busy machine needs as long for an answer
-    PATIENCE = (10.0, 4.0)  # seconds for the first process of a call, and for each one after it
+    REPEAT_SECONDS = 1.5  # a busy machine needs as long for an answer
+    FIRST_SECONDS = 10.0  # the time limit of the first process of a call
+    REPEATED_SECONDS = 4.0  # and of those after it
 
     def run(
         self, *args: str, namespace: str = "", stdin: str = "", timeout: float = KUBECTL_TIMEOUT
     ) -> str:
         """Return what the first process prints that ends; raises KubectlError, ConfigError."""
         answers: queue.SimpleQueue[str | HookError] = queue.SimpleQueue()
-        over, until = threading.Event(), time.monotonic() + timeout
-        patience, again = self.PATIENCE
+        answered = threading.Event()
+        until = time.monotonic() + timeout
 
         def attempt(seconds: float) -> None:
-            """Run one process, if there is a place for it while its answer is wanted."""
-            if not self._places.acquire(timeout=seconds):
+            """Run one process, if a slot becomes free while an answer is still wanted."""
+            if not self._slots.acquire(timeout=seconds):
                 return
             try:
-                if not over.is_set():
+                if not answered.is_set():
                     answers.put(self._call(args, namespace, stdin, seconds))
-            except HookError as failed:
-                answers.put(failed)
+            except HookError as failure:
+                answers.put(failure)
             finally:
-                self._places.release()
+                self._slots.release()
 
+        limit = self.FIRST_SECONDS
         try:
             while (left := until - time.monotonic()) > 0:
-                seconds = min(left, patience)
-                threading.Thread(target=attempt, args=(seconds,), daemon=True).start()
-                patience = again
+                threading.Thread(target=attempt, args=(min(left, limit),), daemon=True).start()
+                limit = self.REPEATED_SECONDS
                 with suppress(queue.Empty):
-                    answer = answers.get(timeout=min(left, self.AGAIN))
+                    answer = answers.get(timeout=min(left, self.REPEAT_SECONDS))
                     if isinstance(answer, str):
                         return answer
                     if getattr(answer, "code", 0) is not None:  # None: only this process hung
                         raise answer
         finally:
-            over.set()
+            answered.set()
         raise KubectlError([self.program, *args], None, "")
 
 
 def list_address(resource: str, namespace: str, labels: str) -> str:
     """Return where the API server lists what has these labels."""
-    path = f"{API[resource]}/namespaces/{namespace}/{resource}"
+    path = f"{API_PATHS[resource]}/namespaces/{namespace}/{resource}"
     return f"{path}?labelSelector={quote(labels, safe='')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a program ended: its exit code, None at the time limit, and what it printed."""
+
+    code: int | None
+    stdout: bytes
+    stderr: bytes
+
+
+def run_program(
+    argv: Sequence[str],
+    timeout: float,
+    stdin: str = "",
+    environ: Mapping[str, str] | None = None,
+    file_bytes: int = OUTPUT_BYTES,
+) -> Finished:
+    """Run a program until it ends, or kill it with all that it started after timeout seconds.
+
+    Its memory is limited, and the bytes that it prints or writes to one file. With file_bytes 0
+    neither memory nor files are. Raises ConfigError when it cannot be started.
+    """
+    limits = (*WITH_LIMITS, f"{MEMORY_BYTES >> 10}", f"{file_bytes >> 9}") if file_bytes else ()
+    most = min(file_bytes or OUTPUT_BYTES, OUTPUT_BYTES)
+    with memory_file(stdin.encode()) as source, memory_file() as output:
+        files = {"stdin": source, "stdout": output}
+        finished = wait_for_end(start(argv, environ, limits, process_group=0, **files), timeout)
+        if output.seek(0, os.SEEK_END) >= most:
+            complaint = f"it printed more than {most >> 10} KiB"
+            return Finished(-signal.SIGXFSZ, b"", complaint.encode())
+        output.seek(0)
+        return replace(finished, stdout=output.read())
+
+
+def start(
+    argv: Sequence[str],
+    environ: Mapping[str, str] | None = None,
+    limits: Sequence[str] = (),
+    **how: Any,
+) -> subprocess.Popen[bytes]:
+    """Start a program from the PATH, or from beside the interpreter, without a shell.
+
+    A virtual environment has kubectl there. Raises ConfigError when the program cannot be started.
+    """
+    beside = str(Path(sys.executable).parent)
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    try:
+        if (program := shutil.which(argv[0]) or shutil.which(argv[0], path=beside)) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        command = (*limits, program, *argv[1:])
+        return subprocess.Popen(command, env=environ, **how)  # noqa: S603 - no shell
+    except OSError as failure:
+        raise ConfigError([f"{argv[0]} cannot be started: {failure.strerror}"]) from failure
+
+
+def memory_file(content: bytes = b"") -> IO[bytes]:
+    """Return a file in memory: a full disk must not keep us from switching traffic back."""
+    try:
+        memory = getattr(os, "memfd_create", None)  # on Linux only
+        make: Any = partial(os.fdopen, memory("file"), "w+b") if memory else tempfile.TemporaryFile
+        file: IO[bytes] = make()
+    except OSError as failure:
+        raise ConfigError([f"no program can be started: {failure.strerror}"]) from failure
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+def wait_for_end(process: subprocess.Popen[bytes], timeout: float) -> Finished:
+    """Wait for a process that leads its group, and read its stderr; at the time limit, kill all.
+
+    What is too long is read and dropped.
+    """
+    stderr = bytearray()
+    until = time.monotonic() + timeout
+    pipe: Any = process.stderr
+    with process, selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while (left := until - time.monotonic()) > 0 and selector.select(left):
+            if chunk := os.read(pipe.fileno(), 65536):
+                stderr += chunk[: STDERR_BYTES - len(stderr)]
+                continue
+            with suppress(subprocess.TimeoutExpired):
+                return Finished(process.wait(left), b"", bytes(stderr))
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            while True:  # as process 1 of a container it inherits what its helpers left
+                os.waitpid(-process.pid, 0)
+    return Finished(None, b"", bytes(stderr))
 
 
 # === git ==========================================================================================
@@ -1742,7 +1795,7 @@ CREDENTIAL_HELPER = (
 )
 GIT = (
     *("git", "--literal-pathspecs", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER),
-    # what is large is not unpacked in memory, and nothing file by file: one pack has one size
+    # large files are not unpacked in memory, nor file by file: one pack has one size
     *("-c", "core.bigFileThreshold=1m", "-c", "fetch.unpackLimit=1"),
 )
 GIT_ENVIRONMENT = {
@@ -1754,26 +1807,26 @@ GIT_ENVIRONMENT = {
     "GIT_HTTP_LOW_SPEED_TIME": "60",
     "GIT_TERMINAL_PROMPT": "0",
 }
-
-
-HEADS_BYTES = 4 * 2**20  # of the list of branches; of some 40,000 with names of usual length
+HEADS_BYTES = 4 * 2**20  # of a list of branches: some 40,000 with names of usual length
 WARN_SECONDS = 3600.0
 FOLDER_FILES = 500
-GIT_FULL = re.compile(r"(?m)^(fatal|error): .*([Oo]ut of memory|Cannot allocate|File too large)")
+OUT_OF_ROOM = re.compile(r"(?m)^(fatal|error): .*([Oo]ut of memory|Cannot allocate|File too large)")
 
 
 class Git:
-    """The one door to git: no hooks, no prompts, no submodules, nobody's configuration.
+    """The only way to git: no hooks, no prompts, no submodules, nobody's configuration.
 
     Credentials are read by git's own helper from a file, so they are in no URL, argv or log.
     """
 
     def __init__(self, credentials: Path, timeout: float = GIT_TIMEOUT, limit: int = 2**26) -> None:
-        self.credentials, self.timeout, self.limit = credentials, timeout, limit
-        self.deployed: Mapping[str, Sequence[str]] = {}  # by address the refs that matter most
-        self._places: dict[str, threading.Semaphore] = {}
-        self._alone = threading.Semaphore()
-        self._warned: dict[str, float] = {}  # by address, when of refs that are skipped
+        self.credentials = credentials
+        self.timeout = timeout
+        self.limit = limit
+        self.deployed_refs: Mapping[str, Sequence[str]] = {}  # by URL, if too many are listed
+        self._slots: dict[str, threading.Semaphore] = {}  # by host
+        self._reading = threading.Semaphore()
+        self._quiet_until: dict[str, float] = {}  # by URL; no warning before that time
 
     def run(
         self,
@@ -1783,44 +1836,48 @@ class Git:
         file_bytes: int = OUTPUT_BYTES,
         stdin: str = "",
     ) -> str:
-        """Return what one git call prints, bytes that are no UTF-8 as surrogates; or GitError."""
+        """Return what one call prints, bytes that are no UTF-8 as surrogates; raises GitError.
+
+        The call may take patience times the usual time.
+        """
         kept = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
         environ = {**kept, **GIT_ENVIRONMENT, "CREDENTIALS_FILE": str(self.credentials)}
         where = ("-C", str(directory)) if directory else ()
-        timeout = patience * self.timeout
-        code, *printed = run_program((*GIT, *where, *args), timeout, stdin, environ, file_bytes)
-        stdout, stderr = (text.decode(errors="surrogateescape") for text in printed)
-        if code != 0:
-            told = [a for a in args if not re.match(r"-|[A-Za-z.]+=", a)]  # the address above all
-            raise GitError(("git", *told), code, stderr, stdout)
+        argv = (*GIT, *where, *args)
+        finished = run_program(argv, patience * self.timeout, stdin, environ, file_bytes)
+        stdout = finished.stdout.decode(errors="surrogateescape")
+        if finished.code != 0:
+            stderr = finished.stderr.decode(errors="surrogateescape")
+            words = [a for a in args if not re.match(r"-|[A-Za-z.]+=", a)]  # the URL above all
+            raise GitError(("git", *words), finished.code, stderr, stdout)
         return stdout
 
     def heads(self, url: str) -> dict[str, str]:
-        """Return the commit of every branch, by full ref name; of too many only those deployed.
+        """Return the commit of every branch, by full ref name; of the deployed ones where too many.
 
-        Of one server, few at a time.
+        Only a few calls ask one server at a time.
         """
         address = normalise_url(url)
         host = address.host if address else ""
-        place = self._places.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
-        if not place.acquire(timeout=self.timeout):
-            raise GitError(("git", "ls-remote"), None, f"too many wait for {clip(host)}")
+        slots = self._slots.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
+        if not slots.acquire(timeout=self.timeout):
+            raise GitError(("git", "ls-remote"), None, f"too many calls wait for {clip(host)}")
         try:
             listed = self.run("ls-remote", "--heads", "--", url, file_bytes=HEADS_BYTES)
-        except GitError as failed:
-            full = failed.code == -signal.SIGXFSZ or GIT_FULL.search(failed.stderr)
-            if not full or url not in self.deployed:
+        except GitError as failure:
+            too_long = failure.code == -signal.SIGXFSZ or OUT_OF_ROOM.search(failure.stderr)
+            if not too_long or url not in self.deployed_refs:
                 raise
-            listed = "\n".join(self._head(url, ref) for ref in self.deployed[url])
+            listed = "\n".join(self._listed_head(url, ref) for ref in self.deployed_refs[url])
         finally:
-            place.release()
-        return self._carried(url, [line.partition("\t") for line in listed.split("\n")])
+            slots.release()
+        return self._supported_heads(url, listed)
 
-    def _head(self, url: str, ref: str) -> str:
-        """Return a line with the commit of exactly this ref; empty where there is no such ref.
+    def _listed_head(self, url: str, ref: str) -> str:
+        """Return the line of one ref as `git ls-remote` prints it, "" where there is no such ref.
 
-        A server that is asked to list refs lists all that end alike, and whoever may push any
-        branch may push very many of these.
+        A server that is asked to list one ref lists all that end alike, and whoever may push any
+        branch may push very many of these. So the ref is fetched.
         """
         with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
             where: Any = {"directory": Path(folder)}
@@ -1828,31 +1885,37 @@ class Git:
             fetch = ("fetch", "--quiet", "--depth=1", "--filter=tree:0", "--no-tags")
             try:
                 self.run(*fetch, "--", url, f"+{ref}:{ref}", **where)
-            except GitError as failed:
-                if "couldn't find remote ref" in failed.stderr:
+            except GitError as failure:
+                if "couldn't find remote ref" in failure.stderr:
                     return ""
                 raise
             return self.run("for-each-ref", "--format=%(objectname)%09%(refname)", **where).strip()
 
-    def _carried(self, url: str, lines: Sequence[tuple[str, str, str]]) -> dict[str, str]:
-        """Return the commit of each ref, but for refs that we do not carry.
+    def _supported_heads(self, url: str, listed: str) -> dict[str, str]:
+        """Return the commits of the listed refs; those with unsupported names are ignored.
 
-        Whoever may push one of those must not keep us from reading the others.
+        Whoever may push such a ref must not keep us from reading the others.
         """
-        found = [(ref, sha) for sha, _, ref in lines if SHA.fullmatch(sha)]
-        heads = {ref: sha for ref, sha in found if valid_ref(ref)}
-        odd = [ref for ref, _ in found if ref not in heads]
-        if len(heads) + len(odd) < len(found):
-            raise GitError(("git", "ls-remote", url), 1, "it lists a branch twice")
-        if odd and time.monotonic() > self._warned.get(url, 0.0):
-            self._warned[url] = time.monotonic() + WARN_SECONDS
-            first = clip(ascii(odd[0]), 120)
-            warn("branches left out for their names", repository=url, count=len(odd), first=first)
+        heads: dict[str, str] = {}
+        ignored: list[str] = []
+        for sha, _, ref in (line.partition("\t") for line in listed.split("\n")):
+            if not SHA.fullmatch(sha):
+                continue
+            if ref in heads:
+                raise GitError(("git", "ls-remote", url), 1, f"the server lists {ref} twice")
+            if valid_ref(ref):
+                heads[ref] = sha
+            else:
+                ignored.append(ref)
+        if ignored and time.monotonic() > self._quiet_until.get(url, 0.0):
+            self._quiet_until[url] = time.monotonic() + WARN_SECONDS
+            details = {"count": len(ignored), "first": clip(ascii(ignored[0]), 120)}
+            warn("ignored branches with unsupported names", repository=url, **details)
         return heads
 
     def checkout(self, url: str, commit: str, directory: Path, *, symlinks: bool) -> None:
-        """Put exactly this commit into a new directory; symlinks may become plain files."""
-        self._init(commit, directory)
+        """Put exactly this commit into a new directory; without symlinks these are plain files."""
+        self._create_repository(commit, directory)
         fetch = ("fetch", "--quiet", "--depth=1", "--no-tags", "--", url, commit)
         # a large one takes its time; a server that does not send is cut off by the low speed
         self.run(*fetch, directory=directory, patience=10, file_bytes=0)
@@ -1860,65 +1923,70 @@ class Git:
         write = ("-c", links, "checkout", "--quiet", "--detach", "FETCH_HEAD")
         self.run(*write, directory=directory, file_bytes=0)
 
-    def _init(self, commit: str, directory: Path) -> None:
-        if not SHA.fullmatch(commit):
-            raise GitError(("git", "fetch"), 1, f"{commit!r} is not a commit id")
-        form = {40: "sha1", 64: "sha256"}[len(commit)]
-        self.run("init", "--quiet", f"--object-format={form}", "--", str(directory))
-
     @contextmanager
     def manifests(self, url: str, commit: str, path: str) -> Iterator[Path]:
-        """Bring the top folder of a path at a commit; one block at a time reads what was brought.
+        """Fetch the top folder of a path at a commit; only one block at a time runs with it.
 
-        Raises StageError where that is too much, and GitError where another try may help.
+        Raises StageError where it is too much, and GitError where another try may help.
         """
         top = (*PurePosixPath(path).parts, ".")[0]
         with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
             root = Path(folder) / "src"
             try:
                 self._fetch_folder(url, commit, top, root)
-                with self._alone:
+                with self._reading:
                     self._write_folder(commit, top, root)
                     yield root
-            except GitError as failed:
-                known, full = failed.code == -signal.SIGXFSZ, GIT_FULL.search(failed.stderr)
-                if known or full or any(f.lstat().st_size >= self.limit for f in root.rglob("*")):
-                    why = failed.said if known else "git needs more disk or memory"
-                    most = f"{FOLDER_FILES} files and {self.limit >> 20} MiB (limits.checkout)"
-                    told = f"{clip(top, 80)!r} has more than {most}: {why}"
-                    refuse(f"{told}; give the manifests a folder of their own")
-                raise
+            except GitError as failure:
+                full = OUT_OF_ROOM.search(failure.stderr)
+                if failure.code == -signal.SIGXFSZ:
+                    cause = failure.said
+                elif full or any(f.lstat().st_size >= self.limit for f in root.rglob("*")):
+                    cause = "git needs more disk or memory"
+                else:
+                    raise
+                most = f"{FOLDER_FILES} files or {self.limit >> 20} MiB (limits.checkout)"
+                advice = "Put the manifests into a folder of their own."
+                refuse(f"The folder {clip(top, 80)!r} has more than {most}: {cause}. {advice}")
+
+    def _create_repository(self, commit: str, directory: Path) -> None:
+        """Create an empty repository that can hold a commit."""
+        if not SHA.fullmatch(commit):
+            raise GitError(("git", "fetch"), 1, f"{commit!r} is not a commit id")
+        form = {40: "sha1", 64: "sha256"}[len(commit)]
+        self.run("init", "--quiet", f"--object-format={form}", "--", str(directory))
 
     def _fetch_folder(self, url: str, commit: str, top: str, root: Path) -> None:
-        """Fetch a commit without its files, then the files of a folder, once they are counted.
+        """Fetch a commit without its files, then the files of one folder, once they are counted.
 
-        A server that knows no filters sends all at once, to the same limit.
+        A server that does not know filters sends all at once, up to the same limit.
         """
-        self._init(commit, root)
+        self._create_repository(commit, root)
         remote = ("-c", f"remote.origin.url={url}", "-c", "remote.origin.promisor=true")
         fetch = (*remote, "fetch", "--quiet", "--no-tags", "--filter=blob:none")
         how: Any = {"directory": root, "patience": 10, "file_bytes": self.limit}
         self.run(*fetch, "--depth=1", "--", "origin", commit, **how)
-        if blobs := "".join(f"{blob}\n" for _, _, blob, *_ in self._listed(commit, top, root)):
+        if ids := self._listed(commit, top, root):
+            blobs = "".join(f"{blob}\n" for blob in ids)
             self.run(*fetch, "--no-write-fetch-head", "--stdin", "origin", stdin=blobs, **how)
 
     def _write_folder(self, commit: str, top: str, root: Path) -> None:
-        """Write out the files of a folder, once they are measured; links become plain files."""
-        files = self._listed(commit, top, root, "--long")
-        if (total := sum(int(size) for *_, size in files if size.isdigit())) > self.limit:
+        """Write the files of one folder, once they are measured; links become plain files."""
+        sizes = self._listed(commit, top, root, "--long")
+        if (total := sum(int(size) for size in sizes if size.isdigit())) > self.limit:
             raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {total >> 20} MiB")
-        if files:
+        if sizes:
             write = ("-c", "core.symlinks=false", "checkout", "--quiet", commit, "--", top)
             self.run(*write, directory=root, file_bytes=self.limit)
 
-    def _listed(self, commit: str, top: str, root: Path, *options: str) -> list[list[str]]:
-        """Return mode, type, id and with --long the size of each file in a folder."""
+    def _listed(self, commit: str, top: str, root: Path, *options: str) -> list[str]:
+        """Return the id of each file of one folder, or with option --long its size."""
         ask = ("ls-tree", "-r", "-z", *options, commit, "--", top)
         entries = self.run(*ask, directory=root, file_bytes=FOLDER_FILES * 4096).split("\0")[:-1]
         if len(entries) > FOLDER_FILES:
             raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {len(entries)} files")
-        heads = [entry.partition("\t")[0].split() for entry in entries]
-        return [head for head in heads if head[1] == "blob"]
+        rows = [entry.partition("\t")[0].split() for entry in entries]  # mode, type, id, size
+        return [row[-1] for row in rows if row[1] == "blob"]
 
 
 # === retry ========================================================================================
@@ -2058,8 +2126,11 @@ class Cooldown:
 # === job manifests ================================================================================
 
 RUN_FIELDS = ("ref", "commit", "before", "title", "delivery")  # each an annotation of the Job
-TEST_CONTAINER, BUILD_CONTAINER, RESULTS_CONTAINER = "test-runner", "kaniko", "results"
-SOURCE, CREDENTIALS_MOUNT = "/workspace/src", "/var/run/gitops-hook"
+TEST_CONTAINER = "test-runner"
+BUILD_CONTAINER = "kaniko"
+RESULTS_CONTAINER = "results"
+SOURCE = "/workspace/src"
+CREDENTIALS_MOUNT = "/var/run/gitops-hook"
 BUILD_CONTEXT = "/kaniko/source/src"  # SOURCE, where no Dockerfile writes: kaniko leaves mounts out
 # What every Job has; what every container has, fit for Pod Security `restricted`; what the builder
 # has instead, which unpacks images over its own root, /tmp included, fit for `baseline`.
@@ -2107,94 +2178,98 @@ name: registry
 secret: {secretName: registry-credentials, optional: true, defaultMode: 0400,
          items: [{key: .dockerconfigjson, path: config.json}]}
 """)
-
-
-def container(name: str, image: str, args: Sequence[str], **env: str) -> Object:
-    """Return a container; Kubernetes expands $(NAME) and $$ in its texts: they are escaped."""
-    made = {**CONTAINER, "name": name, "image": image, "args": [a.replace("$", "$$") for a in args]}
-    told = [{"name": k, "value": v.replace("$", "$$")} for k, v in env.items()]
-    return {**made, "env": [*CONTAINER["env"], *told]}
-
-
 DISK = "ephemeral-storage"
 # What a pod may write where the settings do not say: kaniko unpacks images over its own root.
 DISK_LIMITS = {"test": "4Gi", "build": "10Gi"}
 
 
-def bounded(resources: Mapping[str, Mapping[str, str]], limit: str) -> Object:
-    """Return resources that bound the disk as well; a request of it is never above its limit."""
-    requests, limits = resources.get("requests", {}), resources.get("limits", {})
-    little = {} if DISK in {**requests, **limits} else {DISK: "256Mi"}
-    most = {DISK: requests.get(DISK, limit), **limits}
-    return {**resources, "requests": {**little, **requests}, "limits": most}
-
-
-def job(config: Config, app: App, run: Run, stage: str, *containers: Object) -> Object:
-    """Return the Job of a stage: side-cars and the clone of the commit, then the main container.
-
-    Its deadline is only the backstop of a daemon that is down: waiting for quota counts towards it,
-    so the time-out proper is the controller's.
-    """
-    *sidecars, main = containers
-    labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name, LABEL_RUN: run.id, LABEL_STAGE: stage}
-    annotations = {f"{MANAGER}/{name}": getattr(run, name) for name in RUN_FIELDS}
-    annotations |= {
-        ANNOTATION_REPOSITORY: app.repository,
-        ANNOTATION_RECEIVED: f"{run.received:.3f}",
-    }
-    meta: Object = {"name": f"{stage}-{run.id}", "namespace": config.namespaces[stage]}
-    env = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
-    env["CREDENTIALS_FILE"] = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
-    clone = container("clone", config.images.hook, ["clone"], **env)
-    git = {"name": "git", "mountPath": CREDENTIALS_MOUNT}
-    made: Object = copy.deepcopy(JOB)
-    spec, template, settings = made["spec"], made["spec"]["template"], getattr(app, stage)
-    made["metadata"] = {**meta, "labels": labels, "annotations": annotations}
-    spec["activeDeadlineSeconds"] = int(settings.timeout + config.limits.queue_timeout)
-    spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] = main["name"]
-    template["metadata"] = {"labels": labels}
-    resources = bounded(settings.resources, DISK_LIMITS[stage])
-    template["spec"] |= {
-        "serviceAccountName": f"{stage}-runner-sa",
-        # a side-car first: it is listening long before the tests can end
-        "initContainers": [*sidecars, {**clone, "volumeMounts": [*clone["volumeMounts"], git]}],
-        "containers": [{**main, "resources": resources}],
-    }
-    for volume in (v for v in template["spec"]["volumes"] if "emptyDir" in v):
-        volume["emptyDir"]["sizeLimit"] = resources["limits"][DISK]
-    return made
-
-
 def test_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that checks out the commit, runs its tests and sums up their report."""
-    results = container(RESULTS_CONTAINER, config.images.hook, ["collect"])
+    results = new_container(RESULTS_CONTAINER, config.images.hook, ["collect"])
     env = {"CI": "true", "GIT_BRANCH": run.branch, "GIT_COMMIT": run.commit}
-    tests = container(TEST_CONTAINER, app.test.image, [app.test.command], **env)
+    tests = new_container(TEST_CONTAINER, app.test.image, [app.test.command], **env)
     tests |= {"command": ["sh", "-ec"], "workingDir": SOURCE}
-    return job(config, app, run, "test", {**results, "restartPolicy": "Always"}, tests)
+    # a side-car first: it listens long before the tests can end
+    return stage_job(config, app, run, "test", {**results, "restartPolicy": "Always"}, tests)
 
 
 def build_job(config: Config, app: App, run: Run) -> Object:
-    """Return the Job that builds and pushes the image; its last words are the digest."""
+    """Return the Job that builds and pushes the image; its termination message is the digest."""
     options = [f"--context=dir://{BUILD_CONTEXT}", f"--dockerfile={app.build.dockerfile}"]
     options += [f"--destination={app.build.image}:{run.commit[:8]}", *app.build.args]
     options += ["--digest-file=/dev/termination-log"]
-    build = container(BUILD_CONTAINER, config.images.kaniko, options)
-    made = job(config, app, run, "build", {**build, **BUILDER})
-    made["spec"]["template"]["spec"]["volumes"] += [REGISTRY]
-    return made
+    build = new_container(BUILD_CONTAINER, config.images.kaniko, options)
+    job = stage_job(config, app, run, "build", {**build, **BUILDER})
+    job["spec"]["template"]["spec"]["volumes"] += [REGISTRY]
+    return job
 
 
-def run_of_job(found: Object) -> Run:
+def stage_job(config: Config, app: App, run: Run, stage: str, *containers: Object) -> Object:
+    """Return the Job of a stage: side-cars, the clone of the commit, and the last container.
+
+    Its deadline is a backstop for a daemon that is down: it includes the time that the Job waits
+    for quota. The time-out proper is the controller's.
+    """
+    *sidecars, main = containers
+    settings = getattr(app, stage)
+    labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name, LABEL_RUN: run.id, LABEL_STAGE: stage}
+    annotations = {f"{MANAGER}/{name}": getattr(run, name) for name in RUN_FIELDS}
+    annotations[ANNOTATION_REPOSITORY] = app.repository
+    annotations[ANNOTATION_RECEIVED] = f"{run.received:.3f}"
+    names = {"name": f"{stage}-{run.id}", "namespace": config.namespaces[stage]}
+    job: Object = copy.deepcopy(JOB)
+    job["metadata"] = {**names, "labels": labels, "annotations": annotations}
+    spec = job["spec"]
+    spec["activeDeadlineSeconds"] = int(settings.timeout + config.limits.queue_timeout)
+    spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] = main["name"]
+    spec["template"]["metadata"] = {"labels": labels}
+    resources = with_disk_limit(settings.resources, DISK_LIMITS[stage])
+    pod = spec["template"]["spec"]
+    pod["serviceAccountName"] = f"{stage}-runner-sa"
+    pod["initContainers"] = [*sidecars, clone_container(config, app, run)]
+    pod["containers"] = [{**main, "resources": resources}]
+    for volume in pod["volumes"]:
+        if "emptyDir" in volume:
+            volume["emptyDir"]["sizeLimit"] = resources["limits"][DISK]
+    return job
+
+
+def clone_container(config: Config, app: App, run: Run) -> Object:
+    """Return the container that checks out the commit; only it sees the git credentials."""
+    env = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
+    env["CREDENTIALS_FILE"] = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
+    clone = new_container("clone", config.images.hook, ["clone"], **env)
+    credentials = {"name": "git", "mountPath": CREDENTIALS_MOUNT}
+    return {**clone, "volumeMounts": [*clone["volumeMounts"], credentials]}
+
+
+def new_container(name: str, image: str, args: Sequence[str], **env: str) -> Object:
+    """Return a container; Kubernetes expands $(NAME) and $$ in its texts, so they are escaped."""
+    escaped = [{"name": key, "value": value.replace("$", "$$")} for key, value in env.items()]
+    texts = {"name": name, "image": image, "args": [arg.replace("$", "$$") for arg in args]}
+    return {**CONTAINER, **texts, "env": [*CONTAINER["env"], *escaped]}
+
+
+def with_disk_limit(resources: Mapping[str, Mapping[str, str]], limit: str) -> Object:
+    """Return resources that limit the disk as well; a request of it is never above its limit."""
+    requests = resources.get("requests", {})
+    limits = resources.get("limits", {})
+    default = {} if DISK in {**requests, **limits} else {DISK: "256Mi"}
+    most = {DISK: requests.get(DISK, limit), **limits}
+    return {**resources, "requests": {**default, **requests}, "limits": most}
+
+
+def run_of_job(job: Object) -> Run:
     """Return the run that a Job of ours belongs to."""
-    annotations, labels = (found["metadata"].get(k) or {} for k in ("annotations", "labels"))
-    given = {name: str(annotations.get(f"{MANAGER}/{name}", "")) for name in RUN_FIELDS}
-    known = {"id": labels.get(LABEL_RUN, ""), "app": labels.get(LABEL_APP, "")}
-    return Run(**known, **given, received=seconds_of(annotations.get(ANNOTATION_RECEIVED)))
+    annotations = job["metadata"].get("annotations") or {}
+    labels = job["metadata"].get("labels") or {}
+    ids = {"id": labels.get(LABEL_RUN, ""), "app": labels.get(LABEL_APP, "")}
+    push = {name: str(annotations.get(f"{MANAGER}/{name}", "")) for name in RUN_FIELDS}
+    return Run(**ids, **push, received=seconds_of(annotations.get(ANNOTATION_RECEIVED)))
 
 
 def seconds_of(value: Any) -> float:
-    """Return a number of seconds kept as text, or 0 for anything else."""
+    """Return a number of seconds that is kept as text, or 0 for anything else."""
     with suppress(TypeError, ValueError, OverflowError):
         seconds = float(value)
         return seconds if math.isfinite(seconds) else 0.0
@@ -2204,8 +2279,8 @@ def seconds_of(value: Any) -> float:
 def junit_summary(report: Path) -> str:
     """Return the counts and the first failures of a JUnit report, "" when it cannot be read.
 
-    It is the tests' own: a document type, which could declare entities, is refused, and how much
-    is read the container's memory limits.
+    The tests write it: a document type, which could declare entities, is refused, and how much is
+    read is bounded by the memory limit of the container.
     """
     parser: Any = ElementTree.XMLPullParser(("end",))
     try:
@@ -2218,8 +2293,8 @@ def junit_summary(report: Path) -> str:
     red = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = sum(c.find("skipped") is not None for c in cases)
     names = [clip(f"{c.get('classname', '')}.{c.get('name', '')}", 120) for c in red[:5]]
-    told = f": {', '.join(names)}" if names else ""
-    return f"{len(cases) - len(red) - skipped} passed, {len(red)} failed{told}"
+    listed = f": {', '.join(names)}" if names else ""
+    return f"{len(cases) - len(red) - skipped} passed, {len(red)} failed{listed}"
 
 
 # === app manifests ================================================================================
@@ -2228,66 +2303,16 @@ MANIFEST_BYTES = 2 * 1024 * 1024  # of all files that are read, or of what kusto
 MANIFEST_NODES = 50_000  # keys and values in them, a kilobyte of memory each
 LONGEST_NUMBER = 1000  # characters
 CONFIGMAP_BYTES = 1024 * 1024 - 4096  # what the API server takes, its own additions left out
-UNSHAPED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# What Python raises where a value does not have the expected shape.
+SHAPE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 INVALID = Reason.MANIFEST_INVALID
-AppObjects = dict[str, dict[str, Object]]  # by kind and name: one Deployment, one Service, and maps
 KINDS = {"Deployment": "apps/v1", "Service": "v1", "ConfigMap": "v1"}
-DATA = ("data", "binaryData")  # of a ConfigMap
-GENTLE = {"maxSurge": 1, "maxUnavailable": 0}
+CONFIGMAP_DATA = ("data", "binaryData")
 SERVICE_ACCOUNTS = ("serviceAccountName", "serviceAccount")
 CONFIGMAP_REFERENCES = ("configMap", "configMapRef", "configMapKeyRef")
-# What a folder may not say, by the key under which it stands: each would let one application's
-# commit move another's traffic, pods or credentials, or reach the nodes. All other fields of a
-# Deployment and a Service are applied as they are, and Pod Security judges them. A field that is
-# empty, 0 or false says nothing and may stay.
-HOST = "shares the node's; leave it out"
-ROOT = "gives root on the node; leave it out"
-EVICTS = "lets these pods evict those of others; leave it out"
-ASKS = "lets the node ask another host; leave it out, and the pod itself is asked"
-TOOL = "is what a tool or the cluster writes for itself; leave it out"
-APART = "keeps nodes from pods of other namespaces; leave it out"
-ELSEWHERE = ("namespaces", "namespaceSelector")
-REFUSED = {
-    "spec.externalIPs": "takes traffic for addresses of others; use a Service of type LoadBalancer",
-    "spec.externalName": "leads to another host than the pods; write its name into a ConfigMap",
-    "spec.publishNotReadyAddresses": "sends visitors to pods that are not ready; leave it out",
-    "spec.nodeName": "goes past the scheduler; use nodeSelector or affinity",
-    "spec.priorityClassName": EVICTS,
-    "spec.priority": EVICTS,
-    **{f"spec.{name}": HOST for name in ("hostNetwork", "hostPID", "hostIPC")},
-    "ports.hostPort": "takes a port of the node; reach the pods through the Service",
-    "securityContext.privileged": ROOT,
-    "windowsOptions.hostProcess": ROOT,
-    **{f"requiredDuringSchedulingIgnoredDuringExecution.{n}": APART for n in ELSEWHERE},
-    "httpGet.host": ASKS,
-    "tcpSocket.host": ASKS,
-    "annotations.kubectl.kubernetes.io/last-applied-configuration": TOOL,
-    "annotations.deployment.kubernetes.io/revision": TOOL,
-}
-OBJECT = {"apiVersion", "kind", "metadata"}
-# Where only these fields may stand, and what is said of any other.
-ALLOWED: dict[str, tuple[set[str], str]] = {
-    "Deployment": ({*OBJECT, "spec"}, TOOL),
-    "Service": ({*OBJECT, "spec"}, TOOL),
-    "ConfigMap": ({*OBJECT, *DATA, "immutable"}, TOOL),
-    "metadata": (
-        {"name", "namespace", "labels", "annotations"},
-        "is for the cluster to set, or ties it to other objects; leave it out",
-    ),
-    "volumes": (
-        {
-            *("name", "configMap", "secret", "emptyDir", "projected", "downwardAPI", "csi"),
-            *("persistentVolumeClaim", "ephemeral", "image"),
-        },
-        "reaches the node or a disk past the cluster; use a persistentVolumeClaim",
-    ),
-    "sources": (  # of a projected volume; trust bundles are public
-        {"configMap", "secret", "downwardAPI", "clusterTrustBundle"},
-        "gives the pod credentials of the cluster; mount a Secret of this namespace",
-    ),
-}
+ONE_BY_ONE = {"maxSurge": 1, "maxUnavailable": 0}
 MOST_REPLICAS = 1000
-REFUSALS_TOLD = 10  # at once; the rest is counted
+LISTED_REFUSALS = 10  # at once; the rest is counted
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 KUSTOMIZATION_VISITS = 100  # each counts as often as it is named, since they multiply
 KUSTOMIZE_PATHS = {  # the keys under which kustomize reads, or fetches, what is named there
@@ -2295,23 +2320,159 @@ KUSTOMIZE_PATHS = {  # the keys under which kustomize reads, or fetches, what is
     *("patchesstrategicmerge", "path", "files", "envs", "env"),
 }
 KUSTOMIZE_TEXTS = {"commonlabels", "commonannotations", "labels", "metadata", "generatoroptions"}
-GO_FULL = re.compile(r"(?m)^fatal error: .*(out of memory|cannot allocate memory)")
 KUSTOMIZE_REFUSED = {"generators", "transformers", "validators", "helmcharts", "helmglobals"}
+GO_OUT_OF_MEMORY = re.compile(r"(?m)^fatal error: .*(out of memory|cannot allocate memory)")
+# What a folder may not say, by the key under which it stands: each would let one application's
+# commit move another's traffic, pods or credentials, or reach the nodes. All other fields of a
+# Deployment and a Service are applied as they are, and Pod Security judges them. A field that is
+# empty, 0 or false says nothing and may stay.
+ROOT = "gives root on the node. Remove it."
+EVICTS = "lets these pods evict those of other apps. Remove it."
+ASKS = "makes the node ask another host. Remove it, so that the pod itself is asked."
+WRITTEN = "is written by a tool or by the cluster. Remove it."
+REPELS = "keeps pods of other namespaces away from nodes. Remove it."
+REQUIRED_TERM = "requiredDuringSchedulingIgnoredDuringExecution"
+REFUSED_FIELDS = {
+    "spec.externalIPs": "takes traffic of other addresses. Use a Service of type LoadBalancer.",
+    "spec.externalName": "leads to another host than the pods. Write its name into a ConfigMap.",
+    "spec.publishNotReadyAddresses": "sends visitors to pods that are not ready. Remove it.",
+    "spec.nodeName": "bypasses the scheduler. Use nodeSelector or affinity.",
+    "spec.priorityClassName": EVICTS,
+    "spec.priority": EVICTS,
+    "spec.hostNetwork": "shares the network of the node. Remove it.",
+    "spec.hostPID": "shares the processes of the node. Remove it.",
+    "spec.hostIPC": "shares the memory of the node's processes. Remove it.",
+    "ports.hostPort": "takes a port of the node. Remove it, and use the Service.",
+    "securityContext.privileged": ROOT,
+    "windowsOptions.hostProcess": ROOT,
+    f"{REQUIRED_TERM}.namespaces": REPELS,
+    f"{REQUIRED_TERM}.namespaceSelector": REPELS,
+    "httpGet.host": ASKS,
+    "tcpSocket.host": ASKS,
+    "annotations.kubectl.kubernetes.io/last-applied-configuration": WRITTEN,
+    "annotations.deployment.kubernetes.io/revision": WRITTEN,
+    **{f"{kind}.*": WRITTEN for kind in KINDS},
+    "metadata.*": "is set by the cluster, or ties the object to others. Remove it.",
+    "volumes.*": "reaches the node or a disk past the cluster. Use a persistentVolumeClaim.",
+    "sources.*": "gives the pod credentials of the cluster. Mount a Secret of this namespace.",
+}
+OBJECT_FIELDS = {"apiVersion", "kind", "metadata"}
+# Under these keys no other fields may stand; REFUSED_FIELDS has what is said of others as `key.*`.
+ALLOWED_FIELDS = {
+    "Deployment": {*OBJECT_FIELDS, "spec"},
+    "Service": {*OBJECT_FIELDS, "spec"},
+    "ConfigMap": {*OBJECT_FIELDS, *CONFIGMAP_DATA, "immutable"},
+    "metadata": {"name", "namespace", "labels", "annotations"},
+    "volumes": {
+        *("name", "configMap", "secret", "emptyDir", "projected", "downwardAPI", "csi"),
+        *("persistentVolumeClaim", "ephemeral", "image"),
+    },
+    # of a projected volume; trust bundles are public
+    "sources": {"configMap", "secret", "downwardAPI", "clusterTrustBundle"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """An object as the commit has it, and the words that name it: its file, kind and name."""
+
+    where: str
+    content: Object
+
+
+def read_manifests(root: Path, path: str) -> list[Manifest]:
+    """Return the objects of an app's manifests folder, plain or built by kustomize."""
+    root = root.resolve()
+    directory = (root / path).resolve()
+    budget = ReadBudget()
+    if not directory.is_dir() or not directory.is_relative_to(root):
+        refuse(f"The commit has no folder {path!r}. Add it, or correct deploy.manifests.", INVALID)
+    if any((directory / name).exists() for name in KUSTOMIZATIONS):
+        rewrite_kustomization(root, directory, [], budget)
+        return parse_manifests(build_kustomization(directory), f"{path}/kustomization", budget)
+    files = [f for f in sorted(directory.iterdir()) if f.suffix in (".yaml", ".yml", ".json")]
+    sources = {str(f.relative_to(root)): f for f in files if not f.name.startswith(".")}
+    texts = {source: read_text(file, source, budget) for source, file in sources.items()}
+    return [m for source, text in texts.items() for m in parse_manifests(text, source, budget)]
+
+
+class ReadBudget:
+    """How much may still be read for one environment, over all its files."""
+
+    def __init__(self) -> None:
+        self.bytes = MANIFEST_BYTES
+        self.characters = 2 * MANIFEST_BYTES + 2**19
+
+    def spend(self, source: str, size: int = 0, expanded: int = 0) -> None:
+        """Count bytes of a file, or characters that its anchors expand to; raises StageError."""
+        self.bytes -= size
+        self.characters -= expanded
+        if self.bytes < 0:
+            most = f"{MANIFEST_BYTES >> 20} MiB together"
+            refuse(f"{source}: The manifests have more than {most}. Shorten them.", INVALID)
+        if self.characters < 0:
+            refuse(f"{source}: It expands to too much, since its anchors multiply.", INVALID)
+
+
+def read_text(file: Path, source: str, budget: ReadBudget) -> str:
+    """Return the text of a file of the commit; raises StageError when it is no plain text file."""
+    if file.is_symlink() or not file.is_file():
+        refuse(f"{source}: It is not a plain file.", INVALID)
+    budget.spend(source, file.stat().st_size)
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        refuse(f"{source}: It is not UTF-8.", INVALID)
+
+
+def parse_manifests(text: str, source: str, budget: ReadBudget | None = None) -> list[Manifest]:
+    """Return the Kubernetes objects in a text, those in Lists too."""
+    objects: list[Any] = []
+    for document in parse_documents(text, source, budget):
+        items: Any = document.get("items")
+        is_list = isinstance(items, list) and str(document.get("kind")).endswith("List")
+        objects += items if is_list else [document]
+    try:
+        names = [" ".join((item["kind"], item["metadata"]["name"])) for item in objects]
+    except (KeyError, TypeError):
+        refuse(f"{source}: It is not a Kubernetes object: it lacks kind or metadata.name.", INVALID)
+    pairs = zip(names, objects, strict=True)
+    return [Manifest(f"{source}: {clip(name, 100)}", item) for name, item in pairs]
+
+
+def parse_documents(text: str, source: str, budget: ReadBudget | None = None) -> list[Object]:
+    """Return the documents of a YAML or JSON text; faults name file and line."""
+    chunks: list[str] = []
+    budget = budget or ReadBudget()
+    try:
+        is_json = source.endswith(".json")
+        values = [json.loads(text)] if is_json else yaml.load_all(text, ManifestLoader)
+        # through JSON: what it cannot say is refused, and what anchors share is copied, to a limit
+        for chunk in json.JSONEncoder(allow_nan=False, ensure_ascii=False).iterencode([*values]):
+            chunks.append(chunk)
+            budget.spend(source, expanded=len(chunk))
+        documents = [d for d in json.loads("".join(chunks)) if d is not None]
+    except (yaml.YAMLError, *SHAPE_ERRORS) as failure:
+        said = str(failure).replace('"<unicode string>", ', "")
+        refuse(f"{source}: {clip(said)}", INVALID)
+    if not all(isinstance(d, dict) for d in documents):
+        refuse(f"{source}: A document is not a mapping. Links are not followed.", INVALID)
+    return documents
 
 
 class ManifestLoader(yaml.SafeLoader):
-    """YAML with dates as texts, as kubectl reads it. The loader in C dies of deep nesting."""
+    """YAML with dates as texts, as kubectl reads it. The loader in C crashes on deep nesting."""
 
     nodes = 0
 
     def count(self, nodes: int) -> None:
-        """Count nodes, unless there were too many."""
+        """Count nodes; raises YAMLError when there are too many."""
         self.nodes += nodes
         if self.nodes > MANIFEST_NODES:
             raise yaml.YAMLError(f"more than {MANIFEST_NODES} keys and values")
 
     def compose_node(self, *where: Any) -> yaml.Node | None:
-        """Return the next node; a long number is none, as reading one takes its length squared."""
+        """Return the next node; no long number, since reading one takes its length squared."""
         self.count(1)
         node: yaml.Node | None = super().compose_node(*where)
         number = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))
@@ -2320,248 +2481,157 @@ class ManifestLoader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put what `<<` names into a mapping, and so count it each time that it is put anywhere."""
+        """Merge what `<<` names into a mapping, and count it each time that it is merged."""
         super().flatten_mapping(node)
         self.count(len(node.value))
 
 
 ManifestLoader.yaml_implicit_resolvers = {
-    first: [known for known in forms if not known[0].endswith(":timestamp")]
-    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [resolver for resolver in resolvers if not resolver[0].endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
-class Room:
-    """How much may still be read for one environment, over all its files."""
+def rewrite_kustomization(
+    root: Path, directory: Path, visits: list[str], budget: ReadBudget
+) -> None:
+    """Check a kustomization and all that it includes, and write each file as JSON.
 
-    def __init__(self) -> None:
-        self.bytes, self.characters = MANIFEST_BYTES, 2 * MANIFEST_BYTES + 2**19
-
-    def take(self, source: str, amount: int = 0, expanded: int = 0) -> None:
-        """Take bytes of a file, or characters of what its anchors expand to; end the run at 0."""
-        self.bytes -= amount
-        self.characters -= expanded
-        if self.bytes < 0:
-            told = f"the manifests that are read have more than {MANIFEST_BYTES >> 20} MiB together"
-            refuse(f"{source}: {told}; take out what is not needed", INVALID)
-        if self.characters < 0:
-            refuse(f"{source}: expands to too much; its anchors multiply", INVALID)
-
-
-def parse_documents(text: str, source: str, room: Room | None = None) -> list[Object]:
-    """Return the documents of a YAML or JSON text; faults name file and line."""
-    chunks, in_json, room = [], source.endswith(".json"), room or Room()
-    try:
-        read = [json.loads(text)] if in_json else yaml.load_all(text, ManifestLoader)
-        # through JSON: what it cannot say is refused, and what anchors share is copied, to a limit
-        for chunk in json.JSONEncoder(allow_nan=False, ensure_ascii=False).iterencode([*read]):
-            chunks.append(chunk)
-            room.take(source, expanded=len(chunk))
-        documents = [d for d in json.loads("".join(chunks)) if d is not None]
-    except (yaml.YAMLError, *UNSHAPED) as wrong:
-        said = str(wrong).replace('"<unicode string>", ', "")
-        refuse(f"{source}: {clip(said)}", INVALID)
-    if not all(isinstance(d, dict) for d in documents):
-        refuse(f"{source}: a document is not a mapping (links are not followed)", INVALID)
-    return documents
-
-
-def parse_objects(text: str, source: str, room: Room | None = None) -> list[tuple[str, Object]]:
-    """Return the Kubernetes objects in a text, those in Lists too, each with what to call it."""
-    found: list[Any] = []
-    for document in parse_documents(text, source, room):
-        items, kind = document.get("items"), str(document.get("kind"))
-        found += items if isinstance(items, list) and kind.endswith("List") else [document]
-    try:
-        names = [" ".join((o["kind"], o["metadata"]["name"])) for o in found]
-    except (KeyError, TypeError):
-        refuse(f"{source}: not a Kubernetes object, kind or metadata.name is missing", INVALID)
-    return [(f"{source}: {clip(n, 100)}", o) for n, o in zip(names, found, strict=True)]
-
-
-def read_text(root: Path, file: Path, room: Room) -> tuple[str, str]:
-    """Return the text of a file of the commit, and its path in there."""
-    source = str(file.relative_to(root))
-    if file.is_symlink() or not file.is_file():
-        refuse(f"{source}: not a plain file", INVALID)
-    room.take(source, file.stat().st_size)
-    try:
-        return file.read_bytes().decode("utf-8-sig"), source
-    except UnicodeDecodeError:
-        refuse(f"{source}: not UTF-8", INVALID)
-
-
-def read_manifests(root: Path, path: str) -> list[tuple[str, Object]]:
-    """Return the objects of an app's manifests folder, plain or built by kustomize."""
-    root, directory, room = root.resolve(), (root / path).resolve(), Room()
-    if not directory.is_dir() or not directory.is_relative_to(root):
-        refuse(f"there is no folder {path!r} in the commit", INVALID)
-    if any((directory / k).exists() for k in KUSTOMIZATIONS):
-        check_kustomization(root, directory, [], room)
-        return parse_objects(kustomize(directory), f"{path}/kustomization", room)
-    files = [f for f in sorted(directory.iterdir()) if f.suffix in (".yaml", ".yml", ".json")]
-    texts = [read_text(root, f, room) for f in files if not f.name.startswith(".")]
-    return [o for text in texts for o in parse_objects(*text, room)]
-
-
-def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield a value and all that is in it, each with the key it stands under."""
-    yield key, value
-    listed = [(key, v) for v in value] if isinstance(value, list) else []
-    for name, inner in value.items() if isinstance(value, dict) else listed:
-        yield from walk(name, inner)
-
-
-def check_kustomization(root: Path, directory: Path, visits: list[str], room: Room) -> None:
-    """Refuse a kustomization that names what is not in the commit: kubectl would fetch it."""
-    for file in [directory / k for k in KUSTOMIZATIONS if (directory / k).exists()]:
-        text, where = read_text(root, file, room)
-        visits.append(where)
+    Raises StageError where one names what is not in the commit: kubectl would fetch it.
+    """
+    for file in [directory / name for name in KUSTOMIZATIONS if (directory / name).exists()]:
+        source = str(file.relative_to(root))
+        visits.append(source)
         if len(visits) > KUSTOMIZATION_VISITS:
-            refuse(f"{where}: includes itself, or is one of too many")
-        documents = parse_documents(text, where, room)
+            refuse(f"{source}: It includes itself, or is one of too many kustomizations.")
+        documents = parse_documents(read_text(file, source, budget), source, budget)
         if len(documents) != 1:
-            refuse(f"{where}: one document is needed", INVALID)
+            refuse(f"{source}: It must be one document.", INVALID)
         # kustomize is to read what is checked here: its YAML is of another dialect
         file.write_text(json.dumps(documents[0]))
-        for path in kustomize_paths(documents, where):
+        for path in kustomize_paths(documents[0], source):
             # kustomize takes a URL for one, and github.com too, even where a file has that name
             named = re.fullmatch(r"(?!github\.com)[\w./ +=~-]{1,200}", path, re.IGNORECASE)
             target = (directory / path).resolve() if named else root.parent
             if not target.is_relative_to(root) or not target.exists():
-                refuse(f"{where}: {clip(path, 80)!r} is not in the commit; copy it there")
+                refuse(f"{source}: {clip(path, 80)!r} is not in the commit. Copy it there.")
             if target.is_dir():
-                check_kustomization(root, target, visits, room)
+                rewrite_kustomization(root, target, visits, budget)
 
 
-def kustomize_paths(documents: Iterable[Object], where: str) -> list[str]:
+def kustomize_paths(kustomization: Object, source: str) -> list[str]:
     """Return every text in a kustomization that kustomize takes for a path."""
-    items = [i for d in documents for i in d.items() if i[0].casefold() not in KUSTOMIZE_TEXTS]
-    # kustomize does not tell upper from lower case in keys
-    found = [(k.casefold(), v) for item in items for k, v in walk(*item)]
-    if refused := KUSTOMIZE_REFUSED & {k for k, _ in found}:
-        refuse(f"{where}: {min(refused)} is not supported; put what it makes into the repository")
-    paths = [(k, v) for k, v in found if k in KUSTOMIZE_PATHS and isinstance(v, str)]
-    outside = [(k, v) for k, v in paths if not (k.startswith("patches") and "\n" in v)]
-    return [v.rpartition("=")[2] if k == "files" else v for k, v in outside]
+    paths = []
+    for name, part in kustomization.items():
+        if name.casefold() in KUSTOMIZE_TEXTS:
+            continue
+        for written, value in walk(name, part):
+            key = written.casefold()  # kustomize does not distinguish upper from lower case in keys
+            if key in KUSTOMIZE_REFUSED:
+                refuse(f"{source}: {key} is not supported. Commit what it makes instead.")
+            inline = key.startswith("patches") and "\n" in str(value)
+            if key in KUSTOMIZE_PATHS and isinstance(value, str) and not inline:
+                paths.append(value.rpartition("=")[2] if key == "files" else value)
+    return paths
 
 
-def kustomize(directory: Path) -> str:
+def build_kustomization(directory: Path) -> str:
     """Return what `kubectl kustomize` makes of a folder, without git, network and home."""
     with tempfile.TemporaryDirectory() as home:
         closed = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
         environ = {"PATH": home, "HOME": home, "GOMAXPROCS": "1", **closed}
         argv = ("kubectl", "kustomize", str(directory))
-        code, *printed = run_program(argv, KUBECTL_TIMEOUT, "", environ, MANIFEST_BYTES)
-    stdout, stderr = (text.decode(errors="replace") for text in printed)
-    if code != 0:
-        said = clip(stderr.replace(str(directory), "")) or "it makes too much, or does not end"
-        memory = f"it takes more than {MEMORY_BYTES >> 20} MiB of memory; make it smaller"
-        refuse(f"kustomize: {memory if GO_FULL.search(stderr) else said}", INVALID)
-    return stdout
+        finished = run_program(argv, KUBECTL_TIMEOUT, "", environ, MANIFEST_BYTES)
+    if finished.code != 0:
+        stderr = finished.stderr.decode(errors="replace")
+        said = clip(stderr.replace(str(directory), "")) or "It makes too much, or does not end."
+        if GO_OUT_OF_MEMORY.search(stderr):
+            said = f"It takes more than {MEMORY_BYTES >> 20} MiB of memory. Make it smaller."
+        refuse(f"kustomize: {said}", INVALID)
+    return finished.stdout.decode(errors="replace")
+
+
+@dataclass(frozen=True, slots=True)
+class AppObjects:
+    """What the manifests of an app hold."""
+
+    deployment: Object
+    service: Object
+    configmaps: dict[str, Object]  # by name
+    ignored: list[str]  # what was left out, by the app's ignore_kinds
+
+
+def check_objects(app: App, namespace: str, manifests: Iterable[Manifest]) -> AppObjects:
+    """Return the objects of an app; raises StageError with everything that is refused."""
+    by_kind: dict[str, dict[str, Object]] = {kind: {} for kind in KINDS}
+    ignored: list[str] = []
+    refused: list[str] = []
+    for manifest in manifests:
+        item = manifest.content
+        kind = item["kind"]
+        name = item["metadata"]["name"]
+        version = clip(str(item.get("apiVersion")), 40)
+        if kind in app.deploy.ignore_kinds:
+            ignored.append(manifest.where)
+        elif (kind, version) not in KINDS.items():
+            advice = "Apply it by hand, and list its kind in ignore_kinds."
+            refused.append(f"{manifest.where} of {version} is not deployed. {advice}")
+        elif name in by_kind[kind]:
+            refuse(f"{manifest.where} occurs twice. Remove one of the two.", INVALID)
+        else:
+            by_kind[kind][name] = item
+            refused += [f"{manifest.where}: {fault}" for fault in refusals(item, namespace)]
+    if len(by_kind["Deployment"]) != 1 or list(by_kind["Service"]) != [app.name]:
+        names = (", ".join(by_kind[kind]) or "none" for kind in ("Deployment", "Service"))
+        listed = clip("; Services: ".join(names))
+        needed = f"There must be one Deployment and one Service {app.name!r}"
+        refused.append(f"{needed}, but there are Deployments: {listed}.")
+    if refused := [*dict.fromkeys(refused)]:
+        rest = len(refused) - LISTED_REFUSALS
+        more = [f"{rest} more are not listed."] if rest > 0 else []
+        refuse(" ".join([*refused[:LISTED_REFUSALS], *more]))
+    (deployment,) = by_kind["Deployment"].values()
+    return AppObjects(deployment, by_kind["Service"][app.name], by_kind["ConfigMap"], ignored)
 
 
 def refusals(item: Object, namespace: str) -> Iterator[str]:
     """Yield what an object of an app may not say, each with what to do about it."""
-    shown = {k: "any" if k in DATA else v for k, v in item.items()}
+    shown = {k: "any" if k in CONFIGMAP_DATA else v for k, v in item.items()}
     for key, part in walk(item["kind"], shown):
-        allowed, advice = ALLOWED.get(key, (None, ""))
         for field, value in part.items() if isinstance(part, dict) else ():
             name = f"{key}.{clip(field, 80)}"
-            if not value and not (value == {} and name in REFUSED):  # an empty selector is of all
+            fault = REFUSED_FIELDS.get(name)
+            # what is empty says nothing, but an empty selector selects everything
+            if not value and not (value == {} and fault):
                 continue
-            if name in REFUSED:
-                yield f"{name} {REFUSED[name]}"
-            elif key in ("labels", "annotations") and field.startswith(f"{MANAGER}/"):
-                yield f"{name} is this program's own; leave it out"
-            elif allowed and field not in allowed:
-                yield f"{name} {advice}"
+            if not fault and key in ("labels", "annotations") and field.startswith(f"{MANAGER}/"):
+                fault = f"is reserved for {MANAGER}. Remove it."
+            elif not fault and field not in ALLOWED_FIELDS.get(key, {field}):
+                fault = REFUSED_FIELDS[f"{key}.*"]
             elif name == "metadata.namespace" and value != namespace:
-                yield f"names a namespace that is not {namespace!r}; leave it out"
+                fault = f"is not {namespace!r}. Remove it."
+            if fault:
+                yield f"{name} {fault}"
 
 
-def check_objects(
-    app: App, namespace: str, found: Iterable[tuple[str, Object]]
-) -> tuple[AppObjects, list[str]]:
-    """Return the objects of an app, and what is ignored; end the run before anything changes.
-
-    All that is refused is told at once.
-    """
-    kept: AppObjects = {kind: {} for kind in KINDS}
-    ignored, refused = [], dict[str, None]()
-    for where, item in found:
-        kind, version = item["kind"], clip(str(item.get("apiVersion")), 40)
-        name = item["metadata"]["name"]
-        if kind in app.deploy.ignore_kinds:
-            ignored.append(where)
-            continue
-        if (kind, version) not in KINDS.items():
-            advice = "is not deployed; apply it, list its kind in ignore_kinds"
-            refused[f"{where} of {version} {advice}"] = None
-            continue
-        if name in kept[kind]:
-            refuse(f"{where} is there twice", INVALID)
-        kept[kind][name] = item
-        try:
-            refused |= dict.fromkeys(f"{where}: {each}" for each in refusals(item, namespace))
-        except RecursionError:
-            refuse(f"{where}: nested too deeply", INVALID)
-    if len(kept["Deployment"]) != 1 or list(kept["Service"]) != [app.name]:
-        names = (", ".join(kept[kind]) or "none" for kind in ("Deployment", "Service"))
-        told = clip("; Services: ".join(names))
-        needed = f"needed: one Deployment and one Service {app.name!r}; Deployments: {told}"
-        refused[needed] = None
-    if refused:
-        more = [f"and {len(refused) - REFUSALS_TOLD} more"] * (len(refused) > REFUSALS_TOLD)
-        refuse("; ".join([*[*refused][:REFUSALS_TOLD], *more]))
-    return kept, ignored
+def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a value and all that is in it, as items() does: each with the key it stands under."""
+    pending = [(key, value)]
+    while pending:  # of any depth
+        name, part = pending.pop()
+        yield name, part
+        if isinstance(part, dict):
+            pending += reversed(part.items())
+        elif isinstance(part, list):
+            pending += [(name, element) for element in reversed(part)]
 
 
-def manifest(kind: str, name: str, labels: Mapping[str, str], given: Object) -> Object:
-    """Return an object with our labels, and the labels and annotations of a repository's."""
-    meta: Object = {"name": name}
-    for field in ("labels", "annotations"):
-        meta[field] = {**(given.get(field) or {})}
-    meta["labels"] |= {**labels, LABEL_MANAGED: MANAGER}
-    return {"apiVersion": KINDS[kind], "kind": kind, "metadata": meta}
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a run goes in an environment: the idle colour, and as many replicas as the live one."""
 
-
-def immutable(name: str, labels: Mapping[str, str], given: Object, **content: Any) -> Object:
-    """Return an immutable ConfigMap, its name followed by eight digits of its content's hash."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
-    if len(text) > CONFIGMAP_BYTES:
-        refuse(f"ConfigMap {clip(name, 60)} of {len(text)} bytes: {CONFIGMAP_BYTES} are possible")
-    made = manifest("ConfigMap", name, labels, given)
-    # the app counts too: what two apps shared would go with the first of them
-    hashed = labels[LABEL_APP].encode() + b" " + text
-    if given:
-        hashed += json.dumps(made["metadata"], sort_keys=True).encode()
-    made["metadata"]["name"] += f"-{hashlib.sha256(hashed).hexdigest()[:8]}"
-    return {**made, "immutable": True, **content}
-
-
-def substance(configmap: Object) -> tuple[Any, ...]:
-    """Return what counts of an immutable ConfigMap, as the API server keeps it."""
-    texts, files = ({k: v or "" for k, v in (configmap.get(d) or {}).items()} for d in DATA)
-    content = texts, {k: base64.b64decode(v) for k, v in files.items()}
-    return configmap["metadata"].get("labels"), configmap.get("immutable"), content
-
-
-def ports_like(ports: Iterable[Object], live: Iterable[Object] = ()) -> list[Object]:
-    """Return ports with the node ports that a live Service has for them; none where it has none."""
-    nodes = {(p["port"], p.get("protocol")): p["nodePort"] for p in live if p.get("nodePort")}
-    made = []
-    for port in ports:
-        node = nodes.get((port["port"], port.get("protocol") or "TCP"))
-        known = {"nodePort": node, **port} if node else port
-        made.append({k: v for k, v in known.items() if nodes or k != "nodePort"})
-    return made
-
-
-def release_record(app: str, packed: str) -> Object:
-    """Return the immutable ConfigMap with a packed release; its name tells whether it is whole."""
-    labels = {LABEL_APP: app, LABEL_STAGE: "release"}
-    return immutable(f"{app}-release", labels, {}, binaryData={"release": packed})
+    colour: str
+    replicas: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -2594,82 +2664,72 @@ class Release:
         return release_record(app, packed.decode())
 
     @classmethod
-    def from_configmap(cls, found: Object) -> Release:
+    def from_configmap(cls, record: Object) -> Release:
         """Return the release that a ConfigMap records; raises StageError when it cannot be read."""
         try:
-            packed = base64.b64decode(found["binaryData"]["release"])
+            packed = base64.b64decode(record["binaryData"]["release"])
             return cls(**json.loads(zlib.decompress(packed)))
         except (KeyError, TypeError, ValueError, zlib.error):
-            refuse("a release record cannot be read", INVALID)
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a run goes: a colour, and the size of the one that is live."""
-
-    colour: str
-    replicas: int
+            refuse("The release record cannot be read.", INVALID)
 
 
 def render(app: App, run: Run, image: str, placement: Placement, objects: AppObjects) -> Release:
-    """Return everything that a run puts into a place: a colour, and the size of the live one; pure.
+    """Return everything that a run puts into a placement, and change nothing.
 
-    Only what is read here must have the right shape; the rest is for the API server to judge.
+    Only what is read here must have the right shape; the API server judges the rest.
     """
     colour = placement.colour
     selector = {LABEL_APP: app.name, LABEL_VERSION: colour, LABEL_RUN: run.id}
     try:
-        given = copy.deepcopy(objects)
-        (deployment,) = given["Deployment"].values()
-        service = live_service(app, given["Service"][app.name], selector)
-        copies = {name: copied(app, m) for name, m in given["ConfigMap"].items()}
-        pod = deployment["spec"]["template"]["spec"]
-        if {pod.get(k) for k in SERVICE_ACCOUNTS} - {None, "", "default"}:
-            refuse("the Deployment names a service account; its pods get the namespace's default")
+        objects = copy.deepcopy(objects)
+        meta = objects.deployment["metadata"]
+        spec = objects.deployment["spec"]
+        service = rendered_service(app, objects.service, selector)
+        copies = {name: configmap_copy(app, item) for name, item in objects.configmaps.items()}
+        pod = spec["template"]["spec"]
+        if {pod.get(key) for key in SERVICE_ACCOUNTS} - {None, "", "default"}:
+            refuse("The Deployment names a service account. Remove it, and the default is used.")
         for key, value in walk("", pod):
-            named = key in CONFIGMAP_REFERENCES and isinstance(value, dict) and value.get("name")
-            if named in copies:
-                value["name"] = copies[named]["metadata"]["name"]
+            name = key in CONFIGMAP_REFERENCES and isinstance(value, dict) and value.get("name")
+            if name in copies:
+                value["name"] = copies[name]["metadata"]["name"]
         set_images(app, pod, image)
         set_probes(app, pod, service["spec"]["ports"][0])
-        made = manifest("Deployment", f"{app.name}-{colour}", selector, deployment["metadata"])
-        made["metadata"]["annotations"][ANNOTATION_COMMIT] = run.commit
-        made["spec"] = coloured(app, deployment["spec"], selector, placement.replicas)
-        identity = (run.id, run.commit, image, colour, selector)
-        release = Release(*identity, made, [*copies.values()], service)
+        deployment = new_object("Deployment", f"{app.name}-{colour}", selector, meta)
+        deployment["metadata"]["annotations"][ANNOTATION_COMMIT] = run.commit
+        deployment["spec"] = rendered_spec(app, spec, selector, placement.replicas)
+        rendered = (deployment, [*copies.values()], service)
+        release = Release(run.id, run.commit, image, colour, selector, *rendered)
         release.configmap(app.name)  # refuses what is too large before anything changes
-    except UNSHAPED as wrong:
-        near = clip(repr(getattr(wrong, "obj", None) or wrong), 80)
-        told = f"the Deployment or the Service is not formed well, near {near}"
-        refuse(f"{told}; `kubectl apply --dry-run=server` on them says more", INVALID)
+    except SHAPE_ERRORS as failure:
+        near = clip(repr(getattr(failure, "obj", None) or failure), 80)
+        fault = f"The Deployment or the Service is not well formed, near {near}."
+        refuse(f"{fault} `kubectl apply --dry-run=server` on them says more.", INVALID)
     return release
 
 
-def live_service(app: App, given: Object, selector: Mapping[str, str]) -> Object:
+def rendered_service(app: App, written: Object, selector: Mapping[str, str]) -> Object:
     """Return the live Service as a first deployment creates it; later only its ports change."""
-    spec, ports = given["spec"], ports_like(given["spec"]["ports"])
+    spec = written["spec"]
+    ports = ports_like(spec["ports"])
     if not ports or (len(ports) > 1 and not all(p.get("name") for p in ports)):
-        refuse(f"Service {app.name} needs ports, and of several each a name", INVALID)
+        refuse(f"Service {app.name} must have ports, and several ports must have names.", INVALID)
     if spec.get("type") == "ExternalName":
-        refuse(f"Service {app.name} is an ExternalName, which selects no pods")
+        refuse(f"Service {app.name} is an ExternalName, which selects no pods. Change its type.")
     labels = {LABEL_APP: app.name, LABEL_STAGE: "live"}
-    made = manifest("Service", app.name, labels, given["metadata"])
-    return {**made, "spec": {**spec, "selector": selector}}
+    service = new_object("Service", app.name, labels, written["metadata"])
+    return {**service, "spec": {**spec, "selector": selector}}
 
 
-def copied(app: App, given: Object) -> Object:
-    """Return the immutable copy of a ConfigMap, its labels and annotations with it."""
-    name, content = given["metadata"]["name"], {k: given.get(k) or {} for k in DATA}
-    meta = {k: v for k, v in given["metadata"].items() if v and k in ("labels", "annotations")}
+def configmap_copy(app: App, written: Object) -> Object:
+    """Return the immutable copy of a ConfigMap, with its labels and annotations."""
+    name = written["metadata"]["name"]
+    content = {key: written.get(key) or {} for key in CONFIGMAP_DATA}
+    meta = {k: v for k, v in written["metadata"].items() if v and k in ("labels", "annotations")}
     if loose := [k for k, v in content["data"].items() if not isinstance(v, str | None)]:
-        refuse(f"ConfigMap {clip(name, 60)}: {clip(loose[0], 60)} is not a text: quote it", INVALID)
+        where = f"ConfigMap {clip(name, 60)}: {clip(loose[0], 60)}"
+        refuse(f"{where} is not a text. Put it in quotes.", INVALID)
     return immutable(name, {LABEL_APP: app.name}, meta, **content)
-
-
-def repository_of(image: str) -> str:
-    """Return the name of an image without its tag and digest."""
-    host, slash, name = image.partition("@")[0].rpartition("/")
-    return f"{host}{slash}{name.partition(':')[0]}"
 
 
 def set_images(app: App, pod: Object, image: str) -> None:
@@ -2678,28 +2738,37 @@ def set_images(app: App, pod: Object, image: str) -> None:
     With builder none every image must already be named by digest.
     """
     containers = [*pod["containers"], *(pod.get("initContainers") or ())]
-    images = [c["image"] for c in containers]
     if app.build.builder == "none":
+        images = [c["image"] for c in containers]
         if loose := [i for i in images if not DIGEST.fullmatch(i.partition("@")[2])]:
-            refuse(f"builder none: image {clip(loose[0], 120)!r} is not named by digest")
+            why = "build.builder is none, so every image must be"
+            refuse(f"The image {clip(loose[0], 120)!r} is not named by digest. {why}.")
         return
     names = {app.build.image, app.name}
     ours = [c for c in containers if repository_of(c["image"]) in names]
     if not ours:
-        refuse(f"no container's image is {app.build.image!r} (or {app.name!r}): nothing to set")
+        needed = f"No container has the image {app.build.image!r} (or {app.name!r})"
+        refuse(f"{needed}, so the build would not be deployed. Name it in the Deployment.")
     for container in ours:
         container["image"] = image
 
 
+def repository_of(image: str) -> str:
+    """Return the name of an image without its tag and digest."""
+    host, slash, name = image.partition("@")[0].rpartition("/")
+    return f"{host}{slash}{name.partition(':')[0]}"
+
+
 def set_probes(app: App, pod: Object, port: Object) -> None:
-    """Add a readiness probe and a preStop sleep where the app says nothing; never a liveness."""
-    containers, inits = pod["containers"], pod.get("initContainers") or ()
+    """Add a readiness probe and a preStop sleep where the app has none; never a liveness probe."""
+    containers = pod["containers"]
+    inits = pod.get("initContainers") or ()
     running = [*containers, *(c for c in inits if c.get("restartPolicy") == "Always")]
     target = port.get("targetPort") or port["port"]
     declared = [(c, p) for c in running for p in c.get("ports") or ()]
     serving = [c for c, p in declared if target in (p.get("name"), p.get("containerPort"))]
     if not serving and not isinstance(target, int):
-        refuse(f"targetPort {clip(str(target), 60)!r} is no port of a container", INVALID)
+        refuse(f"No container has a port with the targetPort {clip(str(target), 60)!r}.", INVALID)
     if not any(c.get("readinessProbe") for c in running):
         probe = {"httpGet": {"path": app.deploy.health.path, "port": target}}
         times = {"initialDelaySeconds": 5, "periodSeconds": 5}
@@ -2711,26 +2780,80 @@ def set_probes(app: App, pod: Object, port: Object) -> None:
             container["lifecycle"] = {**sleep, **(container.get("lifecycle") or {})}
 
 
-def coloured(app: App, spec: Object, selector: Mapping[str, str], live_replicas: int) -> Object:
-    """Return the spec of a run's Deployment. What the app says stays, but labels and size."""
+def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], at_least: int) -> Object:
+    """Return the spec of a run's Deployment. What the app says stays, but for labels and size."""
     meta = spec["template"].get("metadata") or {}
     labels = {**(meta.get("labels") or {}), LABEL_MANAGED: MANAGER, **selector}
-    replicas = max(spec.get("replicas") or 0, live_replicas, 1)
+    replicas = max(spec.get("replicas") or 0, at_least, 1)
     if replicas > MOST_REPLICAS:
-        refuse(f"{replicas} replicas: {MOST_REPLICAS} are possible")
-    calm = spec.get("minReadySeconds", 10)
-    longest = max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, calm + 10))
+        refuse(f"{replicas} replicas are too many. At most {MOST_REPLICAS} are possible.")
+    min_ready = spec.get("minReadySeconds", 10)
+    longest = max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, min_ready + 10))
     return {
         "minReadySeconds": 10,
         "revisionHistoryLimit": 3,
-        "strategy": {"type": "RollingUpdate", "rollingUpdate": GENTLE},
+        "strategy": {"type": "RollingUpdate", "rollingUpdate": ONE_BY_ONE},
         **spec,
         "replicas": replicas,
         "paused": False,
-        "progressDeadlineSeconds": max(int(longest), calm + 1),
+        "progressDeadlineSeconds": max(int(longest), min_ready + 1),
         "selector": {"matchLabels": {k: selector[k] for k in (LABEL_APP, LABEL_VERSION)}},
         "template": {**spec["template"], "metadata": {**meta, "labels": labels}},
     }
+
+
+def ports_like(ports: Iterable[Object], live: Iterable[Object] = ()) -> list[Object]:
+    """Return ports with the node ports that a live Service has for them; none where it has none."""
+    node_ports = {(p["port"], p.get("protocol")): p["nodePort"] for p in live if p.get("nodePort")}
+    result = []
+    for port in ports:
+        node_port = node_ports.get((port["port"], port.get("protocol") or "TCP"))
+        merged = {"nodePort": node_port, **port} if node_port else port
+        result.append({k: v for k, v in merged.items() if node_ports or k != "nodePort"})
+    return result
+
+
+def release_record(app: str, packed: str) -> Object:
+    """Return the immutable ConfigMap with a packed release; its name tells whether it is whole."""
+    labels = {LABEL_APP: app, LABEL_STAGE: "release"}
+    return immutable(f"{app}-release", labels, {}, binaryData={"release": packed})
+
+
+def immutable(name: str, labels: Mapping[str, str], meta: Object, **content: Any) -> Object:
+    """Return an immutable ConfigMap, its name followed by eight digits of its content's hash."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+    if len(text) > CONFIGMAP_BYTES:
+        size = f"{len(text)} bytes, but {CONFIGMAP_BYTES} are possible"
+        refuse(f"ConfigMap {clip(name, 60)} has {size}. Make it smaller.")
+    configmap = new_object("ConfigMap", name, labels, meta)
+    # the app counts too: what two apps shared would go with the first of them
+    hashed = labels[LABEL_APP].encode() + b" " + text
+    if meta:
+        hashed += json.dumps(configmap["metadata"], sort_keys=True).encode()
+    configmap["metadata"]["name"] += f"-{hashlib.sha256(hashed).hexdigest()[:8]}"
+    return {**configmap, "immutable": True, **content}
+
+
+def new_object(kind: str, name: str, labels: Mapping[str, str], meta: Object) -> Object:
+    """Return an object with our labels, and with the labels and annotations of a metadata."""
+    labels = {**(meta.get("labels") or {}), **labels, LABEL_MANAGED: MANAGER}
+    annotations = {**(meta.get("annotations") or {})}
+    metadata = {"name": name, "labels": labels, "annotations": annotations}
+    return {"apiVersion": KINDS[kind], "kind": kind, "metadata": metadata}
+
+
+def same_configmap(one: Object, other: Object) -> bool:
+    """Whether two immutable ConfigMaps have the same labels and content, as the server keeps it."""
+
+    def kept(configmap: Object) -> Object:
+        """Return what counts of a ConfigMap."""
+        data = {key: text or "" for key, text in (configmap.get("data") or {}).items()}
+        files = (configmap.get("binaryData") or {}).items()
+        data |= {key: base64.b64decode(file or "") for key, file in files}
+        labels = configmap["metadata"].get("labels")
+        return {"labels": labels, "immutable": configmap.get("immutable"), "data": data}
+
+    return kept(one) == kept(other)
 
 
 # === objects ======================================================================================
@@ -4064,7 +4187,7 @@ class LogTails:
     """
 
     def __init__(self, kubectl: Kubectl, secrets: Secrets, clock: Clock) -> None:
-        self.kubectl = kubectl.apart()
+        self.kubectl = kubectl.with_own_slot()
         self.secrets = secrets
         self.clock = clock
         self._permits = threading.BoundedSemaphore(LOGS_KEPT)
@@ -4512,7 +4635,7 @@ class LiveServices:
         packed = str((configmap.get("binaryData") or {}).get("release", ""))
         genuine = release_record(task.app.name, packed)
         same_name = configmap["metadata"]["name"] == genuine["metadata"]["name"]
-        if not same_name or substance(configmap) != substance(genuine):
+        if not (same_name and same_configmap(configmap, genuine)):
             detail = f"release record {name} was changed, or is not one of {task.app.name}"
             raise StageError(Reason.ADOPTION_REFUSED, detail)
         return Release.from_configmap(configmap)
@@ -5154,7 +5277,7 @@ class Rollout:
             standing = self.kubectl.get("configmap", name, task.namespace)
             if standing is None:
                 raise HookError(f"ConfigMap {name} was deleted this very moment")
-            if substance(standing) != substance(wanted[name]):
+            if not same_configmap(standing, wanted[name]):
                 detail = f"ConfigMap {name} is there with another content or other labels"
                 raise StageError(Reason.ADOPTION_REFUSED, f"{detail}; delete or rename it")
 
@@ -5268,7 +5391,7 @@ class Rollout:
         service = self.kubectl.get("service", name, task.namespace)
         if service is None:
             labels = {LABEL_APP: task.app.name, LABEL_STAGE: "preview"}
-            preview = manifest("Service", name, labels, {})
+            preview = new_object("Service", name, labels, {})
             preview["spec"] = {"ports": ports, "selector": release.selector}
             self.kubectl.create([preview], task.namespace)
             service = self.kubectl.get("service", name, task.namespace) or {"spec": {}}
@@ -5620,11 +5743,11 @@ class Deployer:
         path = task.app.deploy.manifests
         with self.doors.git.manifests(task.app.repository, task.run.commit, path) as checkout:
             manifests = read_manifests(checkout, path)
-        objects, ignored = check_objects(task.app, task.namespace, manifests)
+        objects = check_objects(task.app, task.namespace, manifests)
         placement = self.steady.claims.idle_colour_and_size(task)
         release = render(task.app, task.run, task.image, placement, objects)
         claimed = self.steady.claims.take(task, release)
-        self.emit(task, State.CLAIMED, colour=release.colour, ignored=ignored or None)
+        self.emit(task, State.CLAIMED, colour=release.colour, ignored=objects.ignored or None)
         try:
             self.steady.rollout.apply(task, release, claimed)
             self.steady.rollout.wait(task, release, pods)
@@ -6944,14 +7067,14 @@ class Workers:
 
 def refusal_reason(refused: KubectlError) -> Reason | None:
     """Return why a deployment ends that the API server refused, None where another try may help."""
-    kind, said = refused.word
-    if kind in RETRIED:
+    message = refused.diagnosis.message
+    if refused.kind in RETRIED:
         return None
-    if kind == "Forbidden":
+    if refused.kind == "Forbidden":
         # a role of ours that lacks a verb is not the manifest's fault, another Forbidden is
-        if HEALING_REFUSAL.search(said) or re.search("User  cannot [a-z]+ resource ", said):
+        if HEALING_REFUSAL.search(message) or re.search("User  cannot [a-z]+ resource ", message):
             return None
-        if "exceeded quota: " in said:
+        if "exceeded quota: " in message:
             return Reason.QUOTA_EXCEEDED
     return Reason.MANIFEST_INVALID
 
@@ -7468,7 +7591,7 @@ class Tools:
         kubectl = Kubectl(metrics, config.limits.kubectl)
         git = Git(secrets.directory / GIT_CREDENTIALS, limit=config.limits.checkout)
         refs = {(a.repository, a.deploy_ref) for a in config.apps}
-        git.deployed = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
+        git.deployed_refs = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
         doors = Doors(
             kubectl=kubectl,
             git=git,
@@ -7909,7 +8032,7 @@ def next_version(tools: Tools, task: Task, checkout: Path) -> str:
     """Return what would be applied to an environment, and how long its pods would take."""
     kubectl = tools.deployer.doors.kubectl
     manifests = read_manifests(checkout, task.app.deploy.manifests)
-    objects, _ = check_objects(task.app, task.namespace, manifests)
+    objects = check_objects(task.app, task.namespace, manifests)
     placement = tools.deployer.steady.claims.idle_colour_and_size(task)
     release = render(task.app, task.run, task.image, placement, objects)
     deployment = release.deployment

@@ -459,7 +459,7 @@ def test_a_branch_that_only_looks_like_the_deployed_one_is_never_deployed(
     assert apps.ended(run)["outcome"] == "deployed"
     assert apps.stop() == 0
     apps.start()
-    eventually(lambda: apps.said("branches left out for their names"), 20)
+    eventually(lambda: apps.said("ignored branches with unsupported names"), 20)
     poll.repository.git("checkout", "-q", "main")
     assert poll.deployed("better")["outcome"] == "deployed"
     commits = {j["metadata"]["annotations"]["gitops-hook/commit"] for j in apps.jobs().values()}
