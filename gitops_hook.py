@@ -1,28 +1,30 @@
 #!/usr/bin/env python3
-"""gitops-hook: a GitLab push becomes a tested, built, blue-green-deployed version on Kubernetes.
+"""gitops-hook turns a GitLab push into a tested and built version that Kubernetes runs, blue-green.
 
-The way of a push, and where to read about it:
+The way of a push, and the sections of this file that have it:
 
-    GitLab -> POST /webhook -> verify, parse, spool (fsync), 202        pushes, spool, HTTP
-      intake     a batch of each app: suspended Jobs in one create      job manifests, controller
-      controller slots are granted fairly; tests, then the image build  cluster mirror, decide
-      worker     claim, render, apply, rollout status, preview,         app manifests, deploy
-                 switch, verify, bake; sick: one patch takes the traffic back
-      records    how runs ended, one bounded ConfigMap for each app     state
-      catch-up   `git ls-remote` finds what GitLab failed to deliver    git, controller
+    webhook     POST /webhook: verify, parse, store with fsync, 202  HTTP, signatures, pushes, spool
+    intake      one `kubectl create` for many suspended Jobs         job manifests, controller
+    controller  Jobs are unsuspended fairly: tests, then the build   objects, informers, decide
+    deployment  claim, render, apply, roll out, smoke test, switch   app manifests, health, rollout
+    bake        watch the new version; switch back if unhealthy      live service, bake
+    records     how each run ended, in one bounded ConfigMap an app  state
+    reports     each change of state is one Transition               reports, logging, metrics
+    catch-up    `git ls-remote` finds what GitLab did not deliver    git, controller
 
 The cluster's own objects are the state: a Job's conditions, a Deployment's status, a Service's
-selector. Annotations are intents and history; where they disagree with the object, the object wins:
-what today's traffic reaches is live.
-Nothing that matters lives in memory only: kill it at any point, start it again, same end state.
+selector. Annotations say what is intended and what happened. Where they disagree with the object,
+the object is right: what today's traffic reaches is live. Nothing that matters is only in memory:
+kill the daemon at any point and start it again, and the end is the same.
 
-Words: an *app* is one repository's deployment; a *run* is one commit of one ref of one app; a
-*stage* is test, build or an environment; a *colour* is one of an app's two Deployments; a *release*
-is the stored rendering of one run for one environment; the *claim* says who is changing an
-environment; to *heal* is to put the rollback target back where a failed deployment overwrote it.
+The words: an *app* is the deployment of one repository. A *run* is one commit of one ref of one
+app, and its *stages* are test, build and the environments. A *colour* is one of an app's two
+Deployments. A *release* is the recorded rendering of a run in an environment. The *claim* on a
+live Service says who is changing an environment. The daemon *switches back* during the bake, a
+person *rolls back*. To *restore* is to put a rollback target back that a failed deployment has
+overwritten.
 
-Each section uses only those above it; `grep '^# ==='` lists them. Exit status: 0 done, 1 tried and
-failed, 2 usage, configuration, no kubectl or no cluster, 3 refused.
+Each section uses only those above it; `grep '^# ==='` lists them.
 """
 
 from __future__ import annotations
@@ -72,19 +74,85 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, ca
 from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
 
-import prometheus_client
-import requests
-import waitress.channel
-import waitress.parser
-import waitress.server
-import waitress.utilities
-import yaml
+try:
+    import prometheus_client
+    import requests
+    import waitress.channel
+    import waitress.parser
+    import waitress.server
+    import waitress.utilities
+    import yaml
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    MISSING_PACKAGE = str(missing.name)
+else:
+    MISSING_PACKAGE = ""
 
 if TYPE_CHECKING:
     from typing import IO
     from wsgiref.types import StartResponse, WSGIEnvironment
 
 __version__ = "0.1.0"
+
+# === command line =================================================================================
+# It stands above all that needs a package, so that --help and --version need none.
+
+EXIT_STATUS = "Exit status: 0 done, 1 tried and failed, 2 wrong usage or configuration, no kubectl "
+EXIT_STATUS += "or no cluster, 3 refused."
+# An id of a run, or its beginning from the first digit of the commit on, after the app's name.
+RUN_ID = re.compile("([a-z0-9][a-z0-9-]*?)-([0-9a-f]{1,8}|[0-9a-f]{8}-[0-9a-f]{0,16})")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    about = "A GitLab push becomes a tested, built and deployed version on Kubernetes."
+    root = argparse.ArgumentParser(prog="gitops-hook", description=about, epilog=EXIT_STATUS)
+    root.add_argument("--version", action="version", version=__version__)
+    add = root.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
+    check = "only check the configuration and the secrets"
+    add("serve", help="run the daemon").add_argument("--check", action="store_true", help=check)
+    one = add("push", help="send a signed test delivery, as GitLab would")
+    sha = "id of the commit, which may be short for the head of a branch"
+    for name, what in (("--app", "name of the app"), ("--ref", "its branch"), ("--sha", sha)):
+        one.add_argument(name, required=True, help=what)
+    one.add_argument("--url", default="http://127.0.0.1:8080/webhook", help="default: %(default)s")
+    one = add("status", help="show what is live where, and how each run stands")
+    one.add_argument("app", nargs="?", default="", help="name of the app; all apps without it")
+    one.add_argument("--output", choices=("text", "json"), default="text", help="default: text")
+    one = add("explain", help="show how one run stands, and why")
+    one.add_argument("run", help="id of the run, or its beginning")
+    one.add_argument("--log", action="store_true", help="show the last lines of what failed, too")
+    one = add("rollback", help="switch an environment back to a proven version")
+    one.add_argument("app", help="name of the app")
+    one.add_argument("--environment", default="", help="default: the last one of the app")
+    where = "how many proven versions back, or which run of the history (default: %(default)s)"
+    one.add_argument("--to", type=versions_or_run, default="1", metavar="N|RUN", help=where)
+    one.add_argument("--reason", default="", help="why; `status` shows it")
+    one = add("plan", help="show what a push would do now, and change nothing")
+    one.add_argument("app", help="name of the app")
+    one.add_argument("commit", nargs="?", default="", help="its id or the beginning; else the head")
+    one = add("rerun", help="let a run that has ended run again")
+    one.add_argument("run", help="id of the run, or its beginning")
+    add("clone", help="inside a Job pod: check out the commit")
+    add("collect", help="inside a test pod: summarise the report")
+    return root
+
+
+def versions_or_run(text: str) -> int | str:
+    """Return how many versions to go back, or the run to go back to."""
+    if re.fullmatch("[1-9][0-9]{0,5}", text):
+        return int(text)
+    if RUN_ID.fullmatch(text):
+        return text
+    wrong = f"{text!r} is neither how many versions, 1 or more, nor the id of a run"
+    raise argparse.ArgumentTypeError(wrong)
+
+
+if MISSING_PACKAGE:
+    parser().parse_args()  # answers --help and --version, and refuses what is no command
+    what = f"the Python package {MISSING_PACKAGE} is missing here: {sys.executable}"
+    parser().exit(2, f"gitops-hook: {what}; `make venv` makes an environment, .venv, with it\n")
 
 # === constants ====================================================================================
 
@@ -7210,9 +7278,6 @@ def run_row(record: RunRecord | None, jobs: Mapping[str, Job], app: App) -> Obje
 def rollback(tools: Tools, args: argparse.Namespace) -> int:
     """Switch an environment back to a proven version, and reject the commit that is left."""
     app, deployer = tools.app(args.app), tools.deployer
-    if args.to in range(-(10**6), 1):
-        fault = f"--to {args.to}: how many proven versions back, so 1 or more; or a run"
-        raise ConfigError([fault])
     names = app.deploy.environments or ("",)
     environment = args.environment or names[-1]
     if environment not in app.deploy.environments:
@@ -7454,48 +7519,6 @@ def collect(environ: Mapping[str, str]) -> int:
 
 COMMANDS = {c.__name__: c for c in (serve, push, status, explain, plan, rollback, rerun)}
 JOB_COMMANDS = {c.__name__: c for c in (clone, collect)}
-
-
-def back_or_run(text: str) -> int | str:
-    """Return how many versions back to go, or the run to go to; raises ValueError."""
-    if re.fullmatch("-?[0-9]{1,6}", text):
-        return int(text)
-    if not re.fullmatch(rf"{DNS_LABEL.pattern}-[0-9a-f]{{8}}-[0-9a-f]{{4,16}}", text):
-        raise ValueError("neither a number nor the id of a run")
-    return text
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    root = argparse.ArgumentParser(prog="gitops-hook", description="from a push to a deployment")
-    root.epilog = "Exit status: 0 done, 1 tried and failed, 2 usage or surroundings, 3 refused."
-    root.add_argument("--version", action="version", version=__version__)
-    add = root.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
-    one = add("serve", help="run the daemon")
-    one.add_argument("--check", action="store_true", help="check configuration and secrets only")
-    one = add("push", help="send a signed test delivery")
-    for name, what in (("--app", "its name"), ("--ref", "its branch"), ("--sha", "its commit")):
-        one.add_argument(name, required=True, help=what)
-    one.add_argument("--url", default="http://127.0.0.1:8080/webhook", help="default: %(default)s")
-    one = add("status", help="what is live where, and the runs")
-    one.add_argument("app", nargs="?", default="", help="all of them if not given")
-    one.add_argument("--output", choices=("text", "json"), default="text", help="text if not given")
-    one = add("explain", help="how a run stands, and what it printed")
-    one.add_argument("run", help="its id")
-    one.add_argument("--log", action="store_true", help="the last lines of what failed")
-    one = add("rollback", help="switch back to a proven version")
-    one.add_argument("app", help="its name")
-    one.add_argument("--environment", default="", help="the app's last one if not given")
-    where = "so many proven versions back, or a run of the history"
-    one.add_argument("--to", type=back_or_run, default="1", metavar="N|RUN", help=where)
-    one.add_argument("--reason", default="", help="why; `status` shows it")
-    add("rerun", help="let a run that has ended go again").add_argument("run", help="its id")
-    one = add("plan", help="what a push would do now; changes nothing")
-    one.add_argument("app", help="its name")
-    one.add_argument("commit", nargs="?", default="", help="the branch's head if not given")
-    add("clone", help="inside a Job pod: check out the commit")
-    add("collect", help="inside a test pod: summarise the report")
-    return root
 
 
 def verdict(failed: HookError) -> tuple[int, Sequence[str]]:

@@ -31,10 +31,10 @@ MAX_BROAD_EXCEPTS = 6
 MAX_EXEMPTIONS = 8
 
 SECTIONS = [
-    "constants", "errors", "configuration", "logging", "metrics", "signatures", "pushes", "spool",
-    "kubectl", "git", "retry", "job manifests", "app manifests", "objects", "informers", "decide",
-    "state", "reports", "health", "live service", "rollout", "bake", "deploy", "controller", "http",
-    "commands", "main",
+    "command line", "constants", "errors", "configuration", "logging", "metrics", "signatures",
+    "pushes", "spool", "kubectl", "git", "retry", "job manifests", "app manifests", "objects",
+    "informers", "decide", "state", "reports", "health", "live service", "rollout", "bake", "deploy",
+    "controller", "http", "commands", "main",
 ]  # fmt: skip
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -84,9 +84,17 @@ class Place:
 
     def run(self, *args: str, **environ: str) -> Done:
         """Run a command to its end."""
+        return self.run_python(str(PROGRAM), *args, **environ)
+
+    def run_without_packages(self, *args: str) -> Done:
+        """Run a command by a Python that has only its standard library."""
+        return self.run_python("-S", str(PROGRAM), *args)
+
+    def run_python(self, *args: str, **environ: str) -> Done:
+        """Run Python to its end."""
         self.config.write_text(yaml.safe_dump(self.settings))
         return subprocess.run(
-            [sys.executable, str(PROGRAM), *args],
+            [sys.executable, *args],
             env=self.environ | environ,
             capture_output=True,
             text=True,
@@ -209,7 +217,33 @@ def test_help_and_version_succeed(place: Place) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", place.run("--version").stdout)
 
 
-def test_help_tells_of_every_argument_and_of_the_exit_statuses(place: Place) -> None:
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["rollback", "--help"]], ids=" ".join)
+def test_help_and_version_need_no_package(place: Place, args: list[str]) -> None:
+    done = place.run_without_packages(*args)
+    says(done, 0)
+    assert done.stdout == place.run(*args).stdout
+
+
+@pytest.mark.parametrize("args", [["status"], ["serve", "--check"], ["clone"]], ids=" ".join)
+def test_other_commands_without_their_packages_name_what_makes_the_environment(
+    place: Place, args: list[str]
+) -> None:
+    done = place.run_without_packages(*args)
+    says(done, 2, "the Python package prometheus_client is missing", "`make venv`")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_wrong_command_line_is_explained_without_packages(place: Place) -> None:
+    says(place.run_without_packages("deploy"), 2, "usage: gitops-hook", "invalid choice")
+
+
+def test_importing_it_without_packages_fails() -> None:
+    argv = [sys.executable, "-S", "-c", "import gitops_hook"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "ModuleNotFoundError: No module named 'prometheus_client'" in done.stderr
+
+
+def test_help_explains_every_argument_and_the_exit_statuses(place: Place) -> None:
     root = gitops_hook.parser()
     assert str(root.epilog).startswith("Exit status: 0 done, 1 ")
     for command in root._subparsers._group_actions[0].choices.values():
@@ -266,7 +300,7 @@ def test_an_unknown_environment_is_a_wrong_command_line(place: Place) -> None:
 @pytest.mark.parametrize("number", ["0", "-1"])
 def test_no_rollback_goes_to_what_is_live_or_comes_after_it(place: Place, number: str) -> None:
     done = place.run("rollback", "shop", "--to", number)
-    says(done, 2, f"--to {number}: how many proven versions back, so 1 or more")
+    says(done, 2, f"--to: '{number}' is neither how many versions, 1 or more, nor the id of a run")
 
 
 @pytest.mark.parametrize("command", ["clone", "collect"])
