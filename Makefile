@@ -48,7 +48,7 @@ ours = [o.get("data") or {} for o in found if o["metadata"]["name"] == gitops_ho
 try:
     gitops_hook.load_config("".join(data.get("config.yaml", "") for data in ours))
 except gitops_hook.ConfigError as wrong:
-    sys.exit("\n".join(gitops_hook.without(wrong.faults, ())))
+    sys.exit("\n".join(gitops_hook.mask_value(wrong.faults, ())))
 endef
 
 # What kustomize prints has top-level keys at the margin, and what is in `metadata` behind two blanks.

@@ -57,6 +57,7 @@ import tempfile
 import threading
 import time
 import traceback
+import typing
 import uuid
 import zlib
 from collections import Counter, OrderedDict
@@ -156,14 +157,15 @@ if MISSING_PACKAGE:
 
 # === constants ====================================================================================
 
-MANAGER = "gitops-hook"
+MANAGER = "gitops-hook"  # the field manager of every write, and the value of LABEL_MANAGED
 ORCHESTRATION = "orchestration"  # the namespace of the daemon, its configuration and its state
+COLOURS = ("blue", "green")
 
 LABEL_MANAGED = "app.kubernetes.io/managed-by"
 LABEL_APP = "gitops-hook/app"
 LABEL_RUN = "gitops-hook/run"
 LABEL_STAGE = "gitops-hook/stage"
-LABEL_VERSION = "version"  # blue or green, the key of the article
+LABEL_VERSION = "version"  # the colour of a pod
 
 ANNOTATION_REPOSITORY = "gitops-hook/repository"
 ANNOTATION_COMMIT = "gitops-hook/commit"
@@ -183,48 +185,56 @@ ANNOTATION_BAKE = "gitops-hook/bake-until"
 ANNOTATION_WRITTEN = "gitops-hook/written-at"
 ANNOTATION_PUT_BACK = "gitops-hook/put-back-at"
 
-LOOK_SECONDS = 2.0  # between looks at what is not watched
-AGAIN_SECONDS = 10.0  # before an action whose effect does not show is tried again
-COLOURS = ("blue", "green")
-HISTORY_LENGTH = 10
-PUT_BACKS = 3  # of a widened selector within so many seconds; then whoever widens it has his way
-PUT_BACK_SECONDS = 600.0
-REJECTED_LENGTH = 50
+# Deliveries.
+SIGNATURE_TOLERANCE = 300  # seconds that the time of a signature may differ from ours
+DEDUPE_SECONDS = 1200  # how long a delivery is remembered; longer than a replay could be authentic
+DEDUPE_ENTRIES = 20_000  # deliveries that are remembered at most
+
+# Runs and their records.
+HISTORY_LENGTH = 10  # entries in the history of a live Service
+REJECTED_LENGTH = 50  # rejected commits that are recorded of an app
 RUNS_LENGTH = 100  # the newest runs of an app that are recorded, besides those that have a Job
 STATE_BYTES = 600 * 1024  # of all records of an app: a ConfigMap holds 1 MiB
 RECORD_BYTES = 2048  # of one record
-RECORD_VERSION = 1
-STATE_TRIES = 5  # of a write that finds that another process has written meanwhile
-ADOPTED = "adopted"  # the outcome of what was there before the first run
-DETAIL_LENGTH = 1500  # characters of explanation kept on an object
-SIGNATURE_TOLERANCE = 300  # seconds, as the Standard Webhooks libraries have it
-DEDUPE_SECONDS = 1200  # twice the tolerance: a replay is refused by age before it is forgotten
-DEDUPE_ENTRIES = 20_000
-JOB_TTL = 3600  # seconds a finished Job is kept
-UNRUN_TTL = 300  # seconds a Job is kept that never ran
-LOG_BYTES = 64 * 1024  # of log tails that are kept of a run in a namespace
-LOG_TTL = 86400.0  # seconds they are kept
-LOGS_KEPT = 20  # of an app in a namespace
-KUBECTL_TIMEOUT = 30.0  # seconds for one call, as in the article
-WATCH_SECONDS = 300  # every watch ends and relists after this: a hung one looks like a quiet one
-GIT_TIMEOUT = 60.0
-HEADS_AT_ONCE = 4  # questions to one git server: a dead one delays only its own apps
-VERIFY_SECONDS = 10.0  # the endpoints must have followed the selector by then
-UNMOVED_SECONDS = 60.0  # ... unless nobody has acted on it: a controller-manager that starts anew
-HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures are seen within one second
-UNREADY_SECONDS = 5.0  # readiness below the wanted number for so long is sickness
-GONE_SECONDS = 1.0  # ... and so long with no ready pod at all: every visitor is refused
-REPLACED_SECONDS = 20.0  # ... unless pods are starting in the place of those that were taken away
-CHECK_GAP = 2.0  # between two health checks further apart than that, health is not known
-FRESH_SECONDS = 5.0  # as old may be what the API server said of the pods that are judged
-REBAKE_SECONDS = 15.0  # a bake that nobody watched to its end is watched for at least so long
-ROLLOUT_PER_REPLICA = 20.0
-CLAIM_SECONDS = 900.0  # a claim of a command that old belongs to a process that is gone
-HEAD_GRACE = 30.0  # a git server may show a pushed head so much later than the webhook
-HEAD_FRESH = 10.0  # age up to which a read head decides over a release
-DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0)  # back-off, the last one repeats
-BATCH = 200  # Jobs in one create
-TEST_JOBS = 1000  # unfinished Jobs of an app above which pushes that are only tested wait
+RECORD_VERSION = 1  # of the format of a record
+STATE_TRIES = 5  # attempts to write records that another process changes at the same time
+ADOPTED = "adopted"  # the outcome of the version that was live before the first run
+DETAIL_LENGTH = 1500  # characters of each line that `explain` prints
+
+# Jobs and logs.
+BATCH = 200  # Jobs that one call creates
+TEST_JOBS = 1000  # unfinished Jobs of an app above which its test-only pushes stay in the spool
+JOB_TTL = 3600  # seconds that a finished Job is kept
+UNRUN_TTL = 300  # seconds that the Job of an ended run is kept if it never ran
+LOG_BYTES = 64 * 1024  # of log tails that are kept of one run in one namespace
+LOG_TTL = 86400.0  # seconds that they are kept
+LOGS_KEPT = 20  # runs of an app whose log tails are kept in one namespace
+
+# Calls and retries.
+KUBECTL_TIMEOUT = 30.0  # seconds for one call
+WATCH_SECONDS = 300  # after which every watch is renewed: one that hangs looks like a quiet one
+GIT_TIMEOUT = 60.0  # seconds for one call
+HEADS_AT_ONCE = 4  # git servers' heads read at the same time; a dead server delays only its apps
+HEAD_FRESH = 10.0  # seconds for which a head that was read decides what may be deployed
+HEAD_GRACE = 30.0  # seconds after a push in which git may still show the commit before it
+DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds before each retry; the last delay repeats
+LOOK_SECONDS = 2.0  # between two looks at something that no informer reports
+AGAIN_SECONDS = 10.0  # after which an action that has shown no effect is repeated
+
+# Deployments.
+ROLLOUT_PER_REPLICA = 20.0  # seconds that a rollout may take at least for each replica
+VERIFY_SECONDS = 10.0  # in which the endpoints must converge on the selector
+UNMOVED_SECONDS = 60.0  # the same while no endpoint has changed: their controller may be restarting
+HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures take less than a second
+CHECK_GAP = 2.0  # seconds between two health checks above which the time between them is unjudged
+FRESH_SECONDS = 5.0  # for which the pods, as they were read, may be used to judge health
+UNREADY_SECONDS = 5.0  # that pods of the live version may be unready before it is unhealthy
+GONE_SECONDS = 1.0  # the same while no pod at all is ready: every visitor is refused
+REPLACED_SECONDS = 20.0  # the same while the cluster replaces pods that it took away itself
+REBAKE_SECONDS = 15.0  # that a bake takes at least after the daemon was restarted during it
+CLAIM_SECONDS = 900.0  # after which the claim of a rollback counts as left by a dead process
+PUT_BACKS = 3  # times that a widened selector is put back within PUT_BACK_SECONDS
+PUT_BACK_SECONDS = 600.0
 
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 SHA = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -439,18 +449,20 @@ class RefusedError(HookError):
 # === configuration ================================================================================
 
 T = TypeVar("T")
-Object = dict[str, Any]
+Object = dict[str, Any]  # JSON as kubectl, YAML files and payloads have it
 Parser = Callable[[Any], Any]
-REQUIRED = ""  # in the place of a default
+REQUIRED = ""  # the default of a setting that has none
 
 
-def matching(pattern: str, what: str, make: Parser = str, kind: type[Any] = str) -> Parser:
-    """Return a parser for a value of a type whose text matches the whole pattern."""
+def matching(
+    pattern: str, what: str, convert: Parser = str, types: tuple[type[Any], ...] = (str,)
+) -> Parser:
+    """Return a parser for values of these types whose text matches the whole pattern."""
 
     def parse(value: Any) -> Any:
-        """Return the value, made what it stands for."""
-        if type(value) is kind and re.fullmatch(pattern, str(value)):
-            return make(value)
+        """Return the value, converted; raises ValueError that says what was expected."""
+        if type(value) in types and re.fullmatch(pattern, str(value)):
+            return convert(value)
         raise ValueError(f"is not {what}")
 
     return parse
@@ -459,10 +471,15 @@ def matching(pattern: str, what: str, make: Parser = str, kind: type[Any] = str)
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "KiB": 2**10, "MiB": 2**20}
 
 
-def scaled(text: str) -> float:
-    """Return an amount with a unit in seconds or bytes."""
+def parse_amount(text: str) -> float:
+    """Return a whole number with a unit, in seconds or bytes."""
     unit = text.lstrip("0123456789")
     return int(text.removesuffix(unit)) * UNITS[unit]
+
+
+def parse_replicas(value: Any) -> int | None:
+    """Return a number of replicas, None for `full`; raises ValueError for anything else."""
+    return None if value == "full" else REPLICAS(value)
 
 
 TEXT = matching(r"(?s)(?=.*\S)[^\x00]{1,10000}", "a text")
@@ -471,30 +488,27 @@ NAME = matching(rf"(?![0-9]|.{{31}}){DNS_LABEL.pattern}", SHORT)
 LABEL = matching(rf"(?!.{{64}}){DNS_LABEL.pattern}", "a DNS label")
 BRANCH = matching(r"(?!refs/)[^\s~^:?*\[\\]{1,255}", "a branch name (without refs/heads/)")
 FOLDER = matching(r"(?![/-])(?!(.*/)?\.\.(/|$))[^\x00]+", "a relative path within the repository")
+URL_PATH = matching(r"/[\x21-\x7e]*", "a path")
 REPOSITORY = matching(
     r"(file://)?/[^\s\x00]+|https?://[A-Za-z0-9._:\[\]-]+/[^\s@?#\x00]+",
     "an http(s) URL without user, query and fragment (a user belongs in file git-credentials)",
 )
-PATH = r"([a-z0-9][\w.-]*(:[0-9]+)?/)?[a-z0-9._/-]*"  # of an image: lower case but for its host
-IMAGE = matching(rf"(?=[a-z0-9]){PATH}(:[\w.-]+)?(@\w+:[0-9a-f]+)?", "an image reference")
-TARGET = matching(PATH, "an image without tag and digest")
+IMAGE_PATH = r"([a-z0-9][\w.-]*(:[0-9]+)?/)?[a-z0-9._/-]*"  # only its host may have capitals
+IMAGE = matching(rf"(?=[a-z0-9]){IMAGE_PATH}(:[\w.-]+)?(@\w+:[0-9a-f]+)?", "an image reference")
+TARGET = matching(IMAGE_PATH, "an image without tag and digest")
 ADDRESS = matching(r"[^\s/]+:[0-9]{1,5}", "host:port")
-QUANTITY = matching(r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "a quantity (e.g. 250m, 1Gi)")
+AMOUNT = r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?"
+QUANTITY = matching(AMOUNT, "a quantity (e.g. 250m, 1Gi)", str, (str, int, float))
 MODE = matching("signature|token|hmac", "signature, token or hmac")
-BUILDS = matching("kaniko|none", "kaniko or none")
-SWITCH = matching("True|False", "true or false", bool, bool)
-NUMBER = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, int)
-# A setting is a type, the parser of its texts or numbers, its default as YAML text, its meaning.
-Texts = Annotated[tuple[str, ...], TEXT]
-Resources = Annotated[dict[str, dict[str, str]], lambda v: QUANTITY(str(v))]
-Count = Annotated[int, matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int, int)]
-Replicas = Annotated[int | None, lambda v: None if v == "full" else NUMBER(v)]
-DURATION = "a duration (e.g. 90s, 15m, 2h)"
-Seconds = Annotated[float, matching("[1-9][0-9]{0,4}[smh]", DURATION, scaled)]
-Pause = Annotated[float, matching("[0-9]{1,5}(ms|[smh])", DURATION, scaled)]
-SIZE = "(?!0)([1-5]?[0-9]|6[0-4])MiB|[1-9][0-9]{0,4}KiB"
-Bytes = Annotated[int, matching(SIZE, "a size up to 64MiB", scaled)]
-DiskBytes = Annotated[int, matching("[1-9][0-9]{0,3}MiB", "a size from 1MiB to 9999MiB", scaled)]
+BUILD_TOOL = matching("kaniko|none", "kaniko or none")
+SWITCH = matching("True|False", "true or false", bool, (bool,))
+COUNT = matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int, (int,))
+REPLICAS = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, (int,))
+DURATION = matching("[1-9][0-9]{0,4}[smh]", "a duration (e.g. 90s, 15m, 2h)", parse_amount)
+PAUSE = matching("[0-9]{1,5}(ms|[smh])", "a duration (e.g. 90s, 15m, 2h)", parse_amount)
+SMALL_SIZES = "(?!0)([1-5]?[0-9]|6[0-4])MiB|[1-9][0-9]{0,4}KiB"
+SIZE = matching(SMALL_SIZES, "a size up to 64MiB", parse_amount)
+DISK_SIZE = matching("[1-9][0-9]{0,3}MiB", "a size from 1MiB to 9999MiB", parse_amount)
 
 TESTS = "pip install -r requirements.txt && python -m pytest tests/ -v --junitxml=$JUNIT_XML"
 TEST_POD = "{requests: {cpu: 250m, memory: 256Mi}, limits: {cpu: 500m, memory: 512Mi}}"
@@ -504,60 +518,141 @@ KANIKO = "ghcr.io/osscontainertools/kaniko:v1.28.3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What is declared of one setting."""
+
+    kind: Any  # its type: a section, a list, a mapping, or what the parser returns
+    parse: Parser  # of its value, or of each text and number in its list or mapping
+    default: str  # as YAML text
+    meaning: str
+
+
+def setting(*, parse: Parser = TEXT, default: str = REQUIRED, meaning: str = "") -> Any:
+    """Declare a field of a section to be a setting."""
+    return dataclass_field(metadata={"parse": parse, "default": default, "meaning": meaning})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TestSettings:
     """How the tests of an app are run."""
 
-    image: Annotated[str, IMAGE, "python:3.12-slim", "image the tests run in"]
-    command: Annotated[str, TEXT, TESTS, "run under `sh -ec`; $JUNIT_XML is where a report goes"]
-    timeout: Annotated[Seconds, "15m", "from the pod's start"]
-    resources: Annotated[Resources, TEST_POD, "of the test container; ephemeral-storage: 4Gi"]
+    image: str = setting(
+        parse=IMAGE, default="python:3.12-slim", meaning="image in which the tests run"
+    )
+    command: str = setting(
+        default=TESTS,
+        meaning="test command for `sh -ec`; it may write a JUnit report to $JUNIT_XML",
+    )
+    timeout: float = setting(
+        parse=DURATION, default="15m", meaning="how long the tests may run, from their pod's start"
+    )
+    resources: dict[str, dict[str, str]] = setting(
+        parse=QUANTITY,
+        default=TEST_POD,
+        meaning="requests and limits of the test container; `ephemeral-storage: 4Gi` if not set",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildSettings:
     """How the image of an app is built."""
 
-    builder: Annotated[str, BUILDS, "kaniko", "none: the manifests name images by digest"]
-    image: Annotated[str, TARGET, "''", "where to push it, without a tag"]
-    dockerfile: Annotated[str, FOLDER, "Dockerfile", "path in the repository"]
-    args: Annotated[Texts, "[]", "more options for kaniko"]
-    timeout: Annotated[Seconds, "20m", "from the pod's start"]
-    resources: Annotated[Resources, BUILD_POD, "of the build container; ephemeral-storage: 10Gi"]
+    builder: str = setting(
+        parse=BUILD_TOOL,
+        default="kaniko",
+        meaning="`kaniko`, or `none` if the manifests name images by digest",
+    )
+    image: str = setting(
+        parse=TARGET, default="''", meaning="where the image is pushed, without a tag"
+    )
+    dockerfile: str = setting(
+        parse=FOLDER, default="Dockerfile", meaning="path of the Dockerfile in the repository"
+    )
+    args: tuple[str, ...] = setting(default="[]", meaning="further options for kaniko")
+    timeout: float = setting(
+        parse=DURATION, default="20m", meaning="how long a build may run, from its pod's start"
+    )
+    resources: dict[str, dict[str, str]] = setting(
+        parse=QUANTITY,
+        default=BUILD_POD,
+        meaning="requests and limits of the build container; `ephemeral-storage: 10Gi` if not set",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Health:
     """What makes a version healthy before and after the switch."""
 
-    path: Annotated[str, matching(r"/[\x21-\x7e]*", "a path"), "/ready", "2xx or 3xx when healthy"]
-    successes: Annotated[Count, "3", "answers in a row that let a version pass"]
-    failures: Annotated[Count, "3", "failures in a row that make it sick"]
-    timeout: Annotated[Seconds, "30s", "for the smoke test before the switch"]
+    path: str = setting(
+        parse=URL_PATH, default="/ready", meaning="path that a healthy app answers with 200 to 399"
+    )
+    successes: int = setting(
+        parse=COUNT, default="3", meaning="passed checks in a row that make a version healthy"
+    )
+    failures: int = setting(
+        parse=COUNT, default="3", meaning="failed checks in a row that make a version unhealthy"
+    )
+    timeout: float = setting(
+        parse=DURATION, default="30s", meaning="how long the smoke test before the switch may take"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeploySettings:
     """How an app is deployed."""
 
-    manifests: Annotated[str, FOLDER, "deploy", "folder of plain YAML or of a kustomization"]
-    ignore_kinds: Annotated[Texts, "[]", "kinds in there that someone else applies"]
-    environments: Annotated[Texts, "[staging, production]", "in order; the last bakes; []: none"]
+    manifests: str = setting(
+        parse=FOLDER, default="deploy", meaning="folder of manifests: plain YAML or a kustomization"
+    )
+    ignore_kinds: tuple[str, ...] = setting(
+        default="[]", meaning="kinds in that folder that others apply and this program leaves alone"
+    )
+    environments: tuple[str, ...] = setting(
+        default="[staging, production]",
+        meaning="where the app is deployed, in this order; the bake is in the last; `[]`: nowhere",
+    )
     health: Health
-    rollout_timeout: Annotated[Seconds, "300s", "at least; 20 s a replica if that is more"]
-    log_tails: Annotated[bool, SWITCH, "true", "keep the last log lines of its pods that fail"]
-    bake: Annotated[Pause, "60s", "sickness so long after the switch takes the traffic back"]
-    drain: Annotated[Pause, "60s", "until the old colour is restarted or scaled down"]
-    retain: Annotated[Replicas, "full", "or how many replicas of the old colour stay"]
+    rollout_timeout: float = setting(
+        parse=DURATION,
+        default="300s",
+        meaning="how long new pods may take to become ready; at least 20 s for each replica",
+    )
+    log_tails: bool = setting(
+        parse=SWITCH, default="true", meaning="whether the last log lines of failed pods are kept"
+    )
+    bake: float = setting(
+        parse=PAUSE,
+        default="60s",
+        meaning="how long after the switch an unhealthy version is switched back automatically",
+    )
+    drain: float = setting(
+        parse=PAUSE,
+        default="60s",
+        meaning="how long after the switch the old pods keep running, to finish their requests",
+    )
+    retain: int | None = setting(
+        parse=parse_replicas,
+        default="full",
+        meaning="replicas of the old version that keep running for a rollback: `full` or a number",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class App:
     """One repository and what becomes of its pushes."""
 
-    name: Annotated[str, NAME, REQUIRED, "of Deployments, Services and Jobs, with a suffix"]
-    repository: Annotated[str, REPOSITORY, REQUIRED, "clone URL; its ssh forms match as well"]
-    branch: Annotated[str, BRANCH, "main", "pushes here are tested, built, deployed"]
-    test_branches: Annotated[Texts, "['*']", "pushes here are only tested"]
+    name: str = setting(
+        parse=NAME, meaning="name of the live Service; names of Deployments and Jobs contain it"
+    )
+    repository: str = setting(
+        parse=REPOSITORY, meaning="clone URL; pushes that name an ssh URL of it match as well"
+    )
+    branch: str = setting(
+        parse=BRANCH, default="main", meaning="pushes to it are tested, built and deployed"
+    )
+    test_branches: tuple[str, ...] = setting(
+        default="['*']", meaning="patterns of branches whose pushes are only tested"
+    )
     test: TestSettings
     build: BuildSettings
     deploy: DeploySettings
@@ -572,145 +667,182 @@ class App:
 class Images:
     """The images of Job pods."""
 
-    hook: Annotated[str, IMAGE, "gitops-hook:dev", "this program; `make apply` sets it"]
-    kaniko: Annotated[str, IMAGE, KANIKO, "the builder"]
+    hook: str = setting(
+        parse=IMAGE, default="gitops-hook:dev", meaning="this program's image; `make apply` sets it"
+    )
+    kaniko: str = setting(parse=IMAGE, default=KANIKO, meaning="image of the builder")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Webhook:
-    """How deliveries are judged."""
+    """Which deliveries are accepted."""
 
-    verify: Annotated[str, MODE, "signature", "signature, token or hmac: what is required"]
-    max_body: Annotated[Bytes, "5MiB", "larger bodies get a 413"]
+    verify: str = setting(
+        parse=MODE,
+        default="signature",
+        meaning="what proves that GitLab sent a delivery: `signature`, `token` or `hmac`",
+    )
+    max_body: int = setting(
+        parse=SIZE, default="5MiB", meaning="larger deliveries are refused with status 413"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Bounds on what runs at once."""
+    """Bounds on what the daemon uses."""
 
-    max_running: Annotated[Count, "4", "Jobs released at once"]
-    queue_timeout: Annotated[Seconds, "1h", "wait for quota or a free place"]
-    spool_files: Annotated[Count, "10000", "pushes stored, 16 KiB each; then 503"]
-    kubectl: Annotated[Count, "8", "kubectl processes at once, watches apart"]
-    checkout: Annotated[DiskBytes, "64MiB", "what git may bring for one commit's manifests"]
+    max_running: int = setting(
+        parse=COUNT, default="4", meaning="Jobs that may run (be unsuspended) at the same time"
+    )
+    queue_timeout: float = setting(
+        parse=DURATION,
+        default="1h",
+        meaning="how long a Job may wait to be unsuspended, and then for its pod to start",
+    )
+    spool_files: int = setting(
+        parse=COUNT,
+        default="10000",
+        meaning="pushes stored on disk, 16 KiB each; more are refused with status 503",
+    )
+    kubectl: int = setting(
+        parse=COUNT, default="8", meaning="kubectl processes at the same time, besides watches"
+    )
+    checkout: int = setting(
+        parse=DISK_SIZE, default="64MiB", meaning="what git may fetch for one commit's manifests"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """The whole configuration, valid."""
 
-    apps: Annotated[tuple[App, ...], TEXT, REQUIRED, ""]
-    namespaces: Annotated[dict[str, str], LABEL, NAMESPACES, "of stages, environments"]
+    apps: tuple[App, ...] = setting()
+    namespaces: dict[str, str] = setting(
+        parse=LABEL, default=NAMESPACES, meaning="namespace of each stage and each environment"
+    )
     images: Images
     webhook: Webhook
     limits: Limits
-    catch_up: Annotated[Seconds, "5m", "between looks at the heads of all repositories"]
-
-
-def settings_of(section: type[Any]) -> dict[str, tuple[Any, Parser, str, str]]:
-    """Return the type, parser, default as YAML text and meaning of every setting by its key."""
-    hints = get_type_hints(section, include_extras=True)
-    whole = {k: getattr(hint, "__metadata__", (TEXT, "{}", "")) for k, hint in hints.items()}
-    return {k: (getattr(hints[k], "__origin__", hints[k]), *more) for k, more in whole.items()}
-
-
-def load_section(section: Any, data: Any, path: str, faults: list[str]) -> Any:
-    """Build a dataclass from YAML data; a wrong value adds a fault, and its default stands in."""
-    if not isinstance(data, dict):
-        faults.append(f"{path or 'configuration'}: is not a mapping")
-        data = {}
-    known, prefix, values = settings_of(section), f"{path}." if path else "", {}
-    unknown = [clip(str(k), 60) for k in data if k not in known]
-    faults += [f"{prefix}{k}: unknown key (known: {', '.join(known)})" for k in unknown]
-    for key, (kind, parse, default, _) in known.items():
-        values[key] = load(kind, parse, yaml.safe_load(default), "", []) if default else ()
-        if data.get(key) is not None:
-            given = load(kind, parse, data[key], prefix + key, faults)
-            values[key] = values[key] if given is None else given
-        elif not default:
-            faults.append(f"{prefix}{key}: is required")
-    return section(**values)
-
-
-def load(kind: Any, parse: Parser, raw: Any, where: str, faults: list[str]) -> Any:
-    """Return what a type makes of YAML data, None when it is wrong; every fault is added."""
-    if is_dataclass(kind):
-        return load_section(kind, raw, where, faults)
-    family, inner = getattr(kind, "__origin__", None), getattr(kind, "__args__", [])
-    if family is tuple and isinstance(raw, list):
-        return tuple(load(inner[0], parse, v, f"{where}[{i}]", faults) for i, v in enumerate(raw))
-    if family is dict and isinstance(raw, dict):
-        return {str(k): load(inner[1], parse, v, f"{where}.{k}", faults) for k, v in raw.items()}
-    if family in (tuple, dict):
-        what = "list" if family is tuple else "mapping"
-        faults.append(f"{where}: {clip(repr(raw), 80)} is not a {what}")
-        return None
-    try:
-        return parse(raw)
-    except ValueError as wrong:
-        faults.append(f"{where}: {clip(repr(raw), 80)} {wrong}")
-        return None
-
-
-class ConfigLoader(yaml.SafeLoader):
-    """YAML in which no key stands twice: the first of two values would be lost without a word."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return a mapping's node; raises YAMLError for a key that is there again."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
-        if again := sorted({k for k in keys if keys.count(k) > 1}):
-            raise yaml.YAMLError(f"{', '.join(again)} twice in one mapping{node.start_mark}")
-        return node
-
-
-def cross_faults(config: Config) -> Iterator[str]:
-    """Yield what is wrong between settings that are each right."""
-    names, spaces = [a.name for a in config.apps], config.namespaces
-    distinct = {v for k, v in spaces.items() if DNS_LABEL.fullmatch(k)} - {ORCHESTRATION}
-    if not {"test", "build"} <= spaces.keys() or len(distinct) < len(spaces):
-        yield "namespaces: needs test, build and others, all different, none the daemon's own"
-    taken = {f"{n}-{suffix}" for n in names for suffix in (*COLOURS, "preview")}
-    for i, app in enumerate(config.apps):
-        environments, image = app.deploy.environments, app.build.image
-        where = f"apps[{i}].deploy.environments"
-        if app.name and app.name in names[:i]:
-            yield f"apps[{i}].name: {app.name!r} is the name of two apps"
-        if app.name in taken:
-            yield f"apps[{i}].name: {app.name!r} is the name of another app's Deployment or Service"
-        if len(set(environments)) < len(environments):
-            yield f"{where}: names one of them twice"
-        for e in sorted({*filter(None, environments)} - (spaces.keys() - {"test", "build"})):
-            yield f"{where}: {e!r} is not an environment in namespaces ({', '.join(spaces)})"
-        if app.build.builder == "kaniko" and environments and not image:
-            yield f"apps[{i}].build.image: is required with builder kaniko"
-        if {*app.test.resources, *app.build.resources} - {"requests", "limits"}:
-            yield f"apps[{i}]: resources have keys other than requests and limits"
+    catch_up: float = setting(
+        parse=DURATION,
+        default="5m",
+        meaning="how often deploy branches are searched for pushes that GitLab did not deliver",
+    )
 
 
 def load_config(document: str) -> Config:
-    """Parse and check the YAML text of the configuration; raises ConfigError with all faults."""
+    """Return the configuration in a YAML text; raises ConfigError with all its faults."""
     try:
         data = yaml.load(document, ConfigLoader)  # noqa: S506 - a SafeLoader that is stricter
     except (yaml.YAMLError, ValueError, RecursionError) as wrong:
         raise ConfigError([f"configuration: not YAML: {clip(str(wrong))}"]) from wrong
     faults: list[str] = []
     config: Config = load_section(Config, data, "", faults)
-    told = {fault.partition(":")[0] for fault in faults}
-    faults += [f for f in cross_faults(config) if f.partition(":")[0] not in told]
+    faulty = {fault.partition(":")[0] for fault in faults}
+    faults += [f for f in cross_faults(config) if f.partition(":")[0] not in faulty]
     if faults:
         raise ConfigError(faults)
     return config
 
 
-def settings_table(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (key, default, meaning) of every setting, for the README."""
-    for key, (kind, _, default, meaning) in settings_of(section).items():
-        inner = getattr(kind, "__args__", [kind])[0]
+class ConfigLoader(yaml.SafeLoader):
+    """YAML without repeated keys, of which one value would be dropped silently."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return a mapping's node; raises YAMLError for a repeated key."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+            raise yaml.YAMLError(f"{', '.join(repeated)} twice in one mapping{node.start_mark}")
+        return node
+
+
+def load_section(section: Any, data: Any, path: str, faults: list[str]) -> Any:
+    """Return a section as YAML data has it; a wrong value adds a fault, and its default is used."""
+    if not isinstance(data, dict):
+        faults.append(f"{path or 'configuration'}: is not a mapping")
+        data = {}
+    settings = settings_of(section)
+    prefix = f"{path}." if path else ""
+    unknown = [clip(str(key), 60) for key in data if key not in settings]
+    faults += [f"{prefix}{key}: unknown key (known: {', '.join(settings)})" for key in unknown]
+    values: Object = {}
+    for key, declared in settings.items():
+        raw = data.get(key)
+        value = None if raw is None else load_value(declared, raw, prefix + key, faults)
+        if value is None and declared.default != REQUIRED:
+            value = load_value(declared, yaml.safe_load(declared.default), "", [])
+        elif raw is None:
+            faults.append(f"{prefix}{key}: is required")
+        values[key] = value
+    return section(**values)
+
+
+def settings_of(section: type[Any]) -> dict[str, Setting]:
+    """Return the settings of a section by key; a section within it is one of them."""
+    kinds = get_type_hints(section)
+    nested: Object = {"parse": TEXT, "default": "{}", "meaning": ""}
+    return {f.name: Setting(kind=kinds[f.name], **(f.metadata or nested)) for f in fields(section)}
+
+
+def load_value(declared: Setting, raw: Any, path: str, faults: list[str]) -> Any:
+    """Return what YAML data means for a setting, None if it is wrong; adds every fault."""
+    if is_dataclass(declared.kind):
+        return load_section(declared.kind, raw, path, faults)
+    family = typing.get_origin(declared.kind)
+    if family in (tuple, dict):
+        inner = replace(declared, kind=typing.get_args(declared.kind)[family is dict])
+        if family is tuple and isinstance(raw, list):
+            return tuple(load_value(inner, v, f"{path}[{i}]", faults) for i, v in enumerate(raw))
+        if family is dict and isinstance(raw, dict):
+            return {str(k): load_value(inner, v, f"{path}.{k}", faults) for k, v in raw.items()}
+        what = "list" if family is tuple else "mapping"
+        faults.append(f"{path}: {clip(repr(raw), 80)} is not a {what}")
+        return None
+    try:
+        return declared.parse(raw)
+    except ValueError as wrong:
+        faults.append(f"{path}: {clip(repr(raw), 80)} {wrong}")
+        return None
+
+
+def cross_faults(config: Config) -> Iterator[str]:
+    """Yield what is wrong between settings that are each valid."""
+    namespaces = config.namespaces
+    own = {v for k, v in namespaces.items() if DNS_LABEL.fullmatch(k)} - {ORCHESTRATION}
+    if not {"test", "build"} <= namespaces.keys() or len(own) < len(namespaces):
+        yield "namespaces: test, build and each environment need their own, none orchestration"
+    apps = config.apps or ()  # None where they are missing
+    names = [app.name for app in apps]
+    taken = {f"{name}-{suffix}" for name in names for suffix in (*COLOURS, "preview")}
+    for i, app in enumerate(apps):
+        environments = app.deploy.environments
+        where = f"apps[{i}].deploy.environments"
+        if app.name and app.name in names[:i]:
+            yield f"apps[{i}].name: {app.name!r} is the name of two apps"
+        if app.name in taken:
+            yield f"apps[{i}].name: {app.name!r} is the name of another app's Deployment or Service"
+        if len(set(environments)) < len(environments):
+            yield f"{where}: names an environment twice"
+        for name in sorted({*filter(None, environments)} - (namespaces.keys() - {"test", "build"})):
+            yield f"{where}: {name!r} is not an environment in namespaces ({', '.join(namespaces)})"
+        if app.build.builder == "kaniko" and environments and not app.build.image:
+            yield f"apps[{i}].build.image: is required with builder kaniko"
+        if {*app.test.resources, *app.build.resources} - {"requests", "limits"}:
+            yield f"apps[{i}]: resources have keys other than requests and limits"
+
+
+def settings_by_path(section: Any = Config, prefix: str = "") -> dict[str, Setting]:
+    """Return every setting by the path by which faults and the README name it."""
+    settings: dict[str, Setting] = {}
+    for key, declared in settings_of(section).items():
+        inner = (*typing.get_args(declared.kind), declared.kind)[0]
         if is_dataclass(inner):
-            yield from settings_table(inner, f"{prefix}{key}{'.' if inner is kind else '[].'}")
+            dot = "." if inner is declared.kind else "[]."
+            settings |= settings_by_path(inner, f"{prefix}{key}{dot}")
         else:
-            yield prefix + key, default or "required", meaning
+            settings[prefix + key] = declared
+    return settings
 
 
 # What a kubelet sets in a pod beside a Service whose name begins with gitops-hook.
@@ -721,32 +853,92 @@ INJECTED = re.compile(r"GITOPS_HOOK(_\w+)?_(SERVICE_(HOST|PORT\w*)|PORT\w*)")
 class Process:
     """What the environment variables GITOPS_HOOK_* say: files, folders and addresses."""
 
-    config: Annotated[Path, Path, "/etc/gitops-hook/config.yaml", ""]
-    secrets: Annotated[Path, Path, "/etc/gitops-hook/secrets", ""]
-    spool: Annotated[Path, Path, "/var/spool/gitops-hook", ""]
-    listen: Annotated[str, ADDRESS, "0.0.0.0:8080", ""]
-    admin_listen: Annotated[str, ADDRESS, "127.0.0.1:8081", ""]
+    config: Path = setting(parse=Path, default="/etc/gitops-hook/config.yaml")
+    secrets: Path = setting(parse=Path, default="/etc/gitops-hook/secrets")
+    spool: Path = setting(parse=Path, default="/var/spool/gitops-hook")
+    listen: str = setting(parse=ADDRESS, default="0.0.0.0:8080")
+    admin_listen: str = setting(parse=ADDRESS, default="127.0.0.1:8081")
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Process:
         """Read GITOPS_HOOK_*; raises ConfigError for unknown names but those a kubelet injects."""
         faults: list[str] = []
         ours = [k for k in environ if k.startswith("GITOPS_HOOK_") and not INJECTED.fullmatch(k)]
-        given = {k.removeprefix("GITOPS_HOOK_").lower(): environ[k] or None for k in ours}
-        process: Process = load_section(cls, given, "", faults)
+        values = {k.removeprefix("GITOPS_HOOK_").lower(): environ[k] or None for k in ours}
+        process: Process = load_section(cls, values, "", faults)
         if faults:
             named = (fault.partition(":") for fault in faults)
             raise ConfigError([f"GITOPS_HOOK_{key.upper()}:{rest}" for key, _, rest in named])
         return process
 
 
-SIGNING_TOKENS, PLAIN_TOKENS = "webhook-signing-tokens", "webhook-tokens"
-SECRET_OF_MODE = {"signature": SIGNING_TOKENS, "token": PLAIN_TOKENS, "hmac": PLAIN_TOKENS}
+SIGNING_TOKENS = "webhook-signing-tokens"
+PLAIN_TOKENS = "webhook-tokens"
 GIT_CREDENTIALS = "git-credentials"
 SECRET_FILES = (SIGNING_TOKENS, PLAIN_TOKENS, GIT_CREDENTIALS)
-KEY_BYTES = 32
-SHORTEST_MASKED = 4  # what is shorter occurs in innocent words
-# Bounded or possessive repetitions only: logs are searched with these, whatever is in them.
+SECRET_OF_MODE = {"signature": SIGNING_TOKENS, "token": PLAIN_TOKENS, "hmac": PLAIN_TOKENS}
+KEY_BYTES = 32  # of a decoded signing token
+
+
+class Secrets:
+    """The secrets directory: one file a kind, one secret a line, read at use so that it rotates."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        # what was read or computed last, by what it was made of
+        self._files: dict[str, dict[tuple[int, int, int], list[bytes]]] = {}
+        self._words: dict[tuple[bytes, ...], list[str]] = {}
+
+    def keys(self, mode: str) -> list[bytes]:
+        """Return the keys to verify deliveries with; raises ConfigError if one is unusable."""
+        name = SECRET_OF_MODE[mode]
+        lines = self.lines(name)
+        if not lines:
+            raise ConfigError([f"secret file {self.directory / name} is missing or empty"])
+        if name != SIGNING_TOKENS:
+            return lines
+        return [decode_signing_token(token, number) for number, token in enumerate(lines, 1)]
+
+    def mask(self, value: T) -> T:
+        """Return a text, or all texts within a value, without what is or looks like a secret."""
+        lines = tuple(line for name in SECRET_FILES for line in self.lines(name))
+        words = self._words.get(lines)
+        if words is None:
+            words = secret_words(line.decode("utf-8", "replace") for line in lines)
+            self._words = {lines: words}
+        masked: T = mask_value(value, words)
+        return masked
+
+    def lines(self, name: str) -> list[bytes]:
+        """Return the secrets in a file, without white space around them; none if it is absent."""
+        path = self.directory / name
+        try:
+            status = path.stat()
+            # the inode tells that a link was changed, as a kubelet does it
+            state = (status.st_mtime_ns, status.st_size, status.st_ino)
+            lines = self._files.get(name, {}).get(state)
+            if lines is None:
+                lines = [line.strip(b" \t\r") for line in path.read_bytes().split(b"\n")]
+                lines = [line for line in lines if line]
+                self._files[name] = {state: lines}
+        except OSError:
+            return []
+        return lines
+
+
+def decode_signing_token(token: bytes, line: int) -> bytes:
+    """Return the 32 key bytes of `whsec_` + base64; raises ConfigError naming only the line."""
+    with suppress(binascii.Error):
+        key = base64.b64decode(token.removeprefix(b"whsec_"), validate=True)
+        if token.startswith(b"whsec_") and len(key) == KEY_BYTES:
+            return key
+    fault = f"is not whsec_ and the base64 of {KEY_BYTES} bytes"
+    raise ConfigError([f"secret file {SIGNING_TOKENS}, line {line}: {fault}"])
+
+
+SHORTEST_MASKED = 4  # characters; shorter secrets occur in innocent words
+# Repetitions in these expressions are bounded or possessive, so that searching a log takes time in
+# proportion to its length, whatever is in it.
 TOKEN_PREFIXES = (
     *("glpat-", "glptt-", "gldt-", "glrt-", "glcbt-", "glft-", "glimt-", "glsoat-", "glagent-"),
     *("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "dckr_pat_", "sk_live_", "rk_live_"),
@@ -754,12 +946,13 @@ TOKEN_PREFIXES = (
 )
 KEYS = "(?:access|account|api|deploy|encryption|master|private|signing|ssh)[_-]?key"
 WORDS = f"passw(?:or)?d|passphrase|secret|token|{KEYS}"
-# Beside the words: DB_PASS, DB_KEY_2 and pwd, not bypass, monkey, keys, or the shell's PWD=/a/path.
+# Names of variables whose values are secrets: those words, and DB_PASS, DB_KEY_2 and pwd; but not
+# bypass, monkey, keys, or the shell's PWD=/a/path.
 SECRET_NAME = re.compile(
     rf"(?i:(?:{WORDS})[\w-]{{0,30}}"
     r"|(?:_key|[_-]pass|(?!(?-i:(?:(?<![A-Z_])|(?<=OLD))PWD=/))pwd)(?![a-z])[\w-]{0,30})"
 )
-# What follows a word in prose that tells no secret: "password is required", "--token or a file".
+# Words after such a name that show it to be prose: "password is required", "--token or a file".
 PROSE = (
     "(?:a|an|and|as|at|be|been|changed|correct|empty|expired|for|from|in|incorrect|invalid|is|it"
     "|masked|missing|must|no|none|not|null|of|on|option|optional|or|read|required|reset|set|stored"
@@ -776,100 +969,60 @@ SECRET = re.compile(
     r"|(?<![\w-])eyJ[\w-]+\.[\w.-]{8,}|(?i:\b(?:bearer|basic)\s[\w+/=.~-]{16,})"
     rf"|(?i:({ASSIGNED}|{OPTION}|{SPOKEN})(?=\S){VALUE})"
 )
-# A private key goes to its last line, or to the end of what is left of it; where its beginning is
-# cut off, it begins with what could be a part of it.
+# A private key is masked up to its last line, or to the end of the text where that is cut off;
+# where its first line is cut off, from the first character that could be a part of it.
 PEM_WORDS = "[A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
 PEM = re.compile(
     rf"-----BEGIN {PEM_WORDS}[^-]*+(?:-(?!----)[^-]*+)*+(?:-----END {PEM_WORDS})?"
     rf"|(?<![\w+/=\s\\])[\w+/=\s\\]*+-----END {PEM_WORDS}"
 )
-# One of these is in whatever those find; looking for them is ten times as fast.
+# Every text that those expressions match contains one of these; this search is ten times as fast.
 SECRET_HINTS = ["://", "akia", "asia", "eyj", "bearer", "basic", "passw", "passphrase", "pwd"]
 SECRET_HINTS += ["secret", "token", "key", "_pass", "-pass", *TOKEN_PREFIXES]
 
 
-class Secrets:
-    """The secrets directory: one file a kind, one secret a line, read at use so that it rotates."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._files: dict[str, tuple[Any, list[bytes]]] = {}  # as it was when it was read
-        self._known: tuple[list[list[bytes]], list[str]] = [], []
-
-    def lines(self, name: str) -> list[bytes]:
-        """Return the secrets in a file, ends of lines dropped; none when it is absent."""
-        path, (known, lines) = Path(f"{self.directory}/{name}"), self._files.get(name, (None, []))
-        try:
-            found = path.stat()
-            state = found.st_mtime_ns, found.st_size, found.st_ino  # the last tells a changed link
-            content = b"" if state == known else path.read_bytes()
-        except OSError:
-            return []
-        if state != known:
-            lines = [line for raw in content.split(b"\n") if (line := raw.strip(b" \t\r"))]
-            self._files[name] = state, lines
-        return lines
-
-    def keys(self, mode: str) -> list[bytes]:
-        """Return the keys to verify deliveries with; raises ConfigError if one is unusable."""
-        name = SECRET_OF_MODE[mode]
-        found = self.lines(name)
-        if not found:
-            raise ConfigError([f"secret file {self.directory / name} is missing or empty"])
-        decoded = (decode_signing_token(token, i + 1) for i, token in enumerate(found))
-        return [*decoded] if name == SIGNING_TOKENS else found
-
-    def mask(self, value: T) -> T:
-        """Return a text, or all texts within a value, without what is or looks like a secret."""
-        secrets, (known, words) = [self.lines(f) for f in SECRET_FILES], self._known
-        if secrets != known:
-            words = secret_words(line.decode("utf-8", "replace") for f in secrets for line in f)
-            self._known = secrets, words
-        masked: T = without(value, words)
-        return masked
-
-
 def secret_words(lines: Iterable[str]) -> list[str]:
     """Return what must not be shown, longest first: secrets, and the passwords in their URLs."""
-    known = {*lines}
-    users = [u for k in known for u in re.findall(r"://([^/\s@]+)@", k)]
-    words = {u.rpartition(":")[2] for u in users}
-    known |= words | {unquote(w) for w in words}
-    return sorted((k for k in known if len(k) >= SHORTEST_MASKED), key=len, reverse=True)
+    words = {*lines}
+    users = [user for line in words for user in re.findall(r"://([^/\s@]+)@", line)]
+    passwords = {user.rpartition(":")[2] for user in users}
+    words |= passwords | {unquote(password) for password in passwords}
+    return sorted((w for w in words if len(w) >= SHORTEST_MASKED), key=len, reverse=True)
 
 
-def without(value: Any, known: Sequence[str]) -> Any:
-    """Return a value as JSON has them, its texts without known secrets and what looks like one."""
+def mask_value(value: Any, words: Sequence[str]) -> Any:
+    """Return a JSON value whose texts have neither these words nor what looks like a secret."""
     if isinstance(value, dict):
-        # a variable of a pod: its name tells what its value is
+        # the name of an environment variable tells whether its value is a secret
         hidden = "value" if SECRET_NAME.search(str(value.get("name", ""))) else None
-        return {str(k): "***" if k == hidden else without(v, known) for k, v in value.items()}
+        return {str(k): "***" if k == hidden else mask_value(v, words) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [without(v, known) for v in value]
+        return [mask_value(element, words) for element in value]
     if value is None or isinstance(value, bool | int | float):
         return value
     text = str(value)
-    for secret in known:
-        text = text.replace(secret, "***")
+    for word in words:
+        text = text.replace(word, "***")
     lower = text.lower()
-    if not any(h in lower for h in SECRET_HINTS):
+    if not any(hint in lower for hint in SECRET_HINTS):
         return text
     return SECRET.sub(r"\1***", PEM.sub("***", text))
-
-
-def decode_signing_token(token: bytes, line: int) -> bytes:
-    """Return the 32 key bytes of `whsec_` + base64; raises ConfigError naming only the line."""
-    with suppress(binascii.Error):
-        key = base64.b64decode(token.removeprefix(b"whsec_"), validate=True)
-        if token.startswith(b"whsec_") and len(key) == KEY_BYTES:
-            return key
-    raise ConfigError([f"secret file {SIGNING_TOKENS}, line {line}: not whsec_ and 32 bytes"])
 
 
 # === logging ======================================================================================
 
 LOG = logging.getLogger("gitops_hook")
-LOG_FIRST = ("run", "app", "environment", "delivery")
+LOG_FIRST = ("run", "app", "environment", "delivery")  # fields that stand before all others
+
+
+def setup_logging(mask: Callable[[Object], Object]) -> None:
+    """Send every log record of the program to stderr as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(mask))
+    logging.root.handlers = [handler]
+    logging.root.setLevel(logging.WARNING)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every burst
+    LOG.setLevel(logging.INFO)
 
 
 class JsonFormatter(logging.Formatter):
@@ -880,51 +1033,43 @@ class JsonFormatter(logging.Formatter):
         self.mask = mask
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line for one record, secrets masked."""
-        given: Object = getattr(record, "fields", {})
+        """Return the line for one record: fields without a value left out, secrets masked."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: Object = {"ts": f"{stamp}.{int(record.msecs):03d}Z"}
         line |= {"level": record.levelname.lower(), "msg": record.getMessage()}
-        told = [k for k in (*LOG_FIRST, *given) if k not in line and given.get(k) not in (None, "")]
-        line |= {k: given[k] for k in told}
+        values: Object = getattr(record, "fields", {})
+        for key in (*LOG_FIRST, *values):
+            if values.get(key) not in (None, ""):
+                line.setdefault(key, values[key])
         if record.exc_info:
             line["exc"] = "".join(traceback.format_exception(*record.exc_info))[-4000:]
         return json.dumps(self.mask(line))
 
 
-def setup_logging(mask: Callable[[Object], Object]) -> None:
-    """Send every log record of the program to stderr as JSON."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(mask))
-    logging.root.handlers = [handler]
-    logging.root.setLevel(logging.WARNING)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a burst of pushes is no news
-    LOG.setLevel(logging.INFO)
-
-
-def info(msg: str, **given: Any) -> None:
+def info(msg: str, **values: Any) -> None:
     """Log something that happened as it should: msg is constant, values go in fields."""
-    LOG.info(msg, extra={"fields": given})
+    LOG.info(msg, extra={"fields": values})
 
 
-def warn(msg: str, **given: Any) -> None:
+def warn(msg: str, **values: Any) -> None:
     """Log something that will be tried again."""
-    LOG.warning(msg, extra={"fields": given})
+    LOG.warning(msg, extra={"fields": values})
 
 
-def error(msg: str, **given: Any) -> None:
+def error(msg: str, **values: Any) -> None:
     """Log something that a person must look at; exc=True adds the traceback being handled."""
-    exc = given.pop("exc", False)
-    LOG.error(msg, extra={"fields": given}, exc_info=exc)
+    exc = values.pop("exc", False)
+    LOG.error(msg, extra={"fields": values}, exc_info=exc)
 
 
 # === metrics ======================================================================================
 
+# The parts of the daemon in which errors are counted.
 ERRORS = (
     *("controller", "heads", "intake", "request", "restore", "secrets", "selector", "watch"),
     "worker",
 )
-STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)
+STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)  # seconds
 
 
 class Metrics:
@@ -937,20 +1082,21 @@ class Metrics:
         gauge: Any = partial(prometheus_client.Gauge, **ours)
         histogram: Any = partial(prometheus_client.Histogram, buckets=STAGE_BUCKETS, **ours)
         place = ("app", "environment")
-        self.deliveries = counter("deliveries", "Webhook requests by result.", ["result"])
-        self.runs = counter("runs", "Ended runs.", ["app", "outcome", "stage", "reason"])
-        self.switches = counter("switches", "Switched traffic.", [*place, "direction"])
-        self.kubectl = counter("kubectl_calls", "kubectl processes ended.", ["verb", "result"])
+        self.deliveries = counter("deliveries", "Requests to /webhook.", ["result"])
+        self.runs = counter("runs", "Runs that have ended.", ["app", "outcome", "stage", "reason"])
+        self.switches = counter("switches", "Switches of live traffic.", [*place, "direction"])
+        self.kubectl = counter("kubectl_calls", "Ended kubectl processes.", ["verb", "result"])
         self.errors = counter("errors", "Errors that a person should look at.", ["where"])
-        self.drift = counter("selector_drift", "Services changed by someone else.", place)
-        self.catch_up = counter("catch_up_runs", "Runs GitLab failed to announce.", ["app"])
-        self.spool = gauge("spool_files", "Pushes stored and not yet in the cluster.")
-        self.waiting = gauge("waiting", "1 while it waits for something outside.", ["what"])
-        self.queue = gauge("jobs", "Unfinished Jobs by state.", ["state"])
-        self.stage_seconds = histogram("stage_seconds", "Stages.", ["app", "stage", "result"])
+        self.drift = counter("selector_drift", "Live Services changed by someone else.", place)
+        self.catch_up = counter("catch_up_runs", "Runs that GitLab did not announce.", ["app"])
+        self.spool = gauge("spool_files", "Pushes stored on disk that are not in the cluster yet.")
+        self.waiting = gauge("waiting", "1 while the daemon waits for it, otherwise 0.", ["what"])
+        self.queue = gauge("jobs", "Jobs that have not ended.", ["state"])
+        labels = ["app", "stage", "result"]
+        self.stage_seconds = histogram("stage_seconds", "Seconds that stages took.", labels)
 
     def begin(self, apps: Iterable[App]) -> None:
-        """Let what is counted begin at 0, where its labels are known: 1 from nothing is no rise."""
+        """Start the counters whose labels are known at 0: the first event shows as an increase."""
         for where in ERRORS:
             self.errors.labels(where)
         for app in apps:
@@ -963,8 +1109,45 @@ class Metrics:
 
 # === signatures ===================================================================================
 
-SIGNED, TOKEN = ("webhook-id", "webhook-timestamp", "webhook-signature"), ("x-gitlab-token",)
-NEEDED_HEADERS = {"signature": SIGNED, "token": TOKEN, "hmac": TOKEN}  # by what is required
+NEEDED_HEADERS = {  # by what webhook.verify requires
+    "signature": ("webhook-id", "webhook-timestamp", "webhook-signature"),
+    "token": ("x-gitlab-token",),
+    "hmac": ("x-gitlab-token",),
+}
+
+
+def verify_delivery(
+    mode: str, keys: Sequence[bytes], headers: Mapping[str, str], body: bytes, now: float
+) -> None:
+    """Check that a delivery is authentic; raises DeliveryError 401, which says what was wrong.
+
+    Exactly the configured mode counts, there is no fallback. Header names are lower case.
+    """
+    names = NEEDED_HEADERS[mode]
+    # WSGI hands the bytes of headers over as latin-1 text (PEP 3333)
+    values = [headers.get(name, "").encode("latin-1", "replace") for name in names]
+    if not all(values):
+        raise DeliveryError(401, "NotAuthentic", f"{', '.join(names)}: required")
+    difference = 0.0
+    if mode == "signature":
+        message_id, stamp, signatures = values
+        offered = signatures.split(b" ")[:20]
+        expected = [sign(key, message_id, stamp, body) for key in keys]
+        number = re.fullmatch(rb"[0-9]{1,12}", stamp)
+        difference = abs(now - int(stamp)) if number else math.inf
+    else:
+        offered = values
+        expected = [hex_hmac(key, body) for key in keys] if mode == "hmac" else [*keys]
+    if not any(same_secret(one, other) for one in offered for other in expected):
+        raise DeliveryError(401, "NotAuthentic", f"{names[-1]} does not match")
+    if difference > SIGNATURE_TOLERANCE:
+        raise DeliveryError(401, "NotAuthentic", "webhook-timestamp is not a recent Unix time")
+
+
+def same_secret(one: bytes, other: bytes) -> bool:
+    """Whether two secrets are equal, in a time that tells nothing about either or its length."""
+    digests = (hashlib.sha256(secret).digest() for secret in (one, other))
+    return hmac.compare_digest(*digests)
 
 
 def sign(key: bytes, message_id: bytes, stamp: bytes, body: bytes) -> bytes:
@@ -978,46 +1161,15 @@ def sign(key: bytes, message_id: bytes, stamp: bytes, body: bytes) -> bytes:
 
 
 def hex_hmac(key: bytes, body: bytes) -> bytes:
-    """Return the hex HMAC-SHA256 of a body: the article's scheme, for relays that sign."""
+    """Return the hex HMAC-SHA256 of a body, as relays send it that sign for old GitLab servers."""
     return hmac.digest(key, body, "sha256").hex().encode()
-
-
-def verify_delivery(
-    mode: str, keys: Sequence[bytes], headers: Mapping[str, str], body: bytes, now: float
-) -> None:
-    """Check that a delivery is authentic; raises DeliveryError 401, which says what was wrong.
-
-    Exactly the configured mode counts, there is no fallback. Header names are lower case.
-    """
-    names = NEEDED_HEADERS[mode]
-    # WSGI hands the bytes of headers over as latin-1 text (PEP 3333)
-    given = [headers.get(n, "").encode("latin-1", "replace") for n in names]
-    entries, expected, age, refusal = given, keys, 0.0, ""
-    if mode == "hmac":
-        expected = [hex_hmac(k, body) for k in keys]
-    elif mode == "signature":
-        message_id, stamp, listed = given
-        entries = listed.split(b" ")[:20]
-        expected = [sign(k, message_id, stamp, body) for k in keys]
-        age = abs(now - int(stamp)) if re.fullmatch(rb"[0-9]{1,12}", stamp) else math.inf
-    # digests have one length, so that the time of a comparison tells nothing about lengths
-    seen, right = ([hashlib.sha256(x).digest() for x in side] for side in (entries, expected))
-    if not all(given):
-        refusal = f"{', '.join(names)}: required"
-    elif not any(hmac.compare_digest(a, b) for a in seen for b in right):
-        refusal = f"{names[-1]} does not match"
-    elif age > SIGNATURE_TOLERANCE:
-        refusal = "webhook-timestamp is not a recent Unix time"
-    if refusal:
-        raise DeliveryError(401, "NotAuthentic", refusal)
 
 
 # === pushes =======================================================================================
 
-REF_LENGTH = 500  # characters; file systems hold 255 bytes between two slashes
-# Digits of the hash in a run's id: as usual, where two pushes would have the same, in version 0.1.
-ID_DIGITS = (10, 16, 4)
-ADDRESS_LENGTH = 2048  # characters; urlsplit keeps the addresses that it has parsed last
+REF_LENGTH = 500  # characters; a file name holds 255 bytes between two slashes
+ID_DIGITS = (10, 16, 4)  # of the hash in a run's id: usually; if two would be the same; in 0.1.0
+ADDRESS_LENGTH = 2048  # characters; longer URLs are refused, because urlsplit caches what it parses
 FORBIDDEN_IN_REFS = re.compile(  # https://git-scm.com/docs/git-check-ref-format
     r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|\.\Z|(\A|/)(\.|/|\Z)|\.lock(/|\Z)"
 )
@@ -1025,16 +1177,16 @@ FORBIDDEN_IN_REFS = re.compile(  # https://git-scm.com/docs/git-check-ref-format
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One commit of one ref of one app: what its Jobs say about where it came from."""
+    """One commit of one ref of one app, and what is known of the push that brought it."""
 
     id: str
     app: str
     ref: str
     commit: str
-    before: str = ""
+    before: str = ""  # the commit that the ref had before the push
     title: str = ""
     delivery: str = ""
-    received: float = 0.0
+    received: float = 0.0  # seconds since the epoch
 
     @property
     def branch(self) -> str:
@@ -1042,38 +1194,23 @@ class Run:
         return self.ref.removeprefix("refs/heads/")
 
 
-def run_id(app: str, ref: str, commit: str, digits: int = ID_DIGITS[0]) -> str:
-    """Return the deterministic id: the same push always makes the same run."""
-    digest = hashlib.sha256(f"{ref} {commit}".encode()).hexdigest()
-    return f"{app}-{commit[:8]}-{digest[:digits]}"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BranchHead:
+    """A branch, by its full ref name, and its newest commit."""
+
+    ref: str
+    commit: str
 
 
-def run_ids(app: str, ref: str, commit: str) -> list[str]:
-    """Return every id that a push may have, the usual one first."""
-    return [run_id(app, ref, commit, digits) for digits in ID_DIGITS]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepositoryAddress:
+    """What all URLs of a repository have in common; a local path has an empty host."""
+
+    host: str
+    path: str
 
 
-def run_of(app: App, ref: str, commit: str, **more: Any) -> Run | None:
-    """Return an app's run of a commit, None where it does not want the branch."""
-    run = Run(id=run_id(app.name, ref, commit), app=app.name, ref=ref, commit=commit, **more)
-    wanted = any(fnmatchcase(run.branch, p) for p in (app.branch, *app.test_branches))
-    return run if wanted else None
-
-
-def deny(status: int, code: str, text: str) -> NoReturn:
-    """End a request early; with a 200 where nothing is wrong, or GitLab switches the hook off."""
-    raise DeliveryError(status, code, text)
-
-
-def typed(data: Mapping[str, Any], key: str, kind: type[T]) -> T:
-    """Return a field of a payload; a 400 that names it when it is missing or of another type."""
-    value = data.get(key)
-    if not isinstance(value, kind):
-        deny(400, "Malformed", f"{key}: {'missing' if value is None else f'not a {kind.__name__}'}")
-    return value
-
-
-def parse_delivery(config: Config, body: bytes, **more: Any) -> list[Run]:
+def parse_delivery(config: Config, body: bytes, **details: Any) -> list[Run]:
     """Return the run of each app that a push concerns; DeliveryError says why there is none.
 
     Clone URL, image names and commands never come from here.
@@ -1084,172 +1221,151 @@ def parse_delivery(config: Config, body: bytes, **more: Any) -> list[Run]:
         deny(400, "Malformed", f"the body is not JSON: {clip(str(wrong), 80)}")
     if not isinstance(data, dict):
         deny(400, "Malformed", "the body is not a JSON object")
-    ref, commit = pushed_branch(data)
+    head = pushed_branch(data)
     before = data.get("before")
     if isinstance(before, str) and SHA.fullmatch(before):
-        more["before"] = before
-    more["title"], named = commit_title(data.get("commits"), commit), projects(data)
-    apps = [a for a in config.apps if normalise_url(a.repository) in named]
-    runs = [run for a in apps if (run := run_of(a, ref, commit, **more))]
+        details["before"] = before
+    details["title"] = commit_title(data.get("commits"), head.commit)
+    addresses = project_addresses(data)
+    apps = [app for app in config.apps if normalise_url(app.repository) in addresses]
     if not apps:
-        urls = " ".join(f"{host}/{path}" for host, path in sorted(filter(None, named)))
-        deny(200, "UnknownProject", f"no app has the repository {clip(urls)}")
-    return runs or deny(200, "OtherBranch", f"no app asks for {clip(ref)}")
+        listed = " ".join(sorted(f"{address.host}/{address.path}" for address in addresses))
+        deny(200, "UnknownProject", f"no app has the repository {clip(listed)}")
+    runs = [run for app in apps if (run := run_of(app, head.ref, head.commit, **details))]
+    return runs or deny(200, "OtherBranch", f"no app tests or deploys {clip(head.ref)}")
 
 
-def pushed_branch(data: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the ref and commit of a pushed branch; DeliveryError for anything else.
+def pushed_branch(data: Mapping[str, Any]) -> BranchHead:
+    """Return what was pushed to a branch; DeliveryError for anything else.
 
     The body decides what it is, never the X-Gitlab-Event header: old servers send samples whose
     header and body disagree. Of system hooks, some have only `event_name`.
     """
     key = next((k for k in ("object_kind", "event_name") if k in data), "object_kind")
-    if (kind := typed(data, key, str)) != "push":
-        deny(200, "TagPush" if kind == "tag_push" else "OtherEvent", "only pushes start anything")
-    ref, after = typed(data, "ref", str), typed(data, "after", str)
+    kind = field_of(data, key, str)
+    if kind != "push":
+        deny(200, "TagPush" if kind == "tag_push" else "OtherEvent", "only pushes start a run")
+    ref = field_of(data, "ref", str)
+    commit = field_of(data, "after", str)
     if not ref.startswith("refs/heads/"):
-        deny(200, "TagPush" if ref.startswith("refs/tags/") else "OtherRef", "it is no branch")
-    if not SHA.fullmatch(after):
+        deny(200, "TagPush" if ref.startswith("refs/tags/") else "OtherRef", "it is not a branch")
+    if not SHA.fullmatch(commit):
         deny(400, "Malformed", "after: not a full commit id")
-    if set(after) == {"0"}:
+    if set(commit) == {"0"}:
         deny(200, "RefDeleted", "the branch was deleted")
     if FORBIDDEN_IN_REFS.search(ref):
         deny(400, "Malformed", "ref: not a branch name that git allows")
     if not valid_ref(ref):
         deny(200, "OtherRef", "the name of the branch is too long, not UTF-8, or has control codes")
-    return ref, after
+    return BranchHead(ref=ref, commit=commit)
 
 
-def valid_ref(ref: str) -> bool:
-    """Whether git allows a name and we carry it: it is UTF-8, and one line for whoever reads it."""
-    odd = re.search(r"[\x80-\x9f\u2028\u2029\ud800-\udfff]", ref)
-    return len(ref) <= REF_LENGTH and not (odd or FORBIDDEN_IN_REFS.search(ref))
-
-
-def commit_title(commits: Any, after: str) -> str:
-    """Return the first line of the pushed commit's message where the payload has it, clipped."""
+def commit_title(commits: Any, commit: str) -> str:
+    """Return the first line of a commit's message where the payload has it, clipped."""
     listed = (c for c in commits if isinstance(c, dict)) if isinstance(commits, list) else ()
-    message = next((c.get("message") for c in listed if c.get("id") == after), "")
+    message = next((c.get("message") for c in listed if c.get("id") == commit), "")
     return clip(message.lstrip()[:1000].partition("\n")[0], 120) if isinstance(message, str) else ""
 
 
-def projects(data: Mapping[str, Any]) -> set[tuple[str, str] | None]:
+def project_addresses(data: Mapping[str, Any]) -> set[RepositoryAddress]:
     """Return every address by which a payload names its project; a 400 when there is none."""
-    keys, project = ("git_http_url", "git_ssh_url", "web_url"), typed(data, "project", dict)
-    urls = [url for k in keys if isinstance(url := project.get(k), str)]
+    keys = ("git_http_url", "git_ssh_url", "web_url")
+    project = field_of(data, "project", dict)
+    urls = [url for key in keys if isinstance(url := project.get(key), str)]
     if any(len(url) > ADDRESS_LENGTH for url in urls):
         deny(400, "Malformed", f"project: an address is longer than {ADDRESS_LENGTH} characters")
-    found = {normalise_url(u) for u in urls} - {None}
-    return found or deny(400, "Malformed", f"project: names no {', '.join(keys)}")
+    addresses = {address for url in urls if (address := normalise_url(url))}
+    return addresses or deny(400, "Malformed", f"project: names no {', '.join(keys)}")
 
 
-def normalise_url(url: str) -> tuple[str, str] | None:
-    """Return (host, path) by which two addresses of one repository are equal, None if it is none.
+def normalise_url(url: str) -> RepositoryAddress | None:
+    """Return the address of a repository, the same for all its URLs; None if a text is no URL.
 
-    Scheme, user, port, case and `.git` do not count; `git@host:path` is read as ssh. A local path
-    is compared as it is, with an empty host.
+    Scheme, user, port, case and `.git` do not count; `git@host:path` is read as ssh. The case of a
+    local path counts.
     """
     if not url.startswith("/") and "://" not in url:
         url = "ssh://" + url.replace(":", "/", 1)
     with suppress(ValueError):
         split = urlsplit(url)
-        host, path = split.hostname or "", split.path.strip("/").removesuffix(".git").strip("/")
+        host = split.hostname or ""
+        path = split.path.strip("/").removesuffix(".git").strip("/")
         if path and (host or split.scheme in ("", "file")):
-            return host, path.casefold() if host else path
+            return RepositoryAddress(host=host, path=path.casefold() if host else path)
     return None
+
+
+def run_of(app: App, ref: str, commit: str, **details: Any) -> Run | None:
+    """Return an app's run of a commit, None if the app neither tests nor deploys the branch."""
+    run = Run(id=run_id(app.name, ref, commit), app=app.name, ref=ref, commit=commit, **details)
+    wanted = any(fnmatchcase(run.branch, p) for p in (app.branch, *app.test_branches))
+    return run if wanted else None
+
+
+def run_id(app: str, ref: str, commit: str, digits: int = ID_DIGITS[0]) -> str:
+    """Return the id of a run: the same push always has the same one."""
+    digest = hashlib.sha256(f"{ref} {commit}".encode()).hexdigest()
+    return f"{app}-{commit[:8]}-{digest[:digits]}"
+
+
+def run_ids(app: str, ref: str, commit: str) -> list[str]:
+    """Return every id that a run may have, the usual one first."""
+    return [run_id(app, ref, commit, digits) for digits in ID_DIGITS]
+
+
+def valid_ref(ref: str) -> bool:
+    """Whether git allows a ref name, and it is short, UTF-8 and one line for whoever reads it."""
+    odd = re.search(r"[\x80-\x9f\u2028\u2029\ud800-\udfff]", ref)
+    return len(ref) <= REF_LENGTH and not (odd or FORBIDDEN_IN_REFS.search(ref))
+
+
+def field_of(data: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    """Return a field of a payload; a 400 that names it when it is missing or of another type."""
+    value = data.get(key)
+    if not isinstance(value, kind):
+        deny(400, "Malformed", f"{key}: {'missing' if value is None else f'not a {kind.__name__}'}")
+    return value
+
+
+def deny(status: int, code: str, text: str) -> NoReturn:
+    """End a request early; with a 200 where nothing is wrong, or GitLab switches the hook off."""
+    raise DeliveryError(status, code, text)
 
 
 # === spool ========================================================================================
 
-SPOOL_RECORD = 16384  # bytes a stored push has at most; times limits.spool_files the spool's bound
+SPOOL_RECORD = 16384  # bytes of a stored push at most; the spool holds limits.spool_files of them
 ACCEPTED_LINE = re.compile(rb"([0-9]{1,12}\.[0-9]{3}) ([0-9a-f]{64})")
 
 
-class Accepted:
-    """Which pushes of which deliveries were accepted lately, also before a restart.
+class StoredPush(typing.NamedTuple):
+    """A run in the spool, and the file in which it is."""
 
-    A stored push tells its delivery itself. When the cluster has it a line in a file does so, which
-    is not synced: only a lost machine loses it. Ids of senders are hashed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._lock = path, threading.Lock()
-        self.times: OrderedDict[str, float] = OrderedDict()  # when, the oldest first
-        self.handle, self._lines = -1, 0  # of the file, and how many are in it
-
-    @staticmethod
-    def key(run: Run) -> str:
-        """Return the hash of a delivery and one of its runs, "" for a delivery without an id."""
-        text = f"{run.delivery}\n{run.id}".encode(errors="replace")
-        return hashlib.sha256(text).hexdigest() if run.delivery else ""
-
-    def load(self, stored: Iterable[Run]) -> None:
-        """Take over what the file and the stored pushes tell; raises OSError."""
-        with suppress(FileNotFoundError):
-            # what is no file, a pipe say, is not waited for
-            with os.fdopen(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                lines = file.read(200 * DEDUPE_ENTRIES).split(b"\n")
-            for match in filter(None, map(ACCEPTED_LINE.fullmatch, lines)):
-                self.times[match[2].decode()] = float(match[1])
-        self.add(stored)
-        self._write_anew()
-
-    def has(self, run: Run) -> bool:
-        """Whether this push of this delivery was accepted before."""
-        at = self.times.get(self.key(run), -math.inf)
-        return abs(run.received - at) <= DEDUPE_SECONDS
-
-    def add(self, runs: Iterable[Run]) -> None:
-        """Remember pushes that are stored, and forget the oldest."""
-        with self._lock:
-            for key, at in ((self.key(run), run.received) for run in runs if run.delivery):
-                self.times.pop(key, None)
-                self.times[key] = at
-            while len(self.times) > DEDUPE_ENTRIES:
-                self.times.popitem(last=False)
-
-    def write(self, key: str) -> None:
-        """Write down a push that is stored no longer; the file is bounded as well."""
-        with self._lock:
-            if at := self.times.get(key):
-                try:
-                    # it begins a line: one that a full disk cut off spoils no other
-                    os.write(self.handle, f"\n{at:.3f} {key}".encode())
-                    self._lines += 1
-                    if self._lines > 2 * DEDUPE_ENTRIES:
-                        self._write_anew()
-                except OSError as refused:
-                    warn("an accepted delivery is not written down", detail=refused.strerror)
-
-    def _write_anew(self) -> None:
-        """Write the file with what is remembered; raises OSError."""
-        part = Path(f"{self.path}.new")
-        part.write_text("".join(f"\n{at:.3f} {key}" for key, at in self.times.items()))
-        part.replace(self.path)
-        if self.handle >= 0:
-            os.close(self.handle)
-        self.handle, self._lines = os.open(self.path, os.O_WRONLY | os.O_APPEND), len(self.times)
+    path: Path
+    run: Run
 
 
 class Spool:
     """Accepted pushes on disk, one file a run, until the cluster has them.
 
-    Threads may share it. What is no stored push is moved aside to `bad/`, never deleted.
+    Threads may share it. Files that are not stored pushes are moved to `bad/`, never deleted.
     """
 
     def __init__(self, directory: Path, max_files: int) -> None:
-        self.directory, self.max_files = directory, max_files
-        self.scratch = directory / "scratch"  # for what need not outlive the process
-        self._lock, self._folder = threading.Lock(), -1
-        # what is stored or being stored, with its delivery: a count would drift
-        self._names: dict[str, str] = {}
+        self.directory = directory
+        self.max_files = max_files
+        self.scratch = directory / "scratch"  # for files that need not outlive the process
         self.accepted = Accepted(directory / "accepted")
+        self._lock = threading.Lock()
+        self._folder = -1  # the descriptor by which the folder is synced
+        # by file name, the delivery of each push that is stored or being stored
+        self._deliveries: dict[str, str] = {}
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._deliveries)
 
     def prepare(self) -> None:
-        """Create the folder, take stock, prove it writable; raises ConfigError."""
+        """Create the folder, prove it writable, read what is stored; raises ConfigError."""
         try:
             (self.directory / "bad").mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)  # what a killed daemon left
@@ -1257,12 +1373,12 @@ class Spool:
             self.probe()
             self._folder = os.open(self.directory, os.O_RDONLY)
             stored = self.read()
-            self.accepted.load(run for _, run in stored)
+            self.accepted.load(push.run for push in stored)
         except OSError as refused:
             raise ConfigError([f"spool {self.directory}: {refused.strerror}"]) from refused
         for leftover in self.directory.glob("*.tmp"):
             self._set_aside(leftover, "half-written, its push was not accepted")
-        self._names = {path.name: self.accepted.key(run) for path, run in stored}
+        self._deliveries = {push.path.name: self.accepted.key(push.run) for push in stored}
 
     def probe(self) -> None:
         """Prove that a file can be written; raises OSError."""
@@ -1278,13 +1394,12 @@ class Spool:
         with self._lock:
             if len(self) + len(paths) > self.max_files - spare:
                 deny(503, "SpoolFull", f"{len(self)} pushes are waiting already")
-            self._names |= {path.name: self.accepted.key(run) for path, run in paths.items()}
+            self._deliveries |= {path.name: self.accepted.key(run) for path, run in paths.items()}
         try:
             for path, run in paths.items():
-                record = {f.name: getattr(run, f.name) for f in fields(run)}
                 part = Path(f"{path}.tmp")
                 with part.open("xb") as file:
-                    file.write(json.dumps(record).encode())
+                    file.write(json.dumps(asdict(run)).encode())
                     file.flush()
                     os.fsync(file.fileno())
                 part.rename(path)
@@ -1297,41 +1412,110 @@ class Spool:
             raise DeliveryError(503, "SpoolUnwritable", str(refused.strerror)) from refused
         self.accepted.add(runs)
 
-    def read(self) -> list[tuple[Path, Run]]:
+    def read(self) -> list[StoredPush]:
         """Return everything stored, oldest first."""
-        found: list[tuple[Path, Run]] = []
+        pushes: list[StoredPush] = []
         unread: list[str] = []
         for path in sorted(self.directory.glob("*.json")):
             try:
-                found.append((path, parse_run(read_plain(path))))
+                pushes.append(StoredPush(path, parse_run(read_plain(path))))
             except FileNotFoundError:
                 continue
             except ValueError as wrong:
                 self._set_aside(path, str(wrong))
             except OSError as refused:
                 unread.append(f"{path.name}: {refused.strerror}")
-        if unread:  # one line, also when all are: there is no file descriptor left, say
-            error("spool file cannot be read", count=len(unread), detail=unread[0])
-        return found
+        if unread:  # one line for all of them: no file can be opened when descriptors run out
+            error("spool files cannot be read", count=len(unread), detail=unread[0])
+        return pushes
 
     def _set_aside(self, path: Path, why: str) -> None:
-        error("spool file moved aside", file=clip(path.name), detail=clip(why))
+        error("spool file moved to folder bad", file=clip(path.name), detail=clip(why))
         with suppress(OSError):
             path.rename(self.directory / "bad" / path.name)
 
     def done(self, path: Path) -> None:
-        """Forget a push that the cluster has or that needs nothing more."""
+        """Remove a push that the cluster has or that needs nothing more."""
         with self._lock:
-            delivery = self._names.pop(path.name, "")
+            delivery = self._deliveries.pop(path.name, "")
         self.accepted.write(delivery)
         path.unlink(missing_ok=True)
+
+
+class Accepted:
+    """Which pushes of which deliveries were accepted lately, also before a restart.
+
+    A stored push itself says of which delivery it is. When it is removed a line in a file says so,
+    which is not synced: only the loss of the machine loses it. Ids of senders are hashed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.times: OrderedDict[str, float] = OrderedDict()  # when by key, the oldest first
+        self.handle = -1  # the descriptor by which lines are appended to the file
+        self._lines = 0  # in the file
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def key(run: Run) -> str:
+        """Return the hash of a delivery and one of its runs, "" for a delivery without an id."""
+        text = f"{run.delivery}\n{run.id}".encode(errors="replace")
+        return hashlib.sha256(text).hexdigest() if run.delivery else ""
+
+    def load(self, stored: Iterable[Run]) -> None:
+        """Remember what the file and the stored pushes say; raises OSError."""
+        with suppress(FileNotFoundError):
+            # not blocking: a pipe in the place of the file must not hold the program up
+            with os.fdopen(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                lines = file.read(200 * DEDUPE_ENTRIES).split(b"\n")
+            for match in filter(None, map(ACCEPTED_LINE.fullmatch, lines)):
+                self.times[match[2].decode()] = float(match[1])
+        self.add(stored)
+        self._rewrite()
+
+    def has(self, run: Run) -> bool:
+        """Whether this push of this delivery was accepted before."""
+        at = self.times.get(self.key(run), -math.inf)
+        return abs(run.received - at) <= DEDUPE_SECONDS
+
+    def add(self, runs: Iterable[Run]) -> None:
+        """Remember pushes that are stored, and forget the oldest."""
+        with self._lock:
+            for run in (run for run in runs if run.delivery):
+                self.times[self.key(run)] = run.received
+                self.times.move_to_end(self.key(run))
+            while len(self.times) > DEDUPE_ENTRIES:
+                self.times.popitem(last=False)
+
+    def write(self, key: str) -> None:
+        """Write down a push that is not stored any more; the file is bounded as well."""
+        with self._lock:
+            if at := self.times.get(key):
+                try:
+                    # the newline comes first, so that a line cut off by a full disk spoils no other
+                    os.write(self.handle, f"\n{at:.3f} {key}".encode())
+                    self._lines += 1
+                    if self._lines > 2 * DEDUPE_ENTRIES:
+                        self._rewrite()
+                except OSError as refused:
+                    warn("accepted delivery cannot be written down", detail=refused.strerror)
+
+    def _rewrite(self) -> None:
+        """Replace the file by one with just what is remembered; raises OSError."""
+        part = Path(f"{self.path}.new")
+        part.write_text("".join(f"\n{at:.3f} {key}" for key, at in self.times.items()))
+        part.replace(self.path)
+        if self.handle >= 0:
+            os.close(self.handle)
+        self.handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self._lines = len(self.times)
 
 
 def read_plain(path: Path) -> bytes:
     """Return what a stored push may hold; ValueError for a link, a pipe, a folder or the like."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError("not a plain file")
-    # what has taken its place since cannot hold the program up either
+    # not blocking: what has taken the file's place since must not hold the program up either
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
         return file.read(SPOOL_RECORD + 1)
 
@@ -1342,7 +1526,7 @@ def parse_run(content: bytes) -> Run:
         run = Run(**json.loads(content))
     except (TypeError, RecursionError) as wrong:
         raise ValueError("not a stored push") from wrong
-    kinds = {f.name: type(getattr(run, f.name)) for f in fields(run)}
+    kinds = {name: type(value) for name, value in asdict(run).items()}
     if kinds != {**dict.fromkeys(kinds, str), "received": float}:
         raise ValueError("a field has another type")
     named = run.id in run_ids(run.app, run.ref, run.commit) and DNS_LABEL.fullmatch(run.id)
@@ -1684,7 +1868,8 @@ class Git:
 
         Of one server, few at a time.
         """
-        host = (normalise_url(url) or ("", ""))[0]
+        address = normalise_url(url)
+        host = address.host if address else ""
         place = self._places.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
         if not place.acquire(timeout=self.timeout):
             raise GitError(("git", "ls-remote"), None, f"too many wait for {clip(host)}")
@@ -6615,64 +6800,90 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
 
 # === HTTP =========================================================================================
 
-Answer = tuple[int, Object | bytes]  # JSON, or metrics as Prometheus reads them
-Routes = dict[str, tuple[str, "Callable[[WSGIEnvironment], Answer]"]]
-# Seconds in which it must arrive; `more` is anything at all on a connection that was used before.
+OPEN_CONNECTIONS = 256  # of each port; no more than a quarter of the files that may be open
+HELD_BYTES = 64 * 2**20  # of the bodies that all connections of a port have received
+HEADER_BYTES = 16384  # of one request
+HEADER_LINES = 100  # of one request
+REQUESTS_AT_ONCE = 16  # that one connection sends without waiting for answers
+ACCEPTS_AT_ONCE = 32  # new connections, before those that are open have their turn
+# Seconds in which each must arrive; `more` is the next request on a connection.
 ARRIVAL = {"headers": 5.0, "body": 20.0, "more": 20.0}
-OPEN_CONNECTIONS = 256  # of each port; at most as many as a quarter of the allowed open files
-HELD_BYTES = 64 * 2**20  # of all bodies
-HEADER_BYTES, HEADER_LINES = 16384, 100
-# The expressions of waitress take minutes for what the first does not match, or the second finds.
-FIRST_LINE = re.compile(rb"[^ \r]+ [^ \r]{1,2048}( HTTP/[0-9]\.[0-9])?\r\n")
-BLANKS = re.compile(rb"[ \t]{9}")
-REQUESTS_AT_ONCE = 16  # on one connection, before the first of them is answered
-ACCEPTS_AT_ONCE = 32  # connections, before those that are open have their turn
-LOOK_INTERVAL, LOOK_BYTES = 0.1, 2**20  # seconds, or bytes arrived, between looks at all of them
+LOOK_INTERVAL = 0.1  # seconds between looks at all connections
+LOOK_BYTES = 2**20  # received bytes after which there is a look before that
 PAUSE_SECONDS = 1.0  # after a connection could not be accepted
 QUIET_SECONDS = 300.0  # between log lines about connections that fail
 LOOP_SECONDS = 15.0  # in which a server's loop must come round; when idle it does so every second
-# poll, because select knows no file descriptor above 1023; strangers do not write the log
-SERVER: Object = {"asyncore_use_poll": True, "ident": "", "log_socket_errors": False}
-SERVER |= {"threads": 4, "max_request_header_size": HEADER_BYTES}
+# The expressions of waitress take minutes for a first line that does not match the first of these,
+# and for headers that contain the second.
+FIRST_LINE = re.compile(rb"[^ \r]+ [^ \r]{1,2048}( HTTP/[0-9]\.[0-9])?\r\n")
+BLANKS = re.compile(rb"[ \t]{9}")
+SERVER: Object = {
+    "asyncore_use_poll": True,  # select cannot handle file descriptors above 1023
+    "ident": "",
+    "log_socket_errors": False,  # strangers cause them
+    "max_request_header_size": HEADER_BYTES,
+    "threads": 4,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a request is answered with: JSON, or metrics as Prometheus reads them."""
+
+    status: int
+    body: Object | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The only method that a path takes, and what answers it."""
+
+    method: str
+    handler: Callable[[WSGIEnvironment], Answer]
 
 
 class Site:
-    """A WSGI application that answers by a table of paths, each with its one method."""
+    """A WSGI application that answers by a table of paths."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self.metrics, self.routes = metrics, Routes()
+        self.metrics = metrics
+        self.routes: dict[str, Route] = {}
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
         """Answer one request; whatever it holds, there is an answer and the process lives."""
         path = environ.get("PATH_INFO", "")
-        method, handler = self.routes.get(path, ("", None))
-        headers = [("Content-Type", "application/json")]
-        try:
-            if handler is None:
-                deny(404, "NotFound", "no such path")
-            if environ["REQUEST_METHOD"] != method:
-                headers.append(("Allow", method))
-                deny(405, "MethodNotAllowed", f"only {method}")
-            status, body = handler(environ)
-        except DeliveryError as early:
-            status, body = early.status, {"reason": early.code, "text": str(early)}
-        except Exception:  # noqa: BLE001 - a request ends here; it is logged and counted
-            error("request failed", exc=True, path=clip(path, 80))
-            self.metrics.errors.labels("request").inc()
-            status, body = 500, {"status": "error"}
-        if isinstance(body, bytes):
+        route = self.routes.get(path)
+        answer = self.answer(environ, route)
+        if isinstance(answer.body, bytes):
             start_response("200 OK", [("Content-Type", prometheus_client.CONTENT_TYPE_LATEST)])
-            return [body]
-        fine = status < http.HTTPStatus.BAD_REQUEST
-        body.setdefault("status", "ignored" if fine else "refused")
-        if path == "/webhook" and handler:
-            result = body.get("reason", body["status"])
-            more = {k: body.get(k) for k in ("runs", "text")}
+            return [answer.body]
+        headers = [("Content-Type", "application/json")]
+        if route and answer.status == http.HTTPStatus.METHOD_NOT_ALLOWED:
+            headers.append(("Allow", route.method))
+        if route and path == "/webhook":
+            result = answer.body.get("reason", answer.body["status"])
             self.metrics.deliveries.labels(result).inc()
-            more |= {"delivery": delivery_id(environ), "status": status, "result": result}
-            (info if fine else warn)("delivery", **more)
-        start_response(f"{status} {http.HTTPStatus(status).phrase}", headers)
-        return [json.dumps(body).encode() + b"\n"]
+            words = {"delivery": delivery_id(environ), "status": answer.status, "result": result}
+            words |= {key: answer.body.get(key) for key in ("runs", "text")}
+            (info if answer.status < http.HTTPStatus.BAD_REQUEST else warn)("delivery", **words)
+        start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", headers)
+        return [json.dumps(answer.body).encode() + b"\n"]
+
+    def answer(self, environ: WSGIEnvironment, route: Route | None) -> Answer:
+        """Return what a route answers, or why there is no such answer."""
+        try:
+            if route is None:
+                deny(404, "NotFound", "no such path")
+            if environ["REQUEST_METHOD"] != route.method:
+                deny(405, "MethodNotAllowed", f"only {route.method}")
+            return route.handler(environ)
+        except DeliveryError as early:
+            word = "ignored" if early.status < http.HTTPStatus.BAD_REQUEST else "refused"
+            return Answer(early.status, {"status": word, "reason": early.code, "text": str(early)})
+        except Exception:  # noqa: BLE001 - a request ends here; it is logged and counted
+            error("request failed", exc=True, path=clip(environ.get("PATH_INFO", ""), 80))
+            self.metrics.errors.labels("request").inc()
+            return Answer(500, {"status": "error"})
 
     def reads_body(self, _: Any) -> bool:
         """Whether the body of a request is wanted, by what its headers say."""
@@ -6680,23 +6891,27 @@ class Site:
 
 
 class WebhookApp(Site):
-    """What is behind the Ingress: /webhook, and for one more minor version the probes."""
+    """What is behind the Ingress: /webhook and, until version 0.3, the probes."""
 
     def __init__(
         self, config: Config, secrets: Secrets, spool: Spool, controller: Controller
     ) -> None:
         super().__init__(controller.metrics)
-        self.config, self.secrets, self.spool, self.controller = config, secrets, spool, controller
-        self.clock, self.stopping = controller.clock, threading.Event()
-        self._parsing = threading.Lock()  # in Python's objects a body can be 40 times as large
-        self.probes: Routes = {"/healthz": ("GET", self.healthz), "/readyz": ("GET", self.readyz)}
-        self.routes = {"/webhook": ("POST", self.webhook), **self.probes}
+        self.config = config
+        self.secrets = secrets
+        self.spool = spool
+        self.controller = controller
+        self.stopping = threading.Event()
+        self._parsing = threading.Lock()  # one at a time: a parsed body is up to 40 times as large
+        self.probes = {"/healthz": Route("GET", self.healthz), "/readyz": Route("GET", self.readyz)}
+        self.routes = {"/webhook": Route("POST", self.webhook), **self.probes}
 
     def admin(self) -> Site:
-        """Return what the second port answers, which strangers do not reach."""
-        site, registry = Site(self.metrics), self.metrics.registry
-        exposition = partial(prometheus_client.generate_latest, registry)
-        site.routes = {"/metrics": ("GET", lambda _: (200, exposition())), **self.probes}
+        """Return the site of the second port, which strangers do not reach: metrics and probes."""
+        site = Site(self.metrics)
+        latest = partial(prometheus_client.generate_latest, self.metrics.registry)
+        metrics = Route("GET", lambda _: Answer(200, latest()))
+        site.routes = {"/metrics": metrics, **self.probes}
         return site
 
     def reads_body(self, request: Any) -> bool:
@@ -6708,48 +6923,56 @@ class WebhookApp(Site):
 
     def webhook(self, environ: WSGIEnvironment) -> Answer:
         """Authenticate, understand and store a delivery; in this order, for security."""
-        limit, size = self.config.webhook.max_body, int(environ.get("CONTENT_LENGTH") or 0)
+        now = self.controller.clock.now()
+        body = self.authentic_body(environ, now)
+        with self._parsing:
+            delivery = delivery_id(environ)
+            runs = parse_delivery(self.config, body, delivery=delivery, received=now)
+        new = [run for run in runs if not self.spool.accepted.has(run)]
+        if new:
+            deploy_refs = {(app.name, app.deploy_ref) for app in self.config.apps}
+            deploys = any((run.app, run.ref) in deploy_refs for run in new)
+            self.spool.store(new, spare=0 if deploys else self.spool.max_files // 10)
+            self.controller.spooled.set()
+        word = "accepted" if new else "duplicate"
+        return Answer(202 if new else 200, {"status": word, "runs": [run.id for run in runs]})
+
+    def authentic_body(self, environ: WSGIEnvironment, now: float) -> bytes:
+        """Return the body of a delivery that may be parsed; raises DeliveryError for any other."""
+        limit = self.config.webhook.max_body
+        size = int(environ.get("CONTENT_LENGTH") or 0)
         if size > limit:
             deny(413, "TooLarge", f"more than {limit} bytes")
-        body, now = environ["wsgi.input"].read(size), self.clock.now()
+        body: bytes = environ["wsgi.input"].read(size)
         try:
             keys = self.secrets.keys(self.config.webhook.verify)
         except ConfigError as broken:
             error("secrets cannot be used", detail=str(broken))
             self.metrics.errors.labels("secrets").inc()
             deny(503, "NoSecrets", "not configured")
-        given = {k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k[:5] == "HTTP_"}
-        verify_delivery(self.config.webhook.verify, keys, given, body, now)
+        fields = {
+            k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k[:5] == "HTTP_"
+        }
+        verify_delivery(self.config.webhook.verify, keys, fields, body, now)
         kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             deny(415, "NotJson", "send application/json")
-        delivery = delivery_id(environ)
-        with self._parsing:
-            runs = parse_delivery(self.config, body, delivery=delivery, received=now)
-        answer = {"status": "duplicate", "runs": [r.id for r in runs]}
-        new = [r for r in runs if not self.spool.accepted.has(r)]
-        if not new:
-            return 200, answer
-        deploy_refs = {(app.name, app.deploy_ref) for app in self.config.apps}
-        deploys = any((run.app, run.ref) in deploy_refs for run in new)
-        self.spool.store(new, spare=0 if deploys else self.spool.max_files // 10)
-        self.controller.spooled.set()
-        return 202, answer | {"status": "accepted"}
+        return body
 
     def healthz(self, _: WSGIEnvironment) -> Answer:
-        """Whether every thread moves."""
+        """Answer whether every thread moves."""
         late = ", ".join(self.controller.heartbeats.late())
-        return 503 if late else 200, {"status": f"stuck: {late}" if late else "ok"}
+        return Answer(503 if late else 200, {"status": f"stuck: {late}" if late else "ok"})
 
     def readyz(self, _: WSGIEnvironment) -> Answer:
-        """Whether deliveries can be authenticated and stored; never how cluster or git are."""
+        """Answer whether deliveries can be authenticated and stored; never how the cluster is."""
         trouble = "stopping" if self.stopping.is_set() else ""
         try:
             self.secrets.keys(self.config.webhook.verify)
             self.spool.probe()
         except (ConfigError, OSError) as broken:
             trouble = str(broken)
-        return 503 if trouble else 200, {"status": trouble or "ok"}
+        return Answer(503 if trouble else 200, {"status": trouble or "ok"})
 
 
 def delivery_id(environ: WSGIEnvironment) -> str:
@@ -6757,53 +6980,101 @@ def delivery_id(environ: WSGIEnvironment) -> str:
     return clip(environ.get("HTTP_WEBHOOK_ID") or environ.get("HTTP_IDEMPOTENCY_KEY", ""), 100)
 
 
-class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress has no types
-    """A request as far as it has arrived; its body is taken only if the application wants it."""
+def make_server(
+    site: Site, listen: str, max_body: int, beat: Callable[[], None] = lambda: None
+) -> Server:
+    """Return a server: bounded threads, time and sizes; slow clients hold no thread.
 
-    body_rcv: Any
-    error: Any
-    cut = False  # whether a part of it is left unread
+    Chunked bodies of up to twice the limit reach the application, which says what is wrong.
+    Raises ConfigError if the address cannot be listened on.
+    """
+    host, _, port = listen.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        both = host == "[::]" and socket.has_dualstack_ipv6()
+        address = (host.strip("[]"), int(port))
+        bound = socket.create_server(address, family=family, dualstack_ipv6=both)
+    except (OSError, ValueError, OverflowError) as wrong:
+        raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
+    return Server(site, bound, beat, max_request_body_size=2 * max_body + 1)
 
-    def __init__(self, adjustments: Any, site: Site) -> None:
-        super().__init__(adjustments)
+
+class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
+    """A server that strangers cannot fill: what waits longest for a request gives way."""
+
+    def __init__(
+        self, site: Site, bound: socket.socket, beat: Callable[[], None], **more: Any
+    ) -> None:
         self.site = site
+        self.beat = beat
+        self.arrival = ARRIVAL
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+        self.most = min(OPEN_CONNECTIONS, max(8, allowed))
+        self.paused_until = 0.0
+        self.look_at = 0.0  # when the next look at all connections is
+        self.arrived = 0  # bytes since the last look
+        self.failures = 0  # since they were last logged
+        self.cooldown = Cooldown(Clock())
+        address = (bound.family, bound.type, bound.proto, bound.getsockname())
+        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=address, **SERVER, **more)
 
-    def refuse(self, text: str) -> None:
-        """Answer a 400, and nothing more on this connection."""
-        self.error = waitress.utilities.BadRequest(text)
-        self.completed = True
+    def readable(self) -> bool:
+        """Whether a connection may be accepted; the loop asks in each of its turns."""
+        self.beat()
+        now = time.monotonic()
+        if now >= self.look_at or self.arrived > LOOK_BYTES:
+            self.make_room()
+        room = len(self.active_channels) <= self.most
+        return self.accepting and now >= self.paused_until and room
 
-    def parse_header(self, header_plus: bytes) -> None:
-        """Understand the headers, if that takes no time; leave a body alone that nobody wants."""
-        usual = FIRST_LINE.match(header_plus) and not BLANKS.search(header_plus)
-        if not usual or header_plus.count(b"\r\n") > HEADER_LINES:
-            raise waitress.parser.ParsingError("not a request line, or too many headers or blanks")
-        super().parse_header(header_plus)
-        if self.body_rcv is not None and not self.site.reads_body(self):
-            self.headers["CONNECTION"] = "close"
-            self.body_rcv, self.content_length, self.chunked = None, 0, False
-            self.cut = True
-        if self.body_rcv is None:
-            self.expect_continue = False  # else waitress waits for more
+    def make_room(self) -> None:
+        """Close connections that are late, and while there is too much those that wait longest."""
+        self.look_at = time.monotonic() + LOOK_INTERVAL
+        self.arrived = 0
+        now = time.time()
+        channels = [*self.active_channels.values()]
+        held = sum(channel.held for channel in channels)
+        waiting = (channel for channel in channels if not channel.requests)
+        for channel in sorted(waiting, key=lambda channel: channel.last_activity):
+            late = now - channel.last_activity > self.arrival[channel.awaits]
+            too_large = held > HELD_BYTES and channel.held
+            if late or too_large or len(self.active_channels) > self.most:
+                held -= channel.held
+                channel.handle_close()
 
-    def received(self, data: bytes) -> int:
-        """Take data and return how much of it; what waitress would be slow with is refused."""
-        if self.chunked and data.count(b"\r\n") > 64 + len(data) // 16:
-            self.refuse("too small chunks")
-        if self.completed:
-            return len(data)
-        taken, body = int(super().received(data)), self.body_rcv
-        if self.chunked and len(body.control_line) + len(body.trailer) > HEADER_BYTES:
-            self.refuse("too long a line between chunks")
-        return taken
+    def handle_accept(self) -> None:
+        """Accept some connections, then make room for them.
+
+        The other way round a new one might get the number of a closed one, and what came for it.
+        """
+        for _ in range(ACCEPTS_AT_ONCE):
+            if (accepted := self.accept()) is None:
+                break
+            self.set_socket_options(accepted[0])
+            Channel(self, *accepted, self.adj, map=self._map)
+        if len(self.active_channels) > self.most:
+            self.make_room()
+
+    def handle_error(self) -> None:
+        """Pause: waitress would stop listening, and without a pause the loop would spin."""
+        self.paused_until = time.monotonic() + PAUSE_SECONDS
+        self.complain("no connection can be accepted")
+
+    def complain(self, what: str) -> None:
+        """Log the exception being handled, but seldom, and how many there were since the last."""
+        self.failures += 1
+        if self.cooldown.allows("failures", None, QUIET_SECONDS):
+            error(what, count=self.failures, detail=clip(repr(sys.exc_info()[1])))
+            self.failures = 0
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress has no types
     """A connection whose every request must arrive in time, however steadily it drips."""
 
-    last_activity: float  # when that began which it `awaits`
+    last_activity: float  # when the time began in which `awaits` must arrive
     close_when_flushed: bool
-    used = lingering = False
+    used = False  # whether a request has arrived
+    lingering = False  # whether all is answered, and the other side is waited for to close
     newest: Request
 
     def parser_class(self, adjustments: Any) -> Request:
@@ -6838,15 +7109,16 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
         return self.socket is not None and not self.requests and bool(super().writable())
 
     def handle_read(self) -> None:
-        """Receive something."""
-        awaited, since = self.awaits, self.last_activity
+        """Receive something; only what completes a step begins the time of the next one anew."""
+        awaited = self.awaits
+        since = self.last_activity
         super().handle_read()
         self.used = self.used or bool(self.requests)
         if self.awaits == awaited and not self.requests:
             self.last_activity = since
 
     def received(self, data: bytes) -> bool:
-        """Understand what arrived, unless the last answer was given."""
+        """Understand what arrived, unless the last answer was sent."""
         self.server.arrived += len(data)
         return not self.lingering and bool(super().received(data))
 
@@ -6872,89 +7144,53 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
         self.handle_close()
 
     def handle_error(self) -> None:
-        """Close: its body could not be written to a file, say."""
+        """Close, because its body could not be written to a file, for example."""
         self.server.complain("a connection failed")
         self.handle_close()
 
 
-class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
-    """A server that strangers cannot fill: what waits longest for a request gives way."""
+class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress has no types
+    """A request as far as it has arrived; its body is taken only if the application wants it."""
 
-    def __init__(
-        self, site: Site, bound: socket.socket, beat: Callable[[], None], **more: Any
-    ) -> None:
-        self.site, self.beat, self.arrival = site, beat, ARRIVAL
-        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
-        self.most = min(OPEN_CONNECTIONS, max(8, allowed))
-        self.failures, self.quiet_until, self.paused_until = 0, 0.0, 0.0
-        self.arrived, self.look_at = 0, 0.0  # bytes since the last look, and when the next one is
-        where = (bound.family, bound.type, bound.proto, bound.getsockname())
-        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=where, **SERVER, **more)
+    body_rcv: Any
+    error: Any
+    cut = False  # whether a part of it is left unread
 
-    def readable(self) -> bool:
-        """Whether a connection may be accepted; the loop asks in each of its turns."""
-        self.beat()
-        now = time.monotonic()
-        if now >= self.look_at or self.arrived > LOOK_BYTES:
-            self.make_room()
-        room = len(self.active_channels) <= self.most
-        return self.accepting and now >= self.paused_until and room
+    def __init__(self, adjustments: Any, site: Site) -> None:
+        super().__init__(adjustments)
+        self.site = site
 
-    def make_room(self) -> None:
-        """Close connections that are late, and while there is too much those that wait longest."""
-        self.look_at, self.arrived = time.monotonic() + LOOK_INTERVAL, 0
-        now, channels = time.time(), [*self.active_channels.values()]
-        held = sum(c.held for c in channels)
-        waiting = (c for c in channels if not c.requests)
-        for channel in sorted(waiting, key=lambda c: c.last_activity):
-            late = now - channel.last_activity > self.arrival[channel.awaits]
-            too_large = held > HELD_BYTES and channel.held
-            if late or too_large or len(self.active_channels) > self.most:
-                held -= channel.held
-                channel.handle_close()
+    def refuse(self, text: str) -> None:
+        """Answer a 400, and nothing more on this connection."""
+        self.error = waitress.utilities.BadRequest(text)
+        self.completed = True
 
-    def handle_accept(self) -> None:
-        """Accept some connections, then make room for them.
+    def parse_header(self, header_plus: bytes) -> None:
+        """Understand the headers, if that takes no time; leave a body alone that nobody wants."""
+        usual = FIRST_LINE.match(header_plus) and not BLANKS.search(header_plus)
+        if not usual or header_plus.count(b"\r\n") > HEADER_LINES:
+            raise waitress.parser.ParsingError("not a request line, or too many headers or blanks")
+        super().parse_header(header_plus)
+        if self.body_rcv is not None and not self.site.reads_body(self):
+            self.headers["CONNECTION"] = "close"
+            self.body_rcv = None
+            self.content_length = 0
+            self.chunked = False
+            self.cut = True
+        if self.body_rcv is None:
+            self.expect_continue = False  # else waitress waits for more
 
-        The other way round a new one might get the number of a closed one, and what came for it.
-        """
-        for _ in range(ACCEPTS_AT_ONCE):
-            if (accepted := self.accept()) is None:
-                break
-            self.set_socket_options(accepted[0])
-            Channel(self, *accepted, self.adj, map=self._map)
-        if len(self.active_channels) > self.most:
-            self.make_room()
-
-    def handle_error(self) -> None:
-        """Pause, or the loop would try again at once; waitress would stop listening."""
-        self.paused_until = time.monotonic() + PAUSE_SECONDS
-        self.complain("no connection can be accepted")
-
-    def complain(self, what: str) -> None:
-        """Log the exception being handled, seldom, with the number of those before it."""
-        self.failures += 1
-        if (now := time.monotonic()) >= self.quiet_until:
-            error(what, count=self.failures, detail=clip(repr(sys.exc_info()[1])))
-            self.failures, self.quiet_until = 0, now + QUIET_SECONDS
-
-
-def make_server(
-    site: Site, listen: str, max_body: int, beat: Callable[[], None] = lambda: None
-) -> Server:
-    """Return a server: bounded threads, time and sizes; slow clients hold no thread.
-
-    Chunked bodies of up to twice the limit reach the application, which says what is wrong.
-    """
-    host, _, port = listen.rpartition(":")
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    try:
-        both = host == "[::]" and socket.has_dualstack_ipv6()
-        where = (host.strip("[]"), int(port))
-        bound = socket.create_server(where, family=family, dualstack_ipv6=both)
-    except (OSError, ValueError, OverflowError) as wrong:
-        raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
-    return Server(site, bound, beat, max_request_body_size=2 * max_body + 1)
+    def received(self, data: bytes) -> int:
+        """Take data and return how much of it; what waitress would be slow with is refused."""
+        if self.chunked and data.count(b"\r\n") > 64 + len(data) // 16:
+            self.refuse("too small chunks")
+        if self.completed:
+            return len(data)
+        taken = int(super().received(data))
+        body = self.body_rcv
+        if self.chunked and len(body.control_line) + len(body.trailer) > HEADER_BYTES:
+            self.refuse("too long a line between chunks")
+        return taken
 
 
 # === commands =====================================================================================
@@ -7544,7 +7780,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         code, lines = verdict(failed)
     except KeyboardInterrupt:
         code, lines = 1, ["interrupted; `status` shows how things stand"]
-    sys.stderr.writelines(f"gitops-hook: {without(line, ())}\n" for line in lines)
+    sys.stderr.writelines(f"gitops-hook: {mask_value(line, ())}\n" for line in lines)
     return code
 
 

@@ -46,9 +46,9 @@ def test_every_metric_is_ours_by_name_and_says_what_it_means() -> None:
 def samples(metrics: hook.Metrics) -> dict[str, set[tuple[str, ...]]]:
     """The label values of every sample that a scrape finds at 0, by metric."""
     families = text_string_to_metric_families(generate_latest(metrics.registry).decode())
-    found = [s for f in families for s in f.samples if s.name.endswith("_total") and not s.value]
-    names = {s.name.removeprefix("gitops_hook_").removesuffix("_total") for s in found}
-    return {n: {(*s.labels.values(),) for s in found if f"hook_{n}_total" in s.name} for n in names}
+    zeros = [s for f in families for s in f.samples if s.name.endswith("_total") and not s.value]
+    names = {s.name.removeprefix("gitops_hook_").removesuffix("_total") for s in zeros}
+    return {n: {(*s.labels.values(),) for s in zeros if f"hook_{n}_total" in s.name} for n in names}
 
 
 def test_the_first_of_a_kind_is_an_increase_since_all_that_can_happen_is_0_at_the_start(
@@ -67,17 +67,18 @@ def test_the_first_of_a_kind_is_an_increase_since_all_that_can_happen_is_0_at_th
     deployer = hook.Deployer(doors)
     hook.Controller(hook.load_config(apps), deployer, hook.Spool(tmp_path, 1))
     places = {("shop", "staging"), ("shop", "production")}
-    found = samples(metrics)
-    assert found["selector_drift"] == places
+    at_zero = samples(metrics)
+    assert at_zero["selector_drift"] == places
     directions = ("forward", "back", "rollback")
     turns = {tuple(sorted((*p, d))) for p in places for d in directions}
-    assert {tuple(sorted(values)) for values in found["switches"]} == turns
-    assert found["catch_up_runs"] == {("shop",)}
+    assert {tuple(sorted(values)) for values in at_zero["switches"]} == turns
+    assert at_zero["catch_up_runs"] == {("shop",)}
     # what counts an error, or names a thread whose bugs are counted by the first word of its name
     source = Path(hook.__file__).read_text("utf-8")
-    counting = r'(?:errors\.labels\(|self\.spawn\(|self\.repeat\(|\bname = )f?"([a-z]+)'
+    thread = r'self\.(?:spawn|repeat)\(f?"|\bname = f"(?=[a-z]+ of )'
+    counting = rf'(?:errors\.labels\("|{thread})([a-z]+)'
     words = {*re.findall(counting, source)}
-    assert {word for (word,) in found["errors"]} == words
+    assert {word for (word,) in at_zero["errors"]} == words
     assert {"worker", "watch", "intake", "heads", "secrets"} <= words
 
 
@@ -112,7 +113,7 @@ def test_probes_and_wrong_paths_are_not_deliveries(receiver: Receiver) -> None:
     assert results(receiver) == {}
 
 
-def test_durations_are_told_from_a_tenth_of_a_second_to_an_hour() -> None:
+def test_durations_are_measured_from_a_tenth_of_a_second_to_an_hour() -> None:
     metrics = hook.Metrics()
     metrics.stage_seconds.labels("shop", "test", "ok").observe(3.0)
     text = generate_latest(metrics.registry).decode()

@@ -31,15 +31,16 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def settings() -> str:
-    rows = []
-    for key, default, meaning in gitops_hook.settings_table():
-        rows.append((f"`{key}`", default if default == "required" else f"`{default}`", meaning))
+    rows = [
+        (f"`{path}`", f"`{setting.default}`" if setting.default else "required", setting.meaning)
+        for path, setting in gitops_hook.settings_by_path().items()
+    ]
     return table(("setting", "default", "meaning"), rows)
 
 
 def process() -> str:
-    variables = gitops_hook.settings_of(gitops_hook.Process).items()
-    named = [f"`GITOPS_HOOK_{key.upper()}` (`{default}`)" for key, (_, _, default, _) in variables]
+    settings = gitops_hook.settings_of(gitops_hook.Process).items()
+    named = [f"`GITOPS_HOOK_{key.upper()}` (`{setting.default}`)" for key, setting in settings]
     return ", ".join(named) + "."
 
 
