@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     add("serve", help="run the daemon").add_argument("--check", action="store_true", help=check)
     one = add("push", help="send a signed test delivery, as GitLab would")
     sha = "id of the commit, which may be short for the head of a branch"
-    for name, what in (("--app", "name of the app"), ("--ref", "its branch"), ("--sha", sha)):
+    for name, what in (("--app", "name of the app"), ("--ref", "the branch"), ("--sha", sha)):
         one.add_argument(name, required=True, help=what)
     one.add_argument("--url", default="http://127.0.0.1:8080/webhook", help="default: %(default)s")
     one = add("status", help="show what is live where, and how each run stands")
@@ -134,7 +134,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--reason", default="", help="why; `status` shows it")
     one = add("plan", help="show what a push would do now, and change nothing")
     one.add_argument("app", help="name of the app")
-    one.add_argument("commit", nargs="?", default="", help="its id or the beginning; else the head")
+    one.add_argument(
+        "commit", nargs="?", default="", help="its id, or the beginning (default: head)"
+    )
     one = add("rerun", help="let a run that has ended run again")
     one.add_argument("run", help="id of the run, or its beginning")
     add("clone", help="inside a Job pod: check out the commit")
@@ -154,8 +156,8 @@ def versions_or_run(text: str) -> int | str:
 
 if MISSING_PACKAGE:
     parser().parse_args()  # answers --help and --version, and refuses what is no command
-    what = f"the Python package {MISSING_PACKAGE} is missing here: {sys.executable}"
-    parser().exit(2, f"gitops-hook: {what}; `make venv` makes an environment, .venv, with it\n")
+    what = f"the Python package {MISSING_PACKAGE} is missing for {sys.executable}"
+    parser().exit(2, f"gitops-hook: {what}; run `make venv`, then use .venv/bin/python\n")
 
 # === constants ====================================================================================
 
@@ -7203,9 +7205,8 @@ LINGER_SECONDS = 2.0  # in which a stopping daemon still answers, until its endp
 SHUTDOWN_SECONDS = 40.0  # for the threads and the last intake; the grace period allows for it
 REOPEN_SECONDS = 30.0  # in which a deleted Job must be gone
 TABLE_COLUMNS = 100  # characters
-CELL_LENGTH = 100  # characters of a cell: `explain` and JSON have the whole text
-APP_TITLES = ("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UNDER WAY", "REVERTED")
-RUN_TITLES = ("RUN", "REF", "STAGE", "STATE", "OUTCOME", "REASON", "AGE", "DETAIL")
+APP_TITLES = ("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UNDER WAY")
+RUN_TITLES = ("RUN", "REF", "STAGE", "STATE", "OUTCOME", "REASON", "AGE")
 AGE_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 UNREADABLE = "not readable with this account"
 START_SECONDS = 5.0  # from a pod's creation until it is ready, by and large
@@ -7402,9 +7403,9 @@ def status(tools: Tools, args: argparse.Namespace) -> int:
         return 0
     now = tools.doors.clock.now()
     ids = short_ids([run.run for run in runs] + [name for place in places for name in place.runs])
-    print_text(table([APP_TITLES, *(place.cells(ids) for place in places)]))
+    print_text(table(APP_TITLES, [place.cells(ids) for place in places]))
     rows = [run.cells(ids, now) for run in runs]
-    print_text(f"\n{table([RUN_TITLES, *rows])}" if rows else "\nno runs")
+    print_text(f"\n{table(RUN_TITLES, rows)}" if rows else "\nno runs")
     return 0
 
 
@@ -7428,15 +7429,16 @@ class EnvironmentStatus:
         return [self.live.run, self.target.run, self.claim.run, self.reverted.run]
 
     def cells(self, ids: Mapping[str, str]) -> list[str]:
-        """Return its row in the table of `status`, with short ids of runs."""
+        """Return its row in the table of `status`, with short ids, and the text below the row."""
         rollback_cells = ["", "impossible"]
         if self.target:
             how = "at once" if self.rollback_ready else "by a rollout"
             rollback_cells = [ids[self.target.run] or "adopted", how]
         under_way = f"{self.claim.phase} {ids[self.claim.run]} {self.drift}"
-        reverted = [ids[self.reverted.run], self.reverted.reason, self.reverted.detail]
+        reverted = ["reverted", ids[self.reverted.run], self.reverted.reason, self.reverted.detail]
+        below = ": ".join(filter(None, reverted)) if self.reverted else ""
         live = [self.app, self.environment, ids[self.live.run], self.live.colour]
-        return [*live, *rollback_cells, under_way, ": ".join(filter(None, reverted))]
+        return [*live, *rollback_cells, under_way, below]
 
     def to_json(self) -> Object:
         """Return it as `status --output json` prints it."""
@@ -7468,15 +7470,15 @@ class RunStatus:
     reason: str = ""
     detail: str = ""
 
-    def as_claimed(self, places: Iterable[EnvironmentStatus]) -> RunStatus:
-        """Return it as far as the claims of environments say that the run has come."""
-        for place in places:
+    def as_claimed(self, places: Sequence[EnvironmentStatus]) -> RunStatus:
+        """Return it as far as the claims of environments, in their order, say that it has come."""
+        for place in reversed(places):
             if place.claim.run == self.run and self.state != "ended":
                 return replace(self, stage=place.environment, state=place.claim.phase)
         return self
 
     def cells(self, ids: Mapping[str, str], now: float) -> list[str]:
-        """Return its row in the table of `status`, with a short id."""
+        """Return its row in the table of `status`, with a short id, and the text below the row."""
         detail = self.detail.partition("\n")[0]
         texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now), detail]
         return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts]
@@ -7554,18 +7556,26 @@ def short_ids(ids: Iterable[str]) -> dict[str, str]:
     return {run: text if uses[text] == 1 else run for run, text in short.items()}
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of texts as lines of at most TABLE_COLUMNS; what is too long is wrapped."""
-    rows = [[clip(cell, CELL_LENGTH) or "-" for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines of at most TABLE_COLUMNS; the last text of a row stands below it.
+
+    Cells are wrapped where that is needed, between words as long as possible.
+    """
+    grid = [titles, *([clip(cell) or "-" for cell in row[:-1]] for row in rows)]
+    columns = [*zip(*grid, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    words = [max(map(len, re.split("(?<=[- ])", " ".join(column)))) for column in columns]
     while sum(widths) + 2 * (len(widths) - 1) > TABLE_COLUMNS:
-        widths[widths.index(max(widths))] -= 1
+        spare = [width - word for width, word in zip(widths, words, strict=True)]
+        most = spare if max(spare) > 0 else widths
+        widths[most.index(max(most))] -= 1
     lines = []
-    for row in rows:
+    for row, below in zip(grid, ["", *(row[-1] for row in rows)], strict=True):
         cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
         for parts in itertools.zip_longest(*cells, fillvalue=""):
             padded = [part.ljust(width) for part, width in zip(parts, widths, strict=True)]
             lines.append("  ".join(padded).rstrip())
+        lines += [f"    {part}" for part in textwrap.wrap(clip(below), TABLE_COLUMNS - 4)]
     return "\n".join(lines)
 
 
