@@ -842,9 +842,9 @@ def test_a_recorded_watch_leaves_what_was_there_at_its_end(
 
 def test_the_first_list_of_a_thousand_jobs_needs_little_memory_at_any_time(puppet: Puppet) -> None:
     cases = ""
-    for first in range(0, 1000, hook.PAGE):
-        jobs = [json.loads(job_text(n)) for n in range(first, first + hook.PAGE)]
-        more = {"continue": f"t{first + hook.PAGE}"} if first + hook.PAGE < 1000 else {}
+    for first in range(0, 1000, hook.PAGE_SIZE):
+        jobs = [json.loads(job_text(n)) for n in range(first, first + hook.PAGE_SIZE)]
+        more = {"continue": f"t{first + hook.PAGE_SIZE}"} if first + hook.PAGE_SIZE < 1000 else {}
         cases = f'*"&continue=t{first}"*) {puppet.listing(*jobs, **more)};; {cases}'
         cases = cases.replace("&continue=t0", "&continue=")
     puppet.script(list=f'case "$*" in {cases} esac')
