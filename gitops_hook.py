@@ -2004,16 +2004,13 @@ def jittered(seconds: float) -> float:
     return seconds * random.uniform(0.7, 1.3)  # noqa: S311 - it hides nothing
 
 
-def backoff(failures: int) -> float:
-    """Return the seconds to wait after so many failures in a row."""
-    return jittered(DELAYS[min(failures, len(DELAYS) - 1)])
-
-
 class Retry:
     """When each item that failed is tried again, and which of its failures are reported.
 
-    The delays grow and then stay the same. While one item waits, the others go on. The first
-    failures of an item are reported each, later ones now and then. Threads may share it.
+    The delays of an item grow and then stay the same; meanwhile the other items are processed. News
+    of an item trigger a try at once: a value that is greater than it was at the last failure, such
+    as a version. The first failures are all reported, as many as there are delays, and then every
+    tenth. Threads may share it.
     """
 
     def __init__(
@@ -2022,38 +2019,66 @@ class Retry:
         self.clock = clock
         self.delays = delays
         self.report_every = report_every
-        self._failures: dict[Any, int] = {}  # in a row, by item
-        self._due: dict[Any, float] = {}  # when each of them is tried again, by the clock
+        self._lock = threading.Lock()
+        self._failures: dict[str, int] = {}  # in a row, by item
+        self._due: dict[str, float] = {}  # when each of them is tried again, by the clock
+        self._news: dict[str, Any] = {}  # what was known of each of them
 
-    def due(self, item: Any) -> bool:
-        """Whether an item may be tried now."""
-        return self._due.get(item, 0.0) <= self.clock.monotonic()
+    @contextmanager
+    def contain(self, item: str, complaint: str, news: Any = None, **words: Any) -> Iterator[None]:
+        """Contain a HookError or OSError of a block: the item has failed, and that is reported.
 
-    def failed(self, item: Any) -> bool:
+        A bug counts as a failure, too, and is raised. That an item has succeeded, its block says.
+        """
+        bug = True
+        try:
+            yield
+            bug = False
+        except (HookError, OSError) as failure:
+            bug = False
+            if self.failed(item, news):
+                warn(complaint, detail=str(failure), **words)
+        finally:
+            if bug:
+                self.failed(item, news)
+
+    def failed(self, item: str, news: Any = None) -> bool:
         """Put an item off, longer each time; return whether this failure is to be reported."""
-        failures = self._failures.get(item, 0)
-        delay = self.delays[min(failures, len(self.delays) - 1)]
-        self._failures[item] = failures + 1
-        self._due[item] = self.clock.monotonic() + jittered(delay)
+        with self._lock:
+            failures = self._failures.get(item, 0)
+            delay = self.delays[min(failures, len(self.delays) - 1)]
+            self._failures[item] = failures + 1
+            self._due[item] = self.clock.monotonic() + jittered(delay)
+            if news is not None:
+                self._news[item] = news
         return failures < len(self.delays) or failures % self.report_every == 0
 
-    def succeeded(self, item: Any) -> bool:
+    def succeeded(self, item: str) -> bool:
         """Forget the failures of an item; return whether there were any."""
-        self._due.pop(item, None)
-        return self._failures.pop(item, 0) > 0
+        with self._lock:
+            self._due.pop(item, None)
+            self._news.pop(item, None)
+            return self._failures.pop(item, 0) > 0
 
-    def trigger(self, item: Any) -> None:
-        """Let an item be tried at once, because something new is known of it."""
-        self._due.pop(item, None)
+    def due(self, item: str, news: Any = None) -> bool:
+        """Whether an item may be tried now: its delay is over, or there are news of it."""
+        if self.delay(item) <= 0:
+            return True
+        return news is not None and (item not in self._news or news > self._news[item])
+
+    def delay(self, item: str) -> float:
+        """Return the seconds until an item is tried again without news, 0 if it is due."""
+        return max(0.0, self._due.get(item, 0.0) - self.clock.monotonic())
 
     def failing(self) -> bool:
         """Whether any item has failed and not succeeded since."""
         return bool(self._failures)
 
     def wait(self, longest: float) -> float:
-        """Return the seconds until the next item is due, at most the longest."""
+        """Return the seconds until the next waiting item is due, at most the longest."""
         now = self.clock.monotonic()
-        return max(0.0, min([longest, *(at - now for at in [*self._due.values()])]))
+        with self._lock:
+            return min([longest, *(at - now for at in self._due.values() if at > now)])
 
 
 class Heartbeats:
@@ -2064,30 +2089,38 @@ class Heartbeats:
         self._due: dict[str, float] = {}
 
     def beat(self, name: str, allowed: float) -> None:
-        """Note that a thread moves, and promise the next beat within so many seconds."""
+        """Record that a thread moves, and expect its next heartbeat within so many seconds."""
         self._due[name] = self.clock.monotonic() + allowed
 
     def late(self) -> list[str]:
-        """Return the threads that have not kept their promise."""
+        """Return the threads whose next heartbeat is overdue."""
         now = self.clock.monotonic()
         return sorted(name for name, due in list(self._due.items()) if due < now)
 
 
 class Cooldown:
-    """Remembers for a while what was done, and on what ground, until its effect shows."""
+    """Remembers what was done and in which state of things, until its effect must have shown.
+
+    What has failed was not done: a Retry says when that is tried again.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self._done: dict[Any, tuple[Any, float]] = {}
+        self._states: dict[str, Any] = {}
+        self._until: dict[str, float] = {}
 
-    def allows(self, key: Any, ground: Any, seconds: float) -> bool:
-        """Whether to do something: on another ground than the last time, or so long after it."""
+    def allows(self, key: str, state: Any = None) -> bool:
+        """Whether to do something: in another state than the last time, or long enough after it."""
+        over = self._until.get(key, -math.inf) <= self.clock.monotonic()
+        return over or self._states[key] != state
+
+    def start(self, key: str, seconds: float, state: Any = None) -> None:
+        """Remember that something was done, for so many seconds."""
         now = self.clock.monotonic()
-        self._done = {k: done for k, done in self._done.items() if done[1] > now}
-        if key in self._done and self._done[key][0] == ground:
-            return False
-        self._done[key] = ground, now + seconds
-        return True
+        for expired in [key for key, until in self._until.items() if until <= now]:
+            del self._until[expired], self._states[expired]
+        self._until[key] = now + seconds
+        self._states[key] = state
 
 
 # === job manifests ================================================================================
@@ -5952,8 +5985,9 @@ def recoloured(release: Release, app: App, colour: str, replicas: int) -> Releas
     return replace(release, colour=colour, selector=selector, deployment=deployment)
 
 
-# === controller ===================================================================================
-
+# === intake =======================================================================================
+# From a push to a run: stored pushes become suspended Jobs, what GitLab did not announce is found
+# on the git server, and how each run began and ended is recorded.
 
 CATCH_UP = "catch-up"  # in the place of a delivery's id
 STEP_SECONDS = 300.0  # in which a thread must have moved
@@ -5966,7 +6000,49 @@ FORGIVEN = {  # ends of a deployment that say nothing new against its commit
     *(Reason.ADOPTION_REFUSED, Reason.REJECTED),
     *(Reason.QUOTA_EXCEEDED, Reason.UNSCHEDULABLE),  # a full cluster
 }
-RETRIED = ("Unreachable", "Conflict", "Unknown", "Forbidden", "NotFound")  # nobody's fault, or ours
+REFUSED_FOR_GOOD = ("Invalid", "Denied", "BadRequest")  # kinds of refusals of a Job
+NO_WAIT = dict.fromkeys((ANNOTATION_REASON, ANNOTATION_DETAIL))  # on Jobs that wait for nothing
+
+
+class ControllerContext:
+    """What the parts of the controller share."""
+
+    def __init__(self, config: Config, deployer: Deployer, spool: Spool) -> None:
+        self.config = config
+        self.apps = {app.name: app for app in config.apps}
+        self.deployer = deployer
+        self.doors = deployer.doors
+        self.kubectl = deployer.doors.kubectl
+        self.clock = deployer.doors.clock
+        self.metrics = self.kubectl.metrics
+        self.stop = deployer.doors.stop
+        self.state = deployer.state
+        self.spool = spool
+        self.informers = Informers(config, self.kubectl)
+        self.recorder = RunRecorder(self.apps, deployer, self.informers)
+        self.heartbeats = Heartbeats(self.clock)
+        self.retry = Retry(self.clock)  # of the steps of the controller's loop
+        self.wake = threading.Event()  # set to have the runs reconciled at once
+        self.spooled = threading.Event()  # set to have the spool read at once
+
+    def attempt(self, item: str, step: Callable[[], Any], news: Any = None, **words: Any) -> None:
+        """Take a step of the controller's loop if it is due; its error holds back no other step."""
+        self.heartbeats.beat("controller", STEP_SECONDS)
+        if self.retry.due(item, news):
+            with self.retry.contain(item, "a step will be tried again", news, **words):
+                step()
+                self.retry.succeeded(item)
+
+    def task(self, run: Run, environment: str, image: str = "") -> Task:
+        """Return a run on its way into an environment of its app."""
+        app = self.apps[run.app]
+        namespace = self.config.namespaces[environment]
+        return Task(app=app, environment=environment, namespace=namespace, run=run, image=image)
+
+    def is_deployed(self, run: Run) -> bool:
+        """Whether a run is of its app's deploy branch."""
+        app = self.apps.get(run.app)
+        return app is not None and run.ref == app.deploy_ref
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -5974,814 +6050,452 @@ class Batch:
     """Stored pushes of one app that get their Jobs in one call."""
 
     app: str
-    deploys: bool
-    pushes: tuple[tuple[Path, Run], ...]
-
-    @property
-    def name(self) -> str:
-        """What it is tried again by."""
-        return f"{self.app}, {'deployed' if self.deploys else 'only tested'}"
+    name: str  # what it is tried again by
+    pushes: Sequence[StoredPush]  # the oldest first
 
 
-class Controller:
-    """Observes, decides, acts: one thread decides, slow steps run in a worker an environment."""
+class Intake:
+    """Turns stored pushes into suspended Jobs: the queue of runs is in the cluster."""
 
-    def __init__(self, config: Config, deployer: Deployer, spool: Spool) -> None:
-        self.config, self.deployer, self.spool = config, deployer, spool
-        self.doors = deployer.doors
-        self.kubectl, self.metrics, self.clock = (
-            deployer.doors.kubectl,
-            deployer.doors.kubectl.metrics,
-            deployer.doors.clock,
-        )
-        self.state, self.heartbeats = deployer.state, Heartbeats(self.clock)
-        self.stop, self.wake, self.spooled = (
-            deployer.doors.stop,
-            threading.Event(),
-            threading.Event(),
-        )
-        ours, spaces = f"{LABEL_MANAGED}={MANAGER}", config.namespaces
-        stages = [spaces[s] for s in STAGES]
-        self.jobs = [Informer(self.kubectl, "jobs", n, Job, ours) for n in stages]
-        self.pods = [Informer(self.kubectl, "pods", n, Pod, ours) for n in stages]
-        used = dict.fromkeys(e for app in config.apps for e in app.deploy.environments)
-        self.apps = {a.name: a for a in config.apps}
-        # by name, with whatever labels: one that lost ours is still what visitors ask
-        live = partial(app_service, frozenset(self.apps))
-        self.services = {e: Informer(self.kubectl, "services", spaces[e], live, "") for e in used}
-        self.asked = {name: threading.Event() for name in self.apps}
-        # by app: the time of the question, that of the answer on the other clock, the answer
-        self.heads: dict[str, tuple[float, float, dict[str, str]]] = {}
-        self.due = dict.fromkeys(self.apps, 0.0)  # when to compare them with what was last seen
-        self.taken: dict[tuple[str, str], tuple[int, float]] = {}  # failures, and until when
-        self.admissions = Retry(self.clock)  # by the name of a batch
-        self.collisions: dict[str, tuple[str, str]] = {}  # ids that were taken, by ref and commit
-        self.trackers: dict[str, ProblemTracker] = {}
-        self.known: dict[str, Job] = {}  # by name; what is gone until that is written down
-        self.cooldown = Cooldown(self.clock)
-        self.failing = -NEVER  # until when a run's step counts as failing: not each look takes it
-        self.selectors: dict[tuple[str, str], dict[str, str]] = {}  # of live Services, last seen
-        self.saved: dict[tuple[str, str], HistoryEntry] = {}  # what is live, as it is written down
-        self.threads: dict[str, threading.Thread] = {}
-        self.troubles: dict[str, str] = {}  # by thread: why its last step failed
-        self.metrics.spool.set_function(lambda: len(spool))
-        self.metrics.begin(config.apps)
+    def __init__(self, context: ControllerContext) -> None:
+        self.context = context
+        self.kubectl = context.kubectl
+        self.spool = context.spool
+        self.informers = context.informers
+        self.recorder = context.recorder
+        self.retry = Retry(context.clock)  # by the name of a batch
+        self._collisions: dict[str, tuple[str, str]] = {}  # ids that are taken, by ref and commit
 
-    # Threads.
+    def admit_all(self) -> float:
+        """Create the Jobs of the stored pushes, a batch of each app, deploy branches first.
 
-    def informers(self) -> list[Informer[Any]]:
-        """Return every mirror."""
-        return [*self.jobs, *self.pods, *self.services.values()]
-
-    def start(self) -> None:
-        """Start every thread; none of them needs the cluster to be there."""
-        for watch in self.informers():
-            name = f"watch of {watch.resource} in {watch.namespace}"
-            beat = partial(self.heartbeats.beat, name, WATCH_SECONDS + 120.0)
-            self.spawn(name, partial(watch.run, beat, self.wake))
-        self.repeat("intake", "intake waits for the cluster", self.intake, self.spooled)
-        self.repeat("controller", "a step will be tried again", self.control, self.wake)
-        for app in self.config.apps:
-            step, asked = partial(self.read_heads, app), self.asked[app.name]
-            self.repeat(f"heads of {app.name}", "catch-up waits", step, asked)
-
-    def spawn(self, name: str, body: Callable[[], None], *, again: bool = True) -> None:
-        """Run a thread; a bug in it is logged and counted, and its body run again if so wanted."""
-
-        def run() -> None:
-            """Run the body, and again after a bug in it if so wanted."""
-            while not self.stop.is_set():
-                try:
-                    return body()
-                except Exception:  # noqa: BLE001 - a thread ends here: logged, counted, run again
-                    error("a thread failed", exc=True, thread=name)
-                    self.metrics.errors.labels(name.partition(" ")[0]).inc()
-                    if not again or self.stop.wait(1.0):
-                        break
-            return None
-
-        thread = threading.Thread(target=run, name=name, daemon=True)
-        thread.start()
-        self.threads[name] = thread
-
-    def repeat(
-        self, name: str, complaint: str, step: Callable[[], float], event: threading.Event
-    ) -> None:
-        """Run a thread that takes a step when its event is set, or so long after the last one."""
-
-        def body() -> None:
-            """Take step after step until stopped."""
-            failures = 0
-            while not self.stop.is_set():
-                self.heartbeats.beat(name, STEP_SECONDS)
-                event.clear()
-                try:
-                    pause, failures = step(), 0
-                    if self.troubles.pop(name, ""):
-                        info("goes on again", what=name)
-                except (HookError, OSError) as lost:
-                    self.troubles[name] = str(lost)
-                    if failures < len(DELAYS) or failures % 10 == 0:  # then every five minutes
-                        warn(complaint, what=name, detail=str(lost))
-                    self.stop.wait(backoff(failures))
-                    pause, failures = 0.0, failures + 1
-                self.metrics.waiting.labels(name).set(bool(failures))
-                self.heartbeats.beat(name, pause + STEP_SECONDS)
-                event.wait(pause)
-                self.stop.wait(0.05)  # a burst of events is one look
-
-        self.spawn(name, body)
-
-    def shut_down(self, seconds: float) -> None:
-        """End every thread, then drain the spool; what is cut off the next process takes up."""
-        until = self.clock.monotonic() + seconds
-        self.stop.set()
-        for watch in self.informers():
-            watch.stop()
-        for event in (self.wake, self.spooled, *self.asked.values()):
-            event.set()
-        for thread in [*self.threads.values()]:
-            thread.join(max(0.0, until - self.clock.monotonic()))
-        if self.clock.monotonic() < until - seconds / 2:  # else an API that hangs would take it all
-            with suppress(HookError):
-                self.intake()
-
-    # Intake: from the spool into the cluster.
-
-    def intake(self) -> float:
-        """Turn what is spooled into suspended Jobs, a batch of each app, deploy branches first.
-
-        What is left of one app is tried again by itself, and delays no other app.
+        Returns the seconds after which to look again. A batch that fails is tried again by itself,
+        and delays no other app. Raises KubectlError when the cluster is away.
         """
         for _ in range(5):  # a burst of pushes is one call
             stored = len(self.spool)
-            if self.stop.wait(0.05) or len(self.spool) == stored:
+            if self.context.stop.wait(0.05) or len(self.spool) == stored:
                 break
-        pushes, unreachable = self.spool.read(), 0
-        batches = [b for b in self.batches(pushes) if self.admissions.due(b.name)]
+        pushes = self.spool.read()
+        batches = [b for b in self.batches(pushes) if self.retry.due(b.name, b.pushes[-1].path)]
+        unreachable = 0
         for batch in batches:
             try:
-                done = self.admit(batch.app, [run for _, run in batch.pushes])
+                self.admit_batch(batch)
             except KubectlError as failed:
-                self.put_off(batch, failed)
                 unreachable += failed.kind == "Unreachable"
-                if unreachable > 1 or len(batches) == 1:  # it is the cluster, not what one app has
+                if unreachable == min(2, len(batches)):  # it is the cluster, not what one app has
                     raise
-                continue
-            for path, run in batch.pushes:
-                if run in done:
-                    self.spool.done(path)
-            if len(done) == len({run for _, run in batch.pushes}):
-                self.admissions.succeeded(batch.name)
-                self.metrics.waiting.labels(f"intake of {batch.app}").set(0)
-            else:
-                self.put_off(batch, None)
-        again = any(len(b.pushes) == BATCH for b in batches)
-        waits = len(pushes) > sum(len(b.pushes) for b in batches)
-        return self.admissions.wait(0.0 if again else AGAIN_SECONDS if waits else 30.0)
+                if self.put_off(batch):
+                    warn("intake waits for the cluster", app=batch.app, detail=str(failed))
+        if any(len(batch.pushes) == BATCH for batch in batches):
+            return 0.0
+        some_wait = len(pushes) > sum(len(batch.pushes) for batch in batches)
+        return self.retry.wait(AGAIN_SECONDS if some_wait else 30.0)
 
-    def batches(self, pushes: Sequence[tuple[Path, Run]]) -> list[Batch]:
+    def batches(self, pushes: Iterable[StoredPush]) -> list[Batch]:
         """Return what is admitted next: of each app what is deployed, then what is only tested.
 
         An app has a bounded number of each in the cluster; what is more waits in the spool.
         """
-        groups: dict[tuple[bool, str], list[tuple[Path, Run]]] = {}
-        for path, run in pushes:
-            groups.setdefault((not self.slot(run).deploys, run.app), []).append((path, run))
-        open_jobs = Counter(j.run.app for w in self.jobs for j in w.items() if not j.outcome)
+        groups: dict[tuple[bool, str], list[StoredPush]] = {}
+        for push in pushes:
+            only_tested = not self.context.is_deployed(push.run)
+            groups.setdefault((only_tested, push.run.app), []).append(push)
+        open_jobs = Counter(job.run.app for job in self.informers.all_jobs() if not job.outcome)
         batches = []
-        for (tests, app), listed in sorted(groups.items(), key=lambda group: group[0]):
-            room = min(BATCH, (TEST_JOBS if tests else 2 * TEST_JOBS) - open_jobs[app])
-            if room > 0:
-                batches.append(Batch(app=app, deploys=not tests, pushes=tuple(listed[:room])))
+        for only_tested, app in sorted(groups):
+            most = TEST_JOBS if only_tested else 2 * TEST_JOBS
+            room = max(0, min(BATCH, most - open_jobs[app]))
+            if first := groups[only_tested, app][:room]:
+                name = f"{app}, {'only tested' if only_tested else 'deployed'}"
+                batches.append(Batch(app=app, name=name, pushes=first))
         return batches
 
-    def put_off(self, batch: Batch, failed: KubectlError | None) -> None:
-        """Try an app's pushes again later, and say so now and then."""
-        report = self.admissions.failed(batch.name)
-        self.metrics.waiting.labels(f"intake of {batch.app}").set(1)
-        if failed and report:
-            warn("intake waits for the cluster", app=batch.app, detail=str(failed))
+    def put_off(self, batch: Batch) -> bool:
+        """Try a batch again later; return whether to report that."""
+        self.context.metrics.waiting.labels(f"intake of {batch.app}").set(1)
+        return self.retry.failed(batch.name, batch.pushes[-1].path)
 
-    def recorded(self, app: App) -> AppState:
-        """Return what is recorded of an app now, after mending what could not be read."""
-        state = self.state.read(app)
-        if state.repairs:
-            self.state.write(app, with_job=self.runs_with_job(app.name))
-        return state
+    def admit_batch(self, batch: Batch) -> None:
+        """Admit the pushes of a batch, and remove from the spool those that are done with."""
+        runs = [push.run for push in batch.pushes]
+        done = self.admit(batch.app, runs)
+        for push in batch.pushes:
+            if push.run in done:
+                self.spool.done(push.path)
+        if done == set(runs):
+            self.retry.succeeded(batch.name)
+            self.context.metrics.waiting.labels(f"intake of {batch.app}").set(0)
+        else:
+            self.put_off(batch)
 
-    def runs_with_job(self, app: str) -> set[str]:
-        """Return the ids of an app's runs of which there is a Job, as far as it can be seen."""
-        return {j.run.id for w in self.jobs for j in w.items() if j.run.app == app}
-
-    def runs_of_jobs(self, app: App, pushed: Iterable[Run]) -> list[Run]:
-        """Return the runs of an app's Jobs; of these pushes, while the Jobs cannot be followed."""
-        if not any(w.trouble for w in self.jobs):
-            return [j.run for w in self.jobs for j in w.items() if j.run.app == app.name]
-        ids = [k for run in pushed for k in run_ids(*run_key(run))]
-        return [j.run for jobs in jobs_of(self.kubectl, self.config, ids).values() for j in jobs]
-
-    def admit(self, name: str, pushed: Sequence[Run]) -> set[Run]:
-        """Create the Jobs of an app's pushes that need one; return those that are dealt with."""
-        if (app := self.apps.get(name)) is None:
-            warn("push of an app that is not configured any more", app=name)
-            return {*pushed}
-        state = self.recorded(app)
-        needless = self.needless(app, state) if any(r.ref == app.deploy_ref for r in pushed) else {}
-        done, wanted = set[Run](), dict[str, list[Run]]()
-        for run, id_ in self.identified(app, state, pushed):
-            if why := self.needs_nothing(app, run, state.runs.get(id_), needless):
-                info("push needs nothing", reason=why, **run_words(run))
+    def admit(self, name: str, pushes: Sequence[Run]) -> set[Run]:
+        """Create the Jobs of an app's pushes that need one; return those that are done with."""
+        app = self.context.apps.get(name)
+        if app is None:
+            warn("push of an app that is no longer configured", app=name)
+            return {*pushes}
+        state = self.recorder.repaired_state(app)
+        deploys = any(run.ref == app.deploy_ref for run in pushes)
+        needless = self.needless_commits(app, state) if deploys else {}
+        done = set[Run]()
+        wanted: dict[str, list[Run]] = {}
+        for run, id_ in self.ids_of(app, state, pushes).items():
+            reason = needless.get(run.commit, "") if run.ref == app.deploy_ref else ""
+            record = state.runs.get(id_)
+            if record and record.delivery == run.delivery not in ("", CATCH_UP):
+                recent = record.received > run.received - DEDUPE_SECONDS
+                reason = "Replayed" if recent else reason
+            if reason:
+                info("push needs nothing", reason=reason, **run_words(run))
                 done.add(run)
             else:
                 wanted.setdefault(id_, []).append(run)
         return done | self.create_jobs(app, wanted)
 
-    def needs_nothing(
-        self, app: App, run: Run, record: RunRecord | None, needless: Mapping[str, str]
-    ) -> str:
-        """Return why a push starts nothing, empty if it does: it is known, live or rejected."""
-        same = record if record and run.delivery not in ("", CATCH_UP) else None
-        if same and same.delivery == run.delivery and same.received > run.received - DEDUPE_SECONDS:
-            return "Replayed"
-        return needless.get(run.commit, "") if run.ref == app.deploy_ref else ""
+    def needless_commits(self, app: App, state: AppState) -> dict[str, str]:
+        """Return why commits are not to be deployed again, by commit: rejected, or live already.
 
-    def create_jobs(self, app: App, wanted: Mapping[str, Sequence[Run]]) -> set[Run]:
-        """Create suspended Jobs by run id, each for the newest of equal pushes; as in admit."""
-        runs = {k: replace(max(v, key=lambda r: r.received), id=k) for k, v in wanted.items()}
-        by_age = sorted(runs.values(), key=lambda r: r.received)
-        jobs = [test_job(self.config, app, r) for r in by_age]
-        refused = self.kubectl.create_each(jobs, self.config.namespaces["test"]) if jobs else {}
-        refusals = {name.removeprefix("test-"): refusal for name, refusal in refused.items()}
-        existing = [k for k, refusal in refusals.items() if refusal.kind == "AlreadyExists"]
-        there = jobs_of(self.kubectl, self.config, existing)
-        begun = [
-            r
-            for k, r in runs.items()
-            if self.handle_create_result(r, refusals.get(k), there.get(k))
-        ]
-        self.record_started(app, begun)
-        left = runs.keys() - {r.id for r in begun} - there.keys()
-        if left:
-            why = refusals[min(left)].said
-            warn("Jobs not created, will be tried again", count=len(left), detail=why)
-        return {run for each in begun for run in wanted[each.id]}
+        Rejections that the history of the live Service knows, and the records do not, are recorded:
+        an uninstallation deletes what is recorded, and not what a Service says of itself.
+        """
+        needless = dict.fromkeys(state.rejected, str(Reason.REJECTED))
+        for environment in app.deploy.environments[-1:]:
+            namespace = self.context.config.namespaces[environment]
+            if manifest := self.kubectl.get("service", app.name, namespace):
+                service = Service(manifest)
+                history = [] if state.last(app.deploy_ref) else reversed(service.history)
+                outcomes = {entry.commit: entry.outcome for entry in history}
+                taken_back = {c for c, o in outcomes.items() if c and o in OUTCOMES.values()}
+                for commit in sorted(taken_back - state.rejected.keys()):
+                    self.context.state.reject(app, commit, Reason.ROLLED_BACK)
+                needless |= dict.fromkeys(taken_back, str(Reason.REJECTED))
+                needless[service.live.commit] = "AlreadyLive"
+        return needless
 
-    def identified(
-        self, app: App, state: AppState, pushed: Sequence[Run]
-    ) -> Iterator[tuple[Run, str]]:
-        """Yield each push with the id of its run, the one that it has or a free one.
+    def ids_of(self, app: App, state: AppState, pushes: Iterable[Run]) -> dict[Run, str]:
+        """Return the id of each push's run: the one that it has already, or a free one.
 
         A push is known by ref and commit: version 0.1 made shorter ids, and two pushes may have the
         same, by chance or by somebody's trying. Then the second gets a longer one.
         """
-        ids = {(r.ref, r.commit): k for k, r in state.runs.items()}
-        jobs = self.runs_of_jobs(app, pushed)
-        ids |= {(recorded_ref(r.ref), r.commit): r.id for r in jobs}
-        owners = {**self.collisions, **{k: push for push, k in ids.items()}}
-        for run in pushed:
-            push = recorded_ref(run.ref), run.commit
+        ids = {(record.ref, record.commit): id_ for id_, record in state.runs.items()}
+        runs = self.informers.runs_with_jobs(app, pushes)
+        ids |= {(recorded_ref(run.ref), run.commit): run.id for run in runs}
+        owners = {**self._collisions, **{id_: push for push, id_ in ids.items()}}
+        result = {}
+        for run in pushes:
+            push = (recorded_ref(run.ref), run.commit)
             if push not in ids:
-                free = [k for k in run_ids(*run_key(run)) if owners.get(k, push) == push]
+                free = [id_ for id_ in run_ids(*run_key(run)) if owners.get(id_, push) == push]
                 ids[push] = free[0] if free else run.id
                 owners[ids[push]] = push
                 if ids[push] != run.id:
                     error("two pushes have the same run id", now=ids[push], **run_words(run))
-            yield run, ids[push]
+            result[run] = ids[push]
+        return result
 
-    def record_started(self, app: App, runs: Sequence[Run]) -> None:
-        """Record that runs have their Jobs: from now on a missing one was deleted."""
-        with self.state.lock(app):
-            state = self.state.read(app) if runs else None
-            # what has ended since it was pushed, or was pushed again, stays as it is
-            records = [RunRecord.of(r) for r in runs if state and newer_than(r, state)]
-            if records:
-                ids = {r.id for r in records}
-                self.state.write(app, *records, with_job=self.runs_with_job(app.name) | ids)
+    def create_jobs(self, app: App, wanted: Mapping[str, Sequence[Run]]) -> set[Run]:
+        """Create suspended Jobs by run id, each for the newest of equal pushes.
 
-    def needless(self, app: App, state: AppState) -> dict[str, str]:
-        """Return why commits are not to be deployed again: rejected, or live already."""
-        needless = dict.fromkeys(state.rejected, str(Reason.REJECTED))
-        for name in app.deploy.environments[-1:]:
-            if found := self.kubectl.get("service", app.name, self.config.namespaces[name]):
-                service = Service(found)
-                # what is recorded goes with an uninstallation, what a Service tells of itself not
-                old = [] if state.last(app.deploy_ref) else service.history[::-1]
-                ended = {str(e.commit): e.outcome for e in old}
-                gone = {c for c, o in ended.items() if o in OUTCOMES.values() and SHA.fullmatch(c)}
-                needless |= dict.fromkeys(gone, str(Reason.REJECTED))
-                for commit in sorted(gone - state.rejected.keys()):
-                    self.state.reject(app, commit, Reason.ROLLED_BACK)
-                needless[service.live.commit] = "AlreadyLive"
-        return needless
+        Returns the pushes that are done with.
+        """
+        newest = {id_: max(pushes, key=lambda run: run.received) for id_, pushes in wanted.items()}
+        runs = [replace(run, id=id_) for id_, run in newest.items()]
+        runs.sort(key=lambda run: run.received)
+        jobs = [test_job(self.context.config, app, run) for run in runs]
+        namespace = self.context.config.namespaces["test"]
+        refused = self.kubectl.create_each(jobs, namespace) if jobs else {}
+        refusals = {name.removeprefix("test-"): refusal for name, refusal in refused.items()}
+        taken = [id_ for id_, refusal in refusals.items() if refusal.kind == "AlreadyExists"]
+        existing = jobs_of(self.kubectl, self.context.config, taken)
+        started = [
+            run
+            for run in runs
+            if self.handle_create_result(run, refusals.get(run.id), existing.get(run.id, []))
+        ]
+        self.recorder.record_started(app, started)
+        left = {run.id for run in runs} - {run.id for run in started} - existing.keys()
+        if left:
+            reason = refusals[min(left)].said
+            warn("Jobs were not created, will be tried again", count=len(left), detail=reason)
+        return {push for run in started for push in wanted[run.id]}
 
     def handle_create_result(
-        self, run: Run, refusal: KubectlError | None, there: Sequence[Job] | None
+        self, run: Run, refusal: KubectlError | None, existing: Sequence[Job]
     ) -> bool:
-        """Deal with a Job that was created or refused; return whether its push is dealt with."""
-        self.heartbeats.beat("intake", STEP_SECONDS)
-        if refusal and refusal.kind in ("Invalid", "Denied", "BadRequest"):
-            self.finish(run, {}, ends(Outcome.FAILED, Reason.JOB_REFUSED, refusal.said, "test"))
+        """Handle the creation of a run's Job, or its refusal; return whether its push is done with.
+
+        Where the Job exists already, `existing` has the Jobs of that id.
+        """
+        self.context.heartbeats.beat("intake", STEP_SECONDS)
+        if refusal and refusal.kind in REFUSED_FOR_GOOD:
+            end = ends(Outcome.FAILED, Reason.JOB_REFUSED, refusal.said, "test")
+            self.recorder.finish(run, {}, end)
             return True
-        if other := next((j.run for j in there or () if run_key(j.run) != run_key(run)), None):
+        if other := next((j.run for j in existing if run_key(j.run) != run_key(run)), None):
             # the next try takes another id
-            self.collisions[run.id] = recorded_ref(other.ref), other.commit
+            self._collisions[run.id] = (recorded_ref(other.ref), other.commit)
             return False
-        if there:
-            dealt = reopen(self.kubectl, run, there)
-            info("run known" if dealt else "an old Job is being deleted", **run_words(run))
-            return dealt
+        if existing:
+            reopened = reopen(self.kubectl, run, existing)
+            message = "the run exists already" if reopened else "an old Job is being deleted"
+            info(message, **run_words(run))
+            return reopened
         if not refusal:
-            info("run queued", **run_words(run))
+            self.recorder.report(run, state=State.QUEUED, at=self.context.clock.now())
         return not refusal
 
-    # Catch-up: what GitLab failed to announce, and what was lost while nobody looked.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadHeads:
+    """The heads of an app's branches, as the git server told them."""
+
+    asked: float = 0.0  # when, in seconds since the epoch
+    answered: float = -NEVER  # when, by the monotonic clock
+    commits: Mapping[str, str] = dataclass_field(default_factory=dict)  # by ref
+
+    def relation(self, run: Run, clock: Clock) -> str:
+        """Return what they say about a run now: same, moved, or unknown."""
+        commits = self.commits if self.asked >= run.received else None
+        return head_word(run, commits, clock.monotonic() - self.answered, clock.now())
+
+
+class CatchUp:
+    """Reads the heads of the git server, and finds what GitLab did not announce."""
+
+    def __init__(self, context: ControllerContext, intake: Intake) -> None:
+        self.context = context
+        self.clock = context.clock
+        self.git = context.doors.git
+        self.intake = intake
+        self.wanted = {app: threading.Event() for app in context.apps}  # set to have heads read
+        self.heads = dict.fromkeys(context.apps, ReadHeads())  # the last answer, by app
+        self.errors: dict[str, str] = {}  # why there was no answer to the last question, by app
+        self._due = dict.fromkeys(context.apps, 0.0)  # when to compare the heads, by app
 
     def read_heads(self, app: App) -> float:
-        """Read an app's heads; now and then compare them with what was last seen."""
-        asked = self.clock.now()
-        heads = self.doors.git.heads(app.repository)
-        self.heads[app.name] = asked, self.clock.monotonic(), heads
-        self.wake.set()
-        if self.clock.monotonic() >= self.due[app.name]:
-            self.catch_up(app, asked, heads)
-            self.due[app.name] = self.clock.monotonic() + jittered(self.config.catch_up)
-        self.stop.wait(0.25)  # whoever waits for a head asks all the time
-        return max(0.0, self.due[app.name] - self.clock.monotonic())
+        """Read an app's heads, and compare them now and then with what was last recorded.
 
-    def catch_up(self, app: App, asked: float, heads: Mapping[str, str]) -> None:
+        Returns the seconds until that is due again. Raises HookError.
+        """
+        asked = self.clock.now()
+        try:
+            commits = self.git.heads(app.repository)
+        except HookError as failed:
+            self.errors[app.name] = str(failed)
+            raise
+        self.errors.pop(app.name, None)
+        heads = ReadHeads(asked=asked, answered=self.clock.monotonic(), commits=commits)
+        self.heads[app.name] = heads
+        self.context.wake.set()
+        if self.clock.monotonic() >= self._due[app.name]:
+            self.catch_up(app, heads)
+            pause = jittered(self.context.config.catch_up)
+            self._due[app.name] = self.clock.monotonic() + pause
+        self.context.stop.wait(0.25)  # whoever waits for a head asks all the time
+        return max(0.0, self._due[app.name] - self.clock.monotonic())
+
+    def catch_up(self, app: App, heads: ReadHeads) -> None:
         """Make a run of a deploy branch's head that nobody announced, and end runs that are lost.
 
         A lost push of a test-only branch is not looked for. Nothing is done about a head with a
         stored push, or that may be older than the last push.
         """
-        state, ref = self.recorded(app), app.deploy_ref
-        spooled = [r for _, r in self.spool.read() if r.app == app.name]
-        stored = {(recorded_ref(r.ref), r.commit) for r in spooled}
-        self.end_lost(app, state, asked, stored)
-        last, commit, now = state.last(ref), heads.get(ref, ""), self.clock.now()
+        state = self.context.recorder.repaired_state(app)
+        pushes = self.context.spool.read()
+        stored = [push.run for push in pushes if push.run.app == app.name]
+        self.end_lost_runs(app, state, heads, stored)
+        ref = app.deploy_ref
+        last = state.last(ref)
         pushed = run_of_record(app, last) if last else Run(id="", app=app.name, ref=ref, commit="")
-        word = head_word(pushed, heads if asked >= pushed.received else None, 0.0, now)
-        same, waits = pushed.commit == commit, any(r.ref == ref for r in spooled)
-        if not commit or same or word == "unknown" or waits:
+        commit = heads.commits.get(ref, "")
+        unknown = heads.relation(pushed, self.clock) == "unknown"
+        if unknown or commit in ("", pushed.commit) or any(run.ref == ref for run in stored):
             return
-        more = {"before": pushed.commit, "received": now, "delivery": CATCH_UP}
-        run = run_of(app, ref, commit, **more)
-        if run is None or commit in self.needless(app, state):
+        now = self.clock.now()
+        run = run_of(app, ref, commit, before=pushed.commit, received=now, delivery=CATCH_UP)
+        if run is None or commit in self.intake.needless_commits(app, state):
             return
-        known = {run_key(r) for r in self.runs_of_jobs(app, [run])}
-        if state.find(ref, commit) or run_key(run) not in known:
+        with_jobs = map(run_key, self.context.informers.runs_with_jobs(app, [run]))
+        if state.find(ref, commit) or run_key(run) not in with_jobs:
             info("head moved unannounced", **run_words(run))
-            self.metrics.catch_up.labels(app.name).inc()
-            self.spool.store([run])
-            self.spooled.set()
+            self.context.metrics.catch_up.labels(app.name).inc()
+            self.context.spool.store([run])
+            self.context.spooled.set()
 
-    def end_lost(
-        self, app: App, state: AppState, asked: float, stored: Set[tuple[str, str]]
+    def end_lost_runs(
+        self, app: App, state: AppState, heads: ReadHeads, stored: Sequence[Run]
     ) -> None:
         """End runs that are under way and have neither a Job nor a stored push: missing is failed.
 
         Their Jobs were deleted while nobody looked.
         """
-        open_runs = [r for r in state.runs.values() if not r.outcome and r.received < asked]
-        open_runs = [r for r in open_runs if (r.ref, r.commit) not in stored]
-        with_job = self.runs_with_job(app.name)
-        open_runs = [r for r in open_runs if r.id not in with_job][:BATCH]
-        for run, jobs in jobs_of(self.kubectl, self.config, [r.id for r in open_runs]).items():
-            if not jobs:
-                lost = run_of_record(app, state.runs[run])
-                self.finish(lost, {}, vanish("its Jobs are gone", "test"))
+        pushes = {(recorded_ref(run.ref), run.commit) for run in stored}
+        with_job = self.context.informers.ids_with_job(app)
+        records = [r for r in state.runs.values() if not r.outcome and r.received < heads.asked]
+        records = [r for r in records if (r.ref, r.commit) not in pushes and r.id not in with_job]
+        ids = [record.id for record in records[:BATCH]]
+        jobs_by_run = jobs_of(self.context.kubectl, self.context.config, ids)
+        for id_ in (id_ for id_, jobs in jobs_by_run.items() if not jobs):
+            lost = run_of_record(app, state.runs[id_])
+            self.context.recorder.finish(lost, {}, vanish("its Jobs are gone", "test"))
 
-    # The loop.
 
-    def control(self) -> float:
-        """Decide for every run, while what is mirrored is what is there."""
-        self.metrics.waiting.labels("cluster").set(any(w.trouble for w in self.informers()))
-        stages: list[Informer[Any]] = [*self.jobs, *self.pods]
-        if not any(w.trouble for w in stages):
-            self.reconcile()
-        self.metrics.waiting.labels("a step").set(self.clock.monotonic() < self.failing)
-        return LOOK_SECONDS
+class RunRecorder:
+    """Records how runs begin and end: in the app's records, on Jobs, in log and metrics."""
 
-    def grouped(self) -> dict[str, dict[str, Job]]:
-        """Return the Jobs by run and stage."""
-        runs: dict[str, dict[str, Job]] = {}
-        for found in (j for w in self.jobs for j in w.items() if j.stage in STAGES):
-            runs.setdefault(found.run.id, {})[found.stage] = found
-        return runs
+    def __init__(self, apps: Mapping[str, App], deployer: Deployer, informers: Informers) -> None:
+        self.apps = apps
+        self.doors = deployer.doors
+        self.state = deployer.state
+        self.logs = deployer.steady.rollout.logs
+        self.informers = informers
 
-    def reconcile(self) -> None:
-        """Take the next step of every run that has one; newest first."""
-        runs = self.grouped()
-        there = {j.name: j for g in runs.values() for j in g.values()}
-        self.known |= there
-        until = self.clock.monotonic() + LOOK_SECONDS
-        for lost in [j for name, j in self.known.items() if name not in there]:
-            if self.clock.monotonic() < until:
-                with self.contain_errors(lost.run):
-                    self.end_vanished(lost, runs.get(lost.run.id, {}))
-                    del self.known[lost.name]
-        groups = [g for g in runs.values() if not over(g)]
-        states = [j.state for g in groups for j in g.values()]
-        for state in ("suspended", "active"):
-            self.metrics.queue.labels(state).set(states.count(state))
-        pods: dict[str, list[Pod]] = {}
-        for pod in (p for w in self.pods for p in w.items()):
-            pods.setdefault(pod.job, []).append(pod)
-        active = sorted(((newest(g), g) for g in groups), key=lambda item: -item[0].received)
-        self.trackers = {run.id: self.trackers.get(run.id, ProblemTracker()) for run, _ in active}
-        pushed, steps = set[tuple[str, str]](), list[tuple[Observation, Action]]()
-        for run, jobs in ((r, g) for r, g in active if r.app in self.apps):
-            newer = (run.app, run.ref) in pushed
-            pushed.add((run.app, run.ref))
-            with self.contain_errors(run):
-                mine = [p for j in jobs.values() for p in pods.get(j.uid, [])]
-                observed = self.observe(jobs, mine, newer=newer)
-                steps.append((observed, decide(observed)))
-        running = [self.slot(j.run) for g in groups for j in g.values() if j.state == "active"]
-        self.execute_all([*self.with_slots(steps, running)])
-        self.delete_expired(runs)
-        self.reconcile_services([run for run, _ in active])
+    def repaired_state(self, app: App) -> AppState:
+        """Return what is recorded of an app now, after repairing what could not be read."""
+        state = self.state.read(app)
+        if state.repairs:
+            self.state.write(app, with_job=self.informers.ids_with_job(app))
+        return state
 
-    def execute_all(self, steps: Sequence[tuple[Observation, Action]]) -> None:
-        """Carry out what is next; ends of test-only runs, of which there may be many, come last.
-
-        Those that do not fit into this look are left to the next ones, after what came meanwhile.
-        """
-        ends_test = [a.do is Do.END and not self.slot(v.run).deploys for v, a in steps]
-        until = self.clock.monotonic() + LOOK_SECONDS
-        for late, (observed, action) in sorted(
-            zip(ends_test, steps, strict=True), key=lambda x: x[0]
-        ):
-            if late and self.clock.monotonic() > until:
-                self.wake.set()
-                break
-            with self.contain_errors(observed.run):
-                self.execute(observed, action)
-
-    def slot(self, run: Run) -> Slot:
-        """Return what a Job of a run takes, or would take."""
-        app = self.apps.get(run.app)
-        deploys = app is not None and run.ref == app.deploy_ref
-        return Slot(run=run.id, app=run.app, deploys=deploys, received=run.received)
-
-    def with_slots(
-        self, steps: Sequence[tuple[Observation, Action]], running: Sequence[Slot]
-    ) -> Iterator[tuple[Observation, Action]]:
-        """Yield each run's next step; one that would start a Job without a slot waits."""
-        served = dict[str, float]()
-        for found in (j for w in self.jobs for j in w.items()):
-            served[found.run.app] = max(served.get(found.run.app, 0.0), found.unsuspended)
-        wanted = [self.slot(v.run) for v, action in steps if action.do in (Do.UNSUSPEND, Do.BUILD)]
-        granted = grant_slots(wanted, running, served, self.config.limits.max_running)
-        for observed, action in steps:
-            starts = action.do in (Do.UNSUSPEND, Do.BUILD)
-            if starts and observed.run.id not in granted:
-                without_slot = replace(observed, slot=False)
-                yield without_slot, decide(without_slot)
-            else:
-                yield observed, action
-
-    @contextmanager
-    def contain_errors(self, run: Run) -> Iterator[None]:
-        """Let one run's trouble not hold back the others; the same is said once in five minutes."""
-        self.heartbeats.beat("controller", STEP_SECONDS)
-        try:
-            yield
-        except (KubectlError, RuntimeError) as lost:  # the latter: there are no more threads
-            self.failing = self.clock.monotonic() + 2 * AGAIN_SECONDS
-            if self.cooldown.allows(
-                (run.id, re.sub(r"\d+", "", str(lost))), None, 300.0
-            ):  # ports vary
-                warn("a step will be tried again", detail=str(lost), **run_words(run))
-
-    def delete_expired(self, runs: Mapping[str, Mapping[str, Job]]) -> None:
-        """Delete what no time to live ends: Jobs of ended runs that never ran, and old logs."""
-        due = (
-            a for a in self.apps.values() if self.cooldown.allows(("logs", a.name), None, 3600.0)
-        )
-        if app := next(due, None):  # one at each look
-            self.deployer.steady.rollout.logs.start(
-                partial(
-                    self.deployer.steady.rollout.logs.delete_expired, app, self.config.namespaces
-                )
-            )
-        until = self.clock.now() - UNRUN_TTL
-        unran = [j for g in runs.values() for j in g.values() if j.state == "suspended"]
-        old = [
-            j
-            for j in unran
-            if j.outcome and seconds_of(j.annotations.get(ANNOTATION_ENDED)) < until
-        ]
-        for found in old[:1]:  # and with it many others in one call
-            names = [j.name for j in old if j.namespace == found.namespace][:BATCH]
-            with self.contain_errors(found.run):
-                self.kubectl.delete("job", names, found.namespace)
-
-    def observe(self, jobs: Mapping[str, Job], pods: Sequence[Pod], *, newer: bool) -> Observation:
-        """Gather what decides over one run."""
-        run, now = newest(jobs), self.clock.now()
-        # in this order: who is done with an environment has written on the Jobs how it ended
-        busy = self.busy(run.app)
-        jobs = {stage: self.informer_of(j).find(j.name) or j for stage, j in jobs.items()}
-        asked, read, heads = self.heads.get(run.app, (0.0, -NEVER, {}))
-        age = self.clock.monotonic() - read
-        services = {e: s for e, w in self.services.items() for s in w.items() if s.name == run.app}
-        problems = [s for p in pods for s in pod_problems(p) if s.reason != Reason.UNSCHEDULABLE]
-        idle = (j for j in jobs.values() if j.uid not in {p.job for p in pods})
-        problems += [s for j in idle for s in self.creation_problems(j)]
-        return Observation(
-            app=self.apps[run.app],
-            run=run,
-            jobs=jobs,
-            pods=tuple(pods),
-            services=services,
-            head=head_word(run, heads if asked >= run.received else None, age, now),
-            newer=newer,
-            fatal_problem=self.trackers[run.id].fatal(problems, now),
-            busy=busy,
-            now=now,
-            queue_timeout=self.config.limits.queue_timeout,
-        )
-
-    def busy(self, app: str) -> frozenset[str]:
-        """Return the environments in which an app is changed, has to rest, or cannot be seen."""
-        unseen = {e for e, w in self.services.items() if w.trouble}
-        now, taken = self.clock.monotonic(), list(self.taken.items())
-        return frozenset(e for (a, e), (_, until) in taken if a == app and until > now) | unseen
-
-    def creation_problems(self, found: Job) -> Iterator[PodProblem]:
-        """Note on a released Job why it has no pod, and yield it. Quota is only waited for."""
-        if found.state != "active" or self.clock.now() - found.unsuspended < LOOK_SECONDS:
+    def record_started(self, app: App, runs: Sequence[Run]) -> None:
+        """Record that runs have their Jobs: from now on a missing one was deleted."""
+        if not runs:
             return
-        if self.cooldown.allows(found.name, "look", AGAIN_SECONDS):
-            chosen = f"involvedObject.uid={found.uid},reason=FailedCreate"
-            events = self.kubectl.list("events", found.namespace, "--field-selector", chosen)
-            last = str(events[-1].get("message", "")) if events else ""
-            if last and clip(last) != found.annotations.get(ANNOTATION_DETAIL):
-                why = creation_problem(last, "").reason
-                self.annotate(found, {ANNOTATION_REASON: why, ANNOTATION_DETAIL: clip(last)})
-        if found.annotations.get(ANNOTATION_REASON) == Reason.ADMISSION_REFUSED:
-            yield creation_problem(found.annotations.get(ANNOTATION_DETAIL, ""), found.name)
-
-    def execute(self, observed: Observation, action: Action) -> None:
-        """Carry out an action, once until the cluster shows its effect."""
-        run, do, stage = observed.run, action.do, action.stage
-        if action.reason is Reason.GIT_ERROR:
-            self.asked[run.app].set()
-            if observed.now - run.received > AGAIN_SECONDS:
-                self.annotate_wait(observed.jobs.get("build") or observed.jobs["test"], action)
-        ground = (do, stage, *(j.version for j in observed.jobs.values()))
-        idle = do in (Do.NOTHING, Do.WAIT)
-        # that an environment is being changed is known without looking
-        if idle or not (do is Do.DEPLOY or self.cooldown.allows(run.id, ground, AGAIN_SECONDS)):
-            return
-        for waited in (j for j in observed.jobs.values() if ANNOTATION_REASON in j.annotations):
-            self.annotate(waited, {ANNOTATION_REASON: None, ANNOTATION_DETAIL: None})
-        if do is Do.ANNOTATE:
-            key = ANNOTATION_SUMMARY if stage == "test" else ANNOTATION_DIGEST
-            self.annotate(observed.jobs[stage], {key: self.doors.secrets.mask(action.detail)})
-        elif do is Do.UNSUSPEND:
-            self.annotate(observed.jobs[stage], {}, suspend=False)
-        elif do is Do.DEPLOY:
-            digest = (
-                observed.jobs["build"].annotations.get(ANNOTATION_DIGEST, "")
-                if "build" in observed.jobs
-                else ""
-            )
-            image = f"{observed.app.build.image}@{digest}" if digest else ""
-            task = self.task(observed.app, stage, run, image)
-            self.start_worker(task, partial(self.deploy, task, observed.jobs))
-        elif do is Do.END:
-            self.finish(run, observed.jobs, action)
-        else:
-            self.build(observed)
-
-    def annotate_wait(self, found: Job, action: Action) -> None:
-        """Note on a Job that its run waits for git, and now and then what git says to it."""
-        said = self.troubles.get(f"heads of {found.run.app}", "")
-        new = self.cooldown.allows((found.run.id, bool(said)), "", 300.0)  # its words vary
-        if new or found.annotations.get(ANNOTATION_REASON) != action.reason:
-            words = "; ".join(filter(None, (action.detail, said)))
-            detail = clip(self.doors.secrets.mask(words))
-            self.annotate(found, {ANNOTATION_REASON: action.reason, ANNOTATION_DETAIL: detail})
-
-    def task(self, app: App, environment: str, run: Run, image: str = "") -> Task:
-        """Return a run on its way into an environment."""
-        namespace = self.config.namespaces[environment]
-        return Task(app=app, environment=environment, namespace=namespace, run=run, image=image)
-
-    def build(self, observed: Observation) -> None:
-        """Create a build Job, released; in the place of one whose digest was lost with its pod."""
-        made = build_job(self.config, observed.app, observed.run)
-        made["spec"]["suspend"] = False
-        name, namespace = made["metadata"]["name"], made["metadata"]["namespace"]
-        if "build" in observed.jobs:
-            made["metadata"]["annotations"][ANNOTATION_REMADE] = "1"
-            self.kubectl.run("delete", "job", name, "--ignore-not-found", namespace=namespace)
-        try:
-            self.kubectl.create([made], namespace)
-        except KubectlError as refused:
-            if refused.kind not in ("Invalid", "BadRequest", "Denied"):
-                raise
-            why = ends(Outcome.FAILED, Reason.JOB_REFUSED, refused.said, "build")
-            self.finish(observed.run, observed.jobs, why)
-
-    def informer_of(self, found: Job) -> Informer[Job]:
-        """Return the mirror that a Job is in."""
-        return next(w for w in self.jobs if w.namespace == found.namespace)
-
-    def annotate(self, found: Job, annotations: Mapping[str, str | None], **spec: Any) -> None:
-        """Write annotations on a Job; one that is gone needs none."""
-        change: Object = {"metadata": {"annotations": dict(annotations)}, "spec": spec}
-        try:
-            self.informer_of(found).learn(
-                self.kubectl.patch("job", found.name, found.namespace, change)
-            )
-        except KubectlError as gone:
-            if gone.kind != "NotFound":
-                raise
+        with self.state.lock(app):
+            state = self.state.read(app)
+            # what has ended since it was pushed, or was pushed again, stays as it is
+            records = [RunRecord.of(run) for run in runs if newer_than(run, state)]
+            if records:
+                started = {record.id for record in records}
+                self.state.write(app, *records, with_job=self.informers.ids_with_job(app) | started)
 
     def finish(self, run: Run, jobs: Mapping[str, Job], action: Action) -> None:
-        """Record how a run ended, mark its Jobs as done with; then say it."""
-        outcome, stage = action.outcome or Outcome.FAILED, action.stage
+        """Record how a run ended, mark its Jobs as done with, and report it."""
         detail = self.doors.secrets.mask(action.detail)
-        bad = outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK)
-        at = max(self.clock.now(), run.received)  # by a clock that may be ahead
-        self.record_end(run, action, outcome, at)
-        if bad and stage in jobs and action.reason is not Reason.CLONE_FAILED:
-            mine = [p for w in self.pods for p in w.items() if p.job == jobs[stage].uid]
-            last = sorted(mine, key=lambda p: -p.created)[:1]
-            logs, namespace = self.deployer.steady.rollout.logs, jobs[stage].namespace
-            logs.start(partial(logs.keep, run.app, run.id, last, namespace))
-        annotations: dict[str, str | None] = {
-            ANNOTATION_OUTCOME: str(outcome),
-            ANNOTATION_ENDED: f"{at:.3f}",
-        }
-        annotations |= dict.fromkeys((ANNOTATION_REASON, ANNOTATION_DETAIL))  # what it waited for
-        for found in jobs.values():
-            stop = {"activeDeadlineSeconds": 1} if found.state == "active" else {}
-            self.annotate(found, annotations, ttlSecondsAfterFinished=JOB_TTL, **stop)
-            if found.unsuspended and found.finished:
-                measure = self.metrics.stage_seconds.labels(run.app, found.stage, found.state)
-                measure.observe(max(0.0, found.finished - found.unsuspended))
-        self.metrics.runs.labels(run.app, outcome, stage, action.reason).inc()
-        why = {"outcome": outcome, "stage": stage, "reason": action.reason, "detail": detail}
-        took = round(self.clock.now() - run.received, 1)
-        (error if bad else info)("run ended", **why, seconds=took, **run_words(run))
+        end = replace(action, outcome=action.outcome or Outcome.FAILED, detail=detail)
+        at = max(self.doors.clock.now(), run.received)  # by a clock that may be ahead
+        self.record_end(run, end, at)
+        bad = end.outcome in BAD_OUTCOMES
+        job = jobs.get(end.stage)
+        if bad and job and end.reason is not Reason.CLONE_FAILED:
+            pods = [pod for pod in self.informers.all_pods() if pod.job == job.uid]
+            last = sorted(pods, key=lambda pod: -pod.created)[:1]
+            self.logs.start(partial(self.logs.keep, run.app, run.id, last, job.namespace))
+        self.mark_jobs(jobs, end, at)
+        reason = str(end.reason)
+        words = {"outcome": str(end.outcome), "reason": reason, "detail": detail, "at": at}
+        self.report(run, state=State.ENDED, stage=end.stage, **words)
 
-    def record_end(self, run: Run, action: Action, outcome: Outcome, at: float) -> None:
+    def report(self, run: Run, **values: Any) -> None:
+        """Report a Transition of a run, with how long after its push it came."""
+        more = {"seconds": round(values["at"] - run.received, 1), **run_words(run)}
+        self.doors.reports.emit(Transition(run=run.id, app=run.app, more=more, **values))
+
+    def record_end(self, run: Run, end: Action, at: float) -> None:
         """Record how a run ended; reject its commit if a deployment says something against it."""
-        if (app := self.apps.get(run.app)) is None:
+        app = self.apps.get(run.app)
+        if app is None:
             return
-        detail = clip(self.doors.secrets.mask(action.detail))
-        ended = replace(
+        record = replace(
             RunRecord.of(run),
-            outcome=str(outcome),
-            reason=str(action.reason),
-            stage=action.stage,
-            detail=detail,
+            outcome=str(end.outcome),
+            reason=str(end.reason),
+            stage=end.stage,
+            detail=clip(end.detail),
             ended=round(at, 3),
         )
-        records: list[RunRecord | Rejection] = [ended]
-        bad = outcome in (Outcome.FAILED, Outcome.SWITCHED_BACK)
-        if bad and action.stage not in STAGES and action.reason not in FORGIVEN:
-            reason, now = str(action.reason), self.clock.now()
-            records.append(Rejection(commit=run.commit, reason=reason, at=now))
-        self.state.write(app, *records, with_job=self.runs_with_job(app.name))
+        records: list[RunRecord | Rejection] = [record]
+        if end.outcome in BAD_OUTCOMES and end.stage not in STAGES and end.reason not in FORGIVEN:
+            reason = str(end.reason)
+            records.append(Rejection(commit=run.commit, reason=reason, at=self.doors.clock.now()))
+        self.state.write(app, *records, with_job=self.informers.ids_with_job(app))
 
-    def end_vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
-        """End a run whose Job disappeared before its end."""
-        # only green tests are built; a finished build can be made once more
-        green = "build" in left and not left["build"].outcome
-        spare = green if lost.stage == "test" else lost.state == "succeeded"
-        if spare or lost.outcome or over({lost.stage: lost, **left}):
-            return
-        app = self.apps.get(lost.run.app)
-        record = self.state.read(app).runs.get(lost.run.id) if app else None
-        # who ended the run since it was seen has recorded so
-        if record is None or not record.outcome or record.ended < lost.run.received:
-            why = vanish(f"Job {lost.name} was deleted", lost.stage)
-            self.finish(lost.run, left or {lost.stage: lost}, why)
+    def mark_jobs(self, jobs: Mapping[str, Job], end: Action, at: float) -> None:
+        """Mark Jobs as those of a run that has ended; one that still runs is stopped."""
+        annotations = {ANNOTATION_OUTCOME: str(end.outcome), ANNOTATION_ENDED: f"{at:.3f}"}
+        for job in jobs.values():
+            stop = {"activeDeadlineSeconds": 1} if job.state == "active" else {}
+            marks = {**annotations, **NO_WAIT}
+            self.informers.annotate(job, marks, ttlSecondsAfterFinished=JOB_TTL, **stop)
+            if job.unsuspended and job.finished:
+                seconds = max(0.0, job.finished - job.unsuspended)
+                labels = (job.run.app, job.stage, job.state)
+                self.doors.reports.metrics.stage_seconds.labels(*labels).observe(seconds)
 
-    # Workers.
 
-    def start_worker(self, task: Task, body: Callable[[], None]) -> None:
-        """Run one slow step for an environment; no two at once, and after a failure not at once."""
-        failures, until = self.taken.get(task.labels, (0, 0.0))
-        if until > self.clock.monotonic():
-            return
-        self.taken[task.labels] = failures, NEVER
+class Informers:
+    """The informers of our Jobs and pods, and of the apps' live Services."""
 
-        def run() -> None:
-            """Let the body run, and the environment rest after a failure."""
-            failed = failures + 1
-            try:
-                body()
-                failed = 0
-            except (HookError, OSError) as lost:
-                if not self.stop.is_set():
-                    warn("a worker will try again", detail=str(lost), **task.words)
-            finally:
-                rest = backoff(failures) if failed else 0.0
-                self.taken[task.labels] = failed, self.clock.monotonic() + rest
-                self.wake.set()
+    def __init__(self, config: Config, kubectl: Kubectl) -> None:
+        self.config = config
+        self.kubectl = kubectl
+        ours = f"{LABEL_MANAGED}={MANAGER}"
+        namespaces = [config.namespaces[stage] for stage in STAGES]
+        self.jobs = [Informer(kubectl, "jobs", name, Job, ours) for name in namespaces]
+        self.pods = [Informer(kubectl, "pods", name, Pod, ours) for name in namespaces]
+        # by name, with whatever labels: one that lost ours is still what visitors ask
+        live = partial(app_service, frozenset(app.name for app in config.apps))
+        self.services = {
+            environment: Informer(kubectl, "services", config.namespaces[environment], live, "")
+            for app in config.apps
+            for environment in app.deploy.environments
+        }
 
+    def all(self) -> list[Informer[Any]]:
+        """Return every informer."""
+        return [*self.jobs, *self.pods, *self.services.values()]
+
+    def all_jobs(self) -> list[Job]:
+        """Return all Jobs."""
+        return [job for informer in self.jobs for job in informer.items()]
+
+    def all_pods(self) -> list[Pod]:
+        """Return all pods of Jobs."""
+        return [pod for informer in self.pods for pod in informer.items()]
+
+    def jobs_by_run(self) -> dict[str, dict[str, Job]]:
+        """Return the Jobs by run and stage."""
+        runs: dict[str, dict[str, Job]] = {}
+        for job in self.all_jobs():
+            if job.stage in STAGES:
+                runs.setdefault(job.run.id, {})[job.stage] = job
+        return runs
+
+    def ids_with_job(self, app: App) -> set[str]:
+        """Return the ids of an app's runs of which there is a Job, as far as it can be seen."""
+        return {job.run.id for job in self.all_jobs() if job.run.app == app.name}
+
+    def runs_with_jobs(self, app: App, pushes: Iterable[Run]) -> list[Run]:
+        """Return the runs of an app's Jobs; while those cannot be followed, of these pushes only.
+
+        Raises KubectlError.
+        """
+        if not any(informer.trouble for informer in self.jobs):
+            return [job.run for job in self.all_jobs() if job.run.app == app.name]
+        ids = [id_ for run in pushes for id_ in run_ids(*run_key(run))]
+        jobs_by_run = jobs_of(self.kubectl, self.config, ids)
+        return [job.run for jobs in jobs_by_run.values() for job in jobs]
+
+    def of(self, job: Job) -> Informer[Job]:
+        """Return the informer that follows a Job."""
+        return next(informer for informer in self.jobs if informer.namespace == job.namespace)
+
+    def annotate(self, job: Job, annotations: Mapping[str, str | None], **spec: Any) -> None:
+        """Write annotations on a Job, and fields of its spec; one that is gone needs none.
+
+        Raises KubectlError.
+        """
+        change: Object = {"metadata": {"annotations": dict(annotations)}, "spec": spec}
         try:
-            self.spawn(f"worker of {task.app.name} in {task.environment}", run, again=False)
-        except RuntimeError as full:  # of processes and threads, as the operating system counts
-            self.taken[task.labels] = failures + 1, self.clock.monotonic() + backoff(failures)
-            warn("a worker will try again", detail=str(full), **task.words)
-
-    def deploy(self, task: Task, jobs: Mapping[str, Job]) -> None:
-        """Deploy; write down how the run ended if it ended here."""
-        started, place = self.clock.monotonic(), task.environment
-        ended: Action | None = None
-        try:
-            # its end may not have been written down
-            if task.run.commit in self.state.read(task.app).rejected:
-                raise StageError(Reason.REJECTED, "the commit was rejected")
-            self.deployer.deploy(task)
-        except RunError as stopped:
-            outcome = OUTCOMES.get(stopped.reason, stopped.outcome)
-            ended = ends(outcome, stopped.reason, stopped.detail, place)
-        except KubectlError as refused:
-            service = self.deployer.steady.live.read(task)
-            # a role of ours that lacks a verb is not the manifest's fault, another Forbidden is
-            kind = refused.kind
-            said = refused.diagnosis.message
-            heals = HEALING_REFUSAL.search(said) or re.search("User  cannot [a-z]+ resource ", said)
-            again = heals if kind == "Forbidden" else kind in RETRIED
-            if again or (service and service.run == task.run.id):
+            patched = self.kubectl.patch("job", job.name, job.namespace, change)
+        except KubectlError as failed:
+            if failed.kind != "NotFound":
                 raise
-            full = kind == "Forbidden" and "exceeded quota: " in said
-            reason = Reason.QUOTA_EXCEEDED if full else Reason.MANIFEST_INVALID
-            ended = ends(Outcome.FAILED, reason, self.doors.secrets.mask(refused.said), place)
-        took, result = self.clock.monotonic() - started, ended.outcome if ended else "ok"
-        self.metrics.stage_seconds.labels(task.app.name, place, result).observe(took)
-        if ended:
-            if self.deployer.steady.live.read(task) is None:
-                self.deployer.collect_garbage(task)
-            self.finish(task.run, jobs, ended)
-
-    def reconcile_services(self, runs: Iterable[Run]) -> None:
-        """Say who pointed a Service elsewhere; start what claims of ended runs leave to do."""
-        active = {r.id: r for r in runs if r.app in self.apps}
-        waiting = {r.app for r in active.values() if r.ref == self.apps[r.app].deploy_ref}
-        listed = [(e, s) for e, w in self.services.items() for s in w.items()]
-        for environment, service in ((e, s) for e, s in listed if s.name in self.apps):
-            app, claim, phase = self.apps[service.name], service.claim, service.claim.phase
-            run = Run(id=str(claim.run), app=app.name, ref="", commit="")
-            task = self.task(app, environment, run)
-            with self.contain_errors(run):
-                self.reconcile_service(task, service)
-            after = app.deploy.drain if phase == Phase.DRAINING else 0.0
-            after = CLAIM_SECONDS if phase == Phase.ROLLBACK else after
-            due = seconds_of(claim.since) + after
-            # of the last environment the run ends first: it waits for whoever works there
-            held = run.id in active and (phase != Phase.DRAINING or task.last)
-            # a newer run overwrites the idle colour anyway: healing it would be in its way
-            pointless = phase == Phase.PREPARING and app.name in waiting
-            if claim and self.clock.now() >= due and not held and not pointless:
-                self.start_worker(task, partial(self.deployer.finish_claim, task, claim))
-
-    def reconcile_service(self, task: Task, service: Service) -> None:
-        """Keep what is live while a Service is in order; else see to it in a thread of its own."""
-        was, live = self.selectors.get(task.labels), service.live
-        self.selectors[task.labels], new = service.selector, was != service.selector
-        if not service.in_order:
-            # where the selector names no run, other pods may come to be reached
-            rest = 6 * AGAIN_SECONDS if service.ours else AGAIN_SECONDS
-            self.mend(task, service, rest)
-            return
-        self.deployer.steady.live.remember(task, service)
-        # with nothing seen before, a rollback may be long ago
-        left = service.entry((was or {}).get(LABEL_RUN, ""))
-        if new and left.outcome == Outcome.ROLLED_BACK and live != service.history[0]:
-            self.metrics.switches.labels(*task.labels, "rollback").inc()
-            words = {**task.words, "run": left.run, "live": live.run}
-            warn("rolled back", detail=clip(left.detail), **words)
-        new = self.saved.get(task.labels) != live
-        if new and self.cooldown.allows(("what is live", *task.labels), None, AGAIN_SECONDS):
-            self.state.write(task.app, live={task.environment: live})
-            self.saved[task.labels] = live
-
-    def mend(self, task: Task, service: Service, rest: float) -> None:
-        """See to a live Service that someone else changed, beside any worker, and now and then."""
-
-        def body() -> None:
-            """Let the Service be seen to; what does not work is tried after the next look."""
-            try:
-                self.deployer.steady.guard.repair(task)
-            except (HookError, OSError) as lost:
-                if not self.stop.is_set():
-                    warn("a live Service will be looked at again", detail=str(lost), **task.words)
-            self.wake.set()
-
-        name = f"selector of {task.app.name} in {task.environment}"
-        running = name in self.threads and self.threads[name].is_alive()
-        if not running and self.cooldown.allows(name, service.version, rest):
-            self.spawn(name, body, again=False)
+        else:
+            self.of(job).learn(patched)
 
 
 def vanish(detail: str, stage: str) -> Action:
@@ -6814,44 +6528,620 @@ def run_words(run: Run) -> dict[str, Any]:
 
 def jobs_of(kubectl: Kubectl, config: Config, runs: Iterable[str]) -> dict[str, list[Job]]:
     """Return the Jobs of each of these runs, in two calls for all of them."""
-    found: dict[str, list[Job]] = {run: [] for run in runs}
-    terms = f"{LABEL_RUN} in ({','.join(found)})"
-    for stage in STAGES if found else ():
-        for each in map(Job, kubectl.list("jobs", config.namespaces[stage], "-l", terms)):
-            found[each.run.id].append(each)
-    return found
+    jobs_by_run: dict[str, list[Job]] = {run: [] for run in runs}
+    terms = f"{LABEL_RUN} in ({','.join(jobs_by_run)})"
+    for stage in STAGES if jobs_by_run else ():
+        for job in map(Job, kubectl.list("jobs", config.namespaces[stage], "-l", terms)):
+            jobs_by_run[job.run.id].append(job)
+    return jobs_by_run
 
 
 def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
-    """Let a run that has ended go on where it failed; return whether its push is dealt with.
+    """Let a run that has ended go on where it failed; return whether its push is done with.
 
     A run under way is left alone. Green Jobs and the digest are reused; a failed Job is deleted, so
     that the next intake makes it anew, and until it is gone the answer is False.
     """
-    if not jobs or any(j.deleting for j in jobs):
+    if not jobs or any(job.deleting for job in jobs):
         return False
-    ended = max(seconds_of(j.annotations.get(ANNOTATION_ENDED)) for j in jobs)
-    if not over({j.stage: j for j in jobs}) or ended > run.received:
+    ended = max(seconds_of(job.annotations.get(ANNOTATION_ENDED)) for job in jobs)
+    if not over({job.stage: job for job in jobs}) or ended > run.received:
         return True
-    failed = [j for j in jobs if j.state != "succeeded"]
-    lost = jobs if any(j.stage == "test" for j in failed) else failed
-    for known in lost:
-        kubectl.delete("job", [known.name], known.namespace)
-    told: Object = dict.fromkeys(
-        (ANNOTATION_OUTCOME, ANNOTATION_REASON, ANNOTATION_DETAIL, ANNOTATION_ENDED)
-    )
-    for known in (j for j in reversed(jobs) if j not in lost):  # the last one tells
-        annotations = {
-            **told,
-            ANNOTATION_RECEIVED: f"{run.received:.3f}",
-            ANNOTATION_DELIVERY: run.delivery,
-        }
-        change = {
-            "metadata": {"annotations": annotations},
-            "spec": {"ttlSecondsAfterFinished": None},
-        }
-        kubectl.patch("job", known.name, known.namespace, change)
-    return len(lost) < len(jobs)
+    failed = [job for job in jobs if job.state != "succeeded"]
+    obsolete = jobs if any(job.stage == "test" for job in failed) else failed
+    for job in obsolete:
+        kubectl.delete("job", [job.name], job.namespace)
+    annotations = {
+        **dict.fromkeys((ANNOTATION_OUTCOME, ANNOTATION_ENDED)),
+        **NO_WAIT,
+        ANNOTATION_RECEIVED: f"{run.received:.3f}",
+        ANNOTATION_DELIVERY: run.delivery,
+    }
+    spec = {"ttlSecondsAfterFinished": None}
+    change = {"metadata": {"annotations": annotations}, "spec": spec}
+    for job in reversed(jobs):  # the last one says whether the run has ended
+        if job not in obsolete:
+            kubectl.patch("job", job.name, job.namespace, change)
+    return len(obsolete) < len(jobs)
+
+
+# === controller ===================================================================================
+# The daemon behind the webhook: one thread observes the cluster, decides what is next for each run,
+# and executes it; slow steps run in workers.
+
+RETRIED = ("Unreachable", "Conflict", "Unknown", "NotFound")  # nobody's fault, or ours
+
+
+class Controller:
+    """Puts the parts together, starts their threads and ends them."""
+
+    def __init__(self, config: Config, deployer: Deployer, spool: Spool) -> None:
+        context = ControllerContext(config, deployer, spool)
+        self.context = context
+        self.clock = context.clock
+        self.metrics = context.metrics
+        self.heartbeats = context.heartbeats
+        self.spooled = context.spooled
+        self.informers = context.informers
+        self.supervisor = Supervisor(context)
+        self.intake = Intake(context)
+        self.catch_up = CatchUp(context, self.intake)
+        self.workers = Workers(context, self.supervisor)
+        self.runs = RunReconciler(context, self.catch_up, self.workers)
+        self.services = ServiceReconciler(context, self.workers)
+        self.metrics.spool.set_function(lambda: len(spool))
+        self.metrics.begin(config.apps)
+
+    def start(self) -> None:
+        """Start every thread; none of them needs the cluster to be there."""
+        wake = self.context.wake
+        for informer in self.informers.all():
+            name = f"watch of {informer.resource} in {informer.namespace}"
+            beat = partial(self.heartbeats.beat, name, WATCH_SECONDS + 120.0)
+            self.supervisor.spawn(name, partial(informer.run, beat, wake))
+        repeat = self.supervisor.repeat
+        repeat("intake", "intake waits for the cluster", self.intake.admit_all, self.spooled)
+        repeat("controller", "a step will be tried again", self.reconcile, wake)
+        for app in self.context.config.apps:
+            read = partial(self.catch_up.read_heads, app)
+            wanted = self.catch_up.wanted[app.name]
+            repeat(f"heads of {app.name}", "catch-up waits", read, wanted)
+
+    def reconcile(self) -> float:
+        """Reconcile runs and Services, if the informers follow; return when to do so again."""
+        retry = self.context.retry
+        away = any(informer.trouble for informer in self.informers.all())
+        self.metrics.waiting.labels("cluster").set(away)
+        stages: list[Informer[Any]] = [*self.informers.jobs, *self.informers.pods]
+        if not any(informer.trouble for informer in stages):
+            open_runs = self.runs.reconcile()
+            self.services.reconcile(open_runs)
+        self.metrics.waiting.labels("a step").set(retry.failing())
+        return min(retry.wait(LOOK_SECONDS), self.workers.retry.wait(LOOK_SECONDS))
+
+    def shut_down(self, seconds: float) -> None:
+        """End every thread, then admit what is spooled; the next process does what is cut off."""
+        until = self.clock.monotonic() + seconds
+        self.context.stop.set()
+        for informer in self.informers.all():
+            informer.stop()
+        for event in (self.context.wake, self.spooled, *self.catch_up.wanted.values()):
+            event.set()
+        self.supervisor.join(until)
+        if self.clock.monotonic() < until - seconds / 2:  # else an API that hangs would take it all
+            with suppress(HookError):
+                self.intake.admit_all()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The next step of a run, and what it was decided on."""
+
+    observed: Observation
+    action: Action
+
+
+class RunReconciler:
+    """Brings each run one step further: it observes, decides and executes."""
+
+    def __init__(self, context: ControllerContext, catch_up: CatchUp, workers: Workers) -> None:
+        self.context = context
+        self.clock = context.clock
+        self.informers = context.informers
+        self.recorder = context.recorder
+        self.catch_up = catch_up
+        self.workers = workers
+        self.cooldown = Cooldown(self.clock)
+        self.trackers: dict[str, ProblemTracker] = {}  # of open runs
+        self.jobs: dict[str, Job] = {}  # by name; what is gone until its run's end is recorded
+
+    def reconcile(self) -> list[Run]:
+        """Take the next step of every open run that has one; return these runs, newest first."""
+        jobs_by_run = self.informers.jobs_by_run()
+        self.end_vanished_runs(jobs_by_run)
+        open_runs = [jobs for jobs in jobs_by_run.values() if not over(jobs)]
+        open_runs.sort(key=lambda jobs: -newest(jobs).received)
+        jobs = [job for jobs in open_runs for job in jobs.values()]
+        states = Counter(job.state for job in jobs)
+        for state in ("suspended", "active"):
+            self.context.metrics.queue.labels(state).set(states[state])
+        active = [job.run for job in jobs if job.state == "active"]
+        steps = [Step(observed, decide(observed)) for observed in self.observe_all(open_runs)]
+        self.execute_all(self.within_slots(steps, active))
+        self.context.attempt("Jobs that never ran", self.delete_unrun_jobs)
+        self.delete_old_logs()
+        return [newest(jobs) for jobs in open_runs]
+
+    def end_vanished_runs(self, jobs_by_run: Mapping[str, Mapping[str, Job]]) -> None:
+        """End the runs whose Jobs are gone; as many as there is time for in this look."""
+        existing = {job.name: job for jobs in jobs_by_run.values() for job in jobs.values()}
+        self.jobs |= existing
+        until = self.clock.monotonic() + LOOK_SECONDS
+        for lost in [job for name, job in self.jobs.items() if name not in existing]:
+            if self.clock.monotonic() < until:
+                step = partial(self.end_vanished, lost, jobs_by_run.get(lost.run.id, {}))
+                self.context.attempt(f"lost {lost.name}", step, **run_words(lost.run))
+
+    def end_vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
+        """End a run if one of its Jobs disappeared that it still needed, and forget that Job."""
+        # only green tests are built; a finished build can be made once more
+        green = "build" in left and not left["build"].outcome
+        spare = green if lost.stage == "test" else lost.state == "succeeded"
+        if not (spare or lost.outcome or over({lost.stage: lost, **left})):
+            app = self.context.apps.get(lost.run.app)
+            record = self.context.state.read(app).runs.get(lost.run.id) if app else None
+            # who ended the run since it was seen has recorded so
+            if record is None or not record.outcome or record.ended < lost.run.received:
+                end = vanish(f"Job {lost.name} was deleted", lost.stage)
+                self.recorder.finish(lost.run, left or {lost.stage: lost}, end)
+        self.jobs.pop(lost.name, None)
+
+    def observe_all(self, open_runs: Sequence[Mapping[str, Job]]) -> Iterator[Observation]:
+        """Yield what decides over each run that may be tried now, and forget runs that ended."""
+        pods_by_job: dict[str, list[Pod]] = {}
+        for pod in self.informers.all_pods():
+            pods_by_job.setdefault(pod.job, []).append(pod)
+        for ended in self.trackers.keys() - {newest(jobs).id for jobs in open_runs}:
+            del self.trackers[ended]
+            self.context.retry.succeeded(ended)
+        refs = set[tuple[str, str]]()
+        for jobs in open_runs:
+            run = newest(jobs)
+            pods = [pod for job in jobs.values() for pod in pods_by_job.get(job.uid, [])]
+            newer = (run.app, run.ref) in refs
+            refs.add((run.app, run.ref))
+            due = self.context.retry.due(run.id, latest_version(jobs, pods))
+            if due and run.app in self.context.apps:
+                yield self.observe(jobs, pods, newer=newer)
+
+    def observe(self, jobs: Mapping[str, Job], pods: Sequence[Pod], *, newer: bool) -> Observation:
+        """Return what decides over one run."""
+        run = newest(jobs)
+        # in this order: who is done with an environment has written on the Jobs how it ended
+        busy = self.workers.busy(run)
+        jobs = {s: self.informers.of(job).find(job.name) or job for s, job in jobs.items()}
+        informers = self.informers.services.items()
+        unseen = frozenset(environment for environment, i in informers if i.trouble)
+        # that there is no room in the cluster is only waited for
+        problems = [
+            p for pod in pods for p in pod_problems(pod) if p.reason != Reason.UNSCHEDULABLE
+        ]
+        for job in jobs.values():
+            refused = job.annotations.get(ANNOTATION_REASON) == Reason.ADMISSION_REFUSED
+            if refused and lacks_pod(job, pods):
+                detail = job.annotations.get(ANNOTATION_DETAIL, "")
+                problems.append(creation_problem(detail, job.name))
+        now = self.clock.now()
+        return Observation(
+            app=self.context.apps[run.app],
+            run=run,
+            jobs=jobs,
+            pods=tuple(pods),
+            services={e: s for e, i in informers for s in i.items() if s.name == run.app},
+            head=self.catch_up.heads[run.app].relation(run, self.clock),
+            newer=newer,
+            fatal_problem=self.trackers.setdefault(run.id, ProblemTracker()).fatal(problems, now),
+            busy=busy | unseen,
+            now=now,
+            queue_timeout=self.context.config.limits.queue_timeout,
+        )
+
+    def within_slots(self, steps: Sequence[Step], active: Sequence[Run]) -> Iterator[Step]:
+        """Yield each run's next step; one that would start a Job without a slot waits."""
+        served: dict[str, float] = {}  # when each app last got a slot
+        for job in self.informers.all_jobs():
+            served[job.run.app] = max(served.get(job.run.app, 0.0), job.unsuspended)
+        starting = (Do.UNSUSPEND, Do.BUILD)
+        wanted = [self.slot(s.observed.run) for s in steps if s.action.do in starting]
+        running = [self.slot(run) for run in active]
+        granted = grant_slots(wanted, running, served, self.context.config.limits.max_running)
+        for step in steps:
+            if step.action.do in starting and step.observed.run.id not in granted:
+                observed = replace(step.observed, slot=False)
+                yield Step(observed, decide(observed))
+            else:
+                yield step
+
+    def slot(self, run: Run) -> Slot:
+        """Return the slot that a Job of a run takes, or would take."""
+        deploys = self.context.is_deployed(run)
+        return Slot(run=run.id, app=run.app, deploys=deploys, received=run.received)
+
+    def execute_all(self, steps: Iterable[Step]) -> None:
+        """Execute steps; ends of test-only runs, of which there may be many, come last.
+
+        Those that do not fit into this look are left to the next ones, after what came meanwhile.
+        """
+        until = self.clock.monotonic() + LOOK_SECONDS
+        for step in sorted(steps, key=self.can_wait):
+            if self.can_wait(step) and self.clock.monotonic() > until:
+                self.context.wake.set()
+                break
+            run = step.observed.run
+            news = latest_version(step.observed.jobs, step.observed.pods)
+            self.context.attempt(run.id, partial(self.execute, step), news, **run_words(run))
+
+    def can_wait(self, step: Step) -> bool:
+        """Whether a step is the end of a run that is only tested."""
+        return step.action.do is Do.END and not self.context.is_deployed(step.observed.run)
+
+    def execute(self, step: Step) -> None:
+        """Execute an action, and not again until the cluster shows its effect."""
+        observed = step.observed
+        action = step.action
+        if action.reason is Reason.GIT_ERROR:
+            self.wait_for_git(observed, action)
+        elif action.do is Do.WAIT and action.stage in observed.jobs:
+            self.wait_for_pod(observed.jobs[action.stage], observed)
+        if action.do in (Do.NOTHING, Do.WAIT):
+            return
+        state = (action.do, action.stage, *(job.version for job in observed.jobs.values()))
+        # that an environment is being changed is known without looking
+        if action.do is not Do.DEPLOY and not self.cooldown.allows(observed.run.id, state):
+            return
+        for job in observed.jobs.values():
+            if ANNOTATION_REASON in job.annotations:
+                self.informers.annotate(job, NO_WAIT)
+        self.carry_out(observed, action)
+        self.cooldown.start(observed.run.id, AGAIN_SECONDS, state)
+
+    def carry_out(self, observed: Observation, action: Action) -> None:
+        """Do what an action says."""
+        jobs = observed.jobs
+        stage = action.stage
+        if action.do is Do.ANNOTATE:
+            key = ANNOTATION_SUMMARY if stage == "test" else ANNOTATION_DIGEST
+            detail = self.context.doors.secrets.mask(action.detail)
+            self.informers.annotate(jobs[stage], {key: detail})
+        elif action.do is Do.UNSUSPEND:
+            self.informers.annotate(jobs[stage], {}, suspend=False)
+        elif action.do is Do.BUILD:
+            self.build(observed)
+        elif action.do is Do.DEPLOY:
+            digest = jobs["build"].annotations.get(ANNOTATION_DIGEST) if "build" in jobs else ""
+            image = f"{observed.app.build.image}@{digest}" if digest else ""
+            task = self.context.task(observed.run, stage, image)
+            step = partial(self.workers.deploy, task, jobs)
+            self.workers.start("worker", task, step, observed.run.received)
+        else:
+            self.recorder.finish(observed.run, jobs, action)
+
+    def build(self, observed: Observation) -> None:
+        """Create a build Job, unsuspended, in the place of one whose pod took its digest along."""
+        job = build_job(self.context.config, observed.app, observed.run)
+        job["spec"]["suspend"] = False
+        namespace = job["metadata"]["namespace"]
+        if "build" in observed.jobs:
+            job["metadata"]["annotations"][ANNOTATION_REMADE] = "1"
+            args = ("delete", "job", job["metadata"]["name"], "--ignore-not-found")
+            self.context.kubectl.run(*args, namespace=namespace)
+        try:
+            self.context.kubectl.create([job], namespace)
+        except KubectlError as refused:
+            if refused.kind not in REFUSED_FOR_GOOD:
+                raise
+            end = ends(Outcome.FAILED, Reason.JOB_REFUSED, refused.said, "build")
+            self.recorder.finish(observed.run, observed.jobs, end)
+
+    def wait_for_git(self, observed: Observation, action: Action) -> None:
+        """Have the heads read, and annotate a run that waits for them with git's last error."""
+        self.catch_up.wanted[observed.run.app].set()
+        if observed.now - observed.run.received <= AGAIN_SECONDS:
+            return
+        job = observed.jobs.get("build") or observed.jobs["test"]
+        error = self.catch_up.errors.get(observed.run.app, "")
+        key = f"{observed.run.id} waits for git{' that fails' * bool(error)}"  # its words vary
+        if self.cooldown.allows(key) or job.annotations.get(ANNOTATION_REASON) != action.reason:
+            detail = f"{action.detail}; {error}" if error else action.detail
+            detail = clip(self.context.doors.secrets.mask(detail))
+            annotations = {ANNOTATION_REASON: str(action.reason), ANNOTATION_DETAIL: detail}
+            self.informers.annotate(job, annotations)
+            self.cooldown.start(key, 300.0)
+
+    def wait_for_pod(self, job: Job, observed: Observation) -> None:
+        """Annotate a Job that has no pod with the reason, as its Events tell it now and then."""
+        key = f"Events of {job.name}"
+        late = observed.now - job.unsuspended >= LOOK_SECONDS and lacks_pod(job, observed.pods)
+        if not late or not self.cooldown.allows(key):
+            return
+        terms = f"involvedObject.uid={job.uid},reason=FailedCreate"
+        kubectl = self.context.kubectl
+        events = kubectl.list("events", job.namespace, "--field-selector", terms)
+        message = str(events[-1].get("message", "")) if events else ""
+        if message and clip(message) != job.annotations.get(ANNOTATION_DETAIL):
+            reason = creation_problem(message, "").reason
+            annotations = {ANNOTATION_REASON: str(reason), ANNOTATION_DETAIL: clip(message)}
+            self.informers.annotate(job, annotations)
+        self.cooldown.start(key, AGAIN_SECONDS)
+
+    def delete_unrun_jobs(self) -> None:
+        """Delete Jobs of runs that ended without them: those have no time to live."""
+        ended = self.clock.now() - UNRUN_TTL
+        jobs = [
+            job for job in self.informers.all_jobs() if job.outcome and job.state == "suspended"
+        ]
+        due = [j for j in jobs if seconds_of(j.annotations.get(ANNOTATION_ENDED)) < ended]
+        for namespace in {job.namespace for job in due[:1]}:  # the other one at the next look
+            names = [job.name for job in due if job.namespace == namespace][:BATCH]
+            self.context.kubectl.delete("job", names, namespace)
+
+    def delete_old_logs(self) -> None:
+        """Have the kept logs of an app looked through, of one at each look."""
+        due = (a for a in self.context.apps.values() if self.cooldown.allows(f"logs of {a.name}"))
+        if app := next(due, None):
+            logs = self.recorder.logs
+            logs.start(partial(logs.delete_expired, app, self.context.config.namespaces))
+            self.cooldown.start(f"logs of {app.name}", 3600.0)
+
+
+def lacks_pod(job: Job, pods: Iterable[Pod]) -> bool:
+    """Whether a Job that may run has no pod."""
+    return job.state == "active" and job.uid not in {pod.job for pod in pods}
+
+
+def latest_version(jobs: Mapping[str, Job], pods: Iterable[Pod]) -> int:
+    """Return the version of the object of a run that was changed last."""
+    return max([*(job.version for job in jobs.values()), *(pod.version for pod in pods)])
+
+
+class ServiceReconciler:
+    """Follows live Services: has drift repaired, reports rollbacks, finishes what claims left."""
+
+    def __init__(self, context: ControllerContext, workers: Workers) -> None:
+        self.context = context
+        self.deployer = context.deployer
+        self.workers = workers
+        self.cooldown = Cooldown(context.clock)
+        self.services: dict[str, Service] = {}  # at the last look
+        self.saved: dict[str, HistoryEntry] = {}  # what is live, as it is recorded
+
+    def reconcile(self, open_runs: Sequence[Run]) -> None:
+        """Follow each live Service; start what the claims of ended runs left to do."""
+        for environment, informer in self.context.informers.services.items():
+            for service in informer.items():
+                run = Run(id=service.claim.run, app=service.name, ref="", commit="")
+                task = self.context.task(run, environment)
+                item = f"live Service of {service.name} in {environment}"
+                step = partial(self.follow, item, task, service)
+                self.context.attempt(item, step, service.version, **task.words)
+                if self.is_left(task, service.claim, open_runs):
+                    finish = partial(self.deployer.finish_claim, task, service.claim)
+                    start = partial(self.workers.start, "worker", task, finish)
+                    self.context.attempt(f"claim of {item}", start, **task.words)
+
+    def follow(self, item: str, task: Task, service: Service) -> None:
+        """Record what is live while a Service is in order; else have it repaired."""
+        before = self.services.get(item)
+        self.services[item] = service
+        if not service.in_order:
+            # where the selector names no run, other pods may come to be reached
+            seconds = 6 * AGAIN_SECONDS if service.ours else AGAIN_SECONDS
+            if self.cooldown.allows(item, service.version):
+                repair = partial(self.deployer.steady.guard.repair, task)
+                if self.workers.start("selector", task, repair, service.version):
+                    self.cooldown.start(item, seconds, service.version)
+            return
+        self.deployer.steady.live.remember(task, service)
+        # with nothing seen before, a rollback may be long ago
+        if before and before.selector != service.selector:
+            self.report_rollback(task, before, service)
+        if self.saved.get(item) != service.live:
+            self.context.state.write(task.app, live={task.environment: service.live})
+            self.saved[item] = service.live
+
+    def report_rollback(self, task: Task, before: Service, service: Service) -> None:
+        """Report a rollback that a command has made."""
+        left = service.entry(before.run)
+        if left.outcome == Outcome.ROLLED_BACK and service.live != service.history[0]:
+            transition = Transition(
+                state=State.ROLLED_BACK,
+                **{**task.words, "run": left.run},
+                detail=clip(left.detail),
+                at=self.context.clock.now(),
+                more={"live": service.live.run},
+            )
+            self.context.doors.reports.emit(transition)
+
+    def is_left(self, task: Task, claim: Claim, open_runs: Iterable[Run]) -> bool:
+        """Whether a claim is to be finished: its time has come and its run has ended."""
+        draining = claim.phase == Phase.DRAINING
+        pause = task.app.deploy.drain if draining else 0.0
+        pause = CLAIM_SECONDS if claim.phase == Phase.ROLLBACK else pause
+        if not claim or self.context.clock.now() < claim.since + pause:
+            return False
+        runs = [run for run in open_runs if run.app == task.app.name]
+        # a newer run overwrites the idle colour anyway: restoring it would be in its way
+        if claim.phase == Phase.PREPARING and any(map(self.context.is_deployed, runs)):
+            return False
+        # of the last environment the run ends first: it waits for whoever works there
+        open_ = any(run.id == task.run.id for run in runs)
+        return not open_ or (draining and not task.last)
+
+
+class Workers:
+    """Runs the slow steps in threads, one at a time for each app and environment."""
+
+    def __init__(self, context: ControllerContext, supervisor: Supervisor) -> None:
+        self.context = context
+        self.clock = context.clock
+        self.deployer = context.deployer
+        self.supervisor = supervisor
+        self.retry = Retry(self.clock)  # by the name of a worker
+        self._running: set[str] = set()
+
+    def busy(self, run: Run) -> frozenset[str]:
+        """Return the environments in which a run's app is changed, or tried again later.
+
+        A push that is newer than the one that failed there need not wait for that.
+        """
+        environments = self.context.apps[run.app].deploy.environments
+        names = {e: f"worker of {run.app} in {e}" for e in environments}
+        resting = {e for e, name in names.items() if not self.retry.due(name, run.received)}
+        return frozenset(resting | {e for e, name in names.items() if name in self._running})
+
+    def start(self, kind: str, task: Task, step: Callable[[], None], news: Any = None) -> bool:
+        """Run a step in a thread, unless one of its kind runs there, or waits for its next try.
+
+        Returns whether it was started. Raises HookError when there can be no more threads.
+        """
+        name = f"{kind} of {task.app.name} in {task.environment}"
+        if name in self._running or not self.retry.due(name, news):
+            return False
+        self._running.add(name)
+        try:
+            run = partial(self._run, name, task, step, news)
+            self.supervisor.spawn(name, run, again=False)
+        except HookError:
+            self._running.discard(name)
+            raise
+        return True
+
+    def _run(self, name: str, task: Task, step: Callable[[], None], news: Any) -> None:
+        """Take a step in its thread; the controller looks at the effect at once."""
+        try:
+            with self.retry.contain(name, "a worker will try again", news, **task.words):
+                try:
+                    step()
+                except (HookError, OSError):
+                    if not self.context.stop.is_set():
+                        raise
+                else:
+                    self.retry.succeeded(name)
+        finally:
+            self._running.discard(name)
+            self.context.wake.set()
+
+    def deploy(self, task: Task, jobs: Mapping[str, Job]) -> None:
+        """Deploy a run, and record how it ended if it ended here; the step of a worker."""
+        started = self.clock.monotonic()
+        end = self._end_of_deployment(task)
+        result = end.outcome if end else "ok"
+        labels = (task.app.name, task.environment, result)
+        self.context.metrics.stage_seconds.labels(*labels).observe(self.clock.monotonic() - started)
+        if end:
+            if self.deployer.steady.live.read(task) is None:
+                self.deployer.collect_garbage(task)
+            self.context.recorder.finish(task.run, jobs, end)
+
+    def _end_of_deployment(self, task: Task) -> Action | None:
+        """Deploy a run; return how it ended, or None when it is live in this environment.
+
+        Raises HookError for what another try may change.
+        """
+        try:
+            # its end may not have been written down
+            if task.run.commit in self.context.state.read(task.app).rejected:
+                raise StageError(Reason.REJECTED, "the commit was rejected")
+            self.deployer.deploy(task)
+        except RunError as stopped:
+            outcome = OUTCOMES.get(stopped.reason, stopped.outcome)
+            return ends(outcome, stopped.reason, stopped.detail, task.environment)
+        except KubectlError as refused:
+            service = self.deployer.steady.live.read(task)
+            reason = refusal_reason(refused)
+            if reason is None or (service and service.run == task.run.id):
+                raise
+            return ends(Outcome.FAILED, reason, refused.said, task.environment)
+        return None
+
+
+def refusal_reason(refused: KubectlError) -> Reason | None:
+    """Return why a deployment ends that the API server refused, None where another try may help."""
+    message = refused.diagnosis.message
+    if refused.kind in RETRIED:
+        return None
+    if refused.kind == "Forbidden":
+        # a role of ours that lacks a verb is not the manifest's fault, another Forbidden is
+        if HEALING_REFUSAL.search(message) or re.search("User  cannot [a-z]+ resource ", message):
+            return None
+        if "exceeded quota: " in message:
+            return Reason.QUOTA_EXCEEDED
+    return Reason.MANIFEST_INVALID
+
+
+class Supervisor:
+    """Starts the threads, runs them again after a bug, and ends them."""
+
+    def __init__(self, context: ControllerContext) -> None:
+        self.context = context
+        self.heartbeats = context.heartbeats
+        self.retry = Retry(context.clock)  # by the name of a thread
+        self._threads: dict[str, threading.Thread] = {}
+
+    def repeat(
+        self, name: str, complaint: str, step: Callable[[], float], event: threading.Event
+    ) -> None:
+        """Run a thread that takes a step when its event is set, or so long after the last one."""
+
+        def body() -> None:
+            """Take step after step until stopped."""
+            while not self.context.stop.is_set():
+                self.heartbeats.beat(name, STEP_SECONDS)
+                event.clear()
+                pause: float | None = None
+                with self.retry.contain(name, complaint, what=name):
+                    pause = step()
+                    if self.retry.succeeded(name):
+                        info("recovered", what=name)
+                self.context.metrics.waiting.labels(name).set(pause is None)
+                if pause is None:
+                    self.context.stop.wait(self.retry.delay(name))
+                    continue
+                self.heartbeats.beat(name, pause + STEP_SECONDS)
+                event.wait(pause)
+                self.context.stop.wait(0.05)  # a burst of events is one look
+
+        self.spawn(name, body)
+
+    def spawn(self, name: str, body: Callable[[], None], *, again: bool = True) -> None:
+        """Run a thread; a bug in it is logged and counted, and its body run again if so wanted.
+
+        Raises HookError when there can be no more threads.
+        """
+
+        def run() -> None:
+            """Run the body, and again after a bug in it if so wanted."""
+            while not self.context.stop.is_set():
+                try:
+                    return body()
+                except Exception:  # noqa: BLE001 - a thread ends here: logged, counted, run again
+                    error("a thread failed", exc=True, thread=name)
+                    self.context.metrics.errors.labels(name.partition(" ")[0]).inc()
+                    if not again or self.context.stop.wait(1.0):
+                        break
+            return None
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as full:  # of processes and threads, as the operating system counts
+            raise HookError(str(full)) from full
+        self._threads[name] = thread
+
+    def join(self, until: float) -> None:
+        """Wait for the end of every thread, at most until a time of the monotonic clock."""
+        for thread in [*self._threads.values()]:
+            thread.join(max(0.0, until - self.context.clock.monotonic()))
 
 
 # === HTTP =========================================================================================
@@ -7119,7 +7409,8 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress h
     def complain(self, what: str) -> None:
         """Log the exception being handled, but seldom, and how many there were since the last."""
         self.failures += 1
-        if self.cooldown.allows("failures", None, QUIET_SECONDS):
+        if self.cooldown.allows("failures"):
+            self.cooldown.start("failures", QUIET_SECONDS)
             error(what, count=self.failures, detail=clip(repr(sys.exc_info()[1])))
             self.failures = 0
 

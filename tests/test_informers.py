@@ -865,12 +865,6 @@ def test_the_first_list_of_a_thousand_jobs_needs_little_memory_at_any_time(puppe
 # === Around it ===
 
 
-def test_pauses_grow_to_a_limit_and_differ() -> None:
-    for failures, delay in enumerate((*hook.DELAYS, hook.DELAYS[-1])):
-        pauses = {hook.backoff(failures) for _ in range(50)}
-        assert delay * 0.7 <= min(pauses) < max(pauses) <= delay * 1.3
-
-
 def test_what_a_patch_returned_is_known_at_once_unless_it_is_older_or_gone() -> None:
     kubectl = hook.Kubectl(hook.Metrics())
     watch = Informer(kubectl, "jobs", "test", hook.Job, SELECTOR)

@@ -25,7 +25,8 @@ def results(receiver: Receiver) -> dict[str, float]:
 
 
 def test_two_daemons_in_one_process_count_apart() -> None:
-    one, other = hook.Metrics(), hook.Metrics()
+    one = hook.Metrics()
+    other = hook.Metrics()
     one.errors.labels("request").inc()
     assert b'gitops_hook_errors_total{where="request"} 1.0' in generate_latest(one.registry)
     assert b'where="request"' not in generate_latest(other.registry)
@@ -55,11 +56,11 @@ def test_the_first_of_a_kind_is_an_increase_since_all_that_can_happen_is_0_at_th
     tmp_path: Path,
 ) -> None:
     apps = "apps: [{name: shop, repository: /x.git, build: {builder: none}}]"
-    metrics, secrets = hook.Metrics(), hook.Secrets(tmp_path)
+    metrics = hook.Metrics()
     doors = hook.Doors(
         kubectl=hook.Kubectl(metrics),
         git=hook.Git(tmp_path),
-        secrets=secrets,
+        secrets=hook.Secrets(tmp_path),
         clock=hook.Clock(),
         reports=hook.Reports(metrics),
         stop=threading.Event(),
@@ -67,18 +68,17 @@ def test_the_first_of_a_kind_is_an_increase_since_all_that_can_happen_is_0_at_th
     deployer = hook.Deployer(doors)
     hook.Controller(hook.load_config(apps), deployer, hook.Spool(tmp_path, 1))
     places = {("shop", "staging"), ("shop", "production")}
-    at_zero = samples(metrics)
-    assert at_zero["selector_drift"] == places
+    zeros = samples(metrics)
+    assert zeros["selector_drift"] == places
     directions = ("forward", "back", "rollback")
     turns = {tuple(sorted((*p, d))) for p in places for d in directions}
-    assert {tuple(sorted(values)) for values in at_zero["switches"]} == turns
-    assert at_zero["catch_up_runs"] == {("shop",)}
+    assert {tuple(sorted(values)) for values in zeros["switches"]} == turns
+    assert zeros["catch_up_runs"] == {("shop",)}
     # what counts an error, or names a thread whose bugs are counted by the first word of its name
     source = Path(hook.__file__).read_text("utf-8")
-    thread = r'self\.(?:spawn|repeat)\(f?"|\bname = f"(?=[a-z]+ of )'
-    counting = rf'(?:errors\.labels\("|{thread})([a-z]+)'
+    counting = r'(?:errors\.labels\(|\brepeat\(|\bworkers\.start\(|\bname = )f?"([a-z]+)(?: of |")'
     words = {*re.findall(counting, source)}
-    assert {word for (word,) in at_zero["errors"]} == words
+    assert {word for (word,) in zeros["errors"]} == words
     assert {"worker", "watch", "intake", "heads", "secrets"} <= words
 
 
@@ -113,7 +113,7 @@ def test_probes_and_wrong_paths_are_not_deliveries(receiver: Receiver) -> None:
     assert results(receiver) == {}
 
 
-def test_durations_are_measured_from_a_tenth_of_a_second_to_an_hour() -> None:
+def test_durations_are_told_from_a_tenth_of_a_second_to_an_hour() -> None:
     metrics = hook.Metrics()
     metrics.stage_seconds.labels("shop", "test", "ok").observe(3.0)
     text = generate_latest(metrics.registry).decode()
