@@ -20,6 +20,7 @@ CLUSTER = {
     "test_deployments",
     "test_install",
     "test_live_service",
+    "test_make",
     "test_pains",
     "test_rbac",
     "test_standin_api",
