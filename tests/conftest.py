@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,11 +24,8 @@ CLUSTER = {
     "test_make",
     "test_pains",
     "test_rbac",
-    "test_standin_api",
-    "test_standin_cluster",
-    "test_standin_more",
-    "test_standin_watch",
 }
+STANDIN = Path(__file__).parent / "standin"
 
 
 def pytest_configure() -> None:
@@ -39,7 +37,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what belongs to the slow suite."""
     for item in items:
-        if item.path.stem in CLUSTER:
+        if item.path.stem in CLUSTER or item.path.is_relative_to(STANDIN):
             item.add_marker(pytest.mark.cluster)
 
 

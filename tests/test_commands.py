@@ -439,7 +439,6 @@ def test_explain_goes_on_where_an_account_may_not_look(story: Story) -> None:
     assert "token=***" in done.stdout
 
 
-
 # rollback
 
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -26,6 +26,7 @@ import requests
 import yaml
 
 import gitops_hook
+from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "gitops_hook.py"
@@ -154,15 +155,6 @@ class Daemon:
     def ready(self) -> int:
         """The status of /readyz."""
         return requests.get(f"{self.url}/readyz", timeout=5).status_code
-
-
-def eventually(check: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """The first true result of a check within a deadline."""
-    until = time.monotonic() + seconds
-    while not (result := check()):
-        assert time.monotonic() < until, "too late"
-        time.sleep(0.02)
-    return result
 
 
 @pytest.fixture
