@@ -14,6 +14,7 @@ KEEP ?=
 YES ?=
 UV := uv==0.13.9
 KIND := gitops-hook
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' gitops_hook.py)
 # What kustomize puts on all that we install, since 0.1.0: a namespace without it belongs to others.
 OURS := app.kubernetes.io/part-of=gitops-hook
 
@@ -251,7 +252,7 @@ done <<<"$$there"
 }
 endef
 
-.PHONY: help venv demo test cluster e2e faults lint types check bench fuzz image apply delete kind lock clean
+.PHONY: help venv demo test cluster e2e faults format lint types check bench fuzz image apply delete kind lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -288,8 +289,15 @@ e2e: $(INSTALLED) ## Run the demo as its users do; kill the intake; upgrade from
 faults: $(INSTALLED) ## Every step of a deployment with every kind of trouble (ARGS='-m short': one of each)
 	@$(BIN)/python -m pytest tests/e2e/test_faults.py tests/e2e/test_pairs.py $(ARGS)
 
+format: $(INSTALLED) ## Format the code, and repair what ruff can repair
+	@left=0
+	$(BIN)/ruff check --fix . || left=$$?
+	$(BIN)/ruff format .
+	exit $$left
+
 lint: $(INSTALLED) ## Check style and common mistakes
 	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet . || $(call die,the files above are not formatted; make format does it)
 
 types: $(INSTALLED) ## Check the types
 	@$(BIN)/mypy
@@ -305,15 +313,16 @@ fuzz: $(INSTALLED) ## Feed the parsers what nobody would send
 image: ## Build the image (IMAGE=registry/name:tag, else gitops-hook:dev)
 	@command -v docker >/dev/null || $(call die,docker is missing; it builds the image)
 	docker info >/dev/null 2>&1 || $(call die,the docker command is here but reaches no docker engine; start one)
-	docker build --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" --tag "$(LOCAL_IMAGE)" .
+	docker build --build-arg VERSION=$(VERSION) --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" \
+		--tag "$(LOCAL_IMAGE)" .
 
 # The same input gives the same objects, and the second run changes nothing. A healthy daemon is not
 # replaced by one that a wrong configuration would end.
 apply: $(HAS_KUBECTL) ## Install or update (IMAGE=registry/name:tag, OVERLAY=path/to/overlay)
 	@name='^[a-zA-Z0-9][a-zA-Z0-9._/:@-]*'
 	if [[ ! $$IMAGE =~ $$name[:@][a-zA-Z0-9._:-]+$$ ]]; then
-		[[ ! $$IMAGE =~ $$name$$ ]] || $(call die,IMAGE=$$IMAGE has no tag; add the version: $$IMAGE:1.0.0)
-		$(call die,say which image: make apply IMAGE=registry.example.com/tools/gitops-hook:1.0.0)
+		[[ ! $$IMAGE =~ $$name$$ ]] || $(call die,IMAGE=$$IMAGE has no tag; add the version: $$IMAGE:$(VERSION))
+		$(call die,say which image: make apply IMAGE=registry.example.com/tools/gitops-hook:$(VERSION))
 	fi
 	$(CHECK_OVERLAY)
 	rendered=$$($(KUBECTL) kustomize '$(OVERLAY)')

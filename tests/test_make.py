@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+import gitops_hook
 from tests.installing import IMAGE, ROOT, Installed, Object, make, rendered
 from tests.standin.api import Api
 from tests.standin.cluster import Cluster
@@ -200,7 +201,8 @@ def test_make_says_in_one_sentence_that_an_overlay_is_none(fake_kubectl: Path, t
 @pytest.mark.parametrize("image", ["registry.example.com:5000/a/b", "gitops-hook"])
 def test_make_apply_says_that_an_image_has_no_tag(fake_kubectl: Path, image: str) -> None:
     done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=image)
-    assert f"make apply: IMAGE={image} has no tag; add the version: {image}:1.0.0\n" in done.stderr
+    version = f"{image}:{gitops_hook.__version__}"
+    assert f"make apply: IMAGE={image} has no tag; add the version: {version}\n" in done.stderr
 
 
 @pytest.mark.parametrize("image", ["", "gitops-hook", "a b:1", "x:1'; echo no; '", "x:1#g;s/a/b/"])

@@ -627,8 +627,8 @@ def test_what_is_tested_is_what_is_shipped() -> None:
 # === Makefile ===
 
 TARGETS = {
-    "help", "venv", "demo", "test", "cluster", "e2e", "faults", "lint", "types", "check", "bench",
-    "fuzz", "image", "apply", "delete", "kind", "lock", "clean",
+    "help", "venv", "demo", "test", "cluster", "e2e", "faults", "format", "lint",
+    "types", "check", "bench", "fuzz", "image", "apply", "delete", "kind", "lock", "clean",
 }  # fmt: skip
 
 
@@ -644,6 +644,11 @@ def test_make_alone_lists_every_target() -> None:
 # === CI ===
 
 
+def make_calls(lines: list[str]) -> set[str]:
+    """The targets of make that lines of a script call."""
+    return {target for line in lines for target in re.findall(r"(?:^|&& )make ([a-z0-9]+)", line)}
+
+
 def test_ci_runs_targets_that_exist_and_the_tests_last() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
@@ -654,3 +659,92 @@ def test_ci_runs_targets_that_exist_and_the_tests_last() -> None:
     assert {"lint", "types", "test"} <= set(targets)
     assert targets[-1] == "test", "pytest's closing line is to be the last of the output"
     assert "set -euo pipefail" in text
+
+
+@pytest.fixture(scope="module")
+def gitlab() -> dict[str, Any]:
+    """The jobs of .gitlab-ci.yml, each with what it extends."""
+    text = (ROOT / ".gitlab-ci.yml").read_text("utf-8")
+    document = yaml.safe_load(text)
+    jobs = {name: value for name, value in document.items() if "script" in value}
+    return {name: {**document.get(job.get("extends"), {}), **job} for name, job in jobs.items()}
+
+
+def test_gitlab_runs_all_suites_by_targets_that_exist(gitlab: dict[str, Any]) -> None:
+    tests = [job for job in gitlab.values() if job["stage"] == "test"]
+    targets = make_calls([line for job in tests for line in job["before_script"] + job["script"]])
+    assert targets <= TARGETS
+    assert targets >= {"venv", "lint", "types", "test", "cluster", "e2e", "faults"}
+    assert not [job for job in tests if "rules" in job or "allow_failure" in job]
+
+
+def test_gitlab_publishes_the_image_of_a_tag_after_the_tests(gitlab: dict[str, Any]) -> None:
+    document = yaml.safe_load((ROOT / ".gitlab-ci.yml").read_text("utf-8"))
+    assert document["stages"] == ["test", "publish"]
+    (job,) = [job for job in gitlab.values() if job["stage"] == "publish"]
+    assert job["rules"] == [{"if": r"$CI_COMMIT_TAG =~ /^v\d+\.\d+\.\d+$/"}]
+    assert job["image"]["name"] == f"{gitops_hook.KANIKO}-debug"
+    build = job["script"][-1]
+    assert '--destination "$CI_REGISTRY_IMAGE:$version"' in build
+    arguments = {rest.split("=")[0] for what, rest in dockerfile() if what == "ARG"}
+    assert set(re.findall(r"--build-arg (\w+)=", build)) == arguments - {"PYTHON_IMAGE"}
+
+
+@pytest.mark.parametrize(
+    ("tag", "fine"), [(f"v{gitops_hook.__version__}", True), ("v9.9.9", False)]
+)
+def test_gitlab_publishes_only_the_version_that_the_program_says(
+    gitlab: dict[str, Any], tag: str, *, fine: bool
+) -> None:
+    *before, _, _, _ = gitlab["image"]["script"]
+    done = subprocess.run(
+        ["sh", "-eu", "-c", "\n".join(before)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "CI_COMMIT_TAG": tag,
+            "CI_REGISTRY_USER": "",
+            "CI_REGISTRY_PASSWORD": "",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode == 0) is fine
+    assert (f"the tag is {tag}" in done.stdout) is not fine
+
+
+def test_hooks_before_a_commit_run_targets_that_exist_and_load_nothing() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))
+    (repository,) = config["repos"]
+    assert repository["repo"] == "local"
+    hooks = repository["hooks"]
+    assert {hook["language"] for hook in hooks} == {"system"}
+    assert make_calls([hook["entry"] for hook in hooks]) == {"lint", "types", "test"} <= TARGETS
+    assert all(hook["entry"].startswith("make ") for hook in hooks)
+
+
+# === Version ===
+
+
+def test_every_file_names_the_version_that_the_program_has() -> None:
+    named = r"gitops-hook:(\d+\.\d+\.\d+)|\?ref=v(\d+\.\d+\.\d+)"
+    files = [*(ROOT / "manifests").rglob("*.*"), ROOT / "Makefile"]
+    versions = {
+        (path.name, image or reference)
+        for path in files
+        for image, reference in re.findall(named, path.read_text("utf-8"))
+    }
+    assert versions == {("kustomization.yaml", gitops_hook.__version__)}
+
+
+def test_make_takes_the_version_from_the_program(tmp_path: Path) -> None:
+    docker = tmp_path / "docker"
+    docker.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/said\n', "utf-8")
+    docker.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        assert make("image").returncode == 0
+    said = (tmp_path / "said").read_text("utf-8")
+    assert f" --build-arg VERSION={gitops_hook.__version__} " in said
+    assert f"/gitops-hook:{gitops_hook.__version__}\n" in make("apply").stderr
