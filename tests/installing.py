@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,22 @@ def make(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def rendered(directory: Path) -> list[Object]:
-    """What `kubectl kustomize` makes of a directory."""
+    """What `kubectl kustomize` makes of a directory; of our own, which do not change, only once."""
+    text = kustomized_once(directory) if directory.is_relative_to(ROOT) else kustomized(directory)
+    return list(yaml.load_all(text, yaml.CSafeLoader))
+
+
+def kustomized(directory: Path) -> str:
+    """The text that `kubectl kustomize` prints, and nothing besides."""
     done = subprocess.run(
         [find_kubectl(), "kustomize", str(directory)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+    return done.stdout
+
+
+kustomized_once = cache(kustomized)
 
 
 class Installed:

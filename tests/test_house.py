@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,14 @@ def sections(source: str) -> list[tuple[str, int]]:
     ]
 
 
+@cache
+def nodes(source: str) -> list[ast.AST]:
+    """All nodes of a file; of the same text, they are looked for once."""
+    return [*ast.walk(ast.parse(source))]
+
+
 def functions(source: str) -> Iterator[Function]:
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, Function):
             yield node
 
@@ -82,7 +89,7 @@ def class_lengths(source: str) -> dict[str, int]:
     """Lines of each class from `class` to its end, with all that stands in between."""
     return {
         node.name: node.end_lineno - node.lineno + 1
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.ClassDef) and node.end_lineno is not None
     }
 
@@ -94,7 +101,15 @@ def argument_count(function: Function) -> int:
 
 def called(node: ast.AST) -> str:
     """The dotted name that a call calls, or an empty string."""
-    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+    return dotted(node.func) if isinstance(node, ast.Call) else ""
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` as it is written, or an empty string for what is no such name."""
+    if isinstance(node, ast.Attribute):
+        left = dotted(node.value)
+        return left and f"{left}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 # === Names and assignments ===
@@ -104,7 +119,7 @@ def vague_names(source: str) -> list[str]:
     """Where a variable or a parameter gets one of the names that tell nothing."""
     bound = [
         (node.lineno, node.arg if isinstance(node, ast.arg) else node.id)
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.arg)
         or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
     ]
@@ -115,7 +130,7 @@ def packed_assignments(source: str) -> list[str]:
     """Where one statement assigns several values that it lists itself; swaps are not meant."""
     return [
         f"line {node.lineno}: {ast.unparse(target)}"
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.Assign)
         for target in node.targets
         if is_packed(target, node.value)
@@ -209,7 +224,7 @@ def doors(source: str) -> list[tuple[str, str]]:
     banners = [("before any section", 0), *sections(source)]
     calls = sorted(
         (node.lineno, called(node))
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.Call) and STARTS_A_PROCESS.fullmatch(called(node))
     )
     return [
@@ -225,7 +240,7 @@ def broad_handlers(source: str) -> list[ast.ExceptHandler]:
 
     return [
         node
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.ExceptHandler) and is_broad(node.type)
     ]
 
@@ -267,9 +282,9 @@ PATCHERS = re.compile(r"(\w+\.)*(patch(\.\w+)?|setattr|setitem|delattr|create_au
 def ways_out(source: str) -> list[str]:
     """Where a test file lets a test not run."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Attribute):
-            names = [ast.unparse(node)]
+            names = [dotted(node) or ast.unparse(node)]
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
@@ -288,7 +303,7 @@ def patches_of_ours(source: str) -> list[str]:
 
     return [
         f"line {node.lineno}: {ast.unparse(node)}"
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.Call)
         and PATCHERS.fullmatch(called(node))
         and node.args
