@@ -9,6 +9,9 @@ PYTHON ?= python3
 OVERLAY ?= manifests/
 IMAGE ?=
 ARGS ?=
+SEED ?=
+COVERAGE ?=
+SUITES ?= cluster test
 BREAK ?=
 KEEP ?=
 YES ?=
@@ -252,7 +255,13 @@ done <<<"$$there"
 }
 endef
 
-.PHONY: help venv demo test cluster e2e faults format lint types check bench fuzz image apply delete kind lock clean
+.PHONY: help venv demo test cluster coverage e2e faults format lint types check bench fuzz image apply delete kind lock clean
+
+# With COVERAGE=1, each Python that the tests start says what it ran when it ends (`coverage` put a
+# hook for that into the environment).
+MEASURED = $(if $(COVERAGE),COVERAGE_PROCESS_START='$(CURDIR)/pyproject.toml' COVERAGE_FILE='$(CURDIR)/.coverage')
+
+SHUFFLED = $(if $(SEED),--random-order-seed $(SEED))
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -275,11 +284,16 @@ $(INSTALLED): requirements-dev.txt
 demo: $(INSTALLED) ## Watch pushes being tested, built, switched and switched back (KEEP=1 leaves it running)
 	@$(BIN)/python -m tests.demo
 
-test: $(INSTALLED) ## Run the tests that take a minute (ARGS='-k webhook -x')
-	@$(BIN)/python -m pytest -m 'not cluster' -n 2 --dist loadfile $(ARGS)
+test: $(INSTALLED) ## Run the tests that take a minute (ARGS='-k webhook -x', SEED=7: in random order)
+	@$(MEASURED) $(BIN)/python -m pytest -m 'not cluster' -n 2 --dist loadfile $(SHUFFLED) $(ARGS)
 
 cluster: $(INSTALLED) ## Run the tests that take minutes: the daemon on the stand-in cluster, and that itself
-	@$(BIN)/python -m pytest -m cluster -n 3 --dist loadfile $(ARGS)
+	@$(MEASURED) $(BIN)/python -m pytest -m cluster -n 3 --dist loadfile $(SHUFFLED) $(ARGS)
+
+coverage: $(INSTALLED) ## Measure which branches both suites run (SUITES= only reports)
+	@for suite in $(SUITES); do $(MAKE) $$suite COVERAGE=1; done
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 E2E := $(patsubst %,tests/e2e/test_%.py,demo intake upgrade memory)
 
@@ -409,5 +423,5 @@ lock: $(INSTALLED) ## Pin what *.in asks for, with hashes (ARGS=--upgrade for ne
 	done
 
 clean: ## Remove what the other targets made
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage bench.json
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* bench.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

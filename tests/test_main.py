@@ -26,6 +26,7 @@ import requests
 import yaml
 
 import gitops_hook
+from tests.measuring import MEASURING
 from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,7 @@ class Place:
         kubeconfig = directory / "kubeconfig"
         kubeconfig.write_text(KUBECONFIG.format(port=closed_port()))
         self.environ = {
+            **MEASURING,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(directory),
             "KUBECONFIG": str(kubeconfig),

@@ -17,6 +17,7 @@ import yaml
 
 import gitops_hook
 from tests.installing import EXAMPLE, ROOT, Installed, Object, make, rendered
+from tests.measuring import MEASURING
 
 BASE = ROOT / "manifests" / "base"
 BIN = Path(sys.executable).parent
@@ -523,6 +524,7 @@ def checked(directory: Path, config: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "gitops_hook.py"), "serve", "--check"],
         env={
+            **MEASURING,
             "PATH": os.environ["PATH"],
             "GITOPS_HOOK_CONFIG": str(directory / "config.yaml"),
             "GITOPS_HOOK_SECRETS": str(directory / "secrets"),
@@ -627,7 +629,7 @@ def test_what_is_tested_is_what_is_shipped() -> None:
 # === Makefile ===
 
 TARGETS = {
-    "help", "venv", "demo", "test", "cluster", "e2e", "faults", "format", "lint",
+    "help", "venv", "demo", "test", "cluster", "coverage", "e2e", "faults", "format", "lint",
     "types", "check", "bench", "fuzz", "image", "apply", "delete", "kind", "lock", "clean",
 }  # fmt: skip
 
@@ -656,8 +658,10 @@ def test_ci_runs_targets_that_exist_and_the_tests_last() -> None:
     text = script.read_text("utf-8")
     targets = re.findall(r"(?m)^make (\w+)", text)
     assert set(targets) <= TARGETS
-    assert {"lint", "types", "test"} <= set(targets)
-    assert targets[-1] == "test", "pytest's closing line is to be the last of the output"
+    assert {"lint", "types", "cluster", "faults", "e2e"} <= set(targets)
+    assert targets[-2:] == ["test", "coverage"]
+    assert "\nmake test COVERAGE=1 " in text
+    assert text.endswith('\ntail -n 1 "$closing"\n'), "pytest's closing line is to be the last"
     assert "set -euo pipefail" in text
 
 
@@ -674,7 +678,7 @@ def test_gitlab_runs_all_suites_by_targets_that_exist(gitlab: dict[str, Any]) ->
     tests = [job for job in gitlab.values() if job["stage"] == "test"]
     targets = make_calls([line for job in tests for line in job["before_script"] + job["script"]])
     assert targets <= TARGETS
-    assert targets >= {"venv", "lint", "types", "test", "cluster", "e2e", "faults"}
+    assert targets >= {"venv", "lint", "types", "coverage", "e2e", "faults"}
     assert not [job for job in tests if "rules" in job or "allow_failure" in job]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import requests
 import yaml
 
+from tests.measuring import MEASURING
 from tests.standin.cluster import Cluster
 from tests.waiting import eventually
 
@@ -279,6 +280,7 @@ class World:
         kept = {k: v for k, v in os.environ.items() if k in ("LANG", "LD_LIBRARY_PATH")}
         return {
             **kept,
+            **MEASURING,
             "PATH": self.path,
             "HOME": str(home),
             "KUBECONFIG": str(self.cluster.kubeconfig("orchestration/orchestration-sa")),
