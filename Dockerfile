@@ -24,9 +24,11 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/
 # Numeric, or the kubelet cannot prove runAsNonRoot.
 USER 65532:65532
 ARG REVISION=unknown
+ARG VERSION=unknown
 LABEL org.opencontainers.image.title="gitops-hook" \
       org.opencontainers.image.description="From a signed GitLab push to a blue-green deployment" \
       org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 ENTRYPOINT ["python", "/app/gitops_hook.py"]
 CMD ["serve"]

@@ -9,11 +9,15 @@ PYTHON ?= python3
 OVERLAY ?= manifests/
 IMAGE ?=
 ARGS ?=
+SEED ?=
+COVERAGE ?=
+SUITES ?= cluster test
 BREAK ?=
 KEEP ?=
 YES ?=
 UV := uv==0.13.9
 KIND := gitops-hook
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' gitops_hook.py)
 # What kustomize puts on all that we install, since 0.1.0: a namespace without it belongs to others.
 OURS := app.kubernetes.io/part-of=gitops-hook
 
@@ -23,9 +27,16 @@ BIN := $(VENV)/bin
 KUBECTL ?= $(shell command -v kubectl || echo $(BIN)/kubectl)
 HAS_KUBECTL = $(if $(filter $(BIN)/kubectl,$(KUBECTL)),$(INSTALLED))
 LOCAL_IMAGE = $(or $(IMAGE),gitops-hook:dev)
+# Two ways to end: nothing was tried, or what was tried failed.
 die = { echo "make $@: $(1)" >&2; exit 2; }
+fail = { echo "make $@: $(1)" >&2; exit 1; }
+# What kustomize can do depends on the version of kubectl, so one that we installed is preferred.
+KUSTOMIZE = $(or $(wildcard $(BIN)/kubectl),$(KUBECTL)) kustomize
+# Seconds between two looks at a daemon that does not start, and until waiting for it ends.
+LOOK := 5
+PATIENCE := 180
 
-export BREAK KEEP IMAGE CHECK_CONFIG OUTLINE CONTENTS
+export BREAK KEEP IMAGE CHECK_CONFIG OUTLINE CONTENTS PODS PROBLEMS
 
 # Nothing on the command line says it, and with several clusters it may be the wrong one.
 define SAY_CONTEXT
@@ -43,12 +54,115 @@ endef
 
 define CHECK_CONFIG
 import gitops_hook, sys, yaml
-found = [o for o in yaml.safe_load_all(sys.stdin) if o and o["kind"] == "ConfigMap"]
-ours = [o.get("data") or {} for o in found if o["metadata"]["name"] == gitops_hook.MANAGER]
+maps = [o for o in yaml.safe_load_all(sys.stdin) if o and o["kind"] == "ConfigMap"]
+ours = [o.get("data") or {} for o in maps if o["metadata"]["name"] == gitops_hook.MANAGER]
 try:
     gitops_hook.load_config("".join(data.get("config.yaml", "") for data in ours))
 except gitops_hook.ConfigError as wrong:
     sys.exit("\n".join(gitops_hook.mask_value(wrong.faults, ())))
+endef
+
+# What is applied is the overlay with three values set: the image of the daemon, the same image in
+# config.yaml for its Jobs, and the digest of all this, which restarts the daemon after a change.
+# Make takes blanks and a dash from the beginning of a line.
+define KUSTOMIZATION
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+resources: [rendered.yaml]
+images: [{name: gitops-hook, newName: "$${IMAGE%:*}", newTag: "$${IMAGE##*:}"}]
+configMapGenerator: [{name: make-apply, literals: ["digest=$$digest"], \
+	options: {disableNameSuffixHash: true, annotations: {config.kubernetes.io/local-config: "true"}}}]
+replacements: [ \
+	{source: {kind: ConfigMap, name: make-apply, fieldPath: data.digest}, \
+	targets: [{select: {kind: Deployment, name: gitops-hook, namespace: orchestration}, \
+	fieldPaths: [spec.template.metadata.annotations.gitops-hook/applied]}]}, \
+	{source: {kind: Deployment, name: gitops-hook, namespace: orchestration, \
+	fieldPath: "spec.template.spec.containers.[name=gitops-hook].image"}, \
+	targets: [{select: {kind: ConfigMap, name: gitops-hook, namespace: orchestration}, \
+	fieldPaths: ["data.[config.yaml].images.hook"]}]}]
+endef
+
+define SET_IMAGE
+digest=$$(sha256sum <<<"$$IMAGE $$rendered" | cut -c 1-16)
+folder=$$(mktemp -d)
+trap 'rm -rf "$$folder"' EXIT
+cat >"$$folder/rendered.yaml" <<<"$$rendered"
+cat >"$$folder/kustomization.yaml" <<END
+$(KUSTOMIZATION)
+END
+applied=$$($(KUSTOMIZE) "$$folder" 2>"$$folder/why") || {
+	why=$$(<"$$folder/why")
+	[[ $$why != *"got ScalarNode"* ]] || \
+		$(call die,kubectl is too old to set images.hook in config.yaml: 1.36 can; make venv installs one)
+	[[ $$why == *images.hook* ]] || $(call die,kubectl kustomize cannot set the image: $$why)
+	applied=
+}
+# !!null is what kustomize makes of a key without a value
+[[ -n $$applied && $$applied != *'!!null'* ]] || \
+	$(call die,config.yaml does not say images.hook: add  images: {hook: gitops-hook:dev}  as it stands)
+endef
+
+# What a daemon that does not start has in the cluster, for PROBLEMS to read.
+define PODS
+{{range .items}}
+{{- if eq .kind "Deployment"}}
+{{- if eq .metadata.name "gitops-hook"}}{{range .status.conditions}}
+{{- if and (eq .type "ReplicaFailure") (eq .status "True")}}{{"problem\t\t"}}{{.message}}{{"\n"}}{{end}}
+{{- end}}{{end}}
+{{- else if eq .kind "Event"}}
+{{- if eq .type "Warning"}}{{"event\t"}}{{.involvedObject.uid}}{{"\t"}}{{.reason}}: {{.message}}{{"\n"}}{{end}}
+{{- else if not .metadata.deletionTimestamp}}
+{{- $$uid := .metadata.uid}}{{"pod\t"}}{{$$uid}}{{"\t"}}{{.metadata.name}}{{"\t"}}
+{{- with .metadata.annotations}}{{index . "gitops-hook/applied"}}{{end}}{{"\n"}}
+{{- range .status.conditions}}{{if and (eq .type "PodScheduled") (eq .status "False")}}
+{{- "problem\t"}}{{$$uid}}{{"\t"}}{{.reason}}: {{.message}}{{"\n"}}{{end}}{{end}}
+{{- range .status.containerStatuses}}{{$$container := .name}}
+{{- if or .state.running .restartCount}}{{"started\t"}}{{$$uid}}{{"\n"}}{{end}}
+{{- with .state.terminated}}{{"problem\t"}}{{$$uid}}{{"\tcontainer "}}{{$$container}} ended with exit code {{.exitCode}}{{"\n"}}{{end}}
+{{- with .state.waiting}}{{if not (or (eq .reason "ContainerCreating") (eq .reason "PodInitializing"))}}
+{{- "problem\t"}}{{$$uid}}{{"\tcontainer "}}{{$$container}}: {{.reason}}: {{.message}}{{"\n"}}{{end}}{{end}}
+{{- end}}
+{{- end}}
+{{- end}}
+endef
+
+# The cluster's own words about the pods of this digest: each line once. Warnings of a pod that has
+# run before are no reason why it does not start: its probes are among them.
+define PROBLEMS
+BEGIN { FS = "\t" }
+$$1 == "pod" && $$4 == digest { name[$$2] = $$3 }
+$$1 == "started" { started[$$2] = 1 }
+$$1 == "problem" && !$$2 { line = "deployment gitops-hook: " $$3 }
+$$1 == "problem" && $$2 in name { line = "pod " name[$$2] ": " $$3 }
+$$1 == "event" && $$2 in name && !($$2 in started) && $$3 !~ /^Failed: Error: / { line = "pod " name[$$2] ": " $$3 }
+line && !seen[line]++ { gsub(/[^[:print:]]/, "?", line); print "  " line }
+{ line = "" }
+endef
+
+LAST_WORDS = $(KUBECTL) -n orchestration logs deployment/gitops-hook --tail=20 >&2 || true
+
+# A pod that has the same kind of trouble at two looks will not start by itself within seconds. Until
+# the first one it may be the old pod that is waited for: it has a minute to end.
+define WAIT_FOR_DAEMON
+exec 3>&1
+end=$$((SECONDS + $(PATIENCE)))
+problems=
+until why=$$($(KUBECTL) -n orchestration rollout status deployment/gitops-hook --timeout=$(LOOK)s 2>&1 >&3)
+do
+	before=$$problems
+	problems=$$($(KUBECTL) -n orchestration get deployments,pods,events -o go-template="$$PODS" | \
+		awk -v digest="$$digest" "$$PROBLEMS") || true
+	if [[ -n $$problems && -n $$before ]]; then
+		[[ $$problems != *CrashLoopBackOff* && $$problems != *"ended with"* ]] || $(LAST_WORDS)
+		echo "$$problems" >&2
+		$(call fail,everything is applied but the daemon does not start; above is what the cluster says)
+	elif [[ $$why != *"timed out"* ]] || ((SECONDS >= end)); then
+		echo "$$why" >&2
+		$(LAST_WORDS)
+		$(call fail,everything is applied but the daemon is not ready; above are the last lines of its log \
+			and this tells of its pod: kubectl -n orchestration describe pods -l app=gitops-hook)
+	fi
+done
 endef
 
 # What kustomize prints has top-level keys at the margin, and what is in `metadata` behind two blanks.
@@ -141,7 +255,13 @@ done <<<"$$there"
 }
 endef
 
-.PHONY: help venv demo test cluster e2e faults lint types check bench fuzz image apply delete kind lock clean
+.PHONY: help venv demo test cluster coverage e2e faults format lint types check bench fuzz image apply delete kind lock clean
+
+# With COVERAGE=1, each Python that the tests start says what it ran when it ends (`coverage` put a
+# hook for that into the environment).
+MEASURED = $(if $(COVERAGE),COVERAGE_PROCESS_START='$(CURDIR)/pyproject.toml' COVERAGE_FILE='$(CURDIR)/.coverage')
+
+SHUFFLED = $(if $(SEED),--random-order-seed $(SEED))
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -164,11 +284,16 @@ $(INSTALLED): requirements-dev.txt
 demo: $(INSTALLED) ## Watch pushes being tested, built, switched and switched back (KEEP=1 leaves it running)
 	@$(BIN)/python -m tests.demo
 
-test: $(INSTALLED) ## Run the tests that take a minute (ARGS='-k webhook -x')
-	@$(BIN)/python -m pytest -m 'not cluster' -n 2 --dist loadfile $(ARGS)
+test: $(INSTALLED) ## Run the tests that take a minute (ARGS='-k webhook -x', SEED=7: in random order)
+	@$(MEASURED) $(BIN)/python -m pytest -m 'not cluster' -n 2 --dist loadfile $(SHUFFLED) $(ARGS)
 
 cluster: $(INSTALLED) ## Run the tests that take minutes: the daemon on the stand-in cluster, and that itself
-	@$(BIN)/python -m pytest -m cluster -n 3 --dist loadfile $(ARGS)
+	@$(MEASURED) $(BIN)/python -m pytest -m cluster -n 3 --dist loadfile $(SHUFFLED) $(ARGS)
+
+coverage: $(INSTALLED) ## Measure which branches both suites run (SUITES= only reports)
+	@for suite in $(SUITES); do $(MAKE) $$suite COVERAGE=1; done
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 E2E := $(patsubst %,tests/e2e/test_%.py,demo intake upgrade memory)
 
@@ -178,8 +303,15 @@ e2e: $(INSTALLED) ## Run the demo as its users do; kill the intake; upgrade from
 faults: $(INSTALLED) ## Every step of a deployment with every kind of trouble (ARGS='-m short': one of each)
 	@$(BIN)/python -m pytest tests/e2e/test_faults.py tests/e2e/test_pairs.py $(ARGS)
 
+format: $(INSTALLED) ## Format the code, and repair what ruff can repair
+	@left=0
+	$(BIN)/ruff check --fix . || left=$$?
+	$(BIN)/ruff format .
+	exit $$left
+
 lint: $(INSTALLED) ## Check style and common mistakes
 	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet . || $(call die,the files above are not formatted; make format does it)
 
 types: $(INSTALLED) ## Check the types
 	@$(BIN)/mypy
@@ -195,40 +327,36 @@ fuzz: $(INSTALLED) ## Feed the parsers what nobody would send
 image: ## Build the image (IMAGE=registry/name:tag, else gitops-hook:dev)
 	@command -v docker >/dev/null || $(call die,docker is missing; it builds the image)
 	docker info >/dev/null 2>&1 || $(call die,the docker command is here but reaches no docker engine; start one)
-	docker build --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" --tag "$(LOCAL_IMAGE)" .
+	docker build --build-arg VERSION=$(VERSION) --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" \
+		--tag "$(LOCAL_IMAGE)" .
 
-# The same input gives the same objects, and the second run changes nothing. The digest in the
-# Deployment restarts the daemon when anything that was applied changed, its configuration above all.
-# A healthy daemon is not replaced by one that a wrong configuration would end.
+# The same input gives the same objects, and the second run changes nothing. A healthy daemon is not
+# replaced by one that a wrong configuration would end.
 apply: $(HAS_KUBECTL) ## Install or update (IMAGE=registry/name:tag, OVERLAY=path/to/overlay)
 	@name='^[a-zA-Z0-9][a-zA-Z0-9._/:@-]*'
 	if [[ ! $$IMAGE =~ $$name[:@][a-zA-Z0-9._:-]+$$ ]]; then
-		[[ ! $$IMAGE =~ $$name$$ ]] || $(call die,IMAGE=$$IMAGE has no tag; add the version: $$IMAGE:1.0.0)
-		$(call die,say which image: make apply IMAGE=registry.example.com/tools/gitops-hook:1.0.0)
+		[[ ! $$IMAGE =~ $$name$$ ]] || $(call die,IMAGE=$$IMAGE has no tag; add the version: $$IMAGE:$(VERSION))
+		$(call die,say which image: make apply IMAGE=registry.example.com/tools/gitops-hook:$(VERSION))
 	fi
 	$(CHECK_OVERLAY)
-	rendered=$$($(KUBECTL) kustomize '$(OVERLAY)' | \
-		sed -E "s#(^|[^a-zA-Z0-9._/-])gitops-hook:dev($$|[^a-zA-Z0-9._-])#\1$(IMAGE)\2#g")
+	rendered=$$($(KUBECTL) kustomize '$(OVERLAY)')
 	if $(BIN)/python -c 'import gitops_hook' 2>/dev/null; then
 		$(BIN)/python -c "$$CHECK_CONFIG" <<<"$$rendered" || \
 			$(call die,the configuration is not valid; nothing was applied)
 	else
 		echo "make $@: the configuration is not checked: that takes what make venv installs"
 	fi
-	grep -qE "^([^#]*[ {,])?['\"]?hook['\"]?: *[^ ]" <<<"$$rendered" || \
-		$(call die,config.yaml does not say images.hook: add  images: {hook: gitops-hook:dev}  as it stands)
-	digest=$$(sha256sum <<<"$$rendered" | cut -c 1-16)
+	$(SET_IMAGE)
 	$(SAY_CONTEXT)
 	$(LOOK_AT_NAMESPACES)
 	$(REFUSE_NAMESPACES)
-	$(KUBECTL) apply -f - <<<"$${rendered//digest-of-what-was-applied/$$digest}"
-	$(KUBECTL) -n orchestration get secret gitops-hook-secrets -o name >/dev/null || \
-		$(call die,everything is applied; the daemon waits for its Secret: see manifests/example/secrets.example)
-	$(KUBECTL) -n orchestration rollout status deployment/gitops-hook --timeout=180s || {
-		$(KUBECTL) -n orchestration logs deployment/gitops-hook --tail=20 >&2 || true
-		$(call die,everything is applied but the daemon is not ready; above are the last lines of its log \
-			and this tells of its pod: kubectl -n orchestration describe pods -l app=gitops-hook)
+	$(KUBECTL) apply -f - <<<"$$applied"
+	why=$$($(KUBECTL) -n orchestration get secret gitops-hook-secrets -o name 2>&1 >/dev/null) || \
+		[[ $$why == *Forbidden* ]] || {
+		echo "$$why" >&2
+		$(call fail,everything is applied; the daemon waits for its Secret: see manifests/example/secrets.example)
 	}
+	$(WAIT_FOR_DAEMON)
 
 # Only namespaces that carry our label go; in one that others made nothing is touched. What kubectl
 # cannot list goes all the same, so that is said.
@@ -295,5 +423,5 @@ lock: $(INSTALLED) ## Pin what *.in asks for, with hashes (ARGS=--upgrade for ne
 	done
 
 clean: ## Remove what the other targets made
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage bench.json
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* bench.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

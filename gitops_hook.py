@@ -96,7 +96,7 @@ if TYPE_CHECKING:
     from typing import IO
     from wsgiref.types import StartResponse, WSGIEnvironment
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # === command line =================================================================================
 # It stands above all that needs a package, so that --help and --version need none.

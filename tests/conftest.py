@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from tests.world import World
 
 LINES = 60
 # What takes minutes, because clusters, daemons and pods really run: `make cluster`. The rest is the
-# quick suite: `make test`.
+# quick suite, `make test`, but for the tests that are marked `cluster` one by one.
 CLUSTER = {
     "test_commands",
     "test_controller",
@@ -20,13 +22,23 @@ CLUSTER = {
     "test_deployments",
     "test_install",
     "test_live_service",
+    "test_main",
+    "test_make",
     "test_pains",
     "test_rbac",
-    "test_standin_api",
-    "test_standin_cluster",
-    "test_standin_more",
-    "test_standin_watch",
 }
+STANDIN = Path(__file__).parent / "standin"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run choose another order of the tests, and repeat it."""
+    parser.addoption("--random-order-seed", type=int, help="the number that decides the order")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say how this order can be had again."""
+    seed = config.getoption("random_order_seed")
+    return None if seed is None else f"random order: --random-order-seed {seed}"
 
 
 def pytest_configure() -> None:
@@ -35,11 +47,16 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what belongs to the slow suite."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what belongs to the slow suite; shuffle the files, and the tests in each of them."""
     for item in items:
-        if item.path.stem in CLUSTER:
+        if item.path.stem in CLUSTER or item.path.is_relative_to(STANDIN):
             item.add_marker(pytest.mark.cluster)
+    seed = config.getoption("random_order_seed")
+    if seed is not None:
+        draw = random.Random(seed)
+        place = {path: draw.random() for path in sorted({item.path for item in items})}
+        items.sort(key=lambda item: (place[item.path], draw.random()))
 
 
 @pytest.hookimpl(wrapper=True)

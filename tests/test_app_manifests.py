@@ -39,6 +39,7 @@ from gitops_hook import (
     render,
     repository_of,
 )
+from tests.measuring import at_full_speed
 from tests.memory import peak_of
 from tests.standin.kubectl import find_kubectl
 
@@ -339,11 +340,12 @@ def test_what_cannot_be_read_is_named_with_file_and_line(
     tmp_path: Path, text: str | bytes, said: str
 ) -> None:
     began = time.process_time()
-    reason, detail = fault(lambda: read(tmp_path, **{"app.yaml": text}))
+    with at_full_speed():
+        reason, detail = fault(lambda: read(tmp_path, **{"app.yaml": text}))
+    assert time.process_time() - began < 10
     assert reason is Reason.MANIFEST_INVALID
     assert detail.startswith("deploy/app.yaml: ")
     assert said in detail
-    assert time.process_time() - began < 10
 
 
 def test_the_bound_of_what_is_read_is_for_all_files_together(tmp_path: Path) -> None:
@@ -431,7 +433,8 @@ def test_a_configmap_of_300_kilobytes_is_read_in_time(tmp_path: Path) -> None:
     lines = "".join(f"    line {i} of a large file\n" for i in range(12_000))
     text = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: large}}\ndata:\n  file: |\n{lines}"
     began = time.process_time()
-    (item,) = read(tmp_path, **{"large.yaml": text})
+    with at_full_speed():
+        (item,) = read(tmp_path, **{"large.yaml": text})
     assert len(item["data"]["file"]) > 300_000
     assert time.process_time() - began < 10
 
@@ -653,6 +656,7 @@ def test_what_a_kustomization_makes_is_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_kubectl")
+@pytest.mark.cluster
 def test_a_kustomization_of_as_much_as_is_read_is_built(tmp_path: Path) -> None:
     deployments = [DEPLOYMENT.replace("name: web,", f"name: web-{i},") for i in range(500)]
     text = "namePrefix: my-\ncommonLabels: {a: b}\nresources: [file]"

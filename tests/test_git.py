@@ -491,6 +491,7 @@ def test_a_server_without_filters_may_bring_what_is_not_wanted_only_to_the_limit
     assert "git needs more disk or memory" in refused(git, repository, commit)
 
 
+@pytest.mark.cluster
 def test_a_file_of_400_megabytes_is_refused_in_little_memory(repository: Repository) -> None:
     (repository.path / "deploy").mkdir()
     with (repository.path / "deploy" / "app.yaml").open("wb") as file:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,16 @@ MAX_ARGUMENTS = 5
 MAX_BROAD_EXCEPTS = 6
 # The list of exemptions is the list of the program's edges.
 MAX_EXEMPTIONS = 8
+
+# What the program does not fulfil yet is counted: each of these numbers may only fall. The aims are
+# 300 lines for the longest class, and 0 for all others.
+MAX_CLASS_LINES = 941
+MOST_VAGUE_NAMES = 140
+MOST_PACKED_ASSIGNMENTS = 185
+MOST_OTHER_SECTIONS = 6
+
+# Names that fit every value, and so tell nothing about this one.
+VAGUE_NAMES = {"found", "told", "known", "given", "made", "got", "res"}
 
 SECTIONS = [
     "command line",
@@ -53,8 +64,14 @@ def sections(source: str) -> list[tuple[str, int]]:
     ]
 
 
+@cache
+def nodes(source: str) -> list[ast.AST]:
+    """All nodes of a file; of the same text, they are looked for once."""
+    return [*ast.walk(ast.parse(source))]
+
+
 def functions(source: str) -> Iterator[Function]:
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, Function):
             yield node
 
@@ -69,6 +86,15 @@ def length(function: Function) -> int:
     return function.end_lineno - function.lineno + 1 - told
 
 
+def class_lengths(source: str) -> dict[str, int]:
+    """Lines of each class from `class` to its end, with all that stands in between."""
+    return {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in nodes(source)
+        if isinstance(node, ast.ClassDef) and node.end_lineno is not None
+    }
+
+
 def argument_count(function: Function) -> int:
     named = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     return len([argument for argument in named if argument.arg not in {"self", "cls"}])
@@ -76,7 +102,48 @@ def argument_count(function: Function) -> int:
 
 def called(node: ast.AST) -> str:
     """The dotted name that a call calls, or an empty string."""
-    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+    return dotted(node.func) if isinstance(node, ast.Call) else ""
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` as it is written, or an empty string for what is no such name."""
+    if isinstance(node, ast.Attribute):
+        left = dotted(node.value)
+        return left and f"{left}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+# === Names and assignments ===
+
+
+def vague_names(source: str) -> list[str]:
+    """Where a variable or a parameter gets one of the names that tell nothing."""
+    bound = [
+        (node.lineno, node.arg if isinstance(node, ast.arg) else node.id)
+        for node in nodes(source)
+        if isinstance(node, ast.arg)
+        or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    ]
+    return [f"line {line}: {name}" for line, name in sorted(bound) if name in VAGUE_NAMES]
+
+
+def packed_assignments(source: str) -> list[str]:
+    """Where one statement assigns several values that it lists itself; swaps are not meant."""
+    return [
+        f"line {node.lineno}: {ast.unparse(target)}"
+        for node in nodes(source)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if is_packed(target, node.value)
+    ]
+
+
+def is_packed(target: ast.expr, value: ast.expr) -> bool:
+    if not (isinstance(target, ast.Tuple | ast.List) and isinstance(value, ast.Tuple | ast.List)):
+        return False
+    names = [ast.unparse(element) for element in target.elts]
+    values = [ast.unparse(element) for element in value.elts]
+    return len(names) == len(values) and sorted(names) != sorted(values)
 
 
 # === Names are used below where they are defined ===
@@ -158,7 +225,7 @@ def doors(source: str) -> list[tuple[str, str]]:
     banners = [("before any section", 0), *sections(source)]
     calls = sorted(
         (node.lineno, called(node))
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.Call) and STARTS_A_PROCESS.fullmatch(called(node))
     )
     return [
@@ -174,7 +241,7 @@ def broad_handlers(source: str) -> list[ast.ExceptHandler]:
 
     return [
         node
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.ExceptHandler) and is_broad(node.type)
     ]
 
@@ -216,9 +283,9 @@ PATCHERS = re.compile(r"(\w+\.)*(patch(\.\w+)?|setattr|setitem|delattr|create_au
 def ways_out(source: str) -> list[str]:
     """Where a test file lets a test not run."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Attribute):
-            names = [ast.unparse(node)]
+            names = [dotted(node) or ast.unparse(node)]
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
@@ -237,7 +304,7 @@ def patches_of_ours(source: str) -> list[str]:
 
     return [
         f"line {node.lineno}: {ast.unparse(node)}"
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.Call)
         and PATCHERS.fullmatch(called(node))
         and node.args
@@ -258,7 +325,13 @@ def test_the_program_stays_within_its_lines(source: str) -> None:
 
 
 def test_its_sections_are_those_of_the_design_in_that_order(source: str) -> None:
-    assert [title for title, _ in sections(source)] == SECTIONS
+    titles = [title for title, _ in sections(source)]
+    other = [title for title in titles if title not in SECTIONS]
+    assert len(titles) == len(set(titles))
+    assert [title for title in titles if title in SECTIONS] == [t for t in SECTIONS if t in titles]
+    assert len(other) <= MOST_OTHER_SECTIONS, other
+    if not MOST_OTHER_SECTIONS:
+        assert titles == SECTIONS
 
 
 def test_each_section_uses_only_those_above_it(source: str) -> None:
@@ -275,6 +348,22 @@ def test_functions_take_few_arguments(source: str) -> None:
     assert not {
         f.name: argument_count(f) for f in functions(source) if argument_count(f) > MAX_ARGUMENTS
     }
+
+
+def test_classes_are_short(source: str) -> None:
+    lengths = class_lengths(source)
+    too_long = {name: lines for name, lines in lengths.items() if lines > MAX_CLASS_LINES}
+    assert not too_long
+
+
+def test_names_say_what_a_thing_is(source: str) -> None:
+    vague = vague_names(source)
+    assert len(vague) <= MOST_VAGUE_NAMES, "\n".join(vague)
+
+
+def test_one_statement_assigns_one_value(source: str) -> None:
+    packed = packed_assignments(source)
+    assert len(packed) <= MOST_PACKED_ASSIGNMENTS, "\n".join(packed)
 
 
 def test_processes_start_behind_one_door_for_each_tool(source: str) -> None:
@@ -513,6 +602,50 @@ def test_lengths_and_arguments_are_counted_as_written() -> None:
         "class A:\n    def f(self, a, /, b, *, c):\n        x = 1\n        return x\n"
     )
     assert (length(function), argument_count(function)) == (3, 3)
+
+
+def test_the_lines_of_a_class_are_counted_with_its_docstring() -> None:
+    text = '@decorated\nclass A:\n    """Words."""\n\n    class B:\n        x = 1\n'
+    assert class_lengths(text) == {"A": 5, "B": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "vague"),
+    [
+        ("found = 1", True),
+        ("def f(given): ...", True),
+        ("def f(*, known=1): ...", True),
+        ("f = lambda told: told", True),
+        ("x = [got for got in y]", True),
+        ("for made, x in y: ...", True),
+        ("if res := f(): ...", True),
+        ("with f() as found: ...", True),
+        ("entry = found", False),
+        ("entry.found = f(made=1)", False),
+        ("def found(): ...", False),
+        ("unknown = result = 1", False),
+    ],
+)
+def test_a_name_that_tells_nothing_is_seen(text: str, vague: bool) -> None:
+    assert bool(vague_names(text)) is vague
+
+
+@pytest.mark.parametrize(
+    ("text", "packed"),
+    [
+        ("a, b = 1, 2", True),
+        ("self.a, self.b = a, b", True),
+        ("(a, [b, c]) = (f(x), g(y))", True),
+        ("if x:\n    c = a, b = 1, 2", True),
+        ("host, port = address()", False),
+        ("first, *others = 1, 2, 3", False),
+        ("pair = 1, 2", False),
+        ("a, b = b, a", False),
+        ("for a, b in ((1, 2), (3, 4)): ...", False),
+    ],
+)
+def test_a_packed_assignment_is_seen(text: str, packed: bool) -> None:
+    assert bool(packed_assignments(text)) is packed
 
 
 @pytest.mark.parametrize(

@@ -22,19 +22,12 @@ from gitops_hook import Informer
 from tests.standin.cluster import Cluster
 from tests.standin.faults import Fault
 from tests.standin.kubectl import find_kubectl
+from tests.waiting import eventually
 
 Object = dict[str, Any]
 DATA = Path(__file__).parent / "data" / "mirror"
 LABELS = {"app.kubernetes.io/managed-by": "gitops-hook"}
 SELECTOR = "app.kubernetes.io/managed-by=gitops-hook"
-
-
-def eventually(check: Callable[[], Any], seconds: float = 10.0) -> Any:
-    until = time.monotonic() + seconds
-    while not (result := check()):
-        assert time.monotonic() < until, "not in time"
-        time.sleep(0.01)
-    return result
 
 
 # === What is kept of an object ===

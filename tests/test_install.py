@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.installing import EXAMPLE, IMAGE, ROOT, Installed, make, rendered
 from tests.standin.api import Api
+from tests.standin.kubectl import find_kubectl
 from tests.standin.store import Store
-from tests.test_manifests import EXAMPLE, IMAGE, ROOT, Installed, kubectl, make, rendered
 from tests.world import Object, World, daemon_config, world
 
 LABEL = "app.kubernetes.io/part-of"
@@ -35,7 +36,7 @@ class Desk:
         """Go on as a service account, or as the administrator."""
         config = self.api.kubeconfig(self.directory / "kubeconfig", account)
         cache = self.directory / "cache"
-        self.program = f"{kubectl()} --kubeconfig {config} --cache-dir {cache}"
+        self.program = f"{find_kubectl()} --kubeconfig {config} --cache-dir {cache}"
 
     def make(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run make with this cluster; nobody sits at a terminal."""

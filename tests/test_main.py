@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -26,6 +26,8 @@ import requests
 import yaml
 
 import gitops_hook
+from tests.measuring import MEASURING
+from tests.waiting import eventually
 from tests.world import Repository
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +76,7 @@ class Place:
         kubeconfig.write_text(KUBECONFIG.format(port=closed_port()))
         self.python = sys.executable
         self.environ = {
+            **MEASURING,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(directory),
             "KUBECONFIG": str(kubeconfig),
@@ -174,15 +177,6 @@ class Daemon:
     def ready(self) -> int:
         """The status of /readyz."""
         return requests.get(f"{self.url}/readyz", timeout=5).status_code
-
-
-def eventually(check: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """The first true result of a check within a deadline."""
-    until = time.monotonic() + seconds
-    while not (result := check()):
-        assert time.monotonic() < until, "too late"
-        time.sleep(0.02)
-    return result
 
 
 @pytest.fixture

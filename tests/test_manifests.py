@@ -6,10 +6,8 @@ import base64
 import ipaddress
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,10 @@ import pytest
 import yaml
 
 import gitops_hook
-from tests.standin.api import Api
-from tests.standin.store import Store
+from tests.installing import EXAMPLE, ROOT, Installed, Object, make, rendered
+from tests.measuring import MEASURING
 
-ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "manifests" / "base"
-EXAMPLE = ROOT / "manifests" / "example"
 BIN = Path(sys.executable).parent
 PLACEHOLDER = "gitops-hook:dev"
 NAME_LABEL = "kubernetes.io/metadata.name"
@@ -31,58 +27,6 @@ OURS = {"orchestration", "test", "build", "staging", "production"}
 # Namespaces that a cluster brings or a user has; what they hold is theirs.
 THEIRS = {"kube-system", "monitoring", "registry", "git"}
 DAEMON = "orchestration-sa"
-
-Object = dict[str, Any]
-
-
-def kubectl() -> str:
-    """The kubectl of the virtual environment, else the one on the PATH."""
-    found = shutil.which("kubectl", path=str(BIN)) or shutil.which("kubectl")
-    assert found, "no kubectl: it comes with requirements-dev.txt"
-    return found
-
-
-def rendered(directory: Path) -> list[Object]:
-    """What `kubectl kustomize` makes of a directory."""
-    done = subprocess.run(
-        [kubectl(), "kustomize", str(directory)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
-
-
-class Installed:
-    """The objects of one rendering, by kind, namespace and name."""
-
-    def __init__(self, objects: list[Object]) -> None:
-        self.objects = objects
-
-    def all(self, kind: str, namespace: str | None = None) -> list[Object]:
-        return [
-            thing
-            for thing in self.objects
-            if thing["kind"] == kind and namespace in (None, thing["metadata"].get("namespace"))
-        ]
-
-    def one(self, kind: str, name: str, namespace: str | None = None) -> Object:
-        found = [o for o in self.all(kind, namespace) if o["metadata"]["name"] == name]
-        assert len(found) == 1, f"{len(found)} of {kind} {namespace}/{name}"
-        return found[0]
-
-    @property
-    def daemon(self) -> Object:
-        return self.one("Deployment", "gitops-hook", "orchestration")
-
-    @property
-    def pod(self) -> Object:
-        spec: Object = self.daemon["spec"]["template"]["spec"]
-        return spec
-
-    @property
-    def container(self) -> Object:
-        (container,) = self.pod["containers"]
-        return container  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module", params=["manifests", "manifests/example"])
@@ -580,6 +524,7 @@ def checked(directory: Path, config: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "gitops_hook.py"), "serve", "--check"],
         env={
+            **MEASURING,
             "PATH": os.environ["PATH"],
             "GITOPS_HOOK_CONFIG": str(directory / "config.yaml"),
             "GITOPS_HOOK_SECRETS": str(directory / "secrets"),
@@ -684,23 +629,9 @@ def test_what_is_tested_is_what_is_shipped() -> None:
 # === Makefile ===
 
 TARGETS = {
-    "help", "venv", "demo", "test", "cluster", "e2e", "faults", "lint", "types", "check", "bench",
-    "fuzz", "image", "apply", "delete", "kind", "lock", "clean",
+    "help", "venv", "demo", "test", "cluster", "coverage", "e2e", "faults", "format", "lint",
+    "types", "check", "bench", "fuzz", "image", "apply", "delete", "kind", "lock", "clean",
 }  # fmt: skip
-
-
-def make(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run make as from a fresh shell without a terminal, whatever make this test runs under."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(
-        ["make", *arguments, *(f"{name}={value}" for name, value in variables.items())],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_make_alone_lists_every_target() -> None:
@@ -712,280 +643,12 @@ def test_make_alone_lists_every_target() -> None:
     assert set(phony.split()) == TARGETS
 
 
-@pytest.fixture
-def fake_kubectl(tmp_path: Path) -> Path:
-    """A kubectl that renders for real, and otherwise only writes down what it was told."""
-    script = tmp_path / "kubectl"
-    script.write_text(
-        f"""#!/bin/bash
-[[ $1 == kustomize ]] && exec {kubectl()} "$@"
-[[ $1 == config && -e {tmp_path}/context ]] && exec cat {tmp_path}/context
-[[ $1 == config ]] && exit 1
-[[ $1 == get && $2 == namespaces ]] && exec cat {tmp_path}/namespaces
-[[ $1 == api-resources || "$*" == *custom-columns* ]] && exit
-number=$(ls {tmp_path}/call-* 2>/dev/null | wc -l)
-printf "%s\\n" "$*" > {tmp_path}/call-$number
-[[ " $* " == *" -f - "* ]] && cat > {tmp_path}/stdin-$number
-[[ "$*" == *" logs "* ]] && echo "last words"
-[[ "$*" != *rollout* || -e {tmp_path}/well ]] || exit 1
-[[ "$*" != *"get secret"* || -e {tmp_path}/secret ]]
-""",
-        "utf-8",
-    )
-    script.chmod(0o755)
-    (tmp_path / "context").write_text("somewhere\n", "utf-8")
-    (tmp_path / "namespaces").touch()
-    for state in ("secret", "well"):
-        (tmp_path / state).touch()
-    return script
-
-
-def calls(fake: Path) -> list[str]:
-    return [path.read_text("utf-8").strip() for path in sorted(fake.parent.glob("call-*"))]
-
-
-def sent(fake: Path, number: int) -> Installed:
-    text = (fake.parent / f"stdin-{number}").read_text("utf-8")
-    return Installed(list(yaml.safe_load_all(text)))
-
-
-def overlaid(directory: Path, config: str) -> str:
-    """An overlay like the example's, with another config.yaml."""
-    shutil.copytree(ROOT / "manifests", directory)
-    (directory / "example" / "config.yaml").write_text(config, "utf-8")
-    return str(directory / "example")
-
-
-IMAGE = "registry.example.com:5000/tools/gitops-hook:1.2.3"
-
-
-@pytest.mark.parametrize("overlay", ["manifests/", "manifests/example"])
-def test_make_apply_sets_the_image_in_both_places_and_waits(
-    fake_kubectl: Path, overlay: str
-) -> None:
-    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY=overlay)
-    assert done.returncode == 0, done.stderr
-    applied, *rest = calls(fake_kubectl)
-    assert applied == "apply -f -"
-    assert rest[-1] == "-n orchestration rollout status deployment/gitops-hook --timeout=180s"
-    objects = sent(fake_kubectl, 0)
-    assert objects.container["image"] == IMAGE
-    config = objects.one("ConfigMap", "gitops-hook", "orchestration")["data"]["config.yaml"]
-    assert yaml.safe_load(config)["images"]["hook"] == IMAGE
-    assert len(objects.objects) == len(rendered(ROOT / overlay))
-    assert PLACEHOLDER not in yaml.safe_dump_all(objects.objects)
-
-
-def test_make_apply_again_changes_nothing_and_another_configuration_restarts(
-    fake_kubectl: Path, tmp_path: Path
-) -> None:
-    overlay = tmp_path / "manifests"
-    shutil.copytree(ROOT / "manifests", overlay)
-    for _ in range(2):
-        assert (
-            make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY=str(overlay)).returncode
-            == 0
-        )
-    config = overlay / "base" / "configmap.yaml"
-    config.write_text(config.read_text("utf-8") + "    catch_up: 10m\n", "utf-8")
-    assert (
-        make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY=str(overlay)).returncode == 0
-    )
-    first, second, third = (sent(fake_kubectl, number) for number in (0, 3, 6))
-    assert first.objects == second.objects
-    notes = [o.daemon["spec"]["template"]["metadata"]["annotations"] for o in (first, third)]
-    assert notes[0]["gitops-hook/applied"] != notes[1]["gitops-hook/applied"]
-    assert all(re.fullmatch("[0-9a-f]{16}", note["gitops-hook/applied"]) for note in notes)
-
-
-def test_make_apply_says_which_secret_is_missing_instead_of_waiting(fake_kubectl: Path) -> None:
-    (fake_kubectl.parent / "secret").unlink()
-    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE)
-    assert done.returncode != 0
-    assert "secrets.example" in done.stderr
-    assert not [call for call in calls(fake_kubectl) if "rollout" in call]
-
-
-@pytest.mark.parametrize(
-    ("images", "fine"),
-    [("", False), ("images: {kaniko: k:1}", False), ("images: {kaniko: k:1, hook: own:1}", True)],
-)
-def test_make_apply_refuses_a_configuration_whose_jobs_would_have_no_image(
-    fake_kubectl: Path, tmp_path: Path, images: str, *, fine: bool
-) -> None:
-    overlay = overlaid(tmp_path / "manifests", f"apps: []\n{images}\n")
-    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY=overlay)
-    assert (done.returncode == 0) is fine
-    assert ("images.hook" in done.stderr) is not fine
-    assert bool(calls(fake_kubectl)) is fine
-
-
-BROKEN = """
-apps: [{name: shop, repository: https://bot:hunter2-hunter2@git.example.com/a.git}]
-catch_up: 5
-images: {hook: gitops-hook:dev}
-"""
-
-
-def test_make_apply_applies_nothing_of_a_broken_configuration(
-    fake_kubectl: Path, tmp_path: Path
-) -> None:
-    overlay = overlaid(tmp_path / "manifests", BROKEN)
-    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY=overlay, BIN=str(BIN))
-    assert done.returncode == 2
-    *faults, end, _ = done.stderr.splitlines()
-    assert [fault.partition(":")[0] for fault in faults] == [
-        "apps[0].repository",
-        "catch_up",
-        "apps[0].build.image",
-    ]
-    assert "hunter2" not in done.stderr
-    assert end == "make apply: the configuration is not valid; nothing was applied"
-    assert not calls(fake_kubectl)
-
-
-def test_make_apply_needs_nothing_but_kubectl(fake_kubectl: Path, tmp_path: Path) -> None:
-    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE, BIN=str(tmp_path / "none"))
-    assert done.returncode == 0, done.stderr
-    assert "make apply: the configuration is not checked" in done.stdout
-    assert calls(fake_kubectl)[0] == "apply -f -"
-
-
-def test_make_apply_shows_the_last_words_of_a_daemon_that_is_not_ready(fake_kubectl: Path) -> None:
-    (fake_kubectl.parent / "well").unlink()
-    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=IMAGE)
-    assert done.returncode == 2
-    assert calls(fake_kubectl)[-1] == "-n orchestration logs deployment/gitops-hook --tail=20"
-    words, said, _ = done.stderr.splitlines()
-    assert words == "last words"
-    assert said.startswith("make apply: everything is applied but the daemon is not ready; above")
-
-
-@pytest.mark.parametrize("target", ["apply", "delete"])
-def test_make_says_first_which_cluster_it_changes(fake_kubectl: Path, target: str) -> None:
-    def said(**variables: str) -> str:
-        return make(target, KUBECTL=str(fake_kubectl), IMAGE=IMAGE, **variables).stdout
-
-    assert said().startswith(f"make {target}: kubectl context: somewhere\n")
-    (fake_kubectl.parent / "context").unlink()
-    assert said().startswith(f"make {target}: kubectl context: none\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
-        assert said().startswith(f"make {target}: kubectl context: none (in-cluster)\n")
-
-
-@pytest.mark.parametrize("target", ["apply", "delete"])
-def test_make_says_in_one_sentence_that_an_overlay_is_none(fake_kubectl: Path, target: str) -> None:
-    done = make(target, KUBECTL=str(fake_kubectl), IMAGE=IMAGE, OVERLAY="/no/where")
-    assert done.returncode == 2
-    said, _ = done.stderr.splitlines()
-    beginning = "is no folder with a kustomization that works: must build at directory"
-    assert said.startswith(f"make {target}: OVERLAY=/no/where {beginning}")
-    assert not calls(fake_kubectl)
-
-
-@pytest.mark.parametrize("image", ["registry.example.com:5000/a/b", "gitops-hook"])
-def test_make_apply_says_that_an_image_has_no_tag(fake_kubectl: Path, image: str) -> None:
-    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=image)
-    assert f"make apply: IMAGE={image} has no tag; add the version: {image}:1.0.0\n" in done.stderr
-
-
-@pytest.mark.parametrize("image", ["", "gitops-hook", "a b:1", "x:1'; echo no; '", "x:1#g;s/a/b/"])
-def test_make_apply_refuses_what_is_no_image_with_a_version(fake_kubectl: Path, image: str) -> None:
-    done = make("apply", KUBECTL=str(fake_kubectl), IMAGE=image)
-    assert done.returncode != 0
-    assert not calls(fake_kubectl)
-
-
-def test_make_delete_leaves_the_applications_namespaces(fake_kubectl: Path) -> None:
-    there = "".join(f"{name} gitops-hook Active\n" for name in sorted(OURS))
-    (fake_kubectl.parent / "namespaces").write_text(there, "utf-8")
-    done = make("delete", KUBECTL=str(fake_kubectl), YES="1")
-    assert done.returncode == 0, done.stderr
-    (call,) = calls(fake_kubectl)
-    assert "--selector gitops-hook/uninstall!=keep" in call
-    goes = re.findall("^namespace (.*) goes", done.stdout, re.MULTILINE)
-    assert goes == ["build", "orchestration", "test"]
-    kept = [
-        (thing["kind"], thing["metadata"]["name"])
-        for thing in sent(fake_kubectl, 0).objects
-        if thing["metadata"].get("labels", {}).get("gitops-hook/uninstall") == "keep"
-    ]
-    assert sorted(kept) == [("Namespace", "production"), ("Namespace", "staging")]
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[str]:
-    """The kubectl command for an empty stand-in cluster, without controllers."""
-    api = Api(Store()).start()
-    try:
-        kubeconfig = api.kubeconfig(tmp_path / "kubeconfig")
-        yield f"{kubectl()} --kubeconfig {kubeconfig} --cache-dir {tmp_path / 'cache'}"
-    finally:
-        api.stop()
-
-
-def test_installing_twice_changes_nothing_and_uninstalling_keeps_the_applications(
-    cluster: str,
-) -> None:
-    first = make("apply", KUBECTL=cluster, IMAGE=IMAGE)
-    assert len(re.findall(" created$", first.stdout, re.MULTILINE)) == len(
-        rendered(ROOT / "manifests")
-    )
-    assert "secrets.example" in first.stderr
-    second = make("apply", KUBECTL=cluster, IMAGE=IMAGE)
-    context, *applied = second.stdout.splitlines()
-    assert context == "make apply: kubectl context: standin"
-    assert {line.split()[-1] for line in applied} == {"unchanged"}
-    ours = ["get", "roles,rolebindings,services", "-A", "-o", "name"]
-    service = {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": "shop", "namespace": "production"},
-        "spec": {"selector": {"app": "shop"}, "ports": [{"port": 80}]},
-    }
-    create = [*cluster.split(), "create", "-f", "-"]
-    subprocess.run(create, input=yaml.safe_dump(service).encode(), check=True, capture_output=True)
-    assert make("delete", KUBECTL=cluster, YES="1").returncode == 0
-    left, names = (
-        subprocess.run([*cluster.split(), *what], check=True, capture_output=True, text=True).stdout
-        for what in (ours, ["get", "namespaces", "-o", "name"])
-    )
-    assert left.split() == ["service/shop"]
-    kept = ("default", "kube-system", "production", "staging")
-    assert {*names.split()} == {f"namespace/{n}" for n in kept}
-
-
-@pytest.mark.parametrize(("target", "tool"), [("image", "docker"), ("kind", "kind")])
-def test_make_says_which_tool_is_missing(tmp_path: Path, target: str, tool: str) -> None:
-    for name in ("bash", "git", "awk"):
-        (tmp_path / name).symlink_to(str(shutil.which(name)))
-    program = shutil.which("make")
-    done = subprocess.run(
-        [str(program), target, "SHELL=/bin/bash", "KUBECTL=kubectl"],
-        cwd=ROOT,
-        env={"PATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert "missing" in done.stderr
-    assert tool in done.stderr
-
-
-def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
-    old = tmp_path / "python-of-old"
-    old.write_text('#!/bin/bash\n[[ $1 == -V ]] && echo "Python 3.9.2"\nexit 1\n', "utf-8")
-    old.chmod(0o755)
-    done = make("--always-make", "venv", PYTHON=str(old), VENV=str(tmp_path / "venv"))
-    assert done.returncode != 0
-    assert "Python 3.9.2" in done.stderr
-    assert "3.11 or newer" in done.stderr
-    assert not (tmp_path / "venv").exists()
-
-
 # === CI ===
+
+
+def make_calls(lines: list[str]) -> set[str]:
+    """The targets of make that lines of a script call."""
+    return {target for line in lines for target in re.findall(r"(?:^|&& )make ([a-z0-9]+)", line)}
 
 
 def test_ci_runs_targets_that_exist_and_the_tests_last() -> None:
@@ -995,6 +658,97 @@ def test_ci_runs_targets_that_exist_and_the_tests_last() -> None:
     text = script.read_text("utf-8")
     targets = re.findall(r"(?m)^make (\w+)", text)
     assert set(targets) <= TARGETS
-    assert {"lint", "types", "test"} <= set(targets)
-    assert targets[-1] == "test", "pytest's closing line is to be the last of the output"
+    assert {"lint", "types", "cluster", "faults", "e2e"} <= set(targets)
+    assert targets[-2:] == ["test", "coverage"]
+    assert "\nmake test COVERAGE=1 " in text
+    assert text.endswith('\ntail -n 1 "$closing"\n'), "pytest's closing line is to be the last"
     assert "set -euo pipefail" in text
+
+
+@pytest.fixture(scope="module")
+def gitlab() -> dict[str, Any]:
+    """The jobs of .gitlab-ci.yml, each with what it extends."""
+    text = (ROOT / ".gitlab-ci.yml").read_text("utf-8")
+    document = yaml.safe_load(text)
+    jobs = {name: value for name, value in document.items() if "script" in value}
+    return {name: {**document.get(job.get("extends"), {}), **job} for name, job in jobs.items()}
+
+
+def test_gitlab_runs_all_suites_by_targets_that_exist(gitlab: dict[str, Any]) -> None:
+    tests = [job for job in gitlab.values() if job["stage"] == "test"]
+    targets = make_calls([line for job in tests for line in job["before_script"] + job["script"]])
+    assert targets <= TARGETS
+    assert targets >= {"venv", "lint", "types", "coverage", "e2e", "faults"}
+    assert not [job for job in tests if "rules" in job or "allow_failure" in job]
+
+
+def test_gitlab_publishes_the_image_of_a_tag_after_the_tests(gitlab: dict[str, Any]) -> None:
+    document = yaml.safe_load((ROOT / ".gitlab-ci.yml").read_text("utf-8"))
+    assert document["stages"] == ["test", "publish"]
+    (job,) = [job for job in gitlab.values() if job["stage"] == "publish"]
+    assert job["rules"] == [{"if": r"$CI_COMMIT_TAG =~ /^v\d+\.\d+\.\d+$/"}]
+    assert job["image"]["name"] == f"{gitops_hook.KANIKO}-debug"
+    build = job["script"][-1]
+    assert '--destination "$CI_REGISTRY_IMAGE:$version"' in build
+    arguments = {rest.split("=")[0] for what, rest in dockerfile() if what == "ARG"}
+    assert set(re.findall(r"--build-arg (\w+)=", build)) == arguments - {"PYTHON_IMAGE"}
+
+
+@pytest.mark.parametrize(
+    ("tag", "fine"), [(f"v{gitops_hook.__version__}", True), ("v9.9.9", False)]
+)
+def test_gitlab_publishes_only_the_version_that_the_program_says(
+    gitlab: dict[str, Any], tag: str, *, fine: bool
+) -> None:
+    *before, _, _, _ = gitlab["image"]["script"]
+    done = subprocess.run(
+        ["sh", "-eu", "-c", "\n".join(before)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "CI_COMMIT_TAG": tag,
+            "CI_REGISTRY_USER": "",
+            "CI_REGISTRY_PASSWORD": "",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode == 0) is fine
+    assert (f"the tag is {tag}" in done.stdout) is not fine
+
+
+def test_hooks_before_a_commit_run_targets_that_exist_and_load_nothing() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))
+    (repository,) = config["repos"]
+    assert repository["repo"] == "local"
+    hooks = repository["hooks"]
+    assert {hook["language"] for hook in hooks} == {"system"}
+    assert make_calls([hook["entry"] for hook in hooks]) == {"lint", "types", "test"} <= TARGETS
+    assert all(hook["entry"].startswith("make ") for hook in hooks)
+
+
+# === Version ===
+
+
+def test_every_file_names_the_version_that_the_program_has() -> None:
+    named = r"gitops-hook:(\d+\.\d+\.\d+)|\?ref=v(\d+\.\d+\.\d+)"
+    files = [*(ROOT / "manifests").rglob("*.*"), ROOT / "Makefile"]
+    versions = {
+        (path.name, image or reference)
+        for path in files
+        for image, reference in re.findall(named, path.read_text("utf-8"))
+    }
+    assert versions == {("kustomization.yaml", gitops_hook.__version__)}
+
+
+def test_make_takes_the_version_from_the_program(tmp_path: Path) -> None:
+    docker = tmp_path / "docker"
+    docker.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/said\n', "utf-8")
+    docker.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        assert make("image").returncode == 0
+    said = (tmp_path / "said").read_text("utf-8")
+    assert f" --build-arg VERSION={gitops_hook.__version__} " in said
+    assert f"/gitops-hook:{gitops_hook.__version__}\n" in make("apply").stderr

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +20,9 @@ from typing import Any
 import requests
 import yaml
 
+from tests.measuring import MEASURING
 from tests.standin.cluster import Cluster
+from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = Path(os.environ.get("HOOK_PROGRAM") or ROOT / "gitops_hook.py")
@@ -140,18 +141,6 @@ WORKDIR /app
 COPY app.py version modes /app/
 CMD ["python", "app.py"]
 """
-
-
-def eventually(check: Callable[[], Any], seconds: float = 30.0, what: str = "") -> Any:
-    """Return the first true result of a check within a deadline; fails with the last result."""
-    until = time.monotonic() + seconds
-    while True:
-        result = check()
-        if result:
-            return result
-        if time.monotonic() > until:
-            raise AssertionError(f"not within {seconds} s: {what or check} (last: {result!r})")
-        time.sleep(0.05)
 
 
 def session_members(leader: int) -> list[int]:
@@ -291,6 +280,7 @@ class World:
         kept = {k: v for k, v in os.environ.items() if k in ("LANG", "LD_LIBRARY_PATH")}
         return {
             **kept,
+            **MEASURING,
             "PATH": self.path,
             "HOME": str(home),
             "KUBECONFIG": str(self.cluster.kubeconfig("orchestration/orchestration-sa")),

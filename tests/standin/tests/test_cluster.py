@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ import pytest
 from tests.standin.builder import BuildError, read_dockerfile
 from tests.standin.cluster import Cluster
 from tests.standin.sandbox import expand, rewriter
+from tests.waiting import eventually
 
 Object = dict[str, Any]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 KUBECTL = Path(sys.executable).with_name("kubectl")
 PATIENCE = 20.0
 # A server that answers every path with its own name, on kept-alive connections too.
@@ -54,15 +55,6 @@ def end(*_):
 signal.signal(signal.SIGTERM, end)
 signal.pause()
 """
-
-
-def wait_for(fulfilled: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """What the function returns once that is true; fails when it never is."""
-    deadline, pause = time.monotonic() + seconds, threading.Event()
-    while not (found := fulfilled()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        pause.wait(0.01)
-    return found
 
 
 def lives(pid: int) -> bool:
@@ -158,7 +150,7 @@ class World:
 
     def ended(self, name: str) -> Object:
         """The pod, once it has come to its end."""
-        wait_for(lambda: self.phase(name) in ("Succeeded", "Failed"))
+        eventually(lambda: self.phase(name) in ("Succeeded", "Failed"))
         return self.store.get("pods", "test", name)
 
     def output(self, name: str, container: str = "main") -> str:
@@ -219,11 +211,11 @@ def test_pods_start_at_once_and_a_job_is_complete_in_half_a_second(world: World)
     for number in range(3):
         begun = time.monotonic()
         world.cluster.load(pod(f"quick-{number}", shell("sleep 1")))
-        wait_for(partial(world.runs, f"quick-{number}"))
+        eventually(partial(world.runs, f"quick-{number}"))
         times["running"].append(time.monotonic() - begun)
         begun = time.monotonic()
         world.cluster.load(job(f"quick-{number}", {"command": ["true"]}))
-        wait_for(partial(world.condition, "jobs", f"quick-{number}", "Complete"))
+        eventually(partial(world.condition, "jobs", f"quick-{number}", "Complete"))
         times["complete"].append(time.monotonic() - begun)
     # The best of three, so that a busy machine does not decide.
     assert min(times["running"]) < 0.15
@@ -239,14 +231,14 @@ def test_a_thousand_suspended_jobs_cost_nothing(tmp_path: Path) -> None:
             jobs = cluster.store.snapshot("jobs")[0]
             return all((item.object.get("status") or {}).get("conditions") for item in jobs)
 
-        wait_for(suspended)
+        eventually(suspended)
 
         def idle() -> bool:
             used = time.process_time()
             threading.Event().wait(1)
             return time.process_time() - used < 0.03
 
-        wait_for(idle)
+        eventually(idle)
         assert not cluster.store.snapshot("pods")[0]
 
 
@@ -395,22 +387,22 @@ def test_deleting_a_pod_runs_its_hook_then_sigterm_and_leaves_no_process(world: 
     code = re.sub(r"(?m)^ {8}", "", script)
     hook = {"lifecycle": {"preStop": {"sleep": {"seconds": 1}}}}
     world.cluster.load(pod("polite", {"command": ["python", "-c", code], **hook}))
-    wait_for(lambda: world.phase("polite") == "Running" and "\n" in world.output("polite"))
+    eventually(lambda: world.phase("polite") == "Running" and "\n" in world.output("polite"))
     pids = [int(word) for word in world.output("polite").split()]
     begun = time.monotonic()
     world.store.delete("pods", "test", "polite")
-    wait_for(lambda: world.store.find("pods", "test", "polite") is None)
+    eventually(lambda: world.store.find("pods", "test", "polite") is None)
     # One second at five times the speed, and far from the grace period of thirty.
     assert 0.2 <= time.monotonic() - begun < 5
-    wait_for(lambda: not any(lives(pid) for pid in pids))
+    eventually(lambda: not any(lives(pid) for pid in pids))
 
 
 def test_a_signal_without_handler_does_not_end_the_first_process(world: World) -> None:
     world.cluster.load(pod("deaf", shell("sleep 1000; true"), terminationGracePeriodSeconds=4))
-    wait_for(lambda: world.phase("deaf") == "Running")
+    eventually(lambda: world.phase("deaf") == "Running")
     begun = time.monotonic()
     world.store.delete("pods", "test", "deaf")
-    wait_for(lambda: world.store.find("pods", "test", "deaf") is None)
+    eventually(lambda: world.store.find("pods", "test", "deaf") is None)
     assert time.monotonic() - begun >= 4 / 5
 
 
@@ -424,7 +416,7 @@ def test_a_failed_liveness_probe_restarts_and_the_former_log_is_kept(world: Worl
     volumes = [{"name": "state", "emptyDir": {}}]
     kind = {"restartPolicy": "Always", "terminationGracePeriodSeconds": 1}
     world.cluster.load(pod("sickly", main, volumes=volumes, **kind))
-    wait_for(lambda: world.container("sickly")["restartCount"] == 1)
+    eventually(lambda: world.container("sickly")["restartCount"] == 1)
     assert world.container("sickly")["lastState"]["terminated"]["exitCode"] == 137
     former = world.cluster.kubelet.logs("test", "sickly", "main", previous=True)
     assert former.startswith(b"start")
@@ -446,9 +438,9 @@ def test_other_probes_wait_for_the_startup_probe(world: World) -> None:
         livenessProbe={**startup, "failureThreshold": 1},
     )
     world.cluster.load(pod("slow", main, volumes=[{"name": "state", "emptyDir": {}}]))
-    wait_for(lambda: world.phase("slow") == "Running")
+    eventually(lambda: world.phase("slow") == "Running")
     assert not world.container("slow")["started"]
-    wait_for(lambda: world.container("slow").get("ready"))
+    eventually(lambda: world.container("slow").get("ready"))
     assert world.container("slow")["restartCount"] == 0
     world.remove("pods", "slow")
 
@@ -463,7 +455,7 @@ def test_a_missing_volume_source_keeps_the_pod_waiting_until_it_is_there(world: 
         events = world.store.list("events", "test")
         return any((item["reason"], item["message"]) == ("FailedMount", text) for item in events)
 
-    wait_for(told)
+    eventually(told)
     assert world.phase("patient") == "Pending"
     world.cluster.load_yaml(
         "{apiVersion: v1, kind: ConfigMap, metadata: {name: late, namespace: test}, data: {x: y}}"
@@ -485,7 +477,7 @@ def test_what_fits_no_node_stays_unscheduled(world: World, spec: Object, text: s
     requests = {key: spec[key] for key in ("cpu", "memory") if key in spec}
     name = f"big-{'-'.join(spec).lower()}"
     world.cluster.load(pod(name, shell("true", resources={"requests": requests}), **more))
-    condition = wait_for(lambda: world.condition("pods", name, "PodScheduled"))
+    condition = eventually(lambda: world.condition("pods", name, "PodScheduled"))
     assert (condition["status"], condition["reason"]) == ("False", "Unschedulable")
     assert text in condition["message"]
     world.remove("pods", name)
@@ -494,7 +486,7 @@ def test_what_fits_no_node_stays_unscheduled(world: World, spec: Object, text: s
 def test_a_broken_pull_says_the_text_that_was_asked_for(world: World) -> None:
     world.cluster.images.break_pull("busybox:broken", "denied: requested access is denied")
     world.cluster.load(pod("denied", shell("true", image="busybox:broken")))
-    state = wait_for(lambda: world.container("denied")["state"].get("waiting", {}).get("message"))
+    state = eventually(lambda: world.container("denied")["state"].get("waiting", {}).get("message"))
     assert state == "denied: requested access is denied"
     world.cluster.images.break_pull("busybox:broken", None)
     assert world.ended("denied")["status"]["phase"] == "Succeeded"
@@ -507,7 +499,7 @@ def test_a_reference_that_is_none_is_an_invalid_image_name(world: World) -> None
         waiting = world.container("misnamed")["state"].get("waiting", {})
         return bool(waiting.get("reason") == "InvalidImageName")
 
-    wait_for(reason)
+    eventually(reason)
     world.remove("pods", "misnamed")
 
 
@@ -516,9 +508,9 @@ def test_a_reference_that_is_none_is_an_invalid_image_name(world: World) -> None
 
 def test_a_killed_container_is_an_error_and_restarts(world: World) -> None:
     world.cluster.load(pod("shot", shell("sleep 1000; true"), restartPolicy="Always"))
-    wait_for(lambda: world.phase("shot") == "Running")
+    eventually(lambda: world.phase("shot") == "Running")
     world.cluster.kill_container("test", "shot", "main")
-    wait_for(lambda: world.container("shot")["restartCount"] == 1)
+    eventually(lambda: world.container("shot")["restartCount"] == 1)
     ended = world.container("shot")["lastState"]["terminated"]
     assert (ended["exitCode"], ended["reason"]) == (137, "Error")
     world.remove("pods", "shot")
@@ -542,11 +534,11 @@ def test_a_job_goes_on_after_its_node_was_lost_and_after_its_pod_vanished(world:
             "",
         )
 
-    first = wait_for(running)
+    first = eventually(running)
     world.cluster.lose_node_of("test", first)
-    second = wait_for(lambda: running(first))
+    second = eventually(lambda: running(first))
     world.cluster.lose_pod("test", second)
-    wait_for(lambda: running(first, second))
+    eventually(lambda: running(first, second))
     assert world.condition("jobs", "unlucky", "FailureTarget") == {}
     assert world.store.get("jobs", "test", "unlucky")["status"].get("failed", 0) == 0
     world.remove("jobs", "unlucky")
@@ -615,13 +607,13 @@ def colours(world: World) -> Iterator[str]:
     """Two colours and a Service that selects blue; the Service's address."""
     names = ("blue", "green")
     world.cluster.load(*(deployment(name, server(name)) for name in names), service("shop", "blue"))
-    wait_for(lambda: all(world.available(name) for name in names))
+    eventually(lambda: all(world.available(name) for name in names))
     address = world.address("shop")
-    wait_for(lambda: ask_anew(address) == "blue")
+    eventually(lambda: ask_anew(address) == "blue")
     yield address
     world.remove("deployments", *names)
     world.remove("services", "shop")
-    wait_for(lambda: not world.pods("app=shop"))
+    eventually(lambda: not world.pods("app=shop"))
 
 
 def select(world: World, version: str) -> None:
@@ -638,14 +630,14 @@ def test_new_connections_follow_the_selector_and_open_ones_stay(world: World, co
     for colour in ("green", "blue", "green"):
         begun = time.monotonic()
         select(world, colour)
-        wait_for(partial(answers, colours, colour))
+        eventually(partial(answers, colours, colour))
         moved.append(time.monotonic() - begun)
         assert ask(kept) == "blue"
     assert min(moved) < 0.15
     for item in world.pods("version=blue"):
         world.store.delete("pods", "test", item["metadata"]["name"], grace=0)
     with pytest.raises((ConnectionError, http.client.HTTPException)):
-        wait_for(lambda: ask(kept) != "blue")
+        eventually(lambda: ask(kept) != "blue")
     kept.close()
 
 
@@ -656,9 +648,9 @@ def test_a_service_without_ready_pods_refuses_connections(world: World, colours:
         with socket.socket() as client:
             return client.connect_ex((colours, 80)) != 0
 
-    wait_for(refused)
+    eventually(refused)
     select(world, "green")
-    wait_for(lambda: ask_anew(colours) == "green")
+    eventually(lambda: ask_anew(colours) == "green")
 
 
 def test_min_ready_seconds_delay_availability_and_recreate_ends_the_old_first(
@@ -672,10 +664,10 @@ def test_min_ready_seconds_delay_availability_and_recreate_ends_the_old_first(
         status = world.store.get("deployments", "test", "white").get("status", {})
         return int(status.get("readyReplicas", 0))
 
-    wait_for(lambda: ready() == 2)
+    eventually(lambda: ready() == 2)
     begun = time.monotonic()
     assert not world.available("white")
-    wait_for(lambda: world.available("white"))
+    eventually(lambda: world.available("white"))
     assert time.monotonic() - begun > 0.5
     old = {item["metadata"]["name"] for item in world.pods("version=white")}
     both: list[int] = []
@@ -690,7 +682,7 @@ def test_min_ready_seconds_delay_availability_and_recreate_ends_the_old_first(
         both.append(len(names & old) and len(names - old))
         return bool(names) and not names & old
 
-    wait_for(replaced)
+    eventually(replaced)
     assert not any(both)
     world.remove("deployments", "white")
 
@@ -703,12 +695,12 @@ def test_a_refused_pod_is_a_condition_of_the_deployment(world: World) -> None:
         """
     )
     world.cluster.load(deployment("excess", server("excess")))
-    found = wait_for(lambda: world.condition("deployments", "excess", "ReplicaFailure"))
+    found = eventually(lambda: world.condition("deployments", "excess", "ReplicaFailure"))
     assert found["reason"] == "FailedCreate"
     assert "exceeded quota: tight" in found["message"]
     world.remove("resourcequotas", "tight")
-    wait_for(lambda: world.available("excess"))
-    wait_for(lambda: not world.condition("deployments", "excess", "ReplicaFailure"))
+    eventually(lambda: world.available("excess"))
+    eventually(lambda: not world.condition("deployments", "excess", "ReplicaFailure"))
     world.remove("deployments", "excess")
 
 
@@ -720,7 +712,7 @@ def test_two_clusters_side_by_side_do_not_meet(tmp_path: Path) -> None:
             cluster.load(deployment(name, server(name)), service("shop", name))
         for name, cluster in (("one", one), ("two", two)):
             address = World(cluster).address("shop")
-            heard[name] = wait_for(partial(ask_anew, address))
+            heard[name] = eventually(partial(ask_anew, address))
     assert heard == {"one": "one", "two": "two"}
 
 
@@ -768,7 +760,7 @@ class Program:
         # $$$$, since $$ is how a manifest writes one dollar.
         script = "sleep 1000 & setsid sleep 1000 & echo $$$$ $!; wait"
         self.kubectl("create", "-f", "-", given=pod("tree", shell(script)))
-        found = wait_for(lambda: self.kubectl("logs", "tree").split() if self.runs() else [])
+        found = eventually(lambda: self.kubectl("logs", "tree").split() if self.runs() else [])
         return [int(word) for word in found]
 
     def runs(self) -> bool:
@@ -799,7 +791,7 @@ def test_the_program_tells_where_it_is_and_ends_with_all_its_processes(program: 
         "create", "-f", "-", given=pod("wrong", shell("true", image="registry.invalid/none:1"))
     )
     path = "jsonpath={.status.containerStatuses[0].state.waiting.reason}"
-    wait_for(lambda: program.kubectl("get", "pod", "wrong", "-o", path) == "ErrImagePull")
+    eventually(lambda: program.kubectl("get", "pod", "wrong", "-o", path) == "ErrImagePull")
     assert time.monotonic() - begun < 3
     pids = program.start_pod()
     assert all(lives(pid) for pid in pids)
@@ -811,4 +803,4 @@ def test_the_program_tells_where_it_is_and_ends_with_all_its_processes(program: 
 def test_a_killed_program_leaves_no_pod_behind(program: Program) -> None:
     pids = program.start_pod()
     program.process.kill()
-    wait_for(lambda: not any(lives(pid) for pid in pids))
+    eventually(lambda: not any(lives(pid) for pid in pids))

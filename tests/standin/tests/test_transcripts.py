@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from tests.standin.api import Api
 from tests.standin.cluster import Cluster
 from tests.standin.kubectl import Kubectl, Result
 from tests.standin.store import Store, copy_json, now
+from tests.waiting import eventually
 
 Object = dict[str, Any]
-DATA = Path(__file__).with_name("data") / "transcripts.jsonl"
+DATA = Path(__file__).parents[2] / "data" / "transcripts.jsonl"
 RECORDED: list[Object] = [json.loads(line) for line in DATA.read_text().splitlines()]
 PATIENCE = 20.0
 
@@ -75,7 +75,7 @@ COVERED = [
     *COPIES,
     *AFTER,
 ]
-_OVER_TIME = "is made by kubelet and controllers: test_standin_watch.py replays how it comes about"
+_OVER_TIME = "is made by kubelet and controllers: test_scenarios.py replays how it comes about"
 NOT_REPLAYED = {
     60: f"the EndpointSlice of two colours {_OVER_TIME} (service-switched)",
     65: f"the pods of a bad image: their status {_OVER_TIME} (deploy-bad-image)",
@@ -257,13 +257,6 @@ def targets(slices: list[Object]) -> list[tuple[str, bool]]:
     found = [end for item in slices for end in item["endpoints"] or ()]
     colours = [end["targetRef"]["name"].rsplit("-", 2)[0] for end in found]
     return [(name, end["conditions"]["ready"]) for name, end in zip(colours, found, strict=True)]
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {PATIENCE} s: {what}"
-        time.sleep(0.02)
 
 
 def job_name(at: int) -> str:
@@ -558,10 +551,12 @@ def test_endpoints_follow_a_switch_as_recorded(tmp_path: Path) -> None:
             stage.kubectl.run("-n", "production", "rollout", "status", f"deployment/{name}")
         stage.replay(117)
         blue = [("shop-blue", True)] * 2
-        until(lambda: targets(cluster.store.list("endpointslices")) == blue, "blue endpoints")
+        eventually(lambda: targets(cluster.store.list("endpointslices")) == blue)
         for switch, stale, seen in ((122, "7764", 123), (124, "7765", 125)):
             stage.replay(switch, {stale: stage.version("services", "shop")})
-            until(lambda at=seen: switched(cluster.store, at), f"the endpoints of call {seen}")
+            eventually(
+                lambda at=seen: switched(cluster.store, at), what=f"endpoints of call {seen}"
+            )
             stage.replay(seen)
 
 

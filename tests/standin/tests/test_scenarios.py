@@ -29,7 +29,7 @@ from tests.standin.store import Subscription
 Object = dict[str, Any]
 Entry = tuple[str, Object]
 
-DATA = Path(__file__).parent / "data" / "watch"
+DATA = Path(__file__).parents[2] / "data" / "watch"
 SPEED = 5
 PATIENCE = 30.0
 RESOURCES = ("jobs", "pods", "deployments", "replicasets", "events", "endpointslices")

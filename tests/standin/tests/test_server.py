@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tests.standin.faults import Fault, Faults, Request
 from tests.standin.httpd import Connection, Leavers
 from tests.standin.kubectl import Kubectl
 from tests.standin.store import ApiError, Store
+from tests.waiting import eventually
 
 Object = dict[str, Any]
 PATIENCE = 10.0
@@ -79,14 +80,6 @@ def world(tmp_path: Path) -> Iterator[World]:
     store.create("namespaces", {"metadata": {"name": "demo"}})
     with Api(store) as api:
         yield World(store, api, Kubectl(tmp_path, api.kubeconfig(tmp_path / "config")), tmp_path)
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {PATIENCE} s: {what}"
-        time.sleep(0.01)
-    return found
 
 
 def config(name: str = "settings", **more: Any) -> Object:
@@ -407,7 +400,7 @@ def test_a_watch_tells_what_enters_changes_in_and_leaves_its_selection(world: Wo
         "get", "cm", "-n", "demo", "-l", "a=1", "--watch", "--output-watch-events", "-o", "json"
     )
     try:
-        until(lambda: ("watch", 200) in world.verbs("configmaps"), "the watch")
+        eventually(lambda: ("watch", 200) in world.verbs("configmaps"), PATIENCE, "the watch")
         world.store.create("configmaps", config("late", metadata={"labels": {"a": "1"}}))
         world.run("label", "-n", "demo", "cm", "late", "b=2")
         world.run("label", "-n", "demo", "cm", "late", "--overwrite", "a=2")
@@ -469,12 +462,14 @@ def test_a_client_that_leaves_frees_its_watch(world: World) -> None:
     threads = threading.active_count()
     process = world.kubectl.start("get", "cm", "-n", "demo", "--watch")
     try:
-        until(lambda: ("watch", 200) in world.verbs("configmaps"), "the watch")
+        eventually(lambda: ("watch", 200) in world.verbs("configmaps"), PATIENCE, "the watch")
         assert threading.active_count() > threads
     finally:
         process.kill()
         process.communicate()
-    until(lambda: threading.active_count() <= threads, "the end of the watch's thread")
+    eventually(
+        lambda: threading.active_count() <= threads, PATIENCE, "the end of the watch's thread"
+    )
 
 
 def test_logs_are_followed_until_the_container_ends(world: World) -> None:
@@ -570,8 +565,10 @@ def test_a_namespace_takes_its_content_with_it_and_lets_nothing_in(world: World)
     world.run("delete", "namespace", "demo", "--wait=false")
     refused = world.fail("create", "-f", "-", stdin=config("late"))
     assert "unable to create new content in namespace demo because it is being" in refused
-    until(lambda: not world.store.list("configmaps", "demo"), "an empty namespace")
-    until(lambda: world.store.find("namespaces", None, "demo") is None, "no namespace")
+    eventually(lambda: not world.store.list("configmaps", "demo"), PATIENCE, "an empty namespace")
+    eventually(
+        lambda: world.store.find("namespaces", None, "demo") is None, PATIENCE, "no namespace"
+    )
 
 
 def test_a_deletion_meant_for_another_object_of_that_name_is_refused(world: World) -> None:
@@ -1070,7 +1067,7 @@ def test_clearing_the_faults_lets_a_hanging_request_go_on(world: World) -> None:
     world.api.faults.add(Fault("hang", verb="patch", resource="services"))
     process = world.kubectl.start("annotate", "svc", "-n", "demo", "shop", "a=b")
     try:
-        until(lambda: ("patch", 0) in world.verbs("services"), "the hanging patch")
+        eventually(lambda: ("patch", 0) in world.verbs("services"), PATIENCE, "the hanging patch")
         assert not annotated(world)
         world.api.faults.clear()
         assert process.wait(PATIENCE) == 0
@@ -1125,7 +1122,7 @@ def test_a_dropped_watch_stays_open_and_says_nothing(world: World) -> None:
         "get", "cm", "-n", "demo", "--watch", "-o", "name", "--request-timeout=2s"
     )
     try:
-        until(lambda: ("watch", 200) in world.verbs("configmaps"), "the watch")
+        eventually(lambda: ("watch", 200) in world.verbs("configmaps"), PATIENCE, "the watch")
         world.store.create("configmaps", config())
         out, _ = process.communicate(timeout=PATIENCE)
     finally:
@@ -1140,7 +1137,7 @@ def test_a_server_that_is_down_refuses_and_comes_back_with_everything(world: Wor
     world.run("get", "svc", "-n", "demo")
     watch = world.kubectl.start("get", "svc", "-n", "demo", "--watch", "-o", "name")
     try:
-        until(lambda: ("watch", 200) in world.verbs("services"), "the watch")
+        eventually(lambda: ("watch", 200) in world.verbs("services"), PATIENCE, "the watch")
         world.api.down()
         out, err = watch.communicate(timeout=PATIENCE)
     finally:
@@ -1186,7 +1183,7 @@ def test_waiting_for_a_condition_ends_when_it_holds(world: World) -> None:
         "wait", "--for=condition=Complete", "job/test", "-n", "demo", "--timeout=20s"
     )
     try:
-        until(lambda: ("watch", 200) in world.verbs("jobs"), "the watch")
+        eventually(lambda: ("watch", 200) in world.verbs("jobs"), PATIENCE, "the watch")
 
         def complete(found: Object) -> None:
             found["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
@@ -1256,7 +1253,9 @@ def test_stopping_leaves_no_thread_and_no_listener(tmp_path: Path) -> None:
     kubectl = Kubectl(tmp_path, api.kubeconfig(tmp_path / "config"))
     watch = kubectl.start("get", "cm", "--watch")
     try:
-        until(lambda: any(item.verb == "watch" for item in api.faults.log), "the watch")
+        eventually(
+            lambda: any(item.verb == "watch" for item in api.faults.log), PATIENCE, "the watch"
+        )
         api.stop()
         assert watch.wait(PATIENCE) == 0
     finally:

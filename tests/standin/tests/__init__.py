@@ -1,0 +1,1 @@
+"""The stand-in's own tests: what it is trusted with, it is held to."""
