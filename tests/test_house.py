@@ -31,12 +31,7 @@ MAX_BROAD_EXCEPTS = 6
 # The list of exemptions is the list of the program's edges.
 MAX_EXEMPTIONS = 8
 
-# What the program does not fulfil yet is counted: each of these numbers may only fall. The aims are
-# 300 lines for the longest class, and 0 for all others.
-MAX_CLASS_LINES = 941
-MOST_VAGUE_NAMES = 140
-MOST_PACKED_ASSIGNMENTS = 185
-MOST_OTHER_SECTIONS = 6
+MAX_CLASS_LINES = 300
 
 # Names that fit every value, and so tell nothing about this one.
 VAGUE_NAMES = {"found", "told", "known", "given", "made", "got", "res"}
@@ -326,12 +321,7 @@ def test_the_program_stays_within_its_lines(source: str) -> None:
 
 def test_its_sections_are_those_of_the_design_in_that_order(source: str) -> None:
     titles = [title for title, _ in sections(source)]
-    other = [title for title in titles if title not in SECTIONS]
-    assert len(titles) == len(set(titles))
-    assert [title for title in titles if title in SECTIONS] == [t for t in SECTIONS if t in titles]
-    assert len(other) <= MOST_OTHER_SECTIONS, other
-    if not MOST_OTHER_SECTIONS:
-        assert titles == SECTIONS
+    assert titles == SECTIONS
 
 
 def test_each_section_uses_only_those_above_it(source: str) -> None:
@@ -357,13 +347,11 @@ def test_classes_are_short(source: str) -> None:
 
 
 def test_names_say_what_a_thing_is(source: str) -> None:
-    vague = vague_names(source)
-    assert len(vague) <= MOST_VAGUE_NAMES, "\n".join(vague)
+    assert not vague_names(source)
 
 
 def test_one_statement_assigns_one_value(source: str) -> None:
-    packed = packed_assignments(source)
-    assert len(packed) <= MOST_PACKED_ASSIGNMENTS, "\n".join(packed)
+    assert not packed_assignments(source)
 
 
 def test_processes_start_behind_one_door_for_each_tool(source: str) -> None:
