@@ -1465,11 +1465,17 @@ class Spool:
             path.rename(self.directory / "bad" / path.name)
 
     def done(self, path: Path) -> None:
-        """Remove a push that the cluster has or that needs nothing more."""
-        with self._lock:
-            delivery = self._deliveries.pop(path.name, "")
-        self.accepted.write(delivery)
-        path.unlink(missing_ok=True)
+        """Remove a push that the cluster has or that needs nothing more; raises OSError.
+
+        A file that cannot be removed still counts as stored.
+        """
+        self.accepted.write(self._deliveries.get(path.name, ""))
+        try:
+            path.unlink(missing_ok=True)
+        finally:
+            if not os.path.lexists(path):
+                with self._lock:
+                    self._deliveries.pop(path.name, None)
 
 
 class Accepted:
