@@ -1158,26 +1158,22 @@ def verify_delivery(
     values = [headers.get(name, "").encode("latin-1", "replace") for name in names]
     if not all(values):
         raise DeliveryError(401, "NotAuthentic", f"{', '.join(names)}: required")
-    difference = 0.0
     if mode == "signature":
         message_id, stamp, signatures = values
         offered = signatures.split(b" ")[:20]
         expected = [sign(key, message_id, stamp, body) for key in keys]
-        number = re.fullmatch(rb"[0-9]{1,12}", stamp)
-        difference = abs(now - int(stamp)) if number else math.inf
     else:
         offered = values
         expected = [hex_hmac(key, body) for key in keys] if mode == "hmac" else [*keys]
-    if not any(same_secret(one, other) for one in offered for other in expected):
+    # compared as hashes of one length: the time that it takes tells nothing about a secret
+    digests = [hashlib.sha256(value).digest() for value in offered]
+    wanted = [hashlib.sha256(value).digest() for value in expected]
+    if not any(hmac.compare_digest(one, other) for one in digests for other in wanted):
         raise DeliveryError(401, "NotAuthentic", f"{names[-1]} does not match")
-    if difference > SIGNATURE_TOLERANCE:
-        raise DeliveryError(401, "NotAuthentic", "webhook-timestamp is not a recent Unix time")
-
-
-def same_secret(one: bytes, other: bytes) -> bool:
-    """Whether two secrets are equal, in a time that tells nothing about either or its length."""
-    digests = (hashlib.sha256(secret).digest() for secret in (one, other))
-    return hmac.compare_digest(*digests)
+    if mode == "signature":
+        number = re.fullmatch(rb"[0-9]{1,12}", stamp)
+        if not number or abs(now - int(stamp)) > SIGNATURE_TOLERANCE:
+            raise DeliveryError(401, "NotAuthentic", "webhook-timestamp is not a recent Unix time")
 
 
 def sign(key: bytes, message_id: bytes, stamp: bytes, body: bytes) -> bytes:
@@ -3548,6 +3544,14 @@ class ProblemTracker:
         return None
 
 
+class Head(StrEnum):
+    """What the head of a run's branch is."""
+
+    SAME = "same"  # the commit of the run
+    NEWER = "newer"  # another commit, or none
+    UNKNOWN = "unknown"  # git did not answer, or may still show the commit before the push
+
+
 @dataclass(frozen=True, slots=True)
 class Action:
     """The next step of a run: what, and why."""
@@ -3568,7 +3572,7 @@ class Observation:
     jobs: Mapping[str, Job]  # by stage
     pods: tuple[Pod, ...]
     services: Mapping[str, Service]  # the live Service by environment
-    head: str  # same, moved or unknown: what git says about the run's ref
+    head: Head  # what git says about the run's ref
     newer: bool  # the same ref was pushed again
     fatal_problem: PodProblem | None
     busy: frozenset[str]  # environments that a worker is changing
@@ -3619,12 +3623,12 @@ def decide(observed: Observation) -> Action:
 
 def outdated(observed: Observation, stage: str) -> Action | None:
     """Return how a run ends, or that it waits for git, unless its commit is its ref's newest."""
-    deploys = observed.run.ref == observed.app.deploy_ref  # another ref needs no git
-    if observed.head == "moved" if deploys else observed.newer:
-        return ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", stage)
-    if deploys and observed.head == "unknown":
+    superseded = ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", stage)
+    if observed.run.ref != observed.app.deploy_ref:  # only what is deployed needs git
+        return superseded if observed.newer else None
+    if observed.head == Head.UNKNOWN:
         return Action(Do.WAIT, stage, Reason.GIT_ERROR, "for the head of the branch")
-    return None
+    return superseded if observed.head == Head.NEWER else None
 
 
 def decide_start(observed: Observation, do: Do, stage: str) -> Action:
@@ -3732,17 +3736,19 @@ def decide_environment(observed: Observation, name: str) -> Action | None:
     service = observed.services.get(name)
     entry = service.entry(run.id, run.received) if service else HistoryEntry()
     switched = service is not None and service.run == run.id
+    # an earlier delivery of the commit may have made it live, which the entry above leaves out
     live = service.live if service and switched else HistoryEntry()
-    last = name == observed.app.deploy.environments[-1]
-    done = Outcome.DEPLOYED in (live.outcome, entry.outcome)
-    # whoever confirmed it a moment ago may yet switch back
-    if done and not (switched and last and name in observed.busy):
-        return None
-    if name in observed.busy:
+    confirmed = Outcome.DEPLOYED in (entry.outcome, live.outcome)
+    bakes_here = name == observed.app.deploy.environments[-1]
+    # a worker that confirmed the live version a moment ago may yet switch back in the bake
+    if name in observed.busy and (not confirmed or (switched and bakes_here)):
         return Action(Do.WAIT, name, detail=f"{name} is being changed")
+    if confirmed:
+        return None
     if entry.outcome in (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED):
-        reasons = [r for r in Reason if r == entry.reason] or [Reason.UNHEALTHY_AFTER_SWITCH]
-        return ends(Outcome(entry.outcome), reasons[0], entry.detail, name)
+        listed = entry.reason in set(Reason)  # anyone may have written it
+        reason = Reason(entry.reason) if listed else Reason.UNHEALTHY_AFTER_SWITCH
+        return ends(Outcome(entry.outcome), reason, entry.detail, name)
     stale = None if switched else outdated(observed, name)
     return stale or Action(Do.DEPLOY, name)
 
@@ -3784,17 +3790,17 @@ def grant_slots(
         turns[best.app] = NEVER
 
 
-def head_word(run: Run, heads: Mapping[str, str] | None, age: float, now: float) -> str:
-    """Return what read heads say about a run: same, moved, or unknown where they are too old.
+def head_of(run: Run, heads: Mapping[str, str] | None, age: float, now: float) -> Head:
+    """Return what heads that were read `age` seconds ago say about a run.
 
     A server that still shows the commit before the push may only lag behind its own webhook.
     """
     if heads is None or age > HEAD_FRESH:
-        return "unknown"
+        return Head.UNKNOWN
     if (head := heads.get(run.ref, "")) == run.commit:
-        return "same"
+        return Head.SAME
     lagging = head == run.before or (not head and set(run.before) == {"0"})
-    return "unknown" if lagging and now - run.received < HEAD_GRACE else "moved"
+    return Head.UNKNOWN if lagging and now - run.received < HEAD_GRACE else Head.NEWER
 
 
 def container_failure(pods: Iterable[Pod], since: float) -> str:
@@ -3820,22 +3826,22 @@ def readiness_shortage(
 ) -> PodProblem | None:
     """Return how a switched-to run has too few ready pods, and for how long it may have.
 
-    Since when it is so the pods say themselves, to a daemon that was not there to see it. No pod is
-    there by the cluster's doing; `starting`: others are, in the place of those it took away.
+    The pods say themselves since when they are not ready, to a daemon that did not see it begin.
+    `starting`: pods of the run exist that are younger than the switch, since the cluster replaces
+    those that it took away.
     """
     pods = [*pods]
     down = unready(pods, since)
-    served = any(p.ready for p in pods)
-    if served and not down:
+    some_ready = any(p.ready for p in pods)
+    if some_ready and not down:
         return None
-    grace = UNREADY_SECONDS if served else GONE_SECONDS
-    grace = REPLACED_SECONDS if starting and not down else grace
-    who = ", ".join(p.name for p in down) or "any pod"
+    grace = UNREADY_SECONDS if some_ready else GONE_SECONDS
+    if starting and not down:
+        grace = REPLACED_SECONDS
+    kind = f"not ready for {grace:.0f} s"  # one that changes its kind begins anew
+    detail = f"{kind}: {', '.join(p.name for p in down) or 'any pod'}"
     lasts = down and now - max(p.changed for p in down) > grace + 1.0  # it is in whole seconds
-    detail = f"not ready for {grace:.0f} s: {who}"
-    return PodProblem(
-        f"{served} {grace}", Reason.UNHEALTHY_AFTER_SWITCH, detail, 0.0 if lasts else grace
-    )
+    return PodProblem(kind, Reason.UNHEALTHY_AFTER_SWITCH, detail, 0.0 if lasts else grace)
 
 
 def pods_taken_away(pods: Sequence[Pod], wanted: int) -> bool:
@@ -4389,10 +4395,10 @@ class Doors:
     def require_head(self, task: Task) -> None:
         """Raise unless the commit is its branch's head; without an answer it is tried again."""
         heads = self.git.heads(task.app.repository)
-        word = head_word(task.run, heads, 0, self.clock.now())
-        if word == "moved":
+        head = head_of(task.run, heads, 0, self.clock.now())
+        if head is Head.NEWER:
             raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
-        if word == "unknown":
+        if head is Head.UNKNOWN:
             raise HookError("the git server does not show the push yet")
 
 
@@ -6334,10 +6340,10 @@ class ReadHeads:
     answered: float = -NEVER  # when, by the monotonic clock
     commits: Mapping[str, str] = dataclass_field(default_factory=dict)  # by ref
 
-    def relation(self, run: Run, clock: Clock) -> str:
-        """Return what they say about a run now: same, moved, or unknown."""
+    def relation(self, run: Run, clock: Clock) -> Head:
+        """Return what they say about a run now."""
         commits = self.commits if self.asked >= run.received else None
-        return head_word(run, commits, clock.monotonic() - self.answered, clock.now())
+        return head_of(run, commits, clock.monotonic() - self.answered, clock.now())
 
 
 class CatchUp:
@@ -6389,7 +6395,7 @@ class CatchUp:
         last = state.last(ref)
         pushed = run_of_record(app, last) if last else Run(id="", app=app.name, ref=ref, commit="")
         commit = heads.commits.get(ref, "")
-        unknown = heads.relation(pushed, self.clock) == "unknown"
+        unknown = heads.relation(pushed, self.clock) is Head.UNKNOWN
         if unknown or commit in ("", pushed.commit) or any(run.ref == ref for run in stored):
             return
         now = self.clock.now()
