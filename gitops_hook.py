@@ -3176,11 +3176,18 @@ def fitting_fields(kind: type[Any], data: Any) -> Object:
 class Service:
     """The live Service of an app, with what our annotations on it say as far as it can be read.
 
-    `run`: what today's traffic reaches, as far as the selector names it; `claim`: who is changing
-    this environment; `history`: the switches, newest first. Each is empty when there is none.
+    `run`: what today's traffic reaches, as far as the selector names it, or the argument `run`;
+    `claim`: who is changing this environment; `history`: the switches, newest first. Each is empty
+    when there is none, and so is each of these entries of the history:
+
+    live                what today's traffic reaches: by its selector, else by its run
+    recorded_live       what was recorded as live last, whatever the selector says now
+    switch_back_target  what the bake goes back to: what was live before, proven or not
+    rollback_target     what a person goes back to: a proven version before the live one
+    entry(run)          the newest one of that run
     """
 
-    def __init__(self, manifest: Object) -> None:
+    def __init__(self, manifest: Object, run: str = "") -> None:
         meta = manifest["metadata"]
         spec = manifest["spec"]
         self.name: str = meta["name"]
@@ -3188,7 +3195,7 @@ class Service:
         self.version = int(meta["resourceVersion"])
         self.ports: list[Object] = spec.get("ports") or []
         self.selector: dict[str, str] = spec.get("selector") or {}
-        self.run = self.selector.get(LABEL_RUN, "")
+        self.run = self.selector.get(LABEL_RUN) or run
         # whether the selector names a run of ours, whatever else it asks for
         self.ours = self.selector.keys() >= {LABEL_APP, LABEL_VERSION, LABEL_RUN}
         self._annotations: dict[str, str] = meta.get("annotations") or {}
@@ -3198,7 +3205,7 @@ class Service:
 
     @classmethod
     def recorded(cls, name: str, entry: HistoryEntry) -> Service:
-        """Return the Service that an entry is the whole history of."""
+        """Return a stand-in for a Service whose whole history is one entry."""
         annotations = {ANNOTATION_HISTORY: json.dumps([entry.to_json()])}
         meta = {"name": name, "resourceVersion": "0", "annotations": annotations}
         return cls({"metadata": meta, "spec": {"selector": entry.selector}})
@@ -3230,10 +3237,10 @@ class Service:
     @property
     def in_order(self) -> bool:
         """Whether the selector is what the history says that it was set to last."""
-        return self.live.selector == self.selector and self.live == self.served
+        return self.live.selector == self.selector and self.live == self.recorded_live
 
     @property
-    def served(self) -> HistoryEntry:
+    def recorded_live(self) -> HistoryEntry:
         """The entry of what is live as far as it is recorded, whatever the selector says now."""
         return next((e for e in self.history if not e.outcome or e.proven), HistoryEntry())
 
@@ -3247,7 +3254,7 @@ class Service:
         return entry.selector == self.selector or bool(self.run and entry.run == self.run)
 
     @property
-    def targets(self) -> list[HistoryEntry]:
+    def rollback_targets(self) -> list[HistoryEntry]:
         """The entries that a rollback can go to: the proven versions before the live one."""
         live = self.live
         good = dict[str, HistoryEntry]()
@@ -3258,16 +3265,17 @@ class Service:
                 good.setdefault(entry.run, entry)
         return [*good.values()]
 
-    def target(self, back: int = 1) -> HistoryEntry:
+    def rollback_target(self, back: int = 1) -> HistoryEntry:
         """Return the entry that a rollback goes to: the back-th proven version before the live."""
-        return self.targets[back - 1] if 0 < back <= len(self.targets) else HistoryEntry()
+        targets = self.rollback_targets
+        return targets[back - 1] if 0 < back <= len(targets) else HistoryEntry()
 
     @property
-    def before(self) -> HistoryEntry:
+    def switch_back_target(self) -> HistoryEntry:
         """What was live before, proven or not, if it is known; else where a rollback goes."""
         was = self.annotation(ANNOTATION_PREVIOUS, {})
         stood = (e for e in self.history if e.selector == was and not self.reaches(e))
-        return next(stood, HistoryEntry()) or self.target()
+        return next(stood, HistoryEntry()) or self.rollback_target()
 
 
 def app_service(names: Iterable[str], manifest: Object) -> Service | None:
@@ -3908,9 +3916,9 @@ def chosen(service: Service, to: int | str) -> HistoryEntry:
     if isinstance(to, int):
         if service.history and not (service.live or service.run):
             raise RefusedError(f"what is live is not known; say where to go, --to RUN, of: {runs}")
-        if entry := service.target(to):
+        if entry := service.rollback_target(to):
             return entry
-        count = len(service.targets)
+        count = len(service.rollback_targets)
         some = f"{f'only {count}' if count else 'no'} proven version{'s' * (count > 1)}"
         raise RefusedError(f"{some} to go back to")
     if not (entry := service.entry(to)):
@@ -4671,10 +4679,10 @@ class LiveServices:
         """Return the live Service as it is now; where its selector names no run, by its pods."""
         manifest = self.kubectl.get("service", task.app.name, task.namespace)
         service = Service(manifest) if manifest else None
-        if service and not (service.run or service.live):
+        if manifest and service and not (service.run or service.live):
             ready = map(Pod, self.workloads.ready(task.namespace, service.selector))
             runs = runs_of(task.app.name, ready)
-            service.run = runs.pop() if len(runs) == 1 else ""
+            return Service(manifest, run=runs.pop() if len(runs) == 1 else "")
         return service
 
     def remember(self, task: Task, service: Service) -> None:
@@ -4814,9 +4822,11 @@ class SelectorGuard:
         if drift is Drift.WIDENED:
             now = round(self.doors.clock.now(), 3)
             annotations[ANNOTATION_PUT_BACK] = [*self.put_backs(source), now]
-            goal = source.served
+            goal = source.recorded_live
         elif drift is Drift.KEPT:
-            history = [replace(e, by=by) if e == source.served else e for e in source.history]
+            history = [
+                replace(e, by=by) if e == source.recorded_live else e for e in source.history
+            ]
         elif drift is Drift.MOVED and service.run:
             history = self.history_of_move(task, service, source, by)
         if goal or history != service.history:
@@ -4849,11 +4859,11 @@ class SelectorGuard:
 
     def drift(self, task: Task, service: Service, source: Service | None) -> Drift:
         """Return what the selector of a live Service is beside what is recorded of it."""
-        if source is None or not source.served or service.in_order:
+        if source is None or not source.recorded_live or service.in_order:
             return Drift.NONE
         pods = map(Pod, self.live.workloads.staying(task.namespace, service.selector))
         put_backs = len(self.put_backs(source))
-        return drift_of(source.served.run, runs_of(task.app.name, pods), put_backs)
+        return drift_of(source.recorded_live.run, runs_of(task.app.name, pods), put_backs)
 
     def put_backs(self, source: Service) -> list[float]:
         """Return when a widened selector was put back of late."""
@@ -4872,7 +4882,7 @@ class SelectorGuard:
     def require_undeleted(self, task: Task) -> None:
         """Raise while the live Service of a run that is verified or baked is deleted."""
         source = self.live.recorded(task, None)
-        served = source.served if source else HistoryEntry()
+        served = source.recorded_live if source else HistoryEntry()
         if served.run != task.run.id or not served:
             return
         if self.live.workloads.ready(task.namespace, served.selector):
@@ -4894,7 +4904,7 @@ class SelectorGuard:
             raise SupersededError(Reason.ROLLED_BACK, "rolled back by hand")
         source = self.live.recorded(task, service)
         drift = self.drift(task, service, source) if service else Drift.WIDENED
-        if drift is Drift.WIDENED and source and source.served.run == task.run.id:
+        if drift is Drift.WIDENED and source and source.recorded_live.run == task.run.id:
             raise HookError("the live Service was widened, or deleted; it is put back first")
         contested = drift is Drift.CONTESTED
         reason = Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED
@@ -4934,7 +4944,7 @@ class Claims:
         annotations: Object = {ANNOTATION_CLAIM: claim}
         goal = self.narrowed_entry(task, release, service, source)
         older = [e for e in service.history if e.outcome != ADOPTED]
-        if source and source.served.run and not service.history:
+        if source and source.recorded_live.run and not service.history:
             annotations[ANNOTATION_HISTORY] = source.history
         elif goal and not service.run and (service.live or not older):
             adopted = replace(
@@ -5065,7 +5075,7 @@ class Claims:
         live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == task.app.name}
         live.add(selector.get(LABEL_VERSION))
         if source and not service:
-            live.add(source.served.colour)
+            live.add(source.recorded_live.colour)
         size = len(labels) if service and not service.ours else 0
         for colour in COLOURS:
             if colour in live:
@@ -5198,7 +5208,7 @@ class Traffic:
         By the word of the pods themselves, not of a Service.
         """
         service = self.live.read(task)
-        target = service.before if service else HistoryEntry()
+        target = service.switch_back_target if service else HistoryEntry()
         live = service.live if service and ask else HistoryEntry()
         with ThreadPoolExecutor(2) as at_once:
             measure = partial(self.workloads.health, task, ask=ask)
@@ -5234,7 +5244,7 @@ class Traffic:
             return True
         service = self.guard.own(task)
         live = service.live
-        target = service.before
+        target = service.switch_back_target
         if not target and not service.annotation(ANNOTATION_PREVIOUS, {}):
             self.live.forget(task)
             self.doors.kubectl.delete("service", [task.app.name], task.namespace)
@@ -5263,7 +5273,7 @@ class Traffic:
         if not proof():
             return False
         live = service.live
-        old = service.before.colour
+        old = service.switch_back_target.colour
         confirmed = replace(live, outcome=str(Outcome.DEPLOYED), unjudged=live.unjudged or unjudged)
         drain = replace(self.claims.new(task.run.id, old, Phase.DRAINING), since=live.at)
         annotations = {
@@ -7920,7 +7930,7 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
     live = service.live
     if not live and source and service.run:
         live = source.entry(service.run)
-    target = service.target()
+    target = service.rollback_target()
     ready = operations.workloads.ready(task.namespace, target.selector) if target else []
     newest_entry = next(iter(service.history), HistoryEntry())
     left = newest_entry.reason and newest_entry != service.live
