@@ -321,6 +321,10 @@ def clip(text: str, limit: int = 300) -> str:
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."
 
 
+# What Python raises where a value from outside does not have the expected shape.
+SHAPE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 class HookError(Exception):
     """The base of all errors raised on purpose."""
 
@@ -386,62 +390,43 @@ SERVER_REASON = re.compile(r'Error from server(?: \((\w+)\))?: |The \w+ (?:".*" 
 QUOTED_TEXT = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)')  # also where the text was cut off
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """What a failure of kubectl means, by the line that says so.
+class KubectlError(ProcessError):
+    """kubectl failed.
 
-    The message is that line without the texts that it quotes: these may come from a manifest.
+    `kind` is the API server's reason, such as Conflict; or Unreachable, Invalid, Denied, Unknown.
+    `message` is the line that says so, without the texts that it quotes: these may come from a
+    manifest.
     """
 
-    kind: str
-    message: str
-
-
-class KubectlError(ProcessError):
-    """kubectl failed."""
-
-    @property
-    def kind(self) -> str:
-        """The API server's reason, such as Conflict; or Unreachable, Invalid, Denied, Unknown."""
-        return self.diagnosis.kind
-
-    @property
-    def diagnosis(self) -> Diagnosis:
-        """What the failure means.
-
-        Of several failures, one that may pass by itself counts, since the call is then repeated.
-        Lines after the refusal of an object's content are not read: they may be that content.
-        """
-        if self.code is None:
-            return Diagnosis("Unreachable", "")
-        first = Diagnosis("Unknown", "")
-        for line in CLIENT_LOG_LINE.sub("", self.stderr).split("\n"):
-            diagnosis = diagnose(line)
-            if diagnosis.kind == "Unreachable":
-                return diagnosis
-            if first.kind == "Unknown":
-                first = diagnosis
-            if diagnosis.kind not in WITHOUT_CONTENT:
+    def __init__(self, argv: Sequence[str], code: int | None, stderr: str, out: str = "") -> None:
+        super().__init__(argv, code, stderr, out)
+        self.kind = "Unreachable" if code is None else "Unknown"
+        self.message = ""
+        # Of several failures, one that may pass by itself counts, since the call is then repeated.
+        # Lines after the refusal of an object's content are not read: they may be that content.
+        for line in CLIENT_LOG_LINE.sub("", stderr).split("\n") if code is not None else ():
+            message = QUOTED_TEXT.sub("", line)
+            kind = kind_of(line, message)
+            if kind == "Unreachable" or self.kind == "Unknown":
+                self.kind = kind
+                self.message = message
+            if kind not in WITHOUT_CONTENT:
                 break
-        return first
 
 
-def diagnose(line: str) -> Diagnosis:
-    """Return what one line of kubectl's stderr means."""
-    message = QUOTED_TEXT.sub("", line)
+def kind_of(line: str, message: str) -> str:
+    """Return what one line of kubectl's stderr means, from it and from what it does not quote."""
     server = SERVER_REASON.match(line)
     reason = server[1] if server else None
     if line.startswith("Warning: "):
-        kind = "Unknown"
-    elif re.search("denied (the )?request", message):  # most of them are Forbidden as well
-        kind = "Denied"
-    elif (line.startswith("The ") and server) or "etcdserver: request is too large" in message:
-        kind = "Invalid"
-    elif reason in OVERLOADED or (reason is None and UNREACHABLE.search(message)):
-        kind = "Unreachable"
-    else:
-        kind = reason or "Unknown"
-    return Diagnosis(kind, message)
+        return "Unknown"
+    if re.search("denied (the )?request", message):  # most of them are Forbidden as well
+        return "Denied"
+    if (line.startswith("The ") and server) or "etcdserver: request is too large" in message:
+        return "Invalid"
+    if reason in OVERLOADED or (reason is None and UNREACHABLE.search(message)):
+        return "Unreachable"
+    return reason or "Unknown"
 
 
 class RunError(HookError):
@@ -862,19 +847,6 @@ def cross_faults(config: Config) -> Iterator[str]:
             yield f"apps[{i}]: resources have keys other than requests and limits"
 
 
-def settings_by_path(section: Any = Config, prefix: str = "") -> dict[str, Setting]:
-    """Return every setting by the path by which faults and the README name it."""
-    settings: dict[str, Setting] = {}
-    for key, declared in settings_of(section).items():
-        inner = (*typing.get_args(declared.kind), declared.kind)[0]
-        if is_dataclass(inner):
-            dot = "." if inner is declared.kind else "[]."
-            settings |= settings_by_path(inner, f"{prefix}{key}{dot}")
-        else:
-            settings[prefix + key] = declared
-    return settings
-
-
 # What a kubelet sets in a pod beside a Service whose name begins with gitops-hook.
 INJECTED = re.compile(r"GITOPS_HOOK(_\w+)?_(SERVICE_(HOST|PORT\w*)|PORT\w*)")
 
@@ -1220,22 +1192,6 @@ class Run:
         return self.ref.removeprefix("refs/heads/")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BranchHead:
-    """A branch, by its full ref name, and its newest commit."""
-
-    ref: str
-    commit: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RepositoryAddress:
-    """What all URLs of a repository have in common; a local path has an empty host."""
-
-    host: str
-    path: str
-
-
 def parse_delivery(config: Config, body: bytes, **details: Any) -> list[Run]:
     """Return the run of each app that a push concerns; DeliveryError says why there is none.
 
@@ -1247,22 +1203,22 @@ def parse_delivery(config: Config, body: bytes, **details: Any) -> list[Run]:
         deny(400, "Malformed", f"the body is not JSON: {clip(str(wrong), 80)}")
     if not isinstance(data, dict):
         deny(400, "Malformed", "the body is not a JSON object")
-    head = pushed_branch(data)
+    ref, commit = pushed_branch(data)
     before = data.get("before")
     if isinstance(before, str) and SHA.fullmatch(before):
         details["before"] = before
-    details["title"] = commit_title(data.get("commits"), head.commit)
+    details["title"] = commit_title(data.get("commits"), commit)
     addresses = project_addresses(data)
     apps = [app for app in config.apps if normalise_url(app.repository) in addresses]
     if not apps:
-        listed = " ".join(sorted(f"{address.host}/{address.path}" for address in addresses))
+        listed = " ".join(sorted(addresses))
         deny(200, "UnknownProject", f"no app has the repository {clip(listed)}")
-    runs = [run for app in apps if (run := run_of(app, head.ref, head.commit, **details))]
-    return runs or deny(200, "OtherBranch", f"no app tests or deploys {clip(head.ref)}")
+    runs = [run for app in apps if (run := run_of(app, ref, commit, **details))]
+    return runs or deny(200, "OtherBranch", f"no app tests or deploys {clip(ref)}")
 
 
-def pushed_branch(data: Mapping[str, Any]) -> BranchHead:
-    """Return what was pushed to a branch; DeliveryError for anything else.
+def pushed_branch(data: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the ref and the commit that was pushed to it; DeliveryError where it is no branch.
 
     The body decides what it is, never the X-Gitlab-Event header: old servers send samples whose
     header and body disagree. Of system hooks, some have only `event_name`.
@@ -1283,7 +1239,7 @@ def pushed_branch(data: Mapping[str, Any]) -> BranchHead:
         deny(400, "Malformed", "ref: not a branch name that git allows")
     if not valid_ref(ref):
         deny(200, "OtherRef", "the name of the branch is too long, not UTF-8, or has control codes")
-    return BranchHead(ref=ref, commit=commit)
+    return ref, commit
 
 
 def commit_title(commits: Any, commit: str) -> str:
@@ -1293,7 +1249,7 @@ def commit_title(commits: Any, commit: str) -> str:
     return clip(message.lstrip()[:1000].partition("\n")[0], 120) if isinstance(message, str) else ""
 
 
-def project_addresses(data: Mapping[str, Any]) -> set[RepositoryAddress]:
+def project_addresses(data: Mapping[str, Any]) -> set[str]:
     """Return every address by which a payload names its project; a 400 when there is none."""
     keys = ("git_http_url", "git_ssh_url", "web_url")
     project = field_of(data, "project", dict)
@@ -1304,11 +1260,11 @@ def project_addresses(data: Mapping[str, Any]) -> set[RepositoryAddress]:
     return addresses or deny(400, "Malformed", f"project: names no {', '.join(keys)}")
 
 
-def normalise_url(url: str) -> RepositoryAddress | None:
-    """Return the address of a repository, the same for all its URLs; None if a text is no URL.
+def normalise_url(url: str) -> str:
+    """Return `host/path` of a repository, the same for all its URLs; "" if a text is no URL.
 
-    Scheme, user, port, case and `.git` do not count; `git@host:path` is read as ssh. The case of a
-    local path counts.
+    Scheme, user, port, case and `.git` do not count; `git@host:path` is read as ssh. A local path
+    has no host, and its case counts.
     """
     if not url.startswith("/") and "://" not in url:
         url = "ssh://" + url.replace(":", "/", 1)
@@ -1317,8 +1273,8 @@ def normalise_url(url: str) -> RepositoryAddress | None:
         host = split.hostname or ""
         path = split.path.strip("/").removesuffix(".git").strip("/")
         if path and (host or split.scheme in ("", "file")):
-            return RepositoryAddress(host=host, path=path.casefold() if host else path)
-    return None
+            return f"{host}/{path.casefold() if host else path}"
+    return ""
 
 
 def run_of(app: App, ref: str, commit: str, **details: Any) -> Run | None:
@@ -1931,8 +1887,7 @@ class Git:
 
         Only a few calls ask one server at a time.
         """
-        address = normalise_url(url)
-        host = address.host if address else ""
+        host = normalise_url(url).partition("/")[0]
         slots = self._slots.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
         if not slots.acquire(timeout=self.timeout):
             raise GitError(("git", "ls-remote"), None, f"too many calls wait for {clip(host)}")
@@ -2377,8 +2332,6 @@ MANIFEST_BYTES = 2 * 1024 * 1024  # of all files that are read, or of what kusto
 MANIFEST_NODES = 50_000  # keys and values in them, a kilobyte of memory each
 LONGEST_NUMBER = 1000  # characters
 CONFIGMAP_BYTES = 1024 * 1024 - 4096  # what the API server takes, its own additions left out
-# What Python raises where a value does not have the expected shape.
-SHAPE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 INVALID = Reason.MANIFEST_INVALID
 KINDS = {"Deployment": "apps/v1", "Service": "v1", "ConfigMap": "v1"}
 CONFIGMAP_DATA = ("data", "binaryData")
@@ -2934,7 +2887,6 @@ def same_configmap(one: Object, other: Object) -> bool:
 
 SHORT_WATCH = 5.0  # a watch that ends so soon did not work
 LOG_PATIENCE = 2.0  # seconds that a failed deployment waits until its logs are kept
-ODD = (AttributeError, LookupError, TypeError, ValueError)  # what another shape raises
 # exit reasons after a machine was lost: they tell nothing about the program
 NODE_LOST = ("ContainerStatusUnknown", "Unknown")
 # what the kubelet says of such a pod; of a full node's pods it says "The node was low on resource"
@@ -3363,7 +3315,7 @@ class Informer(Generic[V]):
             return self._watch(self._list(), beat)
         except HookError as failed:
             return str(failed)
-        except ODD as wrong:
+        except SHAPE_ERRORS as wrong:
             return f"not an API server's answer: {clip(repr(wrong))}"
 
     def _list(self) -> str:
@@ -3421,7 +3373,7 @@ class Informer(Generic[V]):
         """Return the object parsed; where that fails, as it was last known."""
         try:
             return self._parse(manifest)
-        except ODD:
+        except SHAPE_ERRORS:
             name = manifest["metadata"]["name"]
             error("object cannot be read", exc=True, resource=self.resource, name=clip(name))
             self.kubectl.metrics.errors.labels("watch").inc()
@@ -4039,7 +3991,7 @@ class AppState:
         for key, text in ((configmap or {}).get("data") or {}).items():
             try:
                 state._take(app, key, text)
-            except (LookupError, ValueError, TypeError, RecursionError) as wrong:
+            except SHAPE_ERRORS as wrong:
                 dropped.append(clip(f"{key}: {wrong}", 120))
                 state.repairs[key] = None
         if dropped:
@@ -4161,9 +4113,7 @@ class StateStore:
 
     def _create(self, app: App) -> None:
         """Create the ConfigMap, empty."""
-        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name}
-        meta = {"name": f"{MANAGER}-{app.name}", "labels": labels}
-        empty = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta}
+        empty = new_object("ConfigMap", f"{MANAGER}-{app.name}", {LABEL_APP: app.name}, {})
         self.kubectl.create([empty], ORCHESTRATION)
 
     def _patch(
@@ -4296,7 +4246,7 @@ class LogTails:
                 return
             try:
                 work()
-            except (HookError, *ODD) as failed:
+            except (HookError, *SHAPE_ERRORS) as failed:
                 warn("logs not kept", detail=str(failed))
             finally:
                 self._permits.release()
@@ -5795,7 +5745,7 @@ class Bake:
             yield
         except (RunError, InterruptedError):
             raise
-        except (HookError, OSError, RuntimeError, *ODD) as lost:
+        except (HookError, OSError, RuntimeError, *SHAPE_ERRORS) as lost:
             if self.lost_answers % 60 == 0:
                 warn("a step is tried again", detail=clip(str(lost)), **self.task.words)
             self.lost_answers += 1
@@ -7161,7 +7111,7 @@ class Workers:
 
 def refusal_reason(refused: KubectlError) -> Reason | None:
     """Return why a deployment ends that the API server refused, None where another try may help."""
-    message = refused.diagnosis.message
+    message = refused.message
     if refused.kind in RETRIED:
         return None
     if refused.kind == "Forbidden":
