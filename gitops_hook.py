@@ -826,7 +826,8 @@ def cross_faults(config: Config) -> Iterator[str]:
     namespaces = config.namespaces
     own = {v for k, v in namespaces.items() if DNS_LABEL.fullmatch(k)} - {ORCHESTRATION}
     if not {"test", "build"} <= namespaces.keys() or len(own) < len(namespaces):
-        yield "namespaces: test, build and each environment need their own, none orchestration"
+        needed = f"test, build and each environment need one of their own, none {ORCHESTRATION}"
+        yield f"namespaces: {needed}; their keys must be DNS labels"
     apps = config.apps or ()  # None where they are missing
     names = [app.name for app in apps]
     taken = {f"{name}-{suffix}" for name in names for suffix in (*COLOURS, "preview")}
@@ -843,8 +844,9 @@ def cross_faults(config: Config) -> Iterator[str]:
             yield f"{where}: {name!r} is not an environment in namespaces ({', '.join(namespaces)})"
         if app.build.builder == "kaniko" and environments and not app.build.image:
             yield f"apps[{i}].build.image: is required with builder kaniko"
-        if {*app.test.resources, *app.build.resources} - {"requests", "limits"}:
-            yield f"apps[{i}]: resources have keys other than requests and limits"
+        for stage, settings in (("test", app.test), ("build", app.build)):
+            for key in sorted(settings.resources.keys() - {"requests", "limits"}):
+                yield f"apps[{i}].{stage}.resources: {key!r} is neither requests nor limits"
 
 
 # What a kubelet sets in a pod beside a Service whose name begins with gitops-hook.
@@ -1083,19 +1085,19 @@ class Metrics:
         counter: Any = partial(prometheus_client.Counter, **ours)
         gauge: Any = partial(prometheus_client.Gauge, **ours)
         histogram: Any = partial(prometheus_client.Histogram, buckets=STAGE_BUCKETS, **ours)
-        place = ("app", "environment")
+        where = ("app", "environment")
         self.deliveries = counter("deliveries", "Requests to /webhook.", ["result"])
         self.runs = counter("runs", "Runs that have ended.", ["app", "outcome", "stage", "reason"])
-        self.switches = counter("switches", "Switches of live traffic.", [*place, "direction"])
+        self.switches = counter("switches", "Switches of live traffic.", [*where, "direction"])
         self.kubectl = counter("kubectl_calls", "Ended kubectl processes.", ["verb", "result"])
         self.errors = counter("errors", "Errors that a person should look at.", ["where"])
-        self.drift = counter("selector_drift", "Live Services changed by someone else.", place)
+        self.drift = counter("selector_drift", "Live Services changed by someone else.", where)
         self.catch_up = counter("catch_up_runs", "Runs that GitLab did not announce.", ["app"])
         self.spool = gauge("spool_files", "Pushes stored on disk that are not in the cluster yet.")
         self.waiting = gauge("waiting", "1 while the daemon waits for it, otherwise 0.", ["what"])
         self.queue = gauge("jobs", "Jobs that have not ended.", ["state"])
-        labels = ["app", "stage", "result"]
-        self.stage_seconds = histogram("stage_seconds", "Seconds that stages took.", labels)
+        stage = ("app", "stage", "result")
+        self.stage_seconds = histogram("stage_seconds", "Seconds that stages took.", stage)
 
     def begin(self, apps: Iterable[App]) -> None:
         """Start the counters whose labels are known at 0: the first event shows as an increase."""
@@ -1166,7 +1168,7 @@ def hex_hmac(key: bytes, body: bytes) -> bytes:
 # === pushes =======================================================================================
 
 REF_LENGTH = 500  # characters; a file name holds 255 bytes between two slashes
-ID_DIGITS = (10, 16, 4)  # of the hash in a run's id: usually; if two would be the same; in 0.1.0
+ID_DIGITS = (10, 16, 4)  # of the hash in a run's id: usually; if two would be the same; of old
 ADDRESS_LENGTH = 2048  # characters; longer URLs are refused, because urlsplit caches what it parses
 FORBIDDEN_IN_REFS = re.compile(  # https://git-scm.com/docs/git-check-ref-format
     r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|\.\Z|(\A|/)(\.|/|\Z)|\.lock(/|\Z)"
@@ -1539,7 +1541,7 @@ WITH_LIMITS = ("/bin/sh", "-c", 'ulimit -d "$1"; ulimit -f "$2"; shift 2; exec "
 
 
 class Kubectl:
-    """The only way to the cluster: each method runs one kubectl process.
+    """Every call of the cluster is a kubectl process that is started here.
 
     Without `--request-timeout`, with which kubectl in a pod does not use the pod's account
     (kubernetes#93474): a call that does not end in time is killed here.
@@ -2609,10 +2611,10 @@ def check_objects(app: App, namespace: str, manifests: Iterable[Manifest]) -> Ap
             by_kind[kind][name] = item
             refused += [f"{manifest.where}: {fault}" for fault in refusals(item, namespace)]
     if len(by_kind["Deployment"]) != 1 or list(by_kind["Service"]) != [app.name]:
-        names = (", ".join(by_kind[kind]) or "none" for kind in ("Deployment", "Service"))
-        listed = clip("; Services: ".join(names))
-        needed = f"There must be one Deployment and one Service {app.name!r}"
-        refused.append(f"{needed}, but there are Deployments: {listed}.")
+        deployments = clip(", ".join(by_kind["Deployment"]) or "none")
+        services = clip(", ".join(by_kind["Service"]) or "none")
+        needed = f"There must be exactly one Deployment (found: {deployments})"
+        refused.append(f"{needed} and one Service named {app.name!r} (found: {services}).")
     if refused := [*dict.fromkeys(refused)]:
         rest = len(refused) - LISTED_REFUSALS
         more = [f"{rest} more are not listed."] if rest > 0 else []
@@ -3012,15 +3014,15 @@ class Job:
 FAR_FUTURE = 1e11  # seconds since the epoch
 
 
-def text(pattern: str) -> Callable[[Any], bool]:
+def text_like(pattern: str) -> Callable[[Any], bool]:
     """Return whether a value is a text that matches the whole pattern, as a function."""
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 def is_selector(value: Any) -> bool:
     """Whether a value can stand for a selector."""
-    is_key = text(r"[\w./-]{1,317}")
-    is_value = text(r"[\w.-]{0,63}")
+    is_key = text_like(r"[\w./-]{1,317}")
+    is_value = text_like(r"[\w.-]{0,63}")
     return isinstance(value, dict) and all(is_key(k) and is_value(v) for k, v in value.items())
 
 
@@ -3030,12 +3032,12 @@ def are_ports(value: Any) -> bool:
     return whole and all(type(p.get("port")) is int for p in value)
 
 
-Name = Annotated[str, text(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?")]
-Word = Annotated[str, text("[A-Za-z-]{0,40}")]
-Prose = Annotated[str, text(r"(?s).{0,2000}")]
-Colour = Annotated[str, text(f"({'|'.join(COLOURS)})?")]
-Time = Annotated[float, lambda v: type(v) in (int, float) and 0 <= v < FAR_FUTURE]
-Size = Annotated[int, lambda v: type(v) is int and 0 < v < 10**6]
+NameField = Annotated[str, text_like(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?")]
+WordField = Annotated[str, text_like("[A-Za-z-]{0,40}")]
+ProseField = Annotated[str, text_like(r"(?s).{0,2000}")]
+ColourField = Annotated[str, text_like(f"({'|'.join(COLOURS)})?")]
+TimeField = Annotated[float, lambda v: type(v) in (int, float) and 0 <= v < FAR_FUTURE]
+SizeField = Annotated[int, lambda v: type(v) is int and 0 < v < 10**6]
 Selector = Annotated[dict[str, str], is_selector]
 PROVEN = (Outcome.DEPLOYED, ADOPTED)  # the outcomes of what a rollback may go to
 
@@ -3048,18 +3050,18 @@ class HistoryEntry:
     """
 
     selector: Selector = dataclass_field(default_factory=dict)
-    run: Name = ""
-    commit: Annotated[str, text(f"({SHA.pattern})?")] = ""
-    image: Annotated[str, text(r"[\x21-\x7e]{0,1000}")] = ""
-    colour: Colour = ""
+    run: NameField = ""
+    commit: Annotated[str, text_like(f"({SHA.pattern})?")] = ""
+    image: Annotated[str, text_like(r"[\x21-\x7e]{0,1000}")] = ""
+    colour: ColourField = ""
     ports: Annotated[list[Object], are_ports] = dataclass_field(default_factory=list)
-    release: Name = ""  # the ConfigMap of its release
-    replicas: Size = 1
-    at: Time = 0.0
-    by: Prose = ""  # who switched, or changed the selector since
-    outcome: Word = ""  # none while it bakes, and where the bake told nothing
-    reason: Word = ""
-    detail: Prose = ""
+    release: NameField = ""  # the ConfigMap of its release
+    replicas: SizeField = 1
+    at: TimeField = 0.0
+    by: ProseField = ""  # who switched, or changed the selector since
+    outcome: WordField = ""  # none while it bakes, and where the bake told nothing
+    reason: WordField = ""
+    detail: ProseField = ""
     was: Selector = dataclass_field(default_factory=dict)  # what was narrowed to adopt it
     unjudged: Annotated[bool, lambda v: v is True] = False  # its bake could not tell its health
     v: int = 1
@@ -3090,11 +3092,11 @@ class Claim:
     Where nobody is, the claim is empty, and then it is false.
     """
 
-    phase: Word = ""
-    run: Name = ""
-    colour: Colour = ""
-    since: Time = 0.0
-    restore: Name = ""  # the release of the rollback target that stood in the colour
+    phase: WordField = ""
+    run: NameField = ""
+    colour: ColourField = ""
+    since: TimeField = 0.0
+    restore: NameField = ""  # the release of the rollback target that stood in the colour
     v: int = 1
 
     def __bool__(self) -> bool:
@@ -3110,7 +3112,7 @@ class Claim:
     def to_json(self) -> Object:
         """Return the claim as it is written into an annotation.
 
-        The field `restore` is called `heal` there, as version 0.1 reads and writes it.
+        The field `restore` is called `heal` there, so that older daemons understand it, too.
         """
         data = asdict(self)
         data["heal"] = data.pop("restore")
@@ -3391,13 +3393,13 @@ HOPELESS_PULL = re.compile(
     r"|no basic auth|insufficient_scope|authorization failed|invalid reference|InvalidImageName"
     r"|couldn't parse image|does not exist|no match for platform"
 )
-HEALING_REFUSAL = re.compile(
+PASSING_REFUSAL = re.compile(
     "Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown|being terminated"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class JobStage:
     """How a stage that is a Job works."""
 
     worker: str  # the container that does the work
@@ -3406,16 +3408,16 @@ class Stage:
     failure: Reason
 
 
-STAGES = {
-    "test": Stage(TEST_CONTAINER, RESULTS_CONTAINER, ANNOTATION_SUMMARY, Reason.TESTS_FAILED),
-    "build": Stage(BUILD_CONTAINER, BUILD_CONTAINER, ANNOTATION_DIGEST, Reason.BUILD_FAILED),
+JOB_STAGES = {
+    "test": JobStage(TEST_CONTAINER, RESULTS_CONTAINER, ANNOTATION_SUMMARY, Reason.TESTS_FAILED),
+    "build": JobStage(BUILD_CONTAINER, BUILD_CONTAINER, ANNOTATION_DIGEST, Reason.BUILD_FAILED),
 }
 Do = StrEnum("Do", "NOTHING WAIT UNSUSPEND BUILD ANNOTATE DEPLOY END")
 
 
 @dataclass(frozen=True, slots=True)
 class PodProblem:
-    """Something wrong with a pod that cannot heal once it lasts for `grace` seconds, or recurs."""
+    """Something wrong with a pod that is fatal once it lasts for `grace` seconds, or recurs."""
 
     key: str
     reason: Reason
@@ -3477,9 +3479,9 @@ def creation_problem(message: str, key: str) -> PodProblem:
     """Return why pods cannot be created, from a FailedCreate event or ReplicaFailure condition."""
     if "exceeded quota" in message:
         return PodProblem(f"{key}/quota", Reason.QUOTA_EXCEEDED, clip(message), 15.0)
-    heals = re.search(HEALING_REFUSAL, message)
+    passes = PASSING_REFUSAL.search(message)
     return PodProblem(
-        f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 60.0 if heals else 3.0
+        f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 60.0 if passes else 3.0
     )
 
 
@@ -3552,8 +3554,8 @@ def newest(jobs: Mapping[str, Job]) -> Run:
     return max((j.run for j in jobs.values()), key=lambda run: run.received)
 
 
-def over(jobs: Mapping[str, Job]) -> bool:
-    """Whether a run has ended: its last Job says so, and not of the time before it was received."""
+def has_ended(jobs: Mapping[str, Job]) -> bool:
+    """Whether a run has ended: its last Job says so, and not of an earlier try of the run."""
     last = jobs.get("build") or jobs["test"]
     ended = seconds_of(last.annotations.get(ANNOTATION_ENDED))
     return bool(last.outcome) and ended >= newest(jobs).received
@@ -3564,11 +3566,16 @@ def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
     return Action(Do.END, stage, reason, detail, outcome)
 
 
+def fails(reason: Reason, detail: str, stage: str) -> Action:
+    """Return that a run has failed."""
+    return ends(Outcome.FAILED, reason, detail, stage)
+
+
 def decide(observed: Observation) -> Action:
     """Return the next step of a run from what is observed; every call could be the first."""
     test = observed.jobs.get("test")
     build = observed.jobs.get("build")
-    if not observed.jobs or over(observed.jobs):
+    if not observed.jobs or has_ended(observed.jobs):
         return Action(Do.NOTHING)
     if test and (action := decide_job(observed, test)):
         return action
@@ -3576,7 +3583,7 @@ def decide(observed: Observation) -> Action:
         return ends(Outcome.TESTED, Reason.OK, observed.report, "test")
     if observed.app.build.builder == "none":
         return decide_deploy(observed)
-    if not build or build.outcome:  # of the time before
+    if not build or build.outcome:  # it belongs to an earlier try of this run
         return decide_start(observed, Do.BUILD, "build")
     return decide_job(observed, build) or decide_deploy(observed)
 
@@ -3598,13 +3605,13 @@ def decide_start(observed: Observation, do: Do, stage: str) -> Action:
     if observed.slot:
         return Action(do, stage)
     if do is Do.UNSUSPEND and observed.now - observed.jobs[stage].created > observed.queue_timeout:
-        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, "no free slot in time", stage)
+        return fails(Reason.QUEUE_TIMEOUT, "no free slot in time", stage)
     return Action(Do.WAIT, stage, detail="for a free slot")
 
 
 def decide_job(observed: Observation, job: Job) -> Action | None:
     """Return what a Job needs, or None when it has succeeded and its result is kept."""
-    stage = STAGES[job.stage]
+    stage = JOB_STAGES[job.stage]
     if job.deleting:
         return Action(Do.WAIT, job.stage, detail=f"Job {job.name} is being deleted")
     if job.state == "suspended":
@@ -3621,7 +3628,7 @@ def decide_job(observed: Observation, job: Job) -> Action | None:
         complete = job.stage == "test" or stage.annotation in job.annotations
         return None if complete else no_digest(observed, job)
     if problem := observed.fatal_problem:
-        return ends(Outcome.FAILED, problem.reason, problem.detail, job.stage)
+        return fails(problem.reason, problem.detail, job.stage)
     started = max((p.started for p in pods), default=0.0)
     failed = job.state == "failed"
     return failure(observed, job, ended) if failed else lateness(observed, job, started)
@@ -3632,7 +3639,7 @@ def no_digest(observed: Observation, build: Job) -> Action:
     if observed.now - build.finished < LAG:
         return Action(Do.WAIT, "build", detail="for the digest")
     if ANNOTATION_REMADE in build.annotations:
-        return ends(Outcome.FAILED, Reason.NO_DIGEST, "the build left no digest, twice", "build")
+        return fails(Reason.NO_DIGEST, "the build left no digest, twice", "build")
     return decide_start(observed, Do.BUILD, "build")
 
 
@@ -3641,44 +3648,41 @@ def lateness(observed: Observation, job: Job, started: float) -> Action:
     why = job.annotations.get(ANNOTATION_DETAIL, "")
     limit = getattr(observed.app, job.stage).timeout
     if started and observed.now - started > limit:
-        detail = f"no result within {limit:.0f} s"
-        return ends(Outcome.FAILED, Reason.TIMEOUT, detail, job.stage)
+        return fails(Reason.TIMEOUT, f"no result within {limit:.0f} s", job.stage)
     waited = observed.now - job.unsuspended
     if not started and job.unsuspended and waited > observed.queue_timeout:
-        detail = why or "no pod could start in time"
-        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, detail, job.stage)
+        return fails(Reason.QUEUE_TIMEOUT, why or "no pod could start in time", job.stage)
     return Action(Do.WAIT, job.stage, detail="its pod runs" if started else why or "for its pod")
 
 
 def failure(observed: Observation, job: Job, ended: Iterable[Container]) -> Action:
     """Return why a Job failed, by its pods or its own condition, or that they may yet tell."""
-    stage = STAGES[job.stage]
+    stage = JOB_STAGES[job.stage]
     report = observed.report if job.stage == "test" else ""
     names = (stage.worker, "clone")
     culprit = next((c for c in ended if c.exit_code and c.name in names), None)
     if culprit:
         return culprit_failure(job, culprit, report)
     if job.reason == "DeadlineExceeded":
-        detail = "the Job's deadline passed"
-        return ends(Outcome.FAILED, Reason.TIMEOUT, detail, job.stage)
+        return fails(Reason.TIMEOUT, "the Job's deadline passed", job.stage)
     if observed.now - job.finished < LAG:
         return Action(Do.WAIT, job.stage, detail="for its pod's last words")
     reason = stage.failure if job.reason == "PodFailurePolicy" else Reason.VANISHED
     detail = report or f"its pods left no result ({clip(job.reason, 60)})"
-    return ends(Outcome.FAILED, reason, detail, job.stage)
+    return fails(reason, detail, job.stage)
 
 
 def culprit_failure(job: Job, culprit: Container, report: str) -> Action:
     """Return why a Job failed, by the container that did."""
     if culprit.exit_reason == "OOMKilled":
         detail = f"{culprit.name} was killed for its memory"
-        return ends(Outcome.FAILED, Reason.OUT_OF_MEMORY, detail, job.stage)
+        return fails(Reason.OUT_OF_MEMORY, detail, job.stage)
     # the clone's words are our own; those of pushed code may hold anything
     message = clip(culprit.words if culprit.name == "clone" else culprit.text)
     message = message or f"exit code {culprit.exit_code}"
     if culprit.name == "clone":
-        return ends(Outcome.FAILED, Reason.CLONE_FAILED, message, job.stage)
-    return ends(Outcome.FAILED, STAGES[job.stage].failure, report or message, job.stage)
+        return fails(Reason.CLONE_FAILED, message, job.stage)
+    return fails(JOB_STAGES[job.stage].failure, report or message, job.stage)
 
 
 def decide_deploy(observed: Observation) -> Action:
@@ -3724,15 +3728,15 @@ class Slot:
 
 
 def grant_slots(
-    wanted: Sequence[Slot], running: Sequence[Slot], served: Mapping[str, float], limit: int
+    wanted: Sequence[Slot], running: Sequence[Slot], last_started: Mapping[str, float], limit: int
 ) -> set[str]:
-    """Return the runs that may start a Job now; `served` says when each app last started one.
+    """Return the runs that may start a Job now; `last_started` says when each app started one.
 
     Deploy branches come before test-only branches, then apps in turn, then the newest push. One
     slot is left to deploy branches. An app has at most half of the slots while another one waits.
     """
     used = [*running]
-    turns = dict(served)
+    turns = dict(last_started)
     granted = set[str]()
     while True:
         tests = sum(not s.deploys for s in used)
@@ -3764,7 +3768,7 @@ def head_of(run: Run, heads: Mapping[str, str] | None, age: float, now: float) -
 
 
 def container_failure(pods: Iterable[Pod], since: float) -> str:
-    """Return how an app container of a switched-to run failed on its own since a time, or ""."""
+    """Return which app container of a switched-to run ended with an error since then, or ""."""
     for pod in (p for p in pods if not p.leaving):
         for container in pod.containers:
             failed = container.kind == "app" and container.exit_code
@@ -3843,7 +3847,7 @@ def drift_of(recorded: str, reached: set[str], put_backs: int) -> Drift:
     return Drift.CONTESTED if put_backs >= PUT_BACKS else Drift.WIDENED
 
 
-def moved(
+def history_after_move(
     history: Sequence[HistoryEntry], entry: HistoryEntry, by: str, now: float
 ) -> list[HistoryEntry]:
     """Return a history in which someone else has made an entry's run the live one.
@@ -4277,8 +4281,8 @@ class LogTails:
 
     def delete_expired(self, app: App, namespaces: Mapping[str, str]) -> None:
         """Delete the logs of an app that are not to be kept any more."""
-        for name in (*STAGES, *app.deploy.environments):
-            keeps = name in STAGES or app.deploy.log_tails
+        for name in (*JOB_STAGES, *app.deploy.environments):
+            keeps = name in JOB_STAGES or app.deploy.log_tails
             self.delete_surplus(app.name, namespaces[name], LOGS_KEPT if keeps else 0)
 
     def delete_surplus(self, app: str, namespace: str, most: int, replaced: object = None) -> None:
@@ -4788,7 +4792,7 @@ class SelectorGuard:
         """Return the history after someone else has moved all traffic to another run."""
         entry = source.entry(service.run) or self.live.entry_from_release(task, service)
         entry = entry or HistoryEntry(run=service.run, selector=service.selector)
-        return moved(source.history, entry, by, self.doors.clock.now())
+        return history_after_move(source.history, entry, by, self.doors.clock.now())
 
     def report(self, task: Task, service: Service, drift: Drift, by: str) -> None:
         """Report once what someone else made of a live selector."""
@@ -6452,7 +6456,11 @@ class RunRecorder:
             ended=round(at, 3),
         )
         records: list[RunRecord | Rejection] = [record]
-        if end.outcome in BAD_OUTCOMES and end.stage not in STAGES and end.reason not in FORGIVEN:
+        if (
+            end.outcome in BAD_OUTCOMES
+            and end.stage not in JOB_STAGES
+            and end.reason not in FORGIVEN
+        ):
             reason = str(end.reason)
             records.append(Rejection(commit=run.commit, reason=reason, at=self.doors.clock.now()))
         self.state.write(app, *records, with_job=self.informers.ids_with_job(app))
@@ -6477,7 +6485,7 @@ class Informers:
         self.config = config
         self.kubectl = kubectl
         ours = f"{LABEL_MANAGED}={MANAGER}"
-        namespaces = [config.namespaces[stage] for stage in STAGES]
+        namespaces = [config.namespaces[stage] for stage in JOB_STAGES]
         self.jobs = [Informer(kubectl, "jobs", name, Job, ours) for name in namespaces]
         self.pods = [Informer(kubectl, "pods", name, Pod, ours) for name in namespaces]
         # by name, with whatever labels: one that lost ours is still what visitors ask
@@ -6504,7 +6512,7 @@ class Informers:
         """Return the Jobs by run and stage."""
         runs: dict[str, dict[str, Job]] = {}
         for job in self.all_jobs():
-            if job.stage in STAGES:
+            if job.stage in JOB_STAGES:
                 runs.setdefault(job.run.id, {})[job.stage] = job
         return runs
 
@@ -6574,7 +6582,7 @@ def jobs_of(kubectl: Kubectl, config: Config, runs: Iterable[str]) -> dict[str, 
     """Return the Jobs of each of these runs, in two calls for all of them."""
     jobs_by_run: dict[str, list[Job]] = {run: [] for run in runs}
     terms = f"{LABEL_RUN} in ({','.join(jobs_by_run)})"
-    for stage in STAGES if jobs_by_run else ():
+    for stage in JOB_STAGES if jobs_by_run else ():
         for job in map(Job, kubectl.list("jobs", config.namespaces[stage], "-l", terms)):
             jobs_by_run[job.run.id].append(job)
     return jobs_by_run
@@ -6589,7 +6597,7 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
     if not jobs or any(job.deleting for job in jobs):
         return False
     ended = max(seconds_of(job.annotations.get(ANNOTATION_ENDED)) for job in jobs)
-    if not over({job.stage: job for job in jobs}) or ended > run.received:
+    if not has_ended({job.stage: job for job in jobs}) or ended > run.received:
         return True
     failed = [job for job in jobs if job.state != "succeeded"]
     obsolete = jobs if any(job.stage == "test" for job in failed) else failed
@@ -6703,7 +6711,7 @@ class RunReconciler:
         """Take the next step of every open run that has one; return these runs, newest first."""
         jobs_by_run = self.informers.jobs_by_run()
         self.end_vanished_runs(jobs_by_run)
-        open_runs = [jobs for jobs in jobs_by_run.values() if not over(jobs)]
+        open_runs = [jobs for jobs in jobs_by_run.values() if not has_ended(jobs)]
         open_runs.sort(key=lambda jobs: -newest(jobs).received)
         jobs = [job for jobs in open_runs for job in jobs.values()]
         states = Counter(job.state for job in jobs)
@@ -6731,7 +6739,7 @@ class RunReconciler:
         # only green tests are built; a finished build can be made once more
         green = "build" in left and not left["build"].outcome
         spare = green if lost.stage == "test" else lost.state == "succeeded"
-        if not (spare or lost.outcome or over({lost.stage: lost, **left})):
+        if not (spare or lost.outcome or has_ended({lost.stage: lost, **left})):
             app = self.context.apps.get(lost.run.app)
             record = self.context.state.read(app).runs.get(lost.run.id) if app else None
             # who ended the run since it was seen has recorded so
@@ -7116,7 +7124,7 @@ def refusal_reason(refused: KubectlError) -> Reason | None:
         return None
     if refused.kind == "Forbidden":
         # a role of ours that lacks a verb is not the manifest's fault, another Forbidden is
-        if HEALING_REFUSAL.search(message) or re.search("User  cannot [a-z]+ resource ", message):
+        if PASSING_REFUSAL.search(message) or re.search("User  cannot [a-z]+ resource ", message):
             return None
         if "exceeded quota: " in message:
             return Reason.QUOTA_EXCEEDED
@@ -7253,9 +7261,9 @@ class Site:
         if route and path == "/webhook":
             result = answer.body.get("reason", answer.body["status"])
             self.metrics.deliveries.labels(result).inc()
-            words = {"delivery": delivery_id(environ), "status": answer.status, "result": result}
-            words |= {key: answer.body.get(key) for key in ("runs", "text")}
-            (info if answer.status < http.HTTPStatus.BAD_REQUEST else warn)("delivery", **words)
+            details = {"delivery": delivery_id(environ), "status": answer.status, "result": result}
+            details |= {key: answer.body.get(key) for key in ("runs", "text")}
+            (info if answer.status < http.HTTPStatus.BAD_REQUEST else warn)("delivery", **details)
         start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", headers)
         return [json.dumps(answer.body).encode() + b"\n"]
 
@@ -7281,7 +7289,7 @@ class Site:
 
 
 class WebhookApp(Site):
-    """What is behind the Ingress: /webhook and, until version 0.3, the probes."""
+    """What is behind the Ingress: /webhook, and the probes for manifests of older versions."""
 
     def __init__(
         self, config: Config, secrets: Secrets, spool: Spool, controller: Controller
@@ -7370,31 +7378,25 @@ def delivery_id(environ: WSGIEnvironment) -> str:
     return clip(environ.get("HTTP_WEBHOOK_ID") or environ.get("HTTP_IDEMPOTENCY_KEY", ""), 100)
 
 
-def make_server(
-    site: Site, listen: str, max_body: int, beat: Callable[[], None] = lambda: None
-) -> Server:
-    """Return a server: bounded threads, time and sizes; slow clients hold no thread.
-
-    Chunked bodies of up to twice the limit reach the application, which says what is wrong.
-    Raises ConfigError if the address cannot be listened on.
-    """
-    host, _, port = listen.rpartition(":")
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    try:
-        both = host == "[::]" and socket.has_dualstack_ipv6()
-        address = (host.strip("[]"), int(port))
-        bound = socket.create_server(address, family=family, dualstack_ipv6=both)
-    except (OSError, ValueError, OverflowError) as wrong:
-        raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
-    return Server(site, bound, beat, max_request_body_size=2 * max_body + 1)
-
-
 class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
-    """A server that strangers cannot fill: what waits longest for a request gives way."""
+    """A server that strangers cannot fill: what waits longest for a request gives way.
+
+    Threads, time and sizes are bounded; slow clients hold no thread. Chunked bodies of up to twice
+    the limit reach the application, which says what is wrong.
+    """
 
     def __init__(
-        self, site: Site, bound: socket.socket, beat: Callable[[], None], **more: Any
+        self, site: Site, listen: str, max_body: int, beat: Callable[[], None] = lambda: None
     ) -> None:
+        """Listen; raises ConfigError if the address cannot be listened on."""
+        host, _, port = listen.rpartition(":")
+        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+        try:
+            both = host == "[::]" and socket.has_dualstack_ipv6()
+            address = (host.strip("[]"), int(port))
+            bound = socket.create_server(address, family=family, dualstack_ipv6=both)
+        except (OSError, ValueError, OverflowError) as wrong:
+            raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
         self.site = site
         self.beat = beat
         self.arrival = ARRIVAL
@@ -7405,8 +7407,9 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress h
         self.arrived = 0  # bytes since the last look
         self.failures = 0  # since they were last logged
         self.cooldown = Cooldown(Clock())
-        address = (bound.family, bound.type, bound.proto, bound.getsockname())
-        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=address, **SERVER, **more)
+        info = (bound.family, bound.type, bound.proto, bound.getsockname())
+        limits = {**SERVER, "max_request_body_size": 2 * max_body + 1}
+        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=info, **limits)
 
     def readable(self) -> bool:
         """Whether a connection may be accepted; the loop asks in each of its turns."""
@@ -7711,8 +7714,8 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
     controller = Controller(config, tools.deployer, spool)
     app = WebhookApp(config, secrets, spool, controller)
     beat = partial(controller.heartbeats.beat, "first port", LOOP_SECONDS)
-    server = make_server(app, process.listen, config.webhook.max_body, beat)
-    admin = make_server(app.admin(), process.admin_listen, 0)
+    server = Server(app, process.listen, config.webhook.max_body, beat)
+    admin = Server(app.admin(), process.admin_listen, 0)
     stop_on_signals(app.stopping)
     threading.Thread(target=admin.run, name="admin", daemon=True).start()
     controller.start()
@@ -7900,7 +7903,7 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
 def read_runs(tools: Tools, apps: Sequence[App]) -> list[RunStatus]:
     """Return the runs of apps that have a Job or a record, newest first."""
     jobs: dict[str, dict[str, Job]] = {}
-    for namespace in (tools.config.namespaces[stage] for stage in STAGES):
+    for namespace in (tools.config.namespaces[stage] for stage in JOB_STAGES):
         address = list_address("jobs", namespace, f"{LABEL_MANAGED}={MANAGER}")
         for page in tools.doors.kubectl.pages(address, namespace):
             for job in map(Job, page["items"]):
@@ -7927,7 +7930,7 @@ def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) ->
         reason = last.annotations.get(ANNOTATION_REASON, "")
         detail = last.annotations.get(ANNOTATION_DETAIL, "")
         end = {"outcome": last.outcome, "reason": reason, "detail": detail}
-        now = "ended" if over(jobs) else last.state
+        now = "ended" if has_ended(jobs) else last.state
         status = replace(status, stage=last.stage, state=now, **end)
     rejection = state.rejected.get(run.commit)
     if status.outcome != Outcome.DEPLOYED or not rejection:
@@ -7998,7 +8001,7 @@ def kept_logs(tools: Tools, app: App, run: str) -> Iterator[str]:
     """Yield the kept logs of a run as they are printed, each below where and when that was."""
     shown = app.deploy.environments if app.deploy.log_tails else ()
     terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_STAGE: "log", LABEL_RUN: run})
-    for namespace in (tools.config.namespaces[name] for name in (*STAGES, *shown)):
+    for namespace in (tools.config.namespaces[name] for name in (*JOB_STAGES, *shown)):
         try:
             configmaps = tools.doors.kubectl.list("configmaps", namespace, "-l", terms)
         except KubectlError as refusal:
@@ -8178,7 +8181,7 @@ class Plan:
         namespaces = self.tools.config.namespaces
         self.print_one("rejected", self.rejection)
         self.print_one("permissions", self.missing_rights)
-        for name in (*STAGES, *self.app.deploy.environments):
+        for name in (*JOB_STAGES, *self.app.deploy.environments):
             self.print_one(f"{name}, quota", self.quota, namespaces[name])
         for name in self.app.deploy.environments:
             # by tag, since it has no digest before it is built
@@ -8223,7 +8226,7 @@ class Plan:
         """Return what the daemon's Roles grant it for this app."""
         namespaces = self.tools.config.namespaces
         tables = {ORCHESTRATION: STATE_RIGHTS}
-        tables |= {namespaces[stage]: JOB_RIGHTS for stage in STAGES}
+        tables |= {namespaces[stage]: JOB_RIGHTS for stage in JOB_STAGES}
         tables |= {namespaces[name]: APP_RIGHTS for name in self.app.deploy.environments}
         return [
             Right(namespace, resource, verb)

@@ -203,7 +203,7 @@ NO_TARGET = f"{NOT} an image without tag and digest"
         ({"test": {"resources": []}}, "test.resources: [] is not a mapping"),
         (
             {"test": {"resources": {"limit": {}}}},
-            ": resources have keys other than requests and limits",
+            "test.resources: 'limit' is neither requests nor limits",
         ),
         ({"test": {"resources": {"limits": 5}}}, "test.resources.limits: 5 is not a mapping"),
         (
@@ -321,9 +321,8 @@ def test_no_two_apps_have_one_name() -> None:
 )
 def test_every_stage_and_environment_has_a_namespace_of_its_own(spaces: dict[str, str]) -> None:
     (fault,) = faults(document(namespaces=spaces))
-    assert (
-        fault == "namespaces: test, build and each environment need their own, none orchestration"
-    )
+    own = "test, build and each environment need one of their own, none orchestration"
+    assert fault == f"namespaces: {own}; their keys must be DNS labels"
 
 
 @pytest.mark.parametrize(

@@ -214,13 +214,13 @@ def records(*entries: Object) -> list[hook.HistoryEntry]:
 
 def test_whoever_points_a_service_at_an_older_version_leaves_the_newer_ones() -> None:
     bad, old, older = records(*(history_entry("deployed", run=r) for r in ("r3", "r2", "r1")))
-    first, left, last = hook.moved([bad, old, older], old, "kubectl-edit", 7.0)
+    first, left, last = hook.history_after_move([bad, old, older], old, "kubectl-edit", 7.0)
     assert first == replace(old, by="kubectl-edit", at=7.0)
     assert (left.outcome, left.reason) == ("deployed", "SelectorChanged")
     assert last == older
     (sick,) = records(history_entry("switched-back", run="r4", reason="UnhealthyAfterSwitch"))
-    assert hook.moved([sick, old], sick, "x", 7.0)[0].outcome == ""
-    assert len(hook.moved([old] * 10, bad, "x", 7.0)) == 10
+    assert hook.history_after_move([sick, old], sick, "x", 7.0)[0].outcome == ""
+    assert len(hook.history_after_move([old] * 10, bad, "x", 7.0)) == 10
 
 
 @pytest.mark.parametrize(
