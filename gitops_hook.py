@@ -1851,11 +1851,17 @@ class Git:
     Credentials are read by git's own helper from a file, so they are in no URL, argv or log.
     """
 
-    def __init__(self, credentials: Path, timeout: float = GIT_TIMEOUT, limit: int = 2**26) -> None:
+    def __init__(
+        self,
+        credentials: Path,
+        timeout: float = GIT_TIMEOUT,
+        limit: int = 2**26,
+        deployed_refs: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.credentials = credentials
         self.timeout = timeout
         self.limit = limit
-        self.deployed_refs: Mapping[str, Sequence[str]] = {}  # by URL, if too many are listed
+        self.deployed_refs = deployed_refs or {}  # by URL, for servers that list too many
         self._slots: dict[str, threading.Semaphore] = {}  # by host
         self._reading = threading.Semaphore()
         self._quiet_until: dict[str, float] = {}  # by URL; no warning before that time
@@ -7633,9 +7639,10 @@ class Tools:
         config = load_config(read_config(process.config, bool(environ.get("GITOPS_HOOK_CONFIG"))))
         metrics = Metrics()
         secrets = Secrets(process.secrets)
-        git = Git(secrets.directory / GIT_CREDENTIALS, limit=config.limits.checkout)
         refs = {(a.repository, a.deploy_ref) for a in config.apps}
-        git.deployed_refs = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
+        deployed = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
+        credentials = secrets.directory / GIT_CREDENTIALS
+        git = Git(credentials, limit=config.limits.checkout, deployed_refs=deployed)
         doors = Doors(
             kubectl=Kubectl(metrics, config.limits.kubectl),
             git=git,
