@@ -5920,14 +5920,15 @@ class Rollback:
         name = f"{task.app.name}-{target.colour}"
         claim = self.claims.new(task.run.id, target.colour, Phase.ROLLBACK)
         claimed = self.claims.put(task, claim) or service
+        switched = None
         try:
             goal = self.ready_goal(task, service, claimed, target)
             switched = self.switch(task, claimed, goal, reason)
-        except BaseException:
-            with suppress(HookError):
-                self.workloads.unpause(task, name)
-                self.claims.put(task, service.claim, claim)
-            raise
+        finally:
+            if switched is None:
+                with suppress(HookError):
+                    self.workloads.unpause(task, name)
+                    self.claims.put(task, service.claim, claim)
         self.reject(task, service.live, goal.entry, reason)
         if switched.claim.restore:
             # what does not work now the daemon does, by the claim that is left then
