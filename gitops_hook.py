@@ -6509,11 +6509,13 @@ class Informers:
         self.jobs = [Informer(kubectl, "jobs", name, Job, ours) for name in namespaces]
         self.pods = [Informer(kubectl, "pods", name, Pod, ours) for name in namespaces]
         # by name, with whatever labels: one that lost ours is still what visitors ask
-        live = partial(app_service, frozenset(app.name for app in config.apps))
+        names: dict[str, set[str]] = {}  # of the apps that are deployed to each environment
+        for app in config.apps:
+            for environment in app.deploy.environments:
+                names.setdefault(environment, set()).add(app.name)
         self.services = {
-            environment: Informer(kubectl, "services", config.namespaces[environment], live, "")
-            for app in config.apps
-            for environment in app.deploy.environments
+            e: Informer(kubectl, "services", config.namespaces[e], partial(app_service, own), "")
+            for e, own in names.items()
         }
 
     def all(self) -> list[Informer[Any]]:
@@ -6604,7 +6606,8 @@ def jobs_of(kubectl: Kubectl, config: Config, runs: Iterable[str]) -> dict[str, 
     terms = f"{LABEL_RUN} in ({','.join(jobs_by_run)})"
     for stage in STAGES if jobs_by_run else ():
         for job in map(Job, kubectl.list("jobs", config.namespaces[stage], "-l", terms)):
-            jobs_by_run[job.run.id].append(job)
+            if job.stage in STAGES:
+                jobs_by_run[job.run.id].append(job)
     return jobs_by_run
 
 
@@ -7932,7 +7935,8 @@ def read_runs(tools: Tools, apps: Sequence[App]) -> list[RunStatus]:
         address = list_address("jobs", namespace, f"{LABEL_MANAGED}={MANAGER}")
         for page in tools.doors.kubectl.pages(address, namespace):
             for job in map(Job, page["items"]):
-                jobs.setdefault(job.run.id, {})[job.stage] = job
+                if job.stage in STAGES:
+                    jobs.setdefault(job.run.id, {})[job.stage] = job
     runs: list[RunStatus] = []
     for app in apps:
         state = tools.deployer.state.read(app)
