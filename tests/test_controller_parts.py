@@ -224,7 +224,7 @@ def test_a_refusal_ends_a_deployment_unless_it_is_nobody_s_fault_or_ours(
     def deploy(task: hook.Task) -> None:
         raise hook.KubectlError(["kubectl", "create"], 1, FORBIDDEN + message)
 
-    monkeypatch.setattr(controller.workers.deployer, "deploy", deploy)
+    monkeypatch.setattr(controller.context.deployer, "deploy", deploy)
     service = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {}}
     controller.context.kubectl.objects["service", "shop"] = service
     task = controller.context.task(a_run(NEW), "staging")
@@ -550,7 +550,7 @@ def test_a_run_that_waits_for_git_shows_what_git_said_last(
     add_job(controller, a_run(NEW))
     controller.supervisor.retry = hook.Retry(hook.Clock(), (0.1,))
     monkeypatch.setattr(controller.informers, "annotate", annotate)
-    monkeypatch.setattr(controller.catch_up.git, "heads", fail)
+    monkeypatch.setattr(controller.context.doors.git, "heads", fail)
     controller.runs.reconcile()
     read = partial(controller.catch_up.read_heads, shop(controller))
     wanted = controller.catch_up.wanted["shop"]

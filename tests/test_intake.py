@@ -46,7 +46,7 @@ def controller(tmp_path: Path) -> Any:
 
 def catch_up(controller: Any, heads: dict[str, str]) -> None:
     """Let the heads be read, and compared with what was last recorded."""
-    controller.catch_up.git.heads = lambda url: heads
+    controller.context.doors.git.heads = lambda url: heads
     controller.catch_up._due["shop"] = 0.0
     controller.catch_up.read_heads(shop(controller))
 
@@ -458,7 +458,7 @@ def test_a_push_that_comes_while_git_is_asked_is_not_undone(
             controller.intake.admit_all()
         return {MAIN: OLD}
 
-    monkeypatch.setattr(controller.catch_up.git, "heads", heads)
+    monkeypatch.setattr(controller.context.doors.git, "heads", heads)
     controller.catch_up.read_heads(shop(controller))
     controller.intake.admit_all()
     assert stored(controller) == []
