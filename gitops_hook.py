@@ -134,9 +134,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--reason", default="", help="why; `status` shows it")
     one = add("plan", help="show what a push would do now, and change nothing")
     one.add_argument("app", help="name of the app")
-    one.add_argument(
-        "commit", nargs="?", default="", help="its id, or the beginning (default: head)"
-    )
+    one.add_argument("commit", nargs="?", default="", help="its id, or its beginning; else head")
     one = add("rerun", help="let a run that has ended run again")
     one.add_argument("run", help="id of the run, or its beginning")
     add("clone", help="inside a Job pod: check out the commit")
@@ -6106,12 +6104,6 @@ class ControllerContext:
             with self.retry.contain(item, STEP_FAILED, news, **words):
                 step()
 
-    def task(self, run: Run, environment: str, image: str = "") -> Task:
-        """Return a run on its way into an environment of its app."""
-        app = self.apps[run.app]
-        namespace = self.config.namespaces[environment]
-        return Task(app=app, environment=environment, namespace=namespace, run=run, image=image)
-
     def is_deployed(self, run: Run) -> bool:
         """Whether a run is of its app's deploy branch."""
         app = self.apps.get(run.app)
@@ -6465,17 +6457,11 @@ class RunRecorder:
         app = self.apps.get(run.app)
         if app is None:
             return
-        record = replace(
-            RunRecord.of(run),
-            outcome=str(end.outcome),
-            reason=str(end.reason),
-            stage=end.stage,
-            detail=clip(end.detail),
-            ended=round(at, 3),
-        )
+        reason = str(end.reason)
+        record = replace(RunRecord.of(run), outcome=str(end.outcome), reason=reason)
+        record = replace(record, stage=end.stage, detail=clip(end.detail), ended=round(at, 3))
         records: list[RunRecord | Rejection] = [record]
         if end.outcome in BAD_OUTCOMES and end.stage not in STAGES and end.reason not in FORGIVEN:
-            reason = str(end.reason)
             records.append(Rejection(commit=run.commit, reason=reason, at=self.doors.clock.now()))
         self.state.write(app, *records, with_job=self.informers.ids_with_job(app))
 
@@ -6502,15 +6488,12 @@ class Informers:
         namespaces = [config.namespaces[stage] for stage in STAGES]
         self.jobs = [Informer(kubectl, "jobs", name, Job, ours) for name in namespaces]
         self.pods = [Informer(kubectl, "pods", name, Pod, ours) for name in namespaces]
-        # by name, with whatever labels: one that lost ours is still what visitors ask
-        names: dict[str, set[str]] = {}  # of the apps that are deployed to each environment
-        for app in config.apps:
-            for environment in app.deploy.environments:
-                names.setdefault(environment, set()).add(app.name)
-        self.services = {
-            e: Informer(kubectl, "services", config.namespaces[e], partial(app_service, own), "")
-            for e, own in names.items()
-        }
+        self.services: dict[str, Informer[Service]] = {}  # by environment
+        for environment, namespace in config.namespaces.items():
+            names = {app.name for app in config.apps if environment in app.deploy.environments}
+            if names:  # with whatever labels: one that lost ours is still what visitors ask
+                live = partial(app_service, names)
+                self.services[environment] = Informer(kubectl, "services", namespace, live, "")
 
     def all(self) -> list[Informer[Any]]:
         """Return every informer."""
@@ -6545,7 +6528,7 @@ class Informers:
             return [job.run for job in self.all_jobs() if job.run.app == app.name]
         ids = [id_ for run in pushes for id_ in run_ids(*run_key(run))]
         jobs_by_run = jobs_of(self.kubectl, self.config, ids)
-        return [job.run for jobs in jobs_by_run.values() for job in jobs]
+        return [job.run for job in itertools.chain(*jobs_by_run.values())]
 
     def of(self, job: Job) -> Informer[Job]:
         """Return the informer that follows a Job."""
@@ -6564,6 +6547,13 @@ class Informers:
                 raise
         else:
             self.of(job).learn(patched)
+
+
+def task_of(config: Config, app: App, environment: str, run: Run | None = None) -> Task:
+    """Return a run on its way into an environment of its app, or whatever run is there."""
+    run = run or Run(id="", app=app.name, ref="", commit="")
+    namespace = config.namespaces[environment]
+    return Task(app=app, environment=environment, namespace=namespace, run=run)
 
 
 def run_of_record(app: App, record: RunRecord) -> Run:
@@ -6750,19 +6740,19 @@ class RunReconciler:
                 step = partial(self.end_vanished, lost, jobs_by_run.get(lost.run.id, {}))
                 self.context.attempt(f"lost {lost.name}", step, **run_words(lost.run))
 
-    def end_vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
+    def end_vanished(self, lost: Job, remaining: Mapping[str, Job]) -> None:
         """End a run if one of its Jobs disappeared that it still needed, and forget that Job."""
         # only green tests are built; a finished build can be made once more
-        green = "build" in left and not left["build"].outcome
+        green = "build" in remaining and not remaining["build"].outcome
         spare = green if lost.stage == "test" else lost.state == "succeeded"
-        if not (spare or lost.outcome or over({lost.stage: lost, **left})):
+        if not (spare or lost.outcome or over({lost.stage: lost, **remaining})):
             app = self.context.apps.get(lost.run.app)
             record = self.context.state.read(app).runs.get(lost.run.id) if app else None
             # who ended the run since it was seen has recorded so
             if record is None or not record.outcome or record.ended < lost.run.received:
                 detail = f"Job {lost.name} was deleted"
                 end = ends(Outcome.FAILED, Reason.VANISHED, detail, lost.stage)
-                self.context.recorder.finish(lost.run, left or {lost.stage: lost}, end)
+                self.context.recorder.finish(lost.run, remaining or {lost.stage: lost}, end)
         self.jobs.pop(lost.name, None)
 
     def observe_all(self, open_runs: Sequence[Mapping[str, Job]]) -> Iterator[Observation]:
@@ -6817,13 +6807,15 @@ class RunReconciler:
 
     def within_slots(self, steps: Sequence[Step], active: Sequence[Run]) -> Iterator[Step]:
         """Yield each run's next step; one that would start a Job without a slot waits."""
-        served: dict[str, float] = {}  # when each app last got a slot
+        last_started: dict[str, float] = {}  # when each app last got a slot
         for job in self.informers.all_jobs():
-            served[job.run.app] = max(served.get(job.run.app, 0.0), job.unsuspended)
+            last = last_started.get(job.run.app, 0.0)
+            last_started[job.run.app] = max(last, job.unsuspended)
         starting = (Do.UNSUSPEND, Do.BUILD)
         wanted = [self.slot(s.observed.run) for s in steps if s.action.do in starting]
         running = [self.slot(run) for run in active]
-        granted = grant_slots(wanted, running, served, self.context.config.limits.max_running)
+        max_running = self.context.config.limits.max_running
+        granted = grant_slots(wanted, running, last_started, max_running)
         for step in steps:
             if step.action.do in starting and step.observed.run.id not in granted:
                 observed = replace(step.observed, slot=False)
@@ -6889,7 +6881,8 @@ class RunReconciler:
         elif action.do is Do.DEPLOY:
             digest = jobs["build"].annotations.get(ANNOTATION_DIGEST) if "build" in jobs else ""
             image = f"{observed.app.build.image}@{digest}" if digest else ""
-            task = self.context.task(observed.run, stage, image)
+            task = task_of(self.context.config, observed.app, stage, observed.run)
+            task = replace(task, image=image)
             step = partial(self.workers.deploy, task, jobs)
             self.workers.start("worker", task, step, observed.run.received)
         else:
@@ -6987,11 +6980,12 @@ class ServiceReconciler:
         for environment, informer in self.context.informers.services.items():
             for service in informer.items():
                 run = Run(id=service.claim.run, app=service.name, ref="", commit="")
-                task = self.context.task(run, environment)
+                app = self.context.apps[service.name]
+                task = task_of(self.context.config, app, environment, run)
                 item = f"live Service of {service.name} in {environment}"
                 step = partial(self.follow, item, task, service)
                 self.context.attempt(item, step, service.version, **task.words)
-                if self.is_left(task, service.claim, open_runs):
+                if self.is_claim_due(task, service.claim, open_runs):
                     finish = partial(self.context.deployer.finish_claim, task, service.claim)
                     start = partial(self.workers.start, "worker", task, finish)
                     self.context.attempt(f"claim of {item}", start, **task.words)
@@ -7029,7 +7023,7 @@ class ServiceReconciler:
             )
             self.context.doors.reports.emit(transition)
 
-    def is_left(self, task: Task, claim: Claim, open_runs: Iterable[Run]) -> bool:
+    def is_claim_due(self, task: Task, claim: Claim, open_runs: Iterable[Run]) -> bool:
         """Whether a claim is to be finished: its time has come and its run has ended."""
         pauses: dict[str, float] = {
             Phase.DRAINING: task.app.deploy.drain,
@@ -7193,13 +7187,13 @@ class Supervisor:
             """Run the body, and again after a bug in it if so wanted."""
             while not self.context.stop.is_set():
                 try:
-                    return body()
+                    body()
+                    break
                 except Exception:  # noqa: BLE001 - a thread ends here: logged, counted, run again
                     error("a thread failed", exc=True, thread=name)
                     self.context.metrics.errors.labels(name.partition(" ")[0]).inc()
                     if not again or self.context.stop.wait(1.0):
                         break
-            return None
 
         thread = threading.Thread(target=run, name=name, daemon=True)
         try:
@@ -7663,12 +7657,6 @@ class Tools:
         )
         return cls(process, config, doors, Deployer(doors))
 
-    def task(self, app: App, environment: str) -> Task:
-        """Return the task of looking at an app in an environment, whatever run is there."""
-        namespace = self.config.namespaces[environment]
-        run = Run(id="", app=app.name, ref="", commit="")
-        return Task(app=app, environment=environment, namespace=namespace, run=run)
-
     def app(self, name: str) -> App:
         """Return the app of that name; raises ConfigError when there is none."""
         apps = {a.name: a for a in self.config.apps}
@@ -7899,7 +7887,7 @@ class RunStatus:
 
 def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentStatus:
     """Return what is live of an app in one of its environments."""
-    task = tools.task(app, environment)
+    task = task_of(tools.config, app, environment)
     operations = tools.deployer.steady
     service = operations.live.read(task) or Service(NO_SERVICE)
     source = service if service.in_order else operations.live.recorded(task, service)
@@ -8049,7 +8037,7 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
     if environment not in names:
         wrong = f"{app.name} is not deployed to {environment!r}, only to: {', '.join(names)}"
         raise ConfigError([wrong])
-    task = tools.task(app, environment)
+    task = task_of(tools.config, app, environment)
     service = tools.deployer.steady.live.read(task) or Service(NO_SERVICE)
     to = args.to
     if isinstance(to, str):
@@ -8210,7 +8198,8 @@ class Plan:
         for name in self.app.deploy.environments:
             # by tag, since it has no digest before it is built
             image = f"{self.app.build.image}:{self.run.commit[:8]}"
-            task = replace(self.tools.task(self.app, name), run=self.run, image=image)
+            task = task_of(self.tools.config, self.app, name, self.run)
+            task = replace(task, image=image)
             self.print_one(f"{name}, live", self.live_version, task)
             self.print_one(f"{name}, next", self.next_version, task, checkout)
 
@@ -8374,10 +8363,8 @@ def completed(text: str, ids: Iterable[str]) -> str:
     """
     matches = sorted({each for each in ids if each.startswith(text)})
     if len(matches) > 1 and text not in matches:
-        some = ", ".join(matches[:5])
-        raise ConfigError(
-            [f"{text} is ambiguous: {len(matches)} ids begin with it, such as {some}"]
-        )
+        some = f"{len(matches)} ids begin with it, such as {', '.join(matches[:5])}"
+        raise ConfigError([f"{text} is ambiguous: {some}"])
     return text if text in matches else "".join(matches)
 
 

@@ -132,7 +132,7 @@ def test_that_there_can_be_no_more_threads_is_an_error_like_others(
 
 def start_worker(controller: Any, step: Callable[[], None], run: hook.Run | None = None) -> None:
     run = run or a_run(OLD)
-    task = controller.context.task(run, "staging")
+    task = hook.task_of(controller.context.config, shop(controller), "staging", run)
     controller.workers.start("worker", task, step, run.received)
 
 
@@ -227,7 +227,7 @@ def test_a_refusal_ends_a_deployment_unless_it_is_nobody_s_fault_or_ours(
     monkeypatch.setattr(controller.context.deployer, "deploy", deploy)
     service = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {}}
     controller.context.kubectl.objects["service", "shop"] = service
-    task = controller.context.task(a_run(NEW), "staging")
+    task = hook.task_of(controller.context.config, shop(controller), "staging", a_run(NEW))
     if reason is None:
         with pytest.raises(hook.KubectlError):
             controller.workers.deploy(task, {})
