@@ -4223,23 +4223,13 @@ class Reports:
 
     def emit(self, transition: Transition) -> None:
         """Log and count a change of state."""
-        self.log(transition)
-        self.count(transition)
-
-    def log(self, transition: Transition) -> None:
-        """Write the log line."""
         values = {f.name: getattr(transition, f.name) for f in fields(transition)}
         values |= values.pop("more")
         del values["at"]  # the line has a time of its own
-        report = info
-        if transition.state in NOTABLE_STATES:
-            report = warn
+        log = warn if transition.state in NOTABLE_STATES else info
         if transition.state in ALARMING_STATES or transition.outcome in BAD_OUTCOMES:
-            report = error
-        report(str(values.pop("state")), **values)
-
-    def count(self, transition: Transition) -> None:
-        """Count what has a metric."""
+            log = error
+        log(str(values.pop("state")), **values)
         place = (transition.app, transition.environment)
         if direction := DIRECTIONS.get(transition.state):
             self.metrics.switches.labels(*place, direction).inc()
@@ -4379,14 +4369,13 @@ class Doors:
             self, kubectl=UrgentKubectl(self.kubectl.metrics, calls, self.kubectl.program)
         )
 
-    def require_head(self, task: Task) -> None:
-        """Raise unless the commit is its branch's head; without an answer it is tried again."""
-        heads = self.git.heads(task.app.repository)
-        word = head_word(task.run, heads, 0, self.clock.now())
-        if word == "moved":
-            raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
-        if word == "unknown":
-            raise HookError("the git server does not show the push yet")
+    def report(self, task: Task, state: State, more: Object | None = None, **values: Any) -> None:
+        """Report that something has changed in the environment of a task.
+
+        `values` are fields of the Transition, `more` further fields of its log line.
+        """
+        values = {**task.words, **values, "more": more or {}}
+        self.reports.emit(Transition(state=state, at=self.clock.now(), **values))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -4413,6 +4402,16 @@ class Task:
     def last(self) -> bool:
         """Whether this is the environment that bakes."""
         return self.environment == self.app.deploy.environments[-1]
+
+
+def require_head(doors: Doors, task: Task) -> None:
+    """Raise unless the commit is its branch's head; without an answer it is tried again."""
+    heads = doors.git.heads(task.app.repository)
+    word = head_word(task.run, heads, 0, doors.clock.now())
+    if word == "moved":
+        raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
+    if word == "unknown":
+        raise HookError("the git server does not show the push yet")
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -4442,7 +4441,7 @@ def retried(step: F, *, while_head: bool = False) -> F:
                 doors.pause(retry.wait(1.0) if failed.kind == "Unreachable" else 0.05)
             if while_head and task.run.ref and doors.clock.monotonic() - checked > HEAD_FRESH:
                 with suppress(GitError):
-                    doors.require_head(task)
+                    require_head(doors, task)
                 checked = doors.clock.monotonic()
 
     return cast(F, repeat)
@@ -4753,6 +4752,13 @@ class LiveServices:
         return {}
 
 
+def replaced(
+    history: Iterable[HistoryEntry], old: HistoryEntry, new: HistoryEntry
+) -> list[HistoryEntry]:
+    """Return a history with a new entry in the place of an old one."""
+    return [new if entry == old else entry for entry in history]
+
+
 def annotation_text(value: Any) -> str | None:
     """Return a value as an annotation holds it; None, which removes that, for an empty one."""
     return json.dumps(value, default=lambda record: record.to_json()) if value else None
@@ -4803,7 +4809,7 @@ class SelectorGuard:
             annotations[ANNOTATION_PUT_BACK] = [*self.put_backs(source), now]
             goal = source.served
         elif drift is Drift.KEPT:
-            history = [replace(e, by=by) if e == source.served else e for e in source.history]
+            history = replaced(source.history, source.served, replace(source.served, by=by))
         elif drift is Drift.MOVED and service.run:
             history = self.history_of_move(task, service, source, by)
         if goal or history != service.history:
@@ -4824,15 +4830,14 @@ class SelectorGuard:
             return
         self.live.remembered.drifts[task.labels] = reported
         contested = drift is Drift.CONTESTED
-        transition = Transition(
-            state=State.DRIFTED,
-            **{**task.words, "run": service.run},
+        self.doors.report(
+            task,
+            State.DRIFTED,
+            {"drift": drift},
+            run=service.run,
             reason=Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED,
-            at=self.doors.clock.now(),
             by=by,
-            more={"drift": drift},
         )
-        self.doors.reports.emit(transition)
 
     def drift(self, task: Task, service: Service, source: Service | None) -> Drift:
         """Return what the selector of a live Service is beside what is recorded of it."""
@@ -4854,7 +4859,7 @@ class SelectorGuard:
         if drift is Drift.CONTESTED:
             raise StageError(Reason.SELECTOR_CONTESTED, self.live.last_manager(task))
         if drift is Drift.WIDENED:
-            raise HookError("the selector of the live Service was widened, and is put back first")
+            raise HookError("the live Service selects two versions; its selector is put back first")
 
     def require_undeleted(self, task: Task) -> None:
         """Raise while the live Service of a run that is verified or baked is deleted."""
@@ -4863,26 +4868,29 @@ class SelectorGuard:
         if served.run != task.run.id or not served:
             return
         if self.live.workloads.ready(task.namespace, served.selector):
-            raise HookError("someone deleted the live Service; the run goes on when it is there")
+            raise HookError("the live Service was deleted; the run goes on when it is there again")
 
-    def own(self, task: Task) -> Service:
+    def read_selected(self, task: Task) -> Service:
         """Return the live Service, with its history, while it selects the run; raises else."""
-        service = self.require_live(task, self.live.read(task))
+        service = self.require_selected(task, self.live.read(task))
         if not service.live:
             self.repair(task)
             raise HookError("the history of the live Service was lost, and is put back first")
         return service
 
-    def require_live(self, task: Task, service: Service | None) -> Service:
+    def require_selected(self, task: Task, service: Service | None) -> Service:
         """Return the live Service while it selects the run; raises when it was switched away."""
         if service and service.run == task.run.id:
             return service
         if service and service.entry(task.run.id).outcome:
             raise SupersededError(Reason.ROLLED_BACK, "rolled back by hand")
         source = self.live.recorded(task, service)
-        drift = self.drift(task, service, source) if service else Drift.WIDENED
-        if drift is Drift.WIDENED and source and source.served.run == task.run.id:
-            raise HookError("the live Service was widened, or deleted; it is put back first")
+        recorded_live = source is not None and source.served.run == task.run.id
+        if service is None and recorded_live:
+            raise HookError("the live Service was deleted; the run goes on when it is there again")
+        drift = self.drift(task, service, source) if service else Drift.NONE
+        if drift is Drift.WIDENED and recorded_live:
+            raise HookError("the live Service selects two versions; its selector is put back first")
         contested = drift is Drift.CONTESTED
         reason = Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED
         raise SupersededError(reason, self.live.last_manager(task))
@@ -5013,10 +5021,8 @@ class Claims:
         goal = None if claim else self.widened_entry(task, service)
         if goal:
             annotations[ANNOTATION_PREVIOUS] = None
-            annotations[ANNOTATION_HISTORY] = [
-                replace(e, selector=goal.selector) if e == service.live else e
-                for e in service.history
-            ]
+            widened = replace(service.live, selector=goal.selector)
+            annotations[ANNOTATION_HISTORY] = replaced(service.history, service.live, widened)
         return self.live.write(task, service, annotations, goal)
 
     def widened_entry(self, task: Task, service: Service) -> HistoryEntry | None:
@@ -5047,34 +5053,28 @@ class Claims:
         source = self.live.recorded(task, service)
         self.guard.require_order(task, service, source)
         selector = service.selector if service else {}
-        pods = self.live.workloads.staying(task.namespace, selector)
-        labels = [p["metadata"]["labels"] for p in pods]
+        pods = map(Pod, self.live.workloads.staying(task.namespace, selector))
+        labels = [pod.labels for pod in pods]
         live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == task.app.name}
         live.add(selector.get(LABEL_VERSION))
         if source and not service:
             live.add(source.served.colour)
         size = len(labels) if service and not service.ours else 0
+        fault = "both colours serve; point the Service at one of them"
+        idle = ""
         for colour in COLOURS:
-            if colour in live:
-                name = f"{task.app.name}-{colour}"
-                deployment = self.doors.kubectl.get("deployment", name, task.namespace)
-                replicas = deployment["spec"].get("replicas", 1) if deployment else 0
-                size = max(size, int(replicas))
-        return Placement(self.idle_colour(task, live), size)
-
-    def idle_colour(self, task: Task, live: Set[Any]) -> str:
-        """Return the first colour that is not live; raises StageError where none can be had."""
-        detail = "both colours serve; point the Service at one of them"
-        for colour in COLOURS:
-            if colour in live:
-                continue
             name = f"{task.app.name}-{colour}"
             deployment = self.doors.kubectl.get("deployment", name, task.namespace)
-            labels = deployment["spec"]["selector"].get("matchLabels", {}) if deployment else {}
-            if deployment is None or LABEL_APP in labels:
-                return colour
-            detail = f"Deployment {name} was not made here; delete or rename it"
-        raise StageError(Reason.ADOPTION_REFUSED, detail)
+            spec = deployment["spec"] if deployment else {}
+            if colour in live:
+                size = max(size, int(spec.get("replicas", 1)) if deployment else 0)
+            elif deployment and LABEL_APP not in spec["selector"].get("matchLabels", {}):
+                fault = f"Deployment {name} was not made here; delete or rename it"
+            else:
+                idle = idle or colour
+        if not idle:
+            raise StageError(Reason.ADOPTION_REFUSED, fault)
+        return Placement(idle, size)
 
 
 def still_claimed(claimed: Service, now: Service) -> bool:
@@ -5098,7 +5098,7 @@ class Traffic:
         service = self.live.read(task)
         if service and service.run == release.run:
             return
-        self.doors.require_head(task)
+        require_head(self.doors, task)
         self.claims.check(task, claimed, service)
         source = self.live.recorded(task, service)
         now = self.doors.clock.now()
@@ -5126,8 +5126,8 @@ class Traffic:
         detail = f"the endpoints did not become the {wanted} pods of {release.run}"
         ready = len(self.workloads.ready(task.namespace, release.selector))
         versions = self.compare_versions(task, ask=False)
-        worse = PodHealth(ready, wanted).better_than(versions.previous)
-        if worse or (versions.target and not versions.previous.ready):
+        better = PodHealth(ready, wanted).better_than(versions.previous)
+        if better or (versions.target and not versions.previous.ready):
             raise StageError(Reason.BOTH_UNHEALTHY, f"{detail}; nothing better to go back to")
         self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
         raise StageError(Reason.ENDPOINTS_MISSING, detail)
@@ -5155,7 +5155,7 @@ class Traffic:
                 wanted = min(wanted, self.workloads.size(task, selector))
             looked = clock.monotonic()
             with suppress(KubectlError):
-                self.guard.require_live(task, self.live.read(task))
+                self.guard.require_selected(task, self.live.read(task))
             self.doors.pause(0.1)
         return False
 
@@ -5201,14 +5201,8 @@ class Traffic:
         """
         ended = Ended(str(outcome), str(reason), clip(detail))
         back = self.try_switch_back(task, ended)
-        transition = Transition(
-            state=State.SWITCHED_BACK if back else State.REMOVED,
-            **task.words,
-            reason=reason,
-            detail=clip(detail),
-            at=self.doors.clock.now(),
-        )
-        self.doors.reports.emit(transition)
+        state = State.SWITCHED_BACK if back else State.REMOVED
+        self.doors.report(task, state, reason=reason, detail=clip(detail))
 
     @retried
     def try_switch_back(self, task: Task, ended: Ended) -> bool:
@@ -5219,7 +5213,7 @@ class Traffic:
         entry = service.entry(task.run.id)
         if entry and Ended(entry.outcome, entry.reason, entry.detail) == ended:
             return True
-        service = self.guard.own(task)
+        service = self.guard.read_selected(task)
         live = service.live
         target = service.before
         if not target and not service.annotation(ANNOTATION_PREVIOUS, {}):
@@ -5227,9 +5221,8 @@ class Traffic:
             self.doors.kubectl.delete("service", [task.app.name], task.namespace)
         if not target:
             return False
-        left = ended.mark(live)
         annotations = {
-            ANNOTATION_HISTORY: [left if e == live else e for e in service.history],
+            ANNOTATION_HISTORY: replaced(service.history, live, ended.mark(live)),
             ANNOTATION_CLAIM: self.claims.new(task.run.id, live.colour, Phase.SWITCHED_BACK),
             ANNOTATION_BAKE: None,
         }
@@ -5245,7 +5238,7 @@ class Traffic:
         Each try of it asks for the proof that the version is healthy, after it has read what it is
         going to change; without it nothing is written, and the answer is False.
         """
-        service = self.guard.own(task)
+        service = self.guard.read_selected(task)
         self.claims.require_no_rollback(service.claim)
         if not proof():
             return False
@@ -5254,7 +5247,7 @@ class Traffic:
         confirmed = replace(live, outcome=str(Outcome.DEPLOYED), unjudged=live.unjudged or unjudged)
         drain = replace(self.claims.new(task.run.id, old, Phase.DRAINING), since=live.at)
         annotations = {
-            ANNOTATION_HISTORY: [confirmed if e == live else e for e in service.history],
+            ANNOTATION_HISTORY: replaced(service.history, live, confirmed),
             ANNOTATION_BAKE: None,
             ANNOTATION_CLAIM: drain if old in COLOURS else None,
         }
@@ -5290,12 +5283,12 @@ class Versions:
 class Rollout:
     """Brings a release into its colour, and finds out whether its pods are healthy there."""
 
-    def __init__(self, traffic: Traffic, logs: LogTails) -> None:
-        self.doors = traffic.doors
-        self.kubectl = traffic.doors.kubectl
-        self.live = traffic.live
-        self.claims = traffic.claims
-        self.workloads = traffic.workloads
+    def __init__(self, claims: Claims, logs: LogTails) -> None:
+        self.doors = claims.doors
+        self.kubectl = claims.doors.kubectl
+        self.live = claims.live
+        self.claims = claims
+        self.workloads = claims.live.workloads
         self.logs = logs
 
     @contextmanager
@@ -5358,7 +5351,8 @@ class Rollout:
         name = release.deployment["metadata"]["name"]
         timeout = int(release.deployment["spec"]["progressDeadlineSeconds"])
         tracker = ProblemTracker()
-        deadline = clock.monotonic() + timeout
+        began = clock.monotonic()
+        deadline = began + timeout
         ready = 0
         while clock.monotonic() < deadline:
             ended = self.follow_status(task, release, pods, tracker, deadline)
@@ -5372,7 +5366,8 @@ class Rollout:
             if ended == 0:
                 deadline = min(deadline, clock.monotonic() + VERIFY_SECONDS)
             self.doors.pause(0.3)
-        detail = f"{ready} of {release.wanted} pods ready within {timeout} s"
+        seconds = round(clock.monotonic() - began)
+        detail = f"{ready} of {release.wanted} pods ready after {seconds} s"
         raise self.failure(release, pods, PodProblem("", Reason.NEVER_READY, detail))
 
     def follow_status(
@@ -5428,7 +5423,7 @@ class Rollout:
         cause = problem if problem.key else next(seen, problem)
         return StageError(cause.reason, cause.detail)
 
-    def smoke_test(self, task: Task, release: Release) -> None:
+    def smoke_test(self, task: Task, release: Release, pods: Informer[Pod]) -> None:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
         clock = self.doors.clock
         health = task.app.deploy.health
@@ -5442,17 +5437,13 @@ class Rollout:
             refusal = next((r for u in (*own, preview) if u and (r := health_refusal(u))), None)
             passed = 0 if refusal else passed + 1
             if refusal and len(ready) < release.wanted:
-                deadline += self.wait_for_replacements(task, release)
+                # pods were taken away; the time until they are replaced does not count
+                began = clock.monotonic()
+                self.wait(task, release, pods)
+                deadline += clock.monotonic() - began
             elif refusal and clock.monotonic() > deadline:
                 raise StageError(Reason.SMOKE_FAILED, f"{health.path}: {refusal}")
             self.doors.pause(HEALTH_INTERVAL if refusal else 0.05)
-
-    def wait_for_replacements(self, task: Task, release: Release) -> float:
-        """Wait until pods that were taken away are replaced; return the seconds that it took."""
-        began = self.doors.clock.monotonic()
-        with self.follow_pods(task) as pods:
-            self.wait(task, release, pods)
-        return self.doors.clock.monotonic() - began
 
     @retried
     def preview(self, task: Task, release: Release) -> str:
@@ -5465,7 +5456,9 @@ class Rollout:
             preview = new_object("Service", name, labels, {})
             preview["spec"] = {"ports": ports, "selector": release.selector}
             self.kubectl.create([preview], task.namespace)
-            service = self.kubectl.get("service", name, task.namespace) or {"spec": {}}
+            service = self.kubectl.get("service", name, task.namespace)
+            if service is None:
+                raise HookError("the preview Service was deleted this very moment")
         elif (service["metadata"].get("labels") or {}).get(LABEL_MANAGED) != MANAGER:
             raise StageError(Reason.ADOPTION_REFUSED, f"Service {name} belongs to someone else")
         elif service["spec"].get("selector") != release.selector:
@@ -5494,10 +5487,7 @@ class Rollout:
             self.kubectl.metrics.errors.labels("restore").inc()
             return None
         more = {"target": release.run, "colour": release.colour}
-        transition = Transition(
-            state=State.RESTORED, **task.words, at=self.doors.clock.now(), more=more
-        )
-        return self.doors.reports.emit(transition)
+        return self.doors.report(task, State.RESTORED, more)
 
 
 class Operations:
@@ -5510,7 +5500,7 @@ class Operations:
         self.guard = SelectorGuard(self.live)
         self.claims = Claims(self.live, self.guard)
         self.traffic = Traffic(self.guard, self.claims)
-        self.rollout = Rollout(self.traffic, LogTails(doors.kubectl, doors.secrets, doors.clock))
+        self.rollout = Rollout(self.claims, LogTails(doors.kubectl, doors.secrets, doors.clock))
 
 
 # === bake =========================================================================================
@@ -5577,38 +5567,41 @@ class Bake:
         self.tracker = ProblemTracker()
         self.required = task.app.deploy.bake  # seconds of judged time
         self.began = self.clock.monotonic()
-        self.switched = 0.0  # when traffic was switched
+        self.switched_at = 0.0  # when traffic was switched
         self.url = ""  # whom to ask for health
         self.lost_answers = 0
         self.over = threading.Event()
-        self.ended: RunError | None = None
+        self.end: RunError | None = None  # as the observer of the cluster found it
         self.unjudged = False
         self.confirmed = False
         at = -NEVER if pods.trouble else self.clock.monotonic()
-        self.seen = PodsSeen(at=at, pods=tuple(self.informed()), wanted=release.wanted)
+        self.last_look = PodsSeen(at=at, pods=tuple(self.informed()), wanted=release.wanted)
 
     def run(self, service: Service, *, resumed: bool) -> None:
         """Return when the version is confirmed; raises RunError when it is not going to be."""
         rest = seconds_of(service.annotation(ANNOTATION_BAKE, 0.0)) - self.clock.now()
         if resumed:  # nobody knows what was judged before this process
             self.required = min(self.required, max(rest, REBAKE_SECONDS))
-        self.switched = service.live.at
-        threads = [
-            threading.Thread(target=body, daemon=True)
-            for body in (self.check_health, self.observe_cluster)
-        ]
+        self.switched_at = service.live.at
+        checker = threading.Thread(target=self.check_health, daemon=True)
+        observer = threading.Thread(target=self.observe_cluster, daemon=True)
         try:
-            for thread in threads:
-                thread.start()
+            checker.start()
+            observer.start()
             while not (self.confirmed and self.healthy()):
                 with self.tolerate_lost_answers():
                     self.judge()
-                alive = all(thread.is_alive() for thread in threads)
-                if self.ended:
-                    raise self.ended
-                if not (alive or self.confirmed):
+                alive = checker.is_alive() and (observer.is_alive() or self.confirmed)
+                if self.end:
+                    raise self.end
+                if not alive:
                     raise HookError("a thread of the bake has ended")
                 self.steady.doors.pause(0.1)
+        except SupersededError as superseded:
+            # it may be the observer that has switched back: then its reason is the true one
+            self.over.set()
+            observer.join(VERIFY_SECONDS)
+            raise self.end or superseded from None
         finally:
             self.over.set()
 
@@ -5622,7 +5615,7 @@ class Bake:
             with suppress(OSError):  # no more files: nothing was learned
                 if self.url:
                     refusal = health_refusal(self.url)
-                    self.checks.add(self.clock.monotonic(), refusal, clear=self.clear())
+                    self.checks.add(self.clock.monotonic(), refusal, clear=self.judgeable())
             took = self.clock.monotonic() - began
 
     # The second thread: the API server.
@@ -5630,7 +5623,7 @@ class Bake:
     def observe_cluster(self) -> None:
         """See the endpoints converge, then look at the pods repeatedly; confirm in the end."""
         step = self.await_endpoints
-        while not (self.over.is_set() or self.ended or self.confirmed):
+        while not (self.over.is_set() or self.end or self.confirmed):
             try:
                 with self.tolerate_lost_answers():
                     step()
@@ -5640,27 +5633,29 @@ class Bake:
                     rest = self.required - self.checks.judged
                     self.over.wait(min(LOOK_SECONDS, max(0.5, rest)))
             except RunError as ended:
-                self.ended = ended
+                self.end = ended
             except InterruptedError:
                 break
 
     def await_endpoints(self) -> None:
         """Let health be asked for, and wait for the endpoints of the switch."""
         self.url = self.url or self.urgent.rollout.preview(self.task, self.release)
-        self.urgent.traffic.verify(self.task, self.release, self.switched)
+        self.urgent.traffic.verify(self.task, self.release, self.switched_at)
         self.refresh()
 
     def refresh(self) -> None:
         """Read the live Service and the pods, whatever the informer shows."""
         began = self.clock.monotonic()
         selector = self.release.selector
-        self.urgent.guard.require_live(self.task, self.urgent.live.read(self.task))
+        self.urgent.guard.require_selected(self.task, self.urgent.live.read(self.task))
         wanted = self.urgent.workloads.size(self.task, selector)
         manifests = self.urgent.workloads.staying(self.task.namespace, selector)
         served = [p for p in manifests if Pod(p).seen_ready]
         urls = [pod_address(p, self.release.ports[0], self.health.path) for p in served]
         pods = tuple(map(Pod, manifests))
-        self.seen = PodsSeen(at=began, pods=pods, wanted=wanted, urls=tuple(filter(None, urls)))
+        self.last_look = PodsSeen(
+            at=began, pods=pods, wanted=wanted, urls=tuple(filter(None, urls))
+        )
 
     def confirm_when_due(self) -> None:
         """Confirm the version once it was judged for long enough, or may be without."""
@@ -5673,7 +5668,7 @@ class Bake:
         """Whether the version may be confirmed now: its endpoints are there, and it is healthy."""
         selector = self.release.selector
         endpoints = self.urgent.workloads.endpoints(
-            self.task, selector, self.seen.wanted, self.switched
+            self.task, selector, self.last_look.wanted, self.switched_at
         )
         return endpoints.converged and self.healthy() and not self.over.is_set()
 
@@ -5681,18 +5676,18 @@ class Bake:
 
     def judge(self) -> None:
         """Switch back from a version that is unhealthy, or that nobody can judge."""
-        seen = self.seen
+        seen = self.last_look
         informed = self.informed()
-        fresh = self.fresh()
+        fresh = self.heard_lately()
         pods = self.newest_pods(seen, informed) if fresh else informed
-        why = container_failure([*pods, *informed], self.switched)
+        why = container_failure([*pods, *informed], self.switched_at)
         why = why or self.lasting_shortage(seen, pods, fresh=fresh)
-        failed = self.checks.failures >= self.health.failures and self.failures_count()
+        failed = self.checks.failures >= self.health.failures and self.failures_are_its_own()
         if failed:
             times = f"{self.checks.failures} times in a row: {self.checks.refusal}"
             why = f"{self.health.path} failed {times}"
         if why:
-            healthy = sum(p.ready and not container_failure([p], self.switched) for p in pods)
+            healthy = sum(p.ready and not container_failure([p], self.switched_at) for p in pods)
             wanted = max(seen.wanted, sum(p.stays for p in pods))
             health = None if failed else PodHealth(healthy, wanted)
             self.urgent.traffic.switch_back_if_worse(self.task, why, health)
@@ -5708,18 +5703,20 @@ class Bake:
 
     def lasting_shortage(self, seen: PodsSeen, pods: Sequence[Pod], *, fresh: bool) -> str:
         """Return that too few pods have been ready for too long, or ""."""
-        lacks = readiness_shortage(pods, self.switched, self.clock.now(), starting=bool(seen.pods))
+        lacks = readiness_shortage(
+            pods, self.switched_at, self.clock.now(), starting=bool(seen.pods)
+        )
         if not fresh and self.informer.trouble:  # it may be over by now
             lacks = None
         counted = [lacks] if lacks and (pods or fresh) else []
         fatal = self.tracker.fatal(counted, self.clock.monotonic())
         return fatal.detail if fatal else ""
 
-    def failures_count(self) -> bool:
+    def failures_are_its_own(self) -> bool:
         """Whether failed checks count: not while they may be those of a pod that is taken away."""
-        if self.clear() or not self.fresh():
+        if self.judgeable() or not self.heard_lately():
             return True
-        return failing_addresses(self.seen.urls) > 0
+        return failing_addresses(self.last_look.urls) > 0
 
     def end_unjudged(self, spent: float) -> None:
         """After too long without a judgement give the healthier version the traffic.
@@ -5740,10 +5737,7 @@ class Bake:
             raise StageError(Reason.UNJUDGED, detail)
         if not live.ready:
             raise StageError(Reason.BOTH_UNHEALTHY, detail)
-        transition = Transition(
-            state=State.UNJUDGED, **self.task.words, detail=detail, at=self.clock.now()
-        )
-        self.steady.doors.reports.emit(transition)
+        self.steady.doors.report(self.task, State.UNJUDGED, detail=detail)
         self.unjudged = True
 
     # What all three ask.
@@ -5752,18 +5746,22 @@ class Bake:
         """Return the pods of the run as the informer has them, which may follow or not."""
         return [p for p in self.informer.items() if p.run == self.release.run]
 
-    def fresh(self) -> bool:
+    def heard_lately(self) -> bool:
         """Whether the API server was heard a moment ago."""
-        return self.clock.monotonic() - self.seen.at <= FRESH_SECONDS
+        return self.clock.monotonic() - self.last_look.at <= FRESH_SECONDS
 
-    def clear(self) -> bool:
+    def judgeable(self) -> bool:
         """Whether health can be judged: no pod is missing, as far as a moment ago."""
-        return self.fresh() and not pods_taken_away(self.seen.pods, self.seen.wanted)
+        return self.heard_lately() and not pods_taken_away(
+            self.last_look.pods, self.last_look.wanted
+        )
 
     def healthy(self) -> bool:
         """Whether the last checks passed, as many as it takes, and no container has failed."""
         passed = self.checks.passing(self.clock.monotonic()) >= self.health.successes
-        return passed and not container_failure([*self.seen.pods, *self.informed()], self.switched)
+        return passed and not container_failure(
+            [*self.last_look.pods, *self.informed()], self.switched_at
+        )
 
     @contextmanager
     def tolerate_lost_answers(self) -> Iterator[None]:
@@ -5818,16 +5816,18 @@ class Deployer:
         placement = self.steady.claims.idle_colour_and_size(task)
         release = render(task.app, task.run, task.image, placement, objects)
         claimed = self.steady.claims.take(task, release)
-        self.emit(task, State.CLAIMED, colour=release.colour, ignored=objects.ignored or None)
+        more = {"colour": release.colour, "ignored": objects.ignored or None}
+        self.doors.report(task, State.CLAIMED, more)
         try:
             self.steady.rollout.apply(task, release, claimed)
             self.steady.rollout.wait(task, release, pods)
-            self.steady.rollout.smoke_test(task, release)
+            self.steady.rollout.smoke_test(task, release, pods)
         finally:
             # pods that someone else replaced meanwhile say nothing against this run
             self.steady.claims.check(task, claimed, self.steady.live.read(task))
         self.steady.traffic.switch(task, release, claimed)
-        self.emit(task, State.SWITCHED, colour=release.colour, commit=release.commit)
+        more = {"colour": release.colour, "commit": release.commit}
+        self.doors.report(task, State.SWITCHED, more)
 
     def verify_and_bake(self, task: Task, pods: Informer[Pod], *, resumed: bool) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
@@ -5846,12 +5846,7 @@ class Deployer:
     @retried
     def read_own(self, task: Task) -> Service:
         """Return the live Service while it selects the run; raises when it was switched away."""
-        return self.urgent.guard.own(task)
-
-    def emit(self, task: Task, state: State, **more: Any) -> None:
-        """Report that a task has come so far."""
-        transition = Transition(state=state, **task.words, at=self.doors.clock.now(), more=more)
-        self.doors.reports.emit(transition)
+        return self.urgent.guard.read_selected(task)
 
     # What is left behind.
 
@@ -5897,7 +5892,8 @@ class Deployer:
             metas = [d["metadata"] for d in deployments]
             left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
             kubectl.delete("deployment", left, namespace)
-            kubectl.delete("service", [f"{app}-preview"], namespace)
+            previews = kubectl.names("services", namespace, f"{ours},{LABEL_STAGE}=preview")
+            kubectl.delete("service", previews, namespace)
         # logs go by their age and number
         names = kubectl.names("configmaps", namespace, f"{ours},{LABEL_STAGE}!=log")
         now = self.steady.live.read(task)
@@ -5924,7 +5920,6 @@ class Rollback:
 
     def __init__(self, operations: Operations) -> None:
         self.doors = operations.doors
-        self.kubectl = operations.doors.kubectl
         self.live = operations.live
         self.claims = operations.claims
         self.rollout = operations.rollout
@@ -5942,26 +5937,35 @@ class Rollback:
         name = f"{task.app.name}-{target.colour}"
         claim = self.claims.new(task.run.id, target.colour, Phase.ROLLBACK)
         claimed = self.claims.put(task, claim) or service
-        left = service.claim  # what is put back in the end
-        switched = None
         try:
-            if claimed.selector != service.selector:
-                raise RefusedError("traffic was switched this very moment; look, and try again")
-            goal = self.ready_goal(task, claimed, target)
+            goal = self.ready_goal(task, service, claimed, target)
             switched = self.switch(task, claimed, goal, reason)
-            left = Claim()
-            if goal.overwritten and switched and switched.claim.restore:
-                self.rollout.restore(task, name, switched)
-                claim = switched.claim
-        finally:
+        except BaseException:
             with suppress(HookError):
-                if switched is None:
-                    self.workloads.unpause(task, name)
-                self.claims.put(task, left, claim)
+                self.workloads.unpause(task, name)
+                self.claims.put(task, service.claim, claim)
+            raise
+        self.reject(task, service.live, goal.entry, reason)
+        if switched.claim.restore:
+            # what does not work now the daemon does, by the claim that is left then
+            with suppress(HookError):
+                self.rollout.restore(task, name, switched)
+                self.claims.put(task, Claim(), switched.claim)
         return goal.entry
 
-    def ready_goal(self, task: Task, claimed: Service, target: HistoryEntry) -> Goal:
+    def reject(self, task: Task, left: HistoryEntry, live: HistoryEntry, reason: str) -> None:
+        """Reject the commit that a rollback has left, and record what is live now."""
+        if left.commit:
+            reason = reason or str(Reason.ROLLED_BACK)
+            rejection = Rejection(commit=left.commit, reason=reason, at=self.doors.clock.now())
+            self.live.state.write(task.app, rejection, live={task.environment: live})
+
+    def ready_goal(
+        self, task: Task, service: Service, claimed: Service, target: HistoryEntry
+    ) -> Goal:
         """Return where a rollback goes once its pods are ready, brought back if need be."""
+        if claimed.selector != service.selector:
+            raise RefusedError("traffic was switched this very moment; look, and try again")
         live = claimed.selector.get(LABEL_VERSION, "")
         apart = target.run and target.colour != live
         carries = self.fence(task, target) if apart else ""
@@ -5998,7 +6002,7 @@ class Rollback:
         name = f"{task.app.name}-{target.colour}"
         mark = {"metadata": {"annotations": {ANNOTATION_WRITTEN: str(self.doors.clock.now())}}}
         try:
-            deployment = self.kubectl.patch("deployment", name, task.namespace, mark)
+            deployment = self.doors.kubectl.patch("deployment", name, task.namespace, mark)
         except KubectlError as gone:
             if gone.kind != "NotFound":
                 raise
@@ -6006,14 +6010,16 @@ class Rollback:
         carries = str((deployment["metadata"].get("labels") or {}).get(LABEL_RUN, ""))
         if carries != target.run and target.release:
             # until it is restored: its rollout would take the target's pods away
-            self.kubectl.patch("deployment", name, task.namespace, {"spec": {"paused": True}})
+            self.doors.kubectl.patch("deployment", name, task.namespace, {"spec": {"paused": True}})
         return carries
 
     @retried
-    def switch(self, task: Task, claimed: Service, goal: Goal, reason: str) -> Service | None:
+    def switch(self, task: Task, claimed: Service, goal: Goal, reason: str) -> Service:
         """Point the live Service at a rollback's goal, if nobody else has taken over."""
         now = self.live.read(task)
-        if now is None or now.selector == goal.entry.selector:
+        if now is None:
+            raise RefusedError("the live Service was deleted meanwhile; look, and try again")
+        if now.selector == goal.entry.selector:
             return now
         if (now.claim, now.selector) != (claimed.claim, claimed.selector):
             raise RefusedError(f"{now.claim.run or 'someone'} has taken over meanwhile")
