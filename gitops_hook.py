@@ -134,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--reason", default="", help="why; `status` shows it")
     one = add("plan", help="show what a push would do now, and change nothing")
     one.add_argument("app", help="name of the app")
-    one.add_argument("commit", nargs="?", default="", help="its id, or its beginning; else head")
+    one.add_argument("commit", nargs="?", default="", help="id, or its beginning (default: head)")
     one = add("rerun", help="let a run that has ended run again")
     one.add_argument("run", help="id of the run, or its beginning")
     add("clone", help="inside a Job pod: check out the commit")
@@ -6097,7 +6097,7 @@ class ControllerContext:
         self.state = deployer.state
         self.spool = spool
         self.informers = Informers(config, self.kubectl)
-        self.recorder = RunRecorder(self.apps, deployer, self.informers)
+        self.recorder = RunRecorder(self)
         self.heartbeats = Heartbeats(self.clock)
         self.retry = Retry(self.clock)  # of the steps of the controller's loop
         self.wake = threading.Event()  # set to have the runs reconciled at once
@@ -6410,18 +6410,17 @@ class CatchUp:
 class RunRecorder:
     """Records how runs begin and end: in the app's records, on Jobs, in log and metrics."""
 
-    def __init__(self, apps: Mapping[str, App], deployer: Deployer, informers: Informers) -> None:
-        self.apps = apps
-        self.doors = deployer.doors
-        self.state = deployer.state
-        self.logs = deployer.steady.rollout.logs
-        self.informers = informers
+    def __init__(self, context: ControllerContext) -> None:
+        self.context = context
+        self.doors = context.doors
+        self.state = context.state
+        self.logs = context.deployer.steady.rollout.logs
 
     def repaired_state(self, app: App) -> AppState:
         """Return what is recorded of an app now, after repairing what could not be read."""
         state = self.state.read(app)
         if state.repairs:
-            self.state.write(app, with_job=self.informers.ids_with_job(app))
+            self.state.write(app, with_job=self.context.informers.ids_with_job(app))
         return state
 
     def record_started(self, app: App, runs: Sequence[Run]) -> None:
@@ -6433,8 +6432,8 @@ class RunRecorder:
             # what has ended since it was pushed, or was pushed again, stays as it is
             records = [RunRecord.of(run) for run in runs if newer_than(run, state)]
             if records:
-                started = {record.id for record in records}
-                self.state.write(app, *records, with_job=self.informers.ids_with_job(app) | started)
+                with_job = self.context.informers.ids_with_job(app) | {r.id for r in records}
+                self.state.write(app, *records, with_job=with_job)
 
     def finish(self, run: Run, jobs: Mapping[str, Job], action: Action) -> None:
         """Record how a run ended, mark its Jobs as done with, and report it."""
@@ -6445,7 +6444,7 @@ class RunRecorder:
         bad = end.outcome in BAD_OUTCOMES
         job = jobs.get(end.stage)
         if bad and job and end.reason is not Reason.CLONE_FAILED:
-            pods = [pod for pod in self.informers.all_pods() if pod.job == job.uid]
+            pods = [pod for pod in self.context.informers.all_pods() if pod.job == job.uid]
             last = sorted(pods, key=lambda pod: -pod.created)[:1]
             self.logs.start(partial(self.logs.keep, run.app, run.id, last, job.namespace))
         self.mark_jobs(jobs, end, at)
@@ -6460,7 +6459,7 @@ class RunRecorder:
 
     def record_end(self, run: Run, end: Action, at: float) -> None:
         """Record how a run ended; reject its commit if a deployment says something against it."""
-        app = self.apps.get(run.app)
+        app = self.context.apps.get(run.app)
         if app is None:
             return
         reason = str(end.reason)
@@ -6469,7 +6468,7 @@ class RunRecorder:
         records: list[RunRecord | Rejection] = [record]
         if end.outcome in BAD_OUTCOMES and end.stage not in STAGES and end.reason not in FORGIVEN:
             records.append(Rejection(commit=run.commit, reason=reason, at=self.doors.clock.now()))
-        self.state.write(app, *records, with_job=self.informers.ids_with_job(app))
+        self.state.write(app, *records, with_job=self.context.informers.ids_with_job(app))
 
     def mark_jobs(self, jobs: Mapping[str, Job], end: Action, at: float) -> None:
         """Mark Jobs as those of a run that has ended; one that still runs is stopped."""
@@ -6477,7 +6476,7 @@ class RunRecorder:
         for job in jobs.values():
             stop = {"activeDeadlineSeconds": 1} if job.state == "active" else {}
             marks = {**annotations, **NO_WAIT}
-            self.informers.annotate(job, marks, ttlSecondsAfterFinished=JOB_TTL, **stop)
+            self.context.informers.annotate(job, marks, ttlSecondsAfterFinished=JOB_TTL, **stop)
             if job.unsuspended and job.finished:
                 seconds = max(0.0, job.finished - job.unsuspended)
                 labels = (job.run.app, job.stage, job.state)
@@ -6622,8 +6621,7 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
         ANNOTATION_RECEIVED: f"{run.received:.3f}",
         ANNOTATION_DELIVERY: run.delivery,
     }
-    spec = {"ttlSecondsAfterFinished": None}
-    change = {"metadata": {"annotations": annotations}, "spec": spec}
+    change = {"metadata": {"annotations": annotations}, "spec": {"ttlSecondsAfterFinished": None}}
     for job in reversed(jobs):  # the last one says whether the run has ended
         if job not in obsolete:
             kubectl.patch("job", job.name, job.namespace, change)
@@ -8168,23 +8166,6 @@ def plan(tools: Tools, args: argparse.Namespace) -> int:
     return 0 if answers.complete else 1
 
 
-@dataclass(frozen=True, slots=True)
-class Right:
-    """A verb on a resource, which is written group/resource/subresource, in a namespace."""
-
-    namespace: str
-    resource: str
-    verb: str
-
-    def review(self) -> Object:
-        """Return the object by which the API server says whether the caller has this right."""
-        group, resource, subresource = f"{self.resource}/".split("/")[:3]
-        asked = {"group": group, "resource": resource, "subresource": subresource}
-        asked |= {"namespace": self.namespace, "verb": self.verb}
-        kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
-        return {**kind, "spec": {"resourceAttributes": asked}}
-
-
 @dataclass(slots=True)
 class Plan:
     """What a push of one run would do now; nothing is changed in the cluster."""
@@ -8228,27 +8209,28 @@ class Plan:
 
     def missing_rights(self) -> str:
         """Return what the daemon must be able to do, by its Roles, and the caller may not."""
-        rights = self.needed_rights()
-        reviews = [right.review() for right in rights]
+        reviews = self.access_reviews()
         stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": reviews})
         args = ("create", "-f", "-", "-o", 'jsonpath={.status.allowed}{"\\n"}', "--validate=false")
         answers = self.tools.doors.kubectl.run(*args, stdin=stdin).split()
         missing: dict[str, list[str]] = {}
-        for right, allowed in zip(rights, answers, strict=True):
+        for review, allowed in zip(reviews, answers, strict=True):
             if allowed != "true":
-                where = f"{right.resource.strip('/')} in {right.namespace}"
-                missing.setdefault(where, []).append(right.verb)
+                right = review["spec"]["resourceAttributes"]
+                parts = filter(None, (right["group"], right["resource"], right["subresource"]))
+                where = f"{'/'.join(parts)} in {right['namespace']}"
+                missing.setdefault(where, []).append(right["verb"])
         texts = [f"{', '.join(verbs)} {where}" for where, verbs in missing.items()]
         return "; ".join(texts) or "all there"
 
-    def needed_rights(self) -> list[Right]:
-        """Return what the daemon's Roles grant it for this app."""
+    def access_reviews(self) -> list[Object]:
+        """Return by what to ask the API server for all that the daemon's Roles grant it here."""
         namespaces = self.tools.config.namespaces
         tables = {ORCHESTRATION: STATE_RIGHTS}
         tables |= {namespaces[stage]: JOB_RIGHTS for stage in STAGES}
         tables |= {namespaces[name]: APP_RIGHTS for name in self.app.deploy.environments}
         return [
-            Right(namespace, resource, verb)
+            access_review(namespace, resource, verb)
             for namespace, rights in tables.items()
             for resource, verbs in rights.items()
             for verb in verbs.split()
@@ -8319,6 +8301,15 @@ class Plan:
         after = spec_lines(mask(json.loads(text)))
         lines = difflib.unified_diff(before, after, f"{name} now", f"{name} then", lineterm="")
         return "".join(f"\n  {line}" for line in lines)
+
+
+def access_review(namespace: str, path: str, verb: str) -> Object:
+    """Return by what to ask for a verb on a resource, whose path is group/resource/subresource."""
+    group, resource, subresource = f"{path}/".split("/")[:3]
+    right = {"group": group, "resource": resource, "subresource": subresource}
+    right |= {"namespace": namespace, "verb": verb}
+    kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+    return {**kind, "spec": {"resourceAttributes": right}}
 
 
 def spec_lines(deployment: Object) -> list[str]:
