@@ -319,6 +319,10 @@ def clip(text: str, limit: int = 300) -> str:
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."
 
 
+# What Python raises where a value from outside does not have the expected shape.
+SHAPE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 class HookError(Exception):
     """The base of all errors raised on purpose."""
 
@@ -384,62 +388,43 @@ SERVER_REASON = re.compile(r'Error from server(?: \((\w+)\))?: |The \w+ (?:".*" 
 QUOTED_TEXT = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)')  # also where the text was cut off
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """What a failure of kubectl means, by the line that says so.
+class KubectlError(ProcessError):
+    """kubectl failed.
 
-    The message is that line without the texts that it quotes: these may come from a manifest.
+    `kind` is the API server's reason, such as Conflict; or Unreachable, Invalid, Denied, Unknown.
+    `message` is the line that says so, without the texts that it quotes: these may come from a
+    manifest.
     """
 
-    kind: str
-    message: str
-
-
-class KubectlError(ProcessError):
-    """kubectl failed."""
-
-    @property
-    def kind(self) -> str:
-        """The API server's reason, such as Conflict; or Unreachable, Invalid, Denied, Unknown."""
-        return self.diagnosis.kind
-
-    @property
-    def diagnosis(self) -> Diagnosis:
-        """What the failure means.
-
-        Of several failures, one that may pass by itself counts, since the call is then repeated.
-        Lines after the refusal of an object's content are not read: they may be that content.
-        """
-        if self.code is None:
-            return Diagnosis("Unreachable", "")
-        first = Diagnosis("Unknown", "")
-        for line in CLIENT_LOG_LINE.sub("", self.stderr).split("\n"):
-            diagnosis = diagnose(line)
-            if diagnosis.kind == "Unreachable":
-                return diagnosis
-            if first.kind == "Unknown":
-                first = diagnosis
-            if diagnosis.kind not in WITHOUT_CONTENT:
+    def __init__(self, argv: Sequence[str], code: int | None, stderr: str, out: str = "") -> None:
+        super().__init__(argv, code, stderr, out)
+        self.kind = "Unreachable" if code is None else "Unknown"
+        self.message = ""
+        # Of several failures, one that may pass by itself counts, since the call is then repeated.
+        # Lines after the refusal of an object's content are not read: they may be that content.
+        for line in CLIENT_LOG_LINE.sub("", stderr).split("\n") if code is not None else ():
+            message = QUOTED_TEXT.sub("", line)
+            kind = kind_of(line, message)
+            if kind == "Unreachable" or self.kind == "Unknown":
+                self.kind = kind
+                self.message = message
+            if kind not in WITHOUT_CONTENT:
                 break
-        return first
 
 
-def diagnose(line: str) -> Diagnosis:
-    """Return what one line of kubectl's stderr means."""
-    message = QUOTED_TEXT.sub("", line)
+def kind_of(line: str, message: str) -> str:
+    """Return what one line of kubectl's stderr means, from it and from what it does not quote."""
     server = SERVER_REASON.match(line)
     reason = server[1] if server else None
     if line.startswith("Warning: "):
-        kind = "Unknown"
-    elif re.search("denied (the )?request", message):  # most of them are Forbidden as well
-        kind = "Denied"
-    elif (line.startswith("The ") and server) or "etcdserver: request is too large" in message:
-        kind = "Invalid"
-    elif reason in OVERLOADED or (reason is None and UNREACHABLE.search(message)):
-        kind = "Unreachable"
-    else:
-        kind = reason or "Unknown"
-    return Diagnosis(kind, message)
+        return "Unknown"
+    if re.search("denied (the )?request", message):  # most of them are Forbidden as well
+        return "Denied"
+    if (line.startswith("The ") and server) or "etcdserver: request is too large" in message:
+        return "Invalid"
+    if reason in OVERLOADED or (reason is None and UNREACHABLE.search(message)):
+        return "Unreachable"
+    return reason or "Unknown"
 
 
 class RunError(HookError):
@@ -839,7 +824,8 @@ def cross_faults(config: Config) -> Iterator[str]:
     namespaces = config.namespaces
     own = {v for k, v in namespaces.items() if DNS_LABEL.fullmatch(k)} - {ORCHESTRATION}
     if not {"test", "build"} <= namespaces.keys() or len(own) < len(namespaces):
-        yield "namespaces: test, build and each environment need their own, none orchestration"
+        needed = f"test, build and each environment need one of their own, none {ORCHESTRATION}"
+        yield f"namespaces: {needed}; their keys must be DNS labels"
     apps = config.apps or ()  # None where they are missing
     names = [app.name for app in apps]
     taken = {f"{name}-{suffix}" for name in names for suffix in (*COLOURS, "preview")}
@@ -856,21 +842,9 @@ def cross_faults(config: Config) -> Iterator[str]:
             yield f"{where}: {name!r} is not an environment in namespaces ({', '.join(namespaces)})"
         if app.build.builder == "kaniko" and environments and not app.build.image:
             yield f"apps[{i}].build.image: is required with builder kaniko"
-        if {*app.test.resources, *app.build.resources} - {"requests", "limits"}:
-            yield f"apps[{i}]: resources have keys other than requests and limits"
-
-
-def settings_by_path(section: Any = Config, prefix: str = "") -> dict[str, Setting]:
-    """Return every setting by the path by which faults and the README name it."""
-    settings: dict[str, Setting] = {}
-    for key, declared in settings_of(section).items():
-        inner = (*typing.get_args(declared.kind), declared.kind)[0]
-        if is_dataclass(inner):
-            dot = "." if inner is declared.kind else "[]."
-            settings |= settings_by_path(inner, f"{prefix}{key}{dot}")
-        else:
-            settings[prefix + key] = declared
-    return settings
+        for stage, settings in (("test", app.test), ("build", app.build)):
+            for key in sorted(settings.resources.keys() - {"requests", "limits"}):
+                yield f"apps[{i}].{stage}.resources: {key!r} is neither requests nor limits"
 
 
 # What a kubelet sets in a pod beside a Service whose name begins with gitops-hook.
@@ -1109,19 +1083,19 @@ class Metrics:
         counter: Any = partial(prometheus_client.Counter, **ours)
         gauge: Any = partial(prometheus_client.Gauge, **ours)
         histogram: Any = partial(prometheus_client.Histogram, buckets=STAGE_BUCKETS, **ours)
-        place = ("app", "environment")
+        where = ("app", "environment")
         self.deliveries = counter("deliveries", "Requests to /webhook.", ["result"])
         self.runs = counter("runs", "Runs that have ended.", ["app", "outcome", "stage", "reason"])
-        self.switches = counter("switches", "Switches of live traffic.", [*place, "direction"])
+        self.switches = counter("switches", "Switches of live traffic.", [*where, "direction"])
         self.kubectl = counter("kubectl_calls", "Ended kubectl processes.", ["verb", "result"])
         self.errors = counter("errors", "Errors that a person should look at.", ["where"])
-        self.drift = counter("selector_drift", "Live Services changed by someone else.", place)
+        self.drift = counter("selector_drift", "Live Services changed by someone else.", where)
         self.catch_up = counter("catch_up_runs", "Runs that GitLab did not announce.", ["app"])
         self.spool = gauge("spool_files", "Pushes stored on disk that are not in the cluster yet.")
         self.waiting = gauge("waiting", "1 while the daemon waits for it, otherwise 0.", ["what"])
         self.queue = gauge("jobs", "Jobs that have not ended.", ["state"])
-        labels = ["app", "stage", "result"]
-        self.stage_seconds = histogram("stage_seconds", "Seconds that stages took.", labels)
+        stage = ("app", "stage", "result")
+        self.stage_seconds = histogram("stage_seconds", "Seconds that stages took.", stage)
 
     def begin(self, apps: Iterable[App]) -> None:
         """Start the counters whose labels are known at 0: the first event shows as an increase."""
@@ -1156,26 +1130,22 @@ def verify_delivery(
     values = [headers.get(name, "").encode("latin-1", "replace") for name in names]
     if not all(values):
         raise DeliveryError(401, "NotAuthentic", f"{', '.join(names)}: required")
-    difference = 0.0
     if mode == "signature":
         message_id, stamp, signatures = values
         offered = signatures.split(b" ")[:20]
         expected = [sign(key, message_id, stamp, body) for key in keys]
-        number = re.fullmatch(rb"[0-9]{1,12}", stamp)
-        difference = abs(now - int(stamp)) if number else math.inf
     else:
         offered = values
         expected = [hex_hmac(key, body) for key in keys] if mode == "hmac" else [*keys]
-    if not any(same_secret(one, other) for one in offered for other in expected):
+    # compared as hashes of one length: the time that it takes tells nothing about a secret
+    digests = [hashlib.sha256(value).digest() for value in offered]
+    wanted = [hashlib.sha256(value).digest() for value in expected]
+    if not any(hmac.compare_digest(one, other) for one in digests for other in wanted):
         raise DeliveryError(401, "NotAuthentic", f"{names[-1]} does not match")
-    if difference > SIGNATURE_TOLERANCE:
-        raise DeliveryError(401, "NotAuthentic", "webhook-timestamp is not a recent Unix time")
-
-
-def same_secret(one: bytes, other: bytes) -> bool:
-    """Whether two secrets are equal, in a time that tells nothing about either or its length."""
-    digests = (hashlib.sha256(secret).digest() for secret in (one, other))
-    return hmac.compare_digest(*digests)
+    if mode == "signature":
+        number = re.fullmatch(rb"[0-9]{1,12}", stamp)
+        if not number or abs(now - int(stamp)) > SIGNATURE_TOLERANCE:
+            raise DeliveryError(401, "NotAuthentic", "webhook-timestamp is not a recent Unix time")
 
 
 def sign(key: bytes, message_id: bytes, stamp: bytes, body: bytes) -> bytes:
@@ -1196,7 +1166,7 @@ def hex_hmac(key: bytes, body: bytes) -> bytes:
 # === pushes =======================================================================================
 
 REF_LENGTH = 500  # characters; a file name holds 255 bytes between two slashes
-ID_DIGITS = (10, 16, 4)  # of the hash in a run's id: usually; if two would be the same; in 0.1.0
+ID_DIGITS = (10, 16, 4)  # of the hash in a run's id: usually; if two would be the same; of old
 ADDRESS_LENGTH = 2048  # characters; longer URLs are refused, because urlsplit caches what it parses
 FORBIDDEN_IN_REFS = re.compile(  # https://git-scm.com/docs/git-check-ref-format
     r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|\.\Z|(\A|/)(\.|/|\Z)|\.lock(/|\Z)"
@@ -1222,22 +1192,6 @@ class Run:
         return self.ref.removeprefix("refs/heads/")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BranchHead:
-    """A branch, by its full ref name, and its newest commit."""
-
-    ref: str
-    commit: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RepositoryAddress:
-    """What all URLs of a repository have in common; a local path has an empty host."""
-
-    host: str
-    path: str
-
-
 def parse_delivery(config: Config, body: bytes, **details: Any) -> list[Run]:
     """Return the run of each app that a push concerns; DeliveryError says why there is none.
 
@@ -1249,22 +1203,22 @@ def parse_delivery(config: Config, body: bytes, **details: Any) -> list[Run]:
         deny(400, "Malformed", f"the body is not JSON: {clip(str(wrong), 80)}")
     if not isinstance(data, dict):
         deny(400, "Malformed", "the body is not a JSON object")
-    head = pushed_branch(data)
+    ref, commit = pushed_branch(data)
     before = data.get("before")
     if isinstance(before, str) and SHA.fullmatch(before):
         details["before"] = before
-    details["title"] = commit_title(data.get("commits"), head.commit)
+    details["title"] = commit_title(data.get("commits"), commit)
     addresses = project_addresses(data)
     apps = [app for app in config.apps if normalise_url(app.repository) in addresses]
     if not apps:
-        listed = " ".join(sorted(f"{address.host}/{address.path}" for address in addresses))
+        listed = " ".join(sorted(addresses))
         deny(200, "UnknownProject", f"no app has the repository {clip(listed)}")
-    runs = [run for app in apps if (run := run_of(app, head.ref, head.commit, **details))]
-    return runs or deny(200, "OtherBranch", f"no app tests or deploys {clip(head.ref)}")
+    runs = [run for app in apps if (run := run_of(app, ref, commit, **details))]
+    return runs or deny(200, "OtherBranch", f"no app tests or deploys {clip(ref)}")
 
 
-def pushed_branch(data: Mapping[str, Any]) -> BranchHead:
-    """Return what was pushed to a branch; DeliveryError for anything else.
+def pushed_branch(data: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the ref and the commit that was pushed to it; DeliveryError where it is no branch.
 
     The body decides what it is, never the X-Gitlab-Event header: old servers send samples whose
     header and body disagree. Of system hooks, some have only `event_name`.
@@ -1285,7 +1239,7 @@ def pushed_branch(data: Mapping[str, Any]) -> BranchHead:
         deny(400, "Malformed", "ref: not a branch name that git allows")
     if not valid_ref(ref):
         deny(200, "OtherRef", "the name of the branch is too long, not UTF-8, or has control codes")
-    return BranchHead(ref=ref, commit=commit)
+    return ref, commit
 
 
 def commit_title(commits: Any, commit: str) -> str:
@@ -1295,7 +1249,7 @@ def commit_title(commits: Any, commit: str) -> str:
     return clip(message.lstrip()[:1000].partition("\n")[0], 120) if isinstance(message, str) else ""
 
 
-def project_addresses(data: Mapping[str, Any]) -> set[RepositoryAddress]:
+def project_addresses(data: Mapping[str, Any]) -> set[str]:
     """Return every address by which a payload names its project; a 400 when there is none."""
     keys = ("git_http_url", "git_ssh_url", "web_url")
     project = field_of(data, "project", dict)
@@ -1306,11 +1260,11 @@ def project_addresses(data: Mapping[str, Any]) -> set[RepositoryAddress]:
     return addresses or deny(400, "Malformed", f"project: names no {', '.join(keys)}")
 
 
-def normalise_url(url: str) -> RepositoryAddress | None:
-    """Return the address of a repository, the same for all its URLs; None if a text is no URL.
+def normalise_url(url: str) -> str:
+    """Return `host/path` of a repository, the same for all its URLs; "" if a text is no URL.
 
-    Scheme, user, port, case and `.git` do not count; `git@host:path` is read as ssh. The case of a
-    local path counts.
+    Scheme, user, port, case and `.git` do not count; `git@host:path` is read as ssh. A local path
+    has no host, and its case counts.
     """
     if not url.startswith("/") and "://" not in url:
         url = "ssh://" + url.replace(":", "/", 1)
@@ -1319,8 +1273,8 @@ def normalise_url(url: str) -> RepositoryAddress | None:
         host = split.hostname or ""
         path = split.path.strip("/").removesuffix(".git").strip("/")
         if path and (host or split.scheme in ("", "file")):
-            return RepositoryAddress(host=host, path=path.casefold() if host else path)
-    return None
+            return f"{host}/{path.casefold() if host else path}"
+    return ""
 
 
 def run_of(app: App, ref: str, commit: str, **details: Any) -> Run | None:
@@ -1463,11 +1417,17 @@ class Spool:
             path.rename(self.directory / "bad" / path.name)
 
     def done(self, path: Path) -> None:
-        """Remove a push that the cluster has or that needs nothing more."""
-        with self._lock:
-            delivery = self._deliveries.pop(path.name, "")
-        self.accepted.write(delivery)
-        path.unlink(missing_ok=True)
+        """Remove a push that the cluster has or that needs nothing more; raises OSError.
+
+        A file that cannot be removed still counts as stored.
+        """
+        self.accepted.write(self._deliveries.get(path.name, ""))
+        try:
+            path.unlink(missing_ok=True)
+        finally:
+            if not os.path.lexists(path):
+                with self._lock:
+                    self._deliveries.pop(path.name, None)
 
 
 class Accepted:
@@ -1579,7 +1539,7 @@ WITH_LIMITS = ("/bin/sh", "-c", 'ulimit -d "$1"; ulimit -f "$2"; shift 2; exec "
 
 
 class Kubectl:
-    """The only way to the cluster: each method runs one kubectl process.
+    """Every call of the cluster is a kubectl process that is started here.
 
     Without `--request-timeout`, with which kubectl in a pod does not use the pod's account
     (kubernetes#93474): a call that does not end in time is killed here.
@@ -1889,11 +1849,17 @@ class Git:
     Credentials are read by git's own helper from a file, so they are in no URL, argv or log.
     """
 
-    def __init__(self, credentials: Path, timeout: float = GIT_TIMEOUT, limit: int = 2**26) -> None:
+    def __init__(
+        self,
+        credentials: Path,
+        timeout: float = GIT_TIMEOUT,
+        limit: int = 2**26,
+        deployed_refs: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.credentials = credentials
         self.timeout = timeout
         self.limit = limit
-        self.deployed_refs: Mapping[str, Sequence[str]] = {}  # by URL, if too many are listed
+        self.deployed_refs = deployed_refs or {}  # by URL, for servers that list too many
         self._slots: dict[str, threading.Semaphore] = {}  # by host
         self._reading = threading.Semaphore()
         self._quiet_until: dict[str, float] = {}  # by URL; no warning before that time
@@ -1927,8 +1893,7 @@ class Git:
 
         Only a few calls ask one server at a time.
         """
-        address = normalise_url(url)
-        host = address.host if address else ""
+        host = normalise_url(url).partition("/")[0]
         slots = self._slots.setdefault(host, threading.Semaphore(HEADS_AT_ONCE))
         if not slots.acquire(timeout=self.timeout):
             raise GitError(("git", "ls-remote"), None, f"too many calls wait for {clip(host)}")
@@ -2374,8 +2339,6 @@ MANIFEST_BYTES = 2 * 1024 * 1024  # of all files that are read, or of what kusto
 MANIFEST_NODES = 50_000  # keys and values in them, a kilobyte of memory each
 LONGEST_NUMBER = 1000  # characters
 CONFIGMAP_BYTES = 1024 * 1024 - 4096  # what the API server takes, its own additions left out
-# What Python raises where a value does not have the expected shape.
-SHAPE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 INVALID = Reason.MANIFEST_INVALID
 KINDS = {"Deployment": "apps/v1", "Service": "v1", "ConfigMap": "v1"}
 CONFIGMAP_DATA = ("data", "binaryData")
@@ -2653,10 +2616,10 @@ def check_objects(app: App, namespace: str, manifests: Iterable[Manifest]) -> Ap
             by_kind[kind][name] = item
             refused += [f"{manifest.where}: {fault}" for fault in refusals(item, namespace)]
     if len(by_kind["Deployment"]) != 1 or list(by_kind["Service"]) != [app.name]:
-        names = (", ".join(by_kind[kind]) or "none" for kind in ("Deployment", "Service"))
-        listed = clip("; Services: ".join(names))
-        needed = f"There must be one Deployment and one Service {app.name!r}"
-        refused.append(f"{needed}, but there are Deployments: {listed}.")
+        deployments = clip(", ".join(by_kind["Deployment"]) or "none")
+        services = clip(", ".join(by_kind["Service"]) or "none")
+        needed = f"There must be exactly one Deployment (found: {deployments})"
+        refused.append(f"{needed} and one Service named {app.name!r} (found: {services}).")
     if refused := [*dict.fromkeys(refused)]:
         rest = len(refused) - LISTED_REFUSALS
         more = [f"{rest} more are not listed."] if rest > 0 else []
@@ -2931,7 +2894,6 @@ def same_configmap(one: Object, other: Object) -> bool:
 
 SHORT_WATCH = 5.0  # a watch that ends so soon did not work
 LOG_PATIENCE = 2.0  # seconds that a failed deployment waits until its logs are kept
-ODD = (AttributeError, LookupError, TypeError, ValueError)  # what another shape raises
 # exit reasons after a machine was lost: they tell nothing about the program
 NODE_LOST = ("ContainerStatusUnknown", "Unknown")
 # what the kubelet says of such a pod; of a full node's pods it says "The node was low on resource"
@@ -3057,15 +3019,15 @@ class Job:
 FAR_FUTURE = 1e11  # seconds since the epoch
 
 
-def text(pattern: str) -> Callable[[Any], bool]:
+def text_like(pattern: str) -> Callable[[Any], bool]:
     """Return whether a value is a text that matches the whole pattern, as a function."""
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 def is_selector(value: Any) -> bool:
     """Whether a value can stand for a selector."""
-    is_key = text(r"[\w./-]{1,317}")
-    is_value = text(r"[\w.-]{0,63}")
+    is_key = text_like(r"[\w./-]{1,317}")
+    is_value = text_like(r"[\w.-]{0,63}")
     return isinstance(value, dict) and all(is_key(k) and is_value(v) for k, v in value.items())
 
 
@@ -3075,12 +3037,12 @@ def are_ports(value: Any) -> bool:
     return whole and all(type(p.get("port")) is int for p in value)
 
 
-Name = Annotated[str, text(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?")]
-Word = Annotated[str, text("[A-Za-z-]{0,40}")]
-Prose = Annotated[str, text(r"(?s).{0,2000}")]
-Colour = Annotated[str, text(f"({'|'.join(COLOURS)})?")]
-Time = Annotated[float, lambda v: type(v) in (int, float) and 0 <= v < FAR_FUTURE]
-Size = Annotated[int, lambda v: type(v) is int and 0 < v < 10**6]
+NameField = Annotated[str, text_like(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?")]
+WordField = Annotated[str, text_like("[A-Za-z-]{0,40}")]
+ProseField = Annotated[str, text_like(r"(?s).{0,2000}")]
+ColourField = Annotated[str, text_like(f"({'|'.join(COLOURS)})?")]
+TimeField = Annotated[float, lambda v: type(v) in (int, float) and 0 <= v < FAR_FUTURE]
+SizeField = Annotated[int, lambda v: type(v) is int and 0 < v < 10**6]
 Selector = Annotated[dict[str, str], is_selector]
 PROVEN = (Outcome.DEPLOYED, ADOPTED)  # the outcomes of what a rollback may go to
 
@@ -3093,18 +3055,18 @@ class HistoryEntry:
     """
 
     selector: Selector = dataclass_field(default_factory=dict)
-    run: Name = ""
-    commit: Annotated[str, text(f"({SHA.pattern})?")] = ""
-    image: Annotated[str, text(r"[\x21-\x7e]{0,1000}")] = ""
-    colour: Colour = ""
+    run: NameField = ""
+    commit: Annotated[str, text_like(f"({SHA.pattern})?")] = ""
+    image: Annotated[str, text_like(r"[\x21-\x7e]{0,1000}")] = ""
+    colour: ColourField = ""
     ports: Annotated[list[Object], are_ports] = dataclass_field(default_factory=list)
-    release: Name = ""  # the ConfigMap of its release
-    replicas: Size = 1
-    at: Time = 0.0
-    by: Prose = ""  # who switched, or changed the selector since
-    outcome: Word = ""  # none while it bakes, and where the bake told nothing
-    reason: Word = ""
-    detail: Prose = ""
+    release: NameField = ""  # the ConfigMap of its release
+    replicas: SizeField = 1
+    at: TimeField = 0.0
+    by: ProseField = ""  # who switched, or changed the selector since
+    outcome: WordField = ""  # none while it bakes, and where the bake told nothing
+    reason: WordField = ""
+    detail: ProseField = ""
     was: Selector = dataclass_field(default_factory=dict)  # what was narrowed to adopt it
     unjudged: Annotated[bool, lambda v: v is True] = False  # its bake could not tell its health
     v: int = 1
@@ -3135,11 +3097,11 @@ class Claim:
     Where nobody is, the claim is empty, and then it is false.
     """
 
-    phase: Word = ""
-    run: Name = ""
-    colour: Colour = ""
-    since: Time = 0.0
-    restore: Name = ""  # the release of the rollback target that stood in the colour
+    phase: WordField = ""
+    run: NameField = ""
+    colour: ColourField = ""
+    since: TimeField = 0.0
+    restore: NameField = ""  # the release of the rollback target that stood in the colour
     v: int = 1
 
     def __bool__(self) -> bool:
@@ -3155,7 +3117,7 @@ class Claim:
     def to_json(self) -> Object:
         """Return the claim as it is written into an annotation.
 
-        The field `restore` is called `heal` there, as version 0.1 reads and writes it.
+        The field `restore` is called `heal` there, so that older daemons understand it, too.
         """
         data = asdict(self)
         data["heal"] = data.pop("restore")
@@ -3173,11 +3135,18 @@ def fitting_fields(kind: type[Any], data: Any) -> Object:
 class Service:
     """The live Service of an app, with what our annotations on it say as far as it can be read.
 
-    `run`: what today's traffic reaches, as far as the selector names it; `claim`: who is changing
-    this environment; `history`: the switches, newest first. Each is empty when there is none.
+    `run`: what today's traffic reaches, as far as the selector names it, or the argument `run`;
+    `claim`: who is changing this environment; `history`: the switches, newest first. Each is empty
+    when there is none, and so is each of these entries of the history:
+
+    live                what today's traffic reaches: by its selector, else by its run
+    recorded_live       what was recorded as live last, whatever the selector says now
+    switch_back_target  what the bake goes back to: what was live before, proven or not
+    rollback_target     what a person goes back to: a proven version before the live one
+    entry(run)          the newest one of that run
     """
 
-    def __init__(self, manifest: Object) -> None:
+    def __init__(self, manifest: Object, run: str = "") -> None:
         meta = manifest["metadata"]
         spec = manifest["spec"]
         self.name: str = meta["name"]
@@ -3185,7 +3154,7 @@ class Service:
         self.version = int(meta["resourceVersion"])
         self.ports: list[Object] = spec.get("ports") or []
         self.selector: dict[str, str] = spec.get("selector") or {}
-        self.run = self.selector.get(LABEL_RUN, "")
+        self.run = self.selector.get(LABEL_RUN) or run
         # whether the selector names a run of ours, whatever else it asks for
         self.ours = self.selector.keys() >= {LABEL_APP, LABEL_VERSION, LABEL_RUN}
         self._annotations: dict[str, str] = meta.get("annotations") or {}
@@ -3195,7 +3164,7 @@ class Service:
 
     @classmethod
     def recorded(cls, name: str, entry: HistoryEntry) -> Service:
-        """Return the Service that an entry is the whole history of."""
+        """Return a stand-in for a Service whose whole history is one entry."""
         annotations = {ANNOTATION_HISTORY: json.dumps([entry.to_json()])}
         meta = {"name": name, "resourceVersion": "0", "annotations": annotations}
         return cls({"metadata": meta, "spec": {"selector": entry.selector}})
@@ -3227,10 +3196,10 @@ class Service:
     @property
     def in_order(self) -> bool:
         """Whether the selector is what the history says that it was set to last."""
-        return self.live.selector == self.selector and self.live == self.served
+        return self.live.selector == self.selector and self.live == self.recorded_live
 
     @property
-    def served(self) -> HistoryEntry:
+    def recorded_live(self) -> HistoryEntry:
         """The entry of what is live as far as it is recorded, whatever the selector says now."""
         return next((e for e in self.history if not e.outcome or e.proven), HistoryEntry())
 
@@ -3244,7 +3213,7 @@ class Service:
         return entry.selector == self.selector or bool(self.run and entry.run == self.run)
 
     @property
-    def targets(self) -> list[HistoryEntry]:
+    def rollback_targets(self) -> list[HistoryEntry]:
         """The entries that a rollback can go to: the proven versions before the live one."""
         live = self.live
         good = dict[str, HistoryEntry]()
@@ -3255,16 +3224,17 @@ class Service:
                 good.setdefault(entry.run, entry)
         return [*good.values()]
 
-    def target(self, back: int = 1) -> HistoryEntry:
+    def rollback_target(self, back: int = 1) -> HistoryEntry:
         """Return the entry that a rollback goes to: the back-th proven version before the live."""
-        return self.targets[back - 1] if 0 < back <= len(self.targets) else HistoryEntry()
+        targets = self.rollback_targets
+        return targets[back - 1] if 0 < back <= len(targets) else HistoryEntry()
 
     @property
-    def before(self) -> HistoryEntry:
+    def switch_back_target(self) -> HistoryEntry:
         """What was live before, proven or not, if it is known; else where a rollback goes."""
         was = self.annotation(ANNOTATION_PREVIOUS, {})
         stood = (e for e in self.history if e.selector == was and not self.reaches(e))
-        return next(stood, HistoryEntry()) or self.target()
+        return next(stood, HistoryEntry()) or self.rollback_target()
 
 
 def app_service(names: Iterable[str], manifest: Object) -> Service | None:
@@ -3352,7 +3322,7 @@ class Informer(Generic[V]):
             return self._watch(self._list(), beat)
         except HookError as failed:
             return str(failed)
-        except ODD as wrong:
+        except SHAPE_ERRORS as wrong:
             return f"not an API server's answer: {clip(repr(wrong))}"
 
     def _list(self) -> str:
@@ -3410,7 +3380,7 @@ class Informer(Generic[V]):
         """Return the object parsed; where that fails, as it was last known."""
         try:
             return self._parse(manifest)
-        except ODD:
+        except SHAPE_ERRORS:
             name = manifest["metadata"]["name"]
             error("object cannot be read", exc=True, resource=self.resource, name=clip(name))
             self.kubectl.metrics.errors.labels("watch").inc()
@@ -3428,13 +3398,13 @@ HOPELESS_PULL = re.compile(
     r"|no basic auth|insufficient_scope|authorization failed|invalid reference|InvalidImageName"
     r"|couldn't parse image|does not exist|no match for platform"
 )
-HEALING_REFUSAL = re.compile(
+PASSING_REFUSAL = re.compile(
     "Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown|being terminated"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class JobStage:
     """How a stage that is a Job works."""
 
     worker: str  # the container that does the work
@@ -3443,16 +3413,16 @@ class Stage:
     failure: Reason
 
 
-STAGES = {
-    "test": Stage(TEST_CONTAINER, RESULTS_CONTAINER, ANNOTATION_SUMMARY, Reason.TESTS_FAILED),
-    "build": Stage(BUILD_CONTAINER, BUILD_CONTAINER, ANNOTATION_DIGEST, Reason.BUILD_FAILED),
+JOB_STAGES = {
+    "test": JobStage(TEST_CONTAINER, RESULTS_CONTAINER, ANNOTATION_SUMMARY, Reason.TESTS_FAILED),
+    "build": JobStage(BUILD_CONTAINER, BUILD_CONTAINER, ANNOTATION_DIGEST, Reason.BUILD_FAILED),
 }
 Do = StrEnum("Do", "NOTHING WAIT UNSUSPEND BUILD ANNOTATE DEPLOY END")
 
 
 @dataclass(frozen=True, slots=True)
 class PodProblem:
-    """Something wrong with a pod that cannot heal once it lasts for `grace` seconds, or recurs."""
+    """Something wrong with a pod that is fatal once it lasts for `grace` seconds, or recurs."""
 
     key: str
     reason: Reason
@@ -3514,9 +3484,9 @@ def creation_problem(message: str, key: str) -> PodProblem:
     """Return why pods cannot be created, from a FailedCreate event or ReplicaFailure condition."""
     if "exceeded quota" in message:
         return PodProblem(f"{key}/quota", Reason.QUOTA_EXCEEDED, clip(message), 15.0)
-    heals = re.search(HEALING_REFUSAL, message)
+    passes = PASSING_REFUSAL.search(message)
     return PodProblem(
-        f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 60.0 if heals else 3.0
+        f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 60.0 if passes else 3.0
     )
 
 
@@ -3541,6 +3511,14 @@ class ProblemTracker:
         return None
 
 
+class Head(StrEnum):
+    """What the head of a run's branch is."""
+
+    SAME = "same"  # the commit of the run
+    NEWER = "newer"  # another commit, or none
+    UNKNOWN = "unknown"  # git did not answer, or may still show the commit before the push
+
+
 @dataclass(frozen=True, slots=True)
 class Action:
     """The next step of a run: what, and why."""
@@ -3561,7 +3539,7 @@ class Observation:
     jobs: Mapping[str, Job]  # by stage
     pods: tuple[Pod, ...]
     services: Mapping[str, Service]  # the live Service by environment
-    head: str  # same, moved or unknown: what git says about the run's ref
+    head: Head  # what git says about the run's ref
     newer: bool  # the same ref was pushed again
     fatal_problem: PodProblem | None
     busy: frozenset[str]  # environments that a worker is changing
@@ -3581,8 +3559,8 @@ def newest(jobs: Mapping[str, Job]) -> Run:
     return max((j.run for j in jobs.values()), key=lambda run: run.received)
 
 
-def over(jobs: Mapping[str, Job]) -> bool:
-    """Whether a run has ended: its last Job says so, and not of the time before it was received."""
+def has_ended(jobs: Mapping[str, Job]) -> bool:
+    """Whether a run has ended: its last Job says so, and not of an earlier try of the run."""
     last = jobs.get("build") or jobs["test"]
     ended = seconds_of(last.annotations.get(ANNOTATION_ENDED))
     return bool(last.outcome) and ended >= newest(jobs).received
@@ -3593,11 +3571,16 @@ def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
     return Action(Do.END, stage, reason, detail, outcome)
 
 
+def fails(reason: Reason, detail: str, stage: str) -> Action:
+    """Return that a run has failed."""
+    return ends(Outcome.FAILED, reason, detail, stage)
+
+
 def decide(observed: Observation) -> Action:
     """Return the next step of a run from what is observed; every call could be the first."""
     test = observed.jobs.get("test")
     build = observed.jobs.get("build")
-    if not observed.jobs or over(observed.jobs):
+    if not observed.jobs or has_ended(observed.jobs):
         return Action(Do.NOTHING)
     if test and (action := decide_job(observed, test)):
         return action
@@ -3605,19 +3588,19 @@ def decide(observed: Observation) -> Action:
         return ends(Outcome.TESTED, Reason.OK, observed.report, "test")
     if observed.app.build.builder == "none":
         return decide_deploy(observed)
-    if not build or build.outcome:  # of the time before
+    if not build or build.outcome:  # it belongs to an earlier try of this run
         return decide_start(observed, Do.BUILD, "build")
     return decide_job(observed, build) or decide_deploy(observed)
 
 
 def outdated(observed: Observation, stage: str) -> Action | None:
     """Return how a run ends, or that it waits for git, unless its commit is its ref's newest."""
-    deploys = observed.run.ref == observed.app.deploy_ref  # another ref needs no git
-    if observed.head == "moved" if deploys else observed.newer:
-        return ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", stage)
-    if deploys and observed.head == "unknown":
+    superseded = ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", stage)
+    if observed.run.ref != observed.app.deploy_ref:  # only what is deployed needs git
+        return superseded if observed.newer else None
+    if observed.head == Head.UNKNOWN:
         return Action(Do.WAIT, stage, Reason.GIT_ERROR, "for the head of the branch")
-    return None
+    return superseded if observed.head == Head.NEWER else None
 
 
 def decide_start(observed: Observation, do: Do, stage: str) -> Action:
@@ -3627,13 +3610,13 @@ def decide_start(observed: Observation, do: Do, stage: str) -> Action:
     if observed.slot:
         return Action(do, stage)
     if do is Do.UNSUSPEND and observed.now - observed.jobs[stage].created > observed.queue_timeout:
-        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, "no free slot in time", stage)
+        return fails(Reason.QUEUE_TIMEOUT, "no free slot in time", stage)
     return Action(Do.WAIT, stage, detail="for a free slot")
 
 
 def decide_job(observed: Observation, job: Job) -> Action | None:
     """Return what a Job needs, or None when it has succeeded and its result is kept."""
-    stage = STAGES[job.stage]
+    stage = JOB_STAGES[job.stage]
     if job.deleting:
         return Action(Do.WAIT, job.stage, detail=f"Job {job.name} is being deleted")
     if job.state == "suspended":
@@ -3650,7 +3633,7 @@ def decide_job(observed: Observation, job: Job) -> Action | None:
         complete = job.stage == "test" or stage.annotation in job.annotations
         return None if complete else no_digest(observed, job)
     if problem := observed.fatal_problem:
-        return ends(Outcome.FAILED, problem.reason, problem.detail, job.stage)
+        return fails(problem.reason, problem.detail, job.stage)
     started = max((p.started for p in pods), default=0.0)
     failed = job.state == "failed"
     return failure(observed, job, ended) if failed else lateness(observed, job, started)
@@ -3661,7 +3644,7 @@ def no_digest(observed: Observation, build: Job) -> Action:
     if observed.now - build.finished < LAG:
         return Action(Do.WAIT, "build", detail="for the digest")
     if ANNOTATION_REMADE in build.annotations:
-        return ends(Outcome.FAILED, Reason.NO_DIGEST, "the build left no digest, twice", "build")
+        return fails(Reason.NO_DIGEST, "the build left no digest, twice", "build")
     return decide_start(observed, Do.BUILD, "build")
 
 
@@ -3670,44 +3653,41 @@ def lateness(observed: Observation, job: Job, started: float) -> Action:
     why = job.annotations.get(ANNOTATION_DETAIL, "")
     limit = getattr(observed.app, job.stage).timeout
     if started and observed.now - started > limit:
-        detail = f"no result within {limit:.0f} s"
-        return ends(Outcome.FAILED, Reason.TIMEOUT, detail, job.stage)
+        return fails(Reason.TIMEOUT, f"no result within {limit:.0f} s", job.stage)
     waited = observed.now - job.unsuspended
     if not started and job.unsuspended and waited > observed.queue_timeout:
-        detail = why or "no pod could start in time"
-        return ends(Outcome.FAILED, Reason.QUEUE_TIMEOUT, detail, job.stage)
+        return fails(Reason.QUEUE_TIMEOUT, why or "no pod could start in time", job.stage)
     return Action(Do.WAIT, job.stage, detail="its pod runs" if started else why or "for its pod")
 
 
 def failure(observed: Observation, job: Job, ended: Iterable[Container]) -> Action:
     """Return why a Job failed, by its pods or its own condition, or that they may yet tell."""
-    stage = STAGES[job.stage]
+    stage = JOB_STAGES[job.stage]
     report = observed.report if job.stage == "test" else ""
     names = (stage.worker, "clone")
     culprit = next((c for c in ended if c.exit_code and c.name in names), None)
     if culprit:
         return culprit_failure(job, culprit, report)
     if job.reason == "DeadlineExceeded":
-        detail = "the Job's deadline passed"
-        return ends(Outcome.FAILED, Reason.TIMEOUT, detail, job.stage)
+        return fails(Reason.TIMEOUT, "the Job's deadline passed", job.stage)
     if observed.now - job.finished < LAG:
         return Action(Do.WAIT, job.stage, detail="for its pod's last words")
     reason = stage.failure if job.reason == "PodFailurePolicy" else Reason.VANISHED
     detail = report or f"its pods left no result ({clip(job.reason, 60)})"
-    return ends(Outcome.FAILED, reason, detail, job.stage)
+    return fails(reason, detail, job.stage)
 
 
 def culprit_failure(job: Job, culprit: Container, report: str) -> Action:
     """Return why a Job failed, by the container that did."""
     if culprit.exit_reason == "OOMKilled":
         detail = f"{culprit.name} was killed for its memory"
-        return ends(Outcome.FAILED, Reason.OUT_OF_MEMORY, detail, job.stage)
+        return fails(Reason.OUT_OF_MEMORY, detail, job.stage)
     # the clone's words are our own; those of pushed code may hold anything
     message = clip(culprit.words if culprit.name == "clone" else culprit.text)
     message = message or f"exit code {culprit.exit_code}"
     if culprit.name == "clone":
-        return ends(Outcome.FAILED, Reason.CLONE_FAILED, message, job.stage)
-    return ends(Outcome.FAILED, STAGES[job.stage].failure, report or message, job.stage)
+        return fails(Reason.CLONE_FAILED, message, job.stage)
+    return fails(JOB_STAGES[job.stage].failure, report or message, job.stage)
 
 
 def decide_deploy(observed: Observation) -> Action:
@@ -3725,17 +3705,19 @@ def decide_environment(observed: Observation, name: str) -> Action | None:
     service = observed.services.get(name)
     entry = service.entry(run.id, run.received) if service else HistoryEntry()
     switched = service is not None and service.run == run.id
+    # an earlier delivery of the commit may have made it live, which the entry above leaves out
     live = service.live if service and switched else HistoryEntry()
-    last = name == observed.app.deploy.environments[-1]
-    done = Outcome.DEPLOYED in (live.outcome, entry.outcome)
-    # whoever confirmed it a moment ago may yet switch back
-    if done and not (switched and last and name in observed.busy):
-        return None
-    if name in observed.busy:
+    confirmed = Outcome.DEPLOYED in (entry.outcome, live.outcome)
+    bakes_here = name == observed.app.deploy.environments[-1]
+    # a worker that confirmed the live version a moment ago may yet switch back in the bake
+    if name in observed.busy and (not confirmed or (switched and bakes_here)):
         return Action(Do.WAIT, name, detail=f"{name} is being changed")
+    if confirmed:
+        return None
     if entry.outcome in (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED):
-        reasons = [r for r in Reason if r == entry.reason] or [Reason.UNHEALTHY_AFTER_SWITCH]
-        return ends(Outcome(entry.outcome), reasons[0], entry.detail, name)
+        listed = entry.reason in set(Reason)  # anyone may have written it
+        reason = Reason(entry.reason) if listed else Reason.UNHEALTHY_AFTER_SWITCH
+        return ends(Outcome(entry.outcome), reason, entry.detail, name)
     stale = None if switched else outdated(observed, name)
     return stale or Action(Do.DEPLOY, name)
 
@@ -3751,15 +3733,15 @@ class Slot:
 
 
 def grant_slots(
-    wanted: Sequence[Slot], running: Sequence[Slot], served: Mapping[str, float], limit: int
+    wanted: Sequence[Slot], running: Sequence[Slot], last_started: Mapping[str, float], limit: int
 ) -> set[str]:
-    """Return the runs that may start a Job now; `served` says when each app last started one.
+    """Return the runs that may start a Job now; `last_started` says when each app started one.
 
     Deploy branches come before test-only branches, then apps in turn, then the newest push. One
     slot is left to deploy branches. An app has at most half of the slots while another one waits.
     """
     used = [*running]
-    turns = dict(served)
+    turns = dict(last_started)
     granted = set[str]()
     while True:
         tests = sum(not s.deploys for s in used)
@@ -3777,21 +3759,21 @@ def grant_slots(
         turns[best.app] = NEVER
 
 
-def head_word(run: Run, heads: Mapping[str, str] | None, age: float, now: float) -> str:
-    """Return what read heads say about a run: same, moved, or unknown where they are too old.
+def head_of(run: Run, heads: Mapping[str, str] | None, age: float, now: float) -> Head:
+    """Return what heads that were read `age` seconds ago say about a run.
 
     A server that still shows the commit before the push may only lag behind its own webhook.
     """
     if heads is None or age > HEAD_FRESH:
-        return "unknown"
+        return Head.UNKNOWN
     if (head := heads.get(run.ref, "")) == run.commit:
-        return "same"
+        return Head.SAME
     lagging = head == run.before or (not head and set(run.before) == {"0"})
-    return "unknown" if lagging and now - run.received < HEAD_GRACE else "moved"
+    return Head.UNKNOWN if lagging and now - run.received < HEAD_GRACE else Head.NEWER
 
 
 def container_failure(pods: Iterable[Pod], since: float) -> str:
-    """Return how an app container of a switched-to run failed on its own since a time, or ""."""
+    """Return which app container of a switched-to run ended with an error since then, or ""."""
     for pod in (p for p in pods if not p.leaving):
         for container in pod.containers:
             failed = container.kind == "app" and container.exit_code
@@ -3813,22 +3795,22 @@ def readiness_shortage(
 ) -> PodProblem | None:
     """Return how a switched-to run has too few ready pods, and for how long it may have.
 
-    Since when it is so the pods say themselves, to a daemon that was not there to see it. No pod is
-    there by the cluster's doing; `starting`: others are, in the place of those it took away.
+    The pods say themselves since when they are not ready, to a daemon that did not see it begin.
+    `starting`: pods of the run exist that are younger than the switch, since the cluster replaces
+    those that it took away.
     """
     pods = [*pods]
     down = unready(pods, since)
-    served = any(p.ready for p in pods)
-    if served and not down:
+    some_ready = any(p.ready for p in pods)
+    if some_ready and not down:
         return None
-    grace = UNREADY_SECONDS if served else GONE_SECONDS
-    grace = REPLACED_SECONDS if starting and not down else grace
-    who = ", ".join(p.name for p in down) or "any pod"
+    grace = UNREADY_SECONDS if some_ready else GONE_SECONDS
+    if starting and not down:
+        grace = REPLACED_SECONDS
+    kind = f"not ready for {grace:.0f} s"  # one that changes its kind begins anew
+    detail = f"{kind}: {', '.join(p.name for p in down) or 'any pod'}"
     lasts = down and now - max(p.changed for p in down) > grace + 1.0  # it is in whole seconds
-    detail = f"not ready for {grace:.0f} s: {who}"
-    return PodProblem(
-        f"{served} {grace}", Reason.UNHEALTHY_AFTER_SWITCH, detail, 0.0 if lasts else grace
-    )
+    return PodProblem(kind, Reason.UNHEALTHY_AFTER_SWITCH, detail, 0.0 if lasts else grace)
 
 
 def pods_taken_away(pods: Sequence[Pod], wanted: int) -> bool:
@@ -3870,7 +3852,7 @@ def drift_of(recorded: str, reached: set[str], put_backs: int) -> Drift:
     return Drift.CONTESTED if put_backs >= PUT_BACKS else Drift.WIDENED
 
 
-def moved(
+def history_after_move(
     history: Sequence[HistoryEntry], entry: HistoryEntry, by: str, now: float
 ) -> list[HistoryEntry]:
     """Return a history in which someone else has made an entry's run the live one.
@@ -3895,9 +3877,9 @@ def chosen(service: Service, to: int | str) -> HistoryEntry:
     if isinstance(to, int):
         if service.history and not (service.live or service.run):
             raise RefusedError(f"what is live is not known; say where to go, --to RUN, of: {runs}")
-        if entry := service.target(to):
+        if entry := service.rollback_target(to):
             return entry
-        count = len(service.targets)
+        count = len(service.rollback_targets)
         some = f"{f'only {count}' if count else 'no'} proven version{'s' * (count > 1)}"
         raise RefusedError(f"{some} to go back to")
     if not (entry := service.entry(to)):
@@ -4018,7 +4000,7 @@ class AppState:
         for key, text in ((configmap or {}).get("data") or {}).items():
             try:
                 state._take(app, key, text)
-            except (LookupError, ValueError, TypeError, RecursionError) as wrong:
+            except SHAPE_ERRORS as wrong:
                 dropped.append(clip(f"{key}: {wrong}", 120))
                 state.repairs[key] = None
         if dropped:
@@ -4140,9 +4122,7 @@ class StateStore:
 
     def _create(self, app: App) -> None:
         """Create the ConfigMap, empty."""
-        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: app.name}
-        meta = {"name": f"{MANAGER}-{app.name}", "labels": labels}
-        empty = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta}
+        empty = new_object("ConfigMap", f"{MANAGER}-{app.name}", {LABEL_APP: app.name}, {})
         self.kubectl.create([empty], ORCHESTRATION)
 
     def _patch(
@@ -4265,7 +4245,7 @@ class LogTails:
                 return
             try:
                 work()
-            except (HookError, *ODD) as failed:
+            except (HookError, *SHAPE_ERRORS) as failed:
                 warn("logs not kept", detail=str(failed))
             finally:
                 self._permits.release()
@@ -4296,8 +4276,8 @@ class LogTails:
 
     def delete_expired(self, app: App, namespaces: Mapping[str, str]) -> None:
         """Delete the logs of an app that are not to be kept any more."""
-        for name in (*STAGES, *app.deploy.environments):
-            keeps = name in STAGES or app.deploy.log_tails
+        for name in (*JOB_STAGES, *app.deploy.environments):
+            keeps = name in JOB_STAGES or app.deploy.log_tails
             self.delete_surplus(app.name, namespaces[name], LOGS_KEPT if keeps else 0)
 
     def delete_surplus(self, app: str, namespace: str, most: int, replaced: object = None) -> None:
@@ -4407,10 +4387,10 @@ class Task:
 def require_head(doors: Doors, task: Task) -> None:
     """Raise unless the commit is its branch's head; without an answer it is tried again."""
     heads = doors.git.heads(task.app.repository)
-    word = head_word(task.run, heads, 0, doors.clock.now())
-    if word == "moved":
+    head = head_of(task.run, heads, 0, doors.clock.now())
+    if head is Head.NEWER:
         raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
-    if word == "unknown":
+    if head is Head.UNKNOWN:
         raise HookError("the git server does not show the push yet")
 
 
@@ -4657,10 +4637,10 @@ class LiveServices:
         """Return the live Service as it is now; where its selector names no run, by its pods."""
         manifest = self.kubectl.get("service", task.app.name, task.namespace)
         service = Service(manifest) if manifest else None
-        if service and not (service.run or service.live):
+        if manifest and service and not (service.run or service.live):
             ready = map(Pod, self.workloads.ready(task.namespace, service.selector))
             runs = runs_of(task.app.name, ready)
-            service.run = runs.pop() if len(runs) == 1 else ""
+            return Service(manifest, run=runs.pop() if len(runs) == 1 else "")
         return service
 
     def remember(self, task: Task, service: Service) -> None:
@@ -4807,9 +4787,11 @@ class SelectorGuard:
         if drift is Drift.WIDENED:
             now = round(self.doors.clock.now(), 3)
             annotations[ANNOTATION_PUT_BACK] = [*self.put_backs(source), now]
-            goal = source.served
+            goal = source.recorded_live
         elif drift is Drift.KEPT:
-            history = replaced(source.history, source.served, replace(source.served, by=by))
+            history = replaced(
+                source.history, source.recorded_live, replace(source.recorded_live, by=by)
+            )
         elif drift is Drift.MOVED and service.run:
             history = self.history_of_move(task, service, source, by)
         if goal or history != service.history:
@@ -4821,7 +4803,7 @@ class SelectorGuard:
         """Return the history after someone else has moved all traffic to another run."""
         entry = source.entry(service.run) or self.live.entry_from_release(task, service)
         entry = entry or HistoryEntry(run=service.run, selector=service.selector)
-        return moved(source.history, entry, by, self.doors.clock.now())
+        return history_after_move(source.history, entry, by, self.doors.clock.now())
 
     def report(self, task: Task, service: Service, drift: Drift, by: str) -> None:
         """Report once what someone else made of a live selector."""
@@ -4841,11 +4823,11 @@ class SelectorGuard:
 
     def drift(self, task: Task, service: Service, source: Service | None) -> Drift:
         """Return what the selector of a live Service is beside what is recorded of it."""
-        if source is None or not source.served or service.in_order:
+        if source is None or not source.recorded_live or service.in_order:
             return Drift.NONE
         pods = map(Pod, self.live.workloads.staying(task.namespace, service.selector))
         put_backs = len(self.put_backs(source))
-        return drift_of(source.served.run, runs_of(task.app.name, pods), put_backs)
+        return drift_of(source.recorded_live.run, runs_of(task.app.name, pods), put_backs)
 
     def put_backs(self, source: Service) -> list[float]:
         """Return when a widened selector was put back of late."""
@@ -4864,7 +4846,7 @@ class SelectorGuard:
     def require_undeleted(self, task: Task) -> None:
         """Raise while the live Service of a run that is verified or baked is deleted."""
         source = self.live.recorded(task, None)
-        served = source.served if source else HistoryEntry()
+        served = source.recorded_live if source else HistoryEntry()
         if served.run != task.run.id or not served:
             return
         if self.live.workloads.ready(task.namespace, served.selector):
@@ -4885,7 +4867,7 @@ class SelectorGuard:
         if service and service.entry(task.run.id).outcome:
             raise SupersededError(Reason.ROLLED_BACK, "rolled back by hand")
         source = self.live.recorded(task, service)
-        recorded_live = source is not None and source.served.run == task.run.id
+        recorded_live = source is not None and source.recorded_live.run == task.run.id
         if service is None and recorded_live:
             raise HookError("the live Service was deleted; the run goes on when it is there again")
         drift = self.drift(task, service, source) if service else Drift.NONE
@@ -4929,7 +4911,7 @@ class Claims:
         annotations: Object = {ANNOTATION_CLAIM: claim}
         goal = self.narrowed_entry(task, release, service, source)
         older = [e for e in service.history if e.outcome != ADOPTED]
-        if source and source.served.run and not service.history:
+        if source and source.recorded_live.run and not service.history:
             annotations[ANNOTATION_HISTORY] = source.history
         elif goal and not service.run and (service.live or not older):
             adopted = replace(
@@ -5058,7 +5040,7 @@ class Claims:
         live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == task.app.name}
         live.add(selector.get(LABEL_VERSION))
         if source and not service:
-            live.add(source.served.colour)
+            live.add(source.recorded_live.colour)
         size = len(labels) if service and not service.ours else 0
         fault = "both colours serve; point the Service at one of them"
         idle = ""
@@ -5185,7 +5167,7 @@ class Traffic:
         By the word of the pods themselves, not of a Service.
         """
         service = self.live.read(task)
-        target = service.before if service else HistoryEntry()
+        target = service.switch_back_target if service else HistoryEntry()
         live = service.live if service and ask else HistoryEntry()
         with ThreadPoolExecutor(2) as at_once:
             measure = partial(self.workloads.health, task, ask=ask)
@@ -5215,7 +5197,7 @@ class Traffic:
             return True
         service = self.guard.read_selected(task)
         live = service.live
-        target = service.before
+        target = service.switch_back_target
         if not target and not service.annotation(ANNOTATION_PREVIOUS, {}):
             self.live.forget(task)
             self.doors.kubectl.delete("service", [task.app.name], task.namespace)
@@ -5243,7 +5225,7 @@ class Traffic:
         if not proof():
             return False
         live = service.live
-        old = service.before.colour
+        old = service.switch_back_target.colour
         confirmed = replace(live, outcome=str(Outcome.DEPLOYED), unjudged=live.unjudged or unjudged)
         drain = replace(self.claims.new(task.run.id, old, Phase.DRAINING), since=live.at)
         annotations = {
@@ -5770,7 +5752,7 @@ class Bake:
             yield
         except (RunError, InterruptedError):
             raise
-        except (HookError, OSError, RuntimeError, *ODD) as lost:
+        except (HookError, OSError, RuntimeError, *SHAPE_ERRORS) as lost:
             if self.lost_answers % 60 == 0:
                 warn("a step is tried again", detail=clip(str(lost)), **self.task.words)
             self.lost_answers += 1
@@ -6320,10 +6302,10 @@ class ReadHeads:
     answered: float = -NEVER  # when, by the monotonic clock
     commits: Mapping[str, str] = dataclass_field(default_factory=dict)  # by ref
 
-    def relation(self, run: Run, clock: Clock) -> str:
-        """Return what they say about a run now: same, moved, or unknown."""
+    def relation(self, run: Run, clock: Clock) -> Head:
+        """Return what they say about a run now."""
         commits = self.commits if self.asked >= run.received else None
-        return head_word(run, commits, clock.monotonic() - self.answered, clock.now())
+        return head_of(run, commits, clock.monotonic() - self.answered, clock.now())
 
 
 class CatchUp:
@@ -6374,7 +6356,7 @@ class CatchUp:
         last = state.last(ref)
         pushed = run_of_record(app, last) if last else Run(id="", app=app.name, ref=ref, commit="")
         commit = heads.commits.get(ref, "")
-        unknown = heads.relation(pushed, self.clock) == "unknown"
+        unknown = heads.relation(pushed, self.clock) is Head.UNKNOWN
         if unknown or commit in ("", pushed.commit) or any(run.ref == ref for run in stored):
             return
         now = self.clock.now()
@@ -6466,7 +6448,11 @@ class RunRecorder:
         record = replace(RunRecord.of(run), outcome=str(end.outcome), reason=reason)
         record = replace(record, stage=end.stage, detail=clip(end.detail), ended=round(at, 3))
         records: list[RunRecord | Rejection] = [record]
-        if end.outcome in BAD_OUTCOMES and end.stage not in STAGES and end.reason not in FORGIVEN:
+        if (
+            end.outcome in BAD_OUTCOMES
+            and end.stage not in JOB_STAGES
+            and end.reason not in FORGIVEN
+        ):
             records.append(Rejection(commit=run.commit, reason=reason, at=self.doors.clock.now()))
         self.state.write(app, *records, with_job=self.context.informers.ids_with_job(app))
 
@@ -6490,7 +6476,7 @@ class Informers:
         self.config = config
         self.kubectl = kubectl
         ours = f"{LABEL_MANAGED}={MANAGER}"
-        namespaces = [config.namespaces[stage] for stage in STAGES]
+        namespaces = [config.namespaces[stage] for stage in JOB_STAGES]
         self.jobs = [Informer(kubectl, "jobs", name, Job, ours) for name in namespaces]
         self.pods = [Informer(kubectl, "pods", name, Pod, ours) for name in namespaces]
         self.services: dict[str, Informer[Service]] = {}  # by environment
@@ -6516,7 +6502,7 @@ class Informers:
         """Return the Jobs by run and stage."""
         runs: dict[str, dict[str, Job]] = {}
         for job in self.all_jobs():
-            if job.stage in STAGES:
+            if job.stage in JOB_STAGES:
                 runs.setdefault(job.run.id, {})[job.stage] = job
         return runs
 
@@ -6593,9 +6579,9 @@ def jobs_of(kubectl: Kubectl, config: Config, runs: Iterable[str]) -> dict[str, 
     """Return the Jobs of each of these runs, in two calls for all of them."""
     jobs_by_run: dict[str, list[Job]] = {run: [] for run in runs}
     terms = f"{LABEL_RUN} in ({','.join(jobs_by_run)})"
-    for stage in STAGES if jobs_by_run else ():
+    for stage in JOB_STAGES if jobs_by_run else ():
         for job in map(Job, kubectl.list("jobs", config.namespaces[stage], "-l", terms)):
-            if job.stage in STAGES:
+            if job.stage in JOB_STAGES:
                 jobs_by_run[job.run.id].append(job)
     return jobs_by_run
 
@@ -6609,7 +6595,7 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
     if not jobs or any(job.deleting for job in jobs):
         return False
     ended = max(seconds_of(job.annotations.get(ANNOTATION_ENDED)) for job in jobs)
-    if not over({job.stage: job for job in jobs}) or ended > run.received:
+    if not has_ended({job.stage: job for job in jobs}) or ended > run.received:
         return True
     failed = [job for job in jobs if job.state != "succeeded"]
     obsolete = jobs if any(job.stage == "test" for job in failed) else failed
@@ -6721,7 +6707,7 @@ class RunReconciler:
         """Take the next step of every open run that has one; return these runs, newest first."""
         jobs_by_run = self.informers.jobs_by_run()
         self.end_vanished_runs(jobs_by_run)
-        open_runs = [jobs for jobs in jobs_by_run.values() if not over(jobs)]
+        open_runs = [jobs for jobs in jobs_by_run.values() if not has_ended(jobs)]
         open_runs.sort(key=lambda jobs: -newest(jobs).received)
         jobs = [job for jobs in open_runs for job in jobs.values()]
         states = Counter(job.state for job in jobs)
@@ -6749,7 +6735,7 @@ class RunReconciler:
         # only green tests are built; a finished build can be made once more
         green = "build" in remaining and not remaining["build"].outcome
         spare = green if lost.stage == "test" else lost.state == "succeeded"
-        if not (spare or lost.outcome or over({lost.stage: lost, **remaining})):
+        if not (spare or lost.outcome or has_ended({lost.stage: lost, **remaining})):
             app = self.context.apps.get(lost.run.app)
             record = self.context.state.read(app).runs.get(lost.run.id) if app else None
             # who ended the run since it was seen has recorded so
@@ -7135,13 +7121,13 @@ class Workers:
 
 def refusal_reason(refused: KubectlError) -> Reason | None:
     """Return why a deployment ends that the API server refused, None where another try may help."""
-    message = refused.diagnosis.message
+    message = refused.message
     if refused.kind in RETRIED:
         return None
     if refused.kind == "Forbidden":
         # A role of ours that lacks a verb is not the manifest's fault, another Forbidden is.
         # There are two spaces in the text because quoted names were taken out of it.
-        if HEALING_REFUSAL.search(message) or re.search("User  cannot [a-z]+ resource ", message):
+        if PASSING_REFUSAL.search(message) or re.search("User  cannot [a-z]+ resource ", message):
             return None
         if "exceeded quota: " in message:
             return Reason.QUOTA_EXCEEDED
@@ -7277,9 +7263,9 @@ class Site:
         if route and path == "/webhook":
             result = answer.body.get("reason", answer.body["status"])
             self.metrics.deliveries.labels(result).inc()
-            words = {"delivery": delivery_id(environ), "status": answer.status, "result": result}
-            words |= {key: answer.body.get(key) for key in ("runs", "text")}
-            (info if answer.status < http.HTTPStatus.BAD_REQUEST else warn)("delivery", **words)
+            details = {"delivery": delivery_id(environ), "status": answer.status, "result": result}
+            details |= {key: answer.body.get(key) for key in ("runs", "text")}
+            (info if answer.status < http.HTTPStatus.BAD_REQUEST else warn)("delivery", **details)
         start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", headers)
         return [json.dumps(answer.body).encode() + b"\n"]
 
@@ -7305,7 +7291,7 @@ class Site:
 
 
 class WebhookApp(Site):
-    """What is behind the Ingress: /webhook and, until version 0.3, the probes."""
+    """What is behind the Ingress: /webhook, and the probes for manifests of older versions."""
 
     def __init__(
         self, config: Config, secrets: Secrets, spool: Spool, controller: Controller
@@ -7394,31 +7380,25 @@ def delivery_id(environ: WSGIEnvironment) -> str:
     return clip(environ.get("HTTP_WEBHOOK_ID") or environ.get("HTTP_IDEMPOTENCY_KEY", ""), 100)
 
 
-def make_server(
-    site: Site, listen: str, max_body: int, beat: Callable[[], None] = lambda: None
-) -> Server:
-    """Return a server: bounded threads, time and sizes; slow clients hold no thread.
-
-    Chunked bodies of up to twice the limit reach the application, which says what is wrong.
-    Raises ConfigError if the address cannot be listened on.
-    """
-    host, _, port = listen.rpartition(":")
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    try:
-        both = host == "[::]" and socket.has_dualstack_ipv6()
-        address = (host.strip("[]"), int(port))
-        bound = socket.create_server(address, family=family, dualstack_ipv6=both)
-    except (OSError, ValueError, OverflowError) as wrong:
-        raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
-    return Server(site, bound, beat, max_request_body_size=2 * max_body + 1)
-
-
 class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
-    """A server that strangers cannot fill: what waits longest for a request gives way."""
+    """A server that strangers cannot fill: what waits longest for a request gives way.
+
+    Threads, time and sizes are bounded; slow clients hold no thread. Chunked bodies of up to twice
+    the limit reach the application, which says what is wrong.
+    """
 
     def __init__(
-        self, site: Site, bound: socket.socket, beat: Callable[[], None], **more: Any
+        self, site: Site, listen: str, max_body: int, beat: Callable[[], None] = lambda: None
     ) -> None:
+        """Listen; raises ConfigError if the address cannot be listened on."""
+        host, _, port = listen.rpartition(":")
+        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+        try:
+            both = host == "[::]" and socket.has_dualstack_ipv6()
+            address = (host.strip("[]"), int(port))
+            bound = socket.create_server(address, family=family, dualstack_ipv6=both)
+        except (OSError, ValueError, OverflowError) as wrong:
+            raise ConfigError([f"cannot listen on {clip(listen, 80)!r}: {wrong}"]) from wrong
         self.site = site
         self.beat = beat
         self.arrival = ARRIVAL
@@ -7429,8 +7409,9 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress h
         self.arrived = 0  # bytes since the last look
         self.failures = 0  # since they were last logged
         self.cooldown = Cooldown(Clock())
-        address = (bound.family, bound.type, bound.proto, bound.getsockname())
-        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=address, **SERVER, **more)
+        info = (bound.family, bound.type, bound.proto, bound.getsockname())
+        limits = {**SERVER, "max_request_body_size": 2 * max_body + 1}
+        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=info, **limits)
 
     def readable(self) -> bool:
         """Whether a connection may be accepted; the loop asks in each of its turns."""
@@ -7648,9 +7629,10 @@ class Tools:
         config = load_config(read_config(process.config, bool(environ.get("GITOPS_HOOK_CONFIG"))))
         metrics = Metrics()
         secrets = Secrets(process.secrets)
-        git = Git(secrets.directory / GIT_CREDENTIALS, limit=config.limits.checkout)
         refs = {(a.repository, a.deploy_ref) for a in config.apps}
-        git.deployed_refs = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
+        deployed = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
+        credentials = secrets.directory / GIT_CREDENTIALS
+        git = Git(credentials, limit=config.limits.checkout, deployed_refs=deployed)
         doors = Doors(
             kubectl=Kubectl(metrics, config.limits.kubectl),
             git=git,
@@ -7729,8 +7711,8 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
     controller = Controller(config, tools.deployer, spool)
     app = WebhookApp(config, secrets, spool, controller)
     beat = partial(controller.heartbeats.beat, "first port", LOOP_SECONDS)
-    server = make_server(app, process.listen, config.webhook.max_body, beat)
-    admin = make_server(app.admin(), process.admin_listen, 0)
+    server = Server(app, process.listen, config.webhook.max_body, beat)
+    admin = Server(app.admin(), process.admin_listen, 0)
     stop_on_signals(app.stopping)
     threading.Thread(target=admin.run, name="admin", daemon=True).start()
     controller.start()
@@ -7898,7 +7880,7 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
     live = service.live
     if not live and source and service.run:
         live = source.entry(service.run)
-    target = service.target()
+    target = service.rollback_target()
     ready = operations.workloads.ready(task.namespace, target.selector) if target else []
     newest_entry = next(iter(service.history), HistoryEntry())
     left = newest_entry.reason and newest_entry != service.live
@@ -7918,11 +7900,11 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
 def read_runs(tools: Tools, apps: Sequence[App]) -> list[RunStatus]:
     """Return the runs of apps that have a Job or a record, newest first."""
     jobs: dict[str, dict[str, Job]] = {}
-    for namespace in (tools.config.namespaces[stage] for stage in STAGES):
+    for namespace in (tools.config.namespaces[stage] for stage in JOB_STAGES):
         address = list_address("jobs", namespace, f"{LABEL_MANAGED}={MANAGER}")
         for page in tools.doors.kubectl.pages(address, namespace):
             for job in map(Job, page["items"]):
-                if job.stage in STAGES:
+                if job.stage in JOB_STAGES:
                     jobs.setdefault(job.run.id, {})[job.stage] = job
     runs: list[RunStatus] = []
     for app in apps:
@@ -7946,7 +7928,7 @@ def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) ->
         reason = last.annotations.get(ANNOTATION_REASON, "")
         detail = last.annotations.get(ANNOTATION_DETAIL, "")
         end = {"outcome": last.outcome, "reason": reason, "detail": detail}
-        now = "ended" if over(jobs) else last.state
+        now = "ended" if has_ended(jobs) else last.state
         status = replace(status, stage=last.stage, state=now, **end)
     rejection = state.rejected.get(run.commit)
     if status.outcome != Outcome.DEPLOYED or not rejection:
@@ -8017,7 +7999,7 @@ def kept_logs(tools: Tools, app: App, run: str) -> Iterator[str]:
     """Yield the kept logs of a run as they are printed, each below where and when that was."""
     shown = app.deploy.environments if app.deploy.log_tails else ()
     terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_STAGE: "log", LABEL_RUN: run})
-    for namespace in (tools.config.namespaces[name] for name in (*STAGES, *shown)):
+    for namespace in (tools.config.namespaces[name] for name in (*JOB_STAGES, *shown)):
         try:
             configmaps = tools.doors.kubectl.list("configmaps", namespace, "-l", terms)
         except KubectlError as refusal:
@@ -8180,7 +8162,7 @@ class Plan:
         namespaces = self.tools.config.namespaces
         self.print_one("rejected", self.rejection)
         self.print_one("permissions", self.missing_rights)
-        for name in (*STAGES, *self.app.deploy.environments):
+        for name in (*JOB_STAGES, *self.app.deploy.environments):
             self.print_one(f"{name}, quota", self.quota, namespaces[name])
         for name in self.app.deploy.environments:
             # by tag, since it has no digest before it is built
@@ -8227,7 +8209,7 @@ class Plan:
         """Return by what to ask the API server for all that the daemon's Roles grant it here."""
         namespaces = self.tools.config.namespaces
         tables = {ORCHESTRATION: STATE_RIGHTS}
-        tables |= {namespaces[stage]: JOB_RIGHTS for stage in STAGES}
+        tables |= {namespaces[stage]: JOB_RIGHTS for stage in JOB_STAGES}
         tables |= {namespaces[name]: APP_RIGHTS for name in self.app.deploy.environments}
         return [
             access_review(namespace, resource, verb)

@@ -798,14 +798,20 @@ def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
         ),
         (
             changed("Service.metadata.name", "web"),
-            "one Deployment and one Service 'shop', but there are Deployments: web; Services: web.",
+            "exactly one Deployment (found: web) and one Service named 'shop' (found: web).",
         ),
-        (objects(SERVICE), "one Service 'shop', but there are Deployments: none; Services: shop."),
-        (objects(DEPLOYMENT), "Deployments: web; Services: none."),
-        ([], "Deployments: none; Services: none."),
+        (
+            objects(SERVICE),
+            "one Deployment (found: none) and one Service named 'shop' (found: shop).",
+        ),
+        (
+            objects(DEPLOYMENT),
+            "one Deployment (found: web) and one Service named 'shop' (found: none).",
+        ),
+        ([], "one Deployment (found: none) and one Service named 'shop' (found: none)."),
         (
             objects(f"{ALL}---{DEPLOYMENT.replace('name: web,', 'name: second,')}"),
-            "Deployments: web, second; Services: shop.",
+            "one Deployment (found: web, second) and one Service named 'shop' (found: shop).",
         ),
     ],
     ids=[

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import gitops_hook as hook
 from tests.deliveries import TOKEN
+from tests.settings import settings_by_path
 
 APP = {"name": "shop", "repository": "https://gitlab.example.com/demo/shop.git"}
 IMAGE = {"image": "registry.example.com/demo/shop"}
@@ -202,7 +203,7 @@ NO_TARGET = f"{NOT} an image without tag and digest"
         ({"test": {"resources": []}}, "test.resources: [] is not a mapping"),
         (
             {"test": {"resources": {"limit": {}}}},
-            ": resources have keys other than requests and limits",
+            "test.resources: 'limit' is neither requests nor limits",
         ),
         ({"test": {"resources": {"limits": 5}}}, "test.resources.limits: 5 is not a mapping"),
         (
@@ -320,9 +321,8 @@ def test_no_two_apps_have_one_name() -> None:
 )
 def test_every_stage_and_environment_has_a_namespace_of_its_own(spaces: dict[str, str]) -> None:
     (fault,) = faults(document(namespaces=spaces))
-    assert (
-        fault == "namespaces: test, build and each environment need their own, none orchestration"
-    )
+    own = "test, build and each environment need one of their own, none orchestration"
+    assert fault == f"namespaces: {own}; their keys must be DNS labels"
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def paths(section: Any, prefix: str = "") -> list[str]:
 
 
 def test_the_table_lists_every_setting_with_its_default_and_its_meaning() -> None:
-    table = hook.settings_by_path()
+    table = settings_by_path()
     assert table["apps[].name"].default == hook.REQUIRED
     assert table["apps[].deploy.health.path"].default == "/ready"
     assert table["apps[].deploy.retain"].default == "full"
@@ -407,7 +407,7 @@ def test_the_table_lists_every_setting_with_its_default_and_its_meaning() -> Non
 
 def test_a_configuration_of_the_defaults_in_the_table_is_the_default() -> None:
     spelled: dict[str, Any] = {}
-    for path, setting in hook.settings_by_path().items():
+    for path, setting in settings_by_path().items():
         section = spelled
         *sections, key = path.replace("[]", "").split(".")
         for name in sections:

@@ -214,13 +214,13 @@ def records(*entries: Object) -> list[hook.HistoryEntry]:
 
 def test_whoever_points_a_service_at_an_older_version_leaves_the_newer_ones() -> None:
     bad, old, older = records(*(history_entry("deployed", run=r) for r in ("r3", "r2", "r1")))
-    first, left, last = hook.moved([bad, old, older], old, "kubectl-edit", 7.0)
+    first, left, last = hook.history_after_move([bad, old, older], old, "kubectl-edit", 7.0)
     assert first == replace(old, by="kubectl-edit", at=7.0)
     assert (left.outcome, left.reason) == ("deployed", "SelectorChanged")
     assert last == older
     (sick,) = records(history_entry("switched-back", run="r4", reason="UnhealthyAfterSwitch"))
-    assert hook.moved([sick, old], sick, "x", 7.0)[0].outcome == ""
-    assert len(hook.moved([old] * 10, bad, "x", 7.0)) == 10
+    assert hook.history_after_move([sick, old], sick, "x", 7.0)[0].outcome == ""
+    assert len(hook.history_after_move([old] * 10, bad, "x", 7.0)) == 10
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "suspended", since=9999), head="unknown"),
         Do.WAIT, "test", Reason.GIT_ERROR, "head"),
     "the branch moved on before release": (
-        a_view(a_job("test", "suspended"), head="moved", slot=False),
+        a_view(a_job("test", "suspended"), head="newer", slot=False),
         Do.END, "test", (Outcome.SUPERSEDED, Reason.NOT_HEAD), "pushed again"),
     "a deploy branch is judged by git, not by deliveries": (
         a_view(a_job("test", "suspended"), newer=True), Do.UNSUSPEND, "test", Reason.OK, ""),
@@ -313,7 +313,7 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "suspended", run=OTHER), head="unknown"),
         Do.UNSUSPEND, "test", Reason.OK, ""),
     "a test branch's head is nobody's business": (
-        a_view(a_job("test", "suspended", run=OTHER), head="moved"),
+        a_view(a_job("test", "suspended", run=OTHER), head="newer"),
         Do.UNSUSPEND, "test", Reason.OK, ""),
     "a test branch pushed again after release runs on": (
         a_view(a_job("test", run=OTHER), newer=True), Do.WAIT, "test", Reason.OK, "for its pod"),
@@ -453,7 +453,7 @@ ACTIONS: dict[str, Case] = {
     "a build waits for git": (
         a_view(DONE, head="unknown"), Do.WAIT, "build", Reason.GIT_ERROR, "head"),
     "nothing is built of a branch that moved on": (
-        a_view(DONE, head="moved"), Do.END, "build", (Outcome.SUPERSEDED, Reason.NOT_HEAD), ""),
+        a_view(DONE, head="newer"), Do.END, "build", (Outcome.SUPERSEDED, Reason.NOT_HEAD), ""),
     "without a builder there is nothing to build": (
         a_view(a_job("test", "succeeded", run=PLAIN)), Do.DEPLOY, "staging", Reason.OK, ""),
     "a build runs": (a_view(DONE, a_job("build")), Do.WAIT, "build", Reason.OK, "for its pod"),
@@ -510,19 +510,19 @@ ACTIONS: dict[str, Case] = {
     "git does not answer before an environment": (
         a_view(DONE, BUILT, head="unknown"), Do.WAIT, "staging", Reason.GIT_ERROR, "head"),
     "the branch moved on before an environment": (
-        a_view(DONE, BUILT, head="moved"),
+        a_view(DONE, BUILT, head="newer"),
         Do.END, "staging", (Outcome.SUPERSEDED, Reason.NOT_HEAD), ""),
     "the second environment": (
         a_view(DONE, BUILT, services={"staging": LIVE, "production": SINCE}),
         Do.DEPLOY, "production", Reason.OK, ""),
     "the branch moved on between environments": (
-        a_view(DONE, BUILT, services={"staging": LIVE}, head="moved"),
+        a_view(DONE, BUILT, services={"staging": LIVE}, head="newer"),
         Do.END, "production", (Outcome.SUPERSEDED, Reason.NOT_HEAD), ""),
     "live in staging, and someone works there": (
         a_view(DONE, BUILT, services={"staging": LIVE}, busy=frozenset({"staging"})),
         Do.DEPLOY, "production", Reason.OK, ""),
     "live in all": (
-        a_view(DONE, BUILT, services={"staging": LIVE, "production": LIVE}, head="moved"),
+        a_view(DONE, BUILT, services={"staging": LIVE, "production": LIVE}, head="newer"),
         Do.END, "production", (Outcome.DEPLOYED, Reason.OK), ""),
     "live in all, and its test Job has gone by its time to live": (
         a_view(BUILT, services={"staging": LIVE, "production": LIVE}),
@@ -532,11 +532,11 @@ ACTIONS: dict[str, Case] = {
             history_entry(""))}),
         Do.DEPLOY, "staging", Reason.OK, ""),
     "switched, not yet concluded, and the branch moved on": (
-        a_view(DONE, BUILT, head="moved", services={"staging": a_service(a_run().id,
+        a_view(DONE, BUILT, head="newer", services={"staging": a_service(a_run().id,
             history_entry(""))}),
         Do.DEPLOY, "staging", Reason.OK, ""),
     "switched, and its history is broken": (
-        a_view(DONE, BUILT, head="moved", services={"staging": a_service(a_run().id)}),
+        a_view(DONE, BUILT, head="newer", services={"staging": a_service(a_run().id)}),
         Do.DEPLOY, "staging", Reason.OK, ""),
     "live from an earlier delivery of the same commit": (
         a_view(DONE, BUILT, services={"staging": a_service(a_run().id, history_entry("deployed",
@@ -645,18 +645,18 @@ ZERO = "0" * 40
     ("heads", "age", "run", "word"),
     [
         ({"refs/heads/main": A}, 0, {}, "same"),
-        ({"refs/heads/main": B}, 0, {}, "moved"),
-        ({}, 0, {}, "moved"),
+        ({"refs/heads/main": B}, 0, {}, "newer"),
+        ({}, 0, {}, "newer"),
         (None, 0, {}, "unknown"),
         ({"refs/heads/main": A}, 11, {}, "unknown"),
         ({"refs/heads/main": B}, 0, {"before": B, "received": NOW - 5}, "unknown"),
-        ({"refs/heads/main": B}, 0, {"before": B, "received": NOW - 31}, "moved"),
-        ({"refs/heads/main": B}, 0, {"before": "c" * 40, "received": NOW - 5}, "moved"),
-        ({}, 0, {"before": B, "received": NOW - 5}, "moved"),
+        ({"refs/heads/main": B}, 0, {"before": B, "received": NOW - 31}, "newer"),
+        ({"refs/heads/main": B}, 0, {"before": "c" * 40, "received": NOW - 5}, "newer"),
+        ({}, 0, {"before": B, "received": NOW - 5}, "newer"),
         ({}, 0, {"before": ZERO, "received": NOW - 5}, "unknown"),
-        ({}, 0, {"before": ZERO, "received": NOW - 31}, "moved"),
+        ({}, 0, {"before": ZERO, "received": NOW - 31}, "newer"),
         ({"refs/heads/main": A}, 0, {"before": A, "received": NOW - 5}, "same"),
-        ({"refs/heads/other": A}, 0, {"before": B}, "moved"),
+        ({"refs/heads/other": A}, 0, {"before": B}, "newer"),
     ],
     ids=[
         "head", "other head", "branch gone", "git silent", "too old", "server lags behind its push",
@@ -668,7 +668,7 @@ ZERO = "0" * 40
 def test_what_git_says_about_a_run(
     heads: dict[str, str] | None, age: float, run: Object, word: str
 ) -> None:
-    assert hook.head_word(a_run(**run), heads, age, NOW) == word
+    assert hook.head_of(a_run(**run), heads, age, NOW) == word
 
 
 # === Slots ===

@@ -228,8 +228,8 @@ def test_of_200000_branches_the_deployed_one_is_read_in_little_memory(
     said, peak = peak_of(
         """
 import sys
-url, git = sys.argv[1], gitops_hook.Git(Path("none"))
-git.deployed_refs = {url: ["refs/heads/main"]}
+url = sys.argv[1]
+git = gitops_hook.Git(Path("none"), deployed_refs={url: ["refs/heads/main"]})
 print(git.heads(url))
 """,
         str(repository.path),
@@ -252,8 +252,8 @@ def test_branches_that_end_like_the_deployed_one_do_not_hide_it(
     if not there:
         repository.git("checkout", "-q", "--detach")
         (repository.path / ".git/refs/heads/main").unlink(missing_ok=True)
-    url, git = str(repository.path), Git(Path("none"))
-    git.deployed_refs = {url: ["refs/heads/main"]}
+    url = str(repository.path)
+    git = Git(Path("none"), deployed_refs={url: ["refs/heads/main"]})
     assert git.heads(url) == ({"refs/heads/main": commit} if there else {})
 
 

@@ -602,7 +602,7 @@ class Served:
     """A real server in front of a receiver, with short times."""
 
     def __init__(self, app: Any, max_body: int = 4096, **more: Any) -> None:
-        self.server = hook.make_server(app, "127.0.0.1:0", max_body, **more)
+        self.server = hook.Server(app, "127.0.0.1:0", max_body, **more)
         self.port = int(self.server.effective_port)
         self.url = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.server.run)
@@ -1075,11 +1075,11 @@ def test_it_is_not_alive_when_the_loop_of_the_first_port_stands_still(receiver: 
 def test_a_place_that_is_taken_is_an_error_that_names_it(served: Served) -> None:
     taken = f"127.0.0.1:{served.port}"
     with pytest.raises(hook.ConfigError, match=f"cannot listen on '{taken}': .*in use"):
-        hook.make_server(served.receiver.app, taken, 10)  # type: ignore[attr-defined]
+        hook.Server(served.receiver.app, taken, 10)  # type: ignore[attr-defined]
 
 
 def test_a_name_with_two_addresses_is_listened_to_on_one() -> None:
-    with_name = hook.make_server(hook.Site(hook.Metrics()), "localhost:0", 10)
+    with_name = hook.Server(hook.Site(hook.Metrics()), "localhost:0", 10)
     assert int(with_name.effective_port) > 0
     with_name.task_dispatcher.shutdown()
     with_name.close()

@@ -156,7 +156,7 @@ def service(notes: Object, selector: Object | None = None) -> hook.Service:
 def test_a_history_that_cannot_be_read_is_none(history: str) -> None:
     found = service({hook.ANNOTATION_HISTORY: history, hook.ANNOTATION_CLAIM: history})
     assert found.history == []
-    assert not any([found.live, found.target(), found.entry("r2")])
+    assert not any([found.live, found.rollback_target(), found.entry("r2")])
     assert found.run == "r2"
 
 
@@ -272,7 +272,7 @@ FOREIGN = {"run": "", "selector": {"app": "shop"}, "outcome": "adopted"}
 def test_a_rollback_goes_to_the_proven_one_before(
     history: list[Object], back: int, run: str | None
 ) -> None:
-    found = service({hook.ANNOTATION_HISTORY: json.dumps(history)}).target(back)
+    found = service({hook.ANNOTATION_HISTORY: json.dumps(history)}).rollback_target(back)
     assert (found.run if found else None) == run
 
 
@@ -297,7 +297,7 @@ def test_a_sick_version_goes_back_to_what_it_replaced(
     selector = OURS if previous == "r2" else entry(previous)["selector"]
     notes = {hook.ANNOTATION_PREVIOUS: selector, hook.ANNOTATION_HISTORY: history}
     found = service({key: json.dumps(value) for key, value in notes.items()})
-    assert (found.before.run if found.before else None) == run
+    assert (found.switch_back_target.run if found.switch_back_target else None) == run
 
 
 def test_an_entry_is_the_newest_of_its_run_since_a_time() -> None:

@@ -13,6 +13,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 import gitops_hook
 from tests import prose
+from tests.settings import settings_by_path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -33,7 +34,7 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def settings() -> str:
     rows = [
         (f"`{path}`", f"`{setting.default}`" if setting.default else "required", setting.meaning)
-        for path, setting in gitops_hook.settings_by_path().items()
+        for path, setting in settings_by_path().items()
     ]
     return table(("setting", "default", "meaning"), rows)
 

@@ -488,6 +488,27 @@ def test_files_that_cannot_be_read_are_one_line_however_many(
     assert record.__dict__["fields"]["count"] == 20
 
 
+@pytest.mark.parametrize("stays", [True, False], ids=["stored", "never stored"])
+def test_a_file_that_cannot_be_removed_counts_until_it_is_gone(
+    spool: hook.Spool, monkeypatch: pytest.MonkeyPatch, *, stays: bool
+) -> None:
+    spool.store([run(1)])
+    ((path, _),) = spool.read()
+    if not stays:
+        path.unlink()
+    with monkeypatch.context() as patched:
+
+        def read_only(*args: Any, **more: Any) -> None:
+            raise OSError(30, "Read-only file system")
+
+        patched.setattr(Path, "unlink", read_only)
+        with pytest.raises(OSError, match="Read-only"):
+            spool.done(path)
+    assert len(spool) == stays
+    spool.done(path)
+    assert len(spool) == 0
+
+
 # === Several at once ===
 
 
