@@ -134,9 +134,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--reason", default="", help="why; `status` shows it")
     one = add("plan", help="show what a push would do now, and change nothing")
     one.add_argument("app", help="name of the app")
-    one.add_argument(
-        "commit", nargs="?", default="", help="its id, or the beginning (default: head)"
-    )
+    one.add_argument("commit", nargs="?", default="", help="id, or its beginning (default: head)")
     one = add("rerun", help="let a run that has ended run again")
     one.add_argument("run", help="id of the run, or its beginning")
     add("clone", help="inside a Job pod: check out the commit")
@@ -2030,7 +2028,7 @@ class Git:
 
 
 class Clock:
-    """The one door to time, so that a test can hold it."""
+    """The time by which things are decided, so that a test can hold it."""
 
     now = staticmethod(time.time)
     monotonic = staticmethod(time.monotonic)
@@ -2046,8 +2044,8 @@ class Retry:
 
     The delays of an item grow and then stay the same; meanwhile the other items are processed. News
     of an item trigger a try at once: a value that is greater than it was at the last failure, such
-    as a version. The first failures are all reported, as many as there are delays, and then every
-    tenth. Threads may share it.
+    as a version. As many of the first failures are reported as there are delays, and then every
+    tenth, or as chosen. Threads may share it.
     """
 
     def __init__(
@@ -2063,20 +2061,21 @@ class Retry:
 
     @contextmanager
     def contain(self, item: str, complaint: str, news: Any = None, **words: Any) -> Iterator[None]:
-        """Contain a HookError or OSError of a block: the item has failed, and that is reported.
+        """Put an item off if its block raises, and report that; else forget its failures.
 
-        A bug counts as a failure, too, and is raised. That an item has succeeded, its block says.
+        A HookError or an OSError ends here. Any other exception is a bug, and is raised.
         """
-        bug = True
+        is_bug = True
         try:
             yield
-            bug = False
+            is_bug = False
+            self.succeeded(item)
         except (HookError, OSError) as failure:
-            bug = False
+            is_bug = False
             if self.failed(item, news):
                 warn(complaint, detail=str(failure), **words)
         finally:
-            if bug:
+            if is_bug:
                 self.failed(item, news)
 
     def failed(self, item: str, news: Any = None) -> bool:
@@ -6052,11 +6051,12 @@ def recoloured(release: Release, app: App, colour: str, replicas: int) -> Releas
 
 CATCH_UP = "catch-up"  # in the place of a delivery's id
 STEP_SECONDS = 300.0  # in which a thread must have moved
+STEP_FAILED = "controller step failed, will be tried again"
 OUTCOMES = {  # of deployments that end otherwise than failed or superseded
     Reason.ROLLED_BACK: Outcome.ROLLED_BACK,
     Reason.UNHEALTHY_AFTER_SWITCH: Outcome.SWITCHED_BACK,
 }
-FORGIVEN = {  # ends of a deployment that say nothing new against its commit
+FORGIVEN = {  # reasons of ends for which a commit is not rejected: they are not its fault
     *(Reason.BOTH_UNHEALTHY, Reason.UNJUDGED, Reason.SELECTOR_CHANGED, Reason.SELECTOR_CONTESTED),
     *(Reason.ADOPTION_REFUSED, Reason.REJECTED),
     *(Reason.QUOTA_EXCEEDED, Reason.UNSCHEDULABLE),  # a full cluster
@@ -6080,7 +6080,7 @@ class ControllerContext:
         self.state = deployer.state
         self.spool = spool
         self.informers = Informers(config, self.kubectl)
-        self.recorder = RunRecorder(self.apps, deployer, self.informers)
+        self.recorder = RunRecorder(self)
         self.heartbeats = Heartbeats(self.clock)
         self.retry = Retry(self.clock)  # of the steps of the controller's loop
         self.wake = threading.Event()  # set to have the runs reconciled at once
@@ -6090,15 +6090,8 @@ class ControllerContext:
         """Take a step of the controller's loop if it is due; its error holds back no other step."""
         self.heartbeats.beat("controller", STEP_SECONDS)
         if self.retry.due(item, news):
-            with self.retry.contain(item, "a step will be tried again", news, **words):
+            with self.retry.contain(item, STEP_FAILED, news, **words):
                 step()
-                self.retry.succeeded(item)
-
-    def task(self, run: Run, environment: str, image: str = "") -> Task:
-        """Return a run on its way into an environment of its app."""
-        app = self.apps[run.app]
-        namespace = self.config.namespaces[environment]
-        return Task(app=app, environment=environment, namespace=namespace, run=run, image=image)
 
     def is_deployed(self, run: Run) -> bool:
         """Whether a run is of its app's deploy branch."""
@@ -6106,24 +6099,11 @@ class ControllerContext:
         return app is not None and run.ref == app.deploy_ref
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """Stored pushes of one app that get their Jobs in one call."""
-
-    app: str
-    name: str  # what it is tried again by
-    pushes: Sequence[StoredPush]  # the oldest first
-
-
 class Intake:
     """Turns stored pushes into suspended Jobs: the queue of runs is in the cluster."""
 
     def __init__(self, context: ControllerContext) -> None:
         self.context = context
-        self.kubectl = context.kubectl
-        self.spool = context.spool
-        self.informers = context.informers
-        self.recorder = context.recorder
         self.retry = Retry(context.clock)  # by the name of a batch
         self._collisions: dict[str, tuple[str, str]] = {}  # ids that are taken, by ref and commit
 
@@ -6133,63 +6113,68 @@ class Intake:
         Returns the seconds after which to look again. A batch that fails is tried again by itself,
         and delays no other app. Raises KubectlError when the cluster is away.
         """
+        spool = self.context.spool
         for _ in range(5):  # a burst of pushes is one call
-            stored = len(self.spool)
-            if self.context.stop.wait(0.05) or len(self.spool) == stored:
+            stored = len(spool)
+            if self.context.stop.wait(0.05) or len(spool) == stored:
                 break
-        pushes = self.spool.read()
-        batches = [b for b in self.batches(pushes) if self.retry.due(b.name, b.pushes[-1].path)]
+        pushes = spool.read()
+        batches = self.batches(pushes)
+        batches = {n: batch for n, batch in batches.items() if self.retry.due(n, batch[-1].path)}
         unreachable = 0
-        for batch in batches:
+        for name, batch in batches.items():
             try:
-                self.admit_batch(batch)
+                self.admit_batch(name, batch)
             except KubectlError as failed:
                 unreachable += failed.kind == "Unreachable"
                 if unreachable == min(2, len(batches)):  # it is the cluster, not what one app has
                     raise
-                if self.put_off(batch):
-                    warn("intake waits for the cluster", app=batch.app, detail=str(failed))
-        if any(len(batch.pushes) == BATCH for batch in batches):
+                if self.put_off(name, batch):
+                    app = batch[0].run.app
+                    warn("intake waits for the cluster", app=app, detail=str(failed))
+        sizes = [len(batch) for batch in batches.values()]
+        if BATCH in sizes:
             return 0.0
-        some_wait = len(pushes) > sum(len(batch.pushes) for batch in batches)
-        return self.retry.wait(AGAIN_SECONDS if some_wait else 30.0)
+        return self.retry.wait(AGAIN_SECONDS if len(pushes) > sum(sizes) else 30.0)
 
-    def batches(self, pushes: Iterable[StoredPush]) -> list[Batch]:
-        """Return what is admitted next: of each app what is deployed, then what is only tested.
+    def batches(self, pushes: Iterable[StoredPush]) -> dict[str, list[StoredPush]]:
+        """Return what is admitted next, oldest first: what gets its Jobs in one call, by a name.
 
-        An app has a bounded number of each in the cluster; what is more waits in the spool.
+        Of each app it is what is deployed, then what is only tested. An app has a bounded number of
+        each in the cluster; what is more waits in the spool.
         """
         groups: dict[tuple[bool, str], list[StoredPush]] = {}
         for push in pushes:
             only_tested = not self.context.is_deployed(push.run)
             groups.setdefault((only_tested, push.run.app), []).append(push)
-        open_jobs = Counter(job.run.app for job in self.informers.all_jobs() if not job.outcome)
-        batches = []
+        jobs = self.context.informers.all_jobs()
+        open_jobs = Counter(job.run.app for job in jobs if not job.outcome)
+        batches = {}
         for only_tested, app in sorted(groups):
             most = TEST_JOBS if only_tested else 2 * TEST_JOBS
             room = max(0, min(BATCH, most - open_jobs[app]))
             if first := groups[only_tested, app][:room]:
-                name = f"{app}, {'only tested' if only_tested else 'deployed'}"
-                batches.append(Batch(app=app, name=name, pushes=first))
+                batches[f"{app}, {'only tested' if only_tested else 'deployed'}"] = first
         return batches
 
-    def put_off(self, batch: Batch) -> bool:
+    def put_off(self, name: str, batch: Sequence[StoredPush]) -> bool:
         """Try a batch again later; return whether to report that."""
-        self.context.metrics.waiting.labels(f"intake of {batch.app}").set(1)
-        return self.retry.failed(batch.name, batch.pushes[-1].path)
+        self.context.metrics.waiting.labels(f"intake of {batch[0].run.app}").set(1)
+        return self.retry.failed(name, batch[-1].path)
 
-    def admit_batch(self, batch: Batch) -> None:
+    def admit_batch(self, name: str, batch: Sequence[StoredPush]) -> None:
         """Admit the pushes of a batch, and remove from the spool those that are done with."""
-        runs = [push.run for push in batch.pushes]
-        done = self.admit(batch.app, runs)
-        for push in batch.pushes:
+        app = batch[0].run.app
+        runs = [push.run for push in batch]
+        done = self.admit(app, runs)
+        for push in batch:
             if push.run in done:
-                self.spool.done(push.path)
+                self.context.spool.done(push.path)
         if done == set(runs):
-            self.retry.succeeded(batch.name)
-            self.context.metrics.waiting.labels(f"intake of {batch.app}").set(0)
+            self.retry.succeeded(name)
+            self.context.metrics.waiting.labels(f"intake of {app}").set(0)
         else:
-            self.put_off(batch)
+            self.put_off(name, batch)
 
     def admit(self, name: str, pushes: Sequence[Run]) -> set[Run]:
         """Create the Jobs of an app's pushes that need one; return those that are done with."""
@@ -6197,7 +6182,7 @@ class Intake:
         if app is None:
             warn("push of an app that is no longer configured", app=name)
             return {*pushes}
-        state = self.recorder.repaired_state(app)
+        state = self.context.recorder.repaired_state(app)
         deploys = any(run.ref == app.deploy_ref for run in pushes)
         needless = self.needless_commits(app, state) if deploys else {}
         done = set[Run]()
@@ -6222,17 +6207,18 @@ class Intake:
         an uninstallation deletes what is recorded, and not what a Service says of itself.
         """
         needless = dict.fromkeys(state.rejected, str(Reason.REJECTED))
-        for environment in app.deploy.environments[-1:]:
-            namespace = self.context.config.namespaces[environment]
-            if manifest := self.kubectl.get("service", app.name, namespace):
-                service = Service(manifest)
-                history = [] if state.last(app.deploy_ref) else reversed(service.history)
-                outcomes = {entry.commit: entry.outcome for entry in history}
-                taken_back = {c for c, o in outcomes.items() if c and o in OUTCOMES.values()}
-                for commit in sorted(taken_back - state.rejected.keys()):
-                    self.context.state.reject(app, commit, Reason.ROLLED_BACK)
-                needless |= dict.fromkeys(taken_back, str(Reason.REJECTED))
-                needless[service.live.commit] = "AlreadyLive"
+        if not app.deploy.environments:
+            return needless
+        namespace = self.context.config.namespaces[app.deploy.environments[-1]]
+        if manifest := self.context.kubectl.get("service", app.name, namespace):
+            service = Service(manifest)
+            history = [] if state.last(app.deploy_ref) else reversed(service.history)
+            outcomes = {entry.commit: entry.outcome for entry in history}
+            taken_back = {c for c, o in outcomes.items() if c and o in OUTCOMES.values()}
+            for commit in sorted(taken_back - state.rejected.keys()):
+                self.context.state.reject(app, commit, Reason.ROLLED_BACK)
+            needless |= dict.fromkeys(taken_back, str(Reason.REJECTED))
+            needless[service.live.commit] = "AlreadyLive"
         return needless
 
     def ids_of(self, app: App, state: AppState, pushes: Iterable[Run]) -> dict[Run, str]:
@@ -6242,20 +6228,19 @@ class Intake:
         same, by chance or by somebody's trying. Then the second gets a longer one.
         """
         ids = {(record.ref, record.commit): id_ for id_, record in state.runs.items()}
-        runs = self.informers.runs_with_jobs(app, pushes)
-        ids |= {(recorded_ref(run.ref), run.commit): run.id for run in runs}
+        runs = self.context.informers.runs_with_jobs(app, pushes)
+        ids |= {recorded_push(run): run.id for run in runs}
         owners = {**self._collisions, **{id_: push for push, id_ in ids.items()}}
-        result = {}
         for run in pushes:
-            push = (recorded_ref(run.ref), run.commit)
-            if push not in ids:
-                free = [id_ for id_ in run_ids(*run_key(run)) if owners.get(id_, push) == push]
-                ids[push] = free[0] if free else run.id
-                owners[ids[push]] = push
-                if ids[push] != run.id:
-                    error("two pushes have the same run id", now=ids[push], **run_words(run))
-            result[run] = ids[push]
-        return result
+            push = recorded_push(run)
+            if push in ids:
+                continue
+            free = (id_ for id_ in run_ids(*run_key(run)) if owners.get(id_, push) == push)
+            ids[push] = next(free, run.id)
+            owners[ids[push]] = push
+            if ids[push] != run.id:
+                error("two pushes have the same run id", now=ids[push], **run_words(run))
+        return {run: ids[recorded_push(run)] for run in pushes}
 
     def create_jobs(self, app: App, wanted: Mapping[str, Sequence[Run]]) -> set[Run]:
         """Create suspended Jobs by run id, each for the newest of equal pushes.
@@ -6267,20 +6252,21 @@ class Intake:
         runs.sort(key=lambda run: run.received)
         jobs = [test_job(self.context.config, app, run) for run in runs]
         namespace = self.context.config.namespaces["test"]
-        refused = self.kubectl.create_each(jobs, namespace) if jobs else {}
+        kubectl = self.context.kubectl
+        refused = kubectl.create_each(jobs, namespace) if jobs else {}
         refusals = {name.removeprefix("test-"): refusal for name, refusal in refused.items()}
         taken = [id_ for id_, refusal in refusals.items() if refusal.kind == "AlreadyExists"]
-        existing = jobs_of(self.kubectl, self.context.config, taken)
+        existing = jobs_of(kubectl, self.context.config, taken)
         started = [
             run
             for run in runs
             if self.handle_create_result(run, refusals.get(run.id), existing.get(run.id, []))
         ]
-        self.recorder.record_started(app, started)
-        left = {run.id for run in runs} - {run.id for run in started} - existing.keys()
-        if left:
-            reason = refusals[min(left)].said
-            warn("Jobs were not created, will be tried again", count=len(left), detail=reason)
+        self.context.recorder.record_started(app, started)
+        missing = {run.id for run in runs} - {run.id for run in started} - existing.keys()
+        if missing:
+            reason = refusals[min(missing)].said
+            warn("Jobs were not created, will be tried again", count=len(missing), detail=reason)
         return {push for run in started for push in wanted[run.id]}
 
     def handle_create_result(
@@ -6293,19 +6279,19 @@ class Intake:
         self.context.heartbeats.beat("intake", STEP_SECONDS)
         if refusal and refusal.kind in REFUSED_FOR_GOOD:
             end = ends(Outcome.FAILED, Reason.JOB_REFUSED, refusal.said, "test")
-            self.recorder.finish(run, {}, end)
+            self.context.recorder.finish(run, {}, end)
             return True
         if other := next((j.run for j in existing if run_key(j.run) != run_key(run)), None):
             # the next try takes another id
-            self._collisions[run.id] = (recorded_ref(other.ref), other.commit)
+            self._collisions[run.id] = recorded_push(other)
             return False
         if existing:
-            reopened = reopen(self.kubectl, run, existing)
+            reopened = reopen(self.context.kubectl, run, existing)
             message = "the run exists already" if reopened else "an old Job is being deleted"
             info(message, **run_words(run))
             return reopened
         if not refusal:
-            self.recorder.report(run, state=State.QUEUED, at=self.context.clock.now())
+            self.context.recorder.report(run, state=State.QUEUED, at=self.context.clock.now())
         return not refusal
 
 
@@ -6329,7 +6315,6 @@ class CatchUp:
     def __init__(self, context: ControllerContext, intake: Intake) -> None:
         self.context = context
         self.clock = context.clock
-        self.git = context.doors.git
         self.intake = intake
         self.wanted = {app: threading.Event() for app in context.apps}  # set to have heads read
         self.heads = dict.fromkeys(context.apps, ReadHeads())  # the last answer, by app
@@ -6343,7 +6328,7 @@ class CatchUp:
         """
         asked = self.clock.now()
         try:
-            commits = self.git.heads(app.repository)
+            commits = self.context.doors.git.heads(app.repository)
         except HookError as failed:
             self.errors[app.name] = str(failed)
             raise
@@ -6393,7 +6378,7 @@ class CatchUp:
 
         Their Jobs were deleted while nobody looked.
         """
-        pushes = {(recorded_ref(run.ref), run.commit) for run in stored}
+        pushes = {recorded_push(run) for run in stored}
         with_job = self.context.informers.ids_with_job(app)
         records = [r for r in state.runs.values() if not r.outcome and r.received < heads.asked]
         records = [r for r in records if (r.ref, r.commit) not in pushes and r.id not in with_job]
@@ -6401,24 +6386,24 @@ class CatchUp:
         jobs_by_run = jobs_of(self.context.kubectl, self.context.config, ids)
         for id_ in (id_ for id_, jobs in jobs_by_run.items() if not jobs):
             lost = run_of_record(app, state.runs[id_])
-            self.context.recorder.finish(lost, {}, vanish("its Jobs are gone", "test"))
+            end = ends(Outcome.FAILED, Reason.VANISHED, "its Jobs are gone", "test")
+            self.context.recorder.finish(lost, {}, end)
 
 
 class RunRecorder:
     """Records how runs begin and end: in the app's records, on Jobs, in log and metrics."""
 
-    def __init__(self, apps: Mapping[str, App], deployer: Deployer, informers: Informers) -> None:
-        self.apps = apps
-        self.doors = deployer.doors
-        self.state = deployer.state
-        self.logs = deployer.steady.rollout.logs
-        self.informers = informers
+    def __init__(self, context: ControllerContext) -> None:
+        self.context = context
+        self.doors = context.doors
+        self.state = context.state
+        self.logs = context.deployer.steady.rollout.logs
 
     def repaired_state(self, app: App) -> AppState:
         """Return what is recorded of an app now, after repairing what could not be read."""
         state = self.state.read(app)
         if state.repairs:
-            self.state.write(app, with_job=self.informers.ids_with_job(app))
+            self.state.write(app, with_job=self.context.informers.ids_with_job(app))
         return state
 
     def record_started(self, app: App, runs: Sequence[Run]) -> None:
@@ -6430,19 +6415,19 @@ class RunRecorder:
             # what has ended since it was pushed, or was pushed again, stays as it is
             records = [RunRecord.of(run) for run in runs if newer_than(run, state)]
             if records:
-                started = {record.id for record in records}
-                self.state.write(app, *records, with_job=self.informers.ids_with_job(app) | started)
+                with_job = self.context.informers.ids_with_job(app) | {r.id for r in records}
+                self.state.write(app, *records, with_job=with_job)
 
     def finish(self, run: Run, jobs: Mapping[str, Job], action: Action) -> None:
         """Record how a run ended, mark its Jobs as done with, and report it."""
         detail = self.doors.secrets.mask(action.detail)
-        end = replace(action, outcome=action.outcome or Outcome.FAILED, detail=detail)
+        end = replace(action, detail=detail)
         at = max(self.doors.clock.now(), run.received)  # by a clock that may be ahead
         self.record_end(run, end, at)
         bad = end.outcome in BAD_OUTCOMES
         job = jobs.get(end.stage)
         if bad and job and end.reason is not Reason.CLONE_FAILED:
-            pods = [pod for pod in self.informers.all_pods() if pod.job == job.uid]
+            pods = [pod for pod in self.context.informers.all_pods() if pod.job == job.uid]
             last = sorted(pods, key=lambda pod: -pod.created)[:1]
             self.logs.start(partial(self.logs.keep, run.app, run.id, last, job.namespace))
         self.mark_jobs(jobs, end, at)
@@ -6457,26 +6442,20 @@ class RunRecorder:
 
     def record_end(self, run: Run, end: Action, at: float) -> None:
         """Record how a run ended; reject its commit if a deployment says something against it."""
-        app = self.apps.get(run.app)
+        app = self.context.apps.get(run.app)
         if app is None:
             return
-        record = replace(
-            RunRecord.of(run),
-            outcome=str(end.outcome),
-            reason=str(end.reason),
-            stage=end.stage,
-            detail=clip(end.detail),
-            ended=round(at, 3),
-        )
+        reason = str(end.reason)
+        record = replace(RunRecord.of(run), outcome=str(end.outcome), reason=reason)
+        record = replace(record, stage=end.stage, detail=clip(end.detail), ended=round(at, 3))
         records: list[RunRecord | Rejection] = [record]
         if (
             end.outcome in BAD_OUTCOMES
             and end.stage not in JOB_STAGES
             and end.reason not in FORGIVEN
         ):
-            reason = str(end.reason)
             records.append(Rejection(commit=run.commit, reason=reason, at=self.doors.clock.now()))
-        self.state.write(app, *records, with_job=self.informers.ids_with_job(app))
+        self.state.write(app, *records, with_job=self.context.informers.ids_with_job(app))
 
     def mark_jobs(self, jobs: Mapping[str, Job], end: Action, at: float) -> None:
         """Mark Jobs as those of a run that has ended; one that still runs is stopped."""
@@ -6484,7 +6463,7 @@ class RunRecorder:
         for job in jobs.values():
             stop = {"activeDeadlineSeconds": 1} if job.state == "active" else {}
             marks = {**annotations, **NO_WAIT}
-            self.informers.annotate(job, marks, ttlSecondsAfterFinished=JOB_TTL, **stop)
+            self.context.informers.annotate(job, marks, ttlSecondsAfterFinished=JOB_TTL, **stop)
             if job.unsuspended and job.finished:
                 seconds = max(0.0, job.finished - job.unsuspended)
                 labels = (job.run.app, job.stage, job.state)
@@ -6501,13 +6480,12 @@ class Informers:
         namespaces = [config.namespaces[stage] for stage in JOB_STAGES]
         self.jobs = [Informer(kubectl, "jobs", name, Job, ours) for name in namespaces]
         self.pods = [Informer(kubectl, "pods", name, Pod, ours) for name in namespaces]
-        # by name, with whatever labels: one that lost ours is still what visitors ask
-        live = partial(app_service, frozenset(app.name for app in config.apps))
-        self.services = {
-            environment: Informer(kubectl, "services", config.namespaces[environment], live, "")
-            for app in config.apps
-            for environment in app.deploy.environments
-        }
+        self.services: dict[str, Informer[Service]] = {}  # by environment
+        for environment, namespace in config.namespaces.items():
+            names = {app.name for app in config.apps if environment in app.deploy.environments}
+            if names:  # with whatever labels: one that lost ours is still what visitors ask
+                live = partial(app_service, names)
+                self.services[environment] = Informer(kubectl, "services", namespace, live, "")
 
     def all(self) -> list[Informer[Any]]:
         """Return every informer."""
@@ -6542,7 +6520,7 @@ class Informers:
             return [job.run for job in self.all_jobs() if job.run.app == app.name]
         ids = [id_ for run in pushes for id_ in run_ids(*run_key(run))]
         jobs_by_run = jobs_of(self.kubectl, self.config, ids)
-        return [job.run for jobs in jobs_by_run.values() for job in jobs]
+        return [job.run for job in itertools.chain(*jobs_by_run.values())]
 
     def of(self, job: Job) -> Informer[Job]:
         """Return the informer that follows a Job."""
@@ -6563,9 +6541,11 @@ class Informers:
             self.of(job).learn(patched)
 
 
-def vanish(detail: str, stage: str) -> Action:
-    """Return that a run has ended because something of it is missing: missing is failed."""
-    return ends(Outcome.FAILED, Reason.VANISHED, detail, stage)
+def task_of(config: Config, app: App, environment: str, run: Run | None = None) -> Task:
+    """Return a run on its way into an environment of its app, or whatever run is there."""
+    run = run or Run(id="", app=app.name, ref="", commit="")
+    namespace = config.namespaces[environment]
+    return Task(app=app, environment=environment, namespace=namespace, run=run)
 
 
 def run_of_record(app: App, record: RunRecord) -> Run:
@@ -6577,6 +6557,11 @@ def run_of_record(app: App, record: RunRecord) -> Run:
 def run_key(run: Run) -> tuple[str, str, str]:
     """Return what identifies a push: app, ref and commit."""
     return run.app, run.ref, run.commit
+
+
+def recorded_push(run: Run) -> tuple[str, str]:
+    """Return what identifies a push among the records of its app: ref and commit."""
+    return recorded_ref(run.ref), run.commit
 
 
 def newer_than(run: Run, state: AppState) -> bool:
@@ -6597,7 +6582,8 @@ def jobs_of(kubectl: Kubectl, config: Config, runs: Iterable[str]) -> dict[str, 
     terms = f"{LABEL_RUN} in ({','.join(jobs_by_run)})"
     for stage in JOB_STAGES if jobs_by_run else ():
         for job in map(Job, kubectl.list("jobs", config.namespaces[stage], "-l", terms)):
-            jobs_by_run[job.run.id].append(job)
+            if job.stage in JOB_STAGES:
+                jobs_by_run[job.run.id].append(job)
     return jobs_by_run
 
 
@@ -6622,8 +6608,7 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
         ANNOTATION_RECEIVED: f"{run.received:.3f}",
         ANNOTATION_DELIVERY: run.delivery,
     }
-    spec = {"ttlSecondsAfterFinished": None}
-    change = {"metadata": {"annotations": annotations}, "spec": spec}
+    change = {"metadata": {"annotations": annotations}, "spec": {"ttlSecondsAfterFinished": None}}
     for job in reversed(jobs):  # the last one says whether the run has ended
         if job not in obsolete:
             kubectl.patch("job", job.name, job.namespace, change)
@@ -6635,6 +6620,7 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
 # and executes it; slow steps run in workers.
 
 RETRIED = ("Unreachable", "Conflict", "Unknown", "NotFound")  # nobody's fault, or ours
+WORKER_FAILED = "deployment step failed, will be tried again"
 
 
 class Controller:
@@ -6666,7 +6652,7 @@ class Controller:
             self.supervisor.spawn(name, partial(informer.run, beat, wake))
         repeat = self.supervisor.repeat
         repeat("intake", "intake waits for the cluster", self.intake.admit_all, self.spooled)
-        repeat("controller", "a step will be tried again", self.reconcile, wake)
+        repeat("controller", STEP_FAILED, self.reconcile, wake)
         for app in self.context.config.apps:
             read = partial(self.catch_up.read_heads, app)
             wanted = self.catch_up.wanted[app.name]
@@ -6711,12 +6697,10 @@ class RunReconciler:
 
     def __init__(self, context: ControllerContext, catch_up: CatchUp, workers: Workers) -> None:
         self.context = context
-        self.clock = context.clock
         self.informers = context.informers
-        self.recorder = context.recorder
         self.catch_up = catch_up
         self.workers = workers
-        self.cooldown = Cooldown(self.clock)
+        self.cooldown = Cooldown(context.clock)
         self.trackers: dict[str, ProblemTracker] = {}  # of open runs
         self.jobs: dict[str, Job] = {}  # by name; what is gone until its run's end is recorded
 
@@ -6741,24 +6725,25 @@ class RunReconciler:
         """End the runs whose Jobs are gone; as many as there is time for in this look."""
         existing = {job.name: job for jobs in jobs_by_run.values() for job in jobs.values()}
         self.jobs |= existing
-        until = self.clock.monotonic() + LOOK_SECONDS
+        until = self.context.clock.monotonic() + LOOK_SECONDS
         for lost in [job for name, job in self.jobs.items() if name not in existing]:
-            if self.clock.monotonic() < until:
+            if self.context.clock.monotonic() < until:
                 step = partial(self.end_vanished, lost, jobs_by_run.get(lost.run.id, {}))
                 self.context.attempt(f"lost {lost.name}", step, **run_words(lost.run))
 
-    def end_vanished(self, lost: Job, left: Mapping[str, Job]) -> None:
+    def end_vanished(self, lost: Job, remaining: Mapping[str, Job]) -> None:
         """End a run if one of its Jobs disappeared that it still needed, and forget that Job."""
         # only green tests are built; a finished build can be made once more
-        green = "build" in left and not left["build"].outcome
+        green = "build" in remaining and not remaining["build"].outcome
         spare = green if lost.stage == "test" else lost.state == "succeeded"
-        if not (spare or lost.outcome or has_ended({lost.stage: lost, **left})):
+        if not (spare or lost.outcome or has_ended({lost.stage: lost, **remaining})):
             app = self.context.apps.get(lost.run.app)
             record = self.context.state.read(app).runs.get(lost.run.id) if app else None
             # who ended the run since it was seen has recorded so
             if record is None or not record.outcome or record.ended < lost.run.received:
-                end = vanish(f"Job {lost.name} was deleted", lost.stage)
-                self.recorder.finish(lost.run, left or {lost.stage: lost}, end)
+                detail = f"Job {lost.name} was deleted"
+                end = ends(Outcome.FAILED, Reason.VANISHED, detail, lost.stage)
+                self.context.recorder.finish(lost.run, remaining or {lost.stage: lost}, end)
         self.jobs.pop(lost.name, None)
 
     def observe_all(self, open_runs: Sequence[Mapping[str, Job]]) -> Iterator[Observation]:
@@ -6796,14 +6781,14 @@ class RunReconciler:
             if refused and lacks_pod(job, pods):
                 detail = job.annotations.get(ANNOTATION_DETAIL, "")
                 problems.append(creation_problem(detail, job.name))
-        now = self.clock.now()
+        now = self.context.clock.now()
         return Observation(
             app=self.context.apps[run.app],
             run=run,
             jobs=jobs,
             pods=tuple(pods),
-            services={e: s for e, i in informers for s in i.items() if s.name == run.app},
-            head=self.catch_up.heads[run.app].relation(run, self.clock),
+            services={e: s for e, i in informers if (s := i.find(run.app))},
+            head=self.catch_up.heads[run.app].relation(run, self.context.clock),
             newer=newer,
             fatal_problem=self.trackers.setdefault(run.id, ProblemTracker()).fatal(problems, now),
             busy=busy | unseen,
@@ -6813,13 +6798,15 @@ class RunReconciler:
 
     def within_slots(self, steps: Sequence[Step], active: Sequence[Run]) -> Iterator[Step]:
         """Yield each run's next step; one that would start a Job without a slot waits."""
-        served: dict[str, float] = {}  # when each app last got a slot
+        last_started: dict[str, float] = {}  # when each app last got a slot
         for job in self.informers.all_jobs():
-            served[job.run.app] = max(served.get(job.run.app, 0.0), job.unsuspended)
+            last = last_started.get(job.run.app, 0.0)
+            last_started[job.run.app] = max(last, job.unsuspended)
         starting = (Do.UNSUSPEND, Do.BUILD)
         wanted = [self.slot(s.observed.run) for s in steps if s.action.do in starting]
         running = [self.slot(run) for run in active]
-        granted = grant_slots(wanted, running, served, self.context.config.limits.max_running)
+        max_running = self.context.config.limits.max_running
+        granted = grant_slots(wanted, running, last_started, max_running)
         for step in steps:
             if step.action.do in starting and step.observed.run.id not in granted:
                 observed = replace(step.observed, slot=False)
@@ -6837,9 +6824,9 @@ class RunReconciler:
 
         Those that do not fit into this look are left to the next ones, after what came meanwhile.
         """
-        until = self.clock.monotonic() + LOOK_SECONDS
+        until = self.context.clock.monotonic() + LOOK_SECONDS
         for step in sorted(steps, key=self.can_wait):
-            if self.can_wait(step) and self.clock.monotonic() > until:
+            if self.can_wait(step) and self.context.clock.monotonic() > until:
                 self.context.wake.set()
                 break
             run = step.observed.run
@@ -6885,11 +6872,12 @@ class RunReconciler:
         elif action.do is Do.DEPLOY:
             digest = jobs["build"].annotations.get(ANNOTATION_DIGEST) if "build" in jobs else ""
             image = f"{observed.app.build.image}@{digest}" if digest else ""
-            task = self.context.task(observed.run, stage, image)
+            task = task_of(self.context.config, observed.app, stage, observed.run)
+            task = replace(task, image=image)
             step = partial(self.workers.deploy, task, jobs)
             self.workers.start("worker", task, step, observed.run.received)
         else:
-            self.recorder.finish(observed.run, jobs, action)
+            self.context.recorder.finish(observed.run, jobs, action)
 
     def build(self, observed: Observation) -> None:
         """Create a build Job, unsuspended, in the place of one whose pod took its digest along."""
@@ -6906,7 +6894,7 @@ class RunReconciler:
             if refused.kind not in REFUSED_FOR_GOOD:
                 raise
             end = ends(Outcome.FAILED, Reason.JOB_REFUSED, refused.said, "build")
-            self.recorder.finish(observed.run, observed.jobs, end)
+            self.context.recorder.finish(observed.run, observed.jobs, end)
 
     def wait_for_git(self, observed: Observation, action: Action) -> None:
         """Have the heads read, and annotate a run that waits for them with git's last error."""
@@ -6941,12 +6929,11 @@ class RunReconciler:
 
     def delete_unrun_jobs(self) -> None:
         """Delete Jobs of runs that ended without them: those have no time to live."""
-        ended = self.clock.now() - UNRUN_TTL
-        jobs = [
-            job for job in self.informers.all_jobs() if job.outcome and job.state == "suspended"
-        ]
-        due = [j for j in jobs if seconds_of(j.annotations.get(ANNOTATION_ENDED)) < ended]
-        for namespace in {job.namespace for job in due[:1]}:  # the other one at the next look
+        ended = self.context.clock.now() - UNRUN_TTL
+        unrun = [j for j in self.informers.all_jobs() if j.outcome and j.state == "suspended"]
+        due = [j for j in unrun if seconds_of(j.annotations.get(ANNOTATION_ENDED)) < ended]
+        if due:
+            namespace = due[0].namespace  # the other one at the next look
             names = [job.name for job in due if job.namespace == namespace][:BATCH]
             self.context.kubectl.delete("job", names, namespace)
 
@@ -6954,7 +6941,7 @@ class RunReconciler:
         """Have the kept logs of an app looked through, of one at each look."""
         due = (a for a in self.context.apps.values() if self.cooldown.allows(f"logs of {a.name}"))
         if app := next(due, None):
-            logs = self.recorder.logs
+            logs = self.context.recorder.logs
             logs.start(partial(logs.delete_expired, app, self.context.config.namespaces))
             self.cooldown.start(f"logs of {app.name}", 3600.0)
 
@@ -6974,7 +6961,6 @@ class ServiceReconciler:
 
     def __init__(self, context: ControllerContext, workers: Workers) -> None:
         self.context = context
-        self.deployer = context.deployer
         self.workers = workers
         self.cooldown = Cooldown(context.clock)
         self.services: dict[str, Service] = {}  # at the last look
@@ -6985,12 +6971,13 @@ class ServiceReconciler:
         for environment, informer in self.context.informers.services.items():
             for service in informer.items():
                 run = Run(id=service.claim.run, app=service.name, ref="", commit="")
-                task = self.context.task(run, environment)
+                app = self.context.apps[service.name]
+                task = task_of(self.context.config, app, environment, run)
                 item = f"live Service of {service.name} in {environment}"
                 step = partial(self.follow, item, task, service)
                 self.context.attempt(item, step, service.version, **task.words)
-                if self.is_left(task, service.claim, open_runs):
-                    finish = partial(self.deployer.finish_claim, task, service.claim)
+                if self.is_claim_due(task, service.claim, open_runs):
+                    finish = partial(self.context.deployer.finish_claim, task, service.claim)
                     start = partial(self.workers.start, "worker", task, finish)
                     self.context.attempt(f"claim of {item}", start, **task.words)
 
@@ -7002,11 +6989,11 @@ class ServiceReconciler:
             # where the selector names no run, other pods may come to be reached
             seconds = 6 * AGAIN_SECONDS if service.ours else AGAIN_SECONDS
             if self.cooldown.allows(item, service.version):
-                repair = partial(self.deployer.steady.guard.repair, task)
+                repair = partial(self.context.deployer.steady.guard.repair, task)
                 if self.workers.start("selector", task, repair, service.version):
                     self.cooldown.start(item, seconds, service.version)
             return
-        self.deployer.steady.live.remember(task, service)
+        self.context.deployer.steady.live.remember(task, service)
         # with nothing seen before, a rollback may be long ago
         if before and before.selector != service.selector:
             self.report_rollback(task, before, service)
@@ -7027,20 +7014,23 @@ class ServiceReconciler:
             )
             self.context.doors.reports.emit(transition)
 
-    def is_left(self, task: Task, claim: Claim, open_runs: Iterable[Run]) -> bool:
+    def is_claim_due(self, task: Task, claim: Claim, open_runs: Iterable[Run]) -> bool:
         """Whether a claim is to be finished: its time has come and its run has ended."""
-        draining = claim.phase == Phase.DRAINING
-        pause = task.app.deploy.drain if draining else 0.0
-        pause = CLAIM_SECONDS if claim.phase == Phase.ROLLBACK else pause
+        pauses: dict[str, float] = {
+            Phase.DRAINING: task.app.deploy.drain,
+            Phase.ROLLBACK: CLAIM_SECONDS,
+        }
+        pause = pauses.get(claim.phase, 0.0)
         if not claim or self.context.clock.now() < claim.since + pause:
             return False
         runs = [run for run in open_runs if run.app == task.app.name]
         # a newer run overwrites the idle colour anyway: restoring it would be in its way
         if claim.phase == Phase.PREPARING and any(map(self.context.is_deployed, runs)):
             return False
-        # of the last environment the run ends first: it waits for whoever works there
-        open_ = any(run.id == task.run.id for run in runs)
-        return not open_ or (draining and not task.last)
+        # what drains in the last environment waits, too: its run could not end beside a worker
+        if claim.phase == Phase.DRAINING and not task.last:
+            return True
+        return all(run.id != task.run.id for run in runs)
 
 
 class Workers:
@@ -7048,10 +7038,8 @@ class Workers:
 
     def __init__(self, context: ControllerContext, supervisor: Supervisor) -> None:
         self.context = context
-        self.clock = context.clock
-        self.deployer = context.deployer
         self.supervisor = supervisor
-        self.retry = Retry(self.clock)  # by the name of a worker
+        self.retry = Retry(context.clock)  # by the name of a worker
         self._running: set[str] = set()
 
     def busy(self, run: Run) -> frozenset[str]:
@@ -7061,8 +7049,7 @@ class Workers:
         """
         environments = self.context.apps[run.app].deploy.environments
         names = {e: f"worker of {run.app} in {e}" for e in environments}
-        resting = {e for e, name in names.items() if not self.retry.due(name, run.received)}
-        return frozenset(resting | {e for e, name in names.items() if name in self._running})
+        return frozenset(e for e, name in names.items() if self._blocked(name, run.received))
 
     def start(self, kind: str, task: Task, step: Callable[[], None], news: Any = None) -> bool:
         """Run a step in a thread, unless one of its kind runs there, or waits for its next try.
@@ -7070,7 +7057,7 @@ class Workers:
         Returns whether it was started. Raises HookError when there can be no more threads.
         """
         name = f"{kind} of {task.app.name} in {task.environment}"
-        if name in self._running or not self.retry.due(name, news):
+        if self._blocked(name, news):
             return False
         self._running.add(name)
         try:
@@ -7081,31 +7068,34 @@ class Workers:
             raise
         return True
 
+    def _blocked(self, name: str, news: Any) -> bool:
+        """Whether a worker of that name runs, or has failed and waits for its next try."""
+        # in this order: one that fails meanwhile is put off before it is no longer running
+        return name in self._running or not self.retry.due(name, news)
+
     def _run(self, name: str, task: Task, step: Callable[[], None], news: Any) -> None:
         """Take a step in its thread; the controller looks at the effect at once."""
         try:
-            with self.retry.contain(name, "a worker will try again", news, **task.words):
+            with self.retry.contain(name, WORKER_FAILED, news, **task.words):
                 try:
                     step()
                 except (HookError, OSError):
                     if not self.context.stop.is_set():
                         raise
-                else:
-                    self.retry.succeeded(name)
         finally:
             self._running.discard(name)
             self.context.wake.set()
 
     def deploy(self, task: Task, jobs: Mapping[str, Job]) -> None:
         """Deploy a run, and record how it ended if it ended here; the step of a worker."""
-        started = self.clock.monotonic()
+        started = self.context.clock.monotonic()
         end = self._end_of_deployment(task)
-        result = end.outcome if end else "ok"
-        labels = (task.app.name, task.environment, result)
-        self.context.metrics.stage_seconds.labels(*labels).observe(self.clock.monotonic() - started)
+        seconds = self.context.clock.monotonic() - started
+        labels = (task.app.name, task.environment, end.outcome if end else "ok")
+        self.context.metrics.stage_seconds.labels(*labels).observe(seconds)
         if end:
-            if self.deployer.steady.live.read(task) is None:
-                self.deployer.collect_garbage(task)
+            if self.context.deployer.steady.live.read(task) is None:
+                self.context.deployer.collect_garbage(task)
             self.context.recorder.finish(task.run, jobs, end)
 
     def _end_of_deployment(self, task: Task) -> Action | None:
@@ -7114,15 +7104,15 @@ class Workers:
         Raises HookError for what another try may change.
         """
         try:
-            # its end may not have been written down
+            # a run that was rejected before a crash may still look open
             if task.run.commit in self.context.state.read(task.app).rejected:
                 raise StageError(Reason.REJECTED, "the commit was rejected")
-            self.deployer.deploy(task)
+            self.context.deployer.deploy(task)
         except RunError as stopped:
             outcome = OUTCOMES.get(stopped.reason, stopped.outcome)
             return ends(outcome, stopped.reason, stopped.detail, task.environment)
         except KubectlError as refused:
-            service = self.deployer.steady.live.read(task)
+            service = self.context.deployer.steady.live.read(task)
             reason = refusal_reason(refused)
             if reason is None or (service and service.run == task.run.id):
                 raise
@@ -7136,7 +7126,8 @@ def refusal_reason(refused: KubectlError) -> Reason | None:
     if refused.kind in RETRIED:
         return None
     if refused.kind == "Forbidden":
-        # a role of ours that lacks a verb is not the manifest's fault, another Forbidden is
+        # A role of ours that lacks a verb is not the manifest's fault, another Forbidden is.
+        # There are two spaces in the text because quoted names were taken out of it.
         if PASSING_REFUSAL.search(message) or re.search("User  cannot [a-z]+ resource ", message):
             return None
         if "exceeded quota: " in message:
@@ -7149,7 +7140,6 @@ class Supervisor:
 
     def __init__(self, context: ControllerContext) -> None:
         self.context = context
-        self.heartbeats = context.heartbeats
         self.retry = Retry(context.clock)  # by the name of a thread
         self._threads: dict[str, threading.Thread] = {}
 
@@ -7161,7 +7151,7 @@ class Supervisor:
         def body() -> None:
             """Take step after step until stopped."""
             while not self.context.stop.is_set():
-                self.heartbeats.beat(name, STEP_SECONDS)
+                self.context.heartbeats.beat(name, STEP_SECONDS)
                 event.clear()
                 pause: float | None = None
                 with self.retry.contain(name, complaint, what=name):
@@ -7172,7 +7162,7 @@ class Supervisor:
                 if pause is None:
                     self.context.stop.wait(self.retry.delay(name))
                     continue
-                self.heartbeats.beat(name, pause + STEP_SECONDS)
+                self.context.heartbeats.beat(name, pause + STEP_SECONDS)
                 event.wait(pause)
                 self.context.stop.wait(0.05)  # a burst of events is one look
 
@@ -7188,13 +7178,13 @@ class Supervisor:
             """Run the body, and again after a bug in it if so wanted."""
             while not self.context.stop.is_set():
                 try:
-                    return body()
+                    body()
+                    break
                 except Exception:  # noqa: BLE001 - a thread ends here: logged, counted, run again
                     error("a thread failed", exc=True, thread=name)
                     self.context.metrics.errors.labels(name.partition(" ")[0]).inc()
                     if not again or self.context.stop.wait(1.0):
                         break
-            return None
 
         thread = threading.Thread(target=run, name=name, daemon=True)
         try:
@@ -7654,12 +7644,6 @@ class Tools:
         )
         return cls(process, config, doors, Deployer(doors))
 
-    def task(self, app: App, environment: str) -> Task:
-        """Return the task of looking at an app in an environment, whatever run is there."""
-        namespace = self.config.namespaces[environment]
-        run = Run(id="", app=app.name, ref="", commit="")
-        return Task(app=app, environment=environment, namespace=namespace, run=run)
-
     def app(self, name: str) -> App:
         """Return the app of that name; raises ConfigError when there is none."""
         apps = {a.name: a for a in self.config.apps}
@@ -7890,7 +7874,7 @@ class RunStatus:
 
 def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentStatus:
     """Return what is live of an app in one of its environments."""
-    task = tools.task(app, environment)
+    task = task_of(tools.config, app, environment)
     operations = tools.deployer.steady
     service = operations.live.read(task) or Service(NO_SERVICE)
     source = service if service.in_order else operations.live.recorded(task, service)
@@ -7921,7 +7905,8 @@ def read_runs(tools: Tools, apps: Sequence[App]) -> list[RunStatus]:
         address = list_address("jobs", namespace, f"{LABEL_MANAGED}={MANAGER}")
         for page in tools.doors.kubectl.pages(address, namespace):
             for job in map(Job, page["items"]):
-                jobs.setdefault(job.run.id, {})[job.stage] = job
+                if job.stage in JOB_STAGES:
+                    jobs.setdefault(job.run.id, {})[job.stage] = job
     runs: list[RunStatus] = []
     for app in apps:
         state = tools.deployer.state.read(app)
@@ -8039,7 +8024,7 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
     if environment not in names:
         wrong = f"{app.name} is not deployed to {environment!r}, only to: {', '.join(names)}"
         raise ConfigError([wrong])
-    task = tools.task(app, environment)
+    task = task_of(tools.config, app, environment)
     service = tools.deployer.steady.live.read(task) or Service(NO_SERVICE)
     to = args.to
     if isinstance(to, str):
@@ -8164,23 +8149,6 @@ def plan(tools: Tools, args: argparse.Namespace) -> int:
     return 0 if answers.complete else 1
 
 
-@dataclass(frozen=True, slots=True)
-class Right:
-    """A verb on a resource, which is written group/resource/subresource, in a namespace."""
-
-    namespace: str
-    resource: str
-    verb: str
-
-    def review(self) -> Object:
-        """Return the object by which the API server says whether the caller has this right."""
-        group, resource, subresource = f"{self.resource}/".split("/")[:3]
-        asked = {"group": group, "resource": resource, "subresource": subresource}
-        asked |= {"namespace": self.namespace, "verb": self.verb}
-        kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
-        return {**kind, "spec": {"resourceAttributes": asked}}
-
-
 @dataclass(slots=True)
 class Plan:
     """What a push of one run would do now; nothing is changed in the cluster."""
@@ -8200,7 +8168,8 @@ class Plan:
         for name in self.app.deploy.environments:
             # by tag, since it has no digest before it is built
             image = f"{self.app.build.image}:{self.run.commit[:8]}"
-            task = replace(self.tools.task(self.app, name), run=self.run, image=image)
+            task = task_of(self.tools.config, self.app, name, self.run)
+            task = replace(task, image=image)
             self.print_one(f"{name}, live", self.live_version, task)
             self.print_one(f"{name}, next", self.next_version, task, checkout)
 
@@ -8223,27 +8192,28 @@ class Plan:
 
     def missing_rights(self) -> str:
         """Return what the daemon must be able to do, by its Roles, and the caller may not."""
-        rights = self.needed_rights()
-        reviews = [right.review() for right in rights]
+        reviews = self.access_reviews()
         stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": reviews})
         args = ("create", "-f", "-", "-o", 'jsonpath={.status.allowed}{"\\n"}', "--validate=false")
         answers = self.tools.doors.kubectl.run(*args, stdin=stdin).split()
         missing: dict[str, list[str]] = {}
-        for right, allowed in zip(rights, answers, strict=True):
+        for review, allowed in zip(reviews, answers, strict=True):
             if allowed != "true":
-                where = f"{right.resource.strip('/')} in {right.namespace}"
-                missing.setdefault(where, []).append(right.verb)
+                right = review["spec"]["resourceAttributes"]
+                parts = filter(None, (right["group"], right["resource"], right["subresource"]))
+                where = f"{'/'.join(parts)} in {right['namespace']}"
+                missing.setdefault(where, []).append(right["verb"])
         texts = [f"{', '.join(verbs)} {where}" for where, verbs in missing.items()]
         return "; ".join(texts) or "all there"
 
-    def needed_rights(self) -> list[Right]:
-        """Return what the daemon's Roles grant it for this app."""
+    def access_reviews(self) -> list[Object]:
+        """Return by what to ask the API server for all that the daemon's Roles grant it here."""
         namespaces = self.tools.config.namespaces
         tables = {ORCHESTRATION: STATE_RIGHTS}
         tables |= {namespaces[stage]: JOB_RIGHTS for stage in JOB_STAGES}
         tables |= {namespaces[name]: APP_RIGHTS for name in self.app.deploy.environments}
         return [
-            Right(namespace, resource, verb)
+            access_review(namespace, resource, verb)
             for namespace, rights in tables.items()
             for resource, verbs in rights.items()
             for verb in verbs.split()
@@ -8316,6 +8286,15 @@ class Plan:
         return "".join(f"\n  {line}" for line in lines)
 
 
+def access_review(namespace: str, path: str, verb: str) -> Object:
+    """Return by what to ask for a verb on a resource, whose path is group/resource/subresource."""
+    group, resource, subresource = f"{path}/".split("/")[:3]
+    right = {"group": group, "resource": resource, "subresource": subresource}
+    right |= {"namespace": namespace, "verb": verb}
+    kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+    return {**kind, "spec": {"resourceAttributes": right}}
+
+
 def spec_lines(deployment: Object) -> list[str]:
     """Return a Deployment's spec as lines of YAML; that a drain has restarted it is no change."""
     spec = deployment["spec"]
@@ -8364,10 +8343,8 @@ def completed(text: str, ids: Iterable[str]) -> str:
     """
     matches = sorted({each for each in ids if each.startswith(text)})
     if len(matches) > 1 and text not in matches:
-        some = ", ".join(matches[:5])
-        raise ConfigError(
-            [f"{text} is ambiguous: {len(matches)} ids begin with it, such as {some}"]
-        )
+        some = f"{len(matches)} ids begin with it, such as {', '.join(matches[:5])}"
+        raise ConfigError([f"{text} is ambiguous: {some}"])
     return text if text in matches else "".join(matches)
 
 

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 import gitops_hook as hook
+from tests.idle_controller import CONFIG
 from tests.standin.kubectl import Kubectl
 from tests.standin.resources import RESOURCES
 from tests.world import (
@@ -312,6 +314,22 @@ def test_status_shows_the_last_of_the_environments_that_a_run_has_claimed() -> N
     assert run.as_claimed(places) == replace(run, stage="production", state="baking")
     ended = replace(run, state="ended")
     assert ended.as_claimed(places) == ended
+
+
+def test_status_leaves_out_a_job_of_ours_that_is_of_no_stage() -> None:
+    (app,) = hook.load_config(CONFIG).apps
+    run = hook.Run(id="shop-1", app="shop", ref="refs/heads/main", commit=COMMIT)
+    stray = hook.test_job(hook.load_config(CONFIG), app, run)
+    stray["metadata"] |= {"resourceVersion": "1", "uid": "u"}
+    stray["metadata"]["labels"][hook.LABEL_STAGE] = "release"
+    kubectl = SimpleNamespace(pages=lambda *_: [{"items": [stray]}])
+    state = SimpleNamespace(read=lambda _: hook.AppState({}, {}, {}, "", {}))
+    tools: Any = SimpleNamespace(
+        config=hook.load_config(CONFIG),
+        doors=SimpleNamespace(kubectl=kubectl),
+        deployer=SimpleNamespace(state=state),
+    )
+    assert hook.read_runs(tools, [app]) == []
 
 
 def test_status_shows_what_is_live_and_what_was_before(story: Story) -> None:

@@ -194,7 +194,7 @@ def test_a_step_that_failed_is_taken_again_after_a_second_and_not_ten(apps: Flee
     run = again.go("v0")
     assert apps.ended(run)["outcome"] == "deployed"
     assert apps.cluster.faults.met(fault)
-    (failed,) = apps.said("a worker will try again", run=run)
+    (failed,) = apps.said("deployment step failed, will be tried again", run=run)
     claimed = apps.said("claimed", run=run)[0]
     assert stamp(claimed) - stamp(failed) < 7
 
@@ -301,7 +301,10 @@ def test_a_git_server_that_is_away_before_the_switch_is_waited_for(apps: Fleet) 
     run = git.go("v2")
     with apps.held("patch", "services", name="git-preview"):
         git.repository.bare.rename(away)
-    eventually(lambda: apps.said("a worker will try again", run=run), what="it waits for git")
+    eventually(
+        lambda: apps.said("deployment step failed, will be tried again", run=run),
+        what="it waits for git",
+    )
     assert (git.answer()["version"], apps.said("switched", run=run)) == ("v1", [])
     away.rename(git.repository.bare)
     assert apps.ended(run)["outcome"] == "deployed"

@@ -132,7 +132,7 @@ def test_that_there_can_be_no_more_threads_is_an_error_like_others(
 
 def start_worker(controller: Any, step: Callable[[], None], run: hook.Run | None = None) -> None:
     run = run or a_run(OLD)
-    task = controller.context.task(run, "staging")
+    task = hook.task_of(controller.context.config, shop(controller), "staging", run)
     controller.workers.start("worker", task, step, run.received)
 
 
@@ -224,10 +224,10 @@ def test_a_refusal_ends_a_deployment_unless_it_is_nobody_s_fault_or_ours(
     def deploy(task: hook.Task) -> None:
         raise hook.KubectlError(["kubectl", "create"], 1, FORBIDDEN + message)
 
-    monkeypatch.setattr(controller.workers.deployer, "deploy", deploy)
+    monkeypatch.setattr(controller.context.deployer, "deploy", deploy)
     service = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {}}
     controller.context.kubectl.objects["service", "shop"] = service
-    task = controller.context.task(a_run(NEW), "staging")
+    task = hook.task_of(controller.context.config, shop(controller), "staging", a_run(NEW))
     if reason is None:
         with pytest.raises(hook.KubectlError):
             controller.workers.deploy(task, {})
@@ -550,7 +550,7 @@ def test_a_run_that_waits_for_git_shows_what_git_said_last(
     add_job(controller, a_run(NEW))
     controller.supervisor.retry = hook.Retry(hook.Clock(), (0.1,))
     monkeypatch.setattr(controller.informers, "annotate", annotate)
-    monkeypatch.setattr(controller.catch_up.git, "heads", fail)
+    monkeypatch.setattr(controller.context.doors.git, "heads", fail)
     controller.runs.reconcile()
     read = partial(controller.catch_up.read_heads, shop(controller))
     wanted = controller.catch_up.wanted["shop"]

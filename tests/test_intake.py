@@ -46,7 +46,7 @@ def controller(tmp_path: Path) -> Any:
 
 def catch_up(controller: Any, heads: dict[str, str]) -> None:
     """Let the heads be read, and compared with what was last recorded."""
-    controller.catch_up.git.heads = lambda url: heads
+    controller.context.doors.git.heads = lambda url: heads
     controller.catch_up._due["shop"] = 0.0
     controller.catch_up.read_heads(shop(controller))
 
@@ -458,7 +458,7 @@ def test_a_push_that_comes_while_git_is_asked_is_not_undone(
             controller.intake.admit_all()
         return {MAIN: OLD}
 
-    monkeypatch.setattr(controller.catch_up.git, "heads", heads)
+    monkeypatch.setattr(controller.context.doors.git, "heads", heads)
     controller.catch_up.read_heads(shop(controller))
     controller.intake.admit_all()
     assert stored(controller) == []
@@ -565,3 +565,25 @@ def test_the_services_of_environments_that_no_app_uses_are_not_followed(tmp_path
         "staging": "s",
         "production": "p",
     }
+
+
+def test_a_service_of_an_app_that_is_not_deployed_there_is_not_followed(tmp_path: Path) -> None:
+    only_staging = "deploy: {environments: [staging]}, build: {builder: none}}"
+    settings = TWO_APPS.rstrip().removesuffix("build: {builder: none}}") + only_staging
+    informers = idle_controller(tmp_path, settings).informers.services
+    manifest = live_service({"run": "blog-1", "live": True})
+    manifest["metadata"]["name"] = "blog"
+    for informer in informers.values():
+        informer._take("ADDED", manifest)
+    assert [name for name, informer in informers.items() if informer.items()] == ["staging"]
+
+
+def test_a_job_of_ours_that_is_of_no_stage_is_no_part_of_its_run(controller: Any) -> None:
+    run = a_run(NEW)
+    add_job(controller, run)
+    context = controller.context
+    stray = a_manifest(controller, run, name="stray")
+    stray["metadata"]["labels"][hook.LABEL_STAGE] = "release"
+    context.kubectl.objects["job", "stray"] = stray
+    (jobs,) = hook.jobs_of(context.kubectl, context.config, [run.id]).values()
+    assert [job.stage for job in jobs] == ["test"]
