@@ -59,7 +59,7 @@ ours = [o.get("data") or {} for o in maps if o["metadata"]["name"] == gitops_hoo
 try:
     gitops_hook.load_config("".join(data.get("config.yaml", "") for data in ours))
 except gitops_hook.ConfigError as wrong:
-    sys.exit("\n".join(gitops_hook.without(wrong.faults, ())))
+    sys.exit("\n".join(gitops_hook.mask_value(wrong.faults, ())))
 endef
 
 # What is applied is the overlay with three values set: the image of the daemon, the same image in

@@ -92,7 +92,7 @@ class Receiver:
             metrics=self.metrics,
             clock=SimpleNamespace(now=lambda: self.now),
             spooled=threading.Event(),
-            pulses=SimpleNamespace(late=lambda: self.late),
+            heartbeats=SimpleNamespace(late=lambda: self.late),
         )
         self.config = settings or config()
         self.directory, self.secrets = folder / "spool", folder / "secrets"
@@ -136,10 +136,10 @@ class Receiver:
     def post(self, delivery: Delivery, **environ: Any) -> Reply:
         headers = lower(delivery.headers)
         kind = headers.pop("content-type", "")
-        given = {f"HTTP_{name.upper().replace('-', '_')}": v for name, v in headers.items()}
-        given |= {"CONTENT_TYPE": kind, "CONTENT_LENGTH": str(len(delivery.body))}
+        fields = {f"HTTP_{name.upper().replace('-', '_')}": v for name, v in headers.items()}
+        fields |= {"CONTENT_TYPE": kind, "CONTENT_LENGTH": str(len(delivery.body))}
         body = io.BytesIO(delivery.body)
-        return self.request("POST", "/webhook", **{**given, "wsgi.input": body, **environ})
+        return self.request("POST", "/webhook", **{**fields, "wsgi.input": body, **environ})
 
     def stored(self) -> list[hook.Run]:
         return [run for _, run in self.spool.read()]

@@ -71,12 +71,11 @@ def pushes(data: bytes) -> None:
 def urls(data: bytes) -> None:
     """Any text is an address or none; the address of an address is the same."""
     text = data.decode("utf-8", "surrogateescape")
-    found = hook.normalise_url(text)
-    if found and found[0]:
-        host, path = found
-        assert "/" not in host
-        assert path
-        assert path == path.strip("/")
+    address = hook.normalise_url(text)
+    if address and address.host:
+        assert "/" not in address.host
+        assert address.path
+        assert address.path == address.path.strip("/")
 
 
 def spooled(data: bytes) -> None:
@@ -144,9 +143,9 @@ def addresses() -> st.SearchStrategy[bytes]:
 
 
 def records() -> st.SearchStrategy[bytes]:
-    known = json.loads(record(RUN))
+    values = json.loads(record(RUN))
     changes = st.dictionaries(st.sampled_from([*NAMES, "more"]), SCALARS, max_size=3)
-    changed = changes.map(lambda more: json.dumps(known | more).encode())
+    changed = changes.map(lambda more: json.dumps(values | more).encode())
     nested = st.integers(1, 100_000).map(lambda n: b"[" * n)
     return changed | damaged([record(RUN)]) | nested | st.binary(max_size=30)
 
@@ -169,7 +168,8 @@ TARGETS = {
 
 def with_hypothesis(target: Target, seconds: float) -> int:
     """Make inputs until the time is over; return how many."""
-    until, made = time.monotonic() + seconds, 0
+    until = time.monotonic() + seconds
+    inputs = 0
 
     @settings(
         max_examples=500,
@@ -180,13 +180,13 @@ def with_hypothesis(target: Target, seconds: float) -> int:
     )
     @given(target.inputs)
     def once(data: bytes) -> None:
-        nonlocal made
-        made += 1
+        nonlocal inputs
+        inputs += 1
         target.run(data)
 
     while time.monotonic() < until:
         once()
-    return made
+    return inputs
 
 
 def with_atheris(name: str, seconds: float) -> int:
@@ -204,8 +204,8 @@ def with_atheris(name: str, seconds: float) -> int:
         limits = [f"-max_total_time={int(seconds)}", "-verbosity=0", "-rss_limit_mb=1024"]
         argv = [sys.executable, "-c", script, corpus, *limits, f"-artifact_prefix={corpus}/found-"]
         status = subprocess.run(argv, check=False, timeout=seconds + 60).returncode
-        for found in Path(corpus).glob("found-*"):
-            print(f"{name}: {found.read_bytes()!r}")
+        for finding in Path(corpus).glob("found-*"):
+            print(f"{name}: {finding.read_bytes()!r}")
     return status
 
 
@@ -229,8 +229,8 @@ def main(argv: list[str]) -> int:
                 return 1 if status > 0 else 2
             print(f"{name}: nothing found in {share:.0f} s by atheris")
         else:
-            made = with_hypothesis(TARGETS[name], share)
-            print(f"{name}: nothing found in {made} inputs by hypothesis")
+            inputs = with_hypothesis(TARGETS[name], share)
+            print(f"{name}: nothing found in {inputs} inputs by hypothesis")
     return 0
 
 

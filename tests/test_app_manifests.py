@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +24,8 @@ from gitops_hook import (
     App,
     AppObjects,
     ConfigError,
+    Manifest,
+    Placement,
     Reason,
     Release,
     Run,
@@ -29,7 +33,7 @@ from gitops_hook import (
     check_objects,
     load_config,
     parse_documents,
-    parse_objects,
+    parse_manifests,
     ports_like,
     read_manifests,
     render,
@@ -88,7 +92,7 @@ def write(root: Path, **files: str | bytes) -> Path:
 
 
 def read(root: Path, **files: str | bytes) -> list[Object]:
-    return [item for _, item in read_manifests(write(root, **files), "deploy")]
+    return [manifest.content for manifest in read_manifests(write(root, **files), "deploy")]
 
 
 def fault(call: Callable[[], Any]) -> tuple[Reason, str]:
@@ -118,12 +122,12 @@ def objects(text: str = ALL) -> list[Object]:
 
 def check(items: list[Object], **app: Any) -> AppObjects:
     text = json.dumps({"kind": "List", "items": items})
-    return check_objects(app_of(**app), "production", parse_objects(text, "deploy/app.json"))[0]
+    return check_objects(app_of(**app), "production", parse_manifests(text, "deploy/app.json"))
 
 
 def released(items: list[Object] | None = None, live: int = 0, **app: Any) -> Release:
-    found = check(objects() if items is None else items, **app)
-    return render(app_of(**app), RUN, BUILT, ("green", live), found)
+    checked = check(objects() if items is None else items, **app)
+    return render(app_of(**app), RUN, BUILT, Placement("green", live), checked)
 
 
 def changed(where: str, value: Any) -> list[Object]:
@@ -150,8 +154,11 @@ def pod(release: Release) -> Object:
 
 
 def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
-    found = read_manifests(write(tmp_path, **{"b.yml": SERVICE, "a.yaml": DEPLOYMENT}), "deploy")
-    assert [s for s, _ in found] == ["deploy/a.yaml: Deployment web", "deploy/b.yml: Service shop"]
+    folder = write(tmp_path, **{"b.yml": SERVICE, "a.yaml": DEPLOYMENT})
+    assert [manifest.where for manifest in read_manifests(folder, "deploy")] == [
+        "deploy/a.yaml: Deployment web",
+        "deploy/b.yml: Service shop",
+    ]
 
 
 def test_only_plain_manifests_are_read(tmp_path: Path) -> None:
@@ -230,15 +237,15 @@ def test_json_is_read_as_json_tabs_and_all(tmp_path: Path) -> None:
     ],
 )
 def test_a_value_is_what_kubectl_makes_of_it(written: str, means: Any) -> None:
-    (found,) = parse_documents(f"kind: X\nvalue: {written}\n", "x.yaml")
-    assert found["value"] == means
-    assert type(found["value"]) is type(means)
+    (document,) = parse_documents(f"kind: X\nvalue: {written}\n", "x.yaml")
+    assert document["value"] == means
+    assert type(document["value"]) is type(means)
 
 
 def test_what_anchors_share_can_be_changed_apart() -> None:
-    (found,) = parse_documents("a: &a {x: 1}\nb: *a\n", "x.yaml")
-    found["a"]["x"] = 2
-    assert found["b"] == {"x": 1}
+    (document,) = parse_documents("a: &a {x: 1}\nb: *a\n", "x.yaml")
+    document["a"]["x"] = 2
+    assert document["b"] == {"x": 1}
 
 
 BOMB = "\n".join(
@@ -269,23 +276,23 @@ ITEMS = ", ".join(f"k{i}: 1" for i in range(10_000))
         (f"kind: X\na: {'9' * 5000}\n", ""),
         ("? [a, b]\n: 1\n", "found unhashable key in line 1"),
         ("kind: X\na: &a [*a]\n", "Circular reference"),
-        (BOMB, "expands to too much"),
+        (BOMB, "It expands to too much"),
         (f"kind: X\na: [{'x,' * 100_000}]", "more than 50000 keys and values"),
-        (f"a: &a {'x' * 60_000}\nb: [{'*a, ' * 1000}*a]\n", "expands to too much"),
+        (f"a: &a {'x' * 60_000}\nb: [{'*a, ' * 1000}*a]\n", "It expands to too much"),
         ("[" * 100_000, ""),
         ("- " * 50_000, ""),
         ("{a: " * 500 + "1" + "}" * 500, ""),
-        ("just text", "a document is not a mapping"),
-        ("../elsewhere.yaml", "a document is not a mapping (links are not"),
-        ("[1, 2]", "a document is not a mapping"),
-        ("metadata: {name: x}", "not a Kubernetes object"),
-        ("kind: [List]", "not a Kubernetes object"),
-        ("items: []", "not a Kubernetes object"),
-        ("kind: List\nitems: [{metadata: {}}]", "not a Kubernetes object"),
-        ("kind: List\nitems: [5, text]", "not a Kubernetes object"),
+        ("just text", "A document is not a mapping"),
+        ("../elsewhere.yaml", "A document is not a mapping. Links are not"),
+        ("[1, 2]", "A document is not a mapping"),
+        ("metadata: {name: x}", "It is not a Kubernetes object"),
+        ("kind: [List]", "It is not a Kubernetes object"),
+        ("items: []", "It is not a Kubernetes object"),
+        ("kind: List\nitems: [{metadata: {}}]", "It is not a Kubernetes object"),
+        ("kind: List\nitems: [5, text]", "It is not a Kubernetes object"),
         ("kind: X\n\x00", ""),
-        (b"kind: \xff\xfe", "not UTF-8"),
-        (b"kind: X\na: " + b"x" * 2_100_000, "more than 2 MiB together; take out"),
+        (b"kind: \xff\xfe", "It is not UTF-8"),
+        (b"kind: X\na: " + b"x" * 2_100_000, "more than 2 MiB together. Shorten them."),
         (f"kind: X\na: {'1:' * 200_000}1\n", "a number of 400001 characters in line 2"),
         (f"kind: X\na: !!float {'1:' * 200_000}1\n", "a number of 400001 characters"),
         (MERGES, "more than 50000 keys and values"),
@@ -345,15 +352,15 @@ def test_the_bound_of_what_is_read_is_for_all_files_together(tmp_path: Path) -> 
     comments = {f"c{i}.yaml": "# comment\n" * 70_000 for i in range(3)}
     assert len(read(tmp_path, **{"app.yaml": ALL, **dict([*comments.items()][:2])})) == 3
     reason, detail = fault(lambda: read(tmp_path, **comments))
-    told = "the manifests that are read have more than 2 MiB together; take out what is not needed"
-    assert (reason, detail) == (Reason.MANIFEST_INVALID, f"deploy/c2.yaml: {told}")
+    said = "The manifests have more than 2 MiB together. Shorten them."
+    assert (reason, detail) == (Reason.MANIFEST_INVALID, f"deploy/c2.yaml: {said}")
 
 
 def test_the_bound_of_what_anchors_copy_is_for_all_files_together(tmp_path: Path) -> None:
     text = f"kind: X\nmetadata: {{name: x}}\na: &a {'x' * 4000}\nb: [{'*a, ' * 90}*a]\n"
     assert len(read(tmp_path / "few", **{f"{i}.yaml": text for i in range(5)})) == 5
     said = refusal(lambda: read(tmp_path / "many", **{f"{i}.yaml": text for i in range(40)}))
-    assert (said or "").endswith("expands to too much; its anchors multiply")
+    assert (said or "").endswith("It expands to too much, since its anchors multiply.")
 
 
 READ = """
@@ -369,7 +376,7 @@ def test_150_files_of_comments_are_refused_in_little_memory(tmp_path: Path) -> N
     comments = b"# comment\n" * 209_000
     write(tmp_path, **{f"deploy/c{i}.yaml": comments for i in range(150)})
     said, peak = peak_of(READ, str(tmp_path))
-    assert said.startswith("ManifestInvalid: deploy/c1.yaml: the manifests that are read have more")
+    assert said.startswith("ManifestInvalid: deploy/c1.yaml: The manifests have more than 2 MiB")
     assert peak < 150
 
 
@@ -404,7 +411,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     reason, detail = fault(lambda: read_manifests(tmp_path, "deploy"))
     assert (reason, detail) == (
         Reason.MANIFEST_INVALID,
-        "there is no folder 'deploy' in the commit",
+        "The commit has no folder 'deploy'. Add it, or correct deploy.manifests.",
     )
 
 
@@ -418,8 +425,8 @@ def test_links_are_not_followed(tmp_path: Path, link: str) -> None:
 
 
 def test_a_long_text_in_any_script_is_no_bomb() -> None:
-    (found,) = parse_documents(f"a: {'字' * 200_000}\n", "x.yaml")
-    assert found["a"] == "字" * 200_000
+    (document,) = parse_documents(f"a: {'字' * 200_000}\n", "x.yaml")
+    assert document["a"] == "字" * 200_000
 
 
 def test_a_configmap_of_300_kilobytes_is_read_in_time(tmp_path: Path) -> None:
@@ -427,9 +434,9 @@ def test_a_configmap_of_300_kilobytes_is_read_in_time(tmp_path: Path) -> None:
     text = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: large}}\ndata:\n  file: |\n{lines}"
     began = time.process_time()
     with at_full_speed():
-        (found,) = read(tmp_path, **{"large.yaml": text})
+        (item,) = read(tmp_path, **{"large.yaml": text})
     assert time.process_time() - began < 10
-    assert len(found["data"]["file"]) > 300_000
+    assert len(item["data"]["file"]) > 300_000
 
 
 # === Kustomizations ===
@@ -442,9 +449,21 @@ def _kubectl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
+def test_a_kustomization_is_built_by_a_kubectl_beside_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "kubectl").symlink_to(find_kubectl())
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    files = {"kustomization.yaml": "resources: [app.yaml]", "app.yaml": CONFIGMAP}
+    (item,) = read(tmp_path, **files)
+    assert item["data"] == {"GREETING": "hello"}
+
+
 @pytest.mark.usefixtures("_kubectl")
 def test_a_kustomization_is_built_with_all_its_parts(tmp_path: Path) -> None:
-    found = read(
+    items = read(
         tmp_path,
         **{
             "kustomization.yaml": """
@@ -475,7 +494,7 @@ resources: [more.yaml]
             "parts/extra/more.yaml": CONFIGMAP,
         },
     )
-    kinds = {(o["kind"], o["metadata"]["name"].rsplit("-", 1)[0]): o for o in found}
+    kinds = {(o["kind"], o["metadata"]["name"].rsplit("-", 1)[0]): o for o in items}
     assert kinds["Deployment", "my"]["spec"]["replicas"] == 5
     assert kinds["Service", "my"]["spec"]["ports"][0]["port"] == 81
     assert kinds["ConfigMap", "my-generated"]["data"]["URL"] == "https://api.example.com"
@@ -562,8 +581,8 @@ def test_kustomize_reads_what_was_checked_and_not_what_its_own_yaml_makes_of_it(
     outside = {"kustomization.yaml": "resources: [o.yaml]", "o.yaml": CONFIGMAP}
     for name, content in outside.items():
         write(tmp_path, **{f"outside/{name}": content})
-    made = read(tmp_path / "root", **{"kustomization.yaml": text, "app.yaml": DEPLOYMENT})
-    assert [item["kind"] for item in made] == ["Deployment"]
+    items = read(tmp_path / "root", **{"kustomization.yaml": text, "app.yaml": DEPLOYMENT})
+    assert [item["kind"] for item in items] == ["Deployment"]
 
 
 def test_a_remote_base_of_a_base_is_refused(tmp_path: Path) -> None:
@@ -582,10 +601,13 @@ def test_a_remote_base_of_a_base_is_refused(tmp_path: Path) -> None:
     [
         ("resources: [app.yaml]\nnonsense: 1", "kustomize: "),
         ("resources: [app.yaml]\n\tx: 1", "deploy/kustomization.yaml: "),
-        ("[app.yaml]", "deploy/kustomization.yaml: a document is not a mapping"),
+        ("[app.yaml]", "deploy/kustomization.yaml: A document is not a mapping"),
         ("resources: {a: 1}", "kustomize: "),
-        ("", "deploy/kustomization.yaml: one document is needed"),
-        ("resources: []\n---\nresources: []", "deploy/kustomization.yaml: one document is needed"),
+        ("", "deploy/kustomization.yaml: It must be one document."),
+        (
+            "resources: []\n---\nresources: []",
+            "deploy/kustomization.yaml: It must be one document.",
+        ),
     ],
     ids=["unknown", "tab", "list", "odd-type", "empty", "two"],
 )
@@ -617,7 +639,7 @@ def test_a_kustomization_that_takes_too_much_memory_is_refused(
 ) -> None:
     write(tmp_path, **{"kustomization.yaml": text, "file": file})
     said, peak = peak_of(READ, str(tmp_path))
-    assert said.startswith("ManifestInvalid: kustomize: it takes more than 160 MiB of memory")
+    assert said.startswith("ManifestInvalid: kustomize: It takes more than 160 MiB of memory.")
     assert peak < 260
 
 
@@ -629,7 +651,7 @@ def test_what_a_kustomization_makes_is_bounded(tmp_path: Path) -> None:
     )
     assert (reason, detail) == (
         Reason.MANIFEST_INVALID,
-        "kustomize: more than 2048 KiB of output",
+        "kustomize: it printed more than 2048 KiB",
     )
 
 
@@ -660,7 +682,7 @@ def test_bases_that_multiply_are_refused_before_they_are_built(tmp_path: Path) -
 
 def test_a_kustomization_that_includes_itself_is_refused(tmp_path: Path) -> None:
     reason, detail = fault(lambda: read(tmp_path, **{"kustomization.yaml": "resources: [.]"}))
-    assert (reason, "includes itself" in detail) == (Reason.MANIFEST_REFUSED, True)
+    assert (reason, "It includes itself" in detail) == (Reason.MANIFEST_REFUSED, True)
 
 
 @pytest.mark.usefixtures("_kubectl")
@@ -673,8 +695,8 @@ generatorOptions: {labels: {envs: all}, disableNameSuffixHash: true}
 metadata: {name: x, annotations: {path: "https://wiki.example.com/x"}}
 resources: [app.yaml]
 """
-    (found,) = read(tmp_path, **{"kustomization.yaml": text, "app.yaml": CONFIGMAP})
-    assert found["metadata"]["labels"] == {"env": "prod", "files": "any"}
+    (item,) = read(tmp_path, **{"kustomization.yaml": text, "app.yaml": CONFIGMAP})
+    assert item["metadata"]["labels"] == {"env": "prod", "files": "any"}
 
 
 def test_kustomize_gets_no_home_no_git_and_no_way_out(
@@ -694,10 +716,11 @@ def test_kustomize_gets_no_home_no_git_and_no_way_out(
     assert "SECRET" not in seen
 
 
-def test_a_missing_kubectl_is_a_fault_of_the_surroundings(
+def test_a_missing_kubectl_is_a_configuration_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(ConfigError, match="kubectl cannot be started"):
         read(tmp_path, **{"kustomization.yaml": "resources: []"})
 
@@ -705,16 +728,17 @@ def test_a_missing_kubectl_is_a_fault_of_the_surroundings(
 # === What is accepted ===
 
 
-def test_the_objects_of_an_app_are_told_apart() -> None:
-    names = {kind: list(items) for kind, items in check(objects()).items()}
-    assert names == {"Deployment": ["web"], "Service": ["shop"], "ConfigMap": ["settings"]}
+def test_the_objects_of_an_app_are_sorted_by_kind() -> None:
+    deployment, service, configmap = objects()
+    assert check(objects()) == AppObjects(deployment, service, {"settings": configmap}, [])
 
 
 def test_ignored_kinds_are_reported_whatever_they_hold() -> None:
     odd = {"kind": "Ingress", "metadata": {"name": "web"}, "spec": 5}
-    found = parse_objects(json.dumps({"kind": "List", "items": [*objects(), odd]}), "app.json")
+    text = json.dumps({"kind": "List", "items": [*objects(), odd]})
     app = app_of(deploy={"ignore_kinds": ["Ingress"]})
-    assert check_objects(app, "production", found)[1] == ["app.json: Ingress web"]
+    checked = check_objects(app, "production", parse_manifests(text, "app.json"))
+    assert checked.ignored == ["app.json: Ingress web"]
 
 
 def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
@@ -733,7 +757,7 @@ def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
                     "metadata": {"name": "x"},
                 },
             ],
-            "Ingress x of networking.k8s.io/v1 is not deployed; apply it, list its kind in",
+            "Ingress x of networking.k8s.io/v1 is not deployed. Apply it by hand, and list its",
         ),
         (
             [*objects(), {"kind": "Secret", "apiVersion": "v1", "metadata": {"name": "x"}}],
@@ -760,25 +784,28 @@ def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
         ),
         (
             changed("Deployment.metadata.namespace", "kube-system"),
-            "names a namespace that is not 'production'",
+            "metadata.namespace is not 'production'. Remove it.",
         ),
         (
             changed("ConfigMap.metadata.namespace", "default"),
-            "names a namespace that is not 'production'",
+            "metadata.namespace is not 'production'. Remove it.",
         ),
-        (changed(f"{POD}.serviceAccountName", "admin"), "Deployment names a service account"),
-        (changed(f"{POD}.serviceAccount", "admin"), "Deployment names a service account"),
-        (changed("Service.spec.type", "ExternalName"), "is an ExternalName"),
+        (changed(f"{POD}.serviceAccountName", "admin"), "The Deployment names a service account"),
+        (changed(f"{POD}.serviceAccount", "admin"), "The Deployment names a service account"),
+        (
+            changed("Service.spec.type", "ExternalName"),
+            "Service shop is an ExternalName, which selects no pods. Change its type.",
+        ),
         (
             changed("Service.metadata.name", "web"),
-            "one Deployment and one Service 'shop'; Deployments: web; Services: web",
+            "one Deployment and one Service 'shop', but there are Deployments: web; Services: web.",
         ),
-        (objects(SERVICE), "one Service 'shop'; Deployments: none; Services: shop"),
-        (objects(DEPLOYMENT), "Deployments: web; Services: none"),
-        ([], "Deployments: none; Services: none"),
+        (objects(SERVICE), "one Service 'shop', but there are Deployments: none; Services: shop."),
+        (objects(DEPLOYMENT), "Deployments: web; Services: none."),
+        ([], "Deployments: none; Services: none."),
         (
             objects(f"{ALL}---{DEPLOYMENT.replace('name: web,', 'name: second,')}"),
-            "Deployments: web, second; Services: shop",
+            "Deployments: web, second; Services: shop.",
         ),
     ],
     ids=[
@@ -828,18 +855,18 @@ def alone(**more: Any) -> Object:
 @pytest.mark.parametrize(
     ("where", "value", "said"),
     [
-        ("Service.spec.externalIPs", ["10.0.0.1"], "spec.externalIPs takes traffic for"),
+        ("Service.spec.externalIPs", ["10.0.0.1"], "spec.externalIPs takes traffic of"),
         ("Service.spec.externalName", "example.com", "spec.externalName leads to another host"),
-        ("Service.spec.publishNotReadyAddresses", True, "pods that are not ready; leave it out"),
-        (f"{POD}.nodeName", "node-1", "spec.nodeName goes past the scheduler; use nodeSelector"),
-        (f"{POD}.priorityClassName", "system-node-critical", "evict those of others; leave it out"),
-        (f"{POD}.priority", 2_000_000_000, "evict those of others; leave it out"),
-        (f"{POD}.hostNetwork", True, "spec.hostNetwork shares the node's; leave it out"),
-        (f"{POD}.hostPID", True, "spec.hostPID shares the node's; leave it out"),
-        (f"{POD}.hostIPC", True, "spec.hostIPC shares the node's; leave it out"),
-        (f"{POD}.affinity", alone(namespaceSelector={}), "keeps nodes from pods of other"),
-        (f"{POD}.affinity", alone(namespaces=["test"]), "keeps nodes from pods of other"),
-        (f"{WEB}.ports.0.hostPort", 8080, "ports.hostPort takes a port of the node; reach"),
+        ("Service.spec.publishNotReadyAddresses", True, "pods that are not ready. Remove it."),
+        (f"{POD}.nodeName", "node-1", "spec.nodeName bypasses the scheduler. Use nodeSelector"),
+        (f"{POD}.priorityClassName", "system-node-critical", "evict those of other apps. Remove"),
+        (f"{POD}.priority", 2_000_000_000, "evict those of other apps. Remove it."),
+        (f"{POD}.hostNetwork", True, "spec.hostNetwork shares the network of the node. Remove it."),
+        (f"{POD}.hostPID", True, "spec.hostPID shares the processes of the node. Remove it."),
+        (f"{POD}.hostIPC", True, "spec.hostIPC shares the memory of the node's processes."),
+        (f"{POD}.affinity", alone(namespaceSelector={}), "keeps pods of other namespaces away"),
+        (f"{POD}.affinity", alone(namespaces=["test"]), "keeps pods of other namespaces away"),
+        (f"{WEB}.ports.0.hostPort", 8080, "ports.hostPort takes a port of the node. Remove it"),
         (f"{POD}.initContainers", [{**INIT, **HOST_PORT}], "ports.hostPort takes a port"),
         (f"{POD}.initContainers", [{**CAR, **HOST_PORT}], "ports.hostPort takes a port"),
         (f"{WEB}.securityContext", {"privileged": True}, "securityContext.privileged gives root"),
@@ -849,12 +876,12 @@ def alone(**more: Any) -> Object:
             {"windowsOptions": {"hostProcess": True}},
             "windowsOptions.hostProcess gives root",
         ),
-        (f"{WEB}.readinessProbe", AWAY, "httpGet.host lets the node ask another host"),
-        (f"{WEB}.lifecycle", {"postStart": AWAY}, "httpGet.host lets the node ask another host"),
+        (f"{WEB}.readinessProbe", AWAY, "httpGet.host makes the node ask another host"),
+        (f"{WEB}.lifecycle", {"postStart": AWAY}, "httpGet.host makes the node ask another host"),
         (
             f"{POD}.initContainers",
             [{**CAR, "startupProbe": {"tcpSocket": {"host": "10.0.0.1", "port": 22}}}],
-            "tcpSocket.host lets the node ask another host",
+            "tcpSocket.host makes the node ask another host",
         ),
         (f"{POD}.volumes", [TOKEN_VOLUME], "sources.serviceAccountToken gives the pod credentials"),
         (
@@ -865,30 +892,30 @@ def alone(**more: Any) -> Object:
         (f"{POD}.volumes", [{"name": "h", "hostPath": {"path": "/"}}], "volumes.hostPath reaches"),
         (f"{POD}.volumes", [{"name": "h", "gitRepo": {"repository": "x"}}], "volumes.gitRepo"),
         (f"{POD}.volumes", [{"name": "h", "nfs": {"server": "x", "path": "/"}}], "volumes.nfs"),
-        *((f"{kind}.metadata.ownerReferences", OWNER, "metadata.ownerReferences is for the cluster")
+        *((f"{kind}.metadata.ownerReferences", OWNER, "metadata.ownerReferences is set by the")
           for kind in ("Deployment", "Service", "ConfigMap")),
-        *((f"{kind}.metadata.finalizers", ["example.com/x"], "metadata.finalizers is for the")
+        *((f"{kind}.metadata.finalizers", ["example.com/x"], "metadata.finalizers is set by the")
           for kind in ("Deployment", "Service", "ConfigMap")),
-        *((f"Service.metadata.{field}", "x", f"metadata.{field} is for the cluster to set")
+        *((f"Service.metadata.{field}", "x", f"metadata.{field} is set by the cluster")
           for field in ("generateName", "uid", "resourceVersion", "selfLink", "managedFields",
                         "creationTimestamp", "generation", "deletionTimestamp", "anything")),
-        (f"{TEMPLATE}.ownerReferences", OWNER, "metadata.ownerReferences is for the cluster"),
-        (f"{TEMPLATE}.finalizers", ["example.com/x"], "metadata.finalizers is for the cluster"),
-        (f"{TEMPLATE}.namespace", "kube-system", "names a namespace that is not 'production'"),
-        ("Deployment.status", {"replicas": 3}, "Deployment.status is what a tool or the cluster"),
-        ("Service.status", {"loadBalancer": {"x": 1}}, "Service.status is what a tool or the"),
-        ("Service.spce", {"type": "x"}, "Service.spce is what a tool or the cluster"),
-        ("ConfigMap.stringData", {"a": "b"}, "ConfigMap.stringData is what a tool or the cluster"),
-        (f"{TEMPLATE}.labels", {"gitops-hook/app": "b"}, "labels.gitops-hook/app is this program"),
-        ("Service.metadata.labels", {"gitops-hook/app": "b"}, "gitops-hook/app is this program's"),
-        ("ConfigMap.metadata.labels", {"gitops-hook/stage": "log"}, "gitops-hook/stage is this"),
-        ("Service.metadata.annotations", {"gitops-hook/history": "[]"}, "hook/history is this"),
-        (f"{TEMPLATE}.annotations", {"gitops-hook/x": "y"}, "annotations.gitops-hook/x is this"),
-        ("Service.metadata.annotations", {LAST: "{}"}, "configuration is what a tool"),
+        (f"{TEMPLATE}.ownerReferences", OWNER, "metadata.ownerReferences is set by the cluster"),
+        (f"{TEMPLATE}.finalizers", ["example.com/x"], "metadata.finalizers is set by the cluster"),
+        (f"{TEMPLATE}.namespace", "kube-system", "metadata.namespace is not 'production'. Remove"),
+        ("Deployment.status", {"replicas": 3}, "Deployment.status is written by a tool or by the"),
+        ("Service.status", {"loadBalancer": {"x": 1}}, "Service.status is written by a tool or"),
+        ("Service.spce", {"type": "x"}, "Service.spce is written by a tool or by the cluster"),
+        ("ConfigMap.stringData", {"a": "b"}, "ConfigMap.stringData is written by a tool or by the"),
+        (f"{TEMPLATE}.labels", {"gitops-hook/app": "b"}, "labels.gitops-hook/app is reserved for"),
+        ("Service.metadata.labels", {"gitops-hook/app": "b"}, "gitops-hook/app is reserved for"),
+        ("ConfigMap.metadata.labels", {"gitops-hook/stage": "log"}, "hook/stage is reserved for"),
+        ("Service.metadata.annotations", {"gitops-hook/history": "[]"}, "hook/history is reserved"),
+        (f"{TEMPLATE}.annotations", {"gitops-hook/x": "y"}, "annotations.gitops-hook/x is"),
+        ("Service.metadata.annotations", {LAST: "{}"}, "configuration is written by a tool"),
         (
             "Deployment.metadata.annotations",
             {"deployment.kubernetes.io/revision": "7"},
-            "revision is what a tool or the cluster",
+            "revision is written by a tool or by the cluster",
         ),
     ],
 )  # fmt: skip
@@ -901,7 +928,7 @@ def test_what_could_harm_others_is_refused_with_what_to_do(
     assert reason is Reason.MANIFEST_REFUSED
     assert detail.startswith(f"deploy/app.json: {kind} {name.get(kind, 'settings')}: ")
     assert said in detail
-    assert "; " in detail, "it says what to do"
+    assert re.search(r"\S\. (Remove|Use|Write|Mount) .*\w\.$", detail), "it says what to do"
 
 
 @pytest.mark.parametrize(
@@ -925,7 +952,7 @@ def test_what_concerns_the_app_alone_is_applied_as_it_is(field: str, value: Any)
     assert pod(released(changed(f"{POD}.{field}", value)))[field] == value
 
 
-def test_all_refusals_of_a_folder_are_told_at_once() -> None:
+def test_all_refusals_of_a_folder_are_reported_at_once() -> None:
     items = changed(f"{POD}.hostNetwork", True)
     items[0]["spec"]["template"]["spec"]["nodeName"] = "node-1"
     items[1]["spec"]["externalIPs"] = ["10.0.0.1"]
@@ -935,10 +962,10 @@ def test_all_refusals_of_a_folder_are_told_at_once() -> None:
         assert said in detail
 
 
-def test_of_very_many_refusals_the_first_are_told_and_the_rest_is_counted() -> None:
+def test_the_first_of_very_many_refusals_are_listed_and_the_rest_is_counted() -> None:
     labels = {f"gitops-hook/x{i}": "y" for i in range(5000)}
     detail = fault(lambda: released(changed("Service.metadata.labels", labels)))[1]
-    assert detail.endswith("; and 4990 more")
+    assert detail.endswith(". Remove it. 4990 more are not listed.")
     assert len(detail) < 2000
 
 
@@ -947,7 +974,7 @@ def test_a_name_that_is_there_twice_is_refused(name: str) -> None:
     twice = [*objects(), *(o for o in objects() if o["metadata"]["name"] == name)]
     reason, detail = fault(lambda: check(twice))
     assert reason is Reason.MANIFEST_INVALID
-    assert detail.endswith(f"{name} is there twice")
+    assert detail.endswith(f"{name} occurs twice. Remove one of the two.")
 
 
 ODD = [5, 1.5, "text", True, [], [5], ["a"], {}, {"a": 5}, [{}], [[]], {"name": 5}, [{"name": []}]]
@@ -1005,19 +1032,23 @@ def test_a_field_of_the_wrong_type_ends_the_run_or_is_left_to_the_api_server(whe
 @pytest.mark.parametrize(
     ("where", "odd", "said"),
     [
-        ("Deployment.metadata", "x", "deploy/app.json: not a Kubernetes object"),
-        ("Deployment.metadata", {}, "deploy/app.json: not a Kubernetes object"),
-        ("Deployment.spec", {}, "the Deployment or the Service is not formed well, near"),
+        ("Deployment.metadata", "x", "deploy/app.json: It is not a Kubernetes object"),
+        ("Deployment.metadata", {}, "deploy/app.json: It is not a Kubernetes object"),
+        ("Deployment.spec", {}, "The Deployment or the Service is not well formed, near"),
         ("Deployment.spec.replicas", "3", "near TypeError("),
         (f"{POD}.containers", ["web"], "near TypeError("),
-        (WEB, {"name": "x"}, "near KeyError('image'); `kubectl apply --dry-run=server` on them"),
-        (f"{WEB}.image", 7, "near 7; `kubectl apply --dry-run=server` on them"),
+        (WEB, {"name": "x"}, "near KeyError('image'). `kubectl apply --dry-run=server` on them"),
+        (f"{WEB}.image", 7, "near 7. `kubectl apply --dry-run=server` on them"),
         (f"{WEB}.lifecycle", 7, "near TypeError("),
         (f"{WEB}.ports", ["text"], "near 'text'"),
         ("Service.spec", {}, "near KeyError('ports')"),
-        ("Service.spec.ports", [], "Service shop needs ports"),
+        ("Service.spec.ports", [], "Service shop must have ports"),
         ("Service.spec.ports", [{"name": "x"}], "near KeyError('port')"),
-        ("ConfigMap.data", {"PORT": 80}, "ConfigMap settings: PORT is not a text: quote it"),
+        (
+            "ConfigMap.data",
+            {"PORT": 80},
+            "ConfigMap settings: PORT is not a text. Put it in quotes.",
+        ),
         ("ConfigMap.data", yaml.safe_load("at: 12:30:45"), "ConfigMap settings: at is not a text"),
         ("ConfigMap.data", {"TEXT": "\ud800"}, "near UnicodeEncodeError"),
     ],
@@ -1036,14 +1067,18 @@ def test_nulls_say_nothing() -> None:
     ]
     for place in places:
         assert released(changed(place, None)).deployment["spec"]["replicas"] >= 1
-    (made,) = released(changed("ConfigMap.data.EMPTY", None)).configmaps
-    assert made["data"] == {"GREETING": "hello", "EMPTY": None}  # an empty text, as kubectl has it
+    (configmap,) = released(changed("ConfigMap.data.EMPTY", None)).configmaps
+    assert configmap["data"] == {
+        "GREETING": "hello",
+        "EMPTY": None,
+    }  # an empty text, as kubectl has it
 
 
 @pytest.mark.parametrize("replicas", [1001, 2**31 - 1, int("9" * 400)])
 def test_more_pods_than_a_cluster_is_for_are_refused(replicas: int) -> None:
     reason, detail = fault(lambda: released(changed("Deployment.spec.replicas", replicas)))
-    assert (reason, detail) == (Reason.MANIFEST_REFUSED, f"{replicas} replicas: 1000 are possible")
+    said = f"{replicas} replicas are too many. At most 1000 are possible."
+    assert (reason, detail) == (Reason.MANIFEST_REFUSED, said)
 
 
 @pytest.mark.parametrize("image", ["@" * 10**6 + "\nx", ":" * 10**6 + "\n", "/:@" * 10**6])
@@ -1070,33 +1105,33 @@ def test_nesting_of_any_depth_ends_in_a_release_or_a_refusal() -> None:
     for depth in (150, 250, 300, 450, 700):
         text = json.dumps(objects()[0]).replace('"dev"', "{}")
         deep = text[:-1] + ', "x": ' + '{"a":' * depth + "1" + "}" * depth + "}"
-        found = [("deploy/x.json", o) for o in objects()[1:]]
+        manifests = [Manifest("deploy/x.json", item) for item in objects()[1:]]
         with suppress(StageError):
-            found += parse_objects(deep, "deploy/x.json")
-            kept, _ = check_objects(app_of(), "production", found)
-            render(app_of(), RUN, BUILT, ("green", 0), kept)
+            manifests += parse_manifests(deep, "deploy/x.json")
+            checked = check_objects(app_of(), "production", manifests)
+            render(app_of(), RUN, BUILT, Placement("green", 0), checked)
 
 
 # === Rendering: the Deployment ===
 
 
 def test_the_deployment_is_coloured_and_keeps_what_the_app_says() -> None:
-    made = released().deployment
+    deployment = released().deployment
     ours = {
         "app.kubernetes.io/managed-by": "gitops-hook",
         "gitops-hook/app": "shop",
         "gitops-hook/run": RUN.id,
         "version": "green",
     }
-    assert made["metadata"] == {
+    assert deployment["metadata"] == {
         "name": "shop-green",
         "labels": {"app": "shop", "env": "prod", **ours},
         "annotations": {"owner": "us", "gitops-hook/commit": RUN.commit},
     }
-    assert made["spec"]["selector"] == {
+    assert deployment["spec"]["selector"] == {
         "matchLabels": {"gitops-hook/app": "shop", "version": "green"}
     }
-    template = made["spec"]["template"]["metadata"]
+    template = deployment["spec"]["template"]["metadata"]
     assert template == {
         "labels": {"app": "shop", "env": "prod", **ours},
         "annotations": {"scrape": "yes"},
@@ -1106,21 +1141,21 @@ def test_the_deployment_is_coloured_and_keeps_what_the_app_says() -> None:
 def test_what_is_rendered_is_valid_by_the_schema() -> None:
     release = released(changed(f"{WEB}.envFrom", [{"configMapRef": {"name": "settings"}}]))
     version = kubernetes_validate.latest_version()
-    made = (
+    rendered = (
         release.deployment,
         *release.configmaps,
         release.configmap("shop"),
         release.service,
     )
-    for thing in made:
+    for thing in rendered:
         kubernetes_validate.validate(thing, version, strict=True)
 
 
-def test_rendering_changes_nothing_that_it_was_given() -> None:
-    found = check(objects())
-    before = copy.deepcopy(found)
-    render(app_of(), RUN, BUILT, ("green", 0), found)
-    assert found == before
+def test_rendering_does_not_change_the_objects_of_the_app() -> None:
+    checked = check(objects())
+    before = copy.deepcopy(checked)
+    render(app_of(), RUN, BUILT, Placement("green", 0), checked)
+    assert checked == before
 
 
 def test_the_selector_has_always_the_same_three_keys() -> None:
@@ -1142,9 +1177,9 @@ def test_what_says_nothing_may_stay_as_tools_write_it() -> None:
     items[0]["spec"]["template"]["metadata"] |= {"creationTimestamp": None, "finalizers": []}
     items[1]["spec"] |= {"externalIPs": [], "externalName": "", "publishNotReadyAddresses": False}
     release = released(items)
-    for made in (release.deployment, release.service, *release.configmaps):
-        assert "status" not in made
-        assert set(made["metadata"]) == {"name", "labels", "annotations"}
+    for item in (release.deployment, release.service, *release.configmaps):
+        assert "status" not in item
+        assert set(item["metadata"]) == {"name", "labels", "annotations"}
 
 
 @pytest.mark.parametrize(
@@ -1205,8 +1240,8 @@ def test_the_articles_values_stand_where_the_app_says_nothing(
 ) -> None:
     items = objects()
     items[0]["spec"] |= spec
-    made = released(items).deployment["spec"]
-    assert {k: made[k] for k in expected} == expected
+    spec = released(items).deployment["spec"]
+    assert {k: spec[k] for k in expected} == expected
 
 
 # === Rendering: images ===
@@ -1240,7 +1275,10 @@ def test_the_built_image_takes_its_place_by_digest(image: str) -> None:
 )
 def test_an_image_that_is_not_the_built_one_is_left_and_alone_it_is_refused(image: str) -> None:
     reason, detail = fault(lambda: released(changed(f"{WEB}.image", image)))
-    assert (reason, "nothing to set" in detail) == (Reason.MANIFEST_REFUSED, True)
+    assert (reason, "so the build would not be deployed. Name it" in detail) == (
+        Reason.MANIFEST_REFUSED,
+        True,
+    )
     web = objects()[0]["spec"]["template"]["spec"]["containers"][0]
     side = [{"name": "side", "image": image}, web]
     images = [c["image"] for c in pod(released(changed(f"{POD}.containers", side)))["containers"]]
@@ -1252,8 +1290,8 @@ def test_init_containers_and_side_cars_of_the_app_get_the_built_image_too() -> N
         {"name": "migrate", "image": IMAGE},
         {"name": "proxy", "image": "envoy:1", "restartPolicy": "Always"},
     ]
-    made = pod(released(changed(f"{POD}.initContainers", inits)))["initContainers"]
-    assert [c["image"] for c in made] == [BUILT, "envoy:1"]
+    rendered = pod(released(changed(f"{POD}.initContainers", inits)))["initContainers"]
+    assert [c["image"] for c in rendered] == [BUILT, "envoy:1"]
 
 
 def test_without_a_builder_every_image_must_be_a_digest_already() -> None:
@@ -1273,44 +1311,44 @@ def test_without_a_builder_every_image_must_be_a_digest_already() -> None:
 
 
 def test_configmaps_are_copied_under_the_name_of_their_content() -> None:
-    (made,) = released().configmaps
-    name = made["metadata"]["name"]
+    (configmap,) = released().configmaps
+    name = configmap["metadata"]["name"]
     assert name.startswith("settings-")
     assert len(name) == len("settings-") + 8
-    assert (made["immutable"], made["data"]) == (True, {"GREETING": "hello"})
-    assert made["metadata"]["labels"]["gitops-hook/app"] == "shop"
+    assert (configmap["immutable"], configmap["data"]) == (True, {"GREETING": "hello"})
+    assert configmap["metadata"]["labels"]["gitops-hook/app"] == "shop"
     (same,) = released().configmaps
     (other,) = released(changed("ConfigMap.data.GREETING", "bye")).configmaps
-    assert same == made
+    assert same == configmap
     assert other["metadata"]["name"] != name
 
 
 def test_labels_and_annotations_of_a_configmap_are_on_its_copy_and_in_its_name() -> None:
     (plain,) = released().configmaps
-    (made,) = released(changed("ConfigMap.metadata.labels", {"team": "a"})).configmaps
+    (configmap,) = released(changed("ConfigMap.metadata.labels", {"team": "a"})).configmaps
     (other,) = released(changed("ConfigMap.metadata.annotations", {"docs": "b"})).configmaps
-    assert made["metadata"]["labels"] == {**plain["metadata"]["labels"], "team": "a"}
+    assert configmap["metadata"]["labels"] == {**plain["metadata"]["labels"], "team": "a"}
     assert other["metadata"]["annotations"] == {"docs": "b"}
-    assert len({each["metadata"]["name"] for each in (plain, made, other)}) == 3
+    assert len({each["metadata"]["name"] for each in (plain, configmap, other)}) == 3
 
 
 def test_the_same_content_in_another_order_has_the_same_name() -> None:
     two = {"a": "1", "b": "2"}
-    (made,) = released(changed("ConfigMap.data", two)).configmaps
+    (configmap,) = released(changed("ConfigMap.data", two)).configmaps
     (same,) = released(changed("ConfigMap.data", dict(reversed(two.items())))).configmaps
-    assert same["metadata"]["name"] == made["metadata"]["name"]
+    assert same["metadata"]["name"] == configmap["metadata"]["name"]
 
 
 def test_binary_data_is_copied() -> None:
-    (made,) = released(changed("ConfigMap.binaryData", {"logo": "AAEC"})).configmaps
-    assert made["binaryData"] == {"logo": "AAEC"}
+    (configmap,) = released(changed("ConfigMap.binaryData", {"logo": "AAEC"})).configmaps
+    assert configmap["binaryData"] == {"logo": "AAEC"}
 
 
 def test_a_configmap_of_binary_data_only_is_copied() -> None:
     items = changed("ConfigMap.binaryData", {"logo": "AAEC"})
     del items[2]["data"]
-    (made,) = released(items).configmaps
-    assert (made["data"], made["binaryData"]) == ({}, {"logo": "AAEC"})
+    (configmap,) = released(items).configmaps
+    assert (configmap["data"], configmap["binaryData"]) == ({}, {"logo": "AAEC"})
 
 
 def test_every_reference_to_a_configmap_follows_its_copy() -> None:
@@ -1355,14 +1393,14 @@ def test_every_reference_to_a_configmap_follows_its_copy() -> None:
     for reference in ("configMapKeyRef", "configMapRef", "configMap"):
         old = f'"{reference}": {{"name": "settings"'
         expected = expected.replace(old, old.replace("settings", copied))
-    made = pod(release)
+    rendered = pod(release)
     for each, wanted in zip(
-        [*made["containers"], *made["initContainers"]],
+        [*rendered["containers"], *rendered["initContainers"]],
         [*json.loads(expected)["containers"], *json.loads(expected)["initContainers"]],
         strict=True,
     ):
         assert (each["env"], each["envFrom"]) == (wanted["env"], wanted["envFrom"])
-    assert made["volumes"] == json.loads(expected)["volumes"]
+    assert rendered["volumes"] == json.loads(expected)["volumes"]
     assert expected.count(copied) == 10
 
 
@@ -1389,20 +1427,23 @@ def test_the_container_that_serves_gets_a_readiness_probe(
         | ({"ports": [{"name": n, "containerPort": 8080}]} if n else {})
         for i, n in enumerate(containers)
     ]
-    made = pod(released(items, deploy={"health": {"path": "/up"}}))["containers"]
-    assert [i for i, c in enumerate(made) if "readinessProbe" in c] == [owner]
+    rendered = pod(released(items, deploy={"health": {"path": "/up"}}))["containers"]
+    assert [i for i, c in enumerate(rendered) if "readinessProbe" in c] == [owner]
     target = port.get("targetPort", port["port"])
-    assert made[owner]["readinessProbe"] == {
+    assert rendered[owner]["readinessProbe"] == {
         "httpGet": {"path": "/up", "port": target},
         "initialDelaySeconds": 5,
         "periodSeconds": 5,
     }
-    assert not any("livenessProbe" in c for c in made)
+    assert not any("livenessProbe" in c for c in rendered)
 
 
 def test_a_target_port_that_no_container_names_is_refused() -> None:
     reason, detail = fault(lambda: released(changed("Service.spec.ports.0.targetPort", "web")))
-    assert (reason, "targetPort 'web' is no port" in detail) == (Reason.MANIFEST_INVALID, True)
+    assert (reason, "No container has a port with the targetPort 'web'." in detail) == (
+        Reason.MANIFEST_INVALID,
+        True,
+    )
 
 
 def test_a_side_car_may_be_what_serves() -> None:
@@ -1411,9 +1452,9 @@ def test_a_side_car_may_be_what_serves() -> None:
     items[0]["spec"]["template"]["spec"]["initContainers"] = [proxy]
     assert "targetPort 'web'" in fault(lambda: released(items))[1]  # it ends before it can serve
     proxy["restartPolicy"] = "Always"
-    made = pod(released(items))
-    assert made["initContainers"][0]["readinessProbe"]["httpGet"]["port"] == "web"
-    assert "readinessProbe" not in made["containers"][0]
+    rendered = pod(released(items))
+    assert rendered["initContainers"][0]["readinessProbe"]["httpGet"]["port"] == "web"
+    assert "readinessProbe" not in rendered["containers"][0]
 
 
 def test_a_readiness_probe_of_the_app_is_kept() -> None:
@@ -1464,14 +1505,14 @@ def test_the_live_service_keeps_what_the_app_says_but_its_selector() -> None:
     items[1]["metadata"]["labels"] = {"team": "a"}
     items[1]["spec"] |= {"type": "LoadBalancer", "externalTrafficPolicy": "Local"}
     release = released(items)
-    made = release.service
-    assert made["metadata"]["name"] == "shop"
-    assert made["metadata"]["annotations"] == {"lb.example.com/internal": "yes"}
-    assert made["metadata"]["labels"]["team"] == "a"
-    assert made["metadata"]["labels"]["gitops-hook/app"] == "shop"
-    assert made["metadata"]["labels"]["gitops-hook/stage"] == "live"
-    assert made["spec"]["selector"] == release.selector
-    assert made["spec"]["externalTrafficPolicy"] == "Local"
+    service = release.service
+    assert service["metadata"]["name"] == "shop"
+    assert service["metadata"]["annotations"] == {"lb.example.com/internal": "yes"}
+    assert service["metadata"]["labels"]["team"] == "a"
+    assert service["metadata"]["labels"]["gitops-hook/app"] == "shop"
+    assert service["metadata"]["labels"]["gitops-hook/stage"] == "live"
+    assert service["spec"]["selector"] == release.selector
+    assert service["spec"]["externalTrafficPolicy"] == "Local"
 
 
 @pytest.mark.parametrize(
@@ -1489,8 +1530,8 @@ def test_the_live_service_keeps_what_the_app_says_but_its_selector() -> None:
 )
 def test_whatever_kind_of_service_the_app_has_it_is_created_as_it_says(spec: Object) -> None:
     items = changed("Service.spec", {**objects(SERVICE)[0]["spec"], **spec})
-    made = released(items).service["spec"]
-    assert {k: made[k] for k in spec} == spec
+    rendered = released(items).service["spec"]
+    assert {k: rendered[k] for k in spec} == spec
     version = kubernetes_validate.latest_version()
     kubernetes_validate.validate(released(items).service, version, strict=True)
 
@@ -1498,7 +1539,7 @@ def test_whatever_kind_of_service_the_app_has_it_is_created_as_it_says(spec: Obj
 def test_of_several_ports_each_needs_a_name() -> None:
     ports = [{"name": "http", "port": 80, "targetPort": "http"}, {"port": 9090}]
     reason, detail = fault(lambda: released(changed("Service.spec.ports", ports)))
-    said = "Service shop needs ports, and of several each a name"
+    said = "Service shop must have ports, and several ports must have names."
     assert (reason, detail) == (Reason.MANIFEST_INVALID, said)
 
 
@@ -1566,8 +1607,8 @@ def test_configmaps_of_300_kilobytes_fit_into_a_release() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (os.urandom(900_000).hex(), "ConfigMap settings of "),
-        ("x" * 1_050_000, "ConfigMap settings of "),
+        (os.urandom(900_000).hex(), "ConfigMap settings has "),
+        ("x" * 1_050_000, "ConfigMap settings has "),
         (os.urandom(500_000).hex(), ""),
         ("\u20ac" * 330_000, ""),
     ],
@@ -1586,7 +1627,7 @@ def test_what_fits_into_no_release_is_refused_before_anything_changes() -> None:
     more = copy.deepcopy(items[2])
     more["metadata"]["name"], more["data"] = "more", {"noise": os.urandom(450_000).hex()}
     reason, detail = fault(lambda: released([*items, more]))
-    assert (reason, detail.split(" of ")[0]) == (Reason.MANIFEST_REFUSED, "ConfigMap shop-release")
+    assert (reason, detail.split(" has ")[0]) == (Reason.MANIFEST_REFUSED, "ConfigMap shop-release")
 
 
 @pytest.mark.parametrize(
@@ -1604,4 +1645,4 @@ def test_what_fits_into_no_release_is_refused_before_anything_changes() -> None:
 )
 def test_a_release_that_cannot_be_read_ends_the_run(record: Object) -> None:
     reason, detail = fault(lambda: Release.from_configmap(record))
-    assert (reason, detail) == (Reason.MANIFEST_INVALID, "a release record cannot be read")
+    assert (reason, detail) == (Reason.MANIFEST_INVALID, "The release record cannot be read.")

@@ -151,7 +151,7 @@ def test_values_do_not_change() -> None:
         ("[" * 1000, "configuration: not YAML: maximum recursion depth exceeded"),
     ],
 )
-def test_a_fault_at_the_top_is_told(text: str, fault: str) -> None:
+def test_a_fault_at_the_top_is_reported(text: str, fault: str) -> None:
     assert faults(text)[0].startswith(fault)
 
 
@@ -231,7 +231,7 @@ NO_TARGET = f"{NOT} an image without tag and digest"
         ({"deploy": {"environments": ["test"]}}, "deploy.environments: 'test' is not an environme"),
         (
             {"deploy": {"environments": ["staging", "staging"]}},
-            "deploy.environments: names one of them twice",
+            "deploy.environments: names an environment twice",
         ),
         ({"deploy": {"health": {"path": "ready"}}}, "deploy.health.path: 'ready' is not a path"),
         ({"deploy": {"health": {"path": "/a b"}}}, "deploy.health.path: '/a b' is not a path"),
@@ -248,10 +248,10 @@ NO_TARGET = f"{NOT} an image without tag and digest"
     ],
     ids=str,
 )
-def test_a_fault_of_an_app_is_told_with_its_place(app: Any, fault: str) -> None:
+def test_a_fault_of_an_app_is_reported_with_its_path(app: Any, fault: str) -> None:
     build = {"build": {**IMAGE, **app.get("build", {})}}
-    (found,) = faults(document({**app, **build}))
-    assert found.startswith("apps[0]" + fault.rjust(len(fault) + (fault[0] != ":"), "."))
+    (only_fault,) = faults(document({**app, **build}))
+    assert only_fault.startswith("apps[0]" + fault.rjust(len(fault) + (fault[0] != ":"), "."))
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_a_fault_of_an_app_is_told_with_its_place(app: Any, fault: str) -> None:
     ],
     ids=str,
 )
-def test_what_makes_sense_is_accepted(app: dict[str, Any]) -> None:
+def test_valid_values_are_accepted(app: dict[str, Any]) -> None:
     assert loaded(app)
 
 
@@ -320,7 +320,9 @@ def test_no_two_apps_have_one_name() -> None:
 )
 def test_every_stage_and_environment_has_a_namespace_of_its_own(spaces: dict[str, str]) -> None:
     (fault,) = faults(document(namespaces=spaces))
-    assert fault.startswith("namespaces: needs test, build and others, all different")
+    assert (
+        fault == "namespaces: test, build and each environment need their own, none orchestration"
+    )
 
 
 @pytest.mark.parametrize(
@@ -330,7 +332,7 @@ def test_namespaces_are_dns_labels(spaces: Any) -> None:
     assert faults(document(namespaces=spaces))[0].startswith("namespaces")
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     text = """
 apps:
   - {name: shop, repository: https://h/a, test: {timeout: 15x, tiemout: 1m}, build: {image: r/a:1}}
@@ -360,7 +362,7 @@ colour: blue
     ]
 
 
-def test_a_list_of_right_and_wrong_texts_is_told_element_by_element() -> None:
+def test_each_wrong_element_of_a_list_is_reported() -> None:
     assert faults(document({"deploy": {"environments": [5, "qa"]}})) == [
         "apps[0].deploy.environments[0]: 5 is not a text",
         f"apps[0].deploy.environments: 'qa' is not an environment in namespaces ({SPACES})",
@@ -377,37 +379,41 @@ def test_a_fault_quotes_no_more_than_a_line() -> None:
 
 def paths(section: Any, prefix: str = "") -> list[str]:
     """Where values are in a configuration."""
-    found = []
+    listed = []
     for field in fields(section):
-        value, path = getattr(section, field.name), prefix + field.name
+        value = getattr(section, field.name)
+        path = prefix + field.name
         if is_dataclass(value):
-            found += paths(value, f"{path}.")
+            listed += paths(value, f"{path}.")
         elif field.name == "apps":
-            found += paths(value[0], f"{path}[].")
+            listed += paths(value[0], f"{path}[].")
         else:
-            found.append(path)
-    return found
+            listed.append(path)
+    return listed
 
 
 def test_the_table_lists_every_setting_with_its_default_and_its_meaning() -> None:
-    table = {key: (default, meaning) for key, default, meaning in hook.settings_table()}
-    assert table["apps[].name"][0] == "required"
-    assert table["apps[].deploy.health.path"][0] == "/ready"
-    assert table["apps[].deploy.retain"][0] == "full"
-    assert table["limits.spool_files"][0] == "10000"
-    assert table["catch_up"][0] == "5m"
-    assert all(default and meaning for default, meaning in table.values())
+    table = hook.settings_by_path()
+    assert table["apps[].name"].default == hook.REQUIRED
+    assert table["apps[].deploy.health.path"].default == "/ready"
+    assert table["apps[].deploy.retain"].default == "full"
+    assert table["limits.spool_files"].default == "10000"
+    assert table["catch_up"].default == "5m"
+    assert all(setting.meaning for setting in table.values())
+    required = [path for path, setting in table.items() if setting.default == hook.REQUIRED]
+    assert required == ["apps[].name", "apps[].repository"]
     assert sorted(table) == sorted(paths(loaded()))
 
 
 def test_a_configuration_of_the_defaults_in_the_table_is_the_default() -> None:
     spelled: dict[str, Any] = {}
-    for key, default, _ in hook.settings_table():
-        place, parts = spelled, key.replace("[]", "").split(".")
-        for part in parts[:-1]:
-            place = place.setdefault(part, {})
-        if default != "required":
-            place[parts[-1]] = yaml.safe_load(default)
+    for path, setting in hook.settings_by_path().items():
+        section = spelled
+        *sections, key = path.replace("[]", "").split(".")
+        for name in sections:
+            section = section.setdefault(name, {})
+        if setting.default != hook.REQUIRED:
+            section[key] = yaml.safe_load(setting.default)
     app = spelled.pop("apps")
     app["build"]["image"] = IMAGE["image"]
     assert loaded(app, **spelled) == loaded()
@@ -432,7 +438,7 @@ def test_the_process_has_its_defaults() -> None:
     )
 
 
-def test_the_process_is_told_by_its_environment() -> None:
+def test_the_process_is_configured_by_its_environment() -> None:
     process = hook.Process.from_environ(
         {"GITOPS_HOOK_SPOOL": "/a/b", "GITOPS_HOOK_ADMIN_LISTEN": "[::1]:0"}
     )
@@ -462,7 +468,7 @@ def test_where_to_listen_is_a_host_and_a_port(key: str, wrong: str) -> None:
     assert process_faults(**{f"GITOPS_HOOK_{key}": wrong}) == [fault]
 
 
-def test_all_faults_of_the_environment_are_told_at_once() -> None:
+def test_all_faults_of_the_environment_are_reported_at_once() -> None:
     assert len(process_faults(GITOPS_HOOK_A="", GITOPS_HOOK_B="", GITOPS_HOOK_LISTEN="x")) == 3
 
 
@@ -516,7 +522,8 @@ def test_a_signing_token_that_is_none_is_an_error_that_names_its_line_only(
     write(secrets, TOKENS, f"{TOKEN}\n{token}\n")
     with pytest.raises(hook.ConfigError) as wrong:
         secrets.keys("signature")
-    assert str(wrong.value) == f"secret file {TOKENS}, line 2: not whsec_ and 32 bytes"
+    fault = "is not whsec_ and the base64 of 32 bytes"
+    assert str(wrong.value) == f"secret file {TOKENS}, line 2: {fault}"
 
 
 def test_a_file_that_changes_is_read_again(secrets: hook.Secrets) -> None:

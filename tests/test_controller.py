@@ -48,18 +48,18 @@ def apps(tmp_path_factory: pytest.TempPathFactory, gate: Gate) -> Iterator[Fleet
         "poll": plain,
     }
     directory = tmp_path_factory.mktemp("controller")
-    with fleet(directory, named, limits={"max_running": 1}) as made:
-        yield made
+    with fleet(directory, named, limits={"max_running": 1}) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_running(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let a test that failed half-way not hold the only place for the tests after it."""
+    """Let a test that failed half-way not hold the only slot for the tests after it."""
     yield
     if "apps" in request.fixturenames:
         apps: Fleet = request.getfixturevalue("apps")
-        for name, found in apps.jobs().items():
-            if "gitops-hook/outcome" not in found["metadata"]["annotations"]:
+        for name, manifest in apps.jobs().items():
+            if "gitops-hook/outcome" not in manifest["metadata"]["annotations"]:
                 apps.cluster.store.delete("jobs", "test", name)
 
 
@@ -68,25 +68,28 @@ def job(apps: Fleet, run: str) -> Object:
     return apps.jobs().get(f"test-{run}", {})
 
 
-def released(apps: Fleet, run: str) -> bool:
-    """Whether a run's test Job was released."""
+def unsuspended(apps: Fleet, run: str) -> bool:
+    """Whether a run's test Job was unsuspended."""
     return bool(job(apps, run)) and not job(apps, run)["spec"].get("suspend")
 
 
 # Deciding.
 
 
-def test_waiting_runs_are_released_newest_first_and_one_at_a_time(apps: Fleet, gate: Gate) -> None:
+def test_waiting_runs_are_unsuspended_newest_first_and_one_at_a_time(
+    apps: Fleet, gate: Gate
+) -> None:
     queue = apps["queue"]
     first = queue.go("one", branch="one")
-    eventually(lambda: released(apps, first), what="the first is released")
-    second, third = queue.go("two", branch="two"), queue.go("three", branch="three")
+    eventually(lambda: unsuspended(apps, first), what="the first may run")
+    second = queue.go("two", branch="two")
+    third = queue.go("three", branch="three")
     eventually(lambda: job(apps, second) and job(apps, third), what="both are queued")
-    assert not released(apps, second)
-    assert not released(apps, third)
+    assert not unsuspended(apps, second)
+    assert not unsuspended(apps, third)
     gate.open()
-    eventually(lambda: released(apps, third), what="the newest is released")
-    assert not released(apps, second)
+    eventually(lambda: unsuspended(apps, third), what="the newest may run")
+    assert not unsuspended(apps, second)
     gate.open()
     gate.open()
     assert {apps.ended(run)["outcome"] for run in (first, second, third)} == {"tested"}
@@ -95,7 +98,7 @@ def test_waiting_runs_are_released_newest_first_and_one_at_a_time(apps: Fleet, g
 def test_of_two_quick_pushes_the_older_never_reaches_production(apps: Fleet, gate: Gate) -> None:
     twice = apps["twice"]
     older = twice.go("v1")
-    eventually(lambda: released(apps, older), what="its tests run")
+    eventually(lambda: unsuspended(apps, older), what="its tests run")
     newer = twice.go("v2")
     eventually(lambda: job(apps, newer), what="the newer is queued")
     gate.open()
@@ -106,15 +109,15 @@ def test_of_two_quick_pushes_the_older_never_reaches_production(apps: Fleet, gat
     assert [e["run"] for e in twice.note("history")] == [newer]
 
 
-def test_a_superseded_run_that_waits_is_never_released(apps: Fleet, gate: Gate) -> None:
+def test_a_superseded_run_that_waits_is_never_unsuspended(apps: Fleet, gate: Gate) -> None:
     blocker = apps["queue"].go("blocks", branch="blocks")
-    eventually(lambda: released(apps, blocker), what="the only place is taken")
+    eventually(lambda: unsuspended(apps, blocker), what="the only slot is taken")
     older = apps["older"].go("v1")
     eventually(lambda: job(apps, older), what="it is queued")
     newer = apps["older"].go("v2")
     eventually(lambda: job(apps, newer), what="so is the newer one")
     gate.open()
-    eventually(lambda: released(apps, newer), what="the newer one has its place")
+    eventually(lambda: unsuspended(apps, newer), what="the newer one has its slot")
     gate.open()
     assert apps.ended(newer)["outcome"] == "deployed"
     assert apps.ended(older)["outcome"] == "superseded"
@@ -162,7 +165,7 @@ def set_pods(apps: Fleet, number: str) -> None:
 
 def test_a_job_deleted_by_hand_ends_its_run_as_vanished(apps: Fleet, gate: Gate) -> None:
     run = apps["gated"].go("v0")
-    eventually(lambda: released(apps, run), what="its tests run")
+    eventually(lambda: unsuspended(apps, run), what="its tests run")
     assert apps.kubectl("delete", "job", f"test-{run}", "-n", "test").code == 0
     ended = apps.ended(run)
     assert (ended["outcome"], ended["reason"]) == ("failed", "Vanished")
@@ -173,7 +176,7 @@ def test_a_job_deleted_while_nobody_looks_ends_its_run_as_vanished(apps: Fleet) 
     # the Jobs of what has ended are missed by nobody
     ended = gone.deployed("v2", branch="a-side")["run"]
     run = apps["gated"].go("v1")
-    eventually(lambda: released(apps, run), what="its tests run")
+    eventually(lambda: unsuspended(apps, run), what="its tests run")
     assert apps.stop() == 0
     for name in (run, ended):
         apps.cluster.store.delete("jobs", "test", f"test-{name}")
@@ -234,8 +237,8 @@ def test_a_push_of_what_is_live_changes_nothing(apps: Fleet) -> None:
     again.quiet()
     before = again.service()
     run = again.push(again.repository.git("rev-parse", "HEAD"))
-    told = {"reason": "AlreadyLive", "run": run}
-    eventually(lambda: apps.said("push needs nothing", **told), what="it asks for nothing")
+    expected = {"reason": "AlreadyLive", "run": run}
+    eventually(lambda: apps.said("push needs nothing", **expected), what="it asks for nothing")
     assert (apps.created(f"test-{run}"), again.service()) == (1, before)
 
 
@@ -307,10 +310,10 @@ def test_a_git_server_that_is_away_before_the_switch_is_waited_for(apps: Fleet) 
 def test_what_is_spooled_when_the_daemon_is_told_to_stop_is_in_the_cluster_after_it(
     apps: Fleet,
 ) -> None:
-    known = len(apps.said("intake waits for the cluster"))
+    before = len(apps.said("intake waits for the cluster"))
     apps.cluster.down()
     run = apps["spool"].go("v1")
-    eventually(lambda: len(apps.said("intake waits for the cluster")) > known + 1, what="it waits")
+    eventually(lambda: len(apps.said("intake waits for the cluster")) > before + 1, what="it waits")
     apps.cluster.up()
     assert apps.stop() == 0
     assert job(apps, run)
@@ -329,11 +332,11 @@ def test_a_head_that_nobody_announced_is_found_but_of_a_deploy_branch_only(apps:
     commit = poll.release("v2")
     poll.release("side", branch="side")
     apps.start()
-    found = {"msg": "head moved unannounced", "app": "poll", "commit": commit}
-    line = eventually(lambda: apps.said(found["msg"], app="poll", commit=commit), 20)
-    assert apps.ended(line[0]["run"])["outcome"] == "deployed"
+    message = "head moved unannounced"
+    lines = eventually(lambda: apps.said(message, app="poll", commit=commit), 20)
+    assert apps.ended(lines[0]["run"])["outcome"] == "deployed"
     assert poll.answer()["version"] == "v2"
-    assert not apps.said("head moved unannounced", app="poll", ref="refs/heads/side")
+    assert not apps.said(message, app="poll", ref="refs/heads/side")
 
 
 def test_a_deleted_branch_asks_for_nothing(apps: Fleet) -> None:
@@ -345,9 +348,9 @@ def test_a_deleted_branch_asks_for_nothing(apps: Fleet) -> None:
 
 def recorded(apps: Fleet, app: str) -> dict[str, Object]:
     """Return what is recorded of an app's runs, by ref."""
-    found = apps.cluster.store.find("configmaps", "orchestration", f"gitops-hook-{app}") or {}
-    entries = [json.loads(v) for k, v in (found.get("data") or {}).items() if k.startswith("run-")]
-    return {e["ref"]: e for e in entries}
+    state = apps.cluster.store.find("configmaps", "orchestration", f"gitops-hook-{app}") or {}
+    entries = [json.loads(v) for k, v in (state.get("data") or {}).items() if k.startswith("run-")]
+    return {entry["ref"]: entry for entry in entries}
 
 
 # Crowds: what one app's branches do to another app.
@@ -361,8 +364,8 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     directory = tmp_path_factory.mktemp("crowd")
     apps: dict[str, Object] = {"flood": {"test": "sleep 1"}, "calm": {"bake": "1s"}}
     limits = {"max_running": 2, "queue_timeout": "90s"}
-    with fleet(directory, apps, limits=limits) as made:
-        yield made
+    with fleet(directory, apps, limits=limits) as running:
+        yield running
 
 
 def announce(apps: Fleet, app: str, ref: str, commit: str) -> None:
@@ -402,16 +405,16 @@ def test_200_branches_with_long_names_stop_no_other_app_also_after_a_restart(cro
     crowd["calm"].quiet()
     assert crowd["calm"].deployed("v3", 80)["outcome"] == "deployed"
     eventually(lambda: not list(crowd.spool.glob("*.json")), what="every push is in the cluster")
-    found = crowd.cluster.store.get("configmaps", "orchestration", "gitops-hook-flood")
-    assert len(json.dumps(found["data"], ensure_ascii=False).encode()) < 2**20
+    state = crowd.cluster.store.get("configmaps", "orchestration", "gitops-hook-flood")
+    assert len(json.dumps(state["data"], ensure_ascii=False).encode()) < 2**20
 
 
 def test_a_record_that_cannot_be_read_stops_neither_its_app_nor_another(crowd: Fleet) -> None:
     entries = {"run-x": "[" * 100_000, "rejected-y": "{", "run-z": '{"replicas": "many"}'}
     where = ("configmap", "gitops-hook-calm", "-n", "orchestration")
     crowd.kubectl("create", *where)  # if nothing was recorded so far
-    patch, options = json.dumps({"data": entries}), ("--type=merge", "--patch-file=/dev/stdin")
-    done = crowd.kubectl("patch", *where, *options, stdin=patch)
+    options = ("--type=merge", "--patch-file=/dev/stdin")
+    done = crowd.kubectl("patch", *where, *options, stdin=json.dumps({"data": entries}))
     assert done.code == 0, done
     crowd.kill()
     crowd.start()
@@ -420,8 +423,8 @@ def test_a_record_that_cannot_be_read_stops_neither_its_app_nor_another(crowd: F
     assert "Traceback" not in status.stderr
     crowd["calm"].quiet()
     assert crowd["calm"].deployed("v4", 80)["outcome"] == "deployed"
-    found = crowd.cluster.store.get("configmaps", "orchestration", "gitops-hook-calm")
-    assert not entries.keys() & found["data"].keys()
+    state = crowd.cluster.store.get("configmaps", "orchestration", "gitops-hook-calm")
+    assert not entries.keys() & state["data"].keys()
 
 
 def test_two_branches_whose_short_ids_are_equal_are_both_tested(crowd: Fleet) -> None:
@@ -446,7 +449,8 @@ def test_two_branches_whose_short_ids_are_equal_are_both_tested(crowd: Fleet) ->
 def test_a_branch_that_only_looks_like_the_deployed_one_is_never_deployed(
     apps: Fleet, mark: str
 ) -> None:
-    poll, name = apps["poll"], f"main{mark}x"
+    poll = apps["poll"]
+    name = f"main{mark}x"
     good = poll.release("good")
     evil = poll.release("evil", branch=name)
     answer = apps.deliver(poll.repository.bare, f"refs/heads/{name}", evil)
@@ -455,7 +459,7 @@ def test_a_branch_that_only_looks_like_the_deployed_one_is_never_deployed(
     assert apps.ended(run)["outcome"] == "deployed"
     assert apps.stop() == 0
     apps.start()
-    eventually(lambda: apps.said("branches left out for their names"), 20)
+    eventually(lambda: apps.said("ignored branches with unsupported names"), 20)
     poll.repository.git("checkout", "-q", "main")
     assert poll.deployed("better")["outcome"] == "deployed"
     commits = {j["metadata"]["annotations"]["gitops-hook/commit"] for j in apps.jobs().values()}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,139 +15,197 @@ import pytest
 
 import gitops_hook as hook
 from gitops_hook import Do, Outcome, Reason
+from tests.idle_controller import (
+    MAIN,
+    NEW,
+    OLD,
+    TWO_APPS,
+    a_job,
+    a_manifest,
+    a_run,
+    add_job,
+    delete_job,
+    ends,
+    idle_controller,
+    live_service,
+    recorded,
+    refused,
+    sample,
+    shop,
+    stored,
+    synced,
+)  # fmt: skip
 from tests.world import Object, eventually
 
-OLD, NEW = "a" * 40, "b" * 40
-CONFIG = """
-apps:
-  - {name: shop, repository: https://git.example.com/demo/shop.git, build: {builder: none}}
-"""
-
-
-class Desk(hook.Kubectl):
-    """A cluster that holds ConfigMaps, Jobs and Services, and notes what is asked of it."""
-
-    def __init__(self) -> None:
-        super().__init__(hook.Metrics())
-        self.objects: dict[tuple[str, str], Object] = {}
-        self.filters: list[str] = []
-
-    def get(self, resource: str, name: str, namespace: str) -> Object | None:
-        return self.objects.get((resource, name))
-
-    def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
-        self.filters += filters[1:]
-        kept = [o for o in self.objects.values() if o.get("kind") == "Job"]
-        return [o for o in kept if resource == "jobs" and o["metadata"]["namespace"] == namespace]
-
-    def create_each(
-        self, objects: Sequence[Object], namespace: str
-    ) -> dict[str, hook.KubectlError]:
-        for made in objects:
-            made["metadata"] |= {"resourceVersion": "1", "uid": "u"}
-            self.objects["job", made["metadata"]["name"]] = made
-        return {}
-
-    def patch(self, resource: str, name: str, namespace: str, change: Object) -> Object:
-        if resource == "job" and (resource, name) not in self.objects:
-            raise hook.KubectlError(["kubectl"], 1, "Error from server (NotFound): no such Job")
-        found = self.objects.setdefault((resource, name), {"data": {}})
-        data = found.get("data", {})
-        data.update(change.get("data", {}))
-        for key in [k for k, v in data.items() if v is None]:
-            del data[key]
-        return found
-
-
-class Watched(hook.Controller):
-    """A controller whose looks at the runs are counted."""
-
-    ticks = 0
-
-    def tick(self) -> None:
-        self.ticks += 1
-
-
-def a_controller(
-    directory: Path, kind: type[hook.Controller] = hook.Controller, config: str = CONFIG
-) -> Any:
-    git = SimpleNamespace(heads=lambda url: {})
-    deployer = hook.Deployer(Desk(), git, hook.Secrets(directory), hook.Clock())  # type: ignore[arg-type]
-    spool = hook.Spool(directory / "spool", 100)
-    spool.prepare()
-    return kind(hook.load_config(config), deployer, spool)
+SIDE = "refs/heads/side"
+VANISHED = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
 
 
 @pytest.fixture
 def controller(tmp_path: Path) -> Any:
-    return a_controller(tmp_path)
+    return idle_controller(tmp_path)
 
 
-def a_run(commit: str, ref: str = "refs/heads/main") -> hook.Run:
-    return hook.Run(id=hook.run_id("shop", ref, commit), app="shop", ref=ref, commit=commit)
+def executed(controller: Any, monkeypatch: pytest.MonkeyPatch) -> list[hook.Observation]:
+    """Let steps not be executed; return what they were decided on, as they come."""
+    observations: list[hook.Observation] = []
+
+    def execute(step: hook.Step) -> None:
+        observations.append(step.observed)
+
+    monkeypatch.setattr(controller.runs, "execute", execute)
+    return observations
 
 
-def catch_up(controller: Any, heads: dict[str, str]) -> None:
-    """Let the heads be read, and compared with what was last seen."""
-    controller.deployer.git.heads = lambda url: heads
-    controller.due["shop"] = 0.0
-    controller.read_heads(controller.apps["shop"])
+# Threads
 
 
-def seen(controller: Any) -> dict[str, tuple[str, str | None]]:
-    """The last recorded push of each ref, and how it ended."""
-    state = controller.state.read(controller.apps["shop"])
-    runs = sorted(state.runs.values(), key=lambda record: record.received)
-    return {record.ref: (record.commit, record.outcome or None) for record in runs}
+def test_a_step_that_fails_is_reported_and_taken_again_after_a_pause(
+    controller: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "gitops_hook")
+    controller.supervisor.retry = hook.Retry(hook.Clock())
+    times: list[float] = []
+
+    def step() -> float:
+        times.append(time.monotonic())
+        if len(times) == 1:
+            raise hook.HookError("not yet")
+        return 60.0
+
+    event = threading.Event()
+    controller.supervisor.repeat("intake", "it waits", step, event)
+    eventually(lambda: len(times) == 2)
+    assert times[1] - times[0] > 0.6
+    assert [line.message for line in caplog.records] == ["it waits", "recovered"]
+    event.set()
+    eventually(lambda: len(times) == 3)
+    assert controller.heartbeats.late() == []
+    controller.shut_down(5)
+    event.set()
+    threads = controller.supervisor._threads
+    eventually(lambda: not any(thread.is_alive() for thread in threads.values()))
 
 
-def record(controller: Any, run: hook.Run, outcome: str = "") -> None:
-    """Record a run, under way or ended."""
-    ended = run.received if outcome else 0.0
-    kept = replace(hook.RunRecord.of(run), outcome=str(outcome), ended=ended)
-    controller.state.write(controller.apps["shop"], kept)
+def test_a_thread_that_waits_says_so_now_and_then_and_when_it_has_recovered(
+    controller: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "gitops_hook")
+    controller.supervisor.retry = hook.Retry(hook.Clock(), (0.0,) * 5)
+    event = threading.Event()
+    steps = [0]
+
+    def step() -> float:
+        steps[0] += 1
+        if steps[0] <= 32:
+            raise hook.HookError(str(steps[0]))
+        return 60.0
+
+    controller.supervisor.repeat("intake", "it waits", step, event)
+    eventually(lambda: steps[0] == 33)
+    event.set()
+    eventually(lambda: steps[0] == 34)
+    controller.shut_down(5)
+    event.set()
+    lines: list[Any] = caplog.records
+    reports = [(line.levelname, line.message, line.fields.get("detail")) for line in lines]
+    failures = [("WARNING", "it waits", n) for n in ("1", "2", "3", "4", "5", "11", "21", "31")]
+    assert reports == [*failures, ("INFO", "recovered", None)]
 
 
-def rejected(controller: Any) -> list[str]:
-    """The commits that are recorded as rejected."""
-    return [*controller.state.read(controller.apps["shop"]).rejected]
+def test_that_there_can_be_no_more_threads_is_an_error_like_others(
+    controller: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    synced(controller)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(hook.HookError):
+            start_worker(controller, lambda: None)
+    assert not busy(controller)
 
 
-def ends(outcome: Outcome) -> hook.Action:
-    return hook.Action(Do.END, "test", Reason.OK, "", outcome)
+# Workers
 
 
-# What it did
+def start_worker(controller: Any, step: Callable[[], None], run: hook.Run | None = None) -> None:
+    run = run or a_run(OLD)
+    task = controller.context.task(run, "staging")
+    controller.workers.start("worker", task, step, run.received)
 
 
-def test_what_was_done_is_not_done_again_on_the_same_ground_for_a_while() -> None:
-    now = [0.0]
-    once = hook.Once(SimpleNamespace(monotonic=lambda: now[0]))  # type: ignore[arg-type]
-    assert once.may("run", "ground", 10.0)
-    now[0] = 9.0
-    assert not once.may("run", "ground", 10.0)
-    assert once.may("another", "ground", 10.0)
-    assert once.may("run", "another ground", 10.0)
-    now[0] = 20.0
-    assert once.may("run", "another ground", 10.0)
+def busy(controller: Any, run: hook.Run | None = None) -> frozenset[str]:
+    environments: frozenset[str] = controller.workers.busy(run or a_run(OLD))
+    return environments
 
 
-def test_the_services_of_environments_that_no_app_uses_are_not_watched(tmp_path: Path) -> None:
-    spaces = "namespaces: {test: t, build: b, staging: s, production: p, unused: u}"
-    watches = a_controller(tmp_path, config=CONFIG + spaces).services
-    assert {name: watch.namespace for name, watch in watches.items()} == {
-        "staging": "s",
-        "production": "p",
-    }
+def test_an_environment_has_one_worker_at_a_time_and_is_free_after_it(controller: Any) -> None:
+    go = threading.Event()
+    steps: list[int] = []
+
+    def step() -> None:
+        steps.append(1)
+        go.wait(10)
+
+    start_worker(controller, step)
+    start_worker(controller, step)
+    assert busy(controller) == {"staging"}
+    go.set()
+    eventually(lambda: not busy(controller))
+    assert steps == [1]
+    start_worker(controller, step)
+    eventually(lambda: steps == [1, 1])
 
 
-REFUSED = (
+@pytest.mark.parametrize("wrong", [hook.HookError("lost"), RuntimeError("a bug")])
+def test_a_worker_that_failed_leaves_its_environment_alone_for_a_second_and_no_longer(
+    controller: Any, wrong: Exception
+) -> None:
+    def step() -> None:
+        raise wrong
+
+    start_worker(controller, step)
+    eventually(controller.context.wake.is_set)
+    assert busy(controller) == {"staging"}
+    controller.clock.time += 0.6
+    assert busy(controller) == {"staging"}
+    controller.clock.time += 0.8
+    assert not busy(controller)
+
+
+def test_a_newer_push_does_not_wait_for_the_next_try_of_an_older_one(controller: Any) -> None:
+    old = a_run(OLD, received=1.0)
+    new = a_run(NEW, received=2.0)
+    steps: list[str] = []
+
+    def fail(commit: str) -> None:
+        steps.append(commit)
+        raise hook.HookError("lost")
+
+    def start(run: hook.Run) -> None:
+        controller.context.wake.clear()
+        start_worker(controller, partial(fail, run.commit), run)
+        controller.context.wake.wait(1 if len(steps) < 2 else 0.1)
+
+    start(old)
+    assert busy(controller, old) == {"staging"}
+    assert not busy(controller, new)
+    start(new)
+    assert busy(controller, new) == busy(controller, old) == {"staging"}
+    for run in (old, new):
+        start(run)
+    assert steps == [OLD, NEW]
+
+
+FORBIDDEN = (
     'Error from server (Forbidden): error when creating "STDIN": configmaps "x" is forbidden: '
 )
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("message", "reason"),
     [
         ("exceeded quota: small, requested: count/configmaps=1", "QuotaExceeded"),
         ("violates PodSecurity", "ManifestInvalid"),
@@ -163,281 +219,151 @@ REFUSED = (
     ],
 )
 def test_a_refusal_ends_a_deployment_unless_it_is_nobody_s_fault_or_ours(
-    controller: Any, monkeypatch: pytest.MonkeyPatch, said: str, reason: str | None
+    controller: Any, monkeypatch: pytest.MonkeyPatch, message: str, reason: str | None
 ) -> None:
     def deploy(task: hook.Task) -> None:
-        raise hook.KubectlError(["kubectl", "create"], 1, REFUSED + said)
+        raise hook.KubectlError(["kubectl", "create"], 1, FORBIDDEN + message)
 
-    monkeypatch.setattr(controller.deployer, "deploy", deploy)
-    there = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {}}
-    controller.kubectl.objects["service", "shop"] = there
-    task = controller.task(controller.apps["shop"], "staging", a_run(NEW))
+    monkeypatch.setattr(controller.workers.deployer, "deploy", deploy)
+    service = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {}}
+    controller.context.kubectl.objects["service", "shop"] = service
+    task = controller.context.task(a_run(NEW), "staging")
     if reason is None:
         with pytest.raises(hook.KubectlError):
-            controller.deploy(task, {})
+            controller.workers.deploy(task, {})
     else:
-        controller.deploy(task, {})
-        ended = controller.state.read(controller.apps["shop"]).last("refs/heads/main")
-        assert (ended.outcome, ended.reason) == ("failed", reason)
+        controller.workers.deploy(task, {})
+        last = controller.context.state.read(shop(controller)).last(MAIN)
+        assert (last.outcome, last.reason) == ("failed", reason)
 
 
-# What is recorded
+# What is observed
 
 
-def test_a_newer_push_stays_the_last_seen_when_the_older_run_ends_after_it(controller: Any) -> None:
-    old, new = (replace(a_run(c), received=at) for c, at in ((OLD, 1.0), (NEW, 2.0)))
-    record(controller, old)
-    record(controller, new)
-    controller.finish(new, {}, ends(Outcome.TESTED))
-    controller.finish(old, {}, ends(Outcome.TESTED))
-    assert seen(controller) == {"refs/heads/main": (NEW, "tested")}
-
-
-@pytest.mark.parametrize(
-    ("stage", "reason", "rejects"),
-    [
-        ("production", Reason.CRASH_LOOP, True),
-        ("staging", Reason.MANIFEST_INVALID, True),
-        ("production", Reason.BOTH_SICK, False),
-        ("production", Reason.QUOTA_EXCEEDED, False),
-        ("staging", Reason.UNSCHEDULABLE, False),
-        ("test", Reason.TESTS_FAILED, False),
-    ],
-)
-def test_a_commit_is_rejected_for_what_a_deployment_says_against_it_alone(
-    controller: Any, stage: str, reason: Reason, *, rejects: bool
-) -> None:
-    controller.finish(a_run(NEW), {}, hook.ends(Outcome.FAILED, reason, "", stage))
-    assert rejected(controller) == [NEW] * rejects
-
-
-def test_a_run_under_way_of_which_nothing_is_left_vanished(controller: Any) -> None:
-    record(controller, a_run(OLD))
-    catch_up(controller, {"refs/heads/main": OLD})
-    ended = controller.state.read(controller.apps["shop"]).last("refs/heads/main")
-    assert (ended.outcome, ended.reason) == ("failed", "Vanished")
-    assert controller.spool.read() == []
-    labels = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
-    registry = controller.metrics.registry
-    assert registry.get_sample_value("gitops_hook_runs_total", labels) == 1
-    catch_up(controller, {"refs/heads/main": OLD})
-    assert registry.get_sample_value("gitops_hook_runs_total", labels) == 1
-
-
-def live_service(*entries: Object) -> Object:
-    """A live Service with this history, newest first, which selects the last entry marked live."""
-    told = [{"selector": {hook.LABEL_RUN: e["run"]}, "at": 1.0, **e} for e in entries]
-    (live,) = [e["selector"] for e in told if e.get("live")]
-    notes = {hook.NOTE_HISTORY: json.dumps(told)}
-    meta = {"name": "shop", "resourceVersion": "1", "annotations": notes}
-    return {"metadata": meta, "spec": {"selector": live}}
-
-
-@pytest.mark.parametrize(
-    ("outcome", "asks"),
-    [("rolled-back", False), ("switched-back", False), ("deployed", True), ("", True)],
-)
-def test_a_commit_that_traffic_was_taken_from_stays_rejected_after_a_reinstallation(
-    controller: Any, outcome: str, *, asks: bool
-) -> None:
-    gone = {"run": "shop-new", "commit": NEW, "outcome": outcome}
-    stays = {"run": "shop-old", "commit": OLD, "outcome": "deployed", "live": True}
-    controller.kubectl.objects["service", "shop"] = live_service(gone, stays)
-    assert (seen(controller), rejected(controller)) == ({}, [])
-    catch_up(controller, {"refs/heads/main": NEW})
-    assert stored(controller) == [NEW] * asks
-    assert rejected(controller) == [NEW] * (not asks)
-    controller.spool.store([a_run(NEW)])
-    controller.intake()
-    assert (("job", f"test-{a_run(NEW).id}") in controller.kubectl.objects) is asks
-
-
-@pytest.mark.parametrize("live", [True, False])
-def test_of_a_commit_that_was_deployed_again_after_a_rollback_the_last_time_counts(
-    controller: Any, *, live: bool
-) -> None:
-    again = {"run": "shop-new", "commit": NEW, "outcome": "deployed", "live": live}
-    other = {"run": "shop-old", "commit": OLD, "outcome": "deployed", "live": not live}
-    before = {"run": "shop-new", "commit": NEW, "outcome": "rolled-back", "selector": {"x": "y"}}
-    controller.kubectl.objects["service", "shop"] = live_service(again, other, before)
-    app = controller.apps["shop"]
-    needless = controller.needless(app, controller.state.read(app))
-    assert needless == {NEW if live else OLD: "AlreadyLive"}
-
-
-@pytest.mark.parametrize("left", ["an outcome", "a Job", "a stored push"])
-def test_a_run_of_which_something_is_left_did_not_vanish(controller: Any, left: str) -> None:
-    run = a_run(OLD)
-    ended = str(Outcome.TESTED) if left == "an outcome" else ""
-    record(controller, run, ended)
-    if left == "a Job":
-        job = hook.test_job(controller.config, controller.apps["shop"], run)
-        job["metadata"] |= {"resourceVersion": "1", "uid": "u"}
-        controller.kubectl.objects["job", job["metadata"]["name"]] = job
-    if left == "a stored push":
-        controller.spool.store([run])
-    catch_up(controller, {"refs/heads/main": OLD})
-    assert seen(controller) == {"refs/heads/main": (OLD, ended or None)}
-
-
-def after_a_loss(controller: Any, tmp_path: Path) -> Any:
-    """A new daemon, in the same cluster, of a pod whose spool is gone with it."""
-    (tmp_path / "new").mkdir()
-    new = a_controller(tmp_path / "new")
-    new.kubectl.objects = controller.kubectl.objects
-    catch_up(new, {"refs/heads/main": OLD})
-    return new
-
-
-def test_a_run_that_never_had_a_job_begins_again_when_its_stored_push_is_lost(
-    controller: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(objects: Sequence[Object], namespace: str) -> None:
-        raise hook.KubectlError(["kubectl"], 1, "Error from server (Forbidden): exceeded quota")
-
-    controller.spool.store([a_run(OLD)])
-    with monkeypatch.context() as patched:
-        patched.setattr(controller.kubectl, "create_each", refuse)
-        with pytest.raises(hook.KubectlError):
-            controller.intake()
-    new = after_a_loss(controller, tmp_path)
-    assert [run.id for _, run in new.spool.read()] == [a_run(OLD).id]
-    new.intake()
-    assert ("job", f"test-{a_run(OLD).id}") in new.kubectl.objects
-    assert seen(new) == {"refs/heads/main": (OLD, None)}
-    assert new.spool.read() == []
-
-
-def test_a_run_whose_job_was_deleted_while_nobody_looked_vanished(
-    controller: Any, tmp_path: Path
-) -> None:
-    controller.spool.store([a_run(OLD)])
-    controller.intake()
-    del controller.kubectl.objects["job", f"test-{a_run(OLD).id}"]
-    new = after_a_loss(controller, tmp_path)
-    assert seen(new) == {"refs/heads/main": (OLD, "failed")}
-    assert new.spool.read() == []
-
-
-def test_a_run_that_ends_while_its_job_is_being_created_stays_ended(
+def test_nothing_is_decided_while_an_informer_of_jobs_or_pods_is_not_up_to_date(
     controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def create(objects: Sequence[Object], namespace: str) -> dict[str, hook.KubectlError]:
-        controller.finish(a_run(OLD), {}, ends(Outcome.SUPERSEDED))
-        return {}
+    looks: list[int] = []
 
-    monkeypatch.setattr(controller.kubectl, "create_each", create)
-    controller.spool.store([a_run(OLD)])
-    controller.intake()
-    assert seen(controller) == {"refs/heads/main": (OLD, "superseded")}
+    def look() -> list[hook.Run]:
+        looks.append(1)
+        return []
+
+    monkeypatch.setattr(controller.runs, "reconcile", look)
+    controller.reconcile()
+    assert looks == []
+    synced(controller)
+    controller.informers.pods[1].trouble = "connection refused"
+    controller.reconcile()
+    assert looks == []
+    controller.informers.pods[1].trouble = ""
+    controller.reconcile()
+    assert looks == [1]
 
 
-def test_a_run_that_goes_again_says_that_its_old_job_is_deleted_first(
-    controller: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_an_environment_that_cannot_be_seen_is_left_alone(controller: Any) -> None:
+    add_job(controller, a_run(OLD))
+
+    def busy_environments() -> frozenset[str]:
+        (jobs,) = controller.informers.jobs_by_run().values()
+        environments: frozenset[str] = controller.runs.observe(jobs, [], newer=False).busy
+        return environments
+
+    assert busy_environments() == {"staging", "production"}
+    synced(controller)
+    controller.informers.services["production"].trouble = "connection refused"
+    assert busy_environments() == {"production"}
+
+
+@pytest.mark.parametrize(("uid", "own"), [("this", True), ("before", False)])
+def test_a_pod_left_by_a_deleted_job_of_the_same_name_does_not_count(
+    controller: Any, monkeypatch: pytest.MonkeyPatch, uid: str, *, own: bool
 ) -> None:
-    caplog.set_level("INFO", "gitops_hook")
-    run, desk, now = replace(a_run(NEW), received=2.0), controller.kubectl, [0.0]
-    controller.clock.monotonic = lambda: now[0]
-    name = f"test-{run.id}"
-    old = hook.test_job(controller.config, controller.apps["shop"], a_run(NEW))
-    notes = {hook.NOTE_OUTCOME: "failed", hook.NOTE_ENDED: "1.0"}
-    old["metadata"] |= {"resourceVersion": "1", "uid": "old"}
-    old["metadata"]["annotations"] |= notes
-    made = desk.create_each
+    job = a_manifest(controller, a_run(OLD), uid="this")
+    job["spec"]["suspend"] = False
+    job["status"] = {"startTime": "2020-01-01T00:00:00Z"}
+    labels = {
+        "batch.kubernetes.io/job-name": job["metadata"]["name"],
+        "batch.kubernetes.io/controller-uid": uid,
+        hook.LABEL_RUN: a_run(OLD).id,
+    }
+    state = {"waiting": {"reason": "InvalidImageName"}}
+    pod = {
+        "metadata": {"name": "pod", "resourceVersion": "1", "labels": labels},
+        "spec": {},
+        "status": {"containerStatuses": [{"name": "test-runner", "state": state}]},
+    }
+    logs: list[str] = []
 
-    def create(objects: Sequence[Object], namespace: str) -> dict[str, hook.KubectlError]:
-        if ("job", name) not in desk.objects:
-            return made(objects, namespace)  # type: ignore[no-any-return]
-        text = f'Error from server (AlreadyExists): jobs.batch "{name}" already exists'
-        return {name: hook.KubectlError(["kubectl", "create"], 1, text)}
+    def keep(app: str, run: str, pods: Sequence[hook.Pod], namespace: str) -> None:
+        logs.extend(pod.name for pod in pods)
 
-    def delete(resource: str, names: list[str], namespace: str) -> None:
-        desk.objects[resource, names[0]]["metadata"]["deletionTimestamp"] = "now"
-
-    monkeypatch.setattr(desk, "create_each", create)
-    monkeypatch.setattr(desk, "delete", delete)
-    desk.objects["job", name] = old
-    controller.spool.store([run])
-    for _ in range(2):
-        controller.intake()
-        assert stored(controller) == [NEW]
-        now[0] += 60
-    del desk.objects["job", name]
-    controller.intake()
-    assert [(r.levelname, r.message) for r in caplog.records] == [
-        ("INFO", "an old Job is being deleted"),
-        ("INFO", "an old Job is being deleted"),
-        ("INFO", "run queued"),
-    ]
-    assert stored(controller) == []
-
-
-def a_mirrored_job(controller: Any) -> hook.Watch[hook.Job]:
-    """Let a run of a side branch have its Job, in the cluster and in a mirror; return that."""
-    job = hook.test_job(controller.config, controller.apps["shop"], a_run(OLD, "refs/heads/side"))
-    controller.kubectl.create_each([job], "test")
-    watch: hook.Watch[hook.Job] = controller.jobs[0]
-    watch._take("ADDED", job)
-    return watch
+    monkeypatch.setattr(controller.context.recorder.logs, "keep", keep)
+    controller.context.kubectl.objects["job", job["metadata"]["name"]] = job
+    controller.informers.jobs[0]._take("ADDED", job)
+    controller.informers.pods[0]._take("ADDED", pod)
+    observations = executed(controller, monkeypatch)
+    controller.runs.reconcile()
+    (observed,) = observations
+    assert [p.name for p in observed.pods] == ["pod"] * own
+    assert bool(observed.fatal_problem) is own
+    controller.runs.wait_for_pod(observed.jobs["test"], observed)
+    events = [f for f in controller.context.kubectl.filters if "involvedObject" in f]
+    assert events == ["involvedObject.uid=this,reason=FailedCreate"] * (not own)
+    end = hook.ends(Outcome.FAILED, Reason.VANISHED, "", "test")
+    controller.context.recorder.finish(observed.run, observed.jobs, end)
+    eventually(lambda: logs == ["pod"] * own)
 
 
-def delete(controller: Any, watch: hook.Watch[hook.Job]) -> None:
-    """Delete the only Job; its mirror is told."""
-    (name,) = [j.name for j in watch.items()]
-    watch._take("DELETED", controller.kubectl.objects.pop(("job", name)))
+def test_a_run_that_ended_during_a_look_is_not_begun_again_by_that_look(controller: Any) -> None:
+    job = a_manifest(controller, a_run(OLD))
+    job["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
+    informer = controller.informers.jobs[0]
+    informer._take("ADDED", job)
+    ended = {"gitops-hook/outcome": "superseded", "gitops-hook/ended-at": str(time.time())}
+    meta = {**job["metadata"], "resourceVersion": "2"}
+    meta["annotations"] = {**meta["annotations"], **ended}
+    informer.learn({**job, "metadata": meta})
+    observed = controller.runs.observe({"test": hook.Job(job)}, [], newer=False)
+    assert hook.decide(observed).do is Do.NOTHING
 
 
-def test_a_deleted_job_is_told_again_after_a_failure_and_then_no_more(
+# Jobs that are gone
+
+
+def test_a_deleted_job_is_recorded_again_after_a_failure_and_then_no_more(
     controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = a_mirrored_job(controller)
-    controller.tick()
-    delete(controller, watch)
+    add_job(controller, a_run(OLD, SIDE))
+    controller.runs.reconcile()
+    delete_job(controller)
 
     def lose(resource: str, name: str, namespace: str) -> None:
-        raise hook.KubectlError(["kubectl"], None, "timed out")
+        raise refused("timed out", None)
 
     with monkeypatch.context() as patched:
-        patched.setattr(controller.kubectl, "get", lose)
-        controller.tick()
-    assert seen(controller) == {}
-    labels = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
+        patched.setattr(controller.context.kubectl, "get", lose)
+        controller.runs.reconcile()
+    assert recorded(controller) == {}
     for _ in range(2):
-        controller.tick()
-        assert seen(controller) == {"refs/heads/side": (OLD, "failed")}
-        ended = controller.metrics.registry.get_sample_value("gitops_hook_runs_total", labels)
-        assert ended == 1
+        controller.clock.time += 2.0
+        controller.runs.reconcile()
+        assert recorded(controller) == {SIDE: (OLD, "failed")}
+        assert sample(controller, "runs_total", VANISHED) == 1
 
 
-def test_a_job_that_goes_after_its_run_has_ended_is_not_told_again(controller: Any) -> None:
-    watch = a_mirrored_job(controller)
-    controller.tick()
-    controller.finish(a_run(OLD, "refs/heads/side"), {}, ends(Outcome.TESTED))
-    delete(controller, watch)
-    controller.tick()
-    assert seen(controller) == {"refs/heads/side": (OLD, "tested")}
-    labels = {"app": "shop", "outcome": "failed", "stage": "test", "reason": "Vanished"}
-    assert controller.metrics.registry.get_sample_value("gitops_hook_runs_total", labels) is None
-
-
-def a_seen_job(
-    controller: Any, stage: str, state: str, ended: float | None = None, **meta: Any
-) -> hook.Job:
-    """A Job of a run that was received at second 10, and may have ended."""
-    make = hook.test_job if stage == "test" else hook.build_job
-    found = make(controller.config, controller.apps["shop"], replace(a_run(OLD), received=10.0))
-    found["metadata"] |= {"resourceVersion": "1", "uid": stage, **meta}
-    if ended is not None:
-        told = {hook.NOTE_OUTCOME: "failed", hook.NOTE_ENDED: str(ended)}
-        found["metadata"]["annotations"] |= told
-    found["spec"]["suspend"] = False
-    done = {"succeeded": "Complete", "failed": "Failed"}.get(state)
-    found["status"] = {"conditions": [{"type": done, "status": "True"}] if done else []}
-    return hook.Job(found)
+def test_a_job_that_goes_after_its_run_has_ended_is_not_recorded_again(controller: Any) -> None:
+    add_job(controller, a_run(OLD, SIDE))
+    controller.runs.reconcile()
+    controller.context.recorder.finish(a_run(OLD, SIDE), {}, ends(Outcome.TESTED))
+    delete_job(controller)
+    controller.runs.reconcile()
+    assert recorded(controller) == {SIDE: (OLD, "tested")}
+    assert sample(controller, "runs_total", VANISHED) is None
 
 
 @pytest.mark.parametrize(
-    ("lost", "left", "told"),
+    ("lost", "left", "jobs_of_end"),
     [
         (("test", "active"), None, ["test"]),
         (("test", "succeeded"), None, ["test"]),
@@ -457,577 +383,220 @@ def a_seen_job(
     ],
 )  # fmt: skip
 def test_a_run_vanishes_with_a_job_that_it_still_needs(
-    controller: Any, lost: Any, left: Any, told: list[str] | None
+    controller: Any, lost: Any, left: Any, jobs_of_end: list[str] | None
 ) -> None:
     ended: list[Any] = []
-    controller.finish = lambda run, jobs, why: ended.append(([*jobs], why.stage, why.reason))
-    there = {left[0]: a_seen_job(controller, *left)} if left else {}
-    controller.vanished(a_seen_job(controller, *lost), there)
-    assert ended == ([] if told is None else [(told, lost[0], Reason.VANISHED)])
+    controller.context.recorder.finish = lambda run, jobs, end: ended.append(
+        ([*jobs], end.stage, end.reason)
+    )
+    jobs = {left[0]: a_job(controller, *left)} if left else {}
+    controller.runs.end_vanished(a_job(controller, *lost), jobs)
+    expected = [] if jobs_of_end is None else [(jobs_of_end, lost[0], Reason.VANISHED)]
+    assert ended == expected
 
 
-@pytest.mark.parametrize(
-    ("jobs", "dealt", "deleted", "opened"),
-    [
-        ([], False, [], []),
-        ([("test", "active")], True, [], []),
-        ([("test", "failed", 20.0)], False, ["test"], []),
-        ([("test", "failed", 40.0)], True, [], []),
-        ([("test", "succeeded", 20.0), ("build", "failed", 40.0)], True, [], []),
-        ([("test", "succeeded"), ("build", "failed", 20.0)], True, ["build"], ["test"]),
-        ([("test", "failed"), ("build", "succeeded", 20.0)], False, ["test", "build"], []),
-        ([("test", "succeeded"), ("build", "succeeded", 20.0)], True, [], ["build", "test"]),
-    ],
-    ids=[
-        "gone", "under way", "red tests", "ended since the push", "its build ended since",
-        "a red build", "tests made anew", "a deployment that failed",
-    ],
-)  # fmt: skip
-def test_a_run_that_is_pushed_again_goes_on_where_it_failed(
-    controller: Any, jobs: Any, dealt: bool, deleted: list[str], opened: list[str]
-) -> None:
-    gone, patched = list[str](), list[str]()
-
-    def delete(resource: str, names: Sequence[str], namespace: str) -> None:
-        gone.extend(name.partition("-")[0] for name in names)
-
-    def patch(resource: str, name: str, namespace: str, change: Object) -> None:
-        patched.append(name.partition("-")[0])
-        notes = change["metadata"]["annotations"]
-        assert {notes[k] for k in (hook.NOTE_OUTCOME, hook.NOTE_ENDED)} == {None}
-        assert {notes[k] for k in (hook.NOTE_REASON, hook.NOTE_DETAIL)} == {None}
-        assert (notes[hook.NOTE_RECEIVED], notes[hook.NOTE_DELIVERY]) == ("30.000", "again")
-        assert change["spec"] == {"ttlSecondsAfterFinished": None}
-
-    kubectl: Any = SimpleNamespace(delete=delete, patch=patch)
-    run = replace(a_run(OLD), received=30.0, delivery="again")
-    found = [a_seen_job(controller, *each) for each in jobs]
-    assert hook.reopen(kubectl, run, found) is dealt
-    assert (gone, patched) == (deleted, opened)
-
-
-def test_a_job_that_is_being_deleted_is_waited_for(controller: Any) -> None:
-    leaving = a_seen_job(controller, "build", "failed", 20.0, deletionTimestamp="")
-    jobs, kubectl = [a_seen_job(controller, "test", "succeeded"), leaving], SimpleNamespace()
-    assert not hook.reopen(kubectl, replace(a_run(OLD), received=30.0), jobs)  # type: ignore[arg-type]
-
-
-def test_a_push_whose_run_is_under_way_needs_nothing_more(controller: Any) -> None:
-    refusal = hook.KubectlError(["kubectl"], 1, "Error from server (AlreadyExists): it is there")
-    assert controller.settle(a_run(OLD), refusal, [a_seen_job(controller, "test", "active")])
-    assert seen(controller) == {}
-
-
-@pytest.mark.parametrize(
-    ("said", "dealt", "outcome"),
-    [
-        ("", True, None),
-        ('The Job "test-x" is invalid: spec: no', True, "failed"),
-        ('admission webhook "policy" denied the request: no', True, "failed"),
-        ("Error from server (BadRequest): no", True, "failed"),
-        ("Error from server (Forbidden): exceeded quota", False, None),
-        ("Error from server (AlreadyExists): and was gone the moment after", False, None),
-        ("connection refused", False, None),
-    ],
-    ids=["created", "invalid", "denied", "bad", "forbidden", "gone-since", "unreachable"],
-)
-def test_a_push_whose_job_is_refused_for_good_has_failed_and_any_other_waits(
-    controller: Any, said: str, dealt: bool, outcome: str | None
-) -> None:
-    refusal = hook.KubectlError(["kubectl"], 1, said) if said else None
-    assert controller.settle(a_run(NEW), refusal, None) is dealt
-    assert seen(controller) == ({"refs/heads/main": (NEW, outcome)} if outcome else {})
-
-
-def test_one_vanished_job_that_cannot_be_written_down_holds_back_no_other_run(
+def test_one_vanished_job_that_cannot_be_recorded_holds_back_no_other_run(
     controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch, acted = a_mirrored_job(controller), []
-    controller.tick()
-    delete(controller, watch)
-    other = hook.test_job(controller.config, controller.apps["shop"], a_run(NEW, "refs/heads/x"))
-    controller.kubectl.create_each([other], "test")
-    watch._take("ADDED", other)
+    add_job(controller, a_run(OLD, SIDE))
+    controller.runs.reconcile()
+    delete_job(controller)
+    add_job(controller, a_run(NEW, "refs/heads/x"))
 
     def refuse(app: hook.App, *records: Any, **more: Any) -> None:
-        raise hook.KubectlError(["kubectl"], 1, "Error from server (Forbidden): no")
+        raise refused("Error from server (Forbidden): no")
 
-    monkeypatch.setattr(controller.state, "write", refuse)
-    monkeypatch.setattr(controller, "act", lambda view, action: acted.append(view.run.commit))
-    controller.tick()
-    assert acted == [NEW]
-
-
-def test_a_step_that_fails_again_and_again_is_said_once_in_five_minutes_and_shown_all_the_time(
-    controller: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    now, port = [1e6], iter(range(40000, 50000))
-    controller.clock.monotonic = lambda: now[0]
-    a_mirrored_job(controller)
-    synced(controller)
-    lost = [f"read tcp 10.0.0.1:{{}}->10.0.0.2:443: no {what}" for what in ("way", "answer")]
-
-    def fail(view: hook.View, action: hook.Action) -> None:
-        # each look is a second, and every fifth takes the step
-        if troubles and now[0] % 5 == 0:
-            raise hook.KubectlError(["kubectl"], 1, troubles[0].format(next(port)))
-
-    def look(seconds: int) -> int:
-        """Look every second; return how often trouble was said and whether it is always shown."""
-        before = len(caplog.records)
-        for _ in range(seconds):
-            now[0] += 1
-            controller.control()
-            shown.add(waits("a step"))
-        return len(caplog.records) - before
-
-    def waits(what: str) -> float | None:
-        labels = {"what": what}
-        return controller.metrics.registry.get_sample_value("gitops_hook_waiting", labels)  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(controller, "act", fail)
-    shown: set[float | None] = set()
-    troubles: list[str] = []
-    assert (look(1), shown) == (0, {0})
-    troubles = lost[:1]
-    assert look(5) == 1
-    shown.clear()
-    assert (look(290), shown) == (0, {1})
-    assert look(10) == 1
-    troubles = lost[1:]
-    assert (look(5), shown) == (1, {1})
-    troubles = []
-    look(30)
-    assert waits("a step") == 0
+    monkeypatch.setattr(controller.context.state, "write", refuse)
+    observations = executed(controller, monkeypatch)
+    controller.runs.reconcile()
+    assert [observed.run.commit for observed in observations] == [NEW]
 
 
 def test_a_job_that_is_deleted_during_a_look_is_missed_in_the_next(
     controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch, grouped = a_mirrored_job(controller), controller.grouped
+    add_job(controller, a_run(OLD, SIDE))
+    jobs_by_run = controller.informers.jobs_by_run
 
-    def deleted_meanwhile() -> Object:
-        runs: Object = grouped()
-        delete(controller, watch)
+    def delete_meanwhile() -> Object:
+        runs: Object = jobs_by_run()
+        delete_job(controller)
         return runs
 
     with monkeypatch.context() as patched:
-        patched.setattr(controller, "grouped", deleted_meanwhile)
-        controller.tick()
-    controller.tick()
-    assert seen(controller) == {"refs/heads/side": (OLD, "failed")}
+        patched.setattr(controller.informers, "jobs_by_run", delete_meanwhile)
+        controller.runs.reconcile()
+    controller.runs.reconcile()
+    assert recorded(controller) == {SIDE: (OLD, "failed")}
 
 
-# Heads that are older than the push
+# Steps that fail, and steps that are many
 
 
-def stored(controller: Any) -> list[str]:
-    """The commits of the pushes that wait for the cluster."""
-    return [run.commit for _, run in controller.spool.read()]
-
-
-def test_a_head_from_before_the_last_push_is_no_news_for_as_long_as_git_may_lag(
-    controller: Any,
+def test_a_step_that_fails_again_and_again_is_reported_now_and_then_and_shown_all_the_time(
+    controller: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    now = 1e9
-    controller.clock.now = lambda: now
-    run = replace(a_run(NEW), before=OLD, received=now)
-    record(controller, run, Outcome.TESTED)
-    now += hook.HEAD_GRACE - 1
-    catch_up(controller, {"refs/heads/main": OLD})
-    assert (stored(controller), seen(controller)) == ([], {"refs/heads/main": (NEW, "tested")})
-    now += 2
-    catch_up(controller, {"refs/heads/main": OLD})
-    assert stored(controller) == [OLD]
-
-
-def test_a_new_branch_that_git_does_not_show_yet_is_not_forgotten(controller: Any) -> None:
-    now = 1e9
-    controller.clock.now = lambda: now
-    run = replace(a_run(NEW, "refs/heads/side"), before="0" * 40, received=now)
-    record(controller, run)
-    catch_up(controller, {"refs/heads/main": OLD})
-    assert seen(controller)["refs/heads/side"] == (NEW, None)
-
-
-@pytest.mark.parametrize("spooled", [True, False])
-def test_a_push_that_comes_while_git_is_asked_is_not_undone(
-    controller: Any, spooled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record(controller, a_run("c" * 40), Outcome.TESTED)
-
-    def heads(url: str) -> dict[str, str]:
-        # two pushes: the commit before the last one is not the one that git showed
-        run = replace(a_run(NEW), before="d" * 40, received=time.time())
-        controller.spool.store([run])
-        if not spooled:
-            controller.intake()
-        return {"refs/heads/main": OLD}
-
-    monkeypatch.setattr(controller.deployer.git, "heads", heads)
-    controller.read_heads(controller.apps["shop"])
-    controller.intake()
-    assert stored(controller) == []
-    assert seen(controller) == {"refs/heads/main": (NEW, None)}
-
-
-# From the spool into the cluster
-
-
-TWO_APPS = """
-apps:
-  - {name: shop, repository: https://git.example.com/demo/shop.git, build: {builder: none}}
-  - {name: blog, repository: https://git.example.com/demo/blog.git, build: {builder: none}}
-"""
-
-
-def a_push(app: str, commit: str, ref: str = "refs/heads/main", **more: Any) -> hook.Run:
-    return hook.Run(id=hook.run_id(app, ref, commit), app=app, ref=ref, commit=commit, **more)
-
-
-def jobs_made(controller: Any) -> list[str]:
-    """The names of the Jobs in the cluster, in the order in which they were made."""
-    return [name for kind, name in controller.kubectl.objects if kind == "job"]
-
-
-def test_what_one_app_has_recorded_neither_stops_nor_delays_another_app(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    controller = a_controller(tmp_path, config=TWO_APPS)
+    add_job(controller, a_run(OLD, SIDE))
     synced(controller)
-    patch, now = controller.kubectl.patch, [0.0]
-    controller.clock.monotonic = lambda: now[0]
+    broken = False
+    tries: list[float] = []
+    shown: set[float | None] = set()
 
-    def refuse(resource: str, name: str, namespace: str, change: Object) -> Object:
-        if name == "gitops-hook-shop":
-            raise hook.KubectlError(["kubectl"], 1, 'The ConfigMap "x" is invalid: Too long')
-        return patch(resource, name, namespace, change)  # type: ignore[no-any-return]
+    def execute(step: hook.Step) -> None:
+        tries.append(controller.clock.time)
+        if broken:
+            raise refused("connection refused")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(controller.kubectl, "patch", refuse)
-        controller.spool.store([a_push("shop", OLD), a_push("blog", OLD)])
-        pause = controller.intake()
-        assert stored(controller) == [OLD]
-        assert f"test-{a_push('blog', OLD).id}" in jobs_made(controller)
-        assert 0 < pause < 10
-        controller.spool.store([a_push("blog", NEW)])
-        controller.intake()
-        assert f"test-{a_push('blog', NEW).id}" in jobs_made(controller)
-        waits = {"what": "intake of shop"}
-        registry = controller.metrics.registry
-        assert registry.get_sample_value("gitops_hook_waiting", waits) == 1
-    now[0] += 60
-    controller.intake()
-    assert stored(controller) == []
-    assert registry.get_sample_value("gitops_hook_waiting", waits) == 0
+    def look(seconds: int) -> int:
+        """Look every second; return how often a failure was reported."""
+        before = len(caplog.records)
+        for _ in range(seconds):
+            controller.clock.time += 1
+            controller.reconcile()
+            shown.add(sample(controller, "waiting", {"what": "a step"}))
+        return len(caplog.records) - before
+
+    monkeypatch.setattr(controller.runs, "execute", execute)
+    assert (look(1), shown) == (0, {0})
+    broken = True
+    shown.clear()
+    tries.clear()
+    assert look(600) < 10
+    assert shown == {1}
+    assert 600 / 40 < len(tries) < 40
+    broken = False
+    look(40)
+    assert sample(controller, "waiting", {"what": "a step"}) == 0
 
 
-def test_what_is_live_of_an_app_is_recorded_although_that_of_another_cannot_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_changed_object_lets_a_run_that_waits_be_tried_at_once(
+    controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    controller, now, wrote = a_controller(tmp_path, config=TWO_APPS), [0.0], list[str]()
-    controller.clock.monotonic = lambda: now[0]
+    informer = add_job(controller, a_run(OLD, SIDE))
+    tries: list[str] = []
 
-    def write(app: hook.App, *records: Any, **more: Any) -> None:
-        if app.name == "shop":
-            raise hook.KubectlError(["kubectl"], 1, "Error from server (Forbidden): no")
-        wrote.append(app.name)
+    def execute(step: hook.Step) -> None:
+        tries.append(step.observed.run.commit)
+        if step.observed.run.commit == OLD:
+            raise refused("connection refused")
 
-    monkeypatch.setattr(controller.state, "write", write)
-    entry = {"run": "a-run", "outcome": "deployed", "live": True}
-    for _ in range(10):
-        now[0] += hook.LOOK_SECONDS + 0.1
-        for app in controller.apps.values():
-            run = hook.Run(id="", app=app.name, ref="", commit="")
-            task = controller.task(app, "production", run)
-            with controller.alone(run):
-                controller.look_at_traffic(task, hook.Service(live_service(entry)))
-    assert wrote == ["blog"]
+    monkeypatch.setattr(controller.runs, "execute", execute)
+    controller.runs.reconcile()
+    add_job(controller, a_run(NEW, "refs/heads/x"))
+    controller.runs.reconcile()
+    assert tries == [OLD, NEW]
+    informer._take("MODIFIED", a_manifest(controller, a_run(OLD, SIDE), resourceVersion="2"))
+    controller.runs.reconcile()
+    assert sorted(tries) == [OLD, OLD, NEW, NEW]
 
 
-def test_a_cluster_that_is_away_is_asked_twice_and_not_for_each_app(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_ends_while_it_waits_for_its_next_try_is_shown_no_longer(
+    controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    apps = [f"app{n}" for n in range(10)]
-    entries = "".join(
-        f"  - {{name: {a}, repository: https://g.example.com/{a}.git, build: {{builder: none}}}}\n"
-        for a in apps
-    )
-    controller, asked = a_controller(tmp_path, config=f"apps:\n{entries}"), []
+    def execute(step: hook.Step) -> None:
+        raise refused("connection refused")
 
-    def lose(resource: str, name: str, namespace: str) -> None:
-        asked.append(name)
-        raise hook.KubectlError(["kubectl"], None, "")
-
-    monkeypatch.setattr(controller.kubectl, "get", lose)
-    controller.spool.store([a_push(a, OLD) for a in apps])
-    with pytest.raises(hook.KubectlError):
-        controller.intake()
-    assert len(asked) == 2
-
-
-def test_pushes_of_deploy_branches_get_their_jobs_before_a_heap_of_others(
-    tmp_path: Path,
-) -> None:
-    controller = a_controller(tmp_path, config=TWO_APPS)
-    synced(controller)
-    controller.spool.max_files = 1000
-    controller.spool.store([a_push("shop", f"{n:040x}", f"refs/heads/b{n}") for n in range(300)])
-    controller.spool.store([a_push("blog", OLD)])
-    assert controller.intake() == 0
-    assert jobs_made(controller)[0] == f"test-{a_push('blog', OLD).id}"
-    assert len(jobs_made(controller)) == 1 + hook.BATCH
-    controller.intake()
-    assert stored(controller) == []
-
-
-def test_of_very_many_pushes_that_are_only_tested_some_wait_and_none_that_is_deployed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    controller = a_controller(tmp_path, config=TWO_APPS)
-    synced(controller)
-    controller.spool.max_files = 3000
-    many = [a_push("shop", f"{n:040x}", f"refs/heads/b{n}") for n in range(1100)]
-    controller.spool.store(many)
-    create = controller.kubectl.create_each
-
-    def create_and_tell(objects: Sequence[Object], namespace: str) -> Object:
-        refused = create(objects, namespace)
-        for made in objects:
-            controller.jobs[0]._take("ADDED", made)
-        return refused  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(controller.kubectl, "create_each", create_and_tell)
-    while controller.intake() == 0:
-        pass
-    assert len(jobs_made(controller)) == hook.TEST_JOBS
-    assert len(stored(controller)) == 100
-    controller.spool.store([a_push("shop", OLD)])
-    controller.intake()
-    assert f"test-{a_push('shop', OLD).id}" in jobs_made(controller)
-
-
-def test_room_is_kept_in_the_spool_for_pushes_that_are_deployed(tmp_path: Path) -> None:
-    spool = hook.Spool(tmp_path / "spool", 20)
-    spool.prepare()
-    for number in range(18):
-        spool.store([a_run(f"{number:040x}")], spare=2)
-    with pytest.raises(hook.DeliveryError) as full:
-        spool.store([a_run(OLD)], spare=2)
-    assert full.value.code == "SpoolFull"
-    spool.store([a_run(OLD)])
+    informer = add_job(controller, a_run(OLD, SIDE))
+    monkeypatch.setattr(controller.runs, "execute", execute)
+    controller.runs.reconcile()
+    assert controller.context.retry.failing()
+    ended = {hook.ANNOTATION_OUTCOME: "tested", hook.ANNOTATION_ENDED: str(time.time())}
+    manifest = a_manifest(controller, a_run(OLD, SIDE), resourceVersion="2")
+    manifest["metadata"]["annotations"] |= ended
+    informer._take("MODIFIED", manifest)
+    controller.runs.reconcile()
+    assert not controller.context.retry.failing()
 
 
 def test_the_ends_of_very_many_tests_hold_back_nothing_that_is_deployed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    controller, now, acted = a_controller(tmp_path), [0.0], list[str]()
-    controller.clock.monotonic = lambda: now[0]
+    commits: list[str] = []
 
-    def act(view: Any, action: hook.Action) -> None:
-        acted.append(view.run.commit)
-        now[0] += 0.3
+    def execute(step: hook.Step) -> None:
+        commits.append(step.observed.run.commit)
+        controller.clock.time += 0.3
 
-    monkeypatch.setattr(controller, "act", act)
-    ended = [SimpleNamespace(run=a_run(f"{n:040x}", f"refs/heads/b{n}")) for n in range(100)]
-    steps = [(view, ends(Outcome.SUPERSEDED)) for view in ended]
-    steps.append((SimpleNamespace(run=a_run(NEW)), hook.Action(Do.RELEASE, "test")))
-    controller.act_on(steps)
-    assert acted[0] == NEW
-    assert 1 < len(acted) < 20
-    assert controller.wake.is_set()
+    def a_step(run: hook.Run, action: hook.Action) -> hook.Step:
+        jobs = {"test": SimpleNamespace(version=1)}
+        observed: Any = SimpleNamespace(run=run, jobs=jobs, pods=())
+        return hook.Step(observed, action)
+
+    monkeypatch.setattr(controller.runs, "execute", execute)
+    runs = [a_run(f"{number:040x}", f"refs/heads/b{number}") for number in range(100)]
+    steps = [a_step(run, ends(Outcome.SUPERSEDED)) for run in runs]
+    steps.append(a_step(a_run(NEW), hook.Action(Do.UNSUSPEND, "test")))
+    controller.runs.execute_all(steps)
+    assert commits[0] == NEW
+    assert 1 < len(commits) < 20
+    assert controller.context.wake.is_set()
 
 
-@pytest.mark.parametrize("where", ["a Job", "a record", "a Job that was met"])
-def test_a_push_whose_id_another_push_has_gets_a_longer_one(
-    controller: Any, where: str, caplog: pytest.LogCaptureFixture
+def test_a_run_that_waits_for_git_shows_what_git_said_last(
+    controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced(controller)
-    push, app = a_run(NEW), controller.apps["shop"]
-    taken = replace(a_run(OLD, "refs/heads/other"), id=push.id)
-    state = hook.AppState({}, {}, {}, "", {})
-    if where == "a Job":
-        job = hook.test_job(controller.config, app, taken)
-        job["metadata"] |= {"resourceVersion": "1", "uid": "u"}
-        controller.jobs[0]._take("ADDED", job)
-    elif where == "a record":
-        state.runs[taken.id] = hook.RunRecord.of(taken)
-    else:
-        refusal = hook.KubectlError(
-            ["kubectl"], 1, "Error from server (AlreadyExists): it is there"
-        )
-        made = hook.test_job(controller.config, app, taken)
-        made["metadata"] |= {"resourceVersion": "1", "uid": "u"}
-        assert not controller.settle(push, refusal, [hook.Job(made)])
-    assert [*controller.identified(app, state, [push])] == [
-        (push, hook.run_ids(*hook.run_key(push))[1])
-    ]
-    assert caplog.messages == ["two pushes have the same run id"]
-    controller.spool.store([push])
-    if where != "a record":
-        controller.intake()
-        assert jobs_made(controller) == [f"test-{hook.run_ids(*hook.run_key(push))[1]}"]
-        assert stored(controller) == []
+    annotated: list[Object] = []
+    questions: list[str] = []
 
+    def annotate(job: hook.Job, annotations: dict[str, str | None]) -> None:
+        job.annotations.update({k: v for k, v in annotations.items() if v is not None})
+        annotated.append(annotations)
 
-def test_a_push_that_has_a_run_of_version_0_1_keeps_its_id(controller: Any) -> None:
-    synced(controller)
-    push, app = a_run(NEW), controller.apps["shop"]
-    old = replace(push, id=hook.run_ids(*hook.run_key(push))[-1])
-    job = hook.test_job(controller.config, app, old)
-    job["metadata"] |= {"resourceVersion": "1", "uid": "u"}
-    controller.jobs[0]._take("ADDED", job)
-    state = hook.AppState({}, {}, {}, "", {})
-    assert [*controller.identified(app, state, [push])] == [(push, old.id)]
+    def fail(url: str) -> None:
+        questions.append(f"refused after {len(questions)} ms")
+        error = f"{questions[-1]}, password=hunter2"
+        raise hook.GitError(["git", "ls-remote", url], 128, error)
 
-
-@pytest.mark.parametrize(
-    ("delivery", "later", "runs"),
-    [("first", 100, False), ("second", 100, True), ("first", 2000, True), ("catch-up", 100, True)],
-    ids=["the same", "another", "the same after its time", "found by the catch-up"],
-)
-def test_a_delivery_that_is_replayed_after_a_restart_runs_nothing_again(
-    tmp_path: Path, delivery: str, later: float, runs: bool
-) -> None:
-    controller = a_controller(tmp_path)
-    now = time.time()
-    sent = "catch-up" if delivery == "catch-up" else "first"
-    run = replace(a_run(NEW), delivery=sent, received=now)
-    controller.spool.store([run])
-    controller.intake()
-    controller.finish(run, {}, ends(Outcome.TESTED))
-    del controller.kubectl.objects["job", f"test-{a_run(NEW).id}"]
-    (tmp_path / "new").mkdir()
-    new = a_controller(tmp_path / "new")
-    new.kubectl.objects = controller.kubectl.objects
-    new.spool.store([replace(a_run(NEW), delivery=delivery, received=now + later)])
-    new.intake()
-    assert stored(new) == []
-    assert bool(jobs_made(new)) is runs
-
-
-# What it waits for
-
-
-def synced(controller: Any) -> None:
-    """Let every mirror know all that is there."""
-    for watch in controller.watches():
-        watch.trouble = ""
-
-
-def test_nothing_is_decided_while_a_mirror_of_jobs_or_pods_is_not_up_to_date(
-    tmp_path: Path,
-) -> None:
-    controller = a_controller(tmp_path, Watched)
-    controller.control()
-    assert controller.ticks == 0
-    synced(controller)
-    controller.pods[1].trouble = "connection refused"
-    controller.control()
-    assert controller.ticks == 0
-    controller.pods[1].trouble = ""
-    controller.control()
-    assert controller.ticks == 1
-
-
-def test_an_environment_that_cannot_be_seen_is_left_alone(controller: Any) -> None:
-    assert controller.busy("shop") == {"staging", "production"}
-    synced(controller)
-    controller.services["production"].trouble = "connection refused"
-    assert controller.busy("shop") == {"production"}
-
-
-def worker(controller: Any, body: Callable[[], None]) -> None:
-    task = controller.task(controller.apps["shop"], "staging", a_run(OLD))
-    controller.start_worker(task, body)
-
-
-def test_an_environment_has_one_worker_at_a_time_and_is_free_after_it(controller: Any) -> None:
-    synced(controller)
-    go, started = threading.Event(), []
-
-    def body() -> None:
-        started.append(1)
-        go.wait(10)
-
-    worker(controller, body)
-    worker(controller, body)
-    assert controller.busy("shop") == {"staging"}
-    go.set()
-    eventually(lambda: not controller.busy("shop"))
-    assert started == [1]
-    worker(controller, body)
-    eventually(lambda: started == [1, 1])
-
-
-@pytest.mark.parametrize("wrong", [hook.HookError("lost"), RuntimeError("a bug")])
-def test_a_worker_that_failed_leaves_its_environment_alone_for_a_second_and_no_longer(
-    controller: Any, wrong: Exception
-) -> None:
-    synced(controller)
-
-    def body() -> None:
-        raise wrong
-
-    worker(controller, body)
-    eventually(controller.wake.is_set)
-    began = time.monotonic()
-    assert controller.busy("shop") == {"staging"}
-    eventually(lambda: not controller.busy("shop"))
-    assert 0.5 < time.monotonic() - began < 3
-
-
-def test_a_step_that_fails_is_said_and_taken_again_after_a_pause(
-    controller: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    taken: list[float] = []
-
-    def step() -> float:
-        taken.append(time.monotonic())
-        if len(taken) == 1:
-            raise hook.HookError("not yet")
-        return 60.0
-
-    event = threading.Event()
-    controller.repeat("intake", "it waits", step, event)
-    eventually(lambda: len(taken) == 2)
-    assert taken[1] - taken[0] > 0.6
-    assert [r.message for r in caplog.records] == ["it waits"]
-    event.set()
-    eventually(lambda: len(taken) == 3)
-    assert controller.pulses.late() == []
+    add_job(controller, a_run(NEW))
+    controller.supervisor.retry = hook.Retry(hook.Clock(), (0.1,))
+    monkeypatch.setattr(controller.informers, "annotate", annotate)
+    monkeypatch.setattr(controller.catch_up.git, "heads", fail)
+    controller.runs.reconcile()
+    read = partial(controller.catch_up.read_heads, shop(controller))
+    wanted = controller.catch_up.wanted["shop"]
+    controller.supervisor.repeat("heads of shop", "catch-up waits", read, wanted)
+    eventually(lambda: controller.runs.reconcile() and len(questions) > 3)
     controller.shut_down(5)
-    event.set()
-    eventually(lambda: not any(t.is_alive() for t in controller.threads.values()))
+    assert {entry[hook.ANNOTATION_REASON] for entry in annotated} == {"GitError"}
+    bare, full = (entry[hook.ANNOTATION_DETAIL] for entry in annotated)
+    assert bare == "for the head of the branch"
+    assert full.startswith("for the head of the branch; git ls-remote https://git.example.com/")
+    assert re.search(r"refused after \d ms", full)
+    assert "hunter2" not in full
+    assert stored(controller) == []
 
 
 # What others did to the live Service
 
 
 def look_at(controller: Any, service: Object) -> None:
-    """Let the mirror of production tell of the live Service, and the controller look."""
-    controller.services["production"]._items = {"shop": hook.Service(service)}
-    controller.look_after([])
+    """Let the informer of production have the live Service, and the controller look."""
+    informer = controller.informers.services["production"]
+    version = 1 + max([item.version for item in informer.items()], default=0)
+    service["metadata"]["resourceVersion"] = str(version)
+    informer._items = {"shop": hook.Service(service)}
+    controller.services.reconcile([])
 
 
 def rolled_back_lines(caplog: pytest.LogCaptureFixture) -> list[Object]:
-    said = [r for r in caplog.records if r.message == "rolled back"]
-    return [{"level": r.levelname, **getattr(r, "fields", {})} for r in said]
+    lines = [line for line in caplog.records if line.message == "rolled back"]
+    fields = [{"level": line.levelname, **getattr(line, "fields", {})} for line in lines]
+    return [{key: value for key, value in line.items() if value} for line in fields]
 
 
 OLD_ENTRY: Object = {"run": "shop-old", "outcome": "deployed", "at": 1.0}
 NEW_ENTRY: Object = {"run": "shop-new", "outcome": "deployed", "at": 2.0}
-GONE: Object = {**NEW_ENTRY, "outcome": "rolled-back", "detail": "it is ugly"}
-SICK: Object = {"run": "shop-sick", "outcome": "switched-back", "at": 3.0}
+LEFT: Object = {**NEW_ENTRY, "outcome": "rolled-back", "detail": "it is ugly"}
+UNHEALTHY: Object = {"run": "shop-unhealthy", "outcome": "switched-back", "at": 3.0}
 
 
-@pytest.mark.parametrize("newest", [[], [SICK]], ids=["newest", "below-a-sick-one"])
-def test_a_rollback_from_elsewhere_is_said_and_counted_once(
+@pytest.mark.parametrize("newest", [[], [UNHEALTHY]], ids=["newest", "below-an-unhealthy-one"])
+def test_a_rollback_from_elsewhere_is_reported_and_counted_once(
     controller: Any, caplog: pytest.LogCaptureFixture, newest: list[Object]
 ) -> None:
     look_at(controller, live_service(*newest, {**NEW_ENTRY, "live": True}, OLD_ENTRY))
     for _ in range(2):
-        look_at(controller, live_service(*newest, GONE, {**OLD_ENTRY, "live": True}))
+        look_at(controller, live_service(*newest, LEFT, {**OLD_ENTRY, "live": True}))
     (line,) = rolled_back_lines(caplog)
     assert line == {
         "level": "WARNING",
@@ -1038,8 +607,7 @@ def test_a_rollback_from_elsewhere_is_said_and_counted_once(
         "detail": "it is ugly",
     }
     labels = {"app": "shop", "environment": "production", "direction": "rollback"}
-    registry = controller.metrics.registry
-    assert registry.get_sample_value("gitops_hook_switches_total", labels) == 1
+    assert sample(controller, "switches_total", labels) == 1
 
 
 @pytest.mark.parametrize("was", ["the target", "what was left, gone back to by hand"])
@@ -1047,144 +615,50 @@ def test_neither_a_rollback_of_before_the_start_nor_the_next_version_is_a_rollba
     controller: Any, caplog: pytest.LogCaptureFixture, was: str
 ) -> None:
     old = was == "the target"
-    look_at(controller, live_service({**GONE, "live": not old}, {**OLD_ENTRY, "live": old}))
+    look_at(controller, live_service({**LEFT, "live": not old}, {**OLD_ENTRY, "live": old}))
     again = {**OLD_ENTRY, "run": "shop-again", "outcome": "", "live": True}
-    look_at(controller, live_service(again, GONE, OLD_ENTRY))
+    look_at(controller, live_service(again, LEFT, OLD_ENTRY))
     assert rolled_back_lines(caplog) == []
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("before", [True, False])
 def test_a_selector_that_no_history_knows_is_drift_also_at_first_sight(
-    controller: Any, monkeypatch: pytest.MonkeyPatch, *, known: bool
+    controller: Any, monkeypatch: pytest.MonkeyPatch, *, before: bool
 ) -> None:
-    monkeypatch.setattr(controller.deployer, "last_change", lambda task: {"manager": "someone"})
-    if known:
-        look_at(controller, live_service(GONE, {**OLD_ENTRY, "live": True}))
-    drifted = live_service(GONE, {**OLD_ENTRY, "live": True})
+    change = {"manager": "someone"}
+    live = controller.context.deployer.steady.live
+    monkeypatch.setattr(live, "last_change", lambda task: change)
+    if before:
+        look_at(controller, live_service(LEFT, {**OLD_ENTRY, "live": True}))
+    drifted = live_service(LEFT, {**OLD_ENTRY, "live": True})
     drifted["spec"]["selector"] = {"app": "shop"}
-    controller.kubectl.objects["service", "shop"] = drifted
+    controller.context.kubectl.objects["service", "shop"] = drifted
     labels = {"app": "shop", "environment": "production"}
-    registry = controller.metrics.registry
-    seen = partial(registry.get_sample_value, "gitops_hook_selector_drift_total", labels)
     for _ in range(2):
-        controller.once = hook.Once(controller.clock)  # as if some time had passed
+        controller.clock.time += 60  # for the cooldown
         look_at(controller, drifted)
-        eventually(lambda: seen() == 1)
+        eventually(lambda: sample(controller, "selector_drift_total", labels) == 1)
 
 
-def test_a_thread_that_waits_says_so_now_and_then_and_when_it_goes_on(
-    controller: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "gitops_hook")
-    monkeypatch.setattr(hook, "DELAYS", (0.0,) * len(hook.DELAYS))
-    monkeypatch.setattr(controller.stop, "wait", lambda seconds: False)
-    taken, event = [0], threading.Event()
-
-    def step() -> float:
-        taken[0] += 1
-        if taken[0] <= 32:
-            raise hook.HookError(str(taken[0]))
-        return 60.0
-
-    controller.repeat("intake", "it waits", step, event)
-    eventually(lambda: taken[0] == 33)
-    event.set()
-    eventually(lambda: taken[0] == 34)
-    controller.shut_down(5)
-    event.set()
-    said = [(r.levelname, r.message, r.fields.get("detail")) for r in caplog.records]  # type: ignore[attr-defined]
-    complaints = [("WARNING", "it waits", n) for n in ("1", "2", "3", "4", "5", "11", "21", "31")]
-    assert said == [*complaints, ("INFO", "goes on again", None)]
-
-
-def test_a_run_that_waits_for_git_shows_what_git_said_last(
+def test_what_is_live_of_an_app_is_recorded_although_that_of_another_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    controller = a_controller(tmp_path)
-    job = hook.test_job(controller.config, controller.apps["shop"], a_run(NEW))
-    controller.kubectl.create_each([job], "test")
-    controller.jobs[0]._take("ADDED", job)
-    notes: list[Object] = []
+    controller = idle_controller(tmp_path, TWO_APPS)
+    written: list[str] = []
 
-    def note(found: hook.Job, told: dict[str, str | None]) -> None:
-        found.notes.update({k: v for k, v in told.items() if v is not None})
-        notes.append(told)
+    def write(app: hook.App, *records: Any, **more: Any) -> None:
+        if app.name == "shop":
+            raise refused("Error from server (Forbidden): no")
+        written.append(app.name)
 
-    def fail(url: str) -> None:
-        asked.append(f"refused after {len(asked)} ms")
-        raise hook.GitError(["git", "ls-remote", url], 128, f"{asked[-1]}, password=hunter2")
-
-    asked: list[str] = []
-    monkeypatch.setattr(hook, "DELAYS", (0.1,))
-    monkeypatch.setattr(controller, "note", note)
-    monkeypatch.setattr(controller.deployer.git, "heads", fail)
-    controller.tick()
-    step = partial(controller.read_heads, controller.apps["shop"])
-    controller.repeat("heads of shop", "catch-up waits", step, controller.asked["shop"])
-    eventually(lambda: controller.tick() or len(asked) > 3)
-    controller.shut_down(5)
-    assert {told[hook.NOTE_REASON] for told in notes} == {"GitError"}
-    bare, full = (told[hook.NOTE_DETAIL] for told in notes)
-    assert bare == "for the head of the branch"
-    assert full.startswith("for the head of the branch; git ls-remote https://git.example.com/")
-    assert re.search(r"refused after \d ms", full)
-    assert "hunter2" not in full
-
-
-# Whose pods those are
-
-
-class Seen(hook.Controller):
-    """A controller that only looks at its runs."""
-
-    looked: hook.View
-
-    def act(self, view: hook.View, action: hook.Action) -> None:
-        self.looked = view
-
-
-@pytest.mark.parametrize(("uid", "own"), [("this", True), ("before", False)])
-def test_a_pod_left_by_a_deleted_job_of_the_same_name_does_not_count(
-    tmp_path: Path, uid: str, own: bool
-) -> None:
-    controller = a_controller(tmp_path, Seen)
-    job = hook.test_job(controller.config, controller.apps["shop"], a_run(OLD))
-    job["metadata"] |= {"resourceVersion": "1", "uid": "this"}
-    job["spec"]["suspend"], job["status"] = False, {"startTime": "2020-01-01T00:00:00Z"}
-    labels = {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
-    labels |= {"batch.kubernetes.io/controller-uid": uid, hook.LABEL_RUN: a_run(OLD).id}
-    state = {"waiting": {"reason": "InvalidImageName"}}
-    pod = {
-        "metadata": {"name": "pod", "resourceVersion": "1", "labels": labels},
-        "spec": {},
-        "status": {"containerStatuses": [{"name": "test-runner", "state": state}]},
-    }
-    logs: list[str] = []
-    controller.kubectl.objects["job", job["metadata"]["name"]] = job
-    controller.deployer.logs.keep = lambda _app, _run, pods, _: logs.extend(p.name for p in pods)
-    controller.jobs[0]._take("ADDED", job)
-    controller.pods[0]._take("ADDED", pod)
-    controller.tick()
-    view = controller.looked
-    assert [p.name for p in view.pods] == ["pod"] * own
-    assert bool(view.doomed) is own
-    asked = [f for f in controller.kubectl.filters if "involvedObject" in f]
-    assert asked == ["involvedObject.uid=this,reason=FailedCreate"] * (not own)
-    controller.finish(view.run, view.jobs, hook.ends(Outcome.FAILED, Reason.VANISHED, "", "test"))
-    eventually(lambda: logs == ["pod"] * own)
-
-
-def test_a_run_that_ended_during_a_look_is_not_begun_again_by_that_look(controller: Any) -> None:
-    run = a_run(OLD)
-    found = hook.test_job(controller.config, controller.apps["shop"], run)
-    found["metadata"] |= {"resourceVersion": "1", "uid": "this"}
-    found["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
-    controller.jobs[0]._take("ADDED", found)
-    controller.doom[run.id] = hook.Doom()
-    at_the_beginning = {"test": hook.Job(found)}
-    ended = {"gitops-hook/outcome": "superseded", "gitops-hook/ended-at": str(time.time())}
-    meta = {**found["metadata"], "resourceVersion": "2"}
-    meta["annotations"] = {**meta["annotations"], **ended}
-    controller.jobs[0].learn({**found, "metadata": meta})
-    view = controller.view(at_the_beginning, [], newer=False)
-    assert hook.decide(view).do is Do.NOTHING
+    monkeypatch.setattr(controller.context.state, "write", write)
+    entry = {"run": "a-run", "outcome": "deployed", "live": True}
+    manifests = {name: live_service(entry) for name in ("shop", "blog")}
+    for name, manifest in manifests.items():
+        manifest["metadata"]["name"] = name
+    services = {name: hook.Service(manifest) for name, manifest in manifests.items()}
+    controller.informers.services["production"]._items = services
+    for _ in range(10):
+        controller.clock.time += hook.LOOK_SECONDS + 0.1
+        controller.services.reconcile([])
+    assert written == ["blog"]

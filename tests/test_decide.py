@@ -11,6 +11,7 @@ import builtins
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ A, B = "a" * 40, "b" * 40
 DIGEST = "sha256:" + "d" * 64
 SUMMARY = "2 passed, 1 failed: t.test_x"
 NOW = 1_000_000.0
+UNHEALTHY = (Outcome.SWITCHED_BACK, Reason.UNHEALTHY_AFTER_SWITCH)
+EXCEEDED = {hook.ANNOTATION_DETAIL: "exceeded quota: test-quota"}
 CONFIG = """
 apps:
   - name: shop
@@ -166,14 +169,14 @@ def a_service(live: str, *history: Object, colour: str = "blue") -> hook.Service
     return hook.Service({"metadata": meta, "spec": {"selector": selector}})
 
 
-def a_view(*jobs: hook.Job, **changes: Any) -> hook.View:
+def a_view(*jobs: hook.Job, **changes: Any) -> hook.Observation:
     run = jobs[0].run if jobs else a_run()
     given: Object = {
         "app": app_of(run), "run": run, "jobs": {j.stage: j for j in jobs}, "pods": (),
-        "services": {}, "head": "same", "newer": False, "doomed": None,
+        "services": {}, "head": "same", "newer": False, "fatal_problem": None,
         "busy": frozenset(), "now": NOW, "queue_timeout": 3600.0,
     }  # fmt: skip
-    return hook.View(**given | changes)
+    return hook.Observation(**given | changes)
 
 
 # === The live version ===
@@ -205,18 +208,18 @@ def test_a_pod_of_another_app_is_of_no_run() -> None:
     assert hook.runs_of("shop", pods) == {"r1", ""}
 
 
-def records(*entries: Object) -> list[Object]:
-    return [hook.read_record(hook.HistoryEntry, e) for e in entries]
+def records(*entries: Object) -> list[hook.HistoryEntry]:
+    return [hook.HistoryEntry.from_json(e) for e in entries]
 
 
 def test_whoever_points_a_service_at_an_older_version_leaves_the_newer_ones() -> None:
     bad, old, older = records(*(history_entry("deployed", run=r) for r in ("r3", "r2", "r1")))
     first, left, last = hook.moved([bad, old, older], old, "kubectl-edit", 7.0)
-    assert first == {**old, "by": "kubectl-edit", "at": 7.0}
-    assert (left["outcome"], left["reason"]) == ("deployed", "SelectorChanged")
+    assert first == replace(old, by="kubectl-edit", at=7.0)
+    assert (left.outcome, left.reason) == ("deployed", "SelectorChanged")
     assert last == older
-    (sick,) = records(history_entry("switched-back", run="r4", reason="SickAfterSwitch"))
-    assert hook.moved([sick, old], sick, "x", 7.0)[0]["outcome"] == ""
+    (sick,) = records(history_entry("switched-back", run="r4", reason="UnhealthyAfterSwitch"))
+    assert hook.moved([sick, old], sick, "x", 7.0)[0].outcome == ""
     assert len(hook.moved([old] * 10, bad, "x", 7.0)) == 10
 
 
@@ -245,7 +248,7 @@ def test_a_rollback_never_goes_to_what_it_leaves_and_asks_where_that_is_not_know
             hook.chosen(service, to)
     else:
         found = hook.chosen(service, to)
-        assert (found["run"], found["outcome"]) == (goes, "deployed")
+        assert (found.run, found.outcome) == (goes, "deployed")
 
 
 # === States and actions ===
@@ -254,13 +257,16 @@ OTHER = a_run(ref="refs/heads/topic/x")
 PLAIN, TESTED = a_run("plain"), a_run("tested")
 DONE, BUILT = (
     a_job("test", "succeeded"),
-    a_job("build", "succeeded", notes={hook.NOTE_DIGEST: DIGEST}),
+    a_job("build", "succeeded", notes={hook.ANNOTATION_DIGEST: DIGEST}),
 )
 LIVE = a_service(a_run().id, history_entry("deployed"))
 SINCE = a_service("shop-other", history_entry("deployed", run="shop-other", colour="green"))
-ENDED = {hook.NOTE_OUTCOME: "failed", hook.NOTE_ENDED: f"{NOW - 5}"}
-BEFORE = {hook.NOTE_OUTCOME: "failed", hook.NOTE_ENDED: f"{NOW - 100}"}  # before it was received
-DOOMED = hook.Symptom("k", Reason.IMAGE_NOT_FOUND, "image: not found")
+ENDED = {hook.ANNOTATION_OUTCOME: "failed", hook.ANNOTATION_ENDED: f"{NOW - 5}"}
+BEFORE = {
+    hook.ANNOTATION_OUTCOME: "failed",
+    hook.ANNOTATION_ENDED: f"{NOW - 100}",
+}  # before it was received
+DOOMED = hook.PodProblem("k", Reason.IMAGE_NOT_FOUND, "image: not found")
 
 
 def ended(stage: str, uid: str = "", **states: Object) -> tuple[hook.Pod, ...]:
@@ -270,12 +276,12 @@ def ended(stage: str, uid: str = "", **states: Object) -> tuple[hook.Pod, ...]:
     return (a_pod(job, states={names.get(k, k): v for k, v in states.items()}, **of),)
 
 
-Case = tuple[hook.View, Do, str, Any, str]
+Case = tuple[hook.Observation, Do, str, Any, str]
 ACTIONS: dict[str, Case] = {
     # before a Job runs
     "nothing is there": (a_view(), Do.NOTHING, "", Reason.OK, ""),
     "a queued run is released": (
-        a_view(a_job("test", "suspended")), Do.RELEASE, "test", Reason.OK, ""),
+        a_view(a_job("test", "suspended")), Do.UNSUSPEND, "test", Reason.OK, ""),
     "git does not answer, and no place is free": (
         a_view(a_job("test", "suspended", since=9999), head="unknown", slot=False),
         Do.WAIT, "test", Reason.GIT_ERROR, "head"),
@@ -285,7 +291,7 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "suspended", since=3601), slot=False),
         Do.END, "test", (Outcome.FAILED, Reason.QUEUE_TIMEOUT), "no free slot"),
     "a place is free after too long": (
-        a_view(a_job("test", "suspended", since=9999)), Do.RELEASE, "test", Reason.OK, ""),
+        a_view(a_job("test", "suspended", since=9999)), Do.UNSUSPEND, "test", Reason.OK, ""),
     "a push that was stored for hours while the cluster was down": (
         a_view(a_job("test", "suspended", run=a_run(received=NOW - 9999)), slot=False),
         Do.WAIT, "test", Reason.OK, "free slot"),
@@ -299,16 +305,16 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "suspended"), head="moved", slot=False),
         Do.END, "test", (Outcome.SUPERSEDED, Reason.NOT_HEAD), "pushed again"),
     "a deploy branch is judged by git, not by deliveries": (
-        a_view(a_job("test", "suspended"), newer=True), Do.RELEASE, "test", Reason.OK, ""),
+        a_view(a_job("test", "suspended"), newer=True), Do.UNSUSPEND, "test", Reason.OK, ""),
     "a test branch was pushed again": (
         a_view(a_job("test", "suspended", run=OTHER), newer=True),
         Do.END, "test", (Outcome.SUPERSEDED, Reason.NOT_HEAD), ""),
     "a test branch needs no git": (
         a_view(a_job("test", "suspended", run=OTHER), head="unknown"),
-        Do.RELEASE, "test", Reason.OK, ""),
+        Do.UNSUSPEND, "test", Reason.OK, ""),
     "a test branch's head is nobody's business": (
         a_view(a_job("test", "suspended", run=OTHER), head="moved"),
-        Do.RELEASE, "test", Reason.OK, ""),
+        Do.UNSUSPEND, "test", Reason.OK, ""),
     "a test branch pushed again after release runs on": (
         a_view(a_job("test", run=OTHER), newer=True), Do.WAIT, "test", Reason.OK, "for its pod"),
     "a Job is being deleted": (
@@ -320,10 +326,10 @@ ACTIONS: dict[str, Case] = {
     # a test Job
     "its pod is not there yet": (a_view(a_job("test")), Do.WAIT, "test", Reason.OK, "for its pod"),
     "its pod waits for quota": (
-        a_view(a_job("test", since=600, notes={hook.NOTE_DETAIL: "exceeded quota: test-quota"})),
+        a_view(a_job("test", since=600, notes=EXCEEDED)),
         Do.WAIT, "test", Reason.OK, "exceeded quota: test-quota"),
     "its pod waited for quota too long": (
-        a_view(a_job("test", since=3601, notes={hook.NOTE_DETAIL: "exceeded quota: test-quota"})),
+        a_view(a_job("test", since=3601, notes=EXCEEDED)),
         Do.END, "test", (Outcome.FAILED, Reason.QUEUE_TIMEOUT), "exceeded quota"),
     "no pod could start in time": (
         a_view(a_job("test", since=3601)),
@@ -362,25 +368,25 @@ ACTIONS: dict[str, Case] = {
         a_view(DONE, a_job("build"), pods=ended("build", "before", main=terminated(0, DIGEST))),
         Do.WAIT, "build", Reason.OK, "for its pod"),
     "a pod that cannot heal": (
-        a_view(a_job("test"), doomed=DOOMED),
+        a_view(a_job("test"), fatal_problem=DOOMED),
         Do.END, "test", (Outcome.FAILED, Reason.IMAGE_NOT_FOUND), "not found"),
     "a pod that cannot heal behind a Job that passed": (
-        a_view(a_job("test", "succeeded", run=OTHER), doomed=DOOMED),
+        a_view(a_job("test", "succeeded", run=OTHER), fatal_problem=DOOMED),
         Do.END, "test", (Outcome.TESTED, Reason.OK), ""),
     "the report is kept while the Job still ends": (
         a_view(a_job("test"), pods=ended("test", main=terminated(1), results=terminated(0,
             SUMMARY))),
-        Do.NOTE, "test", Reason.OK, SUMMARY),
+        Do.ANNOTATE, "test", Reason.OK, SUMMARY),
     "the report is kept before a failure is told": (
         a_view(a_job("test", "failed"),
             pods=ended("test", main=terminated(1), results=terminated(0, SUMMARY))),
-        Do.NOTE, "test", Reason.OK, SUMMARY),
+        Do.ANNOTATE, "test", Reason.OK, SUMMARY),
     "the report of an evicted pod is not the tests'": (
         a_view(a_job("test"), pods=(a_pod(TEST, states={"results": terminated(0, SUMMARY)},
             reason="Evicted"),)),
         Do.WAIT, "test", Reason.OK, ""),
     "tests failed, with a report": (
-        a_view(a_job("test", "failed", notes={hook.NOTE_SUMMARY: SUMMARY}),
+        a_view(a_job("test", "failed", notes={hook.ANNOTATION_SUMMARY: SUMMARY}),
             pods=ended("test", main=terminated(1))),
         Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "2 passed, 1 failed: t.test_x"),
     "tests failed, without a report": (
@@ -432,11 +438,11 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "failed", reason="BackoffLimitExceeded", since=60)),
         Do.END, "test", (Outcome.FAILED, Reason.VANISHED), "BackoffLimitExceeded"),
     "a Job has failed while its image was never there": (
-        a_view(a_job("test", "failed", reason="DeadlineExceeded"), doomed=DOOMED),
+        a_view(a_job("test", "failed", reason="DeadlineExceeded"), fatal_problem=DOOMED),
         Do.END, "test", (Outcome.FAILED, Reason.IMAGE_NOT_FOUND), "not found"),
     # after green tests
     "a test branch is green": (
-        a_view(a_job("test", "succeeded", run=OTHER, notes={hook.NOTE_SUMMARY: SUMMARY})),
+        a_view(a_job("test", "succeeded", run=OTHER, notes={hook.ANNOTATION_SUMMARY: SUMMARY})),
         Do.END, "test", (Outcome.TESTED, Reason.OK), "2 passed"),
     "an app without environments is only tested": (
         a_view(a_job("test", "succeeded", run=TESTED)),
@@ -452,7 +458,7 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "succeeded", run=PLAIN)), Do.DEPLOY, "staging", Reason.OK, ""),
     "a build runs": (a_view(DONE, a_job("build")), Do.WAIT, "build", Reason.OK, "for its pod"),
     "a suspended build is released": (
-        a_view(DONE, a_job("build", "suspended")), Do.RELEASE, "build", Reason.OK, ""),
+        a_view(DONE, a_job("build", "suspended")), Do.UNSUSPEND, "build", Reason.OK, ""),
     "a build takes too long": (
         a_view(DONE, a_job("build"), pods=(a_pod(BUILD, started=1201),)),
         Do.END, "build", (Outcome.FAILED, Reason.TIMEOUT), "1200 s"),
@@ -464,21 +470,21 @@ ACTIONS: dict[str, Case] = {
             pods=ended("build", main=terminated(128, "no such file", "StartError"))),
         Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "no such file"),
     "a build failed after a green report": (
-        a_view(a_job("test", "succeeded", notes={hook.NOTE_SUMMARY: SUMMARY}), a_job("build",
+        a_view(a_job("test", "succeeded", notes={hook.ANNOTATION_SUMMARY: SUMMARY}), a_job("build",
             "failed"),
             pods=ended("build", main=terminated(1))),
         Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "exit code 1"),
     "a build's pods vanished after a green report": (
-        a_view(a_job("test", "succeeded", notes={hook.NOTE_SUMMARY: SUMMARY}), a_job("build",
+        a_view(a_job("test", "succeeded", notes={hook.ANNOTATION_SUMMARY: SUMMARY}), a_job("build",
             "failed", since=60)),
         Do.END, "build", (Outcome.FAILED, Reason.VANISHED), "no result"),
     "a digest is kept": (
         a_view(DONE, a_job("build", "succeeded"), pods=ended("build", main=terminated(0,
             DIGEST + "\n"))),
-        Do.NOTE, "build", Reason.OK, DIGEST),
+        Do.ANNOTATE, "build", Reason.OK, DIGEST),
     "a digest is kept while the Job still ends": (
         a_view(DONE, a_job("build"), pods=ended("build", main=terminated(0, DIGEST))),
-        Do.NOTE, "build", Reason.OK, DIGEST),
+        Do.ANNOTATE, "build", Reason.OK, DIGEST),
     "last words that are no digest": (
         a_view(DONE, a_job("build", "succeeded", since=60), pods=ended("build",
             main=terminated(0, "sha256:1"))),
@@ -491,12 +497,12 @@ ACTIONS: dict[str, Case] = {
         a_view(DONE, a_job("build", "succeeded", since=60), slot=False),
         Do.WAIT, "build", Reason.OK, "free slot"),
     "a digest is lost twice": (
-        a_view(DONE, a_job("build", "succeeded", since=60, notes={hook.NOTE_REMADE: "1"})),
+        a_view(DONE, a_job("build", "succeeded", since=60, notes={hook.ANNOTATION_REMADE: "1"})),
         Do.END, "build", (Outcome.FAILED, Reason.NO_DIGEST), "twice"),
     "the test Job has gone by its time to live": (
         a_view(BUILT), Do.DEPLOY, "staging", Reason.OK, ""),
     "a test Job made anew beside a build is not left behind": (
-        a_view(a_job("test", "suspended"), BUILT), Do.RELEASE, "test", Reason.OK, ""),
+        a_view(a_job("test", "suspended"), BUILT), Do.UNSUSPEND, "test", Reason.OK, ""),
     # into the environments
     "the first environment": (a_view(DONE, BUILT), Do.DEPLOY, "staging", Reason.OK, ""),
     "an environment is busy": (
@@ -539,8 +545,8 @@ ACTIONS: dict[str, Case] = {
     "taken back after this delivery": (
         a_view(DONE, BUILT, services={"staging": LIVE, "production": a_service("shop-other",
             history_entry("deployed", run="shop-other", colour="green"),
-            history_entry("switched-back", reason="SickAfterSwitch", detail="exit code 3"))}),
-        Do.END, "production", (Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH), "exit code 3"),
+            history_entry("switched-back", reason="UnhealthyAfterSwitch", detail="exit code 3"))}),
+        Do.END, "production", UNHEALTHY, "exit code 3"),
     "taken back before this delivery": (
         a_view(DONE, BUILT, services={"staging": a_service("shop-other",
             history_entry("deployed", run="shop-other"), history_entry("switched-back", ago=100))}),
@@ -556,7 +562,7 @@ ACTIONS: dict[str, Case] = {
     "taken back for a reason that nobody knows": (
         a_view(DONE, BUILT, services={"staging": a_service("shop-other",
             history_entry("switched-back", reason="Moon"))}),
-        Do.END, "staging", (Outcome.SWITCHED_BACK, Reason.SICK_AFTER_SWITCH), ""),
+        Do.END, "staging", (Outcome.SWITCHED_BACK, Reason.UNHEALTHY_AFTER_SWITCH), ""),
     "taken back, and the worker still writes it down": (
         a_view(DONE, BUILT, busy=frozenset({"staging"}),
             services={"staging": a_service("shop-other",
@@ -587,15 +593,15 @@ ACTIONS: dict[str, Case] = {
     # opened again, when only the build of the time before is left
     "opened again beside a failed build of before": (
         a_view(a_job("test", "suspended"), a_job("build", "failed", notes=BEFORE)),
-        Do.RELEASE, "test", Reason.OK, ""),
+        Do.UNSUSPEND, "test", Reason.OK, ""),
     "opened again beside a green build of before": (
-        a_view(a_job("test"), a_job("build", "succeeded", notes={hook.NOTE_DIGEST: DIGEST,
+        a_view(a_job("test"), a_job("build", "succeeded", notes={hook.ANNOTATION_DIGEST: DIGEST,
             **BEFORE})),
         Do.WAIT, "test", Reason.OK, "for its pod"),
     "a failed build of before is made anew": (
         a_view(DONE, a_job("build", "failed", notes=BEFORE)), Do.BUILD, "build", Reason.OK, ""),
     "a green build of before is made anew, its time to live runs": (
-        a_view(DONE, a_job("build", "succeeded", notes={hook.NOTE_DIGEST: DIGEST, **BEFORE})),
+        a_view(DONE, a_job("build", "succeeded", notes={hook.ANNOTATION_DIGEST: DIGEST, **BEFORE})),
         Do.BUILD, "build", Reason.OK, ""),
     "a build of before that is being deleted is made anew": (
         a_view(DONE, a_job("build", notes=BEFORE, deletionTimestamp=stamp(NOW))),
@@ -756,10 +762,10 @@ def replayed(
 
 def first_verdict(
     scenario: str, prefix: str, until: float = 0.0
-) -> tuple[float, hook.Symptom] | None:
-    doom = hook.Doom()
+) -> tuple[float, hook.PodProblem] | None:
+    doom = hook.ProblemTracker()
     for now, pods in replayed(scenario, prefix, until):
-        if found := doom.verdict([s for p in pods for s in hook.pod_symptoms(p)], now):
+        if found := doom.fatal([s for p in pods for s in hook.pod_problems(p)], now):
             return now, found
     return None
 
@@ -821,7 +827,7 @@ def test_what_heals_or_ends_by_itself_is_no_doom(scenario: str, prefix: str) -> 
 )
 def test_why_pods_cannot_be_created(scenario: str, reason: Reason, grace: float) -> None:
     for event in recorded(scenario, "events"):
-        found = hook.creation_symptom(event["message"], "key")
+        found = hook.creation_problem(event["message"], "key")
         assert (found.reason, found.grace) == (reason, grace)
         assert "test-quota" in found.detail
 
@@ -855,7 +861,7 @@ def story(scenario: str) -> Iterator[tuple[float, hook.Action]]:
     jobs: dict[str, hook.Job] = {}
     pods: dict[str, hook.Pod] = {}
     notes: dict[str, str] = {}
-    doom, last = hook.Doom(), None
+    doom, last = hook.ProblemTracker(), None
     for now in sorted({e["at"] for e in events} | {float(n) for n in range(70)}):
         for found in (e["object"] for e in events if e["at"] == now):
             if found["kind"] == "Pod":
@@ -864,14 +870,14 @@ def story(scenario: str) -> Iterator[tuple[float, hook.Action]]:
                 labels = found["metadata"]["labels"] | {"gitops-hook/stage": "test"}
                 meta = found["metadata"] | {"labels": labels, "annotations": notes}
                 jobs["test"] = hook.Job({**found, "metadata": meta})
-        symptoms = [s for p in pods.values() for s in hook.pod_symptoms(p)]
+        symptoms = [s for p in pods.values() for s in hook.pod_problems(p)]
         view = a_view(
             a_job("test", run=OTHER), jobs=jobs, pods=tuple(pods.values()), now=begin + now
         )
-        view = hook.replace(view, doomed=doom.verdict(symptoms, now))
+        view = replace(view, fatal_problem=doom.fatal(symptoms, now))
         action = hook.decide(view)
-        if action.do is Do.NOTE:
-            notes[hook.NOTE_SUMMARY] = action.detail
+        if action.do is Do.ANNOTATE:
+            notes[hook.ANNOTATION_SUMMARY] = action.detail
         if action != last:
             yield now, action
         if action.do is Do.END:
@@ -897,17 +903,17 @@ def test_a_recorded_job_without_a_pod_waits(scenario: str) -> None:
     jobs = [hook.Job(e["object"]) for e in recorded(scenario, "jobs")]
     found = jobs[-1]
     found.stage = "test"
-    view = a_view(jobs={"test": found}, now=found.released + 600)
+    view = a_view(jobs={"test": found}, now=found.unsuspended + 600)
     assert hook.decide(view) == hook.Action(Do.WAIT, "test", detail="for its pod")
-    late = hook.decide(hook.replace(view, now=found.released + 3601))
+    late = hook.decide(replace(view, now=found.unsuspended + 3601))
     assert (late.outcome, late.reason) == (Outcome.FAILED, Reason.QUEUE_TIMEOUT)
 
 
 def test_a_suspended_job_is_released_and_a_report_is_kept_on_the_way() -> None:
     released = [action.do for _, action in story("job-suspended-then-released")]
-    assert released == [Do.NOTHING, Do.RELEASE, Do.WAIT, Do.WAIT, Do.END]
+    assert released == [Do.NOTHING, Do.UNSUSPEND, Do.WAIT, Do.WAIT, Do.END]
     noted = [action.do for _, action in story("job-fails-with-results-sidecar")]
-    assert noted == [Do.NOTHING, Do.WAIT, Do.WAIT, Do.NOTE, Do.END]
+    assert noted == [Do.NOTHING, Do.WAIT, Do.WAIT, Do.ANNOTATE, Do.END]
 
 
 # === Doom, by its texts ===
@@ -950,7 +956,7 @@ def test_the_text_of_a_failed_pull_tells_whether_it_can_heal(
 ) -> None:
     said = (PULL + text).replace("{0}", image if grace else "registry.example.com/shop:1")
     pod = a_pod(apps=[entry("web", waiting(reason, said))])
-    (found,) = hook.pod_symptoms(pod)
+    (found,) = hook.pod_problems(pod)
     assert found.grace == grace
     assert found.reason == (Reason.IMAGE_PULL_FAILED if grace else Reason.IMAGE_NOT_FOUND)
 
@@ -1004,7 +1010,7 @@ STARTS = 'failed to create containerd task: exec: "serve": executable file not f
     ],
 )  # fmt: skip
 def test_a_sick_pod_is_known_by_its_status(pod: hook.Pod, reason: Reason, grace: float) -> None:
-    (found,) = hook.pod_symptoms(pod)
+    (found,) = hook.pod_problems(pod)
     assert (found.reason, found.grace) == (reason, grace)
 
 
@@ -1032,7 +1038,7 @@ def test_a_jobs_pod_is_at_fault_only_where_it_wrote_more_than_it_may(
 ) -> None:
     ended = {"states": {"test-runner": terminated(137)}, "phase": "Failed", "message": message}
     pod = a_pod(TEST, **{**ended, "reason": "Evicted", **more})
-    reasons = [s.reason for s in hook.pod_symptoms(pod)]
+    reasons = [s.reason for s in hook.pod_problems(pod)]
     assert (Reason.OUT_OF_DISK in reasons) is bool(told)
     assert pod.leaving is (told is False)
     # an application's pod is replaced, and its run goes on
@@ -1075,7 +1081,7 @@ CRASHED = waiting("CrashLoopBackOff")
     ],
 )  # fmt: skip
 def test_what_is_no_symptom(pod: hook.Pod) -> None:
-    assert not list(hook.pod_symptoms(pod))
+    assert not list(hook.pod_problems(pod))
 
 
 def crash(times: int, code: int = 1, why: str = "Error", **more: Any) -> hook.Pod:
@@ -1104,14 +1110,14 @@ FULL = "0/3 nodes are available: 3 Insufficient cpu."
 NO_NODE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": FULL}
 
 
-def waits_for(reason: str, message: str = "") -> list[hook.Symptom]:
+def waits_for(reason: str, message: str = "") -> list[hook.PodProblem]:
     """The symptoms of a pod whose only container waits."""
-    return list(hook.pod_symptoms(a_pod(apps=[entry("web", waiting(reason, message))])))
+    return list(hook.pod_problems(a_pod(apps=[entry("web", waiting(reason, message))])))
 
 
 # The doom table of the design but for what recurs, which the next table has: the symptom, the
 # seconds after which it cannot heal any more, and the reason. Before that it may go away.
-LASTING: dict[str, tuple[list[hook.Symptom], int, Reason]] = {
+LASTING: dict[str, tuple[list[hook.PodProblem], int, Reason]] = {
     "no such image": (waits_for("ErrImagePull", "x: not found"), 0, Reason.IMAGE_NOT_FOUND),
     "no access": (waits_for("ErrImagePull", "pull access denied"), 0, Reason.IMAGE_NOT_FOUND),
     "no manifest": (waits_for("ErrImagePull", "manifest unknown"), 0, Reason.IMAGE_NOT_FOUND),
@@ -1121,32 +1127,32 @@ LASTING: dict[str, tuple[list[hook.Symptom], int, Reason]] = {
         waits_for("CreateContainerConfigError", 'configmap "not-there" not found'),
         30, Reason.CONTAINER_CONFIG),
     "no program": (waits_for("RunContainerError", STARTS), 30, Reason.CONTAINER_CONFIG),
-    "no quota": ([hook.creation_symptom(QUOTA, "k")], 15, Reason.QUOTA_EXCEEDED),
-    "no limits": ([hook.creation_symptom(NO_LIMITS, "k")], 3, Reason.ADMISSION_REFUSED),
-    "no count": ([hook.creation_symptom(EDITED, "k")], 60, Reason.ADMISSION_REFUSED),
-    "no time": ([hook.creation_symptom(SLOW, "k")], 60, Reason.ADMISSION_REFUSED),
-    "no leader": ([hook.creation_symptom(ELECTING, "k")], 60, Reason.ADMISSION_REFUSED),
-    "no plug-in": ([hook.creation_symptom(PLUGIN, "k")], 60, Reason.ADMISSION_REFUSED),
-    "no webhook": ([hook.creation_symptom(WEBHOOK, "k")], 60, Reason.ADMISSION_REFUSED),
+    "no quota": ([hook.creation_problem(QUOTA, "k")], 15, Reason.QUOTA_EXCEEDED),
+    "no limits": ([hook.creation_problem(NO_LIMITS, "k")], 3, Reason.ADMISSION_REFUSED),
+    "no count": ([hook.creation_problem(EDITED, "k")], 60, Reason.ADMISSION_REFUSED),
+    "no time": ([hook.creation_problem(SLOW, "k")], 60, Reason.ADMISSION_REFUSED),
+    "no leader": ([hook.creation_problem(ELECTING, "k")], 60, Reason.ADMISSION_REFUSED),
+    "no plug-in": ([hook.creation_problem(PLUGIN, "k")], 60, Reason.ADMISSION_REFUSED),
+    "no webhook": ([hook.creation_problem(WEBHOOK, "k")], 60, Reason.ADMISSION_REFUSED),
     "no node": (
-        list(hook.pod_symptoms(a_pod(conditions=[NO_NODE]))), 120, Reason.UNSCHEDULABLE),
+        list(hook.pod_problems(a_pod(conditions=[NO_NODE]))), 120, Reason.UNSCHEDULABLE),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LASTING)
 def test_what_lasts_is_doomed_at_its_time_and_may_heal_before(name: str) -> None:
     symptoms, seconds, reason = LASTING[name]
-    doom = hook.Doom()
+    doom = hook.ProblemTracker()
     for now in (0.0, seconds - 0.1) if seconds else ():
-        assert doom.verdict(symptoms, now) is None
-    found = doom.verdict(symptoms, float(seconds))
+        assert doom.fatal(symptoms, now) is None
+    found = doom.fatal(symptoms, float(seconds))
     assert found is not None
     assert found.reason is reason
-    healed = hook.Doom()
+    healed = hook.ProblemTracker()
     for now in (0.0, seconds - 0.1) if seconds else ():
-        healed.verdict(symptoms, now)
-    assert healed.verdict([], seconds + 0.1) is None
-    assert healed.verdict(symptoms if seconds else [], seconds + 0.2) is None
+        healed.fatal(symptoms, now)
+    assert healed.fatal([], seconds + 0.1) is None
+    assert healed.fatal(symptoms if seconds else [], seconds + 0.2) is None
 
 
 def init_crash(times: int) -> hook.Pod:
@@ -1190,26 +1196,26 @@ Steps = list[tuple[float, hook.Pod]]
 def test_a_container_that_ends_twice_for_the_same_reason_is_doomed(
     steps: Steps, second: float | None
 ) -> None:
-    doom = hook.Doom()
-    fell = [now for now, pod in steps if doom.verdict(hook.pod_symptoms(pod), now)]
+    doom = hook.ProblemTracker()
+    fell = [now for now, pod in steps if doom.fatal(hook.pod_problems(pod), now)]
     assert (fell[0] if fell else None) == second
 
 
 def test_a_symptom_that_goes_away_starts_anew() -> None:
-    doom, symptom = hook.Doom(), hook.Symptom("k", Reason.IMAGE_PULL_FAILED, "", 60)
-    assert doom.verdict([symptom], 0) is None
-    assert doom.verdict([symptom], 59) is None
-    assert doom.verdict([], 59.5) is None
-    assert doom.verdict([symptom], 61) is None
-    assert doom.verdict([symptom], 121) is symptom
+    doom, symptom = hook.ProblemTracker(), hook.PodProblem("k", Reason.IMAGE_PULL_FAILED, "", 60)
+    assert doom.fatal([symptom], 0) is None
+    assert doom.fatal([symptom], 59) is None
+    assert doom.fatal([], 59.5) is None
+    assert doom.fatal([symptom], 61) is None
+    assert doom.fatal([symptom], 121) is symptom
 
 
 def test_a_second_symptom_does_not_renew_the_first() -> None:
-    doom, slow = hook.Doom(), hook.Symptom("slow", Reason.UNSCHEDULABLE, "", 120)
-    quick = hook.Symptom("quick", Reason.CONTAINER_CONFIG, "", 30)
-    assert doom.verdict([slow], 0) is None
-    assert doom.verdict([slow, quick], 100) is None
-    assert doom.verdict([slow, quick], 120) is slow
+    doom, slow = hook.ProblemTracker(), hook.PodProblem("slow", Reason.UNSCHEDULABLE, "", 120)
+    quick = hook.PodProblem("quick", Reason.CONTAINER_CONFIG, "", 30)
+    assert doom.fatal([slow], 0) is None
+    assert doom.fatal([slow, quick], 100) is None
+    assert doom.fatal([slow, quick], 120) is slow
 
 
 # === After the switch ===
@@ -1220,7 +1226,7 @@ def test_a_recorded_version_that_turns_sick_is_found_at_its_first_exit() -> None
     switched = max(p.started for p in pods) + 3
     fell = []
     for now, known in replayed("deploy-sick-later", "shop-green-759b"):
-        if sick := hook.sickness(known, switched):
+        if sick := hook.container_failure(known, switched):
             fell.append((now, sick))
     assert fell[0][0] == pytest.approx(10.62, abs=0.1)
     assert "exit code 3" in fell[0][1]
@@ -1231,7 +1237,7 @@ def test_a_recorded_version_that_turns_sick_is_found_at_its_first_exit() -> None
 
 def test_a_recorded_restart_of_a_colour_is_not_sickness() -> None:
     for _, known in replayed("deploy-restarted", "shop-"):
-        assert not hook.sickness(known, 0)
+        assert not hook.container_failure(known, 0)
 
 
 def new_pod(name: str = "a", **more: Any) -> hook.Pod:
@@ -1282,15 +1288,15 @@ def test_what_is_sickness_and_what_is_not(
     pod: hook.Pod, sick: bool, down: bool, disturbed: bool
 ) -> None:
     switched = NOW - 20
-    assert bool(hook.sickness([pod], switched)) is sick
+    assert bool(hook.container_failure([pod], switched)) is sick
     assert bool(hook.unready([pod], switched)) is down
-    assert hook.disturbed([pod], 1) is disturbed
+    assert hook.pods_taken_away([pod], 1) is disturbed
 
 
 def test_a_missing_pod_is_a_disturbance() -> None:
-    assert hook.disturbed([new_pod()], 2)
-    assert not hook.disturbed([new_pod("a"), new_pod("b")], 2)
-    assert hook.disturbed([new_pod("a"), new_pod("b"), new_pod("c", meta=GONE)], 2)
+    assert hook.pods_taken_away([new_pod()], 2)
+    assert not hook.pods_taken_away([new_pod("a"), new_pod("b")], 2)
+    assert hook.pods_taken_away([new_pod("a"), new_pod("b"), new_pod("c", meta=GONE)], 2)
 
 
 FELL = [entry("web", RUNNING, ready=False)]
@@ -1325,7 +1331,7 @@ def down_pod(name: str, seconds: float) -> hook.Pod:
 def test_a_version_may_lack_ready_pods_for_as_long_as_its_visitors_can_bear(
     pods: list[hook.Pod], told: str, grace: float, *, starting: bool
 ) -> None:
-    found = hook.shortage(pods, NOW - 20, NOW, starting=starting)
+    found = hook.readiness_shortage(pods, NOW - 20, NOW, starting=starting)
     assert (found.detail if found else "") == (told and f"not ready for {told}")
     assert (found.grace if found else 0.0) == grace
 
@@ -1349,7 +1355,7 @@ CHECKED = {
 def test_time_counts_for_the_bake_only_between_checks_that_are_near_each_other(
     steps: list[tuple[float, str | None, bool]], judged: float, passes: int, failures: int
 ) -> None:
-    checks, now = hook.Checks(), 1000.0
+    checks, now = hook.HealthChecks(), 1000.0
     for seconds, refusal, clear in steps:
         now += seconds
         checks.add(now, refusal, clear=clear)
@@ -1359,7 +1365,7 @@ def test_time_counts_for_the_bake_only_between_checks_that_are_near_each_other(
 
 
 def test_checks_of_long_ago_are_no_proof_that_a_version_is_healthy() -> None:
-    checks = hook.Checks()
+    checks = hook.HealthChecks()
     for now in (1.0, 1.25, 1.5):
         checks.add(now, None, clear=True)
     assert checks.passing(1.5 + hook.CHECK_GAP) == 3
@@ -1405,7 +1411,7 @@ def test_a_selector_is_narrowed_to_todays_pods(
 
 # === Purity ===
 
-HELPERS = {"clip", "seconds_of"}
+HELPERS = {"clip", "replace", "seconds_of"}
 FORBIDDEN = {
     "open",
     "print",

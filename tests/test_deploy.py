@@ -216,7 +216,7 @@ def test_a_version_that_turns_sick_is_switched_back_within_seconds(live: Fleet) 
         turned = time.monotonic()
         sick.tell("v2", "/turn-sick")
         ended = live.ended(run)
-    assert (ended["outcome"], ended["reason"]) == ("switched-back", "SickAfterSwitch")
+    assert (ended["outcome"], ended["reason"]) == ("switched-back", "UnhealthyAfterSwitch")
     assert "/ready failed 3 times in a row: status 503" in ended["detail"]
     assert (traffic.failures, traffic.versions) == ([], ["v1", "v2", "v1"])
     assert max(at for at, version in traffic.seen if version == "v2") - turned < 3
@@ -239,7 +239,7 @@ def test_a_container_that_ends_after_the_switch_is_switched_back(live: Fleet) ->
         sick.tell("v3", "/exit")
         ended = live.ended(run)
         eventually(lambda: traffic.versions[-1] == "v1", 5, "v1 serves")
-    assert (ended["outcome"], ended["reason"]) == ("switched-back", "SickAfterSwitch")
+    assert (ended["outcome"], ended["reason"]) == ("switched-back", "UnhealthyAfterSwitch")
     assert "exit code 3" in ended["detail"]
 
 
@@ -250,7 +250,7 @@ def test_with_both_versions_sick_traffic_stays(live: Fleet) -> None:
     both.tell("v1", "/turn-sick")
     both.tell("v2", "/turn-sick")
     ended = live.ended(run)
-    assert (ended["outcome"], ended["reason"]) == ("failed", "BothSick")
+    assert (ended["outcome"], ended["reason"]) == ("failed", "BothUnhealthy")
     both.quiet()
     assert both.selector[RUN] == run
     ledger = live.cluster.store.find("configmaps", "orchestration", "gitops-hook-both") or {}

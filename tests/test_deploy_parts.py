@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,18 @@ esac
     script.chmod(0o755)
     kubectl = hook.Kubectl(hook.Metrics(), program=str(script))
     secrets = hook.Secrets(folder)
-    return hook.Deployer(kubectl, hook.Git(folder / "none"), secrets, Seconds())
+    return hook.Deployer(doors(kubectl, secrets, hook.Git(folder / "none")))
+
+
+def doors(kubectl: hook.Kubectl, secrets: hook.Secrets, git: hook.Git) -> hook.Doors:
+    return hook.Doors(
+        kubectl=kubectl,
+        git=git,
+        secrets=secrets,
+        clock=Seconds(),
+        reports=hook.Reports(kubectl.metrics),
+        stop=threading.Event(),
+    )
 
 
 def task() -> hook.Task:
@@ -122,14 +134,17 @@ def task() -> hook.Task:
 def test_endpoints_that_did_not_move_at_all_are_given_more_time_than_those_that_did(
     tmp_path: Path, looks: list[Object], *, arrives: bool
 ) -> None:
-    assert deployer(tmp_path, looks).followed(task(), NEW, 2, SWITCHED) is arrives
+    assert (
+        deployer(tmp_path, looks).steady.traffic.endpoints_converge(task(), NEW, 2, SWITCHED)
+        is arrives
+    )
 
 
 def test_endpoints_are_as_many_as_an_autoscaler_wants_by_now(tmp_path: Path) -> None:
     made = deployer(tmp_path, [slices("shop-new-1")])
     smaller = {"metadata": {"name": "shop-green"}, "spec": {"replicas": 1}}
     (tmp_path / "deployment").write_text(json.dumps(smaller))
-    assert made.followed(task(), NEW, 2, SWITCHED)
+    assert made.steady.traffic.endpoints_converge(task(), NEW, 2, SWITCHED)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +158,7 @@ def test_a_pod_that_the_cluster_takes_away_after_the_switch_is_not_waited_for(
     made, other = deployer(tmp_path, [slices("shop-new-1")]), ready_pod("shop-new-2", created)
     other["metadata"] |= {"deletionTimestamp": LATE} if taken else {}
     (tmp_path / "pods").write_text(json.dumps({"items": [ready_pod("shop-new-1"), other]}))
-    assert made.followed(task(), NEW, 2, SWITCHED) is arrives
+    assert made.steady.traffic.endpoints_converge(task(), NEW, 2, SWITCHED) is arrives
 
 
 def test_endpoints_of_a_service_that_was_switched_away_are_not_waited_for(tmp_path: Path) -> None:
@@ -151,7 +166,7 @@ def test_endpoints_of_a_service_that_was_switched_away_are_not_waited_for(tmp_pa
     away = {"metadata": {"name": "shop", "resourceVersion": "2"}, "spec": {"selector": OLD}}
     (tmp_path / "service").write_text(json.dumps(away))
     with pytest.raises(hook.SupersededError, match="SelectorChanged"):
-        made.followed(task(), NEW, 2, SWITCHED)
+        made.steady.traffic.endpoints_converge(task(), NEW, 2, SWITCHED)
 
 
 @pytest.mark.parametrize(("observed", "told"), [(1, []), (2, ["QuotaExceeded"])])
@@ -166,8 +181,8 @@ def test_what_a_deployment_said_of_the_version_before_is_not_held_against_the_ne
     names = ("run", "commit", "image", "colour")
     values: Object = {**dict.fromkeys(names, ""), "selector": NEW, "configmaps": [], "service": {}}
     release = hook.Release(**values, deployment=standing)
-    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
-    assert [str(s.reason) for s in made.symptoms(task(), release, pods)] == told
+    pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
+    assert [str(s.reason) for s in made.steady.rollout.problems(task(), release, pods)] == told
 
 
 def a_release(deployment: Object) -> hook.Release:
@@ -187,17 +202,17 @@ def test_a_rollout_is_judged_by_the_pods_of_its_own_run(tmp_path: Path) -> None:
     made = deployer(tmp_path, [])
     (tmp_path / "deployment").write_text(json.dumps(named("shop-blue")))
     release = a_release(named("shop-blue"))
-    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
-    late = hook.Symptom("", hook.Reason.NEVER_READY, "late")
+    pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
+    late = hook.PodProblem("", hook.Reason.NEVER_READY, "late")
     pods._take("ADDED", pod_without_image("shop-old"))
-    assert made.symptoms(task(), release, pods) == []
-    assert made.failed(release, pods, late).reason is hook.Reason.NEVER_READY
+    assert made.steady.rollout.problems(task(), release, pods) == []
+    assert made.steady.rollout.failure(release, pods, late).reason is hook.Reason.NEVER_READY
     pods._take("ADDED", pod_without_image("shop-new"))
-    (symptom,) = made.symptoms(task(), release, pods)
+    (symptom,) = made.steady.rollout.problems(task(), release, pods)
     assert symptom.reason is hook.Reason.IMAGE_NOT_FOUND
-    assert made.failed(release, pods, late).reason is hook.Reason.IMAGE_NOT_FOUND
-    quota = hook.Symptom("k", hook.Reason.QUOTA_EXCEEDED, "quota")
-    assert made.failed(release, pods, quota).reason is hook.Reason.QUOTA_EXCEEDED
+    assert made.steady.rollout.failure(release, pods, late).reason is hook.Reason.IMAGE_NOT_FOUND
+    quota = hook.PodProblem("k", hook.Reason.QUOTA_EXCEEDED, "quota")
+    assert made.steady.rollout.failure(release, pods, quota).reason is hook.Reason.QUOTA_EXCEEDED
 
 
 @pytest.mark.parametrize(
@@ -217,10 +232,10 @@ def test_a_rollout_that_cannot_end_well_any_more_is_not_waited_for(
     standing = {"metadata": meta, "spec": spec, "status": {"observedGeneration": 2}}
     (tmp_path / "deployment").write_text(json.dumps(standing))
     (tmp_path / "pods").write_text('{"items": []}')
-    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
+    pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
     with pytest.raises(raised, match=said):
-        made.roll_out(task(), a_release(standing), pods)
-    assert made.clock.monotonic() < 1000 + 10 * hook.VERIFY_SECONDS
+        made.steady.rollout.wait(task(), a_release(standing), pods)
+    assert made.doors.clock.monotonic() < 1000 + 10 * hook.VERIFY_SECONDS
 
 
 def two_pods(ready: int) -> list[Object]:
@@ -242,8 +257,8 @@ def history(
         {**common, "run": "shop-new", "selector": NEW, "outcome": ""},
         {**common, "run": "shop-old", "selector": OLD, "outcome": "deployed"},
     ]
-    notes = {hook.NOTE_HISTORY: json.dumps(entries if old else entries[:1])}
-    notes |= {hook.NOTE_PREVIOUS: json.dumps(OLD)} if old else {}
+    notes = {hook.ANNOTATION_HISTORY: json.dumps(entries if old else entries[:1])}
+    notes |= {hook.ANNOTATION_PREVIOUS: json.dumps(OLD)} if old else {}
     live = {"metadata": {"name": "shop", "resourceVersion": "1", "annotations": notes}}
     texts = {
         "service": {**live, "spec": {"selector": NEW}},
@@ -271,15 +286,17 @@ def test_a_rollback_that_only_began_ends_no_bake(
 ) -> None:
     made = history(tmp_path, two_pods(2), two_pods(2))
     service = json.loads((tmp_path / "service").read_text())
-    claim = made.note("shop-old", "blue", hook.Phase.ROLLBACK)
-    claim["since"] = made.clock.now() - age
-    service["metadata"]["annotations"][hook.NOTE_CLAIM] = json.dumps(claim)
+    claim = replace(
+        made.steady.claims.new("shop-old", "blue", hook.Phase.ROLLBACK),
+        since=made.doors.clock.now() - age,
+    )
+    service["metadata"]["annotations"][hook.ANNOTATION_CLAIM] = json.dumps(claim.to_json())
     (tmp_path / "service").write_text(json.dumps(service))
     if confirmed:
-        made.conclude(task())
+        made.steady.traffic.confirm(task())
     else:
         with pytest.raises(hook.HookError, match="a rollback is under way"):
-            made.conclude(task())
+            made.steady.traffic.confirm(task())
     assert (tmp_path / "done").exists() is confirmed
 
 
@@ -293,8 +310,10 @@ def test_missing_endpoints_send_traffic_back_only_to_a_version_that_is_as_well(
 ) -> None:
     made = history(tmp_path, None if old is None else two_pods(old), two_pods(new))
     release = a_release({"metadata": {}, "spec": {"replicas": 2}})
-    with pytest.raises(hook.StageError, match="^EndpointsMissing: " if back else "^BothSick: "):
-        made.verify(task(), release, SWITCHED)
+    with pytest.raises(
+        hook.StageError, match="^EndpointsMissing: " if back else "^BothUnhealthy: "
+    ):
+        made.steady.traffic.verify(task(), release, SWITCHED)
     assert (tmp_path / "done").exists() is back
 
 
@@ -313,22 +332,24 @@ def test_a_release_record_that_is_not_as_it_was_written_is_not_used(
     tmp_path: Path, key: str, value: Any
 ) -> None:
     made = history(tmp_path, None, [])
-    assert made.release(task(), {"release": "record"}).run == "shop-new"
+    assert made.steady.live.release(task(), "record").run == "shop-new"
     record = json.loads((tmp_path / "record").read_text())
     target = record["metadata"] if "." in key else record
     target[key.rpartition(".")[2]] = value
     (tmp_path / "record").write_text(json.dumps(record))
     with pytest.raises(hook.StageError, match="release record record was changed, or is not"):
-        made.release(task(), {"release": "record"})
+        made.steady.live.release(task(), "record")
 
 
 def switches_back(made: hook.Deployer) -> float | None:
     """Let traffic be taken back; return how often that was counted."""
-    ended = (hook.Outcome.SWITCHED_BACK, hook.Reason.SICK_AFTER_SWITCH, "it is sick")
+    ended = (hook.Outcome.SWITCHED_BACK, hook.Reason.UNHEALTHY_AFTER_SWITCH, "it is sick")
     labels = {"app": "shop", "environment": "production", "direction": "back"}
     with suppress(hook.SupersededError):
-        made.switch_back(task(), *ended)
-    return made.metrics.registry.get_sample_value("gitops_hook_switches_total", labels)
+        made.steady.traffic.switch_back(task(), *ended)
+    return made.doors.kubectl.metrics.registry.get_sample_value(
+        "gitops_hook_switches_total", labels
+    )
 
 
 def test_a_switch_back_is_counted_only_when_it_was_one(tmp_path: Path) -> None:
@@ -353,18 +374,18 @@ def test_a_step_before_the_switch_is_not_tried_for_ever_once_the_branch_has_anot
     refused = "echo 'Unable to connect: connection refused' >&2; exit 1"
     script = tmp_path / "kubectl"
     script.write_text(f"#!/bin/sh\n{refused}\n")
-    monkeypatch.setattr(made, "pause", lambda seconds: None)
+    monkeypatch.setattr(hook.Doors, "pause", lambda doors, seconds: None)
     heads: list[dict[str, str]] = [{"refs/heads/main": "b" * 40}, {"refs/heads/main": "a" * 40}]
-    monkeypatch.setattr(made.git, "heads", lambda url: heads.pop())
+    monkeypatch.setattr(made.doors.git, "heads", lambda url: heads.pop())
     with pytest.raises(hook.SupersededError, match="another head"):
-        made.claim(task(), a_release({"metadata": {}, "spec": {}}))
+        made.steady.claims.take(task(), a_release({"metadata": {}, "spec": {}}))
     assert heads == []
 
 
-def take_back(made: hook.Deployer, well: tuple[int, int] | None) -> str:
+def take_back(operations: hook.Operations, health: hook.PodHealth | None) -> str:
     """Return why traffic was taken back, or had to stay; "" when the verdict was dropped."""
     try:
-        made.take_back(task(), "it is sick", well)
+        operations.traffic.switch_back_if_worse(task(), "it is sick", health)
     except hook.StageError as ended:
         return str(ended.reason)
     return ""
@@ -372,27 +393,31 @@ def take_back(made: hook.Deployer, well: tuple[int, int] | None) -> str:
 
 @pytest.mark.parametrize(
     ("old", "well", "wanted", "verdict"),
-    [(2, 2, 3, "SickAfterSwitch"), (1, 1, 2, "BothSick"), (2, 1, 2, "SickAfterSwitch")],
+    [
+        (2, 2, 3, "UnhealthyAfterSwitch"),
+        (1, 1, 2, "BothUnhealthy"),
+        (2, 1, 2, "UnhealthyAfterSwitch"),
+    ],
     ids=["more-were-wanted", "equal", "fewer"],
 )
 def test_a_crash_sends_traffic_back_to_where_a_larger_share_is_well(
     tmp_path: Path, old: int, well: int, wanted: int, verdict: str
 ) -> None:
     made = history(tmp_path, two_pods(old), [])
-    assert take_back(made, (well, wanted)) == verdict
+    assert take_back(made.steady, hook.PodHealth(well, wanted)) == verdict
 
 
 @pytest.mark.parametrize(
     ("old", "new", "verdict"),
     [
-        ((200, 200), (503, 503), "SickAfterSwitch"),
-        ((200, 200), (200, 503), "SickAfterSwitch"),
+        ((200, 200), (503, 503), "UnhealthyAfterSwitch"),
+        ((200, 200), (200, 503), "UnhealthyAfterSwitch"),
         ((200, 503), (200, 503), ""),
         ((200, 200), (200, 200), ""),
         ((200,) * 6, (200,) * 6, ""),
         ((200, 200, 503), (200, 200, 200, 503), ""),
-        ((503, 503), (503, 503), "BothSick"),
-        (None, (200, 503), "BothSick"),
+        ((503, 503), (503, 503), "BothUnhealthy"),
+        (None, (200, 503), "BothUnhealthy"),
     ],
     ids=["sick", "half", "lost-machine", "over", "larger-now", "a-better-share", "both", "first"],
 )
@@ -410,7 +435,7 @@ def test_failed_health_checks_count_by_the_word_of_each_pod_of_both_versions(
                 words = f"HTTP/1.1 {status} Said\r\n\r\n".encode()
                 port = servers.enter_context(answering([words], host, port))
         made = history(tmp_path, pods["old"] or None, pods["new"], port=port)
-        assert take_back(made, None) == verdict
+        assert take_back(made.steady, None) == verdict
 
 
 @contextmanager
@@ -513,14 +538,14 @@ def test_traffic_is_taken_back_while_other_calls_take_all_their_places_and_one_h
 *pods*shop-old*) if mkdir hung; then exec sleep 600; fi; cat old ;;"""
     script.write_text(script.read_text().replace('case "$*" in', hangs, 1))
     with ThreadPoolExecutor(8) as others:
-        [others.submit(made.kubectl.run, "get", "elsewhere") for _ in range(8)]
+        [others.submit(made.doors.kubectl.run, "get", "elsewhere") for _ in range(8)]
         taken = tmp_path / "others"
         eventually(lambda: taken.exists() and taken.read_text().count("\n") == 8, 20)
         began = time.monotonic()
-        verdict = take_back(made.urgent, (0, 2))
+        verdict = take_back(made.urgent, hook.PodHealth(0, 2))
         took = time.monotonic() - began
         (tmp_path / "end").touch()
-    assert (verdict, (tmp_path / "done").exists()) == ("SickAfterSwitch", True)
+    assert (verdict, (tmp_path / "done").exists()) == ("UnhealthyAfterSwitch", True)
     assert took < 10, "and not after the 30 seconds of one call"
 
 
@@ -532,10 +557,10 @@ def test_a_rollout_is_not_waited_for_when_the_daemon_is_to_stop(tmp_path: Path) 
     meta, spec = {"name": "shop-blue"}, {"replicas": 1, "progressDeadlineSeconds": 600}
     standing = {"metadata": meta, "spec": spec}
     (tmp_path / "deployment").write_text(json.dumps(standing))
-    pods = hook.Watch(made.kubectl, "pods", "production", hook.Pod, "")
-    made.stop.set()
+    pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
+    made.doors.stop.set()
     with pytest.raises(InterruptedError):
-        made.roll_out(task(), a_release(standing), pods)
+        made.steady.rollout.wait(task(), a_release(standing), pods)
 
 
 # What objects say
@@ -565,7 +590,7 @@ def test_a_rollout_is_proven_by_every_count_of_its_status_and_by_its_pods(
     status: Object | None, ready: int, *, proof: bool
 ) -> None:
     found = {"metadata": {"generation": 7}, "spec": {"replicas": 2}, "status": status}
-    assert hook.proven(found, ready) is proof
+    assert hook.rolled_out(found, ready) is proof
 
 
 @pytest.mark.parametrize(
@@ -577,7 +602,7 @@ def test_a_count_that_is_left_out_is_none_and_no_pods_prove_nothing(
     status = {**dict.fromkeys(ALL_TWO, wanted), "observedGeneration": 7}
     status.pop(missing, None)
     found = {"metadata": {"generation": 7}, "spec": {"replicas": wanted}, "status": status}
-    assert hook.proven(found, wanted) is proof
+    assert hook.rolled_out(found, wanted) is proof
 
 
 def test_an_endpoint_is_ready_unless_it_says_that_it_is_not() -> None:
@@ -617,18 +642,19 @@ def test_a_pod_is_asked_at_the_target_port_of_its_service(
 
 
 def test_a_rollback_marks_all_that_came_after_its_target_and_had_not_failed() -> None:
-    def entry(run: str, outcome: str, at: int) -> Object:
-        return {"run": run, "outcome": outcome, "at": at}
+    def entry(run: str, outcome: str, at: float) -> hook.HistoryEntry:
+        return hook.HistoryEntry(selector={"run": run}, run=run, outcome=outcome, at=at)
 
     failed, newer, same = entry("c", "failed", 5), entry("b", "deployed", 4), entry("a", "", 3)
     target, older = entry("a", "deployed", 2), entry("z", "deployed", 1)
-    goal, gone = {**target, "colour": "green"}, {"outcome": "rolled-back", "reason": "RolledBack"}
+    goal = hook.Goal(target, replace(target, colour="green"), overwritten=False)
     history = [failed, newer, same, target, older]
-    found = hook.rolled_back(history, target, goal, "it is slow")
-    marked = [{**e, **gone, "detail": "it is slow"} for e in (newer, same)]
-    assert found == [failed, *marked, goal, older]
+    after = hook.rolled_back(history, goal, "it is slow")
+    gone = {"outcome": "rolled-back", "reason": "RolledBack", "detail": "it is slow"}
+    marked = [hook.HistoryEntry(**{**e.to_json(), **gone}) for e in (newer, same)]
+    assert after == [failed, *marked, goal.entry, older]
     with pytest.raises(hook.RefusedError, match="changed meanwhile"):
-        hook.rolled_back([failed, newer], target, goal, "")
+        hook.rolled_back([failed, newer], goal, "")
 
 
 def test_a_release_in_another_colour_is_another_deployment_of_the_same_run() -> None:
@@ -672,7 +698,7 @@ def test_the_last_words_are_those_of_the_newest_pod_that_is_not_ready() -> None:
     ]
 
     def told(pods: list[hook.Pod]) -> list[str]:
-        return [f"{c.name} of {p.name}" for p, c in hook.speakers(pods)]
+        return [f"{s.container.name} of {s.pod.name}" for s in hook.speakers(pods)]
 
     assert told(pods) == ["web of new", "last of new"]
     assert told(pods[2:]) == ["web of well"]
@@ -759,9 +785,9 @@ def test_twenty_logs_of_an_app_are_kept_for_a_day(tmp_path: Path) -> None:
     assert [*shelf.kept][-1] == "log-shop-29"
     app = hook.load_config(CONFIG).apps[0]
     spaces = dict.fromkeys(("test", "build", "staging", "production"), "production")
-    tails(shelf, tmp_path, now=80_000.0).tidy(app, spaces)
+    tails(shelf, tmp_path, now=80_000.0).delete_expired(app, spaces)
     assert "log-shop-28" in shelf.kept
-    tails(shelf, tmp_path, now=88_000.0).tidy(app, spaces)
+    tails(shelf, tmp_path, now=88_000.0).delete_expired(app, spaces)
     assert [*shelf.kept] == ["other", "release"]
 
 
@@ -776,7 +802,9 @@ def test_logs_of_pods_that_shall_not_be_kept_any_more_go(tmp_path: Path) -> None
     text = CONFIG.replace("shop}}", "shop}, deploy: {log_tails: false}}")
     spaces = dict.fromkeys(("test", "build"), "test")
     app = hook.load_config(text).apps[0]
-    tails(shelf, tmp_path).tidy(app, {**spaces, "staging": "s", "production": "production"})
+    tails(shelf, tmp_path).delete_expired(
+        app, {**spaces, "staging": "s", "production": "production"}
+    )
     assert not shelf.kept
 
 
@@ -798,11 +826,11 @@ def test_a_log_that_does_not_come_holds_up_neither_a_deployment_nor_another_call
     wait = 'case "$*" in\n*logs*) touch asked; until test -e go; do sleep 0.1; done ;;'
     script.write_text(script.read_text().replace('case "$*" in', wait))
     kubectl = hook.Kubectl(hook.Metrics(), 1, str(script))
-    made = hook.Deployer(kubectl, made.git, made.secrets, Seconds())
+    made = hook.Deployer(doors(kubectl, made.doors.secrets, made.doors.git))
     threads = threading.active_count()
-    made.keep_logs(task(), [a_pod("new", 20, FAILED)])
+    made.steady.rollout.keep_logs(task(), [a_pod("new", 20, FAILED)])
     assert (tmp_path / "asked").exists()
-    assert made.service(task()) is not None
+    assert made.steady.live.read(task()) is not None
     (tmp_path / "go").touch()
     eventually(lambda: threading.active_count() == threads, 20)
 
@@ -823,7 +851,7 @@ def test_what_was_adopted_is_as_large_as_its_pods_that_stay(tmp_path: Path) -> N
         pod["metadata"]["labels"] = foreign
     gone = [ended_pod("c"), ended_pod("d", "Succeeded"), ended_pod("e", deletionTimestamp=LATE)]
     (tmp_path / "pods").write_text(json.dumps({"items": [*serving, *gone]}))
-    assert made.place(task()) == ("blue", 2)
+    assert made.steady.claims.idle_colour_and_size(task()) == hook.Placement("blue", 2)
 
 
 @pytest.mark.parametrize(
@@ -848,7 +876,7 @@ def widens(folder: Path, pods: list[Object]) -> bool:
     """Whether an adopted Service gets its own selector back while there are these pods of ours."""
     made, narrow = deployer(folder, []), {"app": "shop", "pod-template-hash": "1"}
     entry = {"run": "", "outcome": "adopted", "selector": narrow, "was": {"app": "shop"}}
-    notes = {hook.NOTE_HISTORY: json.dumps([entry])}
+    notes = {hook.ANNOTATION_HISTORY: json.dumps([entry])}
     meta = {"name": "shop", "resourceVersion": "1", "annotations": notes}
     (folder / "service").write_text(json.dumps({"metadata": meta, "spec": {"selector": narrow}}))
     (folder / "deployment").write_text(json.dumps({"items": [{"spec": {"replicas": 0}}]}))
@@ -856,9 +884,9 @@ def widens(folder: Path, pods: list[Object]) -> bool:
     script = folder / "kubectl"
     patched = 'case "$*" in\n*patch*) cat > patched; cat service ;;'
     script.write_text(script.read_text().replace('case "$*" in', patched))
-    made.hold(task(), None)
+    made.steady.claims.put(task(), hook.Claim())
     change = json.loads((folder / "patched").read_text())
-    history = json.loads(change["metadata"]["annotations"][hook.NOTE_HISTORY])
+    history = json.loads(change["metadata"]["annotations"][hook.ANNOTATION_HISTORY])
     assert history[0]["selector"] == {"app": "shop"}
     wanted = {"app": "shop", "pod-template-hash": None}
     return bool(change["spec"]["selector"] == wanted)

@@ -314,7 +314,7 @@ def test_a_larger_version_that_crashes_is_switched_back_to_a_smaller_one(apps: F
     run = grown.go("v2", change=three_replicas, modes="crash-later")
     grown.switched(run)
     eventually(lambda: grown.answer()["version"] == "v2", 10, "one pod has answered, and crashes")
-    assert apps.ended(run)["reason"] == "SickAfterSwitch"
+    assert apps.ended(run)["reason"] == "UnhealthyAfterSwitch"
     eventually(lambda: answers(grown) == "v1", 10, "the version before serves again")
 
 

@@ -1,4 +1,4 @@
-"""What errors say, and how kubectl's failures are told apart."""
+"""What errors say, and how the failures of kubectl are classified."""
 
 from __future__ import annotations
 
@@ -13,25 +13,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gitops_hook
-from gitops_hook import ConfigError, GitError, KubectlError, Outcome, Reason, StageError, clip
+from gitops_hook import (
+    ConfigError,
+    Diagnosis,
+    GitError,
+    KubectlError,
+    Outcome,
+    Reason,
+    StageError,
+    clip,
+)
 
 DATA = Path(__file__).resolve().parent / "data"
-REFUSED = "The connection to the server 127.0.0.1:1 was refused - did you specify the right host?"
+AWAY = "The connection to the server 127.0.0.1:1 was refused"
+REFUSED = f"{AWAY} - did you specify the right host or port?"
 
 
 @given(st.text(), st.integers(3, 400))
 def test_clipped_text_is_one_printable_line_of_bounded_length(text: str, limit: int) -> None:
-    found = clip(text, limit)
-    assert len(found) <= limit
-    assert found.isprintable()
-    assert not re.search(r"^ |  | $", found)
+    clipped = clip(text, limit)
+    assert len(clipped) <= limit
+    assert clipped.isprintable()
+    assert not re.search(r"^ |  | $", clipped)
 
 
 def test_short_text_is_not_changed() -> None:
     assert clip("no such file") == "no such file"
 
 
-def test_of_a_text_of_megabytes_only_the_beginning_is_looked_at() -> None:
+def test_only_the_beginning_of_a_text_of_megabytes_is_read() -> None:
     tracemalloc.start()
     assert clip("x y " * 1_000_000, 20) == "x y x y x y x y x..."
     assert tracemalloc.get_traced_memory()[1] < 8_000_000  # twice the text itself
@@ -42,7 +52,7 @@ def test_what_is_cut_is_marked() -> None:
     assert clip("x" * 20, 10) == "x" * 7 + "..."
 
 
-def test_a_fault_of_the_configuration_says_all_faults() -> None:
+def test_a_configuration_error_names_all_faults() -> None:
     wrong = ConfigError(["a: is required", "b: unknown key"])
     assert wrong.faults == ("a: is required", "b: unknown key")
     assert str(wrong) == "a: is required; b: unknown key"
@@ -74,26 +84,28 @@ def kubectl(stderr: str, code: int | None = 1) -> KubectlError:
         ("", "Unknown"),
     ],
 )
-def test_failures_of_kubectl_are_told_apart_by_its_words(stderr: str, kind: str) -> None:
+def test_a_failure_of_kubectl_is_classified_by_its_words(stderr: str, kind: str) -> None:
     assert kubectl(stderr).kind == kind
 
 
-KNOWN = 'Error from server (AlreadyExists): error when creating "STDIN": jobs "x" already exists'
-MENDS = 'Error from server (InternalError): error when creating "STDIN": an error on the server'
+EXISTS = 'Error from server (AlreadyExists): error when creating "STDIN": jobs "x" already exists'
+OVERLOADED = (
+    'Error from server (InternalError): error when creating "STDIN": an error on the server'
+)
 
 
 @pytest.mark.parametrize(
-    "stderr", [f"{KNOWN}\n{MENDS}", f"{MENDS}\n{KNOWN}\n", f"{KNOWN}\n{REFUSED}"]
+    "stderr", [f"{EXISTS}\n{OVERLOADED}", f"{OVERLOADED}\n{EXISTS}\n", f"{EXISTS}\n{REFUSED}"]
 )
-def test_of_several_refusals_the_one_that_mends_itself_counts(stderr: str) -> None:
+def test_among_several_failures_one_that_may_pass_by_itself_counts(stderr: str) -> None:
     assert kubectl(stderr).kind == "Unreachable"
 
 
-def test_of_several_refusals_that_stay_the_first_counts() -> None:
-    assert kubectl(f'{KNOWN}\nThe Job "y" is invalid: spec').kind == "AlreadyExists"
+def test_among_several_failures_that_stay_the_first_counts() -> None:
+    assert kubectl(f'{EXISTS}\nThe Job "y" is invalid: spec').kind == "AlreadyExists"
 
 
-def test_a_word_that_a_refusal_quotes_is_not_the_servers() -> None:
+def test_a_reason_that_a_refusal_quotes_is_not_the_servers() -> None:
     quoted = 'Error from server (Forbidden): jobs "Error from server (Timeout)" is forbidden'
     assert kubectl(quoted).kind == "Forbidden"
 
@@ -144,7 +156,7 @@ def test_a_text_of_a_manifest_is_not_taken_for_an_outage(
     ],
     ids=["create", "openapi", "etcd", "backend", "webhook", "first"],
 )
-def test_an_outage_is_told_by_the_lines_that_are_no_manifest_s(stderr: str) -> None:
+def test_an_outage_is_recognised_by_lines_that_quote_no_manifest(stderr: str) -> None:
     assert kubectl(stderr).kind == "Unreachable"
 
 
@@ -153,18 +165,17 @@ def test_what_is_too_large_for_the_cluster_is_not_tried_again(said: str) -> None
     assert kubectl(f"{said}etcdserver: request is too large").kind == "Invalid"
 
 
-def test_the_line_that_tells_the_kind_is_without_what_it_quotes() -> None:
+def test_the_message_of_a_diagnosis_lacks_what_the_line_quotes() -> None:
     said = 'Error from server (Forbidden): x "exceeded quota: y" is forbidden: "a \\" etcd" b'
-    assert kubectl(f"Warning: old\n{said}\nsecond").word == (
-        "Forbidden",
-        "Error from server (Forbidden): x  is forbidden:  b",
+    assert kubectl(f"Warning: old\n{said}\nsecond").diagnosis == Diagnosis(
+        "Forbidden", "Error from server (Forbidden): x  is forbidden:  b"
     )
 
 
-def test_no_answer_in_time_is_no_answer() -> None:
+def test_no_answer_in_time_is_unreachable() -> None:
     failed = kubectl("", None)
     assert failed.kind == "Unreachable"
-    assert "no answer in time" in str(failed)
+    assert str(failed) == "kubectl get service shop: no answer in time; it was stopped"
 
 
 def test_a_refusal_by_name_counts_even_where_a_time_out_is_quoted() -> None:
@@ -178,11 +189,34 @@ def test_a_failure_names_the_call_and_what_was_said_on_one_line() -> None:
     assert failed.stderr == "error: first\nsecond\n"
 
 
+def recorded(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+
+
+def test_kubectl_is_quoted_without_its_hints() -> None:
+    said = {
+        entry["note"].partition(":")[0]: kubectl(entry["stderr"])
+        for entry in recorded("hints.jsonl")
+    }
+    assert {note: failed.said for note, failed in said.items()} == {
+        "the schema for validation cannot be read": (
+            'error: error validating "STDIN": error validating data: failed to download openapi: '
+            'Get "https://127.0.0.1:1/openapi/v2?timeout=32s": dial tcp 127.0.0.1:1: connect: '
+            "connection refused"
+        ),
+        "no server listens": AWAY,
+        "an unknown flag": "error: unknown flag: --no-such-flag",
+        "a missing argument": "error: exactly one NAME is required, got 0",
+    }
+    kinds = [failed.kind for failed in said.values()]
+    assert kinds == ["Unreachable", "Unreachable", "Unknown", "Unknown"]
+
+
 def test_the_log_of_the_client_library_is_not_repeated() -> None:
     log = (
         'E1122 23:24:08.903402    7210 memcache.go:381] "Couldn\'t get current server API group"\n'
     )
-    assert str(kubectl(log + log + REFUSED)) == f"kubectl get service shop: {REFUSED}"
+    assert str(kubectl(log + log + REFUSED)) == f"kubectl get service shop: {AWAY}"
     assert kubectl(log + log + REFUSED).kind == "Unreachable"
 
 
@@ -192,15 +226,15 @@ def test_a_silent_failure_still_says_something() -> None:
 
 def recorded_failures() -> list[tuple[str, str]]:
     """What a real kubectl printed when a server refused, with the server's word for it."""
-    found = []
+    failures = []
     for path in sorted(DATA.rglob("*.jsonl")):
         for line in path.read_text().splitlines():
             call = json.loads(line)
             if isinstance(call, dict) and call.get("exit") and call.get("stderr"):
                 word = re.search(r"Error from server \((\w+)\)", call["stderr"])
                 if word:
-                    found.append((call["stderr"], word[1]))
-    return found
+                    failures.append((call["stderr"], word[1]))
+    return failures
 
 
 def test_recorded_refusals_are_understood() -> None:
@@ -214,7 +248,7 @@ def test_recorded_refusals_are_understood() -> None:
 @pytest.mark.parametrize(
     "piece", ['\\"', '"', "\\", 'x"\\'], ids=["escaped", "quote", "slash", "mix"]
 )
-def test_what_was_cut_off_within_quotes_takes_no_long_time_and_is_not_kubectls_word(
+def test_a_quote_that_was_cut_off_is_read_fast_and_is_not_kubectls_word(
     piece: str,
 ) -> None:
     said = f'The Deployment "shop" is invalid: spec.x: Invalid value: "{piece * 300_000}'
@@ -223,9 +257,9 @@ def test_what_was_cut_off_within_quotes_takes_no_long_time_and_is_not_kubectls_w
     assert time.monotonic() - began < 10
 
 
-def test_every_recorded_failure_is_told_apart() -> None:
-    recorded = [json.loads(line) for line in (DATA / "refusals.jsonl").read_text().splitlines()]
-    assert {e["note"]: kubectl(e["stderr"]).kind for e in recorded} == {
+def test_every_recorded_refusal_is_classified() -> None:
+    failures = {entry["note"]: kubectl(entry["stderr"]) for entry in recorded("refusals.jsonl")}
+    assert {note: failed.kind for note, failed in failures.items()} == {
         "companions: one of three is invalid": "Invalid",
         "a kind that the cluster does not have": "Unknown",
         "… second half": "Invalid",
@@ -235,7 +269,7 @@ def test_every_recorded_failure_is_told_apart() -> None:
     }
 
 
-def test_the_end_of_a_run_carries_its_reason() -> None:
+def test_the_error_that_ends_a_run_carries_its_reason() -> None:
     ended = StageError(Reason.IMAGE_NOT_FOUND, "shop:1: not found")
     assert (ended.reason, ended.detail) == ("ImageNotFound", "shop:1: not found")
     assert str(ended) == "ImageNotFound: shop:1: not found"

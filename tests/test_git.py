@@ -6,6 +6,7 @@ import base64
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -149,7 +150,7 @@ def test_a_repository_that_is_not_there_is_an_error_that_names_it(tmp_path: Path
 
 
 @pytest.mark.parametrize("url", ["ssh://git@127.0.0.1/x", "ext::touch /tmp/x", "git://127.0.0.1/x"])
-def test_only_http_and_files_are_spoken(git: Git, url: str) -> None:
+def test_only_http_and_files_are_allowed(git: Git, url: str) -> None:
     with pytest.raises(GitError, match=r"transport '.*' not allowed"):
         git.heads(url)
 
@@ -175,13 +176,13 @@ def test_a_branch_that_only_looks_like_another_is_never_read_as_it(
     for name in (f"main{mark}x", f"main{mark}", f"x{mark}{second}\u3000refs/heads/main"):
         update_ref(repository, name, first)
     assert git.heads(str(repository.path)) == {"refs/heads/main": second}
-    assert caplog.messages == ["branches left out for their names"]
+    assert caplog.messages == ["ignored branches with unsupported names"]
     assert (caplog.records[0].fields["count"], mark) == (3, mark)  # type: ignore[attr-defined]
     assert git.heads(str(repository.path)) == {"refs/heads/main": second}
-    assert len(caplog.messages) == 1, "it is said seldom"
+    assert len(caplog.messages) == 1, "it is logged once an hour"
 
 
-def test_branches_that_cannot_be_carried_are_left_out(repository: Repository, git: Git) -> None:
+def test_branches_with_unsupported_names_are_ignored(repository: Repository, git: Git) -> None:
     commit = repository.commit(a="1")
     for name in (b"caf\xe9", b"caf\xe8", b"caf\xc3\xa9", b"\xc2\x9b31m", b"long/" * 120 + b"x"):
         update_ref(repository, name, commit)
@@ -203,7 +204,7 @@ def _answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_branch_that_is_listed_twice_is_an_error(git: Git, tmp_path: Path) -> None:
     lines = (f"{digit * 40}\trefs/heads/main\n" for digit in "ab")
     (tmp_path / "answer").write_text("".join(lines))
-    with pytest.raises(GitError, match="it lists a branch twice"):
+    with pytest.raises(GitError, match="the server lists refs/heads/main twice"):
         git.heads("https://git.example.com/demo/shop.git")
 
 
@@ -228,7 +229,7 @@ def test_of_200000_branches_the_deployed_one_is_read_in_little_memory(
         """
 import sys
 url, git = sys.argv[1], gitops_hook.Git(Path("none"))
-git.deployed = {url: ["refs/heads/main"]}
+git.deployed_refs = {url: ["refs/heads/main"]}
 print(git.heads(url))
 """,
         str(repository.path),
@@ -252,7 +253,7 @@ def test_branches_that_end_like_the_deployed_one_do_not_hide_it(
         repository.git("checkout", "-q", "--detach")
         (repository.path / ".git/refs/heads/main").unlink(missing_ok=True)
     url, git = str(repository.path), Git(Path("none"))
-    git.deployed = {url: ["refs/heads/main"]}
+    git.deployed_refs = {url: ["refs/heads/main"]}
     assert git.heads(url) == ({"refs/heads/main": commit} if there else {})
 
 
@@ -304,9 +305,9 @@ def test_symlinks_are_made_only_where_they_are_wanted(
     (repository.path / "link").symlink_to("/etc/passwd")
     commit = repository.commit(a="1")
     git.checkout(str(repository.path), commit, tmp_path / "src", symlinks=symlinks)
-    found = tmp_path / "src" / "link"
-    assert found.is_symlink() is is_link
-    assert str(found.readlink() if is_link else found.read_text()) == "/etc/passwd"
+    link = tmp_path / "src" / "link"
+    assert link.is_symlink() is is_link
+    assert str(link.readlink() if is_link else link.read_text()) == "/etc/passwd"
 
 
 def test_hooks_and_filters_of_the_surroundings_do_not_run(
@@ -431,8 +432,8 @@ def test_more_than_500_files_of_manifests_are_refused(
     assert len(brought(git, repository, most)) == 500
     detail = refused(git, repository, commit)
     assert detail == (
-        "'deploy' has more than 500 files and 64 MiB (limits.checkout): it has 501 files; "
-        "give the manifests a folder of their own"
+        "The folder 'deploy' has more than 500 files or 64 MiB (limits.checkout): "
+        "it has 501 files. Put the manifests into a folder of their own."
     )
 
 
@@ -446,14 +447,16 @@ def test_folders_that_multiply_are_refused_before_they_are_brought(
         command = ["git", "-C", str(repository.path), *args]
         return subprocess.run(command, input=lines, stdout=-1, check=True, text=True).stdout.strip()
 
-    made = "100644 blob " + make("hash-object", "-w", "--stdin", lines="kind: X")
+    entry = "100644 blob " + make("hash-object", "-w", "--stdin", lines="kind: X")
     for _ in range(10):
-        made = "040000 tree " + make("mktree", lines="".join(f"{made}\t{i}\n" for i in range(10)))
-    tree = make("mktree", lines=f"{made}\tdeploy\n")
+        entry = "040000 tree " + make("mktree", lines="".join(f"{entry}\t{i}\n" for i in range(10)))
+    tree = make("mktree", lines=f"{entry}\tdeploy\n")
     commit = repository.git("commit-tree", tree, "-m", "bomb")
     repository.git("update-ref", "refs/heads/bomb", commit)
     for path in ("deploy", "."):
-        assert "KiB of output" in refused(git, repository, commit, path)
+        assert "it printed more than 2000 KiB. Put the manifests" in refused(
+            git, repository, commit, path
+        )
 
 
 @pytest.mark.parametrize("filters", ["true", "false"])
@@ -473,8 +476,10 @@ def test_manifests_above_the_limit_are_refused(
     git.limit = 2**20
     commit = filling(repository, **files)
     detail = refused(git, repository, commit)
-    assert detail.startswith("'deploy' has more than 500 files and 1 MiB (limits.checkout): ")
-    assert detail.endswith("; give the manifests a folder of their own")
+    assert detail.startswith(
+        "The folder 'deploy' has more than 500 files or 1 MiB (limits.checkout): "
+    )
+    assert detail.endswith(". Put the manifests into a folder of their own.")
 
 
 def test_a_server_without_filters_may_bring_what_is_not_wanted_only_to_the_limit(
@@ -505,7 +510,7 @@ except gitops_hook.StageError as refused:
         str(repository.path),
         commit,
     )
-    assert "(limits.checkout): it has 381 MiB; give" in said
+    assert "(limits.checkout): it has 381 MiB. Put" in said
     assert peak < 150
 
 
@@ -522,7 +527,7 @@ def test_manifests_are_brought_of_a_commit_id_only(
         brought(git, repository, commit)
 
 
-def test_only_one_reads_manifests_at_a_time(repository: Repository, git: Git) -> None:
+def test_manifests_are_read_one_folder_at_a_time(repository: Repository, git: Git) -> None:
     commit, done = filling(repository, deploy__a="1"), threading.Event()
 
     def read() -> None:
@@ -565,7 +570,7 @@ def test_rotated_credentials_are_read_at_the_next_use(
 
 
 @pytest.mark.parametrize("written", [None, "", "https://hook:x@git.example.com\n"])
-def test_without_fitting_credentials_nobody_is_asked(
+def test_without_fitting_credentials_git_does_not_prompt(
     repository: Repository, git: Git, server: str, written: str | None
 ) -> None:
     repository.commit(a="1")
@@ -575,7 +580,7 @@ def test_without_fitting_credentials_nobody_is_asked(
         git.heads(f"{server}/shop.git/.git")
 
 
-def test_refused_credentials_are_neither_told_nor_changed(
+def test_refused_credentials_are_neither_printed_nor_changed(
     repository: Repository, git: Git, server: str
 ) -> None:
     credentials(git, server, OTHER)
@@ -601,7 +606,7 @@ def test_no_secret_is_in_the_arguments_or_the_environment(
     assert "hunter2" not in log.read_text()
 
 
-def test_a_server_that_hangs_is_left_in_time(tmp_path: Path) -> None:
+def test_a_call_to_a_server_that_hangs_ends_in_time(tmp_path: Path) -> None:
     git = Git(tmp_path / "none", timeout=1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
@@ -643,16 +648,17 @@ def test_a_server_that_hangs_is_asked_by_few_at_once_and_holds_up_no_other(
         assert time.monotonic() - began < 20
 
 
-def test_whoever_waits_too_long_for_a_place_at_a_server_is_told(tmp_path: Path) -> None:
+def test_a_call_that_waits_too_long_for_its_server_fails(tmp_path: Path) -> None:
     git = Git(tmp_path / "none", timeout=0.1)
-    git._places["git.example.com"] = threading.Semaphore(0)
-    with pytest.raises(GitError, match="too many wait for"):
+    git._slots["git.example.com"] = threading.Semaphore(0)
+    with pytest.raises(GitError, match="too many calls wait for"):
         git.heads("https://git.example.com/demo/shop.git")
 
 
-def test_a_missing_git_is_a_fault_of_the_surroundings(
+def test_a_missing_git_is_a_configuration_error(
     git: Git, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(ConfigError, match="git cannot be started"):
         git.heads("https://git.example.com/demo/shop.git")

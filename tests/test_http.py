@@ -98,7 +98,7 @@ def test_each_recorded_delivery_has_its_answer(tmp_path: Path, name: str, mode: 
     assert [run.id for run in receiver.stored()] == reply.json.get("runs", [])
 
 
-def test_an_accepted_push_is_stored_and_intake_is_told(receiver: Receiver) -> None:
+def test_an_accepted_push_is_stored_and_intake_is_woken(receiver: Receiver) -> None:
     delivery = recorded("gitlab-push-branch")
     assert not receiver.controller.spooled.is_set()
     receiver.post(delivery)
@@ -121,7 +121,7 @@ def test_an_accepted_push_is_stored_and_intake_is_told(receiver: Receiver) -> No
         ({"object_kind": "note"}, "OtherEvent"),
     ],
 )
-def test_what_asks_for_nothing_is_a_success_or_gitlab_would_switch_the_hook_off(
+def test_an_ignored_delivery_is_a_success_because_gitlab_disables_hooks_that_fail(
     receiver: Receiver, changes: dict[str, Any], reason: str
 ) -> None:
     reply = receiver.post(signed(payload(**changes)))
@@ -152,7 +152,7 @@ def test_the_test_button_of_an_old_server_is_judged_by_its_body(receiver: Receiv
 
 
 @pytest.mark.parametrize("field", ["object_kind", "ref", "after", "project"])
-def test_a_body_that_lacks_a_field_is_told_which(receiver: Receiver, field: str) -> None:
+def test_a_body_that_lacks_a_field_is_refused_with_its_name(receiver: Receiver, field: str) -> None:
     body = payload(**{field: None}, **({"event_name": None} if field == "object_kind" else {}))
     assert refused(receiver.post(signed(body)), 400, "Malformed") == f"{field}: missing"
 
@@ -217,7 +217,7 @@ def test_a_redelivery_with_redacted_bytes_is_still_a_duplicate(receiver: Receive
     assert (reply.status, reply.json["status"]) == (200, "duplicate")
 
 
-def test_two_hooks_that_tell_of_one_push_make_one_run(receiver: Receiver) -> None:
+def test_two_hooks_for_one_push_make_one_run(receiver: Receiver) -> None:
     first, second = (receiver.post(signed(payload())) for _ in range(2))
     assert first.json == second.json == {"status": "accepted", "runs": [SHOP]}
     assert {run.id for run in receiver.stored()} == {SHOP}
@@ -269,14 +269,14 @@ def test_ids_that_are_not_of_the_delivery_tell_no_duplicate(tmp_path: Path, name
         assert receiver.post(Delivery(headers, body)).status == 202
 
 
-def test_a_delivery_is_known_for_twenty_minutes(tmp_path: Path) -> None:
+def test_a_delivery_that_comes_again_is_a_duplicate_for_twenty_minutes(tmp_path: Path) -> None:
     receiver = Receiver(tmp_path, config("token"))
     for later, word in ((0, "accepted"), (1200, "duplicate"), (1201, "accepted")):
         receiver.now = NOW + later
         assert receiver.post(recorded("gitlab-push-branch")).json["status"] == word
 
 
-def test_the_memory_of_deliveries_is_bounded_and_forgets_the_oldest(
+def test_remembered_deliveries_are_bounded_and_the_oldest_are_forgotten(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hook, "DEDUPE_ENTRIES", 2)
@@ -289,7 +289,9 @@ def test_the_memory_of_deliveries_is_bounded_and_forgets_the_oldest(
     assert len(receiver.spool.accepted.times) == 2
 
 
-def test_what_could_not_be_stored_is_no_duplicate_when_it_comes_again(tmp_path: Path) -> None:
+def test_a_push_that_could_not_be_stored_is_no_duplicate_when_it_comes_again(
+    tmp_path: Path,
+) -> None:
     receiver = Receiver(tmp_path, config(spool=1))
     receiver.post(signed(payload(ref="refs/heads/first")))
     delivery = recorded("gitlab-push-branch")
@@ -476,11 +478,11 @@ def test_json_may_be_spelled_in_other_ways(receiver: Receiver, kind: str) -> Non
 @pytest.mark.parametrize("length", ["", None, "0"])
 def test_a_body_without_a_length_is_empty(receiver: Receiver, length: str | None) -> None:
     delivery = signed(b"")
-    given = {} if length is None else {"CONTENT_LENGTH": length}
+    lengths = {} if length is None else {"CONTENT_LENGTH": length}
     headers = {f"HTTP_{k.upper().replace('-', '_')}": v for k, v in delivery.headers.items()}
     headers["CONTENT_TYPE"] = headers.pop("HTTP_CONTENT_TYPE")
     body = io.BytesIO(b"never looked at")
-    reply = receiver.request("POST", "/webhook", **headers, **given, **{"wsgi.input": body})
+    reply = receiver.request("POST", "/webhook", **headers, **lengths, **{"wsgi.input": body})
     assert "is not JSON" in refused(reply, 400, "Malformed")
 
 
@@ -568,7 +570,7 @@ def test_a_full_spool_refuses_pushes_but_still_answers_what_asks_for_nothing(
 def test_a_bug_is_a_500_that_tells_nothing_and_is_logged_and_counted(
     receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    receiver.controller.pulses.late = lambda: 1 / 0
+    receiver.controller.heartbeats.late = lambda: 1 / 0
     reply = receiver.request("GET", "/healthz")
     assert (reply.status, reply.json) == (500, {"status": "error"})
     assert receiver.count("errors_total", where="request") == 1
@@ -584,13 +586,13 @@ def test_each_delivery_is_one_log_line_with_its_id_and_result(
     caplog.set_level("INFO", "gitops_hook")
     receiver.post(recorded("gitlab-push-branch"))
     receiver.post(Delivery({"webhook-id": "a\nb\x00\xff" + "x" * 500}, b"{}"))
-    told = [(r.levelname, r.__dict__["fields"]) for r in caplog.records]
-    assert [level for level, _ in told] == ["INFO", "WARNING"]
-    assert told[0][1]["result"] == "accepted"
-    assert told[0][1]["runs"] == [SHOP]
-    assert told[0][1]["delivery"] == recorded("gitlab-push-branch").headers["webhook-id"]
-    assert told[1][1]["status"] == 401
-    assert told[1][1]["delivery"] == ("a b \xff" + "x" * 500)[:97] + "..."
+    lines = [(r.levelname, r.__dict__["fields"]) for r in caplog.records]
+    assert [level for level, _ in lines] == ["INFO", "WARNING"]
+    assert lines[0][1]["result"] == "accepted"
+    assert lines[0][1]["runs"] == [SHOP]
+    assert lines[0][1]["delivery"] == recorded("gitlab-push-branch").headers["webhook-id"]
+    assert lines[1][1]["status"] == 401
+    assert lines[1][1]["delivery"] == ("a b \xff" + "x" * 500)[:97] + "..."
 
 
 # === Through a real server ===
@@ -654,9 +656,9 @@ def serving(app: Any, **more: Any) -> Iterator[Served]:
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
     receiver = Receiver(tmp_path, config(max_body="4KiB"))
-    with serving(receiver.app) as made:
-        made.receiver = receiver  # type: ignore[attr-defined]
-        yield made
+    with serving(receiver.app) as server:
+        server.receiver = receiver  # type: ignore[attr-defined]
+        yield server
 
 
 def sized(size: int) -> Delivery:
@@ -799,7 +801,7 @@ def test_a_connection_that_is_used_again_and_again_is_not_ended(served: Served) 
 
 def replies(raw: socket.socket, count: int) -> list[tuple[int, bytes]]:
     """The next so many answers on one connection, in order: status and body."""
-    found = []
+    answers = []
     with raw.makefile("rb") as file:
         for _ in range(count):
             status = int(file.readline().split(b" ")[1])
@@ -807,8 +809,8 @@ def replies(raw: socket.socket, count: int) -> list[tuple[int, bytes]]:
             while line := file.readline().strip():
                 name, _, value = line.partition(b":")
                 length = int(value) if name.lower() == b"content-length" else length
-            found.append((status, file.read(length)))
-    return found
+            answers.append((status, file.read(length)))
+    return answers
 
 
 def raw_request(delivery: Delivery, *more: str) -> bytes:
@@ -862,7 +864,7 @@ def test_a_body_that_is_left_alone_is_no_second_request(served: Served) -> None:
     assert answer.count(b"HTTP/1.1") == 1
 
 
-def test_who_asks_first_whether_to_send_is_told_to_go_on(served: Served) -> None:
+def test_a_sender_that_waits_for_100_continue_gets_it(served: Served) -> None:
     delivery = recorded("gitlab-push-branch")
     length = f"Content-Length: {len(delivery.body)}"
     with served.connect() as raw:
@@ -1041,7 +1043,7 @@ def test_the_second_port_has_metrics_and_probes_and_nothing_else(receiver: Recei
 def test_it_is_not_alive_when_the_loop_of_the_first_port_stands_still(receiver: Receiver) -> None:
     now = [100.0]
     clock: Any = SimpleNamespace(monotonic=lambda: now[0])
-    pulses = receiver.controller.pulses = hook.Pulses(clock)
+    pulses = receiver.controller.heartbeats = hook.Heartbeats(clock)
     beat = partial(pulses.beat, "first port", hook.LOOP_SECONDS)
     held = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The Jobs of the tests and the build: what Kubernetes says of them, and what they leave behind."""
+"""The Jobs of the tests and the build: that Kubernetes takes them, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def container(job: Object, name: str) -> Object:
     return next(c for c in every if c["name"] == name)
 
 
-def values(found: Object) -> dict[str, str]:
+def values(container: Object) -> dict[str, str]:
     """The environment as the kubelet gives it to the container."""
     env: dict[str, str] = {}
-    for entry in found["env"]:
+    for entry in container["env"]:
         env[entry["name"]] = expand(entry["value"], env)
     return env
 
@@ -121,7 +121,7 @@ def test_as_many_as_run_at_once_get_their_pods_within_quota_and_pod_security(
     jobs = [make(config(), run) for run in runs]
     assert kubectl.create_each(jobs, namespace) == {}
     names = [job["metadata"]["name"] for job in jobs]
-    assert kubectl.list("pods", namespace) == [], "they wait until they are released"
+    assert kubectl.list("pods", namespace) == [], "they wait until they are unsuspended"
     change = json.dumps({"spec": {"suspend": False}})
     kubectl.run("patch", "job", *names, "--type=merge", "-p", change, namespace=namespace)
     until = time.monotonic() + 20
@@ -134,7 +134,7 @@ def test_as_many_as_run_at_once_get_their_pods_within_quota_and_pod_security(
         assert time.monotonic() < until
 
 
-# === What they may ===
+# === What they may do ===
 
 
 @BOTH
@@ -149,8 +149,8 @@ def test_every_container_of_a_test_is_locked_up() -> None:
     assert spec["serviceAccountName"] == "test-runner-sa"
     context = {"runAsNonRoot": True, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532}
     assert context.items() <= spec["securityContext"].items()
-    for found in (*spec["initContainers"], *spec["containers"]):
-        security = found["securityContext"]
+    for each in (*spec["initContainers"], *spec["containers"]):
+        security = each["securityContext"]
         assert security["readOnlyRootFilesystem"] is True
         assert security["allowPrivilegeEscalation"] is False
         assert security["capabilities"] == {"drop": ["ALL"]}
@@ -208,13 +208,13 @@ def test_registry_credentials_are_seen_by_the_builder_only() -> None:
 
 
 @BOTH
-def test_the_clone_is_told_the_commit_and_the_configured_url(make: Make) -> None:
+def test_the_clone_gets_the_commit_and_the_configured_url(make: Make) -> None:
     clone = container(make(config()), "clone")
     assert clone["image"] == "registry.example.com/gitops-hook:1"
-    told = values(clone)
-    assert told["CLONE_URL"] == "https://gitlab.example.com/demo/shop.git"
-    assert told["CLONE_COMMIT"] == RUN.commit
-    assert told["CLONE_DIRECTORY"] == "/workspace/src"
+    env = values(clone)
+    assert env["CLONE_URL"] == "https://gitlab.example.com/demo/shop.git"
+    assert env["CLONE_COMMIT"] == RUN.commit
+    assert env["CLONE_DIRECTORY"] == "/workspace/src"
 
 
 @pytest.mark.parametrize(
@@ -228,10 +228,10 @@ def test_the_command_reaches_the_shell_as_it_is_written(command: str) -> None:
 
 
 def test_names_from_outside_reach_the_tests_as_they_are() -> None:
-    told = values(container(of_test(config()), "test-runner"))
-    assert told["GIT_BRANCH"] == "feature/$(HOME)-$$"
-    assert told["GIT_COMMIT"] == RUN.commit
-    assert (told["CI"], told["HOME"]) == ("true", "/tmp")
+    env = values(container(of_test(config()), "test-runner"))
+    assert env["GIT_BRANCH"] == "feature/$(HOME)-$$"
+    assert env["GIT_COMMIT"] == RUN.commit
+    assert (env["CI"], env["HOME"]) == ("true", "/tmp")
 
 
 def test_the_report_is_where_the_side_car_looks() -> None:
@@ -270,9 +270,9 @@ def test_resources_are_those_of_the_configuration() -> None:
         build={"image": "registry.example.com/demo/shop", "resources": mine},
     )
     both = container(of_test(settings), "test-runner"), container(of_build(settings), "kaniko")
-    for found in both:
+    for main in both:
         for kind, amounts in mine.items():
-            assert found["resources"][kind].items() >= amounts.items()
+            assert main["resources"][kind].items() >= amounts.items()
     assert container(of_test(settings), "clone")["resources"]["limits"]["memory"] == "512Mi"
 
 
@@ -294,8 +294,8 @@ def test_what_a_test_writes_to_the_disk_of_its_node_is_bounded(
     resources: Object, requests: str | None, limits: str
 ) -> None:
     job = of_test(config(test={"resources": resources}))
-    found = container(job, "test-runner")["resources"]
-    assert (found.get("requests", {}).get(DISK), found["limits"][DISK]) == (requests, limits)
+    actual = container(job, "test-runner")["resources"]
+    assert (actual.get("requests", {}).get(DISK), actual["limits"][DISK]) == (requests, limits)
     volumes = {v["name"]: v["emptyDir"] for v in pod(job)["volumes"] if "emptyDir" in v}
     assert volumes == {"workspace": {"sizeLimit": limits}, "tmp": {"sizeLimit": limits}}
 
@@ -328,7 +328,7 @@ def test_a_red_result_is_final_and_a_disruption_is_not(make: Make, main: str, se
     assert fail["onExitCodes"] == {"containerName": main, "operator": "NotIn", "values": [0]}
 
 
-# === What they say of themselves ===
+# === Which run they belong to ===
 
 
 @BOTH
@@ -348,7 +348,7 @@ def test_names_and_labels_fit_kubernetes_for_the_longest_app(make: Callable[...,
 @pytest.mark.parametrize(
     "meta", [{}, {"labels": None, "annotations": None}, {"annotations": {"gitops-hook/ref": 5}}]
 )
-def test_a_job_that_says_nothing_is_a_run_without_a_name(meta: Object) -> None:
+def test_a_job_without_annotations_is_a_run_without_a_name(meta: Object) -> None:
     run = run_of_job({"metadata": meta})
     assert (run.id, run.app, run.received) == ("", "", 0.0)
 
@@ -411,7 +411,7 @@ LAUGH = b'<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><testsuites>&b
      b'<?xml version="1.0" encoding="utf-7"?><a/>'],
     ids=["none", "empty", "text", "cut-off", "binary", "entities", "no-encoding", "odd-encoding"],
 )  # fmt: skip
-def test_what_is_no_report_has_no_summary(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_no_report_has_no_summary(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "junit.xml"
     if content is not None:
         path.write_bytes(content)

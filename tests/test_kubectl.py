@@ -16,11 +16,12 @@ import pytest
 
 from gitops_hook import (
     ConfigError,
+    Finished,
     Kubectl,
     KubectlError,
     Metrics,
     UrgentKubectl,
-    execute,
+    run_program,
 )
 from tests.memory import peak_of
 from tests.standin.cluster import Cluster
@@ -99,7 +100,7 @@ def saying(directory: Path, code: int, stdout: str = "", stderr: str = "") -> Ku
         ("rollout status, times out", "Unknown"),
     ],
 )
-def test_a_recorded_failure_is_told_by_its_kind(tmp_path: Path, note: str, kind: str) -> None:
+def test_a_recorded_failure_has_its_kind(tmp_path: Path, note: str, kind: str) -> None:
     entry = RECORDED[note]
     stdout = entry.get("stdout", "")
     kubectl = saying(tmp_path, entry["exit"], stdout, entry["stderr"])
@@ -135,11 +136,29 @@ def test_a_server_that_accepts_and_says_nothing_is_unreachable_in_time(
     assert time.monotonic() - began < 10
 
 
-def test_a_missing_kubectl_is_a_fault_of_the_surroundings(tmp_path: Path) -> None:
+def test_a_missing_kubectl_is_a_configuration_error(tmp_path: Path) -> None:
     kubectl = Kubectl(Metrics(), program=str(tmp_path / "kubectl"))
     for call in (lambda: kubectl.run("version"), lambda: kubectl.stream("get", namespace=SPACE)):
         with pytest.raises(ConfigError, match="kubectl cannot be started: No such file"):
             call()
+
+
+def test_a_kubectl_beside_the_interpreter_is_used_where_the_path_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("venv", "path"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    kubectl = Kubectl(Metrics())
+    with pytest.raises(ConfigError, match="kubectl cannot be started: No such file"):
+        kubectl.run("version")
+    for folder in ("venv", "path"):  # once there is one, the one on the PATH counts
+        program = Path(script(tmp_path / folder, f'echo "{folder}: $*"'))
+        program.rename(program.with_name("kubectl"))
+        assert kubectl.run("get", "pods", namespace=SPACE) == f"{folder}: -n {SPACE} get pods\n"
+        streamed, _ = kubectl.stream("get", "pods", namespace=SPACE).communicate()
+        assert streamed == f"{folder}: -n {SPACE} get pods\n".encode()
 
 
 # === Processes ===
@@ -162,12 +181,12 @@ def test_a_call_that_does_not_end_is_ended_with_everything_it_started(tmp_path: 
 
 
 def test_input_that_nobody_reads_does_no_harm() -> None:
-    assert execute(("true",), 10.0, stdin="x" * 1_000_000)[0] == 0
+    assert run_program(("true",), 10.0, stdin="x" * 1_000_000).code == 0
 
 
 def test_output_that_is_not_utf8_is_still_text(tmp_path: Path) -> None:
     program = script(tmp_path, r"printf '\377 out'; printf '\377 err' >&2")
-    assert execute((program,), 10.0) == (0, b"\377 out", b"\377 err")
+    assert run_program((program,), 10.0) == Finished(0, b"\377 out", b"\377 err")
     assert Kubectl(Metrics(), program=program).run("get") == "\ufffd out"
 
 
@@ -185,18 +204,18 @@ import sys
 try:
     gitops_hook.Kubectl(gitops_hook.Metrics(), program=sys.argv[1]).run("get", "jobs")
 except gitops_hook.KubectlError as failed:
-    print(failed.kind, len(failed.stdout), len(failed.stderr) <= 2**20, failed.said[:28])
+    print(failed.kind, len(failed.stdout), len(failed.stderr) <= 2**20, failed.said[:32])
 """,
         program,
     )
-    told = "more than 16384 KiB of outpu" if not pipe else "exit status 1"
-    assert said == f"Unknown 0 True {told}\n"
+    complaint = "it printed more than 16384 KiB" if not pipe else "exit status 1"
+    assert said == f"Unknown 0 True {complaint}\n"
     assert peak < 150
 
 
 def test_output_that_never_ends_is_ended(tmp_path: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(KubectlError, match="more than 16384 KiB of output"):
+    with pytest.raises(KubectlError, match="it printed more than 16384 KiB"):
         Kubectl(Metrics(), program=script(tmp_path, "exec yes")).run("get", timeout=60)
     assert time.monotonic() - began < 30
 
@@ -213,7 +232,7 @@ def test_in_a_pod_nothing_keeps_kubectl_from_the_account_of_the_pod(tmp_path: Pa
     assert kubectl.run("get", "x", namespace=SPACE, timeout=10) == f"-n {SPACE} get x "
 
 
-def test_only_so_many_run_at_once(tmp_path: Path) -> None:
+def test_no_more_processes_run_at_once_than_there_are_slots(tmp_path: Path) -> None:
     log = tmp_path / "log"
     program = script(tmp_path, f"echo + >> {log}; sleep 0.1; echo - >> {log}")
     kubectl = Kubectl(Metrics(), at_once=2, program=program)
@@ -236,23 +255,21 @@ def hangs_first(folder: Path, times: int) -> str:
 
 
 @pytest.mark.parametrize("times", [0, 1, 3])
-def test_a_call_that_cannot_wait_is_made_again_beside_those_that_hang(
-    tmp_path: Path, times: int
-) -> None:
+def test_an_urgent_call_is_repeated_beside_those_that_hang(tmp_path: Path, times: int) -> None:
     kubectl = UrgentKubectl(Metrics(), program=hangs_first(tmp_path, times))
     began = time.monotonic()
     assert kubectl.run("get", "service/x") == f"answer {times + 1}\n"
     assert time.monotonic() - began < 10, "and not the 30 seconds of one call"
 
 
-def test_a_call_that_cannot_wait_takes_a_refusal_for_an_answer(tmp_path: Path) -> None:
+def test_an_urgent_call_takes_a_refusal_for_an_answer(tmp_path: Path) -> None:
     body = "echo 'Error from server (Conflict): changed' >&2; exit 1"
     with pytest.raises(KubectlError) as failed:
         UrgentKubectl(Metrics(), program=script(tmp_path, body)).run("patch", "service/x")
     assert failed.value.kind == "Conflict"
 
 
-def test_what_cannot_wait_runs_in_few_processes_at_once_however_much_hangs(tmp_path: Path) -> None:
+def test_urgent_calls_run_in_few_processes_at_once_however_many_hang(tmp_path: Path) -> None:
     kubectl = UrgentKubectl(Metrics(), at_once=2, program=hangs_first(tmp_path, 99))
     with pytest.raises(KubectlError) as failed:
         kubectl.run("get", "service/x", timeout=5.0)
@@ -260,7 +277,7 @@ def test_what_cannot_wait_runs_in_few_processes_at_once_however_much_hangs(tmp_p
     assert (tmp_path / "calls").read_text().count("\n") == 2
 
 
-def test_a_kubectl_that_cannot_be_started_is_no_reason_to_wait(tmp_path: Path) -> None:
+def test_an_urgent_call_does_not_wait_for_a_kubectl_that_cannot_be_started(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be started"):
         UrgentKubectl(Metrics(), program=str(tmp_path / "missing")).run("get", "service/x")
 
@@ -278,11 +295,11 @@ def test_what_is_sent_is_in_no_argument(tmp_path: Path) -> None:
 # === Reading and writing ===
 
 
-def test_an_object_is_read_or_known_not_to_be_there(kubectl: Kubectl) -> None:
+def test_an_object_is_read_or_it_is_none(kubectl: Kubectl) -> None:
     kubectl.create([configmap("there", a="b")], SPACE)
-    found = kubectl.get("configmap", "there", SPACE)
-    assert found is not None
-    assert found["data"] == {"a": "b"}
+    there = kubectl.get("configmap", "there", SPACE)
+    assert there is not None
+    assert there["data"] == {"a": "b"}
     assert kubectl.get("configmap", "nowhere", SPACE) is None
 
 
@@ -330,18 +347,18 @@ def test_a_whole_object_takes_the_place_of_exactly_what_was_read(kubectl: Kubect
     first = kubectl.get("configmap", "whole", SPACE)
     kubectl.put(configmap("whole", a="2"), first, SPACE)
     assert (kubectl.get("configmap", "whole", SPACE) or {})["data"] == {"a": "2"}
-    for found, kind in ((first, "Conflict"), (None, "AlreadyExists")):
+    for current, kind in ((first, "Conflict"), (None, "AlreadyExists")):
         with pytest.raises(KubectlError) as failed:
-            kubectl.put(configmap("whole", a="3"), found, SPACE)
+            kubectl.put(configmap("whole", a="3"), current, SPACE)
         assert failed.value.kind == kind
     assert (kubectl.get("configmap", "whole", SPACE) or {})["data"] == {"a": "2"}
 
 
 def test_a_whole_object_with_an_unknown_field_is_refused(kubectl: Kubectl) -> None:
     kubectl.put(configmap("strict"), None, SPACE)
-    for name, found in (("strict", kubectl.get("configmap", "strict", SPACE)), ("new", None)):
+    for name, current in (("strict", kubectl.get("configmap", "strict", SPACE)), ("new", None)):
         with pytest.raises(KubectlError) as failed:
-            kubectl.put({**configmap(name), "dataa": {}}, found, SPACE)
+            kubectl.put({**configmap(name), "dataa": {}}, current, SPACE)
         assert failed.value.kind == "BadRequest"
         assert 'unknown field "dataa"' in failed.value.stderr
 
@@ -366,27 +383,27 @@ def test_a_list_can_be_filtered(kubectl: Kubectl) -> None:
 def test_names_are_read_without_what_the_objects_hold(kubectl: Kubectl, cluster: Cluster) -> None:
     assert kubectl.names("configmaps", SPACE, "size=large") == []
     large = [configmap(f"large-{i}", text="x" * 900_000) for i in range(20)]
-    for each in large:
-        each["metadata"] |= {"labels": {"size": "large"}, "namespace": SPACE}
-        cluster.store.create("configmaps", each)
-    found = kubectl.names("configmaps", SPACE, "size=large")
-    assert sorted(found) == sorted(m["metadata"]["name"] for m in large)
+    for item in large:
+        item["metadata"] |= {"labels": {"size": "large"}, "namespace": SPACE}
+        cluster.store.create("configmaps", item)
+    listed = kubectl.names("configmaps", SPACE, "size=large")
+    assert sorted(listed) == sorted(item["metadata"]["name"] for item in large)
     with pytest.raises(KubectlError):
         kubectl.list("configmaps", SPACE, "-l", "size=large")
-    for made in large:
-        cluster.store.delete("configmaps", SPACE, made["metadata"]["name"])
+    for item in large:
+        cluster.store.delete("configmaps", SPACE, item["metadata"]["name"])
 
 
-def test_a_long_list_is_read_in_parts(kubectl: Kubectl) -> None:
+def test_a_long_list_is_read_in_pages(kubectl: Kubectl) -> None:
     many = [configmap(f"part-{i}") for i in range(250)]
-    for made in many:
-        made["metadata"]["labels"] = {"list": "long"}
+    for item in many:
+        item["metadata"]["labels"] = {"list": "long"}
     kubectl.create(many, SPACE)
     address = f"/api/v1/namespaces/{SPACE}/configmaps?labelSelector=list%3Dlong"
     pages = [page["items"] for page in kubectl.pages(address, SPACE)]
     assert [len(items) for items in pages] == [100, 100, 50]
-    found = {o["metadata"]["name"] for items in pages for o in items}
-    assert found == {m["metadata"]["name"] for m in many}
+    listed = {item["metadata"]["name"] for items in pages for item in items}
+    assert listed == {item["metadata"]["name"] for item in many}
 
 
 # === Creating several ===
@@ -408,7 +425,7 @@ def test_each_refusal_belongs_to_its_object_even_when_names_begin_alike(kubectl:
     assert {"shop-b", "shop-blue-1"} <= names(kubectl)
 
 
-def test_what_is_all_there_already_is_known_after_one_call(kubectl: Kubectl) -> None:
+def test_objects_that_all_exist_take_one_call(kubectl: Kubectl) -> None:
     many = [configmap(f"many-{i}") for i in range(500)]
     assert kubectl.create_each(many, SPACE) == {}
     assert set(kinds(kubectl.create_each(many, SPACE)).values()) == {"AlreadyExists"}
@@ -416,7 +433,7 @@ def test_what_is_all_there_already_is_known_after_one_call(kubectl: Kubectl) -> 
     assert kubectl.metrics.kubectl.labels("create", "AlreadyExists")._value.get() == 1
 
 
-def test_creating_again_is_done_already_and_leaves_what_is_there(kubectl: Kubectl) -> None:
+def test_creating_again_leaves_what_is_there(kubectl: Kubectl) -> None:
     kubectl.create([configmap("first", by="us")], SPACE)
     kubectl.create([configmap("first", by="them"), configmap("second")], SPACE)
     assert (kubectl.get("configmap", "first", SPACE) or {})["data"] == {"by": "us"}
@@ -491,7 +508,7 @@ def refusing(directory: Path, stdout: str, stderr: str, **alone: str) -> Kubectl
          "made-meanwhile", "server-gone", "server-busy", "server-gone-in-the-middle", "quota",
          "nobody-asked"],
 )  # fmt: skip
-def test_what_was_not_created_is_told_object_by_object_or_not_at_all(
+def test_what_was_not_created_is_reported_object_by_object_or_not_at_all(
     tmp_path: Path, stdout: str, stderr: str, alone: dict[str, str], expected: dict[str, str] | str
 ) -> None:
     kubectl = refusing(tmp_path, stdout, stderr, **alone)
@@ -522,9 +539,9 @@ def test_a_server_that_fails_for_one_object_only_is_asked_again(
 @pytest.mark.parametrize(
     ("now", "before", "expected"),
     [("now", "before", "now"), ("", "before", "before"), ("", "", "")],
-    ids=["this-life", "last-life", "none"],
+    ids=["this-life", "previous-life", "none"],
 )
-def test_the_log_of_the_last_life_stands_in_for_an_empty_one(
+def test_the_log_of_the_previous_life_stands_in_for_an_empty_one(
     tmp_path: Path, now: str, before: str, expected: str
 ) -> None:
     body = f'case "$*" in *--previous*) printf "{before}";; *) printf "{now}";; esac'
@@ -532,14 +549,14 @@ def test_the_log_of_the_last_life_stands_in_for_an_empty_one(
     assert kubectl.logs("pod", "web", SPACE) == expected
 
 
-def test_of_long_logs_only_the_end_is_kept_in_memory(tmp_path: Path) -> None:
+def test_only_the_end_of_long_logs_is_kept_in_memory(tmp_path: Path) -> None:
     kubectl = saying(tmp_path, 0, "x" * 1_000_000 + "end")
     logs = kubectl.logs("pod", "container", "test")
     assert len(logs) == 2 * 64 * 1024
     assert logs.endswith("xend")
 
 
-def test_logs_that_cannot_be_had_are_empty(kubectl: Kubectl) -> None:
+def test_logs_that_cannot_be_read_are_empty(kubectl: Kubectl) -> None:
     assert kubectl.logs("none", "web", SPACE) == ""
 
 

@@ -39,11 +39,12 @@ class Log:
 
 @pytest.fixture
 def log(tmp_path: Path) -> Iterator[Log]:
-    made, level = Log(hook.Secrets(tmp_path)), hook.LOG.level
-    hook.LOG.addHandler(made.handler)
+    log = Log(hook.Secrets(tmp_path))
+    level = hook.LOG.level
+    hook.LOG.addHandler(log.handler)
     hook.LOG.setLevel(logging.INFO)
-    yield made
-    hook.LOG.removeHandler(made.handler)
+    yield log
+    hook.LOG.removeHandler(log.handler)
     hook.LOG.setLevel(level)
 
 

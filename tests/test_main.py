@@ -72,6 +72,7 @@ class Place:
         self.signing_tokens.write_bytes(TOKEN + b"\n")
         kubeconfig = directory / "kubeconfig"
         kubeconfig.write_text(KUBECONFIG.format(port=closed_port()))
+        self.python = sys.executable
         self.environ = {
             **MEASURING,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -85,11 +86,19 @@ class Place:
         }
         self.processes: list[subprocess.Popen[bytes]] = []
 
+    def without_tools(self) -> None:
+        """Let the program find neither kubectl nor git, not even beside its interpreter."""
+        (self.directory / "bin").mkdir()
+        self.python = str(self.directory / "bin" / "python")
+        Path(self.python).symlink_to(Path(sys.executable).resolve())
+        self.environ["PATH"] = str(self.directory / "bin")
+        self.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+
     def run(self, *args: str, **environ: str) -> Done:
         """Run a command to its end."""
         self.config.write_text(yaml.safe_dump(self.settings))
         return subprocess.run(
-            [sys.executable, str(PROGRAM), *args],
+            [self.python, str(PROGRAM), *args],
             env=self.environ | environ,
             capture_output=True,
             text=True,
@@ -102,7 +111,7 @@ class Place:
         self.config.write_text(yaml.safe_dump(self.settings))
         log = self.directory / f"log-{len(self.processes)}"
         with log.open("wb") as file:
-            argv = [sys.executable, str(PROGRAM), "serve"]
+            argv = [self.python, str(PROGRAM), "serve"]
             if files:
                 argv = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *argv]
             process = subprocess.Popen(argv, env=self.environ | environ, stderr=file)
@@ -340,8 +349,8 @@ COMMANDS = [["status"], ["rollback", "shop"]]
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_without_kubectl_commands_say_so(place: Place, command: list[str]) -> None:
-    (place.directory / "bin").mkdir()
-    done = place.run(*command, PATH=str(place.directory / "bin"))
+    place.without_tools()
+    done = place.run(*command)
     says(done, 2, "kubectl")
     assert len(done.stderr.splitlines()) == 1
 
@@ -390,8 +399,8 @@ def test_a_context_that_is_not_there_is_no_cluster(place: Place) -> None:
 
 
 def test_without_git_rerun_says_so(place: Place) -> None:
-    (place.directory / "bin").mkdir()
-    done = place.run("rerun", "shop-01234567-abcd", PATH=str(place.directory / "bin"))
+    place.without_tools()
+    done = place.run("rerun", "shop-01234567-abcd")
     says(done, 2, "git")
 
 
@@ -448,8 +457,8 @@ def test_push_says_why_it_was_not_accepted(place: Place) -> None:
 def test_the_daemon_starts_without_cluster_and_kubectl_and_says_what_it_waits_for(
     place: Place,
 ) -> None:
-    (place.directory / "bin").mkdir()
-    daemon = place.serve(PATH=str(place.directory / "bin"))
+    place.without_tools()
+    daemon = place.serve()
     assert daemon.ready() == 200
     line = eventually(lambda: daemon.find("watch lost"))
     assert "kubectl" in line["detail"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def results(receiver: Receiver) -> dict[str, float]:
 
 
 def test_two_daemons_in_one_process_count_apart() -> None:
-    one, other = hook.Metrics(), hook.Metrics()
+    one = hook.Metrics()
+    other = hook.Metrics()
     one.errors.labels("request").inc()
     assert b'gitops_hook_errors_total{where="request"} 1.0' in generate_latest(one.registry)
     assert b'where="request"' not in generate_latest(other.registry)
@@ -45,30 +47,38 @@ def test_every_metric_is_ours_by_name_and_says_what_it_means() -> None:
 def samples(metrics: hook.Metrics) -> dict[str, set[tuple[str, ...]]]:
     """The label values of every sample that a scrape finds at 0, by metric."""
     families = text_string_to_metric_families(generate_latest(metrics.registry).decode())
-    found = [s for f in families for s in f.samples if s.name.endswith("_total") and not s.value]
-    names = {s.name.removeprefix("gitops_hook_").removesuffix("_total") for s in found}
-    return {n: {(*s.labels.values(),) for s in found if f"hook_{n}_total" in s.name} for n in names}
+    zeros = [s for f in families for s in f.samples if s.name.endswith("_total") and not s.value]
+    names = {s.name.removeprefix("gitops_hook_").removesuffix("_total") for s in zeros}
+    return {n: {(*s.labels.values(),) for s in zeros if f"hook_{n}_total" in s.name} for n in names}
 
 
 def test_the_first_of_a_kind_is_an_increase_since_all_that_can_happen_is_0_at_the_start(
     tmp_path: Path,
 ) -> None:
     apps = "apps: [{name: shop, repository: /x.git, build: {builder: none}}]"
-    metrics, secrets = hook.Metrics(), hook.Secrets(tmp_path)
-    deployer = hook.Deployer(hook.Kubectl(metrics), hook.Git(tmp_path), secrets, hook.Clock())
+    metrics = hook.Metrics()
+    doors = hook.Doors(
+        kubectl=hook.Kubectl(metrics),
+        git=hook.Git(tmp_path),
+        secrets=hook.Secrets(tmp_path),
+        clock=hook.Clock(),
+        reports=hook.Reports(metrics),
+        stop=threading.Event(),
+    )
+    deployer = hook.Deployer(doors)
     hook.Controller(hook.load_config(apps), deployer, hook.Spool(tmp_path, 1))
     places = {("shop", "staging"), ("shop", "production")}
-    found = samples(metrics)
-    assert found["selector_drift"] == places
+    zeros = samples(metrics)
+    assert zeros["selector_drift"] == places
     directions = ("forward", "back", "rollback")
     turns = {tuple(sorted((*p, d))) for p in places for d in directions}
-    assert {tuple(sorted(values)) for values in found["switches"]} == turns
-    assert found["catch_up_runs"] == {("shop",)}
+    assert {tuple(sorted(values)) for values in zeros["switches"]} == turns
+    assert zeros["catch_up_runs"] == {("shop",)}
     # what counts an error, or names a thread whose bugs are counted by the first word of its name
     source = Path(hook.__file__).read_text("utf-8")
-    counting = r'(?:errors\.labels\(|self\.spawn\(|self\.repeat\(|\bname = )f?"([a-z]+)'
+    counting = r'(?:errors\.labels\(|\brepeat\(|\bworkers\.start\(|\bname = )f?"([a-z]+)(?: of |")'
     words = {*re.findall(counting, source)}
-    assert {word for (word,) in found["errors"]} == words
+    assert {word for (word,) in zeros["errors"]} == words
     assert {"worker", "watch", "intake", "heads", "secrets"} <= words
 
 

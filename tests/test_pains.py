@@ -124,7 +124,7 @@ def test_manifests_that_are_too_large_are_red_and_corrected_by_a_push(apps: Flee
     files = {f"deploy/more/{i}.txt": f"{i}" for i in range(501)}
     ended = size.deployed("many", files=files)
     assert (ended["outcome"], ended["reason"]) == ("failed", "ManifestRefused")
-    assert "it has 502 files; give the manifests a folder of their own" in ended["detail"]
+    assert "it has 502 files. Put the manifests into a folder of their own." in ended["detail"]
     size.repository.git("rm", "-q", "-r", "deploy/more")
     assert size.deployed("small")["outcome"] == "deployed"
 
@@ -178,5 +178,5 @@ def test_a_switch_that_no_endpoints_follow_is_put_back(apps: Fleet) -> None:
         eventually(unready, 10, "no pod of the new version is ready")
     ended = apps.ended(run)
     # its health path fails as well, which is seen before the endpoints had their time
-    assert (ended["outcome"], ended["reason"]) == ("switched-back", "SickAfterSwitch")
+    assert (ended["outcome"], ended["reason"]) == ("switched-back", "UnhealthyAfterSwitch")
     assert empty.answer()["version"] == "first"

@@ -80,11 +80,11 @@ def test_a_recorded_delivery_is_a_push_of_a_whole_ref_or_ignored_for_a_reason(na
 
 
 def test_a_push_tells_its_commit_the_one_before_and_the_title_of_the_head() -> None:
-    (found,) = parsed(recorded("gitlab-push-branch").body)
+    (run,) = parsed(recorded("gitlab-push-branch").body)
     body = json.loads(recorded("gitlab-push-branch").body)
-    assert (found.commit, found.before) == (body["after"], body["before"])
-    assert found.title == body["commits"][-1]["title"]
-    assert (found.delivery, found.received) == ("id", NOW)
+    assert (run.commit, run.before) == (body["after"], body["before"])
+    assert run.title == body["commits"][-1]["title"]
+    assert (run.delivery, run.received) == ("id", NOW)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_fields_that_only_some_pushes_have_are_not_needed(changes: dict[str, Any
 
 def test_the_head_is_never_taken_from_the_list_of_commits() -> None:
     commits = [{"id": "b" * 40, "message": "newest first, as the Test button has it"}]
-    found = push(commits=commits)
-    assert (found.commit, found.title) == (HEAD, "")
+    run = push(commits=commits)
+    assert (run.commit, run.title) == (HEAD, "")
 
 
 @pytest.mark.parametrize("key", ["object_kind", "ref", "after", "project"])
@@ -169,18 +169,18 @@ def test_a_message_of_megabytes_costs_no_more_than_its_beginning() -> None:
     message = "first line " * 2 + "x y " * 1_000_000
     body = json.dumps(payload(commits=[{"id": HEAD, "message": message}])).encode()
     tracemalloc.start()
-    (found,) = parsed(body)
+    (run,) = parsed(body)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert found.title.startswith("first line first line x y x y")
-    assert len(found.title) == 120
+    assert run.title.startswith("first line first line x y x y")
+    assert len(run.title) == 120
     assert peak < 4 * len(body)
 
 
 @pytest.mark.parametrize("wrong", [0, "x", [], {}, [[]], [None], [{"id": 5}]], ids=repr)
 def test_fields_that_nothing_depends_on_may_have_any_type(wrong: Any) -> None:
-    found = push(commits=wrong, before=wrong, repository=wrong)
-    assert (found.title, found.before) == ("", "")
+    run = push(commits=wrong, before=wrong, repository=wrong)
+    assert (run.title, run.before) == ("", "")
 
 
 @pytest.mark.parametrize("message", [None, 5, {"a": {}}, "", " \n ", ["x"]], ids=repr)
@@ -223,7 +223,7 @@ def test_json_that_is_no_object_is_refused(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("body", [{}, {"oversize": True}, {"text": "a custom template"}])
-def test_a_custom_template_without_the_kind_is_told_which_field_it_lacks(body: Any) -> None:
+def test_a_custom_template_without_the_kind_is_refused_with_the_missing_field(body: Any) -> None:
     assert refusal(body) == "object_kind: missing"
 
 
@@ -352,7 +352,8 @@ NONE = [
 
 @pytest.mark.parametrize("url", SAME)
 def test_all_addresses_of_one_repository_are_one(url: str) -> None:
-    assert hook.normalise_url(url) == ("gitlab.example.com", "example-group/demo-app")
+    address = hook.RepositoryAddress(host="gitlab.example.com", path="example-group/demo-app")
+    assert hook.normalise_url(url) == address
 
 
 @pytest.mark.parametrize("url", OTHERS)

@@ -12,10 +12,16 @@ import pytest
 from prometheus_client.metrics import MetricWrapperBase
 
 import gitops_hook
+from tests import prose
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 MAX_LINES = 250
+# What a reader meets in `status`, in logs and in metrics.
+WORDS = {
+    *("app", "run", "stage", "environment", "colour"),
+    *("live version", "release", "claim", "bake", "outcome"),
+}
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -25,27 +31,28 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def settings() -> str:
-    rows = []
-    for key, default, meaning in gitops_hook.settings_table():
-        rows.append((f"`{key}`", default if default == "required" else f"`{default}`", meaning))
+    rows = [
+        (f"`{path}`", f"`{setting.default}`" if setting.default else "required", setting.meaning)
+        for path, setting in gitops_hook.settings_by_path().items()
+    ]
     return table(("setting", "default", "meaning"), rows)
 
 
 def process() -> str:
-    known = gitops_hook.settings_of(gitops_hook.Process).items()
-    named = [f"`GITOPS_HOOK_{key.upper()}` (`{default}`)" for key, (_, _, default, _) in known]
+    settings = gitops_hook.settings_of(gitops_hook.Process).items()
+    named = [f"`GITOPS_HOOK_{key.upper()}` (`{setting.default}`)" for key, setting in settings]
     return ", ".join(named) + "."
 
 
 def metrics() -> str:
     rows = []
-    for made in vars(gitops_hook.Metrics()).values():
-        if isinstance(made, MetricWrapperBase):
-            (found,) = made.collect()
-            name = found.name.removeprefix("gitops_hook_")
-            name += "_total" * (found.type == "counter")
-            labels = ", ".join(f"`{label}`" for label in made._labelnames)
-            rows.append((f"`{name}`", labels, found.documentation))
+    for metric in vars(gitops_hook.Metrics()).values():
+        if isinstance(metric, MetricWrapperBase):
+            (family,) = metric.collect()
+            name = family.name.removeprefix("gitops_hook_")
+            name += "_total" * (family.type == "counter")
+            labels = ", ".join(f"`{label}`" for label in metric._labelnames)
+            rows.append((f"`{name}`", labels, family.documentation))
     return table(("metric", "labels", "meaning"), rows)
 
 
@@ -60,10 +67,17 @@ def block(name: str) -> re.Pattern[str]:
 def rewrite() -> None:
     """Write the generated tables into the README."""
     text = README.read_text()
-    for name, made in TABLES.items():
-        new = made() + "\n"
+    for name, generate in TABLES.items():
+        new = generate() + "\n"
         text = block(name).sub(lambda _, new=new: new, text)
     README.write_text(text)
+
+
+def written(readme: str) -> str:
+    """Return what people wrote of a README: all but the generated parts."""
+    for name in TABLES:
+        readme = block(name).sub("", readme)
+    return readme
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +93,39 @@ def test_it_has_no_pictures(readme: str) -> None:
     assert not re.search("[\U0001f000-\U0001ffff\u2600-\u27bf]|!\\[", readme)
 
 
+def test_its_lines_fit_into_a_window(readme: str) -> None:
+    lines = written(readme).splitlines()
+    assert not [line for line in lines if len(line) > prose.LONGEST_LINE]
+
+
+def test_its_sentences_are_short(readme: str) -> None:
+    assert len(list(prose.sentences(written(readme)))) > 100
+    assert not prose.long_sentences(written(readme))
+
+
+def test_its_contents_list_every_heading(readme: str) -> None:
+    contents, first, _ = readme.partition("\n## ")
+    assert first
+    listed = re.findall(r"\[([^]]+)\]\(#([\w-]+)\)", contents)
+    assert listed == [(title, prose.anchor(title)) for title in prose.headings(readme)]
+
+
+def test_its_links_lead_to_headings(readme: str) -> None:
+    anchors = {prose.anchor(title) for title in prose.headings(readme)}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", readme)) <= anchors
+
+
+def test_its_words_are_explained_before_their_first_use(readme: str) -> None:
+    before, _, after = readme.partition("## Words\n| word | meaning |\n")
+    rows = after.partition("\n\n")[0]
+    assert set(re.findall(r"(?m)^\| ([a-z ]+) \| \S", rows)) == WORDS
+    assert not [word for word in WORDS if re.search(rf"\b{word}s?\b", before, re.IGNORECASE)]
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_its_tables_are_those_of_the_code(readme: str, name: str) -> None:
-    (found,) = block(name).findall(readme)
-    assert found == TABLES[name]() + "\n", "python -m tests.test_readme writes them anew"
+    (part,) = block(name).findall(readme)
+    assert part == TABLES[name]() + "\n", "python -m tests.test_readme writes them anew"
 
 
 def test_it_names_every_command_and_option(readme: str) -> None:
@@ -109,7 +152,7 @@ def test_its_reasons_are_those_of_the_program(readme: str) -> None:
 
 def test_its_log_lines_are_those_of_the_program(readme: str) -> None:
     source = (ROOT / "gitops_hook.py").read_text()
-    named = re.findall(r"log `([a-z ]+)`|(?<=, )`([a-z ]+ [a-z ]+)`", readme)
+    named = re.findall(r"[Ll]og `([a-z -]+)`|(?<=, )`([a-z ]+ [a-z ]+)`", readme)
     messages = {first or second for first, second in named}
     assert len(messages) >= 4
     said = r"(info|warn|error|say|repeat)\)?\([^)]*"
@@ -117,10 +160,10 @@ def test_its_log_lines_are_those_of_the_program(readme: str) -> None:
 
 
 def test_its_metrics_in_prose_exist(readme: str) -> None:
-    prose = block("metrics").sub("", readme)
-    named = set(re.findall(r"`(\w+?)(?:\{.*?\})?`", prose)) & set(re.findall(r"\w+_\w+", prose))
-    known = re.findall(r"(?m)^\| `(\w+)`", metrics())
-    assert {n for n in named if n.endswith(("_total", "_files", "_seconds"))} <= {*known}
+    text = block("metrics").sub("", readme)
+    named = set(re.findall(r"`(\w+?)(?:\{.*?\})?`", text)) & set(re.findall(r"\w+_\w+", text))
+    names = re.findall(r"(?m)^\| `(\w+)`", metrics())
+    assert {n for n in named if n.endswith(("_total", "_files", "_seconds"))} <= {*names}
 
 
 def test_its_make_targets_exist(readme: str) -> None:

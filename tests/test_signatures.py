@@ -36,10 +36,10 @@ def refusal(mode: str, keys: list[bytes], headers: dict[str, str], body: bytes, 
     return ""
 
 
-def verify(headers: dict[str, str], body: bytes = A_BODY, **given: Any) -> str:
+def verify(headers: dict[str, str], body: bytes = A_BODY, **other: Any) -> str:
     """Why a signed delivery is refused; nothing when it is believed."""
-    keys = given.get("keys", [hook.decode_signing_token(A_TOKEN, 1)])
-    return refusal("signature", keys, headers, body, given.get("now", A_TIME))
+    keys = other.get("keys", [hook.decode_signing_token(A_TOKEN, 1)])
+    return refusal("signature", keys, headers, body, other.get("now", A_TIME))
 
 
 # === Vectors that others made ===

@@ -32,9 +32,9 @@ def spool(tmp_path: Path) -> hook.Spool:
 
 
 def opened(folder: Path, max_files: int = 1000) -> hook.Spool:
-    made = hook.Spool(folder / "spool", max_files)
-    made.prepare()
-    return made
+    spool = hook.Spool(folder / "spool", max_files)
+    spool.prepare()
+    return spool
 
 
 def names(spool: hook.Spool) -> list[str]:
@@ -53,21 +53,21 @@ def test_what_is_stored_is_read_again_oldest_first(spool: hook.Spool) -> None:
     runs = [run(n) for n in (3, 1, 2)]
     for one in runs:
         spool.store([one])
-    assert [found for _, found in spool.read()] == runs
+    assert [stored for _, stored in spool.read()] == runs
     assert len(spool) == 3
 
 
 def test_it_is_read_again_after_a_restart(spool: hook.Spool, tmp_path: Path) -> None:
     spool.store([run(1)])
     again = opened(tmp_path)
-    assert [found for _, found in again.read()] == [run(1)]
+    assert [stored for _, stored in again.read()] == [run(1)]
     assert len(again) == 1
 
 
 def test_any_text_of_a_push_survives_to_the_letter(spool: hook.Spool) -> None:
     odd = replace(run(1), title="\ud800 \u2028 \x00 🚀 \"'\\", delivery="ä")
     spool.store([odd])
-    assert [found for _, found in spool.read()] == [odd]
+    assert [stored for _, stored in spool.read()] == [odd]
 
 
 def test_the_longest_push_is_within_the_bound_of_a_file(spool: hook.Spool) -> None:
@@ -79,24 +79,26 @@ def test_the_longest_push_is_within_the_bound_of_a_file(spool: hook.Spool) -> No
     )  # fmt: skip
     assert hook.valid_ref(ref)
     spool.store([longest])
-    ((path, found),) = spool.read()
-    assert found == longest
+    ((path, stored),) = spool.read()
+    assert stored == longest
     assert path.stat().st_size <= hook.SPOOL_RECORD
 
 
 def test_the_same_push_twice_is_two_files_of_one_run(spool: hook.Spool) -> None:
     spool.store([run(1)])
     spool.store([run(1)])
-    assert [found.id for _, found in spool.read()] == [run(1).id] * 2
+    assert [stored.id for _, stored in spool.read()] == [run(1).id] * 2
 
 
-def test_what_is_done_is_forgotten_and_once_more_is_nothing(spool: hook.Spool) -> None:
+def test_a_push_that_is_done_is_forgotten_and_doing_it_again_changes_nothing(
+    spool: hook.Spool,
+) -> None:
     spool.store([run(1)])
     spool.store([run(2)])
     ((first, _), _) = spool.read()
     spool.done(first)
     spool.done(first)
-    assert [found for _, found in spool.read()] == [run(2)]
+    assert [stored for _, stored in spool.read()] == [run(2)]
     assert len(spool) == 1
 
 
@@ -139,7 +141,7 @@ def test_the_pushes_of_one_delivery_share_one_sync_of_the_folder(
     monkeypatch.setattr(os, "fsync", fsync)
     spool.store([run(1), run(1, "other")])
     assert len(synced) == 3
-    assert {found.app for _, found in spool.read()} == {"shop", "other"}
+    assert {stored.app for _, stored in spool.read()} == {"shop", "other"}
 
 
 def test_nobody_sees_a_push_that_is_only_half_written(
@@ -160,7 +162,7 @@ def test_nobody_sees_a_push_that_is_only_half_written(
 # === Bounds, and disks that refuse ===
 
 
-def test_a_full_spool_refuses_and_says_how_much_waits(tmp_path: Path) -> None:
+def test_a_full_spool_refuses_and_says_how_many_pushes_wait(tmp_path: Path) -> None:
     spool = opened(tmp_path, max_files=2)
     spool.store([run(1), run(2)])
     with pytest.raises(hook.DeliveryError, match="2 pushes are waiting already"):
@@ -175,7 +177,7 @@ def test_a_delivery_that_does_not_fit_as_a_whole_is_not_stored_at_all(tmp_path: 
     spool.store([run(1)])
     with pytest.raises(hook.DeliveryError):
         spool.store([run(2), run(3)])
-    assert [found for _, found in spool.read()] == [run(1)]
+    assert [stored for _, stored in spool.read()] == [run(1)]
     assert len(spool) == 1
 
 
@@ -200,7 +202,7 @@ def test_a_disk_that_refuses_leaves_nothing_behind_and_no_count(
     monkeypatch.setattr(os, call, refusing)
     with pytest.raises(hook.DeliveryError, match="No space left on device"):
         spool.store([run(2), run(3)])
-    assert [found for _, found in spool.read()] == [run(1)]
+    assert [stored for _, stored in spool.read()] == [run(1)]
     assert len(names(spool)) == len(spool) == 1
     spool.store([run(2)])
     assert len(spool) == 2
@@ -229,7 +231,7 @@ def delivered(number: int, name: str, at: float = RUN.received) -> hook.Run:
     return replace(run(number), delivery=name, received=at)
 
 
-def test_a_push_of_a_delivery_is_known_again_after_a_restart_also_when_the_cluster_has_it(
+def test_a_delivery_is_recognized_after_a_restart_even_when_its_push_is_in_the_cluster(
     spool: hook.Spool, tmp_path: Path
 ) -> None:
     spool.store([delivered(1, "one")])
@@ -240,7 +242,7 @@ def test_a_push_of_a_delivery_is_known_again_after_a_restart_also_when_the_clust
     assert not again.has(delivered(1, "two"))
 
 
-def test_a_stored_push_tells_its_delivery_where_the_line_is_missing(
+def test_a_stored_push_says_its_delivery_where_the_line_is_missing(
     spool: hook.Spool, tmp_path: Path
 ) -> None:
     spool.store([delivered(1, "one"), delivered(2, "one")])
@@ -258,7 +260,7 @@ def test_what_could_not_be_stored_was_not_accepted(tmp_path: Path) -> None:
     assert not opened(tmp_path).accepted.has(delivered(1, "one"))
 
 
-def test_without_an_id_no_delivery_is_known_again(spool: hook.Spool) -> None:
+def test_a_delivery_without_an_id_is_never_recognized(spool: hook.Spool) -> None:
     spool.store([delivered(1, "")])
     spool.done(spool.read()[0][0])
     assert not spool.accepted.has(delivered(1, ""))
@@ -266,7 +268,9 @@ def test_without_an_id_no_delivery_is_known_again(spool: hook.Spool) -> None:
 
 
 @pytest.mark.parametrize("seconds", [-1300, -1200, 0, 1200, 1300])
-def test_it_is_known_for_twenty_minutes(spool: hook.Spool, tmp_path: Path, seconds: float) -> None:
+def test_a_delivery_is_recognized_for_twenty_minutes(
+    spool: hook.Spool, tmp_path: Path, seconds: float
+) -> None:
     spool.store([delivered(1, "one")])
     later = delivered(1, "one", RUN.received + seconds)
     assert spool.accepted.has(later) is (abs(seconds) <= 1200)
@@ -301,7 +305,7 @@ def test_memory_and_file_are_bounded_and_the_newest_stay(
     [b"", b"\0" * 500, b"\xff\n[]\n", b"1760000000.000 " + b"0" * 63, b"9" * 5000, b"\n" * 10**6],
     ids=lambda c: repr(c[:12]),
 )
-def test_lines_that_are_none_are_passed_over(tmp_path: Path, content: bytes) -> None:
+def test_lines_of_another_format_are_skipped(tmp_path: Path, content: bytes) -> None:
     spool = opened(tmp_path)
     spool.store([delivered(1, "one")])
     spool.done(spool.read()[0][0])
@@ -329,7 +333,7 @@ def test_a_line_that_cannot_be_written_keeps_no_push(
     spool.done(path)
     assert spool.read() == []
     assert spool.accepted.has(delivered(1, "one"))
-    assert caplog.messages == ["an accepted delivery is not written down"]
+    assert caplog.messages == ["accepted delivery cannot be written down"]
 
 
 # === What is not ours ===
@@ -338,8 +342,8 @@ GOOD = record(RUN)
 
 
 def changed(**fields: Any) -> bytes:
-    known = {**json.loads(GOOD), **fields}
-    return json.dumps({k: v for k, v in known.items() if v != "gone"}).encode()
+    values = {**json.loads(GOOD), **fields}
+    return json.dumps({k: v for k, v in values.items() if v != "gone"}).encode()
 
 
 FOREIGN = {
@@ -369,16 +373,16 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_file_is_moved_aside_and_said(
+def test_a_foreign_file_is_moved_aside_and_logged(
     spool: hook.Spool, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     spool.store([run(1)])
     (spool.directory / "00-foreign.json").write_bytes(content)
-    assert [found for _, found in spool.read()] == [run(1)]
+    assert [stored for _, stored in spool.read()] == [run(1)]
     assert aside(spool) == ["00-foreign.json"]
     assert (spool.directory / "bad" / "00-foreign.json").read_bytes() == content
     ((_, level, text),) = caplog.record_tuples
-    assert (level, text) == (40, "spool file moved aside")
+    assert (level, text) == (40, "spool file moved to folder bad")
     assert len(spool) == 1
 
 
@@ -410,7 +414,7 @@ def test_what_is_no_plain_file_is_moved_aside_and_never_waited_for(
     opened(tmp_path).store([run(1)])
     make(tmp_path / "spool" / "00-x.json")
     spool = opened(tmp_path)
-    assert [found for _, found in spool.read()] == [run(1)]
+    assert [stored for _, stored in spool.read()] == [run(1)]
     assert aside(spool) == ["00-x.json"]
 
 
@@ -418,7 +422,7 @@ def test_a_file_that_cannot_be_moved_aside_stands_in_nobody_s_way(spool: hook.Sp
     for folder in ("x.json", "bad/x.json/y"):
         (spool.directory / folder).mkdir(parents=True)
     spool.store([run(1)])
-    assert [found for _, found in spool.read()] == [run(1)]
+    assert [stored for _, stored in spool.read()] == [run(1)]
 
 
 def test_a_push_that_was_not_accepted_before_a_crash_is_moved_aside(
@@ -429,7 +433,7 @@ def test_a_push_that_was_not_accepted_before_a_crash_is_moved_aside(
     again = opened(tmp_path)
     assert (again.read(), len(again)) == ([], 0)
     assert aside(again) == ["1-x.json.abc.tmp"]
-    assert "spool file moved aside" in caplog.messages
+    assert "spool file moved to folder bad" in caplog.messages
 
 
 def test_what_a_killed_process_left_in_its_scratch_folder_is_gone(
@@ -465,8 +469,8 @@ def test_a_file_that_cannot_be_read_now_stays_for_later(
         broken.setattr(os, "open", too_many)
         assert spool.read() == []
     assert aside(spool) == []
-    assert [found for _, found in spool.read()] == [run(1)]
-    assert caplog.messages == ["spool file cannot be read"]
+    assert [stored for _, stored in spool.read()] == [run(1)]
+    assert caplog.messages == ["spool files cannot be read"]
 
 
 def test_files_that_cannot_be_read_are_one_line_however_many(
@@ -517,9 +521,9 @@ def test_writers_and_readers_at_once_lose_nothing_and_the_count_never_drifts(
 
     def take() -> None:
         while any(writing) or spool.read():
-            for path, found in spool.read():
+            for path, stored in spool.read():
                 spool.done(path)
-                taken.append(found)
+                taken.append(stored)
 
     def look() -> None:
         while any(writing):

@@ -180,8 +180,8 @@ def test_a_write_that_always_meets_another_gives_up(shelf: Shelf, store: hook.St
 
 
 def test_what_is_live_is_kept_for_each_environment(shelf: Shelf, store: hook.StateStore) -> None:
-    entry = hook.read_record(hook.HistoryEntry, {"selector": {"a": "b"}, "run": "shop-1", "at": 3})
-    store.write(APP, live={"production": entry, "staging": {**entry, "run": "shop-2"}})
+    entry = hook.HistoryEntry(selector={"a": "b"}, run="shop-1", at=3)
+    store.write(APP, live={"production": entry, "staging": replace(entry, run="shop-2")})
     store.write(APP, a_record(1), forget=["live-staging"])
     assert store.read(APP).live == {"production": entry}
 
@@ -190,9 +190,10 @@ def test_an_entry_of_what_is_live_that_is_too_large_is_not_kept(
     shelf: Shelf, store: hook.StateStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     ports = [{"port": n, "name": "x" * 50} for n in range(1, 300)]
-    store.write(APP, a_record(1), live={"production": {"selector": {"a": "b"}, "ports": ports}})
+    entry = hook.HistoryEntry(selector={"a": "b"}, ports=ports)
+    store.write(APP, a_record(1), live={"production": entry})
     assert [*shelf.data()] == [a_record(1).key]
-    shelf.put("shop", **{"live-production": json.dumps({"selector": {"a": "b"}, "ports": ports})})
+    shelf.put("shop", **{"live-production": json.dumps(entry.to_json())})
     assert store.read(APP).live == {}
     assert caplog.messages == ["records dropped"]
 

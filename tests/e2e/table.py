@@ -80,7 +80,7 @@ class End(NamedTuple):
 
 ENDS = {
     "new": End("deployed", "Ok", "deployed", "old new", "old"),
-    "back": End("switched-back", "SickAfterSwitch", "switched-back", "old new old", "nothing"),
+    "back": End("switched-back", "UnhealthyAfterSwitch", "switched-back", "old new old", "nothing"),
     "smoke": End("failed", "SmokeFailed", "none", "old", "before"),
     "edited": End("failed", "SelectorChanged", "none", "old", "before"),
     "left": End("superseded", "SelectorChanged", "", "old new old", "new"),

@@ -76,7 +76,7 @@ def check_story(output: str) -> None:
     assert "stand-in" in first
     assert "shortened: bake" in first
     assert re.search(r"production +blue → green: version 2 is live", output)
-    assert re.search(r"production +blue → green: .*switched back: SickAfterSwitch", output)
+    assert re.search(r"production +blue → green: .*switched back: UnhealthyAfterSwitch", output)
     assert "FAILED" not in output
     found = LAST_LINE.search(output)
     assert found is not None

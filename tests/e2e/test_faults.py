@@ -116,7 +116,7 @@ def test_a_daemon_killed_after_switching_back_still_writes_why_and_rejects(kille
         killed.start()
         ended = killed.ended(run)
         shop.quiet()
-    assert (ended["outcome"], ended["reason"]) == ("switched-back", "SickAfterSwitch")
+    assert (ended["outcome"], ended["reason"]) == ("switched-back", "UnhealthyAfterSwitch")
     assert (traffic.failures, traffic.versions) == ([], [old, "sick", old])
     eventually(lambda: not shop.pods("sick"), 20, "the sick pods are gone")
     found = killed.cluster.store.get("configmaps", "orchestration", "gitops-hook-shop")["data"]

@@ -81,4 +81,4 @@ def test_a_bake_that_would_have_been_over_while_the_api_server_was_stopped_is_no
         old = shop.note("history")[1]["selector"]
         eventually(lambda: shop.selector == old, LIMIT * SLACK, "traffic is back")
         ended = apps.ended(run)
-    assert (ended["outcome"], ended["reason"]) == ("switched-back", "SickAfterSwitch")
+    assert (ended["outcome"], ended["reason"]) == ("switched-back", "UnhealthyAfterSwitch")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import gitops_hook as hook
-from gitops_hook import Watch
+from gitops_hook import Informer
 from tests.standin.cluster import Cluster
 from tests.standin.faults import Fault
 from tests.standin.kubectl import find_kubectl
@@ -55,7 +55,7 @@ def test_a_recorded_job_goes_through_its_states(scenario: str, states: list[str]
     seen = [v.state for v in views]
     assert [s for s, before in zip(seen, ["", *seen], strict=False) if s != before] == states
     assert (views[-1].finished > 0) is (views[-1].state in ("succeeded", "failed"))
-    assert not any(v.released for v in views if v.state == "suspended")
+    assert not any(v.unsuspended for v in views if v.state == "suspended")
 
 
 def test_why_a_job_failed_is_kept_from_its_first_condition() -> None:
@@ -125,7 +125,8 @@ def test_an_object_without_any_status_is_understood() -> None:
     job, pod, service = hook.Job(LEAST), hook.Pod(LEAST), hook.Service(LEAST)
     assert (job.state, job.stage, job.outcome, job.run.id) == ("active", "", "", "")
     assert (pod.ready, pod.seen_ready, pod.containers, pod.run) == (False, False, [], "")
-    assert (service.run, service.ours, service.history, service.claim) == ("", False, [], {})
+    assert (service.run, service.ours, service.history) == ("", False, [])
+    assert not service.claim
     assert service.ports == []
 
 
@@ -153,8 +154,9 @@ def service(notes: Object, selector: Object | None = None) -> hook.Service:
     ["", "{", "null", "{}", '"x"', "[1, null, []]", '[{"run": "r2"}]', '[{"selector": "blue"}]'],
 )
 def test_a_history_that_cannot_be_read_is_none(history: str) -> None:
-    found = service({hook.NOTE_HISTORY: history, hook.NOTE_CLAIM: history})
-    assert (found.history, found.live, found.target(), found.entry("r2")) == ([], {}, {}, {})
+    found = service({hook.ANNOTATION_HISTORY: history, hook.ANNOTATION_CLAIM: history})
+    assert found.history == []
+    assert not any([found.live, found.target(), found.entry("r2")])
     assert found.run == "r2"
 
 
@@ -192,27 +194,34 @@ WHOLE: Object = {
 def test_a_field_of_a_history_entry_that_holds_something_else_is_left_out(
     field: str, value: Any, left: Any
 ) -> None:
-    found = hook.read_record(hook.HistoryEntry, {**WHOLE, field: value})
-    assert hook.read_record(hook.HistoryEntry, WHOLE) == WHOLE
-    assert found == (
-        {} if field == "selector" else {**WHOLE, **({field: left} if field in WHOLE else {})}
-    )
+    assert hook.HistoryEntry.from_json(WHOLE).to_json() == WHOLE
+    read = hook.HistoryEntry.from_json({**WHOLE, field: value})
+    if field == "selector":
+        assert read == hook.HistoryEntry()
+        assert not read
+    else:
+        assert read.to_json() == {**WHOLE, **({field: left} if field in WHOLE else {})}
 
 
 def test_what_0_1_0_wrote_is_read_and_a_claim_without_a_phase_is_none() -> None:
     old = {"run": "r1", "colour": "green", "phase": "draining", "since": 5, "heal": ""}
-    assert hook.read_record(hook.Claim, old) == {**old, "v": 1}
-    assert hook.read_record(hook.Claim, {"run": "r1"}) == {}
-    assert hook.read_record(hook.Claim, [5]) == {}
+    claim = hook.Claim(run="r1", colour="green", phase="draining", since=5)
+    assert hook.Claim.from_json(old) == claim
+    assert hook.Claim.from_json({**old, "heal": "shop-release-1"}).restore == "shop-release-1"
+    assert hook.Claim.from_json(claim.to_json()) == claim
+    assert claim.to_json() == {**old, "v": 1}
+    for data in ({"run": "r1"}, [5]):
+        assert hook.Claim.from_json(data) == hook.Claim()
+        assert not hook.Claim.from_json(data)
     assert hook.seconds_of(10**400) == hook.seconds_of("inf") == 0.0
 
 
 def test_a_note_of_another_type_is_empty() -> None:
-    found = service({hook.NOTE_BAKE: "12.5", "gitops-hook/x": "[]", "gitops-hook/y": "7"})
-    assert found.note(hook.NOTE_BAKE, 0.0) == 12.5
-    assert found.note("gitops-hook/x", {}) == {}
-    assert found.note("gitops-hook/y", "") == ""
-    assert found.note("gitops-hook/none", []) == []
+    found = service({hook.ANNOTATION_BAKE: "12.5", "gitops-hook/x": "[]", "gitops-hook/y": "7"})
+    assert found.annotation(hook.ANNOTATION_BAKE, 0.0) == 12.5
+    assert found.annotation("gitops-hook/x", {}) == {}
+    assert found.annotation("gitops-hook/y", "") == ""
+    assert found.annotation("gitops-hook/none", []) == []
 
 
 @pytest.mark.parametrize(
@@ -263,8 +272,8 @@ FOREIGN = {"run": "", "selector": {"app": "shop"}, "outcome": "adopted"}
 def test_a_rollback_goes_to_the_proven_one_before(
     history: list[Object], back: int, run: str | None
 ) -> None:
-    found = service({hook.NOTE_HISTORY: json.dumps(history)}).target(back)
-    assert found.get("run") == run
+    found = service({hook.ANNOTATION_HISTORY: json.dumps(history)}).target(back)
+    assert (found.run if found else None) == run
 
 
 @pytest.mark.parametrize(
@@ -286,18 +295,18 @@ def test_a_sick_version_goes_back_to_what_it_replaced(
     previous: str, history: list[Object], run: str | None
 ) -> None:
     selector = OURS if previous == "r2" else entry(previous)["selector"]
-    notes = {hook.NOTE_PREVIOUS: selector, hook.NOTE_HISTORY: history}
+    notes = {hook.ANNOTATION_PREVIOUS: selector, hook.ANNOTATION_HISTORY: history}
     found = service({key: json.dumps(value) for key, value in notes.items()})
-    assert found.before.get("run") == run
+    assert (found.before.run if found.before else None) == run
 
 
 def test_an_entry_is_the_newest_of_its_run_since_a_time() -> None:
     history = [entry("r1", "failed", 30), LIVE, entry("r1", "deployed", 10)]
-    found = service({hook.NOTE_HISTORY: json.dumps(history)})
-    assert found.entry("r1")["at"] == 30
-    assert found.entry("r1", 30)["outcome"] == "failed"
-    assert found.entry("r1", 31) == {}
-    assert found.live == hook.read_record(hook.HistoryEntry, LIVE)
+    found = service({hook.ANNOTATION_HISTORY: json.dumps(history)})
+    assert found.entry("r1").at == 30
+    assert found.entry("r1", 30).outcome == "failed"
+    assert not found.entry("r1", 31)
+    assert found.live == hook.HistoryEntry.from_json(LIVE)
 
 
 # === Memory ===
@@ -389,12 +398,12 @@ def put(cluster: Cluster, space: str, name: str, run: str = "r1", **labels: str)
     cluster.load({"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec})
 
 
-def services(kubectl: hook.Kubectl, space: str) -> Watch[hook.Service]:
-    return Watch(kubectl, "services", space, hook.Service, SELECTOR)
+def services(kubectl: hook.Kubectl, space: str) -> Informer[hook.Service]:
+    return Informer(kubectl, "services", space, hook.Service, SELECTOR)
 
 
 @contextmanager
-def running(watch: Watch[Any], **more: Any) -> Iterator[threading.Thread]:
+def running(watch: Informer[Any], **more: Any) -> Iterator[threading.Thread]:
     """Run a watch in a thread of its own; it must end when it is told to."""
     thread = threading.Thread(target=watch.run, kwargs=more)
     thread.start()
@@ -412,7 +421,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hook, "WATCH_SECONDS", 1.0)
 
 
-def runs(watch: Watch[hook.Service]) -> dict[str, str]:
+def runs(watch: Informer[hook.Service]) -> dict[str, str]:
     return {s.name: s.run for s in watch.items()}
 
 
@@ -473,7 +482,7 @@ def test_whoever_waits_for_several_mirrors_is_woken_by_each(
 ) -> None:
     wake, beats = threading.Event(), []
     watch = services(kubectl, space)
-    with running(watch, changed=wake, pulse=lambda: beats.append(1)):
+    with running(watch, changed=wake, beat=lambda: beats.append(1)):
         eventually(lambda: not watch.trouble)
         wake.clear()
         before = len(beats)
@@ -631,7 +640,7 @@ class Puppet:
         path = self.directory / what
         return path.read_text().splitlines() if path.exists() else []
 
-    def watch(self) -> Watch[hook.Service]:
+    def watch(self) -> Informer[hook.Service]:
         return services(self.kubectl, "any")
 
 
@@ -817,7 +826,7 @@ def test_a_recorded_watch_leaves_what_was_there_at_its_end(
     last = events[0]["object"]
     end = {"type": "ADDED", "object": {**last, "metadata": {**last["metadata"], "name": "end"}}}
     puppet.script(watch=f"{puppet.saying(*events, end)}; exec sleep 60")
-    watch: Watch[Any] = Watch(puppet.kubectl, resource, "test", view, SELECTOR)
+    watch: Informer[Any] = Informer(puppet.kubectl, resource, "test", view, SELECTOR)
     with running(watch):
         eventually(lambda: watch.find("end"))
         there = plain(seen for seen in watch.items() if seen.name != "end")
@@ -826,14 +835,14 @@ def test_a_recorded_watch_leaves_what_was_there_at_its_end(
 
 def test_the_first_list_of_a_thousand_jobs_needs_little_memory_at_any_time(puppet: Puppet) -> None:
     cases = ""
-    for first in range(0, 1000, hook.PAGE):
-        jobs = [json.loads(job_text(n)) for n in range(first, first + hook.PAGE)]
-        more = {"continue": f"t{first + hook.PAGE}"} if first + hook.PAGE < 1000 else {}
+    for first in range(0, 1000, hook.PAGE_SIZE):
+        jobs = [json.loads(job_text(n)) for n in range(first, first + hook.PAGE_SIZE)]
+        more = {"continue": f"t{first + hook.PAGE_SIZE}"} if first + hook.PAGE_SIZE < 1000 else {}
         cases = f'*"&continue=t{first}"*) {puppet.listing(*jobs, **more)};; {cases}'
         cases = cases.replace("&continue=t0", "&continue=")
     puppet.script(list=f'case "$*" in {cases} esac')
     del jobs
-    watch = Watch(puppet.kubectl, "jobs", "test", hook.Job, SELECTOR)
+    watch = Informer(puppet.kubectl, "jobs", "test", hook.Job, SELECTOR)
     tracemalloc.start()
     try:
         with running(watch):
@@ -849,15 +858,9 @@ def test_the_first_list_of_a_thousand_jobs_needs_little_memory_at_any_time(puppe
 # === Around it ===
 
 
-def test_pauses_grow_to_a_limit_and_differ() -> None:
-    for failures, delay in enumerate((*hook.DELAYS, hook.DELAYS[-1])):
-        pauses = {hook.backoff(failures) for _ in range(50)}
-        assert delay * 0.7 <= min(pauses) < max(pauses) <= delay * 1.3
-
-
 def test_what_a_patch_returned_is_known_at_once_unless_it_is_older_or_gone() -> None:
     kubectl = hook.Kubectl(hook.Metrics())
-    watch = Watch(kubectl, "jobs", "test", hook.Job, SELECTOR)
+    watch = Informer(kubectl, "jobs", "test", hook.Job, SELECTOR)
     found = recorded("job-succeeds.jobs.jsonl")[0]["object"]
     version, name = int(found["metadata"]["resourceVersion"]), found["metadata"]["name"]
 
