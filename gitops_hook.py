@@ -1,28 +1,30 @@
 #!/usr/bin/env python3
-"""gitops-hook: a GitLab push becomes a tested, built, blue-green-deployed version on Kubernetes.
+"""gitops-hook turns a GitLab push into a tested and built version that Kubernetes runs, blue-green.
 
-The way of a push, and where to read about it:
+The way of a push, and the sections of this file that have it:
 
-    GitLab -> POST /webhook -> verify, parse, spool (fsync), 202        pushes, spool, HTTP
-      intake     a batch of each app: suspended Jobs in one create      job manifests, controller
-      controller slots are granted fairly; tests, then the image build  cluster mirror, decide
-      worker     claim, render, apply, rollout status, preview,         app manifests, deploy
-                 switch, verify, bake; sick: one patch takes the traffic back
-      records    how runs ended, one bounded ConfigMap for each app     state
-      catch-up   `git ls-remote` finds what GitLab failed to deliver    git, controller
+    webhook     POST /webhook: verify, parse, store with fsync, 202  HTTP, signatures, pushes, spool
+    intake      one `kubectl create` for many suspended Jobs         job manifests, intake
+    controller  Jobs are unsuspended fairly: tests, then the build   informers, decide, controller
+    deployment  claim, render, apply, roll out, smoke test, switch   app manifests, health, rollout
+    bake        watch the new version; switch back if unhealthy      live service, bake
+    records     how each run ended, in one bounded ConfigMap an app  state
+    reports     each change of state is one Transition               reports, logging, metrics
+    catch-up    `git ls-remote` finds what GitLab did not deliver    git, intake
 
 The cluster's own objects are the state: a Job's conditions, a Deployment's status, a Service's
-selector. Annotations are intents and history; where they disagree with the object, the object wins:
-what today's traffic reaches is live.
-Nothing that matters lives in memory only: kill it at any point, start it again, same end state.
+selector. Annotations say what is intended and what happened. Where they disagree with the object,
+the object is right: what today's traffic reaches is live. Nothing that matters is only in memory:
+kill the daemon at any point and start it again, and the end is the same.
 
-Words: an *app* is one repository's deployment; a *run* is one commit of one ref of one app; a
-*stage* is test, build or an environment; a *colour* is one of an app's two Deployments; a *release*
-is the stored rendering of one run for one environment; the *claim* says who is changing an
-environment; to *heal* is to put the rollback target back where a failed deployment overwrote it.
+The words: an *app* is the deployment of one repository. A *run* is one commit of one ref of one
+app, and its *stages* are test, build and the environments. A *colour* is one of an app's two
+Deployments. A *release* is the recorded rendering of a run in an environment. The *claim* on a
+live Service says who is changing an environment. The daemon *switches back* during the bake, a
+person *rolls back*. To *restore* is to put a rollback target back that a failed deployment has
+overwritten.
 
-Each section uses only those above it; `grep '^# ==='` lists them. Exit status: 0 done, 1 tried and
-failed, 2 usage, configuration, no kubectl or no cluster, 3 refused.
+Each section uses only those above it; `grep '^# ==='` lists them.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ import errno
 import hashlib
 import hmac
 import http
+import itertools
 import json
 import logging
 import math
@@ -52,6 +55,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -73,19 +77,87 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, ca
 from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
 
-import prometheus_client
-import requests
-import waitress.channel
-import waitress.parser
-import waitress.server
-import waitress.utilities
-import yaml
+try:
+    import prometheus_client
+    import requests
+    import waitress.channel
+    import waitress.parser
+    import waitress.server
+    import waitress.utilities
+    import yaml
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    MISSING_PACKAGE = str(missing.name)
+else:
+    MISSING_PACKAGE = ""
 
 if TYPE_CHECKING:
     from typing import IO
     from wsgiref.types import StartResponse, WSGIEnvironment
 
 __version__ = "0.2.0"
+
+# === command line =================================================================================
+# It stands above all that needs a package, so that --help and --version need none.
+
+EXIT_STATUS = "Exit status: 0 done, 1 tried and failed, 2 wrong usage or configuration, no kubectl "
+EXIT_STATUS += "or no cluster, 3 refused."
+# An id of a run, or its beginning from the first digit of the commit on, after the app's name.
+RUN_ID = re.compile("([a-z0-9][a-z0-9-]*?)-([0-9a-f]{1,8}|[0-9a-f]{8}-[0-9a-f]{0,16})")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    about = "A GitLab push becomes a tested, built and deployed version on Kubernetes."
+    root = argparse.ArgumentParser(prog="gitops-hook", description=about, epilog=EXIT_STATUS)
+    root.add_argument("--version", action="version", version=__version__)
+    add = root.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
+    check = "only check the configuration and the secrets"
+    add("serve", help="run the daemon").add_argument("--check", action="store_true", help=check)
+    one = add("push", help="send a signed test delivery, as GitLab would")
+    sha = "id of the commit, which may be short for the head of a branch"
+    for name, what in (("--app", "name of the app"), ("--ref", "the branch"), ("--sha", sha)):
+        one.add_argument(name, required=True, help=what)
+    one.add_argument("--url", default="http://127.0.0.1:8080/webhook", help="default: %(default)s")
+    one = add("status", help="show what is live where, and how each run stands")
+    one.add_argument("app", nargs="?", default="", help="name of the app; all apps without it")
+    one.add_argument("--output", choices=("text", "json"), default="text", help="default: text")
+    one = add("explain", help="show how one run stands, and why")
+    one.add_argument("run", help="id of the run, or its beginning")
+    one.add_argument("--log", action="store_true", help="show the last lines of what failed, too")
+    one = add("rollback", help="switch an environment back to a proven version")
+    one.add_argument("app", help="name of the app")
+    one.add_argument("--environment", default="", help="default: the last one of the app")
+    where = "how many proven versions back, or which run of the history (default: %(default)s)"
+    one.add_argument("--to", type=versions_or_run, default="1", metavar="N|RUN", help=where)
+    one.add_argument("--reason", default="", help="why; `status` shows it")
+    one = add("plan", help="show what a push would do now, and change nothing")
+    one.add_argument("app", help="name of the app")
+    one.add_argument(
+        "commit", nargs="?", default="", help="its id, or the beginning (default: head)"
+    )
+    one = add("rerun", help="let a run that has ended run again")
+    one.add_argument("run", help="id of the run, or its beginning")
+    add("clone", help="inside a Job pod: check out the commit")
+    add("collect", help="inside a test pod: summarise the report")
+    return root
+
+
+def versions_or_run(text: str) -> int | str:
+    """Return how many versions to go back, or the run to go back to."""
+    if re.fullmatch("[1-9][0-9]{0,5}", text):
+        return int(text)
+    if RUN_ID.fullmatch(text):
+        return text
+    wrong = f"{text!r} is neither how many versions, 1 or more, nor the id of a run"
+    raise argparse.ArgumentTypeError(wrong)
+
+
+if MISSING_PACKAGE:
+    parser().parse_args()  # answers --help and --version, and refuses what is no command
+    what = f"the Python package {MISSING_PACKAGE} is missing for {sys.executable}"
+    parser().exit(2, f"gitops-hook: {what}; run `make venv`, then use .venv/bin/python\n")
 
 # === constants ====================================================================================
 
@@ -4152,23 +4224,13 @@ class Reports:
 
     def emit(self, transition: Transition) -> None:
         """Log and count a change of state."""
-        self.log(transition)
-        self.count(transition)
-
-    def log(self, transition: Transition) -> None:
-        """Write the log line."""
         values = {f.name: getattr(transition, f.name) for f in fields(transition)}
         values |= values.pop("more")
         del values["at"]  # the line has a time of its own
-        report = info
-        if transition.state in NOTABLE_STATES:
-            report = warn
+        log = warn if transition.state in NOTABLE_STATES else info
         if transition.state in ALARMING_STATES or transition.outcome in BAD_OUTCOMES:
-            report = error
-        report(str(values.pop("state")), **values)
-
-    def count(self, transition: Transition) -> None:
-        """Count what has a metric."""
+            log = error
+        log(str(values.pop("state")), **values)
         place = (transition.app, transition.environment)
         if direction := DIRECTIONS.get(transition.state):
             self.metrics.switches.labels(*place, direction).inc()
@@ -4308,14 +4370,13 @@ class Doors:
             self, kubectl=UrgentKubectl(self.kubectl.metrics, calls, self.kubectl.program)
         )
 
-    def require_head(self, task: Task) -> None:
-        """Raise unless the commit is its branch's head; without an answer it is tried again."""
-        heads = self.git.heads(task.app.repository)
-        word = head_word(task.run, heads, 0, self.clock.now())
-        if word == "moved":
-            raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
-        if word == "unknown":
-            raise HookError("the git server does not show the push yet")
+    def report(self, task: Task, state: State, more: Object | None = None, **values: Any) -> None:
+        """Report that something has changed in the environment of a task.
+
+        `values` are fields of the Transition, `more` further fields of its log line.
+        """
+        values = {**task.words, **values, "more": more or {}}
+        self.reports.emit(Transition(state=state, at=self.clock.now(), **values))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -4342,6 +4403,16 @@ class Task:
     def last(self) -> bool:
         """Whether this is the environment that bakes."""
         return self.environment == self.app.deploy.environments[-1]
+
+
+def require_head(doors: Doors, task: Task) -> None:
+    """Raise unless the commit is its branch's head; without an answer it is tried again."""
+    heads = doors.git.heads(task.app.repository)
+    word = head_word(task.run, heads, 0, doors.clock.now())
+    if word == "moved":
+        raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
+    if word == "unknown":
+        raise HookError("the git server does not show the push yet")
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -4371,7 +4442,7 @@ def retried(step: F, *, while_head: bool = False) -> F:
                 doors.pause(retry.wait(1.0) if failed.kind == "Unreachable" else 0.05)
             if while_head and task.run.ref and doors.clock.monotonic() - checked > HEAD_FRESH:
                 with suppress(GitError):
-                    doors.require_head(task)
+                    require_head(doors, task)
                 checked = doors.clock.monotonic()
 
     return cast(F, repeat)
@@ -4682,6 +4753,13 @@ class LiveServices:
         return {}
 
 
+def replaced(
+    history: Iterable[HistoryEntry], old: HistoryEntry, new: HistoryEntry
+) -> list[HistoryEntry]:
+    """Return a history with a new entry in the place of an old one."""
+    return [new if entry == old else entry for entry in history]
+
+
 def annotation_text(value: Any) -> str | None:
     """Return a value as an annotation holds it; None, which removes that, for an empty one."""
     return json.dumps(value, default=lambda record: record.to_json()) if value else None
@@ -4732,7 +4810,7 @@ class SelectorGuard:
             annotations[ANNOTATION_PUT_BACK] = [*self.put_backs(source), now]
             goal = source.served
         elif drift is Drift.KEPT:
-            history = [replace(e, by=by) if e == source.served else e for e in source.history]
+            history = replaced(source.history, source.served, replace(source.served, by=by))
         elif drift is Drift.MOVED and service.run:
             history = self.history_of_move(task, service, source, by)
         if goal or history != service.history:
@@ -4753,15 +4831,14 @@ class SelectorGuard:
             return
         self.live.remembered.drifts[task.labels] = reported
         contested = drift is Drift.CONTESTED
-        transition = Transition(
-            state=State.DRIFTED,
-            **{**task.words, "run": service.run},
+        self.doors.report(
+            task,
+            State.DRIFTED,
+            {"drift": drift},
+            run=service.run,
             reason=Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED,
-            at=self.doors.clock.now(),
             by=by,
-            more={"drift": drift},
         )
-        self.doors.reports.emit(transition)
 
     def drift(self, task: Task, service: Service, source: Service | None) -> Drift:
         """Return what the selector of a live Service is beside what is recorded of it."""
@@ -4783,7 +4860,7 @@ class SelectorGuard:
         if drift is Drift.CONTESTED:
             raise StageError(Reason.SELECTOR_CONTESTED, self.live.last_manager(task))
         if drift is Drift.WIDENED:
-            raise HookError("the selector of the live Service was widened, and is put back first")
+            raise HookError("the live Service selects two versions; its selector is put back first")
 
     def require_undeleted(self, task: Task) -> None:
         """Raise while the live Service of a run that is verified or baked is deleted."""
@@ -4792,26 +4869,29 @@ class SelectorGuard:
         if served.run != task.run.id or not served:
             return
         if self.live.workloads.ready(task.namespace, served.selector):
-            raise HookError("someone deleted the live Service; the run goes on when it is there")
+            raise HookError("the live Service was deleted; the run goes on when it is there again")
 
-    def own(self, task: Task) -> Service:
+    def read_selected(self, task: Task) -> Service:
         """Return the live Service, with its history, while it selects the run; raises else."""
-        service = self.require_live(task, self.live.read(task))
+        service = self.require_selected(task, self.live.read(task))
         if not service.live:
             self.repair(task)
             raise HookError("the history of the live Service was lost, and is put back first")
         return service
 
-    def require_live(self, task: Task, service: Service | None) -> Service:
+    def require_selected(self, task: Task, service: Service | None) -> Service:
         """Return the live Service while it selects the run; raises when it was switched away."""
         if service and service.run == task.run.id:
             return service
         if service and service.entry(task.run.id).outcome:
             raise SupersededError(Reason.ROLLED_BACK, "rolled back by hand")
         source = self.live.recorded(task, service)
-        drift = self.drift(task, service, source) if service else Drift.WIDENED
-        if drift is Drift.WIDENED and source and source.served.run == task.run.id:
-            raise HookError("the live Service was widened, or deleted; it is put back first")
+        recorded_live = source is not None and source.served.run == task.run.id
+        if service is None and recorded_live:
+            raise HookError("the live Service was deleted; the run goes on when it is there again")
+        drift = self.drift(task, service, source) if service else Drift.NONE
+        if drift is Drift.WIDENED and recorded_live:
+            raise HookError("the live Service selects two versions; its selector is put back first")
         contested = drift is Drift.CONTESTED
         reason = Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED
         raise SupersededError(reason, self.live.last_manager(task))
@@ -4942,10 +5022,8 @@ class Claims:
         goal = None if claim else self.widened_entry(task, service)
         if goal:
             annotations[ANNOTATION_PREVIOUS] = None
-            annotations[ANNOTATION_HISTORY] = [
-                replace(e, selector=goal.selector) if e == service.live else e
-                for e in service.history
-            ]
+            widened = replace(service.live, selector=goal.selector)
+            annotations[ANNOTATION_HISTORY] = replaced(service.history, service.live, widened)
         return self.live.write(task, service, annotations, goal)
 
     def widened_entry(self, task: Task, service: Service) -> HistoryEntry | None:
@@ -4976,34 +5054,28 @@ class Claims:
         source = self.live.recorded(task, service)
         self.guard.require_order(task, service, source)
         selector = service.selector if service else {}
-        pods = self.live.workloads.staying(task.namespace, selector)
-        labels = [p["metadata"]["labels"] for p in pods]
+        pods = map(Pod, self.live.workloads.staying(task.namespace, selector))
+        labels = [pod.labels for pod in pods]
         live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == task.app.name}
         live.add(selector.get(LABEL_VERSION))
         if source and not service:
             live.add(source.served.colour)
         size = len(labels) if service and not service.ours else 0
+        fault = "both colours serve; point the Service at one of them"
+        idle = ""
         for colour in COLOURS:
-            if colour in live:
-                name = f"{task.app.name}-{colour}"
-                deployment = self.doors.kubectl.get("deployment", name, task.namespace)
-                replicas = deployment["spec"].get("replicas", 1) if deployment else 0
-                size = max(size, int(replicas))
-        return Placement(self.idle_colour(task, live), size)
-
-    def idle_colour(self, task: Task, live: Set[Any]) -> str:
-        """Return the first colour that is not live; raises StageError where none can be had."""
-        detail = "both colours serve; point the Service at one of them"
-        for colour in COLOURS:
-            if colour in live:
-                continue
             name = f"{task.app.name}-{colour}"
             deployment = self.doors.kubectl.get("deployment", name, task.namespace)
-            labels = deployment["spec"]["selector"].get("matchLabels", {}) if deployment else {}
-            if deployment is None or LABEL_APP in labels:
-                return colour
-            detail = f"Deployment {name} was not made here; delete or rename it"
-        raise StageError(Reason.ADOPTION_REFUSED, detail)
+            spec = deployment["spec"] if deployment else {}
+            if colour in live:
+                size = max(size, int(spec.get("replicas", 1)) if deployment else 0)
+            elif deployment and LABEL_APP not in spec["selector"].get("matchLabels", {}):
+                fault = f"Deployment {name} was not made here; delete or rename it"
+            else:
+                idle = idle or colour
+        if not idle:
+            raise StageError(Reason.ADOPTION_REFUSED, fault)
+        return Placement(idle, size)
 
 
 def still_claimed(claimed: Service, now: Service) -> bool:
@@ -5027,7 +5099,7 @@ class Traffic:
         service = self.live.read(task)
         if service and service.run == release.run:
             return
-        self.doors.require_head(task)
+        require_head(self.doors, task)
         self.claims.check(task, claimed, service)
         source = self.live.recorded(task, service)
         now = self.doors.clock.now()
@@ -5055,8 +5127,8 @@ class Traffic:
         detail = f"the endpoints did not become the {wanted} pods of {release.run}"
         ready = len(self.workloads.ready(task.namespace, release.selector))
         versions = self.compare_versions(task, ask=False)
-        worse = PodHealth(ready, wanted).better_than(versions.previous)
-        if worse or (versions.target and not versions.previous.ready):
+        better = PodHealth(ready, wanted).better_than(versions.previous)
+        if better or (versions.target and not versions.previous.ready):
             raise StageError(Reason.BOTH_UNHEALTHY, f"{detail}; nothing better to go back to")
         self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
         raise StageError(Reason.ENDPOINTS_MISSING, detail)
@@ -5084,7 +5156,7 @@ class Traffic:
                 wanted = min(wanted, self.workloads.size(task, selector))
             looked = clock.monotonic()
             with suppress(KubectlError):
-                self.guard.require_live(task, self.live.read(task))
+                self.guard.require_selected(task, self.live.read(task))
             self.doors.pause(0.1)
         return False
 
@@ -5130,14 +5202,8 @@ class Traffic:
         """
         ended = Ended(str(outcome), str(reason), clip(detail))
         back = self.try_switch_back(task, ended)
-        transition = Transition(
-            state=State.SWITCHED_BACK if back else State.REMOVED,
-            **task.words,
-            reason=reason,
-            detail=clip(detail),
-            at=self.doors.clock.now(),
-        )
-        self.doors.reports.emit(transition)
+        state = State.SWITCHED_BACK if back else State.REMOVED
+        self.doors.report(task, state, reason=reason, detail=clip(detail))
 
     @retried
     def try_switch_back(self, task: Task, ended: Ended) -> bool:
@@ -5148,7 +5214,7 @@ class Traffic:
         entry = service.entry(task.run.id)
         if entry and Ended(entry.outcome, entry.reason, entry.detail) == ended:
             return True
-        service = self.guard.own(task)
+        service = self.guard.read_selected(task)
         live = service.live
         target = service.before
         if not target and not service.annotation(ANNOTATION_PREVIOUS, {}):
@@ -5156,9 +5222,8 @@ class Traffic:
             self.doors.kubectl.delete("service", [task.app.name], task.namespace)
         if not target:
             return False
-        left = ended.mark(live)
         annotations = {
-            ANNOTATION_HISTORY: [left if e == live else e for e in service.history],
+            ANNOTATION_HISTORY: replaced(service.history, live, ended.mark(live)),
             ANNOTATION_CLAIM: self.claims.new(task.run.id, live.colour, Phase.SWITCHED_BACK),
             ANNOTATION_BAKE: None,
         }
@@ -5174,7 +5239,7 @@ class Traffic:
         Each try of it asks for the proof that the version is healthy, after it has read what it is
         going to change; without it nothing is written, and the answer is False.
         """
-        service = self.guard.own(task)
+        service = self.guard.read_selected(task)
         self.claims.require_no_rollback(service.claim)
         if not proof():
             return False
@@ -5183,7 +5248,7 @@ class Traffic:
         confirmed = replace(live, outcome=str(Outcome.DEPLOYED), unjudged=live.unjudged or unjudged)
         drain = replace(self.claims.new(task.run.id, old, Phase.DRAINING), since=live.at)
         annotations = {
-            ANNOTATION_HISTORY: [confirmed if e == live else e for e in service.history],
+            ANNOTATION_HISTORY: replaced(service.history, live, confirmed),
             ANNOTATION_BAKE: None,
             ANNOTATION_CLAIM: drain if old in COLOURS else None,
         }
@@ -5219,12 +5284,12 @@ class Versions:
 class Rollout:
     """Brings a release into its colour, and finds out whether its pods are healthy there."""
 
-    def __init__(self, traffic: Traffic, logs: LogTails) -> None:
-        self.doors = traffic.doors
-        self.kubectl = traffic.doors.kubectl
-        self.live = traffic.live
-        self.claims = traffic.claims
-        self.workloads = traffic.workloads
+    def __init__(self, claims: Claims, logs: LogTails) -> None:
+        self.doors = claims.doors
+        self.kubectl = claims.doors.kubectl
+        self.live = claims.live
+        self.claims = claims
+        self.workloads = claims.live.workloads
         self.logs = logs
 
     @contextmanager
@@ -5287,7 +5352,8 @@ class Rollout:
         name = release.deployment["metadata"]["name"]
         timeout = int(release.deployment["spec"]["progressDeadlineSeconds"])
         tracker = ProblemTracker()
-        deadline = clock.monotonic() + timeout
+        began = clock.monotonic()
+        deadline = began + timeout
         ready = 0
         while clock.monotonic() < deadline:
             ended = self.follow_status(task, release, pods, tracker, deadline)
@@ -5301,7 +5367,8 @@ class Rollout:
             if ended == 0:
                 deadline = min(deadline, clock.monotonic() + VERIFY_SECONDS)
             self.doors.pause(0.3)
-        detail = f"{ready} of {release.wanted} pods ready within {timeout} s"
+        seconds = round(clock.monotonic() - began)
+        detail = f"{ready} of {release.wanted} pods ready after {seconds} s"
         raise self.failure(release, pods, PodProblem("", Reason.NEVER_READY, detail))
 
     def follow_status(
@@ -5357,7 +5424,7 @@ class Rollout:
         cause = problem if problem.key else next(seen, problem)
         return StageError(cause.reason, cause.detail)
 
-    def smoke_test(self, task: Task, release: Release) -> None:
+    def smoke_test(self, task: Task, release: Release, pods: Informer[Pod]) -> None:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
         clock = self.doors.clock
         health = task.app.deploy.health
@@ -5371,17 +5438,13 @@ class Rollout:
             refusal = next((r for u in (*own, preview) if u and (r := health_refusal(u))), None)
             passed = 0 if refusal else passed + 1
             if refusal and len(ready) < release.wanted:
-                deadline += self.wait_for_replacements(task, release)
+                # pods were taken away; the time until they are replaced does not count
+                began = clock.monotonic()
+                self.wait(task, release, pods)
+                deadline += clock.monotonic() - began
             elif refusal and clock.monotonic() > deadline:
                 raise StageError(Reason.SMOKE_FAILED, f"{health.path}: {refusal}")
             self.doors.pause(HEALTH_INTERVAL if refusal else 0.05)
-
-    def wait_for_replacements(self, task: Task, release: Release) -> float:
-        """Wait until pods that were taken away are replaced; return the seconds that it took."""
-        began = self.doors.clock.monotonic()
-        with self.follow_pods(task) as pods:
-            self.wait(task, release, pods)
-        return self.doors.clock.monotonic() - began
 
     @retried
     def preview(self, task: Task, release: Release) -> str:
@@ -5394,7 +5457,9 @@ class Rollout:
             preview = new_object("Service", name, labels, {})
             preview["spec"] = {"ports": ports, "selector": release.selector}
             self.kubectl.create([preview], task.namespace)
-            service = self.kubectl.get("service", name, task.namespace) or {"spec": {}}
+            service = self.kubectl.get("service", name, task.namespace)
+            if service is None:
+                raise HookError("the preview Service was deleted this very moment")
         elif (service["metadata"].get("labels") or {}).get(LABEL_MANAGED) != MANAGER:
             raise StageError(Reason.ADOPTION_REFUSED, f"Service {name} belongs to someone else")
         elif service["spec"].get("selector") != release.selector:
@@ -5423,10 +5488,7 @@ class Rollout:
             self.kubectl.metrics.errors.labels("restore").inc()
             return None
         more = {"target": release.run, "colour": release.colour}
-        transition = Transition(
-            state=State.RESTORED, **task.words, at=self.doors.clock.now(), more=more
-        )
-        return self.doors.reports.emit(transition)
+        return self.doors.report(task, State.RESTORED, more)
 
 
 class Operations:
@@ -5439,7 +5501,7 @@ class Operations:
         self.guard = SelectorGuard(self.live)
         self.claims = Claims(self.live, self.guard)
         self.traffic = Traffic(self.guard, self.claims)
-        self.rollout = Rollout(self.traffic, LogTails(doors.kubectl, doors.secrets, doors.clock))
+        self.rollout = Rollout(self.claims, LogTails(doors.kubectl, doors.secrets, doors.clock))
 
 
 # === bake =========================================================================================
@@ -5506,38 +5568,41 @@ class Bake:
         self.tracker = ProblemTracker()
         self.required = task.app.deploy.bake  # seconds of judged time
         self.began = self.clock.monotonic()
-        self.switched = 0.0  # when traffic was switched
+        self.switched_at = 0.0  # when traffic was switched
         self.url = ""  # whom to ask for health
         self.lost_answers = 0
         self.over = threading.Event()
-        self.ended: RunError | None = None
+        self.end: RunError | None = None  # as the observer of the cluster found it
         self.unjudged = False
         self.confirmed = False
         at = -NEVER if pods.trouble else self.clock.monotonic()
-        self.seen = PodsSeen(at=at, pods=tuple(self.informed()), wanted=release.wanted)
+        self.last_look = PodsSeen(at=at, pods=tuple(self.informed()), wanted=release.wanted)
 
     def run(self, service: Service, *, resumed: bool) -> None:
         """Return when the version is confirmed; raises RunError when it is not going to be."""
         rest = seconds_of(service.annotation(ANNOTATION_BAKE, 0.0)) - self.clock.now()
         if resumed:  # nobody knows what was judged before this process
             self.required = min(self.required, max(rest, REBAKE_SECONDS))
-        self.switched = service.live.at
-        threads = [
-            threading.Thread(target=body, daemon=True)
-            for body in (self.check_health, self.observe_cluster)
-        ]
+        self.switched_at = service.live.at
+        checker = threading.Thread(target=self.check_health, daemon=True)
+        observer = threading.Thread(target=self.observe_cluster, daemon=True)
         try:
-            for thread in threads:
-                thread.start()
+            checker.start()
+            observer.start()
             while not (self.confirmed and self.healthy()):
                 with self.tolerate_lost_answers():
                     self.judge()
-                alive = all(thread.is_alive() for thread in threads)
-                if self.ended:
-                    raise self.ended
-                if not (alive or self.confirmed):
+                alive = checker.is_alive() and (observer.is_alive() or self.confirmed)
+                if self.end:
+                    raise self.end
+                if not alive:
                     raise HookError("a thread of the bake has ended")
                 self.steady.doors.pause(0.1)
+        except SupersededError as superseded:
+            # it may be the observer that has switched back: then its reason is the true one
+            self.over.set()
+            observer.join(VERIFY_SECONDS)
+            raise self.end or superseded from None
         finally:
             self.over.set()
 
@@ -5551,7 +5616,7 @@ class Bake:
             with suppress(OSError):  # no more files: nothing was learned
                 if self.url:
                     refusal = health_refusal(self.url)
-                    self.checks.add(self.clock.monotonic(), refusal, clear=self.clear())
+                    self.checks.add(self.clock.monotonic(), refusal, clear=self.judgeable())
             took = self.clock.monotonic() - began
 
     # The second thread: the API server.
@@ -5559,7 +5624,7 @@ class Bake:
     def observe_cluster(self) -> None:
         """See the endpoints converge, then look at the pods repeatedly; confirm in the end."""
         step = self.await_endpoints
-        while not (self.over.is_set() or self.ended or self.confirmed):
+        while not (self.over.is_set() or self.end or self.confirmed):
             try:
                 with self.tolerate_lost_answers():
                     step()
@@ -5569,27 +5634,29 @@ class Bake:
                     rest = self.required - self.checks.judged
                     self.over.wait(min(LOOK_SECONDS, max(0.5, rest)))
             except RunError as ended:
-                self.ended = ended
+                self.end = ended
             except InterruptedError:
                 break
 
     def await_endpoints(self) -> None:
         """Let health be asked for, and wait for the endpoints of the switch."""
         self.url = self.url or self.urgent.rollout.preview(self.task, self.release)
-        self.urgent.traffic.verify(self.task, self.release, self.switched)
+        self.urgent.traffic.verify(self.task, self.release, self.switched_at)
         self.refresh()
 
     def refresh(self) -> None:
         """Read the live Service and the pods, whatever the informer shows."""
         began = self.clock.monotonic()
         selector = self.release.selector
-        self.urgent.guard.require_live(self.task, self.urgent.live.read(self.task))
+        self.urgent.guard.require_selected(self.task, self.urgent.live.read(self.task))
         wanted = self.urgent.workloads.size(self.task, selector)
         manifests = self.urgent.workloads.staying(self.task.namespace, selector)
         served = [p for p in manifests if Pod(p).seen_ready]
         urls = [pod_address(p, self.release.ports[0], self.health.path) for p in served]
         pods = tuple(map(Pod, manifests))
-        self.seen = PodsSeen(at=began, pods=pods, wanted=wanted, urls=tuple(filter(None, urls)))
+        self.last_look = PodsSeen(
+            at=began, pods=pods, wanted=wanted, urls=tuple(filter(None, urls))
+        )
 
     def confirm_when_due(self) -> None:
         """Confirm the version once it was judged for long enough, or may be without."""
@@ -5602,7 +5669,7 @@ class Bake:
         """Whether the version may be confirmed now: its endpoints are there, and it is healthy."""
         selector = self.release.selector
         endpoints = self.urgent.workloads.endpoints(
-            self.task, selector, self.seen.wanted, self.switched
+            self.task, selector, self.last_look.wanted, self.switched_at
         )
         return endpoints.converged and self.healthy() and not self.over.is_set()
 
@@ -5610,18 +5677,18 @@ class Bake:
 
     def judge(self) -> None:
         """Switch back from a version that is unhealthy, or that nobody can judge."""
-        seen = self.seen
+        seen = self.last_look
         informed = self.informed()
-        fresh = self.fresh()
+        fresh = self.heard_lately()
         pods = self.newest_pods(seen, informed) if fresh else informed
-        why = container_failure([*pods, *informed], self.switched)
+        why = container_failure([*pods, *informed], self.switched_at)
         why = why or self.lasting_shortage(seen, pods, fresh=fresh)
-        failed = self.checks.failures >= self.health.failures and self.failures_count()
+        failed = self.checks.failures >= self.health.failures and self.failures_are_its_own()
         if failed:
             times = f"{self.checks.failures} times in a row: {self.checks.refusal}"
             why = f"{self.health.path} failed {times}"
         if why:
-            healthy = sum(p.ready and not container_failure([p], self.switched) for p in pods)
+            healthy = sum(p.ready and not container_failure([p], self.switched_at) for p in pods)
             wanted = max(seen.wanted, sum(p.stays for p in pods))
             health = None if failed else PodHealth(healthy, wanted)
             self.urgent.traffic.switch_back_if_worse(self.task, why, health)
@@ -5637,18 +5704,20 @@ class Bake:
 
     def lasting_shortage(self, seen: PodsSeen, pods: Sequence[Pod], *, fresh: bool) -> str:
         """Return that too few pods have been ready for too long, or ""."""
-        lacks = readiness_shortage(pods, self.switched, self.clock.now(), starting=bool(seen.pods))
+        lacks = readiness_shortage(
+            pods, self.switched_at, self.clock.now(), starting=bool(seen.pods)
+        )
         if not fresh and self.informer.trouble:  # it may be over by now
             lacks = None
         counted = [lacks] if lacks and (pods or fresh) else []
         fatal = self.tracker.fatal(counted, self.clock.monotonic())
         return fatal.detail if fatal else ""
 
-    def failures_count(self) -> bool:
+    def failures_are_its_own(self) -> bool:
         """Whether failed checks count: not while they may be those of a pod that is taken away."""
-        if self.clear() or not self.fresh():
+        if self.judgeable() or not self.heard_lately():
             return True
-        return failing_addresses(self.seen.urls) > 0
+        return failing_addresses(self.last_look.urls) > 0
 
     def end_unjudged(self, spent: float) -> None:
         """After too long without a judgement give the healthier version the traffic.
@@ -5669,10 +5738,7 @@ class Bake:
             raise StageError(Reason.UNJUDGED, detail)
         if not live.ready:
             raise StageError(Reason.BOTH_UNHEALTHY, detail)
-        transition = Transition(
-            state=State.UNJUDGED, **self.task.words, detail=detail, at=self.clock.now()
-        )
-        self.steady.doors.reports.emit(transition)
+        self.steady.doors.report(self.task, State.UNJUDGED, detail=detail)
         self.unjudged = True
 
     # What all three ask.
@@ -5681,18 +5747,22 @@ class Bake:
         """Return the pods of the run as the informer has them, which may follow or not."""
         return [p for p in self.informer.items() if p.run == self.release.run]
 
-    def fresh(self) -> bool:
+    def heard_lately(self) -> bool:
         """Whether the API server was heard a moment ago."""
-        return self.clock.monotonic() - self.seen.at <= FRESH_SECONDS
+        return self.clock.monotonic() - self.last_look.at <= FRESH_SECONDS
 
-    def clear(self) -> bool:
+    def judgeable(self) -> bool:
         """Whether health can be judged: no pod is missing, as far as a moment ago."""
-        return self.fresh() and not pods_taken_away(self.seen.pods, self.seen.wanted)
+        return self.heard_lately() and not pods_taken_away(
+            self.last_look.pods, self.last_look.wanted
+        )
 
     def healthy(self) -> bool:
         """Whether the last checks passed, as many as it takes, and no container has failed."""
         passed = self.checks.passing(self.clock.monotonic()) >= self.health.successes
-        return passed and not container_failure([*self.seen.pods, *self.informed()], self.switched)
+        return passed and not container_failure(
+            [*self.last_look.pods, *self.informed()], self.switched_at
+        )
 
     @contextmanager
     def tolerate_lost_answers(self) -> Iterator[None]:
@@ -5747,16 +5817,18 @@ class Deployer:
         placement = self.steady.claims.idle_colour_and_size(task)
         release = render(task.app, task.run, task.image, placement, objects)
         claimed = self.steady.claims.take(task, release)
-        self.emit(task, State.CLAIMED, colour=release.colour, ignored=objects.ignored or None)
+        more = {"colour": release.colour, "ignored": objects.ignored or None}
+        self.doors.report(task, State.CLAIMED, more)
         try:
             self.steady.rollout.apply(task, release, claimed)
             self.steady.rollout.wait(task, release, pods)
-            self.steady.rollout.smoke_test(task, release)
+            self.steady.rollout.smoke_test(task, release, pods)
         finally:
             # pods that someone else replaced meanwhile say nothing against this run
             self.steady.claims.check(task, claimed, self.steady.live.read(task))
         self.steady.traffic.switch(task, release, claimed)
-        self.emit(task, State.SWITCHED, colour=release.colour, commit=release.commit)
+        more = {"colour": release.colour, "commit": release.commit}
+        self.doors.report(task, State.SWITCHED, more)
 
     def verify_and_bake(self, task: Task, pods: Informer[Pod], *, resumed: bool) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
@@ -5775,12 +5847,7 @@ class Deployer:
     @retried
     def read_own(self, task: Task) -> Service:
         """Return the live Service while it selects the run; raises when it was switched away."""
-        return self.urgent.guard.own(task)
-
-    def emit(self, task: Task, state: State, **more: Any) -> None:
-        """Report that a task has come so far."""
-        transition = Transition(state=state, **task.words, at=self.doors.clock.now(), more=more)
-        self.doors.reports.emit(transition)
+        return self.urgent.guard.read_selected(task)
 
     # What is left behind.
 
@@ -5826,7 +5893,8 @@ class Deployer:
             metas = [d["metadata"] for d in deployments]
             left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
             kubectl.delete("deployment", left, namespace)
-            kubectl.delete("service", [f"{app}-preview"], namespace)
+            previews = kubectl.names("services", namespace, f"{ours},{LABEL_STAGE}=preview")
+            kubectl.delete("service", previews, namespace)
         # logs go by their age and number
         names = kubectl.names("configmaps", namespace, f"{ours},{LABEL_STAGE}!=log")
         now = self.steady.live.read(task)
@@ -5853,7 +5921,6 @@ class Rollback:
 
     def __init__(self, operations: Operations) -> None:
         self.doors = operations.doors
-        self.kubectl = operations.doors.kubectl
         self.live = operations.live
         self.claims = operations.claims
         self.rollout = operations.rollout
@@ -5871,26 +5938,35 @@ class Rollback:
         name = f"{task.app.name}-{target.colour}"
         claim = self.claims.new(task.run.id, target.colour, Phase.ROLLBACK)
         claimed = self.claims.put(task, claim) or service
-        left = service.claim  # what is put back in the end
-        switched = None
         try:
-            if claimed.selector != service.selector:
-                raise RefusedError("traffic was switched this very moment; look, and try again")
-            goal = self.ready_goal(task, claimed, target)
+            goal = self.ready_goal(task, service, claimed, target)
             switched = self.switch(task, claimed, goal, reason)
-            left = Claim()
-            if goal.overwritten and switched and switched.claim.restore:
-                self.rollout.restore(task, name, switched)
-                claim = switched.claim
-        finally:
+        except BaseException:
             with suppress(HookError):
-                if switched is None:
-                    self.workloads.unpause(task, name)
-                self.claims.put(task, left, claim)
+                self.workloads.unpause(task, name)
+                self.claims.put(task, service.claim, claim)
+            raise
+        self.reject(task, service.live, goal.entry, reason)
+        if switched.claim.restore:
+            # what does not work now the daemon does, by the claim that is left then
+            with suppress(HookError):
+                self.rollout.restore(task, name, switched)
+                self.claims.put(task, Claim(), switched.claim)
         return goal.entry
 
-    def ready_goal(self, task: Task, claimed: Service, target: HistoryEntry) -> Goal:
+    def reject(self, task: Task, left: HistoryEntry, live: HistoryEntry, reason: str) -> None:
+        """Reject the commit that a rollback has left, and record what is live now."""
+        if left.commit:
+            reason = reason or str(Reason.ROLLED_BACK)
+            rejection = Rejection(commit=left.commit, reason=reason, at=self.doors.clock.now())
+            self.live.state.write(task.app, rejection, live={task.environment: live})
+
+    def ready_goal(
+        self, task: Task, service: Service, claimed: Service, target: HistoryEntry
+    ) -> Goal:
         """Return where a rollback goes once its pods are ready, brought back if need be."""
+        if claimed.selector != service.selector:
+            raise RefusedError("traffic was switched this very moment; look, and try again")
         live = claimed.selector.get(LABEL_VERSION, "")
         apart = target.run and target.colour != live
         carries = self.fence(task, target) if apart else ""
@@ -5927,7 +6003,7 @@ class Rollback:
         name = f"{task.app.name}-{target.colour}"
         mark = {"metadata": {"annotations": {ANNOTATION_WRITTEN: str(self.doors.clock.now())}}}
         try:
-            deployment = self.kubectl.patch("deployment", name, task.namespace, mark)
+            deployment = self.doors.kubectl.patch("deployment", name, task.namespace, mark)
         except KubectlError as gone:
             if gone.kind != "NotFound":
                 raise
@@ -5935,14 +6011,16 @@ class Rollback:
         carries = str((deployment["metadata"].get("labels") or {}).get(LABEL_RUN, ""))
         if carries != target.run and target.release:
             # until it is restored: its rollout would take the target's pods away
-            self.kubectl.patch("deployment", name, task.namespace, {"spec": {"paused": True}})
+            self.doors.kubectl.patch("deployment", name, task.namespace, {"spec": {"paused": True}})
         return carries
 
     @retried
-    def switch(self, task: Task, claimed: Service, goal: Goal, reason: str) -> Service | None:
+    def switch(self, task: Task, claimed: Service, goal: Goal, reason: str) -> Service:
         """Point the live Service at a rollback's goal, if nobody else has taken over."""
         now = self.live.read(task)
-        if now is None or now.selector == goal.entry.selector:
+        if now is None:
+            raise RefusedError("the live Service was deleted meanwhile; look, and try again")
+        if now.selector == goal.entry.selector:
             return now
         if (now.claim, now.selector) != (claimed.claim, claimed.selector):
             raise RefusedError(f"{now.claim.run or 'someone'} has taken over meanwhile")
@@ -7544,15 +7622,17 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitr
 
 OPEN_FILES = 4096  # for two ports' connections, their bodies, kubectl and git
 NO_SERVICE: Object = {"metadata": {"name": "", "resourceVersion": "0"}, "spec": {}}
-LINGER = 2.0  # seconds in which a stopping daemon still answers, while its endpoint is taken away
+LINGER_SECONDS = 2.0  # in which a stopping daemon still answers, until its endpoint is gone
 SHUTDOWN_SECONDS = 40.0  # for the threads and the last intake; the grace period allows for it
-REOPEN_TRIES = 60  # half seconds in which a deleted Job must be gone
-TOLD = ("run", "app", "ref", "commit", "received", "stage", "state", "outcome", "reason", "detail")
-TITLES = ("RUN", "REF", "STAGE", "STATE", "OUTCOME", "REASON", "AGE", "DETAIL")
-AGES = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
-UNCOMPARED = "\n  not compared: "  # no line of a difference begins so
+REOPEN_SECONDS = 30.0  # in which a deleted Job must be gone
+TABLE_COLUMNS = 100  # characters
+APP_TITLES = ("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UNDER WAY")
+RUN_TITLES = ("RUN", "REF", "STAGE", "STATE", "OUTCOME", "REASON", "AGE")
+AGE_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+UNREADABLE = "not readable with this account"
 START_SECONDS = 5.0  # from a pod's creation until it is ready, by and large
-# What the daemon must be able to do, as its Roles grant it, by group/resource/subresource.
+RESTARTED = "kubectl.kubernetes.io/restartedAt"
+# What the daemon must be able to do, as its Roles grant it: verbs by group/resource/subresource.
 EVERY = "get list watch create patch delete"
 PODS = {"/pods": "get list watch", "/pods/log": "get"}
 STATE_RIGHTS = {"/configmaps": "get create patch"}
@@ -7568,39 +7648,28 @@ class Tools:
 
     process: Process
     config: Config
+    doors: Doors
     deployer: Deployer
 
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> Tools:
-        """Read the configuration; raises ConfigError with every fault.
-
-        Without a file, commands read the daemon's ConfigMap with the caller's own kubeconfig.
-        """
-        process, metrics = Process.from_environ(environ), Metrics()
-        try:
-            document = process.config.read_text("utf-8")
-        except (OSError, ValueError) as wrong:
-            if environ.get("GITOPS_HOOK_CONFIG") or not isinstance(wrong, FileNotFoundError):
-                raise ConfigError([f"{process.config} cannot be read: {wrong}"]) from wrong
-            found = Kubectl(metrics).get("configmap", MANAGER, ORCHESTRATION)
-            if found is None:
-                where = f"no file {process.config}, no ConfigMap {MANAGER} in {ORCHESTRATION}"
-                raise ConfigError([f"{where}: is this the right cluster?"]) from wrong
-            document = (found.get("data") or {}).get("config.yaml", "")
-        config, secrets = load_config(document), Secrets(process.secrets)
-        kubectl = Kubectl(metrics, config.limits.kubectl)
+        """Read the configuration; raises ConfigError with every fault."""
+        process = Process.from_environ(environ)
+        config = load_config(read_config(process.config, bool(environ.get("GITOPS_HOOK_CONFIG"))))
+        metrics = Metrics()
+        secrets = Secrets(process.secrets)
         git = Git(secrets.directory / GIT_CREDENTIALS, limit=config.limits.checkout)
         refs = {(a.repository, a.deploy_ref) for a in config.apps}
         git.deployed_refs = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
         doors = Doors(
-            kubectl=kubectl,
+            kubectl=Kubectl(metrics, config.limits.kubectl),
             git=git,
             secrets=secrets,
             clock=Clock(),
             reports=Reports(metrics),
             stop=threading.Event(),
         )
-        return cls(process, config, Deployer(doors))
+        return cls(process, config, doors, Deployer(doors))
 
     def task(self, app: App, environment: str) -> Task:
         """Return the task of looking at an app in an environment, whatever run is there."""
@@ -7615,32 +7684,66 @@ class Tools:
             raise ConfigError([f"no app {clip(name, 60)!r} is configured, only: {', '.join(apps)}"])
         return apps[name]
 
+    def app_of(self, run: str) -> App:
+        """Return the app of a run by its id, which may be short; raises ConfigError."""
+        match = RUN_ID.fullmatch(run)
+        if not match:
+            raise ConfigError([f"{clip(run, 80)!r} is not the id of a run; `status` lists them"])
+        return self.app(match[1])
 
-def say(text: str) -> None:
-    """Print a command's answer; a reader who has gone, `head` say, does not stop the command."""
+    def full_commit(self, app: App, text: str, *, recorded: bool) -> str:
+        """Return the id of a commit: a full one, or of the branch's head that begins with a text.
+
+        Recorded runs are looked at, too, if so wanted. Raises ConfigError and RefusedError.
+        """
+        if SHA.fullmatch(text):
+            return text
+        if not re.fullmatch("[0-9a-f]{4,63}", text):
+            raise ConfigError([f"{clip(text, 60)!r} is not a commit id"])
+        commits = list(self.doors.git.heads(app.repository).values())
+        if recorded:
+            commits += [record.commit for record in self.deployer.state.read(app).runs.values()]
+        if commit := completed(text, commits):
+            return commit
+        where = "no head of a branch or recorded run" if recorded else "no head of a branch"
+        raise RefusedError(f"commit {text} is unknown, {where} has it: give the full commit id")
+
+
+def read_config(path: Path, named: bool) -> str:
+    """Return the text of the configuration: of the file, or without one of the daemon's ConfigMap.
+
+    The ConfigMap is read with the caller's own kubeconfig. A file that was named must be there.
+    """
     try:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as failure:
+        if named or not isinstance(failure, FileNotFoundError):
+            raise ConfigError([f"{path} cannot be read: {failure}"]) from failure
+    configmap = Kubectl(Metrics()).get("configmap", MANAGER, ORCHESTRATION)
+    if configmap is None:
+        where = f"no file {path} and no ConfigMap {MANAGER} in {ORCHESTRATION}"
+        raise ConfigError([f"there is {where}: is this the right cluster?"])
+    return str((configmap.get("data") or {}).get("config.yaml", ""))
 
 
 def serve(tools: Tools, args: argparse.Namespace) -> int:
-    """Run the daemon until SIGTERM, or with --check only say that it could."""
-    process, config, deployer = tools.process, tools.config, tools.deployer
-    setup_logging(deployer.doors.secrets.mask)
-    deployer.doors.secrets.keys(config.webhook.verify)
+    """Run the daemon until SIGTERM, or with --check only say that it could run."""
+    process = tools.process
+    config = tools.config
+    secrets = tools.doors.secrets
+    setup_logging(secrets.mask)
+    secrets.keys(config.webhook.verify)
     names = [a.name for a in config.apps]
     if args.check:
-        say(f"the configuration is valid; apps: {', '.join(names) or 'none'}")
+        print_text(f"the configuration is valid; apps: {', '.join(names) or 'none'}")
         return 0
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
     spool = Spool(process.spool, config.limits.spool_files)
     spool.prepare()
     tempfile.tempdir = str(spool.scratch)
-    controller = Controller(config, deployer, spool)
-    app = WebhookApp(config, deployer.doors.secrets, spool, controller)
+    controller = Controller(config, tools.deployer, spool)
+    app = WebhookApp(config, secrets, spool, controller)
     beat = partial(controller.heartbeats.beat, "first port", LOOP_SECONDS)
     server = make_server(app, process.listen, config.webhook.max_body, beat)
     admin = make_server(app.admin(), process.admin_listen, 0)
@@ -7656,244 +7759,334 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
 
 
 def stop_on_signals(stopping: threading.Event) -> None:
-    """On SIGTERM or SIGINT: unready at once, and the server ends a moment later.
+    """On SIGTERM or SIGINT become unready at once, and end the server a moment later.
 
-    As process 1 the default would be to ignore SIGTERM. A second signal changes nothing.
+    Without this, process 1 of a container ignores SIGTERM. A second signal changes nothing.
     """
 
-    def leave(number_: int, _frame: Any) -> None:
-        """Be unready at once, and end when the alarm rings."""
-        if number_ == signal.SIGALRM:
+    def stop(number: int, _frame: Any) -> None:
+        """Become unready and set the alarm, at which the server ends."""
+        if number == signal.SIGALRM:
             raise SystemExit(0)
         if not stopping.is_set():
             stopping.set()
-            signal.setitimer(signal.ITIMER_REAL, LINGER)
+            signal.setitimer(signal.ITIMER_REAL, LINGER_SECONDS)
 
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
-        signal.signal(each, leave)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, stop)
 
 
 def push(tools: Tools, args: argparse.Namespace) -> int:
     """Send a signed test delivery, as GitLab would; 0 if accepted, a duplicate or ignored."""
-    project = {"git_http_url": tools.app(args.app).repository}
+    app = tools.app(args.app)
     ref = args.ref if args.ref.startswith("refs/") else f"refs/heads/{args.ref}"
-    payload = {"object_kind": "push", "ref": ref, "after": args.sha, "project": project}
-    body, delivery = json.dumps(payload).encode(), str(uuid.uuid4())
-    headers = {"Content-Type": "application/json", "webhook-id": delivery}
-    mode, secrets = tools.config.webhook.verify, tools.deployer.doors.secrets
-    key = secrets.keys(mode)[0]
-    if mode == "signature":
-        stamp = str(int(tools.deployer.doors.clock.now()))
-        signature = sign(key, delivery.encode(), stamp.encode(), body)
-        headers |= {"webhook-timestamp": stamp, "webhook-signature": signature.decode()}
-    else:
-        token = key if mode == "token" else hex_hmac(key, body)
-        headers["X-Gitlab-Token"] = token.decode("latin-1")
+    commit = tools.full_commit(app, args.sha, recorded=False)
+    project = {"git_http_url": app.repository}
+    payload = {"object_kind": "push", "ref": ref, "after": commit, "project": project}
+    body = json.dumps(payload).encode()
+    headers = delivery_headers(tools, body)
     try:
         answer = requests.post(args.url, body, headers=headers, timeout=10, allow_redirects=False)
-    except requests.RequestException as failed:
-        cause: BaseException = failed
-        while cause.__context__:  # the first of them says it without addresses of objects
+    except requests.RequestException as failure:
+        cause: BaseException = failure
+        while cause.__context__:  # the first one says it without the addresses of Python objects
             cause = cause.__context__
-        raise HookError(f"no answer from {args.url}: {clip(str(cause))}") from failed
-    say(f"{answer.status_code} {clip(answer.text, 2000)}")
+        raise HookError(f"no answer from {args.url}: {clip(str(cause))}") from failure
+    print_text(f"{answer.status_code} {clip(answer.text, 2000)}")
     return 0 if answer.status_code in (http.HTTPStatus.OK, http.HTTPStatus.ACCEPTED) else 1
 
 
+def delivery_headers(tools: Tools, body: bytes) -> dict[str, str]:
+    """Return the headers with which the daemon takes a body, by its mode and first secret."""
+    mode = tools.config.webhook.verify
+    key = tools.doors.secrets.keys(mode)[0]
+    delivery = str(uuid.uuid4())
+    headers = {"Content-Type": "application/json", "webhook-id": delivery}
+    if mode == "signature":
+        stamp = str(int(tools.doors.clock.now()))
+        signature = sign(key, delivery.encode(), stamp.encode(), body)
+        return {**headers, "webhook-timestamp": stamp, "webhook-signature": signature.decode()}
+    token = key if mode == "token" else hex_hmac(key, body)
+    return {**headers, "X-Gitlab-Token": token.decode("latin-1")}
+
+
 def status(tools: Tools, args: argparse.Namespace) -> int:
-    """Print what is live where, what it could go back to, and the runs the cluster knows."""
+    """Print what is live where, where a rollback would go, and how each run stands."""
     apps = [tools.app(args.app)] if args.app else list(tools.config.apps)
-    live = {a.name: environment_status(tools, a) for a in apps}
-    runs = run_status(tools, apps)
-    rows = [("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UNDER WAY", "REVERTED")]
-    for app, environments in live.items():
-        for name, e in environments.items():
-            old, claim = e["previous"], e["deploying"] or {}
-            for run in (r for r in runs if r["run"] == claim.get("run") and r["state"] != "ended"):
-                run |= {"stage": name, "state": claim["phase"]}
-            how = "at once" if e["rollback_ready"] else "by a rollout" if old else "impossible"
-            before = old.get("run") or ("adopted" if old else "")
-            under_way = f"{claim.get('phase', '')} {claim.get('run', '')} {e['drift']}".strip()
-            back = clip(": ".join(filter(None, e["reverted"].values())), 100)
-            rows.append((app, name, e["run"], e["colour"], before, how, under_way, back))
+    places = [read_environment(tools, a, name) for a in apps for name in a.deploy.environments]
+    runs = [run.as_claimed(places) for run in read_runs(tools, apps)]
     if args.output == "json":
-        listed = [{"name": name, "environments": found} for name, found in live.items()]
-        say(json.dumps({"apps": listed, "runs": runs}, indent=2))
+        listed: dict[str, Object] = {app.name: {} for app in apps}
+        for place in places:
+            listed[place.app][place.environment] = place.to_json()
+        entries = [{"name": name, "environments": inside} for name, inside in listed.items()]
+        print_text(json.dumps({"apps": entries, "runs": [asdict(run) for run in runs]}, indent=2))
         return 0
-    say(columns(rows))
-    now = tools.deployer.doors.clock.now()
-    for r in runs:
-        short = {"ref": r["ref"].removeprefix("refs/heads/"), "age": age(r["received"], now)}
-        r |= {**short, "detail": r["detail"].partition("\n")[0]}
-    cells = [[clip(r[title.lower()]) for title in TITLES] for r in runs]
-    say(f"\n{columns([TITLES, *cells])}" if runs else "\nno runs")
+    now = tools.doors.clock.now()
+    ids = short_ids([run.run for run in runs] + [name for place in places for name in place.runs])
+    print_text(table(APP_TITLES, [place.cells(ids) for place in places]))
+    rows = [run.cells(ids, now) for run in runs]
+    print_text(f"\n{table(RUN_TITLES, rows)}" if rows else "\nno runs")
     return 0
 
 
-def explain(tools: Tools, args: argparse.Namespace) -> int:
-    """Print how a run stands, and with --log the last lines that its failed containers printed."""
-    run, now = args.run, tools.deployer.doors.clock.now()
-    if not re.fullmatch("[a-z0-9-]{1,63}", run):
-        raise ConfigError([f"{clip(run, 80)!r} is no id of a run; `status` shows them"])
-    app = tools.app(run.rsplit("-", 2)[0])
-    logs = list(kept_logs(tools, app, run)) if args.log else []
-    stood = next((r for r in run_status(tools, [app]) if r["run"] == run), None)
-    if not (stood or logs):
-        raise HookError(f"nothing is known of {run} any more")
-    if stood:
-        stood["received"] = f"{age(stood['received'], now)} ago"
-        say("\n".join(f"{key + ':':10}{clip(str(stood[key]), DETAIL_LENGTH)}" for key in stood))
-    for title, text in logs:
-        say(f"\n--- {title}\n" + "\n".join(map(printable, text.split("\n"))))
-    if args.log and not logs:
-        say("\nno log is kept: it is for a day, where something failed")
-    return 0
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnvironmentStatus:
+    """What is live of an app in an environment, and what else stands there."""
+
+    app: str
+    environment: str
+    live: HistoryEntry  # with the run that today's traffic reaches
+    target: HistoryEntry  # where a rollback would go
+    rollback_ready: bool  # whether enough pods of the target are ready
+    drift: Drift
+    claim: Claim
+    bake_until: float
+    reverted: HistoryEntry  # what the last switch left, and why
+
+    @property
+    def runs(self) -> list[str]:
+        """The ids of all runs in it."""
+        return [self.live.run, self.target.run, self.claim.run, self.reverted.run]
+
+    def cells(self, ids: Mapping[str, str]) -> list[str]:
+        """Return its row in the table of `status`, with short ids, and the text below the row."""
+        rollback_cells = ["", "impossible"]
+        if self.target:
+            how = "at once" if self.rollback_ready else "by a rollout"
+            rollback_cells = [ids[self.target.run] or "adopted", how]
+        under_way = f"{self.claim.phase} {ids[self.claim.run]} {self.drift}"
+        reverted = ["reverted", ids[self.reverted.run], self.reverted.reason, self.reverted.detail]
+        below = ": ".join(filter(None, reverted)) if self.reverted else ""
+        live = [self.app, self.environment, ids[self.live.run], self.live.colour]
+        return [*live, *rollback_cells, under_way, below]
+
+    def to_json(self) -> Object:
+        """Return it as `status --output json` prints it."""
+        version = ("colour", "run", "commit", "image")
+        end = ("run", "reason", "detail")
+        return {
+            **{key: getattr(self.live, key) for key in version},
+            "drift": str(self.drift),
+            "previous": {key: getattr(self.target, key) for key in version if self.target},
+            "rollback_ready": self.rollback_ready,
+            "deploying": self.claim.to_json() if self.claim else None,
+            "bake_until": self.bake_until or None,
+            "reverted": {key: getattr(self.reverted, key) for key in end if self.reverted},
+        }
 
 
-def kept_logs(tools: Tools, app: App, run: str) -> Iterator[tuple[str, str]]:
-    """Yield where and when each kept log of a run was printed, and the log."""
-    shown = app.deploy.environments if app.deploy.log_tails else ()
-    terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_STAGE: "log", LABEL_RUN: run})
-    for namespace in (tools.config.namespaces[name] for name in (*STAGES, *shown)):
-        try:
-            logs = tools.deployer.doors.kubectl.list("configmaps", namespace, "-l", terms)
-        except KubectlError as refused:
-            if refused.kind != "Forbidden":
-                raise
-            yield namespace, "not readable with this account"
-            continue
-        for log in logs:
-            at = printable(log["metadata"].get("creationTimestamp", ""))
-            for key, text in sorted((log.get("data") or {}).items()):
-                yield f"{namespace} {key}, kept {at}", text
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """How a run stands; the fields are the keys of `status --output json`."""
+
+    run: str
+    app: str
+    ref: str
+    commit: str
+    received: float
+    stage: str = ""
+    state: str = "lost"  # where nothing is left that says more
+    outcome: str = ""
+    reason: str = ""
+    detail: str = ""
+
+    def as_claimed(self, places: Sequence[EnvironmentStatus]) -> RunStatus:
+        """Return it as far as the claims of environments, in their order, say that it has come."""
+        for place in reversed(places):
+            if place.claim.run == self.run and self.state != "ended":
+                return replace(self, stage=place.environment, state=place.claim.phase)
+        return self
+
+    def cells(self, ids: Mapping[str, str], now: float) -> list[str]:
+        """Return its row in the table of `status`, with a short id, and the text below the row."""
+        detail = self.detail.partition("\n")[0]
+        texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now), detail]
+        return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts]
 
 
-def printable(line: str) -> str:
-    """Return a line of anyone's for a terminal: what is no letter or sign is spelled out."""
-    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line)
+def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentStatus:
+    """Return what is live of an app in one of its environments."""
+    task = tools.task(app, environment)
+    operations = tools.deployer.steady
+    service = operations.live.read(task) or Service(NO_SERVICE)
+    source = service if service.in_order else operations.live.recorded(task, service)
+    live = service.live
+    if not live and source and service.run:
+        live = source.entry(service.run)
+    target = service.target()
+    ready = operations.workloads.ready(task.namespace, target.selector) if target else []
+    newest_entry = next(iter(service.history), HistoryEntry())
+    left = newest_entry.reason and newest_entry != service.live
+    return EnvironmentStatus(
+        app=app.name,
+        environment=environment,
+        live=replace(live, run=service.run or live.run),
+        target=target,
+        rollback_ready=bool(target) and len(ready) >= target.replicas,
+        drift=operations.guard.drift(task, service, source),
+        claim=service.claim,
+        bake_until=service.annotation(ANNOTATION_BAKE, 0.0),
+        reverted=newest_entry if left else HistoryEntry(),
+    )
+
+
+def read_runs(tools: Tools, apps: Sequence[App]) -> list[RunStatus]:
+    """Return the runs of apps that have a Job or a record, newest first."""
+    jobs: dict[str, dict[str, Job]] = {}
+    for namespace in (tools.config.namespaces[stage] for stage in STAGES):
+        address = list_address("jobs", namespace, f"{LABEL_MANAGED}={MANAGER}")
+        for page in tools.doors.kubectl.pages(address, namespace):
+            for job in map(Job, page["items"]):
+                jobs.setdefault(job.run.id, {})[job.stage] = job
+    runs: list[RunStatus] = []
+    for app in apps:
+        state = tools.deployer.state.read(app)
+        own = {name: group for name, group in jobs.items() if newest(group).app == app.name}
+        names = own.keys() | state.runs.keys()
+        runs += [run_status(app, state, name, own.get(name, {})) for name in names]
+    return sorted(runs, key=lambda run: (-run.received, run.run))
+
+
+def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) -> RunStatus:
+    """Return how a run stands by its record and its Jobs by stage; one of them is there."""
+    record = state.runs.get(name)
+    run = newest(jobs) if jobs else run_of_record(app, state.runs[name])
+    status = RunStatus(run.id, run.app, run.ref, run.commit, run.received)
+    if record and record.outcome and record.ended >= run.received:
+        end = {key: getattr(record, key) for key in ("stage", "outcome", "reason", "detail")}
+        status = replace(status, state="ended", **end)
+    elif jobs:
+        last = jobs.get("build") or jobs["test"]
+        reason = last.annotations.get(ANNOTATION_REASON, "")
+        detail = last.annotations.get(ANNOTATION_DETAIL, "")
+        end = {"outcome": last.outcome, "reason": reason, "detail": detail}
+        now = "ended" if over(jobs) else last.state
+        status = replace(status, stage=last.stage, state=now, **end)
+    rejection = state.rejected.get(run.commit)
+    if status.outcome != Outcome.DEPLOYED or not rejection:
+        return status
+    detail = "" if rejection.reason == Reason.ROLLED_BACK else rejection.reason
+    return replace(status, outcome=Outcome.ROLLED_BACK, reason=Reason.ROLLED_BACK, detail=detail)
+
+
+def short_ids(ids: Iterable[str]) -> dict[str, str]:
+    """Return each run's id without its last part, where that is still the id of only one run."""
+    short = {run: re.sub("(-[0-9a-f]{8})-[0-9a-f]+$", r"\1", run) for run in ids}
+    uses = Counter(short.values())
+    return {run: text if uses[text] == 1 else run for run, text in short.items()}
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines of at most TABLE_COLUMNS; the last text of a row stands below it.
+
+    Cells are wrapped where that is needed, between words as long as possible.
+    """
+    grid = [titles, *([clip(cell) or "-" for cell in row[:-1]] for row in rows)]
+    columns = [*zip(*grid, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    words = [max(map(len, re.split("(?<=[- ])", " ".join(column)))) for column in columns]
+    while sum(widths) + 2 * (len(widths) - 1) > TABLE_COLUMNS:
+        spare = [width - word for width, word in zip(widths, words, strict=True)]
+        most = spare if max(spare) > 0 else widths
+        widths[most.index(max(most))] -= 1
+    lines = []
+    for row, below in zip(grid, ["", *(row[-1] for row in rows)], strict=True):
+        cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            padded = [part.ljust(width) for part, width in zip(parts, widths, strict=True)]
+            lines.append("  ".join(padded).rstrip())
+        lines += [f"    {part}" for part in textwrap.wrap(clip(below), TABLE_COLUMNS - 4)]
+    return "\n".join(lines)
 
 
 def age(then: float, now: float) -> str:
     """Return how long ago a time was, in the largest unit of which that is two; "" for none."""
     past = max(0.0, now - then)
-    unit = next((u for u, seconds in AGES.items() if past >= 2 * seconds), "s")
-    return f"{past // AGES[unit]:.0f}{unit}" if then else ""
+    unit = next((u for u, seconds in AGE_UNITS.items() if past >= 2 * seconds), "s")
+    return f"{past // AGE_UNITS[unit]:.0f}{unit}" if then else ""
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of texts as lines in which the columns stand under each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    pairs = [zip([cell or "-" for cell in row], widths, strict=True) for row in rows]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in p).rstrip() for p in pairs)
+def explain(tools: Tools, args: argparse.Namespace) -> int:
+    """Print how a run stands, and with --log the last lines that its failed containers printed."""
+    app = tools.app_of(args.run)
+    runs = {run.run: run for run in read_runs(tools, [app])}
+    name = completed(args.run, runs) or args.run
+    logs = list(kept_logs(tools, app, name)) if args.log else []
+    if name in runs:
+        values = asdict(runs[name])
+        values["received"] = f"{age(values['received'], tools.doors.clock.now())} ago"
+        for key in filter(values.get, values):
+            lines = printable(values[key]).split("\n")
+            print_text(f"{key + ':':10}" + f"\n{'':10}".join(lines))
+    elif not logs:
+        raise HookError(f"{name} is unknown: no Job, no record and no log of it is left")
+    if args.log and not logs:
+        logs = ["no log is kept: logs are kept for a day, and only of what failed"]
+    for text in logs:
+        print_text(f"\n{text}")
+    return 0
 
 
-def environment_status(tools: Tools, app: App) -> dict[str, Object]:
-    """Return what is live of an app in each of its environments, and what it could go back to."""
-    environments = {}
-    for name in app.deploy.environments:
-        task = tools.task(app, name)
-        operations = tools.deployer.steady
-        service = operations.live.read(task) or Service(NO_SERVICE)
-        source = service if service.in_order else operations.live.recorded(task, service)
-        entry = service.live
-        if not entry and source and service.run:
-            entry = source.entry(service.run)
-        target = service.target()
-        ready = operations.workloads.ready(task.namespace, target.selector) if target else []
-        left = next((e for e in service.history[:1] if e.reason and e != service.live), None)
-        environments[name] = {
-            **version_json(entry),
-            "run": service.run or entry.run,
-            "drift": str(operations.guard.drift(task, service, source)),
-            "previous": version_json(target) if target else {},
-            "rollback_ready": bool(target) and len(ready) >= target.replicas,
-            "deploying": service.claim.to_json() if service.claim else None,
-            "bake_until": service.annotation(ANNOTATION_BAKE, 0.0) or None,
-            "reverted": {k: getattr(left, k) for k in ("run", "reason", "detail") if left},
-        }
-    return environments
-
-
-def version_json(entry: HistoryEntry) -> Object:
-    """Return what `status` prints of a version."""
-    return {key: getattr(entry, key) for key in ("colour", "run", "commit", "image")}
-
-
-def run_status(tools: Tools, apps: Sequence[App]) -> list[Object]:
-    """Return the runs that Jobs tell of, newest first; where those are gone, each branch's last."""
-    pages, spaces = tools.deployer.doors.kubectl.pages, [tools.config.namespaces[s] for s in STAGES]
-    where = [(list_address("jobs", n, f"{LABEL_MANAGED}={MANAGER}"), n) for n in spaces]
-    jobs: dict[str, dict[str, Job]] = {}
-    for job in (Job(j) for place in where for page in pages(*place) for j in page["items"]):
-        jobs.setdefault(job.run.id, {})[job.stage] = job
-    rows = list[Object]()
-    for app in apps:
-        state = tools.deployer.state.read(app)
-        mine = {k: group for k, group in jobs.items() if newest(group).app == app.name}
-        for run in mine.keys() | state.runs.keys():
-            row = run_row(state.runs.get(run), mine.get(run, {}), app)
-            why = state.rejected.get(row["commit"])
-            if why and row["outcome"] == Outcome.DEPLOYED:
-                row |= {"outcome": Outcome.ROLLED_BACK, "reason": Reason.ROLLED_BACK}
-                row["detail"] = "" if why.reason == Reason.ROLLED_BACK else why.reason
-            rows.append(row)
-    return sorted(rows, key=lambda row: (-row["received"], row["run"]))
-
-
-def run_row(record: RunRecord | None, jobs: Mapping[str, Job], app: App) -> Object:
-    """Return what `status` says of a run by its record and its Jobs; there is one of them."""
-    run = newest(jobs) if jobs else run_of_record(app, cast(RunRecord, record))
-    row: Object = {"run": run.id, **{k: getattr(run, k) for k in TOLD[1:5]}}
-    if record and record.outcome and record.ended >= run.received:
-        row |= {k: getattr(record, k) for k in ("stage", "outcome", "reason", "detail")}
-        return row | {"state": "ended"}
-    if not jobs:
-        return row | dict.fromkeys(TOLD[5:], "") | {"state": "lost"}
-    last = jobs.get("build") or jobs["test"]
-    row |= {"stage": last.stage, "state": "ended" if over(jobs) else last.state}
-    texts = {
-        "reason": last.annotations.get(ANNOTATION_REASON, ""),
-        "detail": last.annotations.get(ANNOTATION_DETAIL, ""),
-    }
-    return row | {"outcome": last.outcome, **texts}
+def kept_logs(tools: Tools, app: App, run: str) -> Iterator[str]:
+    """Yield the kept logs of a run as they are printed, each below where and when that was."""
+    shown = app.deploy.environments if app.deploy.log_tails else ()
+    terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_STAGE: "log", LABEL_RUN: run})
+    for namespace in (tools.config.namespaces[name] for name in (*STAGES, *shown)):
+        try:
+            configmaps = tools.doors.kubectl.list("configmaps", namespace, "-l", terms)
+        except KubectlError as refusal:
+            if refusal.kind != "Forbidden":
+                raise
+            yield f"--- {namespace}\n{UNREADABLE}"
+            continue
+        for configmap in configmaps:
+            at = printable(configmap["metadata"].get("creationTimestamp", ""))
+            for key, text in sorted((configmap.get("data") or {}).items()):
+                yield f"--- {namespace} {key}, kept {at}\n{printable(text)}"
 
 
 def rollback(tools: Tools, args: argparse.Namespace) -> int:
     """Switch an environment back to a proven version, and reject the commit that is left."""
-    app, deployer = tools.app(args.app), tools.deployer
-    if args.to in range(-(10**6), 1):
-        fault = f"--to {args.to}: how many proven versions back, so 1 or more; or a run"
-        raise ConfigError([fault])
-    names = app.deploy.environments or ("",)
+    app = tools.app(args.app)
+    names = app.deploy.environments
+    if not names:
+        raise ConfigError([f"{app.name} has no environments, so nothing of it can be rolled back"])
     environment = args.environment or names[-1]
-    if environment not in app.deploy.environments:
-        fault = f"{app.name} is not deployed to {environment!r}, only to: {', '.join(names)}"
-        raise ConfigError([fault])
+    if environment not in names:
+        wrong = f"{app.name} is not deployed to {environment!r}, only to: {', '.join(names)}"
+        raise ConfigError([wrong])
     task = tools.task(app, environment)
-    service = deployer.steady.live.read(task) or Service(NO_SERVICE)
+    service = tools.deployer.steady.live.read(task) or Service(NO_SERVICE)
+    to = args.to
+    if isinstance(to, str):
+        to = completed(to, [entry.run for entry in service.history]) or to
     try:
-        target = chosen(service, args.to)
-    except RefusedError as refused:
-        raise RefusedError(f"{app.name} in {environment}: {refused}") from refused
+        target = chosen(service, to)
+    except RefusedError as refusal:
+        raise RefusedError(f"{app.name} in {environment}: {refusal}") from refusal
     left = service.live
-    say(f"{app.name} {environment}: from {version_words(left)} to {version_words(target)}")
-    target = Rollback(deployer.steady).run(task, service, target, clip(args.reason))
-    say(f"{app.name} {environment}: back on {version_words(target)}")
+    where = f"{app.name} {environment}"
+    print_text(f"{where}: from {version_words(left)} to {version_words(target)}")
+    target = Rollback(tools.deployer.steady).run(task, service, target, clip(args.reason))
+    print_text(f"{where}: back on {version_words(target)}")
     if left.commit:
         reason = clip(args.reason) or Reason.ROLLED_BACK
-        rejection = Rejection(commit=left.commit, reason=reason, at=deployer.doors.clock.now())
-        deployer.state.write(app, rejection, live={environment: target})
-        say(f"{left.run} is rejected until `rerun {left.run}`")
-    await_endpoints(deployer, task, left, target)
+        rejection = Rejection(commit=left.commit, reason=reason, at=tools.doors.clock.now())
+        tools.deployer.state.write(app, rejection, live={environment: target})
+        print_text(f"{left.run} is rejected until `rerun {left.run}`")
+    scale_up_and_await_endpoints(tools.deployer, task, left, target)
     return 0
 
 
-def await_endpoints(
+def scale_up_and_await_endpoints(
     deployer: Deployer, task: Task, left: HistoryEntry, target: HistoryEntry
 ) -> None:
-    """Let a target be as large as what is left, and wait for its endpoints."""
+    """Let a target be as large as what is left, and wait for its endpoints.
+
+    What served alone until now may be larger than the target was in its time.
+    """
     workloads = deployer.steady.workloads
-    # what served alone until now may be larger than the target was in its time
     size = workloads.size(task, left.selector)
     if workloads.size(task, target.selector) < size:
         workloads.scale(task, f"{task.app.name}-{target.colour}", size)
@@ -7901,204 +8094,312 @@ def await_endpoints(
     now = deployer.doors.clock.now()
     traffic = deployer.steady.traffic
     if not traffic.endpoints_converge(task, target.selector, target.replicas, now):
-        raise StageError(Reason.ENDPOINTS_MISSING, "switched, but no endpoints follow")
+        detail = "the Service was switched, but its endpoints did not follow"
+        raise StageError(Reason.ENDPOINTS_MISSING, detail)
 
 
 def version_words(entry: HistoryEntry) -> str:
-    """Return how a history entry is called."""
+    """Return what a person reads for a history entry."""
     if not entry:
         return "what is not in the history"
     return f"{entry.run or 'what was there before'} ({entry.colour or 'adopted'})"
 
 
 def rerun(tools: Tools, args: argparse.Namespace) -> int:
-    """Let a branch's head go on, rejected or not, if it has ended and is not live everywhere."""
-    deployer, app = tools.deployer, tools.app(args.run.rsplit("-", 2)[0])
-    heads = deployer.doors.git.heads(app.repository).items()
-    named = [(r, c) for r, c in heads if args.run in run_ids(app.name, r, c)]
-    if not named:
-        raise RefusedError(f"{clip(args.run)} is not the head of a branch; only that can go again")
-    (ref, commit), now = named[0], deployer.doors.clock.now()
-    record, namespace = deployer.state.read(app).find(ref, commit), tools.config.namespaces["test"]
-    name = record.id if record else args.run
-    run = Run(id=name, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
-    if ref == app.deploy_ref:  # another branch may be put on the same commit
-        deployer.state.write(app, forget=[Rejection(commit=commit).key])
-    places = environment_status(tools, app).values()
-    if places and all(e["run"] == run.id and not e["bake_until"] for e in places):
-        say(f"{run.id} is live")
+    """Let a run that has ended run again, rejected or not, if it is the head of a branch."""
+    app = tools.app_of(args.run)
+    run = head_to_rerun(tools, app, args.run)
+    if run.ref == app.deploy_ref:  # another branch may be put on the same commit
+        tools.deployer.state.write(app, forget=[Rejection(commit=run.commit).key])
+    places = [read_environment(tools, app, name) for name in app.deploy.environments]
+    if places and all(p.live.run == run.id and not p.bake_until for p in places):
+        print_text(f"{run.id} is live")
         return 0
-    for _ in range(REOPEN_TRIES):
-        made = deployer.doors.kubectl.create_each([test_job(tools.config, app, run)], namespace)
-        refused = made.get(f"test-{run.id}")
-        if refused and refused.kind != "AlreadyExists":
-            raise StageError(Reason.JOB_REFUSED, refused.said)
-        there = jobs_of(deployer.doors.kubectl, tools.config, [run.id] if refused else [])
-        if not refused or reopen(deployer.doors.kubectl, run, there[run.id]):
-            if newer_than(run, deployer.state.read(app)):  # it may have ended again by now
-                deployer.state.write(app, RunRecord.of(run))
-            say(f"{run.id} goes on; `status {app.name}` tells how far it is")
-            return 0
-        deployer.doors.stop.wait(0.5)
-    raise HookError(f"the old Jobs of {run.id} are still being deleted; try again in a minute")
+    until = tools.doors.clock.monotonic() + REOPEN_SECONDS
+    while not reopened(tools, app, run):
+        if tools.doors.clock.monotonic() > until:
+            text = f"the old Jobs of {run.id} are still being deleted; try again in a minute"
+            raise HookError(text)
+        tools.doors.pause(0.5)
+    if newer_than(run, tools.deployer.state.read(app)):  # it may have ended again by now
+        tools.deployer.state.write(app, RunRecord.of(run))
+    print_text(f"{run.id} is under way; `status {app.name}` shows how far it is")
+    return 0
+
+
+def head_to_rerun(tools: Tools, app: App, text: str) -> Run:
+    """Return the run of a branch's head whose id begins with a text; raises RefusedError."""
+    heads = {
+        run_id(app.name, ref, commit, max(ID_DIGITS)): (ref, commit)
+        for ref, commit in tools.doors.git.heads(app.repository).items()
+    }
+    if longest := completed(text, heads):  # of each push, since all its ids begin that one
+        ref, commit = heads[longest]
+        ids = run_ids(app.name, ref, commit)
+        record = tools.deployer.state.read(app).find(ref, commit)
+        name = record.id if record else text if text in ids else ids[0]
+        now = tools.doors.clock.now()
+        return Run(id=name, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
+    if run := completed(text, [entry.run for entry in read_runs(tools, [app])]):
+        raise RefusedError(f"{run} is not the head of a branch; only that can run again")
+    raise RefusedError(f"{text} is unknown: neither a recorded run nor a branch's head has this id")
+
+
+def reopened(tools: Tools, app: App, run: Run) -> bool:
+    """Create the test Job of a run, or open its Jobs again; False until its old Jobs are gone."""
+    kubectl = tools.doors.kubectl
+    name = f"test-{run.id}"
+    jobs = [test_job(tools.config, app, run)]
+    refusal = kubectl.create_each(jobs, tools.config.namespaces["test"]).get(name)
+    if refusal is None:
+        return True
+    if refusal.kind != "AlreadyExists":
+        raise StageError(Reason.JOB_REFUSED, refusal.said)
+    return reopen(kubectl, run, jobs_of(kubectl, tools.config, [run.id])[run.id])
 
 
 def plan(tools: Tools, args: argparse.Namespace) -> int:
-    """Print what a push of a commit would do now, changing nothing; 1 if some cannot be told."""
-    app, deployer, spaces = tools.app(args.app), tools.deployer, tools.config.namespaces
-    if args.commit and not SHA.fullmatch(args.commit):
-        raise ConfigError([f"{clip(args.commit, 60)!r} is not a full commit id"])
-    head = deployer.doors.git.heads(app.repository).get(ref := app.deploy_ref, "")
-    if not (commit := args.commit or head):
+    """Print what a push of a commit would do now, changing nothing; 1 if a part is missing."""
+    app = tools.app(args.app)
+    ref = app.deploy_ref
+    head = tools.doors.git.heads(app.repository).get(ref, "")
+    commit = tools.full_commit(app, args.commit, recorded=True) if args.commit else head
+    if not commit:
         raise RefusedError(f"{app.repository} has no branch {app.branch!r}")
     run = Run(id=run_id(app.name, ref, commit), app=app.name, ref=ref, commit=commit)
-    say(f"run: {run.id}" + (f", superseded: {app.branch} is at {head}" if commit != head else ""))
-    ask = partial(show, tools)
-    told = [ask("rejected", rejection, run), ask("permissions", missing_rights, app)]
-    with deployer.doors.git.manifests(app.repository, commit, app.deploy.manifests) as checkout:
-        for name in ("test", "build", *app.deploy.environments):
-            told += [ask(f"{name}, quota", quota, spaces[name])]
-        for name in app.deploy.environments:
-            # by tag, as it has no digest before it is built
-            task = replace(tools.task(app, name), run=run, image=f"{app.build.image}:{commit[:8]}")
-            told += [ask(f"{name}, live", live_version, task)]
-            told += [ask(f"{name}, next", next_version, task, checkout)]
-    return 0 if all(told) else 1
-
-
-def show(tools: Tools, title: str, find: Callable[..., str], *given: Any) -> bool:
-    """Print an answer, or why there is none; return whether all of it could be told."""
+    answers = Plan(tools, app, run)
     try:
-        answer = find(tools, *given)
-    except (KubectlError, StageError) as failed:
-        kind = failed.kind if isinstance(failed, KubectlError) else ""
-        if kind == "Unreachable":
-            raise
-        unread = find is quota and kind == "Forbidden"  # as the daemon's own account may not
-        why = printable(tools.deployer.doors.secrets.mask(f"failed: {failed}"))
-        answer = "not readable with this account" if unread else why
-    say(f"{title}: {answer}")
-    return not re.match(f"failed: |.*{UNCOMPARED}", answer)
+        with tools.doors.git.manifests(app.repository, commit, app.deploy.manifests) as checkout:
+            superseded = f", superseded: {app.branch} is at {head}" if commit != head else ""
+            print_text(f"run: {run.id}{superseded}")
+            answers.print_all(checkout)
+    except GitError as failure:
+        if "not our ref" in failure.stderr:
+            text = f"commit {commit} is unknown: {app.repository} does not have it"
+            raise RefusedError(text) from failure
+        raise
+    return 0 if answers.complete else 1
 
 
-def rejection(tools: Tools, run: Run) -> str:
-    """Return whether a commit is rejected, and why."""
-    rejected = tools.deployer.state.read(tools.app(run.app)).rejected.get(run.commit)
-    return f"{rejected.reason}; only `rerun {run.id}` deploys it" if rejected else "no"
+@dataclass(frozen=True, slots=True)
+class Right:
+    """A verb on a resource, which is written group/resource/subresource, in a namespace."""
+
+    namespace: str
+    resource: str
+    verb: str
+
+    def review(self) -> Object:
+        """Return the object by which the API server says whether the caller has this right."""
+        group, resource, subresource = f"{self.resource}/".split("/")[:3]
+        asked = {"group": group, "resource": resource, "subresource": subresource}
+        asked |= {"namespace": self.namespace, "verb": self.verb}
+        kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+        return {**kind, "spec": {"resourceAttributes": asked}}
 
 
-def missing_rights(tools: Tools, app: App) -> str:
-    """Return what the daemon must be able to do, by its Roles, and the caller may not."""
-    spaces = tools.config.namespaces
-    needed = {ORCHESTRATION: STATE_RIGHTS, spaces["test"]: JOB_RIGHTS, spaces["build"]: JOB_RIGHTS}
-    needed |= {spaces[name]: APP_RIGHTS for name in app.deploy.environments}
-    rights = [(n, what, v) for n in needed for what in needed[n] for v in needed[n][what].split()]
-    kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
-    reviews, missing = [], dict[str, list[str]]()
-    for namespace, what, verb in rights:
-        group, resource, part = f"{what}/".split("/")[:3]
-        asked = {"namespace": namespace, "verb": verb, "group": group, "resource": resource}
-        reviews.append({**kind, "spec": {"resourceAttributes": {**asked, "subresource": part}}})
-    stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": reviews})
-    args = ("create", "-f", "-", "-o", 'jsonpath={.status.allowed}{"\\n"}', "--validate=false")
-    answers = tools.deployer.doors.kubectl.run(*args, stdin=stdin).split()
-    for (namespace, what, verb), allowed in zip(rights, answers, strict=True):
-        if allowed != "true":
-            missing.setdefault(f"{what.strip('/')} in {namespace}", []).append(verb)
-    return "; ".join(f"{', '.join(verbs)} {what}" for what, verbs in missing.items()) or "all there"
+@dataclass(slots=True)
+class Plan:
+    """What a push of one run would do now; nothing is changed in the cluster."""
+
+    tools: Tools
+    app: App
+    run: Run
+    complete: bool = True  # whether all that was asked could be answered
+
+    def print_all(self, checkout: Path) -> None:
+        """Print every answer; the manifests of the commit are in the checkout."""
+        namespaces = self.tools.config.namespaces
+        self.print_one("rejected", self.rejection)
+        self.print_one("permissions", self.missing_rights)
+        for name in (*STAGES, *self.app.deploy.environments):
+            self.print_one(f"{name}, quota", self.quota, namespaces[name])
+        for name in self.app.deploy.environments:
+            # by tag, since it has no digest before it is built
+            image = f"{self.app.build.image}:{self.run.commit[:8]}"
+            task = replace(self.tools.task(self.app, name), run=self.run, image=image)
+            self.print_one(f"{name}, live", self.live_version, task)
+            self.print_one(f"{name}, next", self.next_version, task, checkout)
+
+    def print_one(self, title: str, answer: Callable[..., str], *about: Any) -> None:
+        """Print an answer, or why there is none."""
+        try:
+            text = answer(*about)
+        except (KubectlError, StageError) as failure:
+            if isinstance(failure, KubectlError) and failure.kind == "Unreachable":
+                raise
+            text = printable(self.tools.doors.secrets.mask(f"failed: {failure}"))
+            self.complete = False
+        print_text(f"{title}: {text}")
+
+    def rejection(self) -> str:
+        """Return whether the commit is rejected, and why."""
+        rejected = self.tools.deployer.state.read(self.app).rejected.get(self.run.commit)
+        again = f"only `rerun {self.run.id}` deploys it"
+        return f"{rejected.reason}; {again}" if rejected else "no"
+
+    def missing_rights(self) -> str:
+        """Return what the daemon must be able to do, by its Roles, and the caller may not."""
+        rights = self.needed_rights()
+        reviews = [right.review() for right in rights]
+        stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": reviews})
+        args = ("create", "-f", "-", "-o", 'jsonpath={.status.allowed}{"\\n"}', "--validate=false")
+        answers = self.tools.doors.kubectl.run(*args, stdin=stdin).split()
+        missing: dict[str, list[str]] = {}
+        for right, allowed in zip(rights, answers, strict=True):
+            if allowed != "true":
+                where = f"{right.resource.strip('/')} in {right.namespace}"
+                missing.setdefault(where, []).append(right.verb)
+        texts = [f"{', '.join(verbs)} {where}" for where, verbs in missing.items()]
+        return "; ".join(texts) or "all there"
+
+    def needed_rights(self) -> list[Right]:
+        """Return what the daemon's Roles grant it for this app."""
+        namespaces = self.tools.config.namespaces
+        tables = {ORCHESTRATION: STATE_RIGHTS}
+        tables |= {namespaces[stage]: JOB_RIGHTS for stage in STAGES}
+        tables |= {namespaces[name]: APP_RIGHTS for name in self.app.deploy.environments}
+        return [
+            Right(namespace, resource, verb)
+            for namespace, rights in tables.items()
+            for resource, verbs in rights.items()
+            for verb in verbs.split()
+        ]
+
+    def quota(self, namespace: str) -> str:
+        """Return how much of each quota of a namespace is used, if the account may read that."""
+        try:
+            quotas = self.tools.doors.kubectl.list("resourcequotas", namespace)
+        except KubectlError as refusal:
+            if refusal.kind != "Forbidden":
+                raise
+            return UNREADABLE  # as for the daemon's own account, which is no fault
+        counted = [quota["status"] for quota in quotas if quota.get("status", {}).get("used")]
+        texts = [
+            f"{name} {status['used'].get(name, 0)} of {most}"
+            for status in counted
+            for name, most in status["hard"].items()
+        ]
+        return ", ".join(texts) or "none"
+
+    def live_version(self, task: Task) -> str:
+        """Return what is live in an environment, and what was changed of it since."""
+        services = self.tools.deployer.steady.live
+        service = services.read(task)
+        live = service.live if service else HistoryEntry()
+        if not live.release:
+            return "not deployed from here" if service else "nothing"
+        same = ", this commit" if live.commit == self.run.commit else ""
+        deployed = services.release(task, live.release).deployment
+        changes = self.changes(task.namespace, deployed) or ", as it was deployed"
+        return f"{live.run} ({live.colour}){same}{changes}"
+
+    def next_version(self, task: Task, checkout: Path) -> str:
+        """Return what would be applied to an environment, and how long its pods would take."""
+        kubectl = self.tools.doors.kubectl
+        manifests = read_manifests(checkout, task.app.deploy.manifests)
+        objects = check_objects(task.app, task.namespace, manifests)
+        placement = self.tools.deployer.steady.claims.idle_colour_and_size(task)
+        release = render(task.app, task.run, task.image, placement, objects)
+        deployment = release.deployment
+        names = [c["metadata"]["name"] for c in release.configmaps]
+        new = [n for n in names if not kubectl.get("configmap", n, task.namespace)]
+        idle = kubectl.get("deployment", deployment["metadata"]["name"], task.namespace)
+        # where pods stand they are replaced one by one, else all start at once
+        steps = release.wanted if idle and idle["spec"].get("replicas") else 1
+        seconds = steps * (deployment["spec"]["minReadySeconds"] + START_SECONDS)
+        forecast = f"{release.colour}, {release.wanted} pods in about {seconds:.0f} s"
+        forecast += f", new ConfigMaps: {', '.join(new) or 'none'}"
+        return forecast + self.changes(task.namespace, deployment)
+
+    def changes(self, namespace: str, wanted: Object) -> str:
+        """Return what writing a Deployment would change in its spec, as lines, secrets masked.
+
+        Not by `kubectl diff`, in whose text the value of a variable may stand without its name.
+        Where the server refuses to compare, the plan is not complete.
+        """
+        kubectl = self.tools.doors.kubectl
+        mask = self.tools.doors.secrets.mask
+        name = wanted["metadata"]["name"]
+        current = kubectl.get("deployment", name, namespace)
+        try:
+            text = kubectl.put(wanted, current, namespace, "--dry-run=server", "-o=json")
+        except KubectlError as refusal:
+            self.complete = False
+            return mask(f"\n  not compared: {refusal}")
+        before = spec_lines(mask(current or {"spec": {}}))
+        after = spec_lines(mask(json.loads(text)))
+        lines = difflib.unified_diff(before, after, f"{name} now", f"{name} then", lineterm="")
+        return "".join(f"\n  {line}" for line in lines)
 
 
-def quota(tools: Tools, namespace: str) -> str:
-    """Return how much of each quota of a namespace is used."""
-    listed = tools.deployer.doors.kubectl.list("resourcequotas", namespace)
-    found = [o["status"] for o in listed if o.get("status", {}).get("used")]
-    told = [f"{k} {s['used'].get(k, 0)} of {most}" for s in found for k, most in s["hard"].items()]
-    return ", ".join(told) or "none"
-
-
-def live_version(tools: Tools, task: Task) -> str:
-    """Return what is live in an environment, and what has drifted of it since."""
-    service = tools.deployer.steady.live.read(task)
-    live = service.live if service else HistoryEntry()
-    if not live.release:
-        return "not deployed from here" if service else "nothing"
-    same = ", this commit" if live.commit == task.run.commit else ""
-    deployed = tools.deployer.steady.live.release(task, live.release).deployment
-    drift = difference(tools, task.namespace, deployed)
-    return f"{live.run} ({live.colour}){same}{drift or ', as it was deployed'}"
-
-
-def next_version(tools: Tools, task: Task, checkout: Path) -> str:
-    """Return what would be applied to an environment, and how long its pods would take."""
-    kubectl = tools.deployer.doors.kubectl
-    manifests = read_manifests(checkout, task.app.deploy.manifests)
-    objects = check_objects(task.app, task.namespace, manifests)
-    placement = tools.deployer.steady.claims.idle_colour_and_size(task)
-    release = render(task.app, task.run, task.image, placement, objects)
-    deployment = release.deployment
-    names = [c["metadata"]["name"] for c in release.configmaps]
-    new = [n for n in names if not kubectl.get("configmap", n, task.namespace)]
-    standing = kubectl.get("deployment", deployment["metadata"]["name"], task.namespace)
-    # where pods stand they are replaced one by one, else all start at once
-    steps = release.wanted if standing and standing["spec"].get("replicas") else 1
-    seconds = steps * (deployment["spec"]["minReadySeconds"] + START_SECONDS)
-    forecast = f"{release.colour}, {release.wanted} pods in about {seconds:.0f} s"
-    forecast += f", new ConfigMaps: {', '.join(new) or 'none'}"
-    return forecast + difference(tools, task.namespace, deployment)
-
-
-def difference(tools: Tools, namespace: str, wanted: Object) -> str:
-    """Return what writing a Deployment would change in its spec, as lines, secrets masked.
-
-    Not by `kubectl diff`, in whose text the value of a variable may stand without its name.
-    """
-    kubectl, mask = tools.deployer.doors.kubectl, tools.deployer.doors.secrets.mask
-    name = wanted["metadata"]["name"]
-    now = kubectl.get("deployment", name, namespace)
-    try:
-        then = json.loads(kubectl.put(wanted, now, namespace, "--dry-run=server", "-o=json"))
-    except KubectlError as refused:
-        return mask(f"{UNCOMPARED}{refused}")
-    specs = [mask(found["spec"]) for found in (now or {"spec": {}}, then)]
-    for spec in specs:  # what a drain has restarted has not drifted
-        meta = spec.get("template", {}).get("metadata", {})
-        annotations = {**meta.pop("annotations", {}), "kubectl.kubernetes.io/restartedAt": None}
-        meta["annotations"] = {k: v for k, v in annotations.items() if v is not None}
-    old, new = (yaml.safe_dump(spec).split("\n")[:-1] for spec in specs)
-    lines = difflib.unified_diff(old, new, f"{name} now", f"{name} then", lineterm="")
-    return "".join(f"\n  {line}" for line in lines)
-
-
-def pod_variables(environ: Mapping[str, str], *names: str) -> list[str]:
-    """Return what a Job's manifest sets; raises ConfigError outside of such a pod."""
-    if missing := [n for n in names if n not in environ]:
-        raise ConfigError([f"this runs inside Job pods, where {', '.join(missing)} would be set"])
-    return [environ[n] for n in names]
+def spec_lines(deployment: Object) -> list[str]:
+    """Return a Deployment's spec as lines of YAML; that a drain has restarted it is no change."""
+    spec = deployment["spec"]
+    meta = spec.get("template", {}).get("metadata", {})
+    annotations = {**(meta.get("annotations") or {}), RESTARTED: None}
+    meta["annotations"] = {key: value for key, value in annotations.items() if value is not None}
+    return yaml.safe_dump(spec).split("\n")[:-1]
 
 
 def clone(environ: Mapping[str, str]) -> int:
-    """Inside a Job pod: check out the pushed commit, or leave for the hook why not."""
+    """Inside a Job pod: check out the pushed commit, or write why not where the daemon reads it."""
     names = ("CLONE_URL", "CLONE_COMMIT", "CLONE_DIRECTORY", "CREDENTIALS_FILE", "TERMINATION_LOG")
-    url, commit, directory, credentials, log = pod_variables(environ, *names)
-    git, target = Git(Path(credentials)), Path(directory)
+    require_variables(environ, *names)
+    git = Git(Path(environ["CREDENTIALS_FILE"]))
+    directory = Path(environ["CLONE_DIRECTORY"])
     try:
-        git.checkout(url, commit, target, symlinks=True)
-    except GitError as failed:
-        text = Secrets(git.credentials.parent).mask(str(failed))
-        Path(log).write_text(text)
-        raise HookError(text) from failed
-    (target.parent / "results").mkdir(exist_ok=True)
+        git.checkout(environ["CLONE_URL"], environ["CLONE_COMMIT"], directory, symlinks=True)
+    except GitError as failure:
+        text = Secrets(git.credentials.parent).mask(str(failure))
+        Path(environ["TERMINATION_LOG"]).write_text(text)
+        raise HookError(text) from failure
+    (directory.parent / "results").mkdir(exist_ok=True)
     return 0
 
 
 def collect(environ: Mapping[str, str]) -> int:
-    """Inside a test pod: wait until the tests have ended, then leave a summary of their report."""
-    report, log = pod_variables(environ, "JUNIT_XML", "TERMINATION_LOG")
+    """Inside a test pod: wait until the tests have ended, then write a summary of their report."""
+    require_variables(environ, "JUNIT_XML", "TERMINATION_LOG")
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     ended.wait()
-    Path(log).write_text(junit_summary(Path(report)))
+    Path(environ["TERMINATION_LOG"]).write_text(junit_summary(Path(environ["JUNIT_XML"])))
     return 0
+
+
+def require_variables(environ: Mapping[str, str], *names: str) -> None:
+    """Raise ConfigError where the variables are missing that a Job's manifest sets."""
+    if missing := [name for name in names if name not in environ]:
+        raise ConfigError([f"this runs inside Job pods, where {', '.join(missing)} would be set"])
+
+
+def completed(text: str, ids: Iterable[str]) -> str:
+    """Return the only one of these ids that a text begins, "" for none.
+
+    Raises ConfigError where it begins several of them.
+    """
+    matches = sorted({each for each in ids if each.startswith(text)})
+    if len(matches) > 1 and text not in matches:
+        some = ", ".join(matches[:5])
+        raise ConfigError(
+            [f"{text} is ambiguous: {len(matches)} ids begin with it, such as {some}"]
+        )
+    return text if text in matches else "".join(matches)
+
+
+def printable(text: str) -> str:
+    """Return anyone's text fit for a terminal: control characters and the like are spelled out."""
+    return "".join(c if c.isprintable() or c in "\t\n" else repr(c)[1:-1] for c in text)
+
+
+def print_text(text: str) -> None:
+    """Print a command's answer; a reader who has gone, `head` say, does not stop the command."""
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # === main =========================================================================================
@@ -8107,73 +8408,33 @@ COMMANDS = {c.__name__: c for c in (serve, push, status, explain, plan, rollback
 JOB_COMMANDS = {c.__name__: c for c in (clone, collect)}
 
 
-def back_or_run(text: str) -> int | str:
-    """Return how many versions back to go, or the run to go to; raises ValueError."""
-    if re.fullmatch("-?[0-9]{1,6}", text):
-        return int(text)
-    if not re.fullmatch(rf"{DNS_LABEL.pattern}-[0-9a-f]{{8}}-[0-9a-f]{{4,16}}", text):
-        raise ValueError("neither a number nor the id of a run")
-    return text
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    root = argparse.ArgumentParser(prog="gitops-hook", description="from a push to a deployment")
-    root.epilog = "Exit status: 0 done, 1 tried and failed, 2 usage or surroundings, 3 refused."
-    root.add_argument("--version", action="version", version=__version__)
-    add = root.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
-    one = add("serve", help="run the daemon")
-    one.add_argument("--check", action="store_true", help="check configuration and secrets only")
-    one = add("push", help="send a signed test delivery")
-    for name, what in (("--app", "its name"), ("--ref", "its branch"), ("--sha", "its commit")):
-        one.add_argument(name, required=True, help=what)
-    one.add_argument("--url", default="http://127.0.0.1:8080/webhook", help="default: %(default)s")
-    one = add("status", help="what is live where, and the runs")
-    one.add_argument("app", nargs="?", default="", help="all of them if not given")
-    one.add_argument("--output", choices=("text", "json"), default="text", help="text if not given")
-    one = add("explain", help="how a run stands, and what it printed")
-    one.add_argument("run", help="its id")
-    one.add_argument("--log", action="store_true", help="the last lines of what failed")
-    one = add("rollback", help="switch back to a proven version")
-    one.add_argument("app", help="its name")
-    one.add_argument("--environment", default="", help="the app's last one if not given")
-    where = "so many proven versions back, or a run of the history"
-    one.add_argument("--to", type=back_or_run, default="1", metavar="N|RUN", help=where)
-    one.add_argument("--reason", default="", help="why; `status` shows it")
-    add("rerun", help="let a run that has ended go again").add_argument("run", help="its id")
-    one = add("plan", help="what a push would do now; changes nothing")
-    one.add_argument("app", help="its name")
-    one.add_argument("commit", nargs="?", default="", help="the branch's head if not given")
-    add("clone", help="inside a Job pod: check out the commit")
-    add("collect", help="inside a test pod: summarise the report")
-    return root
-
-
-def verdict(failed: HookError) -> tuple[int, Sequence[str]]:
-    """Return the exit status and what to say: 1 failed, 2 usage or surroundings, 3 refused."""
-    if isinstance(failed, ConfigError):
-        return 2, failed.faults
-    kind = failed.kind if isinstance(failed, KubectlError) else ""
-    if kind == "Unreachable":
-        return 2, [f"no cluster answers or takes this account; is KUBECONFIG right? {failed}"]
-    refused = isinstance(failed, RefusedError | SupersededError) or kind == "Conflict"
-    return 3 if refused else 1, [str(failed)]
-
-
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run one command and return its exit status; what went wrong is said on stderr."""
+    """Run one command and return its exit status; what went wrong is written to stderr."""
     args = parser().parse_args(argv)
     logging.basicConfig(format="gitops-hook: %(message)s", level=logging.WARNING)
     try:
         if args.command in JOB_COMMANDS:
             return JOB_COMMANDS[args.command](environ)
         return COMMANDS[args.command](Tools.load(environ), args)
-    except HookError as failed:
-        code, lines = verdict(failed)
+    except HookError as failure:
+        code = exit_status(failure)
+        lines = failure.faults if isinstance(failure, ConfigError) else [str(failure)]
+        if isinstance(failure, KubectlError) and failure.kind == "Unreachable":
+            away = "no cluster answers, or it refuses this account; is KUBECONFIG right?"
+            lines = [f"{away} {failure}"]
     except KeyboardInterrupt:
-        code, lines = 1, ["interrupted; `status` shows how things stand"]
+        code = 1
+        lines = ["interrupted; `status` shows how things stand"]
     sys.stderr.writelines(f"gitops-hook: {mask_value(line, ())}\n" for line in lines)
     return code
+
+
+def exit_status(failure: HookError) -> int:
+    """Return the exit status for a failure: 1 tried, 2 usage or surroundings, 3 refused."""
+    kind = failure.kind if isinstance(failure, KubectlError) else ""
+    if isinstance(failure, ConfigError) or kind == "Unreachable":
+        return 2
+    return 3 if isinstance(failure, RefusedError | SupersededError) or kind == "Conflict" else 1
 
 
 if __name__ == "__main__":

@@ -435,8 +435,8 @@ def test_a_configmap_of_300_kilobytes_is_read_in_time(tmp_path: Path) -> None:
     began = time.process_time()
     with at_full_speed():
         (item,) = read(tmp_path, **{"large.yaml": text})
-    assert time.process_time() - began < 10
     assert len(item["data"]["file"]) > 300_000
+    assert time.process_time() - began < 10
 
 
 # === Kustomizations ===

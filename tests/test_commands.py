@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +38,34 @@ from tests.world import (
 # The first test to run plays the whole story.
 pytestmark = pytest.mark.timeout(300)
 UNKNOWN = "shop-00000000-0000"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def config(repository: Path) -> Object:
     """One environment, no waiting, a test that is quickly over."""
     health = {"path": "/ready", "successes": 1}
     short = {"environments": ["production"], "bake": "2s", "drain": "0s", "health": health}
-    made = daemon_config(repository, **short)
+    settings = daemon_config(repository, **short)
     # what would change the title of a terminal, and turn its text round
     title = "printf '\\033]0;hi\\007 \\342\\200\\256txt token=hunter2\\n'"
-    made["apps"][0]["test"] = {"command": f"{title}; cat version; ! grep -q broken version"}
-    return made
+    settings["apps"][0]["test"] = {"command": f"{title}; cat version; ! grep -q broken version"}
+    return settings
+
+
+def short(run: str) -> str:
+    """The id of a run as `status` prints it, without the hash of its ref."""
+    return run.rpartition("-")[0]
 
 
 class Page:
     """What one command printed and how it ended, and what visitors then got."""
 
-    def __init__(self, told: World, *args: str) -> None:
-        done = told.command(*args)
-        self.status, self.stdout, self.stderr = done.returncode, done.stdout, done.stderr
-        answer = told.answer() if told.service() else {"version": "", "greeting": ""}
+    def __init__(self, place: World, *args: str) -> None:
+        done = place.command(*args)
+        self.status = done.returncode
+        self.stdout = done.stdout
+        self.stderr = done.stderr
+        answer = place.answer() if place.service() else {"version": "", "greeting": ""}
         self.version = answer["version"]
         self.answer = answer["version"], answer["greeting"]
 
@@ -68,8 +77,7 @@ class Page:
     @property
     def production(self) -> Object:
         """The environment in `status --output json`."""
-        found: Object = self.json["apps"][0]["environments"]["production"]
-        return found
+        return dict(self.json["apps"][0]["environments"]["production"])
 
     def runs(self) -> dict[str, Object]:
         """The runs in `status --output json`, by id."""
@@ -79,12 +87,12 @@ class Page:
 class Story:
     """What happened, page by page."""
 
-    def __init__(self, told: World) -> None:
-        self.world = told
+    def __init__(self, place: World) -> None:
+        self.world = place
         self.pages: dict[str, Page] = {}
         self.run: dict[str, str] = {}
         self.commit: dict[str, str] = {}
-        self.kubectl = Kubectl(told.directory, told.cluster.kubeconfig())
+        self.kubectl = Kubectl(place.directory, place.cluster.kubeconfig())
 
     def page(self, name: str, *args: str) -> Page:
         """Run a command and keep what came of it."""
@@ -99,14 +107,15 @@ class Story:
 
     def settled(self) -> None:
         """Wait until nobody changes the environment any more."""
-        eventually(lambda: "gitops-hook/deploying" not in self.notes(), what="no claim is left")
+        eventually(
+            lambda: "gitops-hook/deploying" not in self.annotations(), what="no claim is left"
+        )
 
-    def notes(self) -> Object:
+    def annotations(self) -> Object:
         """The annotations of the live Service."""
         service = self.world.service()
         assert service is not None
-        found: Object = service["metadata"].get("annotations", {})
-        return found
+        return dict(service["metadata"].get("annotations", {}))
 
     def ends(self, run: str) -> int:
         """How often the log says that a run ended."""
@@ -122,12 +131,12 @@ class Story:
         yield
         process.send_signal(signal.SIGCONT)
 
-    def goes_again(self, name: str, version: str) -> None:
-        """Rerun a version's run and wait for its next end."""
+    def rerun_to_its_end(self, name: str, version: str) -> None:
+        """Rerun a version's run by its short id, and wait for its next end."""
         run = self.run[version]
         ends = self.ends(run)
         with self.daemon_held():
-            self.page(name, "rerun", run)
+            self.page(name, "rerun", short(run))
             self.page(f"{name} twice", "rerun", run)
         eventually(lambda: self.ends(run) > ends, 60, f"{run} ends again")
         self.settled()
@@ -140,6 +149,7 @@ class Story:
         self.page("empty, json", "status", "--output", "json")
         self.page("rollback of nothing", "rollback", "shop")
         self.page("rerun of nothing", "rerun", UNKNOWN)
+        self.page("short rerun of nothing", "rerun", UNKNOWN[:9])
         self.page("plan of nothing", "plan", "shop")
         self.page("nothing, explained", "explain", UNKNOWN)
         self.page("another app, explained", "explain", "other-00000000-0000")
@@ -153,7 +163,7 @@ class Story:
     def second_version(self) -> None:
         self.commit["v2"] = self.world.repository.release("v2")
         self.run["v2"] = self.world.push(self.commit["v2"])
-        eventually(lambda: "gitops-hook/bake-until" in self.notes(), what="v2 bakes")
+        eventually(lambda: "gitops-hook/bake-until" in self.annotations(), what="v2 bakes")
         with self.daemon_held():
             self.page("baking", "status", "--output", "json")
             self.page("baking, text", "status", "shop")
@@ -163,6 +173,7 @@ class Story:
         self.page("two versions", "status", "--output", "json")
         self.page("two versions, text", "status")
         self.page("rollback --to 99", "rollback", "shop", "--to", "99")
+        self.page("rollback to an unknown run", "rollback", "shop", "--to", UNKNOWN[:9])
 
     def third_version(self) -> None:
         self.release("v3")
@@ -179,7 +190,7 @@ class Story:
         wanted = {"msg": "push needs nothing", "reason": "Rejected"}
         eventually(lambda: any(wanted.items() <= e.items() for e in self.world.logged(offset)))
         self.page("rejected", "status", "--output", "json")
-        self.goes_again("rerun of a rejected run", "v3")
+        self.rerun_to_its_end("rerun of a rejected run", "v3")
         self.settled()
         self.page("after the rerun", "status", "--output", "json")
 
@@ -190,8 +201,9 @@ class Story:
         logs = ("get", "configmaps", "-n", "test", "-l", "gitops-hook/stage=log", "-o", "name")
         eventually(lambda: self.kubectl.run(*logs).out, what="the log is kept")
         self.page("red, explained", "explain", self.run["broken"])
+        self.page("red, explained by a short id", "explain", short(self.run["broken"]))
         self.page("red, log", "explain", self.run["broken"], "--log")
-        self.goes_again("rerun of a red run", "broken")
+        self.rerun_to_its_end("rerun of a red run", "broken")
 
     def broken_version(self) -> None:
         self.bad = self.release("v4", modes="crash-at-start")
@@ -209,13 +221,14 @@ class Story:
         labels = {"gitops-hook/run": self.run["v1"]}
         eventually(lambda: not self.pods(labels), what="the pods of v1 are gone")
         self.page("scaled down", "status", "--output", "json")
-        self.page("rollback without the daemon", "rollback", "shop", "--environment", "production")
+        to_run = ("--environment", "production", "--to", short(self.run["v1"]))
+        self.page("rollback without the daemon", "rollback", "shop", *to_run)
         self.page("the end", "status", "--output", "json")
 
     def pods(self, labels: Object) -> list[Object]:
         """The pods in production with these labels."""
-        found = self.world.cluster.store.list("pods", "production")
-        return [p for p in found if labels.items() <= p["metadata"]["labels"].items()]
+        pods = self.world.cluster.store.list("pods", "production")
+        return [p for p in pods if labels.items() <= p["metadata"]["labels"].items()]
 
     def play(self) -> None:
         """All of it."""
@@ -231,10 +244,10 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    with world(tmp_path_factory.mktemp("commands"), config, speed=4.0) as made:
-        told = Story(made)
-        told.play()
-        yield told
+    with world(tmp_path_factory.mktemp("commands"), config, speed=4.0) as place:
+        played = Story(place)
+        played.play()
+        yield played
 
 
 # status
@@ -244,7 +257,7 @@ def test_status_of_an_empty_cluster_says_that_nothing_is_live(story: Story) -> N
     page = story.pages["empty"]
     assert (page.status, page.stderr) == (0, "")
     assert page.stdout.splitlines()[0].split("  ")[0] == "APP"
-    assert re.search(r"(?m)^shop +production +- +- +- +impossible +- +-$", page.stdout)
+    assert re.search(r"(?m)^shop +production +- +- +- +impossible +-$", page.stdout)
 
 
 def test_status_of_an_empty_cluster_as_json_has_every_key(story: Story) -> None:
@@ -261,15 +274,15 @@ def test_status_of_an_empty_cluster_as_json_has_every_key(story: Story) -> None:
     }
 
 
-def test_status_tells_what_is_being_deployed_and_how_long_it_bakes(story: Story) -> None:
+def test_status_shows_what_is_being_deployed_and_how_long_it_bakes(story: Story) -> None:
     production = story.pages["baking"].production
     assert production["run"] == production["deploying"]["run"] == story.run["v2"]
     assert production["deploying"]["phase"] == "baking"
     assert production["bake_until"] > production["deploying"]["since"]
-    assert f"baking {story.run['v2']}" in story.pages["baking, text"].stdout
+    assert f"baking {short(story.run['v2'])}" in story.pages["baking, text"].stdout
 
 
-def test_status_tells_how_far_a_run_is(story: Story) -> None:
+def test_status_shows_how_far_a_run_is(story: Story) -> None:
     runs = story.pages["baking"].runs()
     run, first = runs[story.run["v2"]], runs[story.run["v1"]]
     assert (run["stage"], run["state"]) == ("production", "baking")
@@ -279,7 +292,29 @@ def test_status_tells_how_far_a_run_is(story: Story) -> None:
     assert first["commit"] == story.commit["v1"]
 
 
-def test_status_tells_what_is_live_and_what_was_before(story: Story) -> None:
+def test_status_shows_the_last_of_the_environments_that_a_run_has_claimed() -> None:
+    def claimed(environment: str, phase: str, run: str) -> hook.EnvironmentStatus:
+        return hook.EnvironmentStatus(
+            app="shop",
+            environment=environment,
+            live=hook.HistoryEntry(),
+            target=hook.HistoryEntry(),
+            rollback_ready=False,
+            drift=hook.Drift.NONE,
+            claim=hook.Claim(run=run, phase=phase),
+            bake_until=0.0,
+            reverted=hook.HistoryEntry(),
+        )
+
+    run = hook.RunStatus("shop-1", "shop", "refs/heads/main", COMMIT, 1.0, "build", "succeeded")
+    places = [claimed("staging", "draining", run.run), claimed("production", "baking", run.run)]
+    places.append(claimed("other", "baking", "shop-2"))
+    assert run.as_claimed(places) == replace(run, stage="production", state="baking")
+    ended = replace(run, state="ended")
+    assert ended.as_claimed(places) == ended
+
+
+def test_status_shows_what_is_live_and_what_was_before(story: Story) -> None:
     production = story.pages["two versions"].production
     assert (production["run"], production["colour"]) == (story.run["v2"], "green")
     assert production["commit"] == story.commit["v2"]
@@ -293,24 +328,59 @@ def test_status_tells_what_is_live_and_what_was_before(story: Story) -> None:
 
 def test_status_as_text_is_a_table(story: Story) -> None:
     lines = story.pages["two versions, text"].stdout.splitlines()
-    cells = (story.run["v2"], "green", story.run["v1"], "at once", "-", "-")
+    cells = (short(story.run["v2"]), "green", short(story.run["v1"]), "at once", "-")
     assert re.split(r"  +", lines[1]) == ["shop", "production", *cells]
     assert lines[2] == ""
     newest = re.split(r"  +", lines[4])
-    assert newest[:6] == [story.run["v2"], "main", "production", "ended", "deployed", "Ok"]
+    assert newest[:6] == [short(story.run["v2"]), "main", "production", "ended", "deployed", "Ok"]
     assert re.fullmatch(r"\d+[sm]", newest[6])
-    assert re.split(r"  +", lines[3])[6:] == ["AGE", "DETAIL"]
+    assert re.split(r"  +", lines[3])[6:] == ["AGE"]
 
 
-def test_status_tells_when_a_run_was_received(story: Story) -> None:
+def test_status_shows_when_a_run_was_received(story: Story) -> None:
     runs = story.pages["two versions"].runs()
     first, second = (runs[story.run[v]]["received"] for v in ("v1", "v2"))
     assert 0 < second - first < 300
     assert first < runs[story.run["v2"]]["received"] < time.time()
 
 
+def test_status_fits_a_terminal_of_100_columns(story: Story) -> None:
+    texts = [page.stdout for name, page in story.pages.items() if name.endswith("text")]
+    assert len(texts) >= 4
+    assert max(len(each) for text in texts for each in text.splitlines()) <= 100
+
+
+def test_a_table_wraps_between_words_what_is_longer_than_its_columns_can_be() -> None:
+    branch = "feature/" + "-".join(["words"] * 12)
+    rows = [[branch, "UnhealthyAfterSwitch" * 2, "", "and more " * 20]]
+    lines = hook.table(["REF", "REASON", "EMPTY"], rows).splitlines()
+    assert max(map(len, lines)) <= 100
+    cells = [re.split("  +", line) for line in lines]
+    assert cells[0] == ["REF", "REASON", "EMPTY"]
+    assert cells[1][1:] == ["UnhealthyAfterSwitch" * 2, "-"]
+    above = [line for line in lines[1:] if "and more" not in line]
+    assert "".join(line.split("  ")[0] for line in above) == branch
+    below = [line for line in lines if "and more" in line]
+    assert " ".join(" ".join(below).split()) == ("and more " * 20).strip()
+    assert all(line.startswith("    ") for line in below)
+
+
+def test_a_table_breaks_words_only_where_all_are_too_long() -> None:
+    lines = hook.table(["A", "B"], [["x" * 70, "y" * 70, ""]]).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "".join(lines[1:]).count("x") == "".join(lines[1:]).count("y") == 70
+
+
+def test_a_run_has_a_short_id_unless_another_one_shares_it() -> None:
+    runs = ["shop-01234567-0123456789", "shop-89abcdef-0123", "shop-89abcdef-0123456789", ""]
+    assert hook.short_ids([*runs, runs[0]]) == {
+        **{run: run for run in runs},
+        runs[0]: "shop-01234567",
+    }
+
+
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [
         (-3, "0s"),
         (0, "0s"),
@@ -321,8 +391,8 @@ def test_status_tells_when_a_run_was_received(story: Story) -> None:
         (2e5, "2d"),
     ],
 )
-def test_an_age_is_told_in_the_largest_unit_of_which_it_is_two(seconds: float, told: str) -> None:
-    assert hook.age(1e9, 1e9 + seconds) == told
+def test_an_age_is_in_the_largest_unit_of_which_it_is_two(seconds: float, text: str) -> None:
+    assert hook.age(1e9, 1e9 + seconds) == text
 
 
 def test_the_age_of_what_has_no_time_is_left_open() -> None:
@@ -335,7 +405,7 @@ def test_status_says_when_going_back_takes_a_rollout(story: Story) -> None:
     assert not production["rollback_ready"]
 
 
-def test_status_tells_why_a_run_failed(story: Story) -> None:
+def test_status_shows_why_a_run_failed(story: Story) -> None:
     run = story.pages["after a failure"].runs()[story.run["v4"]]
     assert (run["stage"], run["outcome"], run["reason"]) == ("production", "failed", "CrashLoop")
     assert "hunter2" not in json.dumps(run)
@@ -345,8 +415,8 @@ def test_status_tells_why_a_run_failed(story: Story) -> None:
 
 def test_status_says_that_a_deployed_run_was_rolled_back_and_why(story: Story) -> None:
     run = story.pages["after the first rollback"].runs()[story.run["v3"]]
-    told = {k: run[k] for k in ("outcome", "reason", "detail")}
-    assert told == {"outcome": "rolled-back", "reason": "RolledBack", "detail": "it is ugly"}
+    end = {k: run[k] for k in ("outcome", "reason", "detail")}
+    assert end == {"outcome": "rolled-back", "reason": "RolledBack", "detail": "it is ugly"}
 
 
 def test_status_does_not_repeat_the_reason_of_a_rollback_without_one(story: Story) -> None:
@@ -354,12 +424,12 @@ def test_status_does_not_repeat_the_reason_of_a_rollback_without_one(story: Stor
     assert (run["outcome"], run["reason"], run["detail"]) == ("rolled-back", "RolledBack", "")
 
 
-def test_status_tells_of_each_environment_what_was_reverted_last_and_why(story: Story) -> None:
+def test_status_shows_of_each_environment_what_was_reverted_last_and_why(story: Story) -> None:
     assert story.pages["two versions"].production["reverted"] == {}
-    told = {"run": story.run["v3"], "reason": "RolledBack", "detail": "it is ugly"}
-    assert story.pages["after the first rollback"].production["reverted"] == told
-    line = story.pages["after the first rollback, text"].stdout.splitlines()[1]
-    assert line.endswith(f"  {story.run['v3']}: RolledBack: it is ugly")
+    reverted = {"run": story.run["v3"], "reason": "RolledBack", "detail": "it is ugly"}
+    assert story.pages["after the first rollback"].production["reverted"] == reverted
+    below = story.pages["after the first rollback, text"].stdout.splitlines()[2]
+    assert below == f"    reverted: {short(story.run['v3'])}: RolledBack: it is ugly"
     assert story.pages["after the rerun"].production["reverted"] == {}
 
 
@@ -368,24 +438,29 @@ def test_status_says_why_a_run_failed_and_nothing_that_its_container_printed(
 ) -> None:
     assert story.pages["red"].runs()[story.run["broken"]]["detail"] == "exit code 1"
     text = story.pages["red, text"].stdout
-    (line,) = [each for each in text.splitlines() if each.startswith(story.run["broken"])]
-    assert line.endswith("  exit code 1")
+    assert re.search(rf"(?m)^{short(story.run['broken'])} .*\n    exit code 1$", text)
 
 
 # explain
 
 
-def test_explain_tells_how_a_run_stands(story: Story) -> None:
+def test_explain_shows_how_a_run_stands(story: Story) -> None:
     page = story.pages["red, explained"]
-    told = dict(re.findall(r"(?m)^(\w+): +(.*)$", page.stdout))
-    assert (page.status, told["run"], told["app"]) == (0, story.run["broken"], "shop")
-    assert (told["ref"], told["commit"]) == ("refs/heads/feature/red", story.commit["broken"])
-    assert (told["outcome"], told["reason"], told["detail"]) == (
+    lines = dict(re.findall(r"(?m)^(\w+): +(.*)$", page.stdout))
+    assert (page.status, lines["run"], lines["app"]) == (0, story.run["broken"], "shop")
+    assert (lines["ref"], lines["commit"]) == ("refs/heads/feature/red", story.commit["broken"])
+    assert (lines["outcome"], lines["reason"], lines["detail"]) == (
         *("failed", "TestsFailed"),
         "exit code 1",
     )
-    assert re.fullmatch(r"\d+s ago", told["received"])
+    assert re.fullmatch(r"\d+s ago", lines["received"])
     assert "broken\n" not in page.stdout.partition("detail")[2], "no log unless it is asked for"
+
+
+def test_explain_takes_the_short_id_that_status_prints(story: Story) -> None:
+    page = story.pages["red, explained by a short id"]
+    assert page.status == 0
+    assert re.search(rf"(?m)^run: +{story.run['broken']}$", page.stdout)
 
 
 def test_explain_prints_the_log_of_a_red_test_fit_for_a_terminal(story: Story) -> None:
@@ -405,34 +480,36 @@ def test_explain_prints_the_log_of_a_version_that_crashed(story: Story) -> None:
 def test_explain_says_that_no_log_is_kept_of_a_run_that_is_well(story: Story) -> None:
     page = story.pages["v3, log"]
     assert page.status == 0
-    assert page.stdout.endswith("no log is kept: it is for a day, where something failed\n")
+    last = "no log is kept: logs are kept for a day, and only of what failed\n"
+    assert page.stdout.endswith(last)
 
 
 @pytest.mark.parametrize(
-    ("page", "status", "said"),
+    ("page", "status", "text"),
     [
-        ("nothing, explained", 1, "nothing is known of shop-00000000-0000 any more"),
+        ("nothing, explained", 1, "shop-00000000-0000 is unknown: no Job, no record and no log"),
         ("another app, explained", 2, "no app 'other' is configured"),
-        ("no id, explained", 2, "'shop,a!=b' is no id of a run"),
+        ("no id, explained", 2, "'shop,a!=b' is not the id of a run"),
     ],
 )
-def test_explain_says_what_is_not_known(story: Story, page: str, status: int, said: str) -> None:
-    assert (story.pages[page].status, said in story.pages[page].stderr) == (status, True)
+def test_explain_says_what_is_not_known(story: Story, page: str, status: int, text: str) -> None:
+    assert (story.pages[page].status, text in story.pages[page].stderr) == (status, True)
 
 
 def test_explain_goes_on_where_an_account_may_not_look(story: Story) -> None:
-    told, subject = story.world, {"kind": "ServiceAccount", "name": "looker", "namespace": "test"}
+    place = story.world
+    subject = {"kind": "ServiceAccount", "name": "looker", "namespace": "test"}
     rule = {"apiGroups": ["*"], "resources": ["jobs", "configmaps"], "verbs": ["get", "list"]}
     rbac = {"apiVersion": "rbac.authorization.k8s.io/v1"}
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "looker"}
     bound = {"roleRef": role, "subjects": [subject]}
     for namespace in ("test", "build", "orchestration"):
         meta = {"name": "looker", "namespace": namespace}
-        told.cluster.load(
+        place.cluster.load(
             {**rbac, "metadata": meta, "kind": "Role", "rules": [rule]},
             {**rbac, "metadata": meta, "kind": "RoleBinding", **bound},
         )
-    environ = {**told.environ, "KUBECONFIG": str(told.cluster.kubeconfig("test/looker"))}
+    environ = {**place.environ, "KUBECONFIG": str(place.cluster.kubeconfig("test/looker"))}
     argv = [sys.executable, str(PROGRAM), "explain", story.run["broken"], "--log"]
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     assert "\n--- production\nnot readable with this account\n" in done.stdout, done
@@ -470,8 +547,8 @@ def test_rollback_goes_several_versions_back_onto_one_whose_colour_was_overwritt
 def test_rollback_further_than_there_are_proven_versions_is_refused(story: Story) -> None:
     page = story.pages["rollback --to 9"]
     assert (page.status, page.version) == (3, "v3")
-    told = "shop in production: only 2 proven versions to go back to"
-    assert page.stderr == f"gitops-hook: {told}\n"
+    text = "shop in production: only 2 proven versions to go back to"
+    assert page.stderr == f"gitops-hook: {text}\n"
     page = story.pages["rollback --to 99"]
     assert (page.status, page.version) == (3, "v2")
     assert page.stderr.endswith(": only 1 proven version to go back to\n")
@@ -498,7 +575,16 @@ def test_after_a_failed_deployment_the_version_before_stands_again(story: Story)
     assert page.production["rollback_ready"]
 
 
-def test_rollback_needs_no_daemon_and_scales_up_what_was_scaled_down(story: Story) -> None:
+def test_rollback_to_an_unknown_run_is_refused_with_those_it_could_go_to(story: Story) -> None:
+    page = story.pages["rollback to an unknown run"]
+    assert (page.status, page.version) == (3, "v2")
+    runs = f"{story.run['v2']}, {story.run['v1']}"
+    assert page.stderr.endswith(f"'{UNKNOWN[:9]}' is no run of the history: {runs}\n")
+
+
+def test_rollback_takes_a_short_id_needs_no_daemon_and_scales_up_what_was_scaled_down(
+    story: Story,
+) -> None:
     page = story.pages["rollback without the daemon"]
     assert (page.status, page.stderr) == (0, "")
     assert page.answer == ("v1", "hello from v1")
@@ -508,10 +594,14 @@ def test_rollback_needs_no_daemon_and_scales_up_what_was_scaled_down(story: Stor
 # rerun
 
 
-def test_rerun_of_an_unknown_run_is_refused(story: Story) -> None:
-    page = story.pages["rerun of nothing"]
-    assert page.status == 3
-    assert f"{UNKNOWN} is not the head of a branch" in page.stderr
+@pytest.mark.parametrize(
+    ("name", "run"), [("rerun of nothing", UNKNOWN), ("short rerun of nothing", UNKNOWN[:9])]
+)
+def test_rerun_of_an_unknown_run_is_refused(story: Story, name: str, run: str) -> None:
+    assert story.pages[name].status == 3
+    assert (
+        f"{run} is unknown: neither a recorded run nor a branch's head" in story.pages[name].stderr
+    )
 
 
 def test_rerun_of_what_is_not_the_head_is_refused(story: Story) -> None:
@@ -523,7 +613,7 @@ def test_rerun_of_what_is_not_the_head_is_refused(story: Story) -> None:
 def test_rerun_of_a_rejected_run_deploys_it(story: Story) -> None:
     page = story.pages["rerun of a rejected run"]
     assert (page.status, page.stderr) == (0, "")
-    assert page.stdout == f"{story.run['v3']} goes on; `status shop` tells how far it is\n"
+    assert page.stdout == f"{story.run['v3']} is under way; `status shop` shows how far it is\n"
     after = story.pages["after the rerun"]
     assert (after.version, after.production["run"]) == ("v3", story.run["v3"])
     assert after.production["previous"]["run"] == story.run["v1"]
@@ -540,7 +630,7 @@ def test_rerun_of_what_is_live_everywhere_says_so_and_starts_nothing(story: Stor
 def test_rerun_of_a_run_whose_tests_failed_tests_again(story: Story) -> None:
     page = story.pages["rerun of a red run"]
     assert (page.status, page.stderr) == (0, "")
-    assert "goes on" in page.stdout
+    assert "is under way" in page.stdout
     assert story.ends(story.run["broken"]) == 2
 
 
@@ -548,33 +638,33 @@ def test_rerun_of_a_run_whose_tests_failed_tests_again(story: Story) -> None:
 def test_rerun_of_a_run_under_way_leaves_it_alone(story: Story, name: str) -> None:
     page = story.pages[name]
     assert (page.status, page.stderr) == (0, "")
-    assert "goes on" in page.stdout
+    assert "is under way" in page.stdout
 
 
 # Configuration from the cluster
 
 
 def test_without_a_file_the_configuration_comes_from_the_cluster(story: Story) -> None:
-    told = story.world
-    data = {"config.yaml": yaml.safe_dump(told.config)}
+    place = story.world
+    data = {"config.yaml": yaml.safe_dump(place.config)}
     meta = {"name": "gitops-hook", "namespace": "orchestration"}
-    made = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data}
-    told.cluster.load(made)
-    environ = {k: v for k, v in told.environ.items() if not k.startswith("GITOPS_HOOK_")}
-    environ["KUBECONFIG"] = str(told.cluster.kubeconfig())
+    configmap = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data}
+    place.cluster.load(configmap)
+    environ = {k: v for k, v in place.environ.items() if not k.startswith("GITOPS_HOOK_")}
+    environ["KUBECONFIG"] = str(place.cluster.kubeconfig())
     argv = [sys.executable, str(PROGRAM), "status", "--output", "json"]
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done
     assert json.loads(done.stdout)["apps"][0]["environments"]["production"]["colour"]
-    told.cluster.store.delete("configmaps", "orchestration", "gitops-hook")
+    place.cluster.store.delete("configmaps", "orchestration", "gitops-hook")
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no ConfigMap gitops-hook in orchestration" in done.stderr
 
 
 def test_a_missing_permission_is_named(story: Story) -> None:
-    told = story.world
-    environ = told.environ | {"KUBECONFIG": str(told.cluster.kubeconfig("test/default"))}
+    place = story.world
+    environ = place.environ | {"KUBECONFIG": str(place.cluster.kubeconfig("test/default"))}
     argv = [sys.executable, str(PROGRAM), "rollback", "shop"]
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
@@ -585,30 +675,32 @@ def test_a_missing_permission_is_named(story: Story) -> None:
 # plan
 
 
-def versions(told: World) -> dict[tuple[str, str, str], str]:
+def versions(place: World) -> dict[tuple[str, str, str], str]:
     """Every object in the cluster with its version; events and the node's own signs aside."""
-    store, found = told.cluster.store, {}
+    store = place.cluster.store
+    by_object = {}
     for resource in {r.name for r in RESOURCES} - {"events", "leases", "nodes"}:
         for meta in (o["metadata"] for o in store.list(resource)):
             key = resource, meta.get("namespace", ""), meta["name"]
-            found[key] = meta["resourceVersion"]
-    return found
+            by_object[key] = meta["resourceVersion"]
+    return by_object
 
 
-def plan(told: World, *args: str, account: str | None = None, status: int = 0) -> list[str]:
+def plan(place: World, *args: str, account: str | None = None, status: int = 0) -> list[str]:
     """What `plan` says to an administrator, or to an account, ending with a status."""
-    environ = told.environ | {"KUBECONFIG": str(told.cluster.kubeconfig(account))}
-    argv, before = [sys.executable, str(PROGRAM), "plan", "shop", *args], versions(told)
+    environ = place.environ | {"KUBECONFIG": str(place.cluster.kubeconfig(account))}
+    argv = [sys.executable, str(PROGRAM), "plan", "shop", *args]
+    before = versions(place)
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (status, "")
-    assert versions(told) == before
+    assert versions(place) == before
     return done.stdout.splitlines()
 
 
 def line(lines: list[str], title: str) -> str:
     """What stands behind a title."""
-    (found,) = [text for text in lines if text.startswith(f"{title}: ")]
-    return found.removeprefix(f"{title}: ")
+    (text,) = [each for each in lines if each.startswith(f"{title}: ")]
+    return text.removeprefix(f"{title}: ")
 
 
 def test_plan_of_a_branch_that_is_not_there_is_refused(story: Story) -> None:
@@ -619,17 +711,31 @@ def test_plan_of_a_branch_that_is_not_there_is_refused(story: Story) -> None:
 
 def test_plan_of_what_is_no_commit_is_a_wrong_command_line(story: Story) -> None:
     done = story.world.command("plan", "shop", "main")
-    assert (done.returncode, done.stderr) == (2, "gitops-hook: 'main' is not a full commit id\n")
+    assert (done.returncode, done.stderr) == (2, "gitops-hook: 'main' is not a commit id\n")
 
 
-def test_plan_tells_what_is_live_and_what_would_come(story: Story) -> None:
+@pytest.mark.parametrize("commit", ["0" * 40, "0123456"])
+def test_plan_of_an_unknown_commit_says_so(story: Story, commit: str) -> None:
+    done = story.world.command("plan", "shop", commit)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith(f"gitops-hook: commit {commit} is unknown")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("version", ["v4", "v1"], ids=["a head", "a recorded run"])
+def test_plan_takes_the_beginning_of_a_commit(story: Story, version: str) -> None:
+    lines = plan(story.world, story.commit[version][:10])
+    assert line(lines, "run").split(",")[0] == story.run[version]
+
+
+def test_plan_shows_what_is_live_and_what_would_come(story: Story) -> None:
     lines = plan(story.world)
     assert line(lines, "run") == story.run["v4"]
     assert line(lines, "rejected") == f"CrashLoop; only `rerun {story.run['v4']}` deploys it"
     assert line(lines, "permissions") == "all there"
     live = story.pages["the end"].production
-    told = f"{story.run['v1']} ({live['colour']}), as it was deployed"
-    assert line(lines, "production, live") == told
+    text = f"{story.run['v1']} ({live['colour']}), as it was deployed"
+    assert line(lines, "production, live") == text
     colour = {"blue": "green", "green": "blue"}[live["colour"]]
     assert line(lines, "production, next").startswith(f"{colour}, 2 pods in about 10 s, ")
     image = f"  +      image: registry.example.com/demo/shop:{story.commit['v4'][:8]}"
@@ -644,7 +750,7 @@ def test_plan_of_an_older_commit_says_that_it_would_not_be_deployed(story: Story
     assert line(lines, "production, next").endswith("new ConfigMaps: none")
 
 
-def test_plan_tells_how_much_of_each_quota_is_used(story: Story) -> None:
+def test_plan_shows_how_much_of_each_quota_is_used(story: Story) -> None:
     lines = plan(story.world)
     assert re.search(r"(^|, )pods 0 of \d+(, |$)", line(lines, "test, quota"))
     assert line(lines, "production, quota") == "none"
@@ -669,7 +775,7 @@ def test_plan_masks_secrets_in_what_would_change(story: Story) -> None:
     assert not re.search("hunter2|line one|line two", text)
 
 
-def test_plan_tells_what_has_drifted(story: Story) -> None:
+def test_plan_shows_what_has_drifted(story: Story) -> None:
     live = story.pages["the end"].production["colour"]
     change = (
         "patch",
@@ -681,8 +787,9 @@ def test_plan_tells_what_has_drifted(story: Story) -> None:
     assert story.kubectl.run(*change, "--namespace=production").code == 0
 
     def seen() -> bool:
-        found = story.world.cluster.store.get("deployments", "production", f"shop-{live}")
-        return bool(found["status"]["observedGeneration"] == found["metadata"]["generation"])
+        deployment = story.world.cluster.store.get("deployments", "production", f"shop-{live}")
+        generation = deployment["metadata"]["generation"]
+        return bool(deployment["status"]["observedGeneration"] == generation)
 
     eventually(seen, what="the change is noticed")
     lines = plan(story.world)
@@ -691,7 +798,7 @@ def test_plan_tells_what_has_drifted(story: Story) -> None:
     assert lines[place + 1].startswith("  +progressDeadlineSeconds: ")
 
 
-def test_plan_tells_why_the_manifests_would_be_refused(story: Story) -> None:
+def test_plan_shows_why_the_manifests_would_be_refused(story: Story) -> None:
     commit = story.world.repository.release("v6", branch="feature/no", **{"deploy__app.yaml": "5"})
     lines = plan(story.world, commit, status=1)
     assert line(lines, "production, next").startswith("failed: ManifestInvalid: deploy/app.yaml")
@@ -714,17 +821,18 @@ def test_plan_is_whole_without_the_quotas_that_the_daemon_may_not_read(story: St
     assert line(lines, "production, live").startswith(story.run["v1"])
 
 
-def test_plan_tells_a_reader_what_is_live_without_a_comparison(story: Story) -> None:
-    told, meta = story.world, {"name": "reader", "namespace": "production"}
+def test_plan_shows_a_reader_what_is_live_without_a_comparison(story: Story) -> None:
+    place = story.world
+    meta = {"name": "reader", "namespace": "production"}
     rule = {"apiGroups": ["*"], "resources": ["*"], "verbs": ["get", "list"]}
     rbac = {"apiVersion": "rbac.authorization.k8s.io/v1", "metadata": meta}
     subject = {"kind": "ServiceAccount", "name": "reader", "namespace": "orchestration"}
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "reader"}
-    told.cluster.load(
+    place.cluster.load(
         {**rbac, "kind": "Role", "rules": [rule]},
         {**rbac, "kind": "RoleBinding", "roleRef": role, "subjects": [subject]},
     )
-    lines = plan(told, account="orchestration/reader", status=1)
+    lines = plan(place, account="orchestration/reader", status=1)
     live = story.pages["the end"].production["colour"]
     assert line(lines, "production, live") == f"{story.run['v1']} ({live})"
     assert re.search("2 pods in about .*new ConfigMaps: ", line(lines, "production, next"))
@@ -738,12 +846,12 @@ def test_plan_asks_for_exactly_the_rights_of_the_daemon() -> None:
     for role in roles:
         for rule in role["rules"]:
             for group, resource in itertools.product(rule["apiGroups"], rule["resources"]):
-                place = granted.setdefault(role["metadata"]["namespace"], {})
-                place[f"{group}/{resource}"] = {*rule["verbs"]}
+                rights = granted.setdefault(role["metadata"]["namespace"], {})
+                rights[f"{group}/{resource}"] = {*rule["verbs"]}
     asked = {
         **dict.fromkeys(("test", "build"), hook.JOB_RIGHTS),
         "orchestration": hook.STATE_RIGHTS,
     }
     asked |= dict.fromkeys(("staging", "production"), hook.APP_RIGHTS)
-    told = {n: {r: {*v.split()} for r, v in rights.items()} for n, rights in asked.items()}
-    assert told == granted
+    verbs = {n: {r: {*v.split()} for r, v in rights.items()} for n, rights in asked.items()}
+    assert verbs == granted

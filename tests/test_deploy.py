@@ -172,7 +172,7 @@ def test_a_version_that_crashes_at_start_is_red_without_its_last_words(live: Fle
     assert (traffic.failures, traffic.versions) == ([], ["v2"])
 
 
-def test_the_rollback_target_that_it_overwrote_is_healed(live: Fleet) -> None:
+def test_the_rollback_target_that_it_overwrote_is_restored(live: Fleet) -> None:
     shop = live["shop"]
     shop.quiet()
     shop.stands("blue", "v1")

@@ -890,3 +890,94 @@ def widens(folder: Path, pods: list[Object]) -> bool:
     assert history[0]["selector"] == {"app": "shop"}
     wanted = {"app": "shop", "pod-template-hash": None}
     return bool(change["spec"]["selector"] == wanted)
+
+
+# What a rollback and a failed first deployment leave
+
+
+def recorded_calls(folder: Path, cases: str) -> Path:
+    """Let the kubectl of a folder write down its calls, and answer some of them otherwise."""
+    script = folder / "kubectl"
+    calls = folder / "calls"
+    recording = f"""echo "$*" >> calls
+case "$*" in
+{cases}"""
+    script.write_text(script.read_text().replace('case "$*" in', recording, 1))
+    return calls
+
+
+def test_the_preview_service_of_someone_else_outlives_a_failed_first_deployment(
+    tmp_path: Path,
+) -> None:
+    made = deployer(tmp_path, [])
+    calls = recorded_calls(
+        tmp_path,
+        """*get*service/shop*) ;;
+*get*services*) ;;
+*get*deployments*) echo '{"items": []}' ;;
+*get*configmap*) echo '{"items": []}' ;;""",
+    )
+    made.collect_garbage(task())
+    lines = calls.read_text().split("\n")
+    assert any("get services" in line and "stage=preview" in line for line in lines)
+    assert not [line for line in lines if "delete" in line and "preview" in line]
+
+
+def test_a_bake_in_which_both_threads_switch_back_ends_with_the_reason_of_the_one_that_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = history(tmp_path, two_pods(2), two_pods(2))
+    missing = hook.StageError(hook.Reason.ENDPOINTS_MISSING, "they did not come")
+    pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
+    release = a_release({"metadata": {}, "spec": {"replicas": 2}})
+    bake = hook.Bake(made.steady, made.urgent, task(), release, pods)
+    judged = threading.Event()
+
+    def verify(*_: Any) -> None:
+        assert judged.wait(20)
+        raise missing
+
+    def judge() -> None:
+        judged.set()
+        raise hook.SupersededError(hook.Reason.ROLLED_BACK, "rolled back by hand")
+
+    monkeypatch.setattr(made.urgent.traffic, "verify", verify)
+    monkeypatch.setattr(made.urgent.rollout, "preview", lambda *_: "")
+    monkeypatch.setattr(bake, "judge", judge)
+    with pytest.raises(hook.StageError, match="EndpointsMissing"):
+        bake.run(hook.Service(NAMELESS), resumed=False)
+
+
+NAMELESS: Object = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {}}
+
+
+def test_a_rollback_rejects_what_it_left_also_when_the_target_cannot_be_restored_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = history(tmp_path, two_pods(2), two_pods(2))
+    rollback = hook.Rollback(made.steady)
+    service = made.steady.live.read(task())
+    assert service is not None
+    left = replace(service.live, commit="a" * 40)
+    service.history = [left, *service.history[1:]]
+    target = service.history[1]
+    switched = replace_claim(service, "shop-release")
+    rejected: list[Any] = []
+    monkeypatch.setattr(made.steady.claims, "put", lambda *_: service)
+    monkeypatch.setattr(rollback, "ready_goal", lambda *_: hook.Goal(target, target, True))
+    monkeypatch.setattr(rollback, "switch", lambda *_: switched)
+    monkeypatch.setattr(made.state, "write", lambda app, *records, **_: rejected.extend(records))
+
+    def fail(*_: Any) -> None:
+        raise hook.KubectlError(["kubectl", "replace"], None, "")
+
+    monkeypatch.setattr(rollback.rollout, "restore", fail)
+    assert rollback.run(task(), service, target, "it is slow") == target
+    assert [(r.commit, r.reason) for r in rejected] == [("a" * 40, "it is slow")]
+
+
+def replace_claim(service: hook.Service, release: str) -> hook.Service:
+    """A Service with the claim of a rollback that has something to restore."""
+    other = copy.copy(service)
+    other.claim = hook.Claim(phase="rollback", run="shop-old", restore=release)
+    return other

@@ -383,11 +383,11 @@ def test_a_list_can_be_filtered(kubectl: Kubectl) -> None:
 def test_names_are_read_without_what_the_objects_hold(kubectl: Kubectl, cluster: Cluster) -> None:
     assert kubectl.names("configmaps", SPACE, "size=large") == []
     large = [configmap(f"large-{i}", text="x" * 900_000) for i in range(20)]
-    for item in large:
-        item["metadata"] |= {"labels": {"size": "large"}, "namespace": SPACE}
-        cluster.store.create("configmaps", item)
-    listed = kubectl.names("configmaps", SPACE, "size=large")
-    assert sorted(listed) == sorted(item["metadata"]["name"] for item in large)
+    for each in large:
+        each["metadata"] |= {"labels": {"size": "large"}, "namespace": SPACE}
+        cluster.store.create("configmaps", each)
+    names = kubectl.names("configmaps", SPACE, "size=large")
+    assert sorted(names) == sorted(m["metadata"]["name"] for m in large)
     with pytest.raises(KubectlError):
         kubectl.list("configmaps", SPACE, "-l", "size=large")
     for item in large:

@@ -28,6 +28,7 @@ import yaml
 import gitops_hook
 from tests.measuring import MEASURING
 from tests.waiting import eventually
+from tests.world import Repository
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "gitops_hook.py"
@@ -57,7 +58,8 @@ class Place:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = directory / "config.yaml"
-        self.secrets, self.spool = directory / "secrets", directory / "spool"
+        self.secrets = directory / "secrets"
+        self.spool = directory / "spool"
         self.settings: dict[str, Any] = {
             "apps": [
                 {
@@ -96,9 +98,17 @@ class Place:
 
     def run(self, *args: str, **environ: str) -> Done:
         """Run a command to its end."""
+        return self.run_python(str(PROGRAM), *args, **environ)
+
+    def run_without_packages(self, *args: str) -> Done:
+        """Run a command by a Python that has only its standard library."""
+        return self.run_python("-S", str(PROGRAM), *args)
+
+    def run_python(self, *args: str, **environ: str) -> Done:
+        """Run Python to its end."""
         self.config.write_text(yaml.safe_dump(self.settings))
         return subprocess.run(
-            [self.python, str(PROGRAM), *args],
+            [self.python, *args],
             env=self.environ | environ,
             capture_output=True,
             text=True,
@@ -123,7 +133,8 @@ class Daemon:
     """A running daemon."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.process, self.log = process, log
+        self.process = process
+        self.log = log
         line = eventually(lambda: self.find("serving"))
         self.port = int(line["port"])
         self.url = f"http://127.0.0.1:{self.port}"
@@ -152,11 +163,11 @@ class Daemon:
 
     def temporary(self) -> int:
         """Return the bytes in the files without a name that it has open."""
-        found = 0
+        total = 0
         for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
             with suppress(OSError):
-                found += link.stat().st_size if "(deleted)" in os.readlink(link) else 0
-        return found
+                total += link.stat().st_size if "(deleted)" in os.readlink(link) else 0
+        return total
 
     def seconds(self) -> float:
         """Return the seconds of a processor's time that it has used."""
@@ -170,9 +181,9 @@ class Daemon:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    made = Place(tmp_path)
-    yield made
-    for process in made.processes:
+    place = Place(tmp_path)
+    yield place
+    for process in place.processes:
         process.kill()
         process.wait()
 
@@ -212,7 +223,33 @@ def test_help_and_version_succeed(place: Place) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", place.run("--version").stdout)
 
 
-def test_help_tells_of_every_argument_and_of_the_exit_statuses(place: Place) -> None:
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["rollback", "--help"]], ids=" ".join)
+def test_help_and_version_need_no_package(place: Place, args: list[str]) -> None:
+    done = place.run_without_packages(*args)
+    says(done, 0)
+    assert done.stdout == place.run(*args).stdout
+
+
+@pytest.mark.parametrize("args", [["status"], ["serve", "--check"], ["clone"]], ids=" ".join)
+def test_other_commands_without_their_packages_name_what_makes_the_environment(
+    place: Place, args: list[str]
+) -> None:
+    done = place.run_without_packages(*args)
+    says(done, 2, "the Python package prometheus_client is missing", "`make venv`")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_wrong_command_line_is_explained_without_packages(place: Place) -> None:
+    says(place.run_without_packages("deploy"), 2, "usage: gitops-hook", "invalid choice")
+
+
+def test_importing_it_without_packages_fails() -> None:
+    argv = [sys.executable, "-S", "-c", "import gitops_hook"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "ModuleNotFoundError: No module named 'prometheus_client'" in done.stderr
+
+
+def test_help_explains_every_argument_and_the_exit_statuses(place: Place) -> None:
     root = gitops_hook.parser()
     assert str(root.epilog).startswith("Exit status: 0 done, 1 ")
     for command in root._subparsers._group_actions[0].choices.values():
@@ -269,7 +306,13 @@ def test_an_unknown_environment_is_a_wrong_command_line(place: Place) -> None:
 @pytest.mark.parametrize("number", ["0", "-1"])
 def test_no_rollback_goes_to_what_is_live_or_comes_after_it(place: Place, number: str) -> None:
     done = place.run("rollback", "shop", "--to", number)
-    says(done, 2, f"--to {number}: how many proven versions back, so 1 or more")
+    says(done, 2, f"--to: '{number}' is neither how many versions, 1 or more, nor the id of a run")
+
+
+def test_rollback_of_an_app_without_environments_says_so(place: Place) -> None:
+    place.settings["apps"][0]["deploy"] = {"environments": []}
+    done = place.run("rollback", "shop")
+    says(done, 2, "shop has no environments, so nothing of it can be rolled back")
 
 
 @pytest.mark.parametrize("command", ["clone", "collect"])
@@ -383,7 +426,7 @@ def test_a_cluster_that_refuses_the_token_is_not_said_to_be_away(place: Place) -
         (place.directory / "kubeconfig").write_text(kubeconfig)
         done = place.run("status")
         server.shutdown()
-    says(done, 2, "no cluster answers or takes this account", "must be logged in to the server")
+    says(done, 2, "no cluster answers, or it refuses this account", "must be logged in to the")
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -415,6 +458,25 @@ def push(place: Place, url: str, **environ: str) -> Done:
     return place.run(
         *("push", "--app", "shop", "--ref", "main", "--sha", COMMIT, "--url", url), **environ
     )
+
+
+def test_push_takes_the_beginning_of_a_head(place: Place) -> None:
+    commit = Repository(place.directory).release("v1")
+    daemon = place.serve()
+    url = f"{daemon.url}/webhook"
+    done = place.run("push", "--app", "shop", "--ref", "main", "--sha", commit[:7], "--url", url)
+    says(done, 0, "202", "accepted", f"shop-{commit[:8]}-")
+
+
+def test_push_of_an_unknown_short_commit_asks_for_the_full_id(place: Place) -> None:
+    Repository(place.directory).release("v1")
+    done = place.run("push", "--app", "shop", "--ref", "main", "--sha", COMMIT[:7])
+    says(done, 3, f"commit {COMMIT[:7]} is unknown", "give the full commit id")
+
+
+def test_push_of_what_is_no_commit_says_so(place: Place) -> None:
+    done = place.run("push", "--app", "shop", "--ref", "main", "--sha", "HEAD")
+    says(done, 2, "'HEAD' is not a commit id")
 
 
 def test_push_to_nobody_fails(place: Place) -> None:
@@ -472,7 +534,8 @@ FORGED += b"webhook-id: x\r\nwebhook-timestamp: 1\r\nwebhook-signature: v1,x\r\n
 
 def send(daemon: Daemon, body: bytes, name: str = "") -> requests.Response:
     """Send a signed body, as GitLab would."""
-    name, stamp = name or str(uuid.uuid4()), str(int(time.time()))
+    name = name or str(uuid.uuid4())
+    stamp = str(int(time.time()))
     key = gitops_hook.decode_signing_token(TOKEN, 1)
     headers = {"Content-Type": "application/json", "webhook-id": name, "webhook-timestamp": stamp}
     signature = gitops_hook.sign(key, name.encode(), stamp.encode(), body)
@@ -482,8 +545,8 @@ def send(daemon: Daemon, body: bytes, name: str = "") -> requests.Response:
 
 def deliver(daemon: Daemon, *, name: str = "", **more: Any) -> requests.Response:
     """Send a push; with a name it is a delivery that comes again."""
-    ref, project = f"refs/heads/{uuid.uuid4()}" if not name else "refs/heads/main", {}
-    project["git_http_url"] = str(daemon.log.parent / "shop.git")
+    ref = "refs/heads/main" if name else f"refs/heads/{uuid.uuid4()}"
+    project = {"git_http_url": str(daemon.log.parent / "shop.git")}
     push = {"object_kind": "push", "ref": ref, "after": COMMIT, "project": project | more}
     return send(daemon, json.dumps(push).encode(), name)
 
@@ -519,7 +582,8 @@ def test_seventeen_hundred_connections_neither_fail_a_probe_nor_keep_a_push_wait
 @pytest.mark.usefixtures("many_files")
 def test_four_hundred_bodies_of_3_mb_hold_no_more_than_64_mib_and_nobody_up(place: Place) -> None:
     daemon = place.serve()
-    body, seen = b"x" * 2_999_000, []
+    body = b"x" * 2_999_000
+    seen = []
     with ExitStack() as opened:
         for number in range(400):
             raw = opened.enter_context(daemon.connect())
@@ -560,7 +624,8 @@ def test_without_file_descriptors_it_still_answers_and_writes_little(place: Plac
         assert daemon.healthy()
         assert deliver(daemon).status_code == 202
         until = time.monotonic() + 3
-        size, busy = daemon.log.stat().st_size, daemon.seconds()
+        size = daemon.log.stat().st_size
+        busy = daemon.seconds()
         while time.monotonic() < until:
             with suppress(OSError):
                 opened.enter_context(daemon.connect())

@@ -641,7 +641,9 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
             assert made.outcome("1", "crash-at-start") == "failed"
             assert [made.outcome(version) for version in ("2", "3", "3-again")] == ["deployed"] * 3
             assert made.outcome("4", "crash-at-start") == "failed"
-            eventually(lambda: "healed" in {e["msg"] for e in made.logged()}, 20, "it is healed")
+            eventually(
+                lambda: "restored" in {e["msg"] for e in made.logged()}, 20, "it is restored"
+            )
             for command in (["status"], ["rollback", "shop"]):
                 assert made.command(*command).returncode == 0
             broken = made.push(made.repository.release("5", broken="yes"))
