@@ -733,13 +733,14 @@ def test_hooks_before_a_commit_run_targets_that_exist_and_load_nothing() -> None
 
 def test_every_file_names_the_version_that_the_program_has() -> None:
     named = r"gitops-hook:(\d+\.\d+\.\d+)|\?ref=v(\d+\.\d+\.\d+)"
-    files = [*(ROOT / "manifests").rglob("*.*"), ROOT / "Makefile"]
+    files = [*(ROOT / "manifests").rglob("*.*"), ROOT / "Makefile", ROOT / "README.md"]
     versions = {
         (path.name, image or reference)
         for path in files
         for image, reference in re.findall(named, path.read_text("utf-8"))
     }
-    assert versions == {("kustomization.yaml", gitops_hook.__version__)}
+    names = ("kustomization.yaml", "README.md")
+    assert versions == {(name, gitops_hook.__version__) for name in names}
 
 
 def test_make_takes_the_version_from_the_program(tmp_path: Path) -> None:
