@@ -8039,9 +8039,6 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
     target = Rollback(tools.deployer.steady).run(task, service, target, clip(args.reason))
     print_text(f"{where}: back on {version_words(target)}")
     if left.commit:
-        reason = clip(args.reason) or Reason.ROLLED_BACK
-        rejection = Rejection(commit=left.commit, reason=reason, at=tools.doors.clock.now())
-        tools.deployer.state.write(app, rejection, live={environment: target})
         print_text(f"{left.run} is rejected until `rerun {left.run}`")
     scale_up_and_await_endpoints(tools.deployer, task, left, target)
     return 0

@@ -20,9 +20,9 @@ PRODUCT = ROOT / "gitops_hook.py"
 
 # One person reads one file in an afternoon. What needs more lines than this earns them by removing
 # others, or makes the case for a higher number here.
-# The aim is 5,400. The safety of production, which is promised and tested, was written first and
-# takes this; until the file is tidied it may only become shorter.
-MAX_LINES = 8450
+# The aim is 5,400. What is promised and tested about safety takes more, and so does one statement a
+# line: this number may only become smaller.
+MAX_LINES = 8398
 MAX_FUNCTION_LINES = 40
 MEDIAN_FUNCTION_LINES = 8
 MAX_ARGUMENTS = 5
