@@ -4444,7 +4444,7 @@ class EndpointState:
     """What the endpoints of a Service say after a switch."""
 
     converged: bool  # they are pods of the selected version alone, and enough
-    moved: bool  # some of them are, or none is left: a controller has acted on the switch
+    reacted: bool  # some of them are, or none is left: a controller has acted on the switch
 
 
 class Workloads:
@@ -4484,7 +4484,7 @@ class Workloads:
         names = {p.name for p in pods}
         enough = min(wanted, sum(p.created <= since and not p.leaving for p in pods))
         converged = bool(ready and ready <= names and len(ready) >= enough)
-        return EndpointState(converged, moved=bool(slices) and (not ready or bool(ready & names)))
+        return EndpointState(converged, reacted=bool(slices) and (not ready or bool(ready & names)))
 
     def size(self, task: Task, selector: Mapping[str, str]) -> int:
         """Return how many pods a colour is to have now: an autoscaler may have changed it."""
@@ -4912,8 +4912,10 @@ class Claims:
         goal = self.narrowed_entry(task, release, service, source)
         older = [e for e in service.history if e.outcome != ADOPTED]
         if source and source.recorded_live.run and not service.history:
+            # the Service has lost its history: it is written again
             annotations[ANNOTATION_HISTORY] = source.history
         elif goal and not service.run and (service.live or not older):
+            # what stands there is adopted: it is the first entry, and the rollback target
             adopted = replace(
                 goal,
                 outcome=ADOPTED,
@@ -4977,14 +4979,20 @@ class Claims:
         """
         if claimed is None and now is None:
             return
-        if not (claimed and now) or now.claim != claimed.claim:
-            holder = now.claim.run if now else ""
-            if holder == task.run.id:
-                raise HookError("another daemon has this run in hand")
-            if not holder and not (claimed and now and still_claimed(claimed, now)):
-                raise HookError("the live Service was deleted or made anew meanwhile")
-            taker = holder or "someone else"
-            raise SupersededError(Reason.CLAIM_LOST, f"{taker} has taken the claim")
+        if claimed and now and now.claim == claimed.claim:
+            self.check_selector(task, claimed, now)
+            return
+        holder = now.claim.run if now else ""
+        if holder == task.run.id:
+            raise HookError("another daemon has this run in hand")
+        remade = not (claimed and now and still_claimed(claimed, now))
+        if remade and not holder:
+            raise HookError("the live Service was deleted or made anew meanwhile")
+        taker = holder or "someone else"
+        raise SupersededError(Reason.CLAIM_LOST, f"{taker} has taken the claim")
+
+    def check_selector(self, task: Task, claimed: Service, now: Service) -> None:
+        """Raise when the live Service does not reach what it reached when it was claimed."""
         if now.selector == claimed.selector:
             return
         # what only asks for more, and still reaches the same pods, is as good
@@ -5132,7 +5140,7 @@ class Traffic:
                 endpoints = self.workloads.endpoints(task, selector, wanted, since)
                 if endpoints.converged:
                     return True
-                limit = VERIFY_SECONDS if endpoints.moved else UNMOVED_SECONDS
+                limit = VERIFY_SECONDS if endpoints.reacted else UNMOVED_SECONDS
                 spent += min(clock.monotonic() - looked, 1.0)
                 wanted = min(wanted, self.workloads.size(task, selector))
             looked = clock.monotonic()
@@ -5142,12 +5150,12 @@ class Traffic:
         return False
 
     def switch_back_if_worse(self, task: Task, why: str, health: PodHealth | None) -> None:
-        """Switch back from an unhealthy version, and raise StageError.
+        """Switch back, and raise StageError, if a larger share of the version before is healthy.
 
-        Only to a version of which a larger share is healthy: with both unhealthy, traffic stays.
-        Where the health path failed, so that its own `health` is not known, the pods of both are
-        asked one by one; the verdict is dropped when as many of the new ones answer: a lost machine
-        has pods of both.
+        If neither is healthy, traffic stays, and StageError BothUnhealthy is raised. Where the
+        health path failed, so that the `health` of the live version is not known, the pods of both
+        are asked one by one. Returns, and so drops the verdict, when as many of the new ones answer
+        after all: a lost machine has pods of both.
         """
         versions = self.compare_versions(task, ask=health is None)
         if versions.previous.better_than(health or versions.live):
