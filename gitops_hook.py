@@ -1457,7 +1457,9 @@ class Accepted:
             with os.fdopen(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 lines = file.read(200 * DEDUPE_ENTRIES).split(b"\n")
             for match in filter(None, map(ACCEPTED_LINE.fullmatch, lines)):
-                self.times[match[2].decode()] = float(match[1])
+                key = match[2].decode()
+                self.times.pop(key, None)  # its newest line counts, also for its age
+                self.times[key] = float(match[1])
         self.add(stored)
         self._rewrite()
 
@@ -3196,7 +3198,8 @@ class Service:
     @property
     def in_order(self) -> bool:
         """Whether the selector is what the history says that it was set to last."""
-        return self.live.selector == self.selector and self.live == self.recorded_live
+        live = self.live
+        return bool(live) and live.selector == self.selector and live == self.recorded_live
 
     @property
     def recorded_live(self) -> HistoryEntry:
@@ -4621,6 +4624,7 @@ class Remembered:
 
     in_order: dict[tuple[str, str], Service] = dataclass_field(default_factory=dict)
     drifts: dict[tuple[str, str], ReportedDrift] = dataclass_field(default_factory=dict)
+    removed: set[str] = dataclass_field(default_factory=set)  # uids of Services
 
 
 class LiveServices:
@@ -4646,14 +4650,20 @@ class LiveServices:
     def remember(self, task: Task, service: Service) -> None:
         """Keep a live Service that is in order, for when what is written on it is lost."""
         last = self.remembered.in_order.get(task.labels, service)
-        if service.in_order and service.version >= last.version:
+        removed = service.uid and service.uid in self.remembered.removed
+        if service.in_order and service.version >= last.version and not removed:
             self.remembered.in_order[task.labels] = service
             self.remembered.drifts.pop(task.labels, None)
 
-    def forget(self, task: Task) -> None:
-        """Forget what was live: its Service is removed."""
+    def remove(self, task: Task, service: Service) -> None:
+        """Delete a live Service that has nothing to go back to, and forget what was live.
+
+        An informer may show it a while longer: then it is not remembered again.
+        """
+        self.remembered.removed.add(service.uid)
         self.remembered.in_order.pop(task.labels, None)
         self.state.write(task.app, forget=[f"live-{task.environment}"])
+        self.kubectl.delete("service", [task.app.name], task.namespace)
 
     def recorded(self, task: Task, service: Service | None) -> Service | None:
         """Return the live Service as it is recorded: by itself, or, if it lost that, elsewhere."""
@@ -5207,8 +5217,7 @@ class Traffic:
         live = service.live
         target = service.switch_back_target
         if not target and not service.annotation(ANNOTATION_PREVIOUS, {}):
-            self.live.forget(task)
-            self.doors.kubectl.delete("service", [task.app.name], task.namespace)
+            self.live.remove(task, service)
         if not target:
             return False
         annotations = {
@@ -5343,9 +5352,10 @@ class Rollout:
         tracker = ProblemTracker()
         began = clock.monotonic()
         deadline = began + timeout
+        settled = math.inf  # when the cluster must show what `rollout status` has said
         ready = 0
-        while clock.monotonic() < deadline:
-            ended = self.follow_status(task, release, pods, tracker, deadline)
+        while clock.monotonic() < min(deadline, settled):
+            exit_code = self.follow_status(task, release, pods, tracker, deadline)
             # what it says is no proof: it is content with no replicas, and with another's pods
             deployment = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
             if (deployment["metadata"].get("labels") or {}).get(LABEL_RUN) != release.run:
@@ -5353,8 +5363,9 @@ class Rollout:
             ready = len(self.workloads.ready(task.namespace, release.selector))
             if rolled_out(deployment, ready):
                 return
-            if ended == 0:
-                deadline = min(deadline, clock.monotonic() + VERIFY_SECONDS)
+            settled = min(settled, clock.monotonic() + VERIFY_SECONDS)
+            if exit_code != 0:  # it still waits, for a pod in the place of an evicted one, say
+                settled = math.inf
             self.doors.pause(0.3)
         seconds = round(clock.monotonic() - began)
         detail = f"{ready} of {release.wanted} pods ready after {seconds} s"
@@ -5381,7 +5392,7 @@ class Rollout:
             # bounded, since a process whose complaints nobody reads may hang on them
             while process.poll() is None and clock.monotonic() < deadline:
                 problems = self.problems(task, release, pods)
-                if problem := tracker.fatal(problems, clock.now()):
+                if problem := tracker.fatal(problems, clock.monotonic()):
                     raise self.failure(release, pods, problem)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(1.0)
@@ -5426,7 +5437,10 @@ class Rollout:
             own = [pod_address(p, release.ports[0], health.path) for p in ready]
             refusal = next((r for u in (*own, preview) if u and (r := health_refusal(u))), None)
             passed = 0 if refusal else passed + 1
-            if refusal and len(ready) < release.wanted:
+            wanted = release.wanted
+            if refusal:  # an autoscaler may have changed it
+                wanted = min(wanted, self.workloads.size(task, release.selector))
+            if refusal and len(ready) < wanted:
                 # pods were taken away; the time until they are replaced does not count
                 began = clock.monotonic()
                 self.wait(task, release, pods)
@@ -5855,7 +5869,8 @@ class Deployer:
         elif idle and claim.phase == Phase.SWITCHED_BACK:
             workloads.scale(task, name, 0, claim.run)
         elif idle and claim.phase == Phase.DRAINING and retain is not None:
-            workloads.scale(task, name, retain)
+            size = workloads.size(task, {LABEL_VERSION: claim.colour})
+            workloads.scale(task, name, min(retain, size))
         elif idle and claim.phase == Phase.DRAINING:
             workloads.restart(task, name)
         self.steady.claims.put(task, Claim(), claim)
@@ -5925,7 +5940,9 @@ class Rollback:
         """
         task = replace(task, run=replace(task.run, id=target.run))
         name = f"{task.app.name}-{target.colour}"
-        claim = self.claims.new(task.run.id, target.colour, Phase.ROLLBACK)
+        before = service.claim
+        restore = before.restore if before.colour == target.colour else ""
+        claim = self.claims.new(task.run.id, target.colour, Phase.ROLLBACK, restore)
         claimed = self.claims.put(task, claim) or service
         switched = None
         try:
@@ -5944,6 +5961,7 @@ class Rollback:
                 self.claims.put(task, Claim(), switched.claim)
         return goal.entry
 
+    @retried
     def reject(self, task: Task, left: HistoryEntry, live: HistoryEntry, reason: str) -> None:
         """Reject the commit that a rollback has left, and record what is live now."""
         if left.commit:
@@ -6046,6 +6064,8 @@ def recoloured(release: Release, app: App, colour: str, replicas: int) -> Releas
     deployment["metadata"]["name"] = f"{app.name}-{colour}"
     spec = deployment["spec"]
     spec["replicas"] = replicas
+    longest = int(replicas * max(ROLLOUT_PER_REPLICA, spec.get("minReadySeconds", 0) + 10))
+    spec["progressDeadlineSeconds"] = max(spec.get("progressDeadlineSeconds", 0), longest)
     template = spec["template"]["metadata"]["labels"]
     for labels in (deployment["metadata"]["labels"], template, spec["selector"]["matchLabels"]):
         labels[LABEL_VERSION] = colour
@@ -6893,7 +6913,8 @@ class RunReconciler:
         job["spec"]["suspend"] = False
         namespace = job["metadata"]["namespace"]
         if "build" in observed.jobs:
-            job["metadata"]["annotations"][ANNOTATION_REMADE] = "1"
+            if not observed.jobs["build"].outcome:  # else it belongs to an earlier try of the run
+                job["metadata"]["annotations"][ANNOTATION_REMADE] = "1"
             args = ("delete", "job", job["metadata"]["name"], "--ignore-not-found")
             self.context.kubectl.run(*args, namespace=namespace)
         try:
@@ -7113,7 +7134,12 @@ class Workers:
         """
         try:
             # a run that was rejected before a crash may still look open
-            if task.run.commit in self.context.state.read(task.app).rejected:
+            state = self.context.state.read(task.app)
+            if task.run.commit in state.rejected:
+                record = state.runs.get(task.run.id)
+                if record and record.outcome and not newer_than(task.run, state):
+                    why = (Reason(record.reason), record.detail, record.stage)
+                    return ends(Outcome(record.outcome), *why)
                 raise StageError(Reason.REJECTED, "the commit was rejected")
             self.context.deployer.deploy(task)
         except RunError as stopped:
