@@ -981,3 +981,57 @@ def replace_claim(service: hook.Service, release: str) -> hook.Service:
     other = copy.copy(service)
     other.claim = hook.Claim(phase="rollback", run="shop-old", restore=release)
     return other
+
+
+def test_a_first_deployment_that_was_removed_is_not_remembered_by_an_informer_that_lags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = history(tmp_path, None, two_pods(0))
+    live = json.loads((tmp_path / "service").read_text())
+    live["metadata"]["uid"] = "of-the-removed-one"
+    monkeypatch.setattr(made.state, "write", lambda *_, **__: None)
+    made.steady.live.remove(task(), hook.Service(live))
+    made.steady.live.remember(task(), hook.Service(live))
+    assert made.remembered.in_order == {}
+    live["metadata"]["uid"] = "of-the-next-one"
+    made.steady.live.remember(task(), hook.Service(live))
+    assert [s.uid for s in made.remembered.in_order.values()] == ["of-the-next-one"]
+
+
+def test_a_release_that_becomes_larger_has_more_time_to_roll_out() -> None:
+    meta = {"name": "shop-blue", "labels": {}}
+    template = {"metadata": {"labels": {}}}
+    spec = {
+        "replicas": 1, "minReadySeconds": 10, "progressDeadlineSeconds": 300,
+        "selector": {"matchLabels": {}}, "template": template,
+    }  # fmt: skip
+    release = a_release({"metadata": meta, "spec": spec})
+    deadlines = [
+        hook.recoloured(release, task().app, "green", size).deployment["spec"][
+            "progressDeadlineSeconds"
+        ]
+        for size in (1, 15, 100)
+    ]
+    assert deadlines == [300, 300, 2000]
+
+
+@pytest.mark.parametrize(("size", "after"), [(2, 2), (8, 5)], ids=["smaller", "larger"])
+def test_a_drained_colour_retains_no_more_pods_than_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, after: int
+) -> None:
+    made = history(tmp_path, two_pods(2), two_pods(2))
+    kept = hook.load_config(CONFIG.replace("shop}}", "shop}, deploy: {retain: 5}}")).apps[0]
+    claim = hook.Claim(phase="draining", run="shop-new", colour="blue")
+    service = made.steady.live.read(task())
+    assert service is not None
+    service.claim = claim
+    sizes: list[int] = []
+    monkeypatch.setattr(made.steady.live, "read", lambda _: service)
+    monkeypatch.setattr(made.steady.workloads, "size", lambda *_: size)
+    monkeypatch.setattr(
+        made.steady.workloads, "scale", lambda task, name, replicas: sizes.append(replicas)
+    )
+    monkeypatch.setattr(made.steady.claims, "put", lambda *_: service)
+    monkeypatch.setattr(made, "collect_garbage", lambda _: None)
+    made.finish_claim(replace(task(), app=kept), claim)
+    assert sizes == [after]

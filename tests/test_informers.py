@@ -893,3 +893,8 @@ def test_neither_a_late_event_nor_a_late_list_takes_back_what_a_patch_returned(
         (puppet.directory / "go").touch()
         eventually(lambda: runs(watch) == {"a": "patched", "b": "r1"})
         eventually(lambda: runs(watch) == {"a": "patched", "c": "r1"})
+
+
+def test_a_service_that_says_nothing_of_itself_is_not_in_order() -> None:
+    assert service({hook.ANNOTATION_HISTORY: json.dumps([LIVE])}).in_order
+    assert not service({}, {}).in_order

@@ -252,6 +252,16 @@ def test_a_stored_push_says_its_delivery_where_the_line_is_missing(
     assert [again.has(delivered(n, "one")) for n in (1, 2)] == [False, True]
 
 
+def test_a_delivery_that_was_written_down_twice_has_the_age_of_the_newer_line(
+    tmp_path: Path,
+) -> None:
+    file = opened(tmp_path).directory / "accepted"
+    one, other = "1" * 64, "2" * 64
+    lines = (f"1.000 {one}", f"2.000 {other}", f"3.000 {one}")
+    file.write_text("".join(f"\n{line}" for line in lines))
+    assert [*opened(tmp_path).accepted.times.items()] == [(other, 2.0), (one, 3.0)]
+
+
 def test_what_could_not_be_stored_was_not_accepted(tmp_path: Path) -> None:
     spool = opened(tmp_path, max_files=0)
     with pytest.raises(hook.DeliveryError):
