@@ -3794,13 +3794,12 @@ def unready(pods: Iterable[Pod], since: float) -> list[Pod]:
 
 
 def readiness_shortage(
-    pods: Iterable[Pod], since: float, now: float, *, starting: bool
+    pods: Iterable[Pod], since: float, now: float, *, replacing: bool
 ) -> PodProblem | None:
     """Return how a switched-to run has too few ready pods, and for how long it may have.
 
     The pods say themselves since when they are not ready, to a daemon that did not see it begin.
-    `starting`: pods of the run exist that are younger than the switch, since the cluster replaces
-    those that it took away.
+    `replacing`: the run has pods, so that the cluster is replacing those that it took away.
     """
     pods = [*pods]
     down = unready(pods, since)
@@ -3808,7 +3807,7 @@ def readiness_shortage(
     if some_ready and not down:
         return None
     grace = UNREADY_SECONDS if some_ready else GONE_SECONDS
-    if starting and not down:
+    if replacing and not down:
         grace = REPLACED_SECONDS
     kind = f"not ready for {grace:.0f} s"  # one that changes its kind begins anew
     detail = f"{kind}: {', '.join(p.name for p in down) or 'any pod'}"
@@ -4950,10 +4949,11 @@ class Claims:
         standing = self.doors.kubectl.get("deployment", name, task.namespace)
         labels = (standing or {"metadata": {}})["metadata"].get("labels") or {}
         entry = service.entry(labels.get(LABEL_RUN, ""))
-        same = (claim.colour, claim.run) == (colour, entry.run)
-        if entry.colour == colour and not same:
-            return entry.release if entry.outcome in (Outcome.DEPLOYED, "") else ""
-        return claim.restore if claim.colour == colour else ""
+        overwritten = (claim.colour, claim.run) == (colour, entry.run)
+        if overwritten or entry.colour != colour:
+            # no target stands there, but the claim may remember the one that did
+            return claim.restore if claim.colour == colour else ""
+        return entry.release if entry.outcome in (Outcome.DEPLOYED, "") else ""
 
     def narrowed_entry(
         self, task: Task, release: Release, service: Service, source: Service | None
@@ -5172,11 +5172,10 @@ class Traffic:
             reason = Reason.UNHEALTHY_AFTER_SWITCH
             self.switch_back(task, Outcome.SWITCHED_BACK, reason, why)
             raise StageError(reason, why)
-        if not (versions.target and versions.live.ready):
-            other = "there is no version before"
-            if versions.target:
-                other = "the version before is no better"
-            raise StageError(Reason.BOTH_UNHEALTHY, f"{why}; {other}")
+        if health is None and versions.target and versions.live.ready:
+            return  # as many of its own pods answer
+        other = "the version before is no better" if versions.target else "there is none before"
+        raise StageError(Reason.BOTH_UNHEALTHY, f"{why}; {other}")
 
     @retried
     def compare_versions(self, task: Task, *, ask: bool) -> Versions:
@@ -5548,8 +5547,10 @@ class PodsSeen:
 class Bake:
     """Observes a switched-to version until it is confirmed, or switches back.
 
-    One thread asks for health and does nothing else, so that nothing holds it up. A second one asks
-    the API server, and confirms. The worker itself judges what they have seen, and switches back.
+    The checker asks for health and does nothing else, so that nothing holds it up. The observer
+    asks the API server, and confirms. The worker itself judges what they have seen, and switches
+    back. Each attribute has one writer: `checks` the checker; `last_look`, `url`, `confirmed` and
+    `end` the observer; `tracker` and `unjudged` the worker.
     """
 
     def __init__(
@@ -5708,7 +5709,7 @@ class Bake:
     def lasting_shortage(self, seen: PodsSeen, pods: Sequence[Pod], *, fresh: bool) -> str:
         """Return that too few pods have been ready for too long, or ""."""
         lacks = readiness_shortage(
-            pods, self.switched_at, self.clock.now(), starting=bool(seen.pods)
+            pods, self.switched_at, self.clock.now(), replacing=bool(seen.pods)
         )
         if not fresh and self.informer.trouble:  # it may be over by now
             lacks = None
@@ -5985,6 +5986,14 @@ class Rollback:
         if not target.release:
             gone = "the version before has no ready pods and was not deployed from here"
             raise RefusedError(gone)
+        return self.apply_again(task, claimed, target)
+
+    def apply_again(self, task: Task, claimed: Service, target: HistoryEntry) -> Goal:
+        """Bring a target that has too few ready pods back from its release, as large as the live.
+
+        It keeps its colour unless that is live by now.
+        """
+        live = claimed.selector.get(LABEL_VERSION, "")
         release = self.live.release(task, target.release)
         colour = next(c for c in (release.colour, *COLOURS) if c != live)
         size = max(self.workloads.size(task, claimed.selector), release.wanted)

@@ -1331,7 +1331,7 @@ def down_pod(name: str, seconds: float) -> hook.Pod:
 def test_a_version_may_lack_ready_pods_for_as_long_as_its_visitors_can_bear(
     pods: list[hook.Pod], told: str, grace: float, *, starting: bool
 ) -> None:
-    found = hook.readiness_shortage(pods, NOW - 20, NOW, starting=starting)
+    found = hook.readiness_shortage(pods, NOW - 20, NOW, replacing=starting)
     assert (found.detail if found else "") == (told and f"not ready for {told}")
     assert (found.grace if found else 0.0) == grace
 
