@@ -448,4 +448,4 @@ def fleet(
         finally:
             with suppress(AssertionError):
                 cluster.faults.clear()
-            made.kill()
+            made.end()

@@ -184,6 +184,10 @@ def place(tmp_path: Path) -> Iterator[Place]:
     place = Place(tmp_path)
     yield place
     for process in place.processes:
+        with suppress(subprocess.TimeoutExpired):
+            if MEASURING:  # which it says when it ends by itself
+                process.terminate()
+                process.wait(10)
         process.kill()
         process.wait()
 

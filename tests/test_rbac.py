@@ -652,10 +652,10 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
             assert made.command("rerun", broken).returncode == 0
             assert made.ends(broken, times=2)["stage"] == "test"
             eventually(lambda: made.kept(broken) not in ("", first), 20, "the new one is kept")
-            made.kill()
+            made.end()
             yield made
         finally:
-            made.kill()
+            made.end()
 
 
 def test_nothing_that_a_deployment_needs_is_forbidden(lived: Recorded) -> None:
