@@ -5898,8 +5898,10 @@ class Deployer:
             metas = [d["metadata"] for d in deployments]
             left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
             kubectl.delete("deployment", left, namespace)
-            previews = kubectl.names("services", namespace, f"{ours},{LABEL_STAGE}=preview")
-            kubectl.delete("service", previews, namespace)
+            preview = kubectl.get("service", f"{app}-preview", namespace)
+            labels = preview["metadata"].get("labels") or {} if preview else {}
+            if labels.get(LABEL_MANAGED, MANAGER) == MANAGER:
+                kubectl.delete("service", [f"{app}-preview"], namespace)
         # logs go by their age and number
         names = kubectl.names("configmaps", namespace, f"{ours},{LABEL_STAGE}!=log")
         now = self.steady.live.read(task)
