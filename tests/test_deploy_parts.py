@@ -912,7 +912,8 @@ def test_the_preview_service_of_someone_else_outlives_a_failed_first_deployment(
     made = deployer(tmp_path, [])
     calls = recorded_calls(
         tmp_path,
-        """*get*service/shop-preview*) echo '{"metadata": {"labels": {"app.kubernetes.io/managed-by": "x"}}}' ;;
+        """*get*service/shop-preview*)
+    echo '{"metadata": {"labels": {"app.kubernetes.io/managed-by": "x"}}}' ;;
 *get*service/shop*) ;;
 *get*deployments*) echo '{"items": []}' ;;
 *get*configmap*) echo '{"items": []}' ;;""",
