@@ -262,16 +262,20 @@ class Reason(StrEnum):
     BUILD_FAILED = "BuildFailed"
     NO_DIGEST = "NoDigest"
     CLONE_FAILED = "CloneFailed"
+    CLONE_REFUSED = "CloneRefused"
     IMAGE_NOT_FOUND = "ImageNotFound"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     CONTAINER_CONFIG = "ContainerConfigError"
+    VOLUME_UNAVAILABLE = "VolumeUnavailable"
     CRASH_LOOP = "CrashLoop"
     OUT_OF_MEMORY = "OutOfMemory"
     OUT_OF_DISK = "OutOfDisk"
     INIT_FAILED = "InitContainerFailed"
     QUOTA_EXCEEDED = "QuotaExceeded"
     ADMISSION_REFUSED = "AdmissionRefused"
+    PODS_NOT_CREATED = "PodsNotCreated"
     UNSCHEDULABLE = "Unschedulable"
+    NEVER_STARTED = "NeverStarted"
     NEVER_READY = "NeverReady"
     TIMEOUT = "Timeout"
     QUEUE_TIMEOUT = "QueueTimeout"
@@ -292,6 +296,76 @@ class Reason(StrEnum):
     REJECTED = "Rejected"
     ROLLED_BACK = "RolledBack"
     GIT_ERROR = "GitError"
+    GAVE_UP = "GaveUp"
+
+    @property
+    def is_verdict(self) -> bool:
+        """Whether the commit itself is the reason, so that another try would end alike."""
+        return REASON_MEANINGS[self].is_verdict
+
+    @property
+    def advice(self) -> str:
+        """One sentence that says what helps."""
+        return REASON_MEANINGS[self].advice
+
+
+@dataclass(frozen=True, slots=True)
+class ReasonMeaning:
+    """What a reason says of a commit: a verdict on it, or a circumstance that may pass."""
+
+    is_verdict: bool
+    advice: str
+
+
+# A verdict ends the commit's way; a circumstance before the switch is tried again by itself.
+VERDICTS = {
+    Reason.OK: "Nothing is to be done.",
+    Reason.TESTS_FAILED: "Mend the tests or the code, and push again.",
+    Reason.BUILD_FAILED: "Read what the builder printed with `explain RUN --log`, and push again.",
+    Reason.CLONE_REFUSED: "Set apps[].clone as the text says, and use `rerun`.",
+    Reason.CRASH_LOOP: "Read what the container printed with `explain RUN --log`, and push again.",
+    Reason.OUT_OF_MEMORY: "Raise the memory limit of the container, or let it use less.",
+    Reason.OUT_OF_DISK: "Raise the limit of ephemeral storage, or write less to disk.",
+    Reason.INIT_FAILED: "Read what the init container printed with `explain RUN --log`.",
+    Reason.ADMISSION_REFUSED: "Change the manifest as the text says, and push again.",
+    Reason.NEVER_READY: "Look at the readiness probe, or raise deploy.rollout_timeout.",
+    Reason.TIMEOUT: "Raise the time-out of the stage, or find out what still runs.",
+    Reason.MANIFEST_INVALID: "Mend the manifest as the text says, and push again.",
+    Reason.MANIFEST_REFUSED: "Change the manifest or the configuration as the text says.",
+    Reason.SMOKE_FAILED: "See why deploy.health.path is not answered with 200 to 399.",
+    Reason.UNHEALTHY_AFTER_SWITCH: "Read the log of the version with `explain RUN --log`.",
+    Reason.REJECTED: "Push a commit that mends it, or use `rerun`.",
+    Reason.ROLLED_BACK: "Push a commit that mends it, or use `rerun`.",
+}
+CIRCUMSTANCES = {
+    Reason.NO_DIGEST: "See who deletes the pods of builds before their digest is read.",
+    Reason.CLONE_FAILED: "See whether the git server answers, and what file git-credentials has.",
+    Reason.IMAGE_NOT_FOUND: "Push the image, correct its name, or give the pods credentials.",
+    Reason.IMAGE_PULL_FAILED: "See whether the nodes reach the registry.",
+    Reason.CONTAINER_CONFIG: "Create the Secret or ConfigMap that the text names.",
+    Reason.VOLUME_UNAVAILABLE: "Create what the text names: a Secret, ConfigMap or volume claim.",
+    Reason.QUOTA_EXCEEDED: "Raise the quota of the namespace, or request less.",
+    Reason.PODS_NOT_CREATED: "See what the text says; an admission webhook may be away.",
+    Reason.UNSCHEDULABLE: "Make room in the cluster, or request less.",
+    Reason.NEVER_STARTED: "Look at the Events of the pod; a registry may not answer.",
+    Reason.QUEUE_TIMEOUT: "Raise limits.max_running, or make room in the cluster.",
+    Reason.VANISHED: "See who deletes Jobs and pods of gitops-hook.",
+    Reason.ADOPTION_REFUSED: "Delete or rename the object that the text names.",
+    Reason.JOB_REFUSED: "Change what the text names in the configuration or in the cluster.",
+    Reason.SELECTOR_CHANGED: "See who else changes the live Service.",
+    Reason.SELECTOR_CONTESTED: "See who else changes the live Service.",
+    Reason.ENDPOINTS_MISSING: "See whether the cluster updates the endpoints of Services.",
+    Reason.BOTH_UNHEALTHY: "Look for what both versions need, such as a database.",
+    Reason.UNJUDGED: "Look at the new version yourself; its health could not be judged.",
+    Reason.CLAIM_LOST: "See who else deploys to this environment.",
+    Reason.NOT_HEAD: "Nothing is to be done; a newer commit took its place.",
+    Reason.GIT_ERROR: "See whether the git server answers.",
+    Reason.GAVE_UP: "Remove the cause that the text names, and use `rerun`.",
+}
+REASON_MEANINGS = {
+    **{reason: ReasonMeaning(True, advice) for reason, advice in VERDICTS.items()},
+    **{reason: ReasonMeaning(False, advice) for reason, advice in CIRCUMSTANCES.items()},
+}
 
 
 class Phase(StrEnum):
@@ -6095,11 +6169,6 @@ OUTCOMES = {  # of deployments that end otherwise than failed or superseded
     Reason.ROLLED_BACK: Outcome.ROLLED_BACK,
     Reason.UNHEALTHY_AFTER_SWITCH: Outcome.SWITCHED_BACK,
 }
-FORGIVEN = {  # reasons of ends for which a commit is not rejected: they are not its fault
-    *(Reason.BOTH_UNHEALTHY, Reason.UNJUDGED, Reason.SELECTOR_CHANGED, Reason.SELECTOR_CONTESTED),
-    *(Reason.ADOPTION_REFUSED, Reason.REJECTED),
-    *(Reason.QUOTA_EXCEEDED, Reason.UNSCHEDULABLE),  # a full cluster
-}
 REFUSED_FOR_GOOD = ("Invalid", "Denied", "BadRequest")  # kinds of refusals of a Job
 NO_WAIT = dict.fromkeys((ANNOTATION_REASON, ANNOTATION_DETAIL))  # on Jobs that wait for nothing
 
@@ -6491,7 +6560,8 @@ class RunRecorder:
         if (
             end.outcome in BAD_OUTCOMES
             and end.stage not in JOB_STAGES
-            and end.reason not in FORGIVEN
+            and end.reason.is_verdict
+            and end.reason is not Reason.REJECTED  # it is recorded already
         ):
             records.append(Rejection(commit=run.commit, reason=reason, at=self.doors.clock.now()))
         self.state.write(app, *records, with_job=self.context.informers.ids_with_job(app))
