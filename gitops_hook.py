@@ -193,6 +193,8 @@ DEDUPE_SECONDS = 1200  # how long a delivery is remembered; longer than a replay
 DEDUPE_ENTRIES = 20_000  # deliveries that are remembered at most
 
 # Runs and their records.
+CATCH_UP = "catch-up"  # in the place of a delivery's id: a head that nobody announced
+NEXT_TRY = "next-try"  # the same: a run that ended by a circumstance is tried again
 HISTORY_LENGTH = 10  # entries in the history of a live Service
 REJECTED_LENGTH = 50  # rejected commits that are recorded of an app
 RUNS_LENGTH = 100  # the newest runs of an app that are recorded, besides those that have a Job
@@ -218,8 +220,11 @@ WATCH_SECONDS = 300  # after which every watch is renewed: one that hangs looks 
 GIT_TIMEOUT = 60.0  # seconds for one call
 HEADS_AT_ONCE = 4  # git servers' heads read at the same time; a dead server delays only its apps
 HEAD_FRESH = 10.0  # seconds for which a head that was read decides what may be deployed
-HEAD_GRACE = 30.0  # seconds after a push in which git may still show the commit before it
+HEAD_GRACE = 300.0  # seconds after a push in which git may still show a commit from before it
+HEAD_PAUSE = 5.0  # seconds between two questions for the head of a push that git does not show
 DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds before each retry; the last delay repeats
+TRY_DELAYS = (60.0, 300.0, 900.0, 3600.0)  # seconds after each try; the last delay repeats
+TRY_SECONDS = 86400.0  # after which what ends by circumstances is not tried again by itself
 LOOK_SECONDS = 2.0  # between two looks at something that no informer reports
 AGAIN_SECONDS = 10.0  # after which an action that has shown no effect is repeated
 
@@ -3836,17 +3841,29 @@ def grant_slots(
         turns[best.app] = NEVER
 
 
-def head_of(run: Run, heads: Mapping[str, str] | None, age: float, now: float) -> Head:
+def head_of(
+    run: Run, heads: Mapping[str, str] | None, age: float, now: float, older: Set[str] = frozenset()
+) -> Head:
     """Return what heads that were read `age` seconds ago say about a run.
 
-    A server that still shows the commit before the push may only lag behind its own webhook.
+    A server that still shows a commit from before the push may only lag behind its own webhook.
     """
     if heads is None or age > HEAD_FRESH:
         return Head.UNKNOWN
     if (head := heads.get(run.ref, "")) == run.commit:
         return Head.SAME
-    lagging = head == run.before or (not head and set(run.before) == {"0"})
+    lagging = head in {run.before, *older} if head else set(run.before) == {"0"}
     return Head.UNKNOWN if lagging and now - run.received < HEAD_GRACE else Head.NEWER
+
+
+def commits_before(run: Run, before: Mapping[str, str]) -> frozenset[str]:
+    """Return the commits that a ref had before a push, from the commit before each push of it."""
+    older: dict[str, None] = {}
+    commit = run.before
+    while commit and commit != run.commit and commit not in older:
+        older[commit] = None
+        commit = before.get(commit, "")
+    return frozenset(older)
 
 
 def container_failure(pods: Iterable[Pod], since: float) -> str:
@@ -4004,6 +4021,10 @@ class RunRecord:
     stage: str = ""
     detail: str = ""
     ended: float = 0.0
+    config: str = ""  # the configuration of the app by which it was refused, as a hash
+    tries: int = 0  # that ended by a circumstance, in a row
+    tried_since: float = 0.0  # when the first of them ended
+    next_try: float = 0.0  # when it is tried again by itself, 0 for never
 
     @property
     def key(self) -> str:
@@ -4016,6 +4037,23 @@ class RunRecord:
         copied = ("id", "commit", "before", "delivery", "received")
         return cls(ref=recorded_ref(run.ref), **{name: getattr(run, name) for name in copied})
 
+    def started_again(self, run: Run) -> RunRecord:
+        """Return the record of another try of the run; a push of it has all its tries before it."""
+        record = RunRecord.of(run)
+        if run.delivery != NEXT_TRY:
+            return record
+        return replace(record, tries=self.tries, tried_since=self.tried_since)
+
+    def tried_again(self) -> RunRecord:
+        """Return the record of an end by a circumstance, with the time of the next try if any."""
+        since = self.tried_since or self.ended
+        if self.ended - since >= TRY_SECONDS:
+            detail = clip(f"{self.reason}: {self.detail}")
+            return replace(self, reason=str(Reason.GAVE_UP), detail=detail, tried_since=since)
+        delay = TRY_DELAYS[min(self.tries, len(TRY_DELAYS) - 1)]
+        next_try = round(self.ended + delay, 3)
+        return replace(self, tries=self.tries + 1, tried_since=since, next_try=next_try)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejection:
@@ -4024,6 +4062,7 @@ class Rejection:
     commit: str
     reason: str = ""
     at: float = 0.0
+    config: str = ""  # the configuration of the app by which it was refused, as a hash
 
     @property
     def key(self) -> str:
@@ -4043,7 +4082,8 @@ def parse_record(kind: type[Record], text: Any, **more: Any) -> Record:
     values = {k: v for k, v in {**json.loads(text), **more}.items() if k in hints}
     for name, value in values.items():
         number = type(value) in (int, float) and math.isfinite(value)
-        if not (number if hints[name] is float else type(value) is str):
+        fits = {float: number, int: type(value) is int, str: type(value) is str}
+        if not fits[hints[name]]:
             raise ValueError(f"{name} has another type")
     return kind(**values)
 
@@ -4051,7 +4091,7 @@ def parse_record(kind: type[Record], text: Any, **more: Any) -> Record:
 def record_text(record: RunRecord | Rejection) -> str:
     """Return a record as it is stored, its detail cut until it has the size of one."""
     content = {f.name: getattr(record, f.name) for f in fields(record)} | {"v": RECORD_VERSION}
-    kept = {k: v for k, v in content.items() if v not in ("", 0.0) and k != "id"}
+    kept = {k: v for k, v in content.items() if v not in ("", 0) and k != "id"}
     while len(json.dumps(kept, ensure_ascii=False).encode()) > RECORD_BYTES and kept.get("detail"):
         kept["detail"] = kept["detail"][: len(kept["detail"]) // 2]
     return json.dumps(kept, ensure_ascii=False)
@@ -4099,6 +4139,11 @@ class AppState:
             if record and self.runs.setdefault(record.id, record) is record:
                 self.repairs[record.key] = record_text(record)
 
+    def rejection(self, app: App, commit: str) -> Rejection | None:
+        """Return why a commit is not deployed again, unless the app is configured anew since."""
+        rejection = self.rejected.get(commit)
+        return rejection if rejection and rejection.config in ("", config_hash(app)) else None
+
     def find(self, ref: str, commit: str) -> RunRecord | None:
         """Return the record of a push by what identifies it, whatever its id."""
         push = (recorded_ref(ref), commit)
@@ -4110,6 +4155,11 @@ class AppState:
         runs = self.runs.values()
         pushed = (r for r in runs if r.ref == short and r.reason != Reason.NOT_HEAD)
         return max(pushed, key=lambda r: r.received, default=None)
+
+
+def config_hash(app: App) -> str:
+    """Return a short hash of an app's configuration: another one may allow what was refused."""
+    return hashlib.sha256(repr(app).encode()).hexdigest()[:16]
 
 
 def migrated(app: App, text: Any) -> RunRecord | None:
@@ -4165,6 +4215,10 @@ class StateStore:
         state = self._seen[app.name] = AppState.from_configmap(app, configmap)
         return state
 
+    def recent(self, app: App) -> AppState:
+        """Return what is recorded of an app, as this process has read or written it last."""
+        return self._seen.get(app.name) or self.read(app)
+
     def write(
         self,
         app: App,
@@ -4185,7 +4239,7 @@ class StateStore:
         change |= {k: text for k, text in entries.items() if len(text) <= 4 * RECORD_BYTES}
         with self.lock(app):
             for left in reversed(range(STATE_TRIES)):
-                state = self._seen.get(app.name) or self.read(app)
+                state = self.recent(app)
                 try:
                     return self._patch(app, state, change, with_job)
                 except KubectlError as failed:
@@ -4443,6 +4497,7 @@ class Task:
     namespace: str
     run: Run
     image: str = ""
+    older: frozenset[str] = frozenset()  # what the run's branch had before, as far as that is known
 
     @property
     def words(self) -> dict[str, Any]:
@@ -4463,7 +4518,7 @@ class Task:
 def require_head(doors: Doors, task: Task) -> None:
     """Raise unless the commit is its branch's head; without an answer it is tried again."""
     heads = doors.git.heads(task.app.repository)
-    head = head_of(task.run, heads, 0, doors.clock.now())
+    head = head_of(task.run, heads, 0, doors.clock.now(), task.older)
     if head is Head.NEWER:
         raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
     if head is Head.UNKNOWN:
@@ -6162,13 +6217,13 @@ def recoloured(release: Release, app: App, colour: str, replicas: int) -> Releas
 # From a push to a run: stored pushes become suspended Jobs, what GitLab did not announce is found
 # on the git server, and how each run began and ended is recorded.
 
-CATCH_UP = "catch-up"  # in the place of a delivery's id
 STEP_SECONDS = 300.0  # in which a thread must have moved
 STEP_FAILED = "controller step failed, will be tried again"
 OUTCOMES = {  # of deployments that end otherwise than failed or superseded
     Reason.ROLLED_BACK: Outcome.ROLLED_BACK,
     Reason.UNHEALTHY_AFTER_SWITCH: Outcome.SWITCHED_BACK,
 }
+CONFIGURED_REASONS = (Reason.MANIFEST_REFUSED, Reason.CLONE_REFUSED)  # by the app's settings
 REFUSED_FOR_GOOD = ("Invalid", "Denied", "BadRequest")  # kinds of refusals of a Job
 NO_WAIT = dict.fromkeys((ANNOTATION_REASON, ANNOTATION_DETAIL))  # on Jobs that wait for nothing
 
@@ -6191,6 +6246,7 @@ class ControllerContext:
         self.recorder = RunRecorder(self)
         self.heartbeats = Heartbeats(self.clock)
         self.retry = Retry(self.clock)  # of the steps of the controller's loop
+        self.heads_wanted = {app: threading.Event() for app in self.apps}  # set to have heads read
         self.wake = threading.Event()  # set to have the runs reconciled at once
         self.spooled = threading.Event()  # set to have the spool read at once
 
@@ -6298,7 +6354,7 @@ class Intake:
         for run, id_ in self.ids_of(app, state, pushes).items():
             reason = needless.get(run.commit, "") if run.ref == app.deploy_ref else ""
             record = state.runs.get(id_)
-            if record and record.delivery == run.delivery not in ("", CATCH_UP):
+            if record and record.delivery == run.delivery not in ("", CATCH_UP, NEXT_TRY):
                 recent = record.received > run.received - DEDUPE_SECONDS
                 reason = "Replayed" if recent else reason
             if reason:
@@ -6314,7 +6370,8 @@ class Intake:
         Rejections that the history of the live Service knows, and the records do not, are recorded:
         an uninstallation deletes what is recorded, and not what a Service says of itself.
         """
-        needless = dict.fromkeys(state.rejected, str(Reason.REJECTED))
+        rejected = {commit for commit in state.rejected if state.rejection(app, commit)}
+        needless = dict.fromkeys(rejected, str(Reason.REJECTED))
         if not app.deploy.environments:
             return needless
         namespace = self.context.config.namespaces[app.deploy.environments[-1]]
@@ -6399,7 +6456,8 @@ class Intake:
             info(message, **run_words(run))
             return reopened
         if not refusal:
-            self.context.recorder.report(run, state=State.QUEUED, at=self.context.clock.now())
+            now = self.context.clock.now()
+            self.context.recorder.report(run, {}, state=State.QUEUED, at=now)
         return not refusal
 
 
@@ -6411,10 +6469,10 @@ class ReadHeads:
     answered: float = -NEVER  # when, by the monotonic clock
     commits: Mapping[str, str] = dataclass_field(default_factory=dict)  # by ref
 
-    def relation(self, run: Run, clock: Clock) -> Head:
-        """Return what they say about a run now."""
+    def relation(self, run: Run, clock: Clock, older: Set[str] = frozenset()) -> Head:
+        """Return what they say about a run now, from what its ref had before."""
         commits = self.commits if self.asked >= run.received else None
-        return head_of(run, commits, clock.monotonic() - self.answered, clock.now())
+        return head_of(run, commits, clock.monotonic() - self.answered, clock.now(), older)
 
 
 class CatchUp:
@@ -6424,7 +6482,6 @@ class CatchUp:
         self.context = context
         self.clock = context.clock
         self.intake = intake
-        self.wanted = {app: threading.Event() for app in context.apps}  # set to have heads read
         self.heads = dict.fromkeys(context.apps, ReadHeads())  # the last answer, by app
         self.errors: dict[str, str] = {}  # why there was no answer to the last question, by app
         self._due = dict.fromkeys(context.apps, 0.0)  # when to compare the heads, by app
@@ -6448,8 +6505,47 @@ class CatchUp:
             self.catch_up(app, heads)
             pause = jittered(self.context.config.catch_up)
             self._due[app.name] = self.clock.monotonic() + pause
+        until_try = self.start_tries(app, heads) - self.clock.now()
         self.context.stop.wait(0.25)  # whoever waits for a head asks all the time
-        return max(0.0, self._due[app.name] - self.clock.monotonic())
+        return max(0.0, min(until_try, self._due[app.name] - self.clock.monotonic()))
+
+    def start_tries(self, app: App, heads: ReadHeads) -> float:
+        """Try the runs again whose time has come, if they are still heads of their branches.
+
+        Returns when the next one is due, in seconds since the epoch. Raises HookError.
+        """
+        now = self.clock.now()
+        state = self.context.state.recent(app)
+        if any(0 < record.next_try <= now for record in state.runs.values()):
+            state = self.context.recorder.repaired_state(app)  # `rerun` is another process
+        waiting = [record for record in state.runs.values() if record.next_try > 0]
+        due = [record for record in waiting if record.next_try <= now]
+        refs = {recorded_ref(ref): ref for ref in heads.commits} if due else {}
+        stored = {push.run.ref for push in self.context.spool.read()} if due else {}
+        for record in due:
+            ref = refs.get(record.ref, record.ref)
+            if ref in stored:
+                continue
+            if heads.commits.get(ref) != record.commit:
+                self.supersede(app, record, now)
+                continue
+            run = replace(run_of_record(app, record), ref=ref, received=now, delivery=NEXT_TRY)
+            info("tried again", tries=record.tries, reason=record.reason, **run_words(run))
+            self.context.spool.store([run])
+            self.context.spooled.set()
+        return min((r.next_try for r in waiting if r.next_try > now), default=NEVER)
+
+    def supersede(self, app: App, record: RunRecord, now: float) -> None:
+        """Record that a run that waited for its next try is not a head any more."""
+        left = replace(
+            record,
+            outcome=str(Outcome.SUPERSEDED),
+            reason=str(Reason.NOT_HEAD),
+            detail=f"the branch was pushed again; before: {record.reason}",
+            ended=round(now, 3),
+            next_try=0.0,
+        )
+        self.context.state.write(app, left)
 
     def catch_up(self, app: App, heads: ReadHeads) -> None:
         """Make a run of a deploy branch's head that nobody announced, and end runs that are lost.
@@ -6465,8 +6561,12 @@ class CatchUp:
         last = state.last(ref)
         pushed = run_of_record(app, last) if last else Run(id="", app=app.name, ref=ref, commit="")
         commit = heads.commits.get(ref, "")
-        unknown = heads.relation(pushed, self.clock) is Head.UNKNOWN
-        if unknown or commit in ("", pushed.commit) or any(run.ref == ref for run in stored):
+        before = {record.commit: record.before for record in state.runs.values()}
+        older = commits_before(pushed, before)
+        unknown = heads.relation(pushed, self.clock, older) is Head.UNKNOWN
+        refused_before = last is not None and last.config not in ("", config_hash(app))
+        same = commit == pushed.commit and not refused_before
+        if unknown or same or not commit or any(run.ref == ref for run in stored):
             return
         now = self.clock.now()
         run = run_of(app, ref, commit, before=pushed.commit, received=now, delivery=CATCH_UP)
@@ -6474,7 +6574,8 @@ class CatchUp:
             return
         with_jobs = map(run_key, self.context.informers.runs_with_jobs(app, [run]))
         if state.find(ref, commit) or run_key(run) not in with_jobs:
-            info("head moved unannounced", **run_words(run))
+            anew = "configured anew since it was refused"
+            info(anew if commit == pushed.commit else "head moved unannounced", **run_words(run))
             self.context.metrics.catch_up.labels(app.name).inc()
             self.context.spool.store([run])
             self.context.spooled.set()
@@ -6521,62 +6622,99 @@ class RunRecorder:
         with self.state.lock(app):
             state = self.state.read(app)
             # what has ended since it was pushed, or was pushed again, stays as it is
-            records = [RunRecord.of(run) for run in runs if newer_than(run, state)]
+            begun = [run for run in runs if newer_than(run, state)]
+            records = [state.runs.get(r.id, RunRecord.of(r)).started_again(r) for r in begun]
             if records:
                 with_job = self.context.informers.ids_with_job(app) | {r.id for r in records}
                 self.state.write(app, *records, with_job=with_job)
 
-    def finish(self, run: Run, jobs: Mapping[str, Job], action: Action) -> None:
-        """Record how a run ended, mark its Jobs as done with, and report it."""
+    def finish(
+        self, run: Run, jobs: Mapping[str, Job], action: Action, *, switched: bool = False
+    ) -> None:
+        """Record how a run ended, mark its Jobs as done with, and report it.
+
+        `switched`: traffic has reached it where it ended, so that nothing is tried again by itself.
+        """
         detail = self.doors.secrets.mask(action.detail)
         end = replace(action, detail=detail)
         at = max(self.doors.clock.now(), run.received)  # by a clock that may be ahead
-        self.record_end(run, end, at)
+        record = self.record_end(run, end, round(at, 3), switched=switched)
         bad = end.outcome in BAD_OUTCOMES
         job = jobs.get(end.stage)
         if bad and job and end.reason is not Reason.CLONE_FAILED:
             pods = [pod for pod in self.context.informers.all_pods() if pod.job == job.uid]
             last = sorted(pods, key=lambda pod: -pod.created)[:1]
             self.logs.start(partial(self.logs.keep, run.app, run.id, last, job.namespace))
-        self.mark_jobs(jobs, end, at)
-        reason = str(end.reason)
-        words = {"outcome": str(end.outcome), "reason": reason, "detail": detail, "at": at}
-        self.report(run, state=State.ENDED, stage=end.stage, **words)
+        self.mark_jobs(jobs, record)
+        if record.reason == Reason.GAVE_UP:
+            detail = record.detail
+        words = {"outcome": record.outcome, "reason": record.reason, "detail": detail, "at": at}
+        more = {"tries": record.tries, "next_try": record.next_try} if record.next_try else {}
+        self.report(run, more, state=State.ENDED, stage=end.stage, **words)
 
-    def report(self, run: Run, **values: Any) -> None:
+    def report(self, run: Run, words: Mapping[str, Any], **values: Any) -> None:
         """Report a Transition of a run, with how long after its push it came."""
-        more = {"seconds": round(values["at"] - run.received, 1), **run_words(run)}
+        more = {"seconds": round(values["at"] - run.received, 1), **run_words(run), **words}
         self.doors.reports.emit(Transition(run=run.id, app=run.app, more=more, **values))
 
-    def record_end(self, run: Run, end: Action, at: float) -> None:
-        """Record how a run ended; reject its commit if a deployment says something against it."""
-        app = self.context.apps.get(run.app)
-        if app is None:
-            return
+    def record_end(self, run: Run, end: Action, at: float, *, switched: bool) -> RunRecord:
+        """Record how a run ended, and when it is tried again; return the record.
+
+        A commit is rejected if a deployment says something against it.
+        """
         reason = str(end.reason)
         record = replace(RunRecord.of(run), outcome=str(end.outcome), reason=reason)
-        record = replace(record, stage=end.stage, detail=clip(end.detail), ended=round(at, 3))
+        record = replace(record, stage=end.stage, detail=clip(end.detail), ended=at)
+        app = self.context.apps.get(run.app)
+        if app is None:
+            return record
+        before = self.state.recent(app).runs.get(run.id)
+        if before and before.outcome and before.reason == reason and before.ended >= run.received:
+            return before  # a process that was killed has recorded it
+        config = config_hash(app) if end.reason in CONFIGURED_REASONS else ""
+        record = replace(record, config=config)
+        if before and run.delivery == NEXT_TRY:
+            record = replace(record, tries=before.tries, tried_since=before.tried_since)
+        if may_be_tried_again(end) and not switched:
+            record = record.tried_again()
         records: list[RunRecord | Rejection] = [record]
-        if (
-            end.outcome in BAD_OUTCOMES
-            and end.stage not in JOB_STAGES
-            and end.reason.is_verdict
-            and end.reason is not Reason.REJECTED  # it is recorded already
-        ):
-            records.append(Rejection(commit=run.commit, reason=reason, at=self.doors.clock.now()))
+        if rejects(end):
+            now = self.doors.clock.now()
+            records.append(Rejection(commit=run.commit, reason=reason, at=now, config=config))
         self.state.write(app, *records, with_job=self.context.informers.ids_with_job(app))
+        if record.next_try:
+            self.context.heads_wanted[app.name].set()  # whose thread starts the next try
+        return record
 
-    def mark_jobs(self, jobs: Mapping[str, Job], end: Action, at: float) -> None:
-        """Mark Jobs as those of a run that has ended; one that still runs is stopped."""
-        annotations = {ANNOTATION_OUTCOME: str(end.outcome), ANNOTATION_ENDED: f"{at:.3f}"}
+    def mark_jobs(self, jobs: Mapping[str, Job], record: RunRecord) -> None:
+        """Mark Jobs as those of a run that has ended; one that still runs is stopped.
+
+        What the next try uses again is kept until then.
+        """
+        annotations = {ANNOTATION_OUTCOME: record.outcome, ANNOTATION_ENDED: f"{record.ended:.3f}"}
         for job in jobs.values():
             stop = {"activeDeadlineSeconds": 1} if job.state == "active" else {}
             marks = {**annotations, **NO_WAIT}
-            self.context.informers.annotate(job, marks, ttlSecondsAfterFinished=JOB_TTL, **stop)
-            if job.unsuspended and job.finished:
+            kept_from = job.finished or record.ended
+            lasting = JOB_TTL + max(0, math.ceil(record.next_try - kept_from))
+            self.context.informers.annotate(job, marks, ttlSecondsAfterFinished=lasting, **stop)
+            # what finished before this try was counted then
+            if job.unsuspended and job.finished >= job.run.received:
                 seconds = max(0.0, job.finished - job.unsuspended)
                 labels = (job.run.app, job.stage, job.state)
                 self.doors.reports.metrics.stage_seconds.labels(*labels).observe(seconds)
+
+
+def may_be_tried_again(end: Action) -> bool:
+    """Whether an end is a circumstance that another try of the same commit may not meet."""
+    passing = end.outcome in (Outcome.FAILED, Outcome.SUPERSEDED) and not end.reason.is_verdict
+    return passing and end.reason is not Reason.NOT_HEAD
+
+
+def rejects(end: Action) -> bool:
+    """Whether an end rejects the commit: a verdict of an environment, but for older ones."""
+    bad = end.outcome in BAD_OUTCOMES and end.stage not in JOB_STAGES
+    return bad and end.reason.is_verdict and end.reason is not Reason.REJECTED
 
 
 class Informers:
@@ -6764,7 +6902,7 @@ class Controller:
         repeat("controller", STEP_FAILED, self.reconcile, wake)
         for app in self.context.config.apps:
             read = partial(self.catch_up.read_heads, app)
-            wanted = self.catch_up.wanted[app.name]
+            wanted = self.context.heads_wanted[app.name]
             repeat(f"heads of {app.name}", "catch-up waits", read, wanted)
 
     def reconcile(self) -> float:
@@ -6785,7 +6923,7 @@ class Controller:
         self.context.stop.set()
         for informer in self.informers.all():
             informer.stop()
-        for event in (self.context.wake, self.spooled, *self.catch_up.wanted.values()):
+        for event in (self.context.wake, self.spooled, *self.context.heads_wanted.values()):
             event.set()
         self.supervisor.join(until)
         if self.clock.monotonic() < until - seconds / 2:  # else an API that hangs would take it all
@@ -6835,19 +6973,29 @@ class RunReconciler:
         existing = {job.name: job for jobs in jobs_by_run.values() for job in jobs.values()}
         self.jobs |= existing
         until = self.context.clock.monotonic() + LOOK_SECONDS
+        states: dict[str, AppState] = {}
+
+        def state(app: App) -> AppState:
+            """Return what is recorded of an app, read once in this look."""
+            if app.name not in states:
+                states[app.name] = self.context.state.read(app)
+            return states[app.name]
+
         for lost in [job for name, job in self.jobs.items() if name not in existing]:
             if self.context.clock.monotonic() < until:
-                step = partial(self.end_vanished, lost, jobs_by_run.get(lost.run.id, {}))
+                step = partial(self.end_vanished, lost, jobs_by_run.get(lost.run.id, {}), state)
                 self.context.attempt(f"lost {lost.name}", step, **run_words(lost.run))
 
-    def end_vanished(self, lost: Job, remaining: Mapping[str, Job]) -> None:
+    def end_vanished(
+        self, lost: Job, remaining: Mapping[str, Job], state: Callable[[App], AppState]
+    ) -> None:
         """End a run if one of its Jobs disappeared that it still needed, and forget that Job."""
         # only green tests are built; a finished build can be made once more
         green = "build" in remaining and not remaining["build"].outcome
         spare = green if lost.stage == "test" else lost.state == "succeeded"
         if not (spare or lost.outcome or has_ended({lost.stage: lost, **remaining})):
             app = self.context.apps.get(lost.run.app)
-            record = self.context.state.read(app).runs.get(lost.run.id) if app else None
+            record = state(app).runs.get(lost.run.id) if app else None
             # who ended the run since it was seen has recorded so
             if record is None or not record.outcome or record.ended < lost.run.received:
                 detail = f"Job {lost.name} was deleted"
@@ -6897,12 +7045,27 @@ class RunReconciler:
             jobs=jobs,
             pods=tuple(pods),
             services={e: s for e, i in informers if (s := i.find(run.app))},
-            head=self.catch_up.heads[run.app].relation(run, self.context.clock),
+            head=self.head(run),
             newer=newer,
             fatal_problem=self.trackers.setdefault(run.id, ProblemTracker()).fatal(problems, now),
             busy=busy | unseen,
             now=now,
             queue_timeout=self.context.config.limits.queue_timeout,
+        )
+
+    def head(self, run: Run) -> Head:
+        """Return what the heads that were read last say about a run."""
+        heads = self.catch_up.heads[run.app]
+        head = heads.relation(run, self.context.clock)
+        if head is not Head.NEWER:
+            return head
+        return heads.relation(run, self.context.clock, self.older_commits(run))
+
+    def older_commits(self, run: Run) -> frozenset[str]:
+        """Return what a run's ref had before, by the pushes of which there are Jobs."""
+        runs = (job.run for job in self.informers.all_jobs() if job.run.app == run.app)
+        return commits_before(
+            run, {each.commit: each.before for each in runs if each.ref == run.ref}
         )
 
     def within_slots(self, steps: Sequence[Step], active: Sequence[Run]) -> Iterator[Step]:
@@ -6982,11 +7145,13 @@ class RunReconciler:
             digest = jobs["build"].annotations.get(ANNOTATION_DIGEST) if "build" in jobs else ""
             image = f"{observed.app.build.image}@{digest}" if digest else ""
             task = task_of(self.context.config, observed.app, stage, observed.run)
-            task = replace(task, image=image)
+            task = replace(task, image=image, older=self.older_commits(observed.run))
             step = partial(self.workers.deploy, task, jobs)
             self.workers.start("worker", task, step, observed.run.received)
         else:
-            self.context.recorder.finish(observed.run, jobs, action)
+            service = observed.services.get(stage)
+            switched = bool(service and service.entry(observed.run.id, observed.run.received))
+            self.context.recorder.finish(observed.run, jobs, action, switched=switched)
 
     def build(self, observed: Observation) -> None:
         """Create a build Job, unsuspended, in the place of one whose pod took its digest along."""
@@ -7007,8 +7172,14 @@ class RunReconciler:
             self.context.recorder.finish(observed.run, observed.jobs, end)
 
     def wait_for_git(self, observed: Observation, action: Action) -> None:
-        """Have the heads read, and annotate a run that waits for them with git's last error."""
-        self.catch_up.wanted[observed.run.app].set()
+        """Have the heads read, and annotate a run that waits for them with git's last error.
+
+        A server that does not show a push yet is asked less often as time goes on.
+        """
+        asked = self.catch_up.heads[observed.run.app].asked
+        pause = min(HEAD_PAUSE, (observed.now - observed.run.received) / 10)
+        if asked < observed.run.received or observed.now - asked >= pause:
+            self.context.heads_wanted[observed.run.app].set()
         if observed.now - observed.run.received <= AGAIN_SECONDS:
             return
         job = observed.jobs.get("build") or observed.jobs["test"]
@@ -7204,9 +7375,11 @@ class Workers:
         labels = (task.app.name, task.environment, end.outcome if end else "ok")
         self.context.metrics.stage_seconds.labels(*labels).observe(seconds)
         if end:
-            if self.context.deployer.steady.live.read(task) is None:
+            service = self.context.deployer.steady.live.read(task)
+            if service is None:
                 self.context.deployer.collect_garbage(task)
-            self.context.recorder.finish(task.run, jobs, end)
+            switched = bool(service and service.entry(task.run.id, task.run.received))
+            self.context.recorder.finish(task.run, jobs, end, switched=switched)
 
     def _end_of_deployment(self, task: Task) -> Action | None:
         """Deploy a run; return how it ended, or None when it is live in this environment.
@@ -7216,7 +7389,7 @@ class Workers:
         try:
             # a run that was rejected before a crash may still look open
             state = self.context.state.read(task.app)
-            if task.run.commit in state.rejected:
+            if state.rejection(task.app, task.run.commit):
                 record = state.runs.get(task.run.id)
                 if record and record.outcome and not newer_than(task.run, state):
                     why = (Reason(record.reason), record.detail, record.stage)
@@ -7972,6 +8145,9 @@ class RunStatus:
     outcome: str = ""
     reason: str = ""
     detail: str = ""
+    advice: str = ""  # what helps
+    tries: int = 0  # that ended by a circumstance
+    next_try: float | None = None  # when it is tried again by itself
 
     def as_claimed(self, places: Sequence[EnvironmentStatus]) -> RunStatus:
         """Return it as far as the claims of environments, in their order, say that it has come."""
@@ -7982,9 +8158,17 @@ class RunStatus:
 
     def cells(self, ids: Mapping[str, str], now: float) -> list[str]:
         """Return its row in the table of `status`, with a short id, and the text below the row."""
-        detail = self.detail.partition("\n")[0]
-        texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now), detail]
-        return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts]
+        texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now)]
+        detail = clip(self.detail.partition("\n")[0])
+        below = " ".join(filter(None, (self.next_words(now), detail, self.advice)))
+        return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts, below]
+
+    def next_words(self, now: float) -> str:
+        """Return when it is tried again, in words; "" for never."""
+        if self.next_try is None:
+            return ""
+        when = f"in {age(now, self.next_try)}" if self.next_try > now else "now"
+        return f"Try {self.tries + 1} {when}, if it is still the head."
 
 
 def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentStatus:
@@ -8037,8 +8221,12 @@ def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) ->
     run = newest(jobs) if jobs else run_of_record(app, state.runs[name])
     status = RunStatus(run.id, run.app, run.ref, run.commit, run.received)
     if record and record.outcome and record.ended >= run.received:
-        end = {key: getattr(record, key) for key in ("stage", "outcome", "reason", "detail")}
-        status = replace(status, state="ended", **end)
+        copied = ("stage", "outcome", "reason", "detail", "tries")
+        end = {key: getattr(record, key) for key in copied}
+        helps = record.reason if record.reason in set(Reason) else Reason.OK
+        advice = "" if helps == Reason.OK else Reason(helps).advice
+        status = replace(status, state="ended", advice=advice, **end)
+        status = replace(status, next_try=record.next_try or None)
     elif jobs:
         last = jobs.get("build") or jobs["test"]
         reason = last.annotations.get(ANNOTATION_REASON, "")
@@ -8079,7 +8267,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for parts in itertools.zip_longest(*cells, fillvalue=""):
             padded = [part.ljust(width) for part, width in zip(parts, widths, strict=True)]
             lines.append("  ".join(padded).rstrip())
-        lines += [f"    {part}" for part in textwrap.wrap(clip(below), TABLE_COLUMNS - 4)]
+        lines += [f"    {part}" for part in textwrap.wrap(clip(below, 600), TABLE_COLUMNS - 4)]
     return "\n".join(lines)
 
 
@@ -8098,7 +8286,10 @@ def explain(tools: Tools, args: argparse.Namespace) -> int:
     logs = list(kept_logs(tools, app, name)) if args.log else []
     if name in runs:
         values = asdict(runs[name])
-        values["received"] = f"{age(values['received'], tools.doors.clock.now())} ago"
+        now = tools.doors.clock.now()
+        values["received"] = f"{age(values['received'], now)} ago"
+        values["next_try"] = runs[name].next_words(now)
+        values["tries"] = values["tries"] and str(values["tries"])
         for key in filter(values.get, values):
             lines = printable(values[key]).split("\n")
             print_text(f"{key + ':':10}" + f"\n{'':10}".join(lines))
@@ -8297,10 +8488,18 @@ class Plan:
         print_text(f"{title}: {text}")
 
     def rejection(self) -> str:
-        """Return whether the commit is rejected, and why."""
-        rejected = self.tools.deployer.state.read(self.app).rejected.get(self.run.commit)
+        """Return whether the commit is rejected and why, or else how its run ended before."""
+        state = self.tools.deployer.state.read(self.app)
         again = f"only `rerun {self.run.id}` deploys it"
-        return f"{rejected.reason}; {again}" if rejected else "no"
+        if rejected := state.rejection(self.app, self.run.commit):
+            return f"{rejected.reason}; {again}"
+        record = state.find(self.run.ref, self.run.commit)
+        if record is None or record.outcome in ("", Outcome.DEPLOYED):
+            return "no"
+        ended = f"no, but its run ended {record.outcome} at {record.stage}: {record.reason}"
+        if not record.next_try:
+            return f"{ended}; `rerun {record.id}` runs it again"
+        return f"{ended}; it is tried again in {age(self.tools.doors.clock.now(), record.next_try)}"
 
     def missing_rights(self) -> str:
         """Return what the daemon must be able to do, by its Roles, and the caller may not."""

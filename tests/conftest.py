@@ -25,6 +25,7 @@ CLUSTER = {
     "test_main",
     "test_make",
     "test_pains",
+    "test_tries",
     "test_rbac",
 }
 STANDIN = Path(__file__).parent / "standin"

@@ -165,6 +165,23 @@ class Member:
         files: dict[str, str] | None = None,
     ) -> str:
         """Commit and push a version, its manifests changed as told; return the commit."""
+        commit = self.commit(
+            version, modes=modes, image=image, branch=branch, change=change, files=files
+        )
+        self.repository.git("push", "-q", "-f", "origin", branch)
+        return commit
+
+    def commit(
+        self,
+        version: str,
+        *,
+        modes: str = "",
+        image: str = "",
+        branch: str = "main",
+        change: Callable[[dict[str, Object]], None] | None = None,
+        files: dict[str, str] | None = None,
+    ) -> str:
+        """Commit a version without pushing it, so that the server does not show it; return it."""
         objects = app_objects(self.name, version, modes, image or self.fleet.image)
         if change:
             change(objects)
@@ -174,7 +191,6 @@ class Member:
         self.repository.write({"deploy/app.yaml": manifests, **(files or {})})
         git("add", "-A")
         git("commit", "-q", "--allow-empty", "-m", f"Version {version}")
-        git("push", "-q", "-f", "origin", branch)
         return git("rev-parse", "HEAD")
 
     def push(self, commit: str, ref: str = "main", **more: Any) -> str:
@@ -435,13 +451,19 @@ def app_entry(name: str, repository: Path, settings: Object) -> Object:
 
 @contextmanager
 def fleet(
-    directory: Path, apps: dict[str, Object] | Sequence[str], *, speed: float = 2.0, **config: Any
+    directory: Path,
+    apps: dict[str, Object] | Sequence[str],
+    *,
+    speed: float = 2.0,
+    program: Path | None = None,
+    **config: Any,
 ) -> Iterator[Fleet]:
     """A fleet with a started daemon; ended with all its processes."""
     named = apps if isinstance(apps, dict) else {name: {} for name in apps}
     with Cluster(directory / "cluster", speed=speed) as cluster:
         install(cluster)
         made = Fleet(directory, cluster, named, **config)
+        made.program = program or made.program
         try:
             made.start()
             yield made

@@ -331,6 +331,52 @@ def test_a_run_that_ended_during_a_look_is_not_begun_again_by_that_look(controll
 # Jobs that are gone
 
 
+def test_many_jobs_that_expired_cost_no_call_and_many_lost_ones_one_reading(
+    controller: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    get = controller.context.kubectl.get
+
+    def count(resource: str, name: str, namespace: str) -> Object | None:
+        calls.append(name)
+        return get(resource, name, namespace)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(controller.context.kubectl, "get", count)
+    for number in range(200):
+        job = a_job(controller, "test", "failed", 20.0, name=f"test-{number}")
+        controller.runs.jobs[job.name] = job
+    controller.runs.reconcile()
+    assert (calls, controller.runs.jobs) == ([], {})
+    for number in range(200):
+        job = a_job(controller, "test", "active", name=f"test-{number}")
+        controller.runs.jobs[job.name] = job
+    controller.runs.reconcile()
+    assert (calls, controller.runs.jobs) == (["gitops-hook-shop"], {})
+
+
+@pytest.mark.parametrize("finished", [9.0, 11.0])
+def test_a_job_is_counted_once_however_often_its_run_is_opened_again(
+    controller: Any, finished: float
+) -> None:
+    run = a_run(OLD, received=10.0)
+    manifest = a_manifest(controller, run)
+    manifest["spec"]["suspend"] = False
+    manifest["status"] = {
+        "startTime": "1970-01-01T00:00:05Z",
+        "completionTime": f"1970-01-01T00:00:{finished:02.0f}Z",
+        "conditions": [
+            {"type": "Complete", "status": "True",
+             "lastTransitionTime": f"1970-01-01T00:00:{finished:02.0f}Z"},
+        ],
+    }  # fmt: skip
+    controller.context.kubectl.objects["job", manifest["metadata"]["name"]] = manifest
+    job = hook.Job(manifest)
+    assert (job.unsuspended, job.finished) == (5.0, finished)
+    controller.context.recorder.finish(run, {"test": job}, ends(Outcome.TESTED))
+    labels = {"app": "shop", "stage": "test", "result": "succeeded"}
+    assert sample(controller, "stage_seconds_count", labels) == (1 if finished > 10 else None)
+
+
 def test_a_deleted_job_is_recorded_again_after_a_failure_and_then_no_more(
     controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,11 +432,11 @@ def test_a_run_vanishes_with_a_job_that_it_still_needs(
     controller: Any, lost: Any, left: Any, jobs_of_end: list[str] | None
 ) -> None:
     ended: list[Any] = []
-    controller.context.recorder.finish = lambda run, jobs, end: ended.append(
+    controller.context.recorder.finish = lambda run, jobs, end, **more: ended.append(
         ([*jobs], end.stage, end.reason)
     )
     jobs = {left[0]: a_job(controller, *left)} if left else {}
-    controller.runs.end_vanished(a_job(controller, *lost), jobs)
+    controller.runs.end_vanished(a_job(controller, *lost), jobs, controller.context.state.read)
     expected = [] if jobs_of_end is None else [(jobs_of_end, lost[0], Reason.VANISHED)]
     assert ended == expected
 
@@ -553,7 +599,7 @@ def test_a_run_that_waits_for_git_shows_what_git_said_last(
     monkeypatch.setattr(controller.context.doors.git, "heads", fail)
     controller.runs.reconcile()
     read = partial(controller.catch_up.read_heads, shop(controller))
-    wanted = controller.catch_up.wanted["shop"]
+    wanted = controller.context.heads_wanted["shop"]
     controller.supervisor.repeat("heads of shop", "catch-up waits", read, wanted)
     eventually(lambda: controller.runs.reconcile() and len(questions) > 3)
     controller.shut_down(5)

@@ -650,11 +650,11 @@ ZERO = "0" * 40
         (None, 0, {}, "unknown"),
         ({"refs/heads/main": A}, 11, {}, "unknown"),
         ({"refs/heads/main": B}, 0, {"before": B, "received": NOW - 5}, "unknown"),
-        ({"refs/heads/main": B}, 0, {"before": B, "received": NOW - 31}, "newer"),
+        ({"refs/heads/main": B}, 0, {"before": B, "received": NOW - 301}, "newer"),
         ({"refs/heads/main": B}, 0, {"before": "c" * 40, "received": NOW - 5}, "newer"),
         ({}, 0, {"before": B, "received": NOW - 5}, "newer"),
         ({}, 0, {"before": ZERO, "received": NOW - 5}, "unknown"),
-        ({}, 0, {"before": ZERO, "received": NOW - 31}, "newer"),
+        ({}, 0, {"before": ZERO, "received": NOW - 301}, "newer"),
         ({"refs/heads/main": A}, 0, {"before": A, "received": NOW - 5}, "same"),
         ({"refs/heads/other": A}, 0, {"before": B}, "newer"),
     ],
@@ -669,6 +669,50 @@ def test_what_git_says_about_a_run(
     heads: dict[str, str] | None, age: float, run: Object, word: str
 ) -> None:
     assert hook.head_of(a_run(**run), heads, age, NOW) == word
+
+
+C = "c" * 40
+
+
+@pytest.mark.parametrize(
+    ("before", "age", "word"),
+    [
+        ({C: B}, 3.0, "unknown"),
+        ({C: B}, 299.0, "unknown"),
+        ({C: B}, 301.0, "newer"),
+        ({}, 3.0, "newer"),
+        ({C: "d" * 40, "d" * 40: B}, 3.0, "unknown"),
+        ({C: "d" * 40, "d" * 40: C}, 3.0, "newer"),
+    ],
+    ids=[
+        "two pushes", "long behind", "too long behind", "a commit that nobody announced",
+        "three pushes", "pushes in a circle",
+    ],
+)  # fmt: skip
+def test_a_server_that_shows_a_commit_from_before_several_pushes_is_behind(
+    before: dict[str, str], age: float, word: str
+) -> None:
+    run = a_run(before=C, received=NOW - age)
+    older = hook.commits_before(run, before)
+    assert hook.head_of(run, {"refs/heads/main": B}, 0, NOW, older) == word
+
+
+# === Reasons ===
+
+
+@pytest.mark.parametrize("reason", hook.Reason)
+def test_each_reason_is_a_verdict_or_a_circumstance_and_has_one_sentence_of_advice(
+    reason: hook.Reason,
+) -> None:
+    assert (reason in hook.VERDICTS) != (reason in hook.CIRCUMSTANCES)
+    assert reason.is_verdict is (reason in hook.VERDICTS)
+    assert re.fullmatch(r"[A-Z][^!?]+\.", reason.advice)
+    assert reason.advice.count(". ") == 0
+    assert len(reason.advice.split()) <= 25
+
+
+def test_no_reason_is_missing_from_the_tables_and_none_is_there_that_does_not_exist() -> None:
+    assert hook.VERDICTS.keys() | hook.CIRCUMSTANCES.keys() == set(hook.Reason)
 
 
 # === Slots ===

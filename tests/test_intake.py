@@ -309,6 +309,39 @@ def test_a_run_that_is_pushed_again_goes_on_where_it_failed(
     assert (deletions, patches) == (deleted, reopened)
 
 
+def test_a_job_that_is_being_deleted_delays_no_push_but_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = idle_controller(tmp_path, TWO_APPS)
+    synced(controller)
+    kubectl = controller.context.kubectl
+    create_each = kubectl.create_each
+    old = a_manifest(controller, a_run(OLD), deletionTimestamp="now")
+    name = old["metadata"]["name"]
+
+    def create(objects: Sequence[Object], namespace: str) -> dict[str, hook.KubectlError]:
+        others = [o for o in objects if o["metadata"]["name"] != name]
+        create_each(others, namespace)
+        text = f'Error from server (AlreadyExists): jobs.batch "{name}" already exists'
+        return {} if len(others) == len(objects) else {name: refused(text)}
+
+    def listed(resource: str, namespace: str, *filters: str) -> list[Object]:
+        return [old] * (old["metadata"]["namespace"] == namespace)
+
+    monkeypatch.setattr(kubectl, "create_each", create)
+    monkeypatch.setattr(kubectl, "list", listed)
+    kubectl.objects["job", name] = old
+    other = a_run(OLD, app="blog")
+    store(controller, a_run(OLD, received=2.0), a_run(NEW, received=3.0), other)
+    controller.intake.admit_all()
+    assert {f"test-{a_run(NEW).id}", f"test-{other.id}"} <= {*job_names(controller)}
+    assert stored(controller) == [OLD]
+    store(controller, a_run("c" * 40, received=4.0))
+    controller.intake.admit_all()  # at once, though the one before is put off
+    assert stored(controller) == [OLD]
+    assert f"test-{a_run('c' * 40).id}" in job_names(controller)
+
+
 def test_a_job_that_is_being_deleted_is_waited_for(controller: Any) -> None:
     leaving = a_job(controller, "build", "failed", 20.0, deletionTimestamp="")
     jobs = [a_job(controller, "test", "succeeded"), leaving]
@@ -587,3 +620,195 @@ def test_a_job_of_ours_that_is_of_no_stage_is_no_part_of_its_run(controller: Any
     context.kubectl.objects["job", "stray"] = stray
     (jobs,) = hook.jobs_of(context.kubectl, context.config, [run.id]).values()
     assert [job.stage for job in jobs] == ["test"]
+
+
+# Circumstances and verdicts
+
+NOT_TRIED_AGAIN = {Reason.NOT_HEAD}
+TRIED_AGAIN = sorted(set(hook.CIRCUMSTANCES) - NOT_TRIED_AGAIN)
+
+
+def fail(controller: Any, run: hook.Run, reason: Reason, stage: str = "test", **more: Any) -> None:
+    """Let a run that has its Job end for a reason."""
+    jobs = controller.informers.jobs_by_run().get(run.id, {})
+    end = hook.ends(Outcome.FAILED, reason, "why it ended", stage)
+    controller.context.recorder.finish(run, jobs, end, **more)
+
+
+def wait_for_try(controller: Any) -> None:
+    """Let time go on until the next try is due, and the heads be read then."""
+    then = last_record(controller).next_try + 0.1
+    controller.clock.now = lambda: then
+    controller.context.doors.git.heads = lambda url: {MAIN: NEW}
+    controller.catch_up.read_heads(shop(controller))
+
+
+@pytest.mark.parametrize("stage", ["test", "staging"])
+@pytest.mark.parametrize("reason", TRIED_AGAIN)
+def test_a_head_that_ended_by_a_circumstance_is_tried_again_by_itself(
+    controller: Any, reason: Reason, stage: str
+) -> None:
+    synced(controller)
+    fail(controller, a_run(NEW, received=time.time()), reason, stage)
+    last = last_record(controller)
+    assert (last.outcome, last.reason, last.tries) == ("failed", reason, 1)
+    assert last.next_try - last.ended == pytest.approx(60, abs=0.01)
+    assert rejected(controller) == []
+    wait_for_try(controller)
+    assert stored(controller) == [NEW]
+    controller.intake.admit_all()
+    assert job_names(controller) == [f"test-{a_run(NEW).id}"]
+    last = last_record(controller)
+    assert (last.outcome, last.tries, last.next_try) == ("", 1, 0.0)
+
+
+@pytest.mark.parametrize("reason", sorted(set(hook.VERDICTS) - {Reason.OK}))
+def test_a_head_that_ended_by_a_verdict_is_not_tried_again(controller: Any, reason: Reason) -> None:
+    synced(controller)
+    fail(controller, a_run(NEW, received=time.time()), reason, "staging")
+    assert last_record(controller).next_try == 0
+    assert rejected(controller) == [NEW] * (reason is not Reason.REJECTED)
+    year = time.time() + 365 * 86400
+    controller.clock.now = lambda: year
+    catch_up(controller, {MAIN: NEW})
+    assert stored(controller) == []
+
+
+def test_tries_come_after_1_5_15_and_60_minutes_and_end_after_a_day(controller: Any) -> None:
+    synced(controller)
+    fail(controller, a_run(NEW, received=time.time()), Reason.QUOTA_EXCEEDED, "production")
+    begin = last_record(controller).ended
+    minutes = []
+    while last_record(controller).next_try:
+        wait_for_try(controller)
+        last = last_record(controller)
+        minutes.append(round((controller.clock.now() - last.tried_since) / 60))
+        controller.intake.admit_all()
+        run = replace(a_run(NEW), received=controller.clock.now(), delivery=hook.NEXT_TRY)
+        fail(controller, run, Reason.QUOTA_EXCEEDED, "production")
+    assert minutes[:6] == [1, 6, 21, 81, 141, 201]
+    assert minutes[-2] < 24 * 60 <= minutes[-1]
+    last = last_record(controller)
+    assert (last.outcome, last.reason, last.tried_since) == ("failed", "GaveUp", begin)
+    assert last.detail == "QuotaExceeded: why it ended"
+    catch_up(controller, {MAIN: NEW})
+    assert stored(controller) == []
+
+
+@pytest.mark.parametrize("delivery", ["rerun", "7f0c"])
+def test_a_person_who_pushes_or_reruns_a_commit_gives_it_all_its_tries(
+    controller: Any, delivery: str
+) -> None:
+    synced(controller)
+    now = time.time()
+    for number in range(3):
+        again = a_run(NEW, received=now + number, delivery=hook.NEXT_TRY if number else "first")
+        controller.context.recorder.record_started(shop(controller), [again])
+        controller.clock.now = lambda number=number: now + number + 0.5
+        fail(controller, again, Reason.VANISHED)
+    assert last_record(controller).tries == 3
+    run = a_run(NEW, received=now + 9, delivery=delivery)
+    controller.context.recorder.record_started(shop(controller), [run])
+    assert (last_record(controller).tries, last_record(controller).next_try) == (0, 0.0)
+
+
+def test_nothing_that_traffic_has_reached_is_tried_again_by_itself(controller: Any) -> None:
+    synced(controller)
+    run = a_run(NEW, received=time.time())
+    fail(controller, run, Reason.BOTH_UNHEALTHY, "production", switched=True)
+    last = last_record(controller)
+    assert (last.reason, last.next_try) == ("BothUnhealthy", 0.0)
+
+
+def test_the_end_of_a_try_that_a_killed_process_has_recorded_is_not_counted_twice(
+    controller: Any,
+) -> None:
+    synced(controller)
+    run = a_run(NEW, received=time.time())
+    for _ in range(2):
+        fail(controller, run, Reason.UNSCHEDULABLE, "staging")
+    assert last_record(controller).tries == 1
+
+
+@pytest.mark.parametrize("heads", [{MAIN: OLD}, {}], ids=["another head", "the branch is gone"])
+def test_what_is_no_longer_the_head_is_superseded_and_not_tried(
+    controller: Any, heads: dict[str, str]
+) -> None:
+    synced(controller)
+    fail(controller, a_run(NEW, received=time.time()), Reason.CLONE_FAILED)
+    then = last_record(controller).next_try + 1
+    controller.clock.now = lambda: then
+    controller.context.doors.git.heads = lambda url: heads
+    controller.catch_up._due["shop"] = controller.clock.monotonic() + 60
+    controller.catch_up.read_heads(shop(controller))
+    assert stored(controller) == []
+    record = controller.context.state.read(shop(controller)).find(MAIN, NEW)
+    assert (record.outcome, record.reason, record.next_try) == ("superseded", "NotHead", 0.0)
+    catch_up(controller, {MAIN: NEW})  # it is the head again
+    assert stored(controller) == [NEW]
+
+
+def test_a_test_branch_is_tried_again_too(controller: Any) -> None:
+    synced(controller)
+    ref = f"refs/heads/{'ö' * 300}name"
+    run = a_run(NEW, ref, received=time.time())
+    fail(controller, run, Reason.CLONE_FAILED)
+    controller.context.doors.git.heads = lambda url: {ref: NEW, MAIN: OLD}
+    record = controller.context.state.read(shop(controller)).find(ref, NEW)
+    controller.clock.now = lambda: record.next_try + 0.1
+    controller.catch_up.start_tries(shop(controller), hook.ReadHeads(commits={ref: NEW, MAIN: OLD}))
+    (push,) = controller.context.spool.read()
+    assert (push.run.ref, push.run.commit, push.run.id) == (ref, NEW, run.id)
+
+
+def test_a_try_that_waits_in_the_spool_is_not_stored_again(controller: Any) -> None:
+    synced(controller)
+    fail(controller, a_run(NEW, received=time.time()), Reason.CLONE_FAILED)
+    for _ in range(3):
+        wait_for_try(controller)
+    assert stored(controller) == [NEW]
+
+
+def test_the_heads_are_read_when_the_next_try_is_due(controller: Any) -> None:
+    synced(controller)
+    controller.context.heads_wanted["shop"].clear()
+    fail(controller, a_run(NEW, received=time.time()), Reason.CLONE_FAILED)
+    assert controller.context.heads_wanted["shop"].is_set()
+    ended = last_record(controller).ended
+    controller.clock.now = lambda: ended
+    controller.context.doors.git.heads = lambda url: {MAIN: NEW}
+    assert controller.catch_up.read_heads(shop(controller)) == pytest.approx(60, abs=0.01)
+
+
+def test_what_a_try_uses_again_is_kept_until_then(controller: Any) -> None:
+    synced(controller)
+    run = a_run(NEW, received=time.time())
+    add_job(controller, run)
+    changes: list[Object] = []
+    patch = controller.context.kubectl.patch
+
+    def note(resource: str, name: str, namespace: str, change: Object) -> Object:
+        changes.append(change)
+        return patch(resource, name, namespace, change)  # type: ignore[no-any-return]
+
+    controller.context.kubectl.patch = note
+    fail(controller, run, Reason.CLONE_FAILED)
+    (lasting,) = [c["spec"]["ttlSecondsAfterFinished"] for c in changes if "spec" in c]
+    assert lasting == hook.JOB_TTL + 60
+
+
+@pytest.mark.parametrize("reason", [Reason.MANIFEST_REFUSED, Reason.SMOKE_FAILED])
+def test_a_refused_manifest_is_looked_at_again_when_its_app_is_configured_anew(
+    controller: Any, reason: Reason, tmp_path: Path
+) -> None:
+    synced(controller)
+    fail(controller, a_run(NEW, received=time.time()), reason, "staging")
+    catch_up(controller, {MAIN: NEW})
+    assert stored(controller) == []
+    app = shop(controller)
+    controller.context.apps["shop"] = replace(app, deploy=replace(app.deploy, bake=1.0))
+    catch_up(controller, {MAIN: NEW})
+    again = reason is Reason.MANIFEST_REFUSED
+    assert stored(controller) == [NEW] * again
+    controller.intake.admit_all()
+    assert job_names(controller) == [f"test-{a_run(NEW).id}"] * again

@@ -17,7 +17,7 @@ from tests.settings import settings_by_path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-MAX_LINES = 250
+MAX_LINES = 275
 # What a reader meets in `status`, in logs and in metrics.
 WORDS = {
     *("app", "run", "stage", "environment", "colour"),
@@ -57,7 +57,13 @@ def metrics() -> str:
     return table(("metric", "labels", "meaning"), rows)
 
 
-TABLES = {"settings": settings, "process": process, "metrics": metrics}
+def reasons() -> str:
+    kinds = {"Verdicts": gitops_hook.VERDICTS, "Circumstances": gitops_hook.CIRCUMSTANCES}
+    named = {kind: ", ".join(f"`{r}`" for r in table) for kind, table in kinds.items()}
+    return "\n".join(f"- {kind}: {names}." for kind, names in named.items())
+
+
+TABLES = {"reasons": reasons, "settings": settings, "process": process, "metrics": metrics}
 
 
 def block(name: str) -> re.Pattern[str]:

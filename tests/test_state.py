@@ -105,7 +105,7 @@ def test_a_second_write_takes_one_call(shelf: Shelf, store: hook.StateStore) -> 
 
 
 def test_fields_that_a_later_version_may_add_are_ignored(shelf: Shelf) -> None:
-    text = json.dumps({"v": 9, "ref": MAIN, "commit": "a" * 40, "tries": 3, "moon": [1]})
+    text = json.dumps({"v": 9, "ref": MAIN, "commit": "a" * 40, "stars": 3, "moon": [1]})
     shelf.put("shop", **{"run-shop-1": text})
     state = hook.StateStore(shelf, hook.Clock()).read(APP)
     assert state.runs == {"shop-1": hook.RunRecord(id="shop-1", ref=MAIN, commit="a" * 40)}
