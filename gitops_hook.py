@@ -6029,7 +6029,7 @@ class Deployer:
             kubectl.delete("deployment", left, namespace)
             preview = kubectl.get("service", f"{app}-preview", namespace)
             labels = preview["metadata"].get("labels") or {} if preview else {}
-            if labels.get(LABEL_MANAGED, MANAGER) == MANAGER:
+            if labels.get(LABEL_MANAGED) == MANAGER:
                 kubectl.delete("service", [f"{app}-preview"], namespace)
         # logs go by their age and number
         names = kubectl.names("configmaps", namespace, f"{ours},{LABEL_STAGE}!=log")

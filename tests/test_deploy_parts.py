@@ -906,17 +906,19 @@ case "$*" in
     return calls
 
 
+@pytest.mark.parametrize(
+    "meta", ['{"labels": {"app.kubernetes.io/managed-by": "x"}}', '{"labels": {}}', "{}"]
+)
 def test_the_preview_service_of_someone_else_outlives_a_failed_first_deployment(
-    tmp_path: Path,
+    tmp_path: Path, meta: str
 ) -> None:
     made = deployer(tmp_path, [])
     calls = recorded_calls(
         tmp_path,
-        """*get*service/shop-preview*)
-    echo '{"metadata": {"labels": {"app.kubernetes.io/managed-by": "x"}}}' ;;
+        f"""*get*service/shop-preview*) echo '{{"metadata": {meta}}}' ;;
 *get*service/shop*) ;;
-*get*deployments*) echo '{"items": []}' ;;
-*get*configmap*) echo '{"items": []}' ;;""",
+*get*deployments*) echo '{{"items": []}}' ;;
+*get*configmap*) echo '{{"items": []}}' ;;""",
     )
     made.collect_garbage(task())
     lines = calls.read_text().split("\n")

@@ -13,8 +13,10 @@ import pytest
 
 from tests.fleet import Fleet, Gate, fleet
 from tests.hurried import hurried
+from tests.standin.images import not_found_text
 from tests.world import Object, eventually
 
+REGISTRY = "registry.example.com/demo"
 SECRET = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "late"}, "data": {}}
 APPS = (
     "behind", "vanished", "crowded", "unpulled", "secretless", "occupied", "cloneless", "killed",
@@ -103,6 +105,14 @@ def test_a_test_job_that_someone_deleted_is_made_again(apps: Fleet) -> None:
     eventually(lambda: not apps.jobs().get(f"test-{run}", {}).get("spec", {}).get("suspend", True))
     assert apps.kubectl("delete", "job", f"test-{run}", "-n", "test").code == 0
     ended(apps, run, "Vanished")
+    eventually(lambda: apps.said("tried again", run=run), 30, "the next try")
+
+    def only_the_new_pod() -> bool:
+        pods = apps.cluster.store.list("pods", "test")
+        own = [p for p in pods if p["metadata"]["labels"].get("gitops-hook/run") == run]
+        return len(own) == 1 and "deletionTimestamp" not in own[0]["metadata"]
+
+    eventually(only_the_new_pod, 30, "the pod of the deleted Job is gone, and another there")
     (gate / "pass").mkdir()
     deployed_by_itself(apps, run, "Vanished")
 
@@ -122,16 +132,21 @@ def test_a_full_quota_ends_no_head_for_good(apps: Fleet) -> None:
     deployed_by_itself(apps, run, "QuotaExceeded")
 
 
-def test_a_registry_that_refused_the_nodes_is_asked_again(apps: Fleet) -> None:
-    app = apps["unpulled"]
-    directory = apps.directory / "unpulled-image"
-    directory.mkdir()
-    (directory / "server.py").write_text("from x import y")
-    reference = "registry.example.com/demo/late:1"
-    run = app.go("v1", image=reference)
-    ended(apps, run, "ImageNotFound")
+def missing_image(apps: Fleet, name: str) -> str:
+    """Return an image that the registry does not have until it is mended."""
     source = apps.directory / "image"
-    apps.cluster.images.add(reference, source, cmd=["python", "server.py"], workdir="/app")
+    start = ["python", "server.py"]
+    digest = apps.cluster.images.add(f"{REGISTRY}/{name}:1", source, cmd=start, workdir="/app")
+    image = f"{REGISTRY}/{name}@{digest}"
+    apps.cluster.images.break_pull(image, not_found_text(image))
+    return image
+
+
+def test_an_image_that_comes_later_is_enough(apps: Fleet) -> None:
+    image = missing_image(apps, "late")
+    run = apps["unpulled"].go("v1", image=image)
+    ended(apps, run, "ImageNotFound")
+    apps.cluster.images.break_pull(image, None)
     deployed_by_itself(apps, run, "ImageNotFound")
 
 
@@ -164,13 +179,11 @@ def test_a_name_that_was_taken_is_used_once_it_is_free(apps: Fleet) -> None:
 
 
 def test_a_daemon_that_is_killed_between_two_tries_goes_on_with_the_next(apps: Fleet) -> None:
-    app = apps["killed"]
-    run = app.go("v1", image="registry.example.com/demo/missing:1")
+    image = missing_image(apps, "killed")
+    run = apps["killed"].go("v1", image=image)
     first = ended(apps, run, "ImageNotFound")
     apps.kill()
-    source = apps.directory / "image"
-    reference = "registry.example.com/demo/missing:1"
-    apps.cluster.images.add(reference, source, cmd=["python", "server.py"], workdir="/app")
+    apps.cluster.images.break_pull(image, None)
     apps.start()
     deployed_by_itself(apps, run, "ImageNotFound")
     assert ends(apps, run)[0] == first
@@ -217,7 +230,7 @@ def test_a_verdict_is_not_tried_again(apps: Fleet) -> None:
     runs = {red.go("v1"): "TestsFailed", smoky.go("v1", modes="smoke-fails"): "SmokeFailed"}
     for run, reason in runs.items():
         assert "next_try" not in ended(apps, run, reason)
-    waiting = other.go("v2", image="registry.example.com/demo/never:1")
+    waiting = other.go("v2", image=missing_image(apps, "never"))
     eventually(lambda: len(ends(apps, waiting)) > 2, 90, "another is tried three times")
     for run in runs:
         assert len(ends(apps, run)) == 1
