@@ -255,7 +255,7 @@ done <<<"$$there"
 }
 endef
 
-.PHONY: help venv demo test cluster coverage e2e faults format lint types check bench fuzz image apply delete kind lock clean
+.PHONY: help venv demo test cluster coverage e2e faults soak format lint types check bench fuzz image apply delete kind lock clean
 
 # With COVERAGE=1, each Python that the tests start says what it ran when it ends (`coverage` put a
 # hook for that into the environment).
@@ -302,6 +302,9 @@ e2e: $(INSTALLED) ## Run the demo as its users do; kill the intake; upgrade from
 
 faults: $(INSTALLED) ## Every step of a deployment with every kind of trouble (ARGS='-m short': one of each)
 	@$(BIN)/python -m pytest tests/e2e/test_faults.py tests/e2e/test_pairs.py $(ARGS)
+
+soak: $(INSTALLED) ## Announce 1,000 pushes while all kinds of passing trouble come and go (ARGS='-m short': 60)
+	@$(BIN)/python -m pytest tests/e2e/test_soak.py $(ARGS)
 
 format: $(INSTALLED) ## Format the code, and repair what ruff can repair
 	@left=0

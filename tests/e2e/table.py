@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.fleet import Fleet, Member, Traffic, apply_service, fleet, is_ready, variable
 from tests.standin.faults import Fault
+from tests.standin.images import not_found_text
 from tests.world import eventually
 
 RUN = "gitops-hook/run"
@@ -49,6 +51,10 @@ recreate     new    new    new    new    new    new     new    new    new    new
 rollback     before before before before before before  before undone undone undone   undone-later
 killed       new    new    new    new    new    new     new    new    new    new      new
 away         new    new    new    new    new    new     new    new    new    new      new
+git-behind   new    new    new    new    new    new     new    new    new    new      new
+pull-refused (g)    (g)    (g)    (g)    new    (g)     (g)    (g)    (g)    (g)      (g)
+pull-hangs   (g)    (g)    (g)    (g)    new    (g)     (g)    (g)    (g)    (g)      (g)
+quota-full   new    new    new    new    new    new     new    new    new    new      new
 """
 LEFT_OUT = {
     "(a)": "reading does not conflict",
@@ -56,6 +62,7 @@ LEFT_OUT = {
     "(c)": "the new version has no pods yet",
     "(d)": "a version that was never ready fails its rollout; it cannot turn",
     "(e)": "the bake is over: nobody watches any more, and people have `rollback`",
+    "(g)": "images are pulled while the rollout is waited for",
     "(f)": "the smoke test is in the preview; elsewhere that is new-sick, or eviction",
 }
 
@@ -161,6 +168,7 @@ class Trouble:
     one: Callable[[Member, Versions], object] | None = None
     everyone: Callable[[Fleet, Sequence[Attempt]], None] | None = None
     modes: str = ""
+    registry: str = ""  # what it does at first with the image of the new version
     hits: str = ""  # the version whose only pod is lost
     flickers: bool = False  # for a moment there is no Service, or one that reaches all versions
 
@@ -237,6 +245,69 @@ def roll_back(app: Member, _: Versions) -> None:
     assert done.returncode == 0, done
 
 
+HANG = 75.0  # seconds in which a registry says nothing
+FULL = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "full"}}
+
+
+def show_old_head(app: Member, versions: Versions) -> None:
+    """Let the git server show the commit before the push again, as one of several that lags."""
+    git = app.repository.git
+    before = git("rev-parse", "HEAD~1")
+    git("update-ref", "refs/heads/main", before, where=app.repository.bare)
+
+
+def waiting_reasons(app: Member, version: str) -> set[str]:
+    """Return for what the containers of a version wait."""
+    statuses = (c for p in app.pods(version) for c in p["status"].get("containerStatuses") or [])
+    return {(c["state"].get("waiting") or {}).get("reason", "") for c in statuses}
+
+
+def refuse_pull_once(app: Member, versions: Versions) -> None:
+    """Let the registry have the image only after it has refused it once."""
+    image = own_image(app, versions.new)
+    eventually(
+        lambda: waiting_reasons(app, versions.new) & {"ErrImagePull", "ImagePullBackOff"},
+        30, "the pull is refused",
+    )  # fmt: skip
+    app.fleet.cluster.images.break_pull(image, None)
+
+
+def hang_pull(app: Member, versions: Versions) -> None:
+    """Let the registry not answer for as long as it takes to lose patience."""
+    image = own_image(app, versions.new)
+    eventually(lambda: waiting_reasons(app, versions.new), 30, "the image is pulled")
+    time.sleep(HANG)
+    app.fleet.cluster.images.hold_pull(image, held=False)
+
+
+def own_image(app: Member, version: str) -> str:
+    """Return an image of a version alone, so that it is pulled anew."""
+    digest = app.fleet.image.partition("@")[2]
+    return f"registry.example.com/demo/{version}@{digest}"
+
+
+def fill_quota(apps: Fleet, attempts: Sequence[Attempt]) -> None:
+    """Let no pod be created in production until those who would are refused."""
+    text = json.dumps({**FULL, "spec": {"hard": {"pods": "0"}}})
+    assert apps.kubectl("apply", "-n", "production", "-f", "-", stdin=text).code == 0
+    try:
+        for attempt in attempts:
+            attempt.lift()
+        places = [*STEPS]
+        for attempt in attempts:
+            if places.index(attempt.step_name) <= places.index("apply"):
+                eventually(partial(is_refused, attempt), 30, "its pods are refused")
+    finally:
+        assert apps.kubectl("delete", "resourcequota", "full", "-n", "production").code == 0
+
+
+def is_refused(attempt: Attempt) -> bool:
+    """Whether the cluster refuses to create the pods of an attempt's new version."""
+    deployments = attempt.app.objects("deployments").values()
+    conditions = [c for d in deployments for c in (d.get("status") or {}).get("conditions") or []]
+    return any((c["type"], c["status"]) == ("ReplicaFailure", "True") for c in conditions)
+
+
 def kill_daemon(apps: Fleet, attempts: Sequence[Attempt]) -> None:
     """Kill the daemon, and start it again once nothing of it is left."""
     apps.kill()
@@ -300,6 +371,14 @@ TROUBLES = {
     "rollback": Trouble("`rollback` is called", one=roll_back),
     "killed": Trouble("the daemon is killed and started again", everyone=kill_daemon),
     "away": Trouble("the API server is away for a while", everyone=take_api_away),
+    "git-behind": Trouble("the git server shows the commit before again", one=show_old_head),
+    "pull-refused": Trouble(
+        "the registry refuses the image once", "", one=refuse_pull_once, registry="refuses"
+    ),
+    "pull-hangs": Trouble(
+        f"the registry says nothing for {HANG:.0f} s", "", one=hang_pull, registry="hangs"
+    ),
+    "quota-full": Trouble("the quota is full for a while", everyone=fill_quota),
 }
 
 # What comes of a cell.
@@ -365,6 +444,7 @@ class Attempt:
 
     def __init__(self, cell: Cell, app: Member) -> None:
         self.cell, self.app = cell, app
+        self.step_name = cell.step
         self.step, self.trouble = STEPS[cell.step], TROUBLES[cell.trouble]
         self.fault: Fault | None = None
         self.open = ExitStack()
@@ -380,7 +460,8 @@ class Attempt:
         call = self.step.call(app, app.idle())
         if not self.step.since:
             self.arm(call)
-        self.run = app.go(self.versions.new, modes=self.trouble.modes)
+        image = self.image() if self.trouble.registry else ""
+        self.run = app.go(self.versions.new, modes=self.trouble.modes, image=image)
         if self.step.since:
             said = app.fleet.said
             eventually(lambda: said(self.step.since, run=self.run), 60, f"{self.step.since!r}")
@@ -389,6 +470,19 @@ class Attempt:
             faults = app.fleet.cluster.faults
             reached = faults.met if self.trouble.times else faults.holds
             eventually(lambda: reached(fault), 60, f"the daemon makes this call: {call}")
+
+    def image(self) -> str:
+        """Return an image of the new version alone, and let its registry misbehave."""
+        images = self.app.fleet.cluster.images
+        source, start = self.app.fleet.directory / "image", ["python", "server.py"]
+        name = own_image(self.app, self.versions.new).partition("@")[0]
+        images.add(f"{name}:1", source, cmd=start, workdir="/app")
+        image = own_image(self.app, self.versions.new)
+        if self.trouble.registry == "hangs":
+            images.hold_pull(image, held=True)
+        else:
+            images.break_pull(image, not_found_text(image))
+        return image
 
     def arm(self, call: dict[str, Any]) -> None:
         """Let the trouble with the step's call begin."""
@@ -523,12 +617,13 @@ Results = dict[Cell, Any]
 def go_through_all(directory: Path, wanted: Sequence[Cell]) -> Results:
     """Go through cells, as many at once as there are applications; return what came of each."""
     lanes = min(LANES, -(-len(wanted) // 3))
-    names = {f"lane-{n}x": {"bake": "3s"} for n in range(lanes)}
+    patient = {"bake": "3s", "rollout_timeout": "120s"}
+    names = {f"lane-{n}x": patient for n in range(lanes)}
     limits = {"max_running": 2 * lanes, "kubectl": 40}
     results: Results = {}
     with fleet(directory, names, limits=limits) as made, ThreadPoolExecutor(lanes) as pool:
         apps = list(made.apps.values())
-        for trouble in ("killed", "away"):
+        for trouble in (name for name, each in TROUBLES.items() if each.everyone):
             row = [cell for cell in wanted if cell.trouble == trouble]
             for start in range(0, len(row), lanes):
                 results |= go_together(row[start : start + lanes], apps, pool)

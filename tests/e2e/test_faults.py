@@ -35,6 +35,10 @@ SHORT = {
     "rollback": "wait",
     "killed": "apply",
     "away": "preview",
+    "git-behind": "claim",
+    "pull-refused": "wait",
+    "pull-hangs": "wait",
+    "quota-full": "apply",
 }
 MARKED = [
     pytest.param(c, id=str(c), marks=[pytest.mark.short] if SHORT[c.trouble] == c.step else [])

@@ -89,6 +89,7 @@ class Images:
             )
         }
         self._broken: dict[str, str] = {}
+        self._held: set[str] = set()
         directory.mkdir(parents=True, exist_ok=True)
 
     def add(
@@ -114,6 +115,17 @@ class Images:
             self._broken.pop(reference, None)
         else:
             self._broken[reference] = text
+
+    def hold_pull(self, reference: str, *, held: bool) -> None:
+        """Let pulls of this reference hang, as by a registry that does not answer, or go on."""
+        if held:
+            self._held.add(reference)
+        else:
+            self._held.discard(reference)
+
+    def is_held(self, reference: str) -> bool:
+        """Whether pulls of this reference hang."""
+        return reference in self._held
 
     def is_local(self, reference: str) -> bool:
         """Whether it is on the node without a pull."""

@@ -247,7 +247,7 @@ class PodWorker:
                 if policy == "Never" and not present:
                     yield from self._never(item)
                 if not present:
-                    self._record("Normal", "Pulling", f'Pulling image "{reference}"', item)
+                    yield from self._ask_registry(reference, item)
                 image = images.pull(reference)
             except InvalidName as error:
                 yield from self._invalid_name(item, str(error))
@@ -267,6 +267,12 @@ class PodWorker:
                 if not present:
                     self.node.pulled.add(reference)
                 return image, _pulled_text(reference, present)
+
+    def _ask_registry(self, reference: str, item: Container) -> Iterator[float]:
+        """Begin a pull; where the registry does not answer, wait without a word in the status."""
+        self._record("Normal", "Pulling", f'Pulling image "{reference}"', item)
+        while self.node.images.is_held(reference):
+            yield 0.3
 
     def _invalid_name(self, item: Container, text: str) -> Iterator[float]:
         self._record("Warning", "InspectFailed", text, item)
