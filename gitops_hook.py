@@ -104,7 +104,8 @@ __version__ = "0.2.0"
 EXIT_STATUS = "Exit status: 0 done, 1 tried and failed, 2 wrong usage or configuration, no kubectl "
 EXIT_STATUS += "or no cluster, 3 refused."
 # An id of a run, or its beginning from the first digit of the commit on, after the app's name.
-RUN_ID = re.compile("([a-z0-9][a-z0-9-]*?)-([0-9a-f]{1,8}|[0-9a-f]{8}-[0-9a-f]{0,16})")
+RUN_ID_END = "(?:[0-9a-f]{1,8}|[0-9a-f]{8}-[0-9a-f]{0,16})"
+RUN_ID = re.compile(f"([a-z0-9][a-z0-9-]*?)-{RUN_ID_END}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -239,7 +240,7 @@ UNREADY_SECONDS = 5.0  # that pods of the live version may be unready before it 
 GONE_SECONDS = 1.0  # the same while no pod at all is ready: every visitor is refused
 REPLACED_SECONDS = 20.0  # the same while the cluster replaces pods that it took away itself
 REBAKE_SECONDS = 15.0  # that a bake takes at least after the daemon was restarted during it
-CLAIM_SECONDS = 900.0  # after which the claim of a rollback counts as left by a dead process
+CLAIM_SECONDS = 900.0  # that a rollback may take beside the waiting for pods
 PUT_BACKS = 3  # times that a widened selector is put back within PUT_BACK_SECONDS
 PUT_BACK_SECONDS = 600.0
 
@@ -5043,7 +5044,7 @@ class Claims:
             raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
         source = self.live.recorded(task, service)
         self.guard.require_order(task, service, source)
-        self.require_no_rollback(service.claim)
+        self.require_no_rollback(task.app, service.claim)
         restore = self.release_to_restore(task, service, release.colour)
         claim = self.new(task.run.id, release.colour, Phase.PREPARING, restore)
         annotations: Object = {ANNOTATION_CLAIM: claim}
@@ -5065,9 +5066,9 @@ class Claims:
             annotations[ANNOTATION_PREVIOUS] = goal.selector
         return self.live.write(task, service, annotations, goal)
 
-    def require_no_rollback(self, claim: Claim) -> None:
+    def require_no_rollback(self, app: App, claim: Claim) -> None:
         """Raise while a person rolls the environment back; such a claim is not for ever."""
-        fresh = abs(self.doors.clock.now() - claim.since) < CLAIM_SECONDS
+        fresh = abs(self.doors.clock.now() - claim.since) < rollback_seconds(app)
         if fresh and claim.phase == Phase.ROLLBACK:
             raise HookError("a rollback is under way")
 
@@ -5209,6 +5210,11 @@ class Claims:
 def still_claimed(claimed: Service, now: Service) -> bool:
     """Whether a Service is still the one that was claimed, with what was written on it."""
     return now.uid == claimed.uid and (bool(now.history) or not claimed.history)
+
+
+def rollback_seconds(app: App) -> float:
+    """Return after how long the claim of a rollback counts as left by a dead process."""
+    return CLAIM_SECONDS + app.deploy.rollout_timeout
 
 
 class Traffic:
@@ -5366,7 +5372,7 @@ class Traffic:
         going to change; without it nothing is written, and the answer is False.
         """
         service = self.guard.read_selected(task)
-        self.claims.require_no_rollback(service.claim)
+        self.claims.require_no_rollback(task.app, service.claim)
         if not proof():
             return False
         live = service.live
@@ -7299,7 +7305,7 @@ class ServiceReconciler:
         """Whether a claim is to be finished: its time has come and its run has ended."""
         pauses: dict[str, float] = {
             Phase.DRAINING: task.app.deploy.drain,
-            Phase.ROLLBACK: CLAIM_SECONDS,
+            Phase.ROLLBACK: rollback_seconds(task.app),
         }
         pause = pauses.get(claim.phase, 0.0)
         if not claim or self.context.clock.now() < claim.since + pause:
@@ -7940,11 +7946,16 @@ class Tools:
         return apps[name]
 
     def app_of(self, run: str) -> App:
-        """Return the app of a run by its id, which may be short; raises ConfigError."""
+        """Return the app of a run by its id, which may be short; raises ConfigError.
+
+        The name of one app may look like a run of another one: then the longest name counts.
+        """
         match = RUN_ID.fullmatch(run)
         if not match:
             raise ConfigError([f"{clip(run, 80)!r} is not the id of a run; `status` lists them"])
-        return self.app(match[1])
+        names = [app.name for app in self.config.apps]
+        fitting = [name for name in names if re.fullmatch(f"{name}-{RUN_ID_END}", run)]
+        return self.app(max(fitting, key=len, default=match[1]))
 
     def full_commit(self, app: App, text: str, *, recorded: bool) -> str:
         """Return the id of a commit: a full one, or of the branch's head that begins with a text.

@@ -707,3 +707,26 @@ def test_an_interrupted_command_says_so(place: Place) -> None:
             process.send_signal(signal.SIGINT)
             stdout, stderr = process.communicate(timeout=20)
     says(subprocess.CompletedProcess(argv, process.returncode, stdout, stderr), 1, "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("run", "app"),
+    [
+        ("x-deadbeef", "x"),
+        ("x-deadbeef-12345678", "x-deadbeef"),
+        ("x-deadbeef-12345678-0123456789", "x-deadbeef"),
+        ("x-12345678-0123456789", "x"),
+        ("x-12345678", "x"),
+        ("x-dead", "x"),
+    ],
+)
+def test_a_run_is_of_the_app_whose_name_it_begins_with_also_where_names_look_like_runs(
+    run: str, app: str
+) -> None:
+    config = gitops_hook.load_config("""
+        apps:
+        - {name: x, repository: https://git.example.com/x.git, build: {builder: none}}
+        - {name: x-deadbeef, repository: https://git.example.com/y.git, build: {builder: none}}
+        """)
+    tools: Any = gitops_hook.Tools(None, config, None, None)  # type: ignore[arg-type]
+    assert tools.app_of(run).name == app

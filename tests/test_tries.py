@@ -127,6 +127,9 @@ def test_a_full_quota_ends_no_head_for_good(apps: Fleet) -> None:
         assert line["next_try"] > 0
         (status,) = [r for r in apps.status()["runs"] if r["run"] == run]
         assert status["advice"].startswith("Raise the quota")
+        told = apps.command("explain", run).stdout
+        assert "Raise the quota of the namespace, or request less." in told
+        assert "if it is still the head." in told
     finally:
         quota(apps)
     deployed_by_itself(apps, run, "QuotaExceeded")
@@ -230,6 +233,10 @@ def test_a_verdict_is_not_tried_again(apps: Fleet) -> None:
     runs = {red.go("v1"): "TestsFailed", smoky.go("v1", modes="smoke-fails"): "SmokeFailed"}
     for run, reason in runs.items():
         assert "next_try" not in ended(apps, run, reason)
+    planned = apps.command("plan", "red").stdout
+    assert "rejected: no, but its run ended failed at test: TestsFailed; `rerun red-" in planned
+    planned = apps.command("plan", "smoky").stdout
+    assert "rejected: SmokeFailed; only `rerun smoky-" in planned
     waiting = other.go("v2", image=missing_image(apps, "never"))
     eventually(lambda: len(ends(apps, waiting)) > 2, 90, "another is tried three times")
     for run in runs:
