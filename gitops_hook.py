@@ -7991,6 +7991,7 @@ RUN_TITLES = ("RUN", "REF", "STAGE", "STATE", "OUTCOME", "REASON", "AGE")
 AGE_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 UNREADABLE = "not readable with this account"
 START_SECONDS = 5.0  # from a pod's creation until it is ready, by and large
+LEAST_GRACE = 2  # seconds between SIGTERM and SIGKILL, in which a pod can finish requests at all
 RESTARTED = "kubectl.kubernetes.io/restartedAt"
 # What the daemon must be able to do, as its Roles grant it: verbs by group/resource/subresource.
 EVERY = "get list watch create patch delete"
@@ -8648,7 +8649,8 @@ class Plan:
         seconds = steps * (deployment["spec"]["minReadySeconds"] + START_SECONDS)
         forecast = f"{release.colour}, {release.wanted} pods in about {seconds:.0f} s"
         forecast += f", new ConfigMaps: {', '.join(new) or 'none'}"
-        return forecast + self.changes(task.namespace, deployment)
+        warning = shutdown_warning(deployment["spec"]["template"]["spec"])
+        return forecast + warning + self.changes(task.namespace, deployment)
 
     def changes(self, namespace: str, wanted: Object) -> str:
         """Return what writing a Deployment would change in its spec, as lines, secrets masked.
@@ -8678,6 +8680,30 @@ def access_review(namespace: str, path: str, verb: str) -> Object:
     right |= {"namespace": namespace, "verb": verb}
     kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
     return {**kind, "spec": {"resourceAttributes": right}}
+
+
+def shutdown_warning(pod: Object) -> str:
+    """Return a line about a pod that is killed before it can finish its requests, "" for others."""
+    with suppress(*SHAPE_ERRORS):  # the API server refuses what has another shape
+        grace = pod.get("terminationGracePeriodSeconds")
+        grace = 30 if grace is None else int(grace)
+        sleeps = {str(c["name"]): pre_stop_sleep(c) for c in pod["containers"]}
+        name, sleep = max(sleeps.items(), key=lambda item: item[1])
+        if grace - sleep < LEAST_GRACE:
+            taken = f", and the preStop sleep of {clip(name, 63)} takes {sleep} s" if sleep else ""
+            needed = "pods are killed before they can finish their requests"
+            return f"\n  warning: terminationGracePeriodSeconds is {grace}{taken}: {needed}"
+    return ""
+
+
+def pre_stop_sleep(container: Object) -> int:
+    """Return the seconds that a container sleeps before it gets SIGTERM, as far as one can see."""
+    handler = (container.get("lifecycle") or {}).get("preStop") or {}
+    if seconds := (handler.get("sleep") or {}).get("seconds"):
+        return int(seconds)
+    command = " ".join((handler.get("exec") or {}).get("command") or ())
+    match = re.search(r"(?<!\S)(?:/bin/)?sleep ([0-9]{1,6})s?(?![\w.])", command)
+    return int(match[1]) if match else 0
 
 
 def spec_lines(deployment: Object) -> list[str]:

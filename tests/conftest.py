@@ -26,6 +26,7 @@ CLUSTER = {
     "test_make",
     "test_pains",
     "test_rbac",
+    "test_reports_of_tests",
 }
 STANDIN = Path(__file__).parent / "standin"
 
