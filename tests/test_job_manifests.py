@@ -543,7 +543,7 @@ def test_no_entity_can_be_used_in_the_piece_that_declares_it() -> None:
 )  # fmt: skip
 def test_why_a_report_cannot_be_read(tmp_path: Path, content: bytes, why: str) -> None:
     said = summary_of(tmp_path, content)
-    assert re.fullmatch(f"the test report cannot be read: ({why}).*", said.replace("$", ""))
+    assert re.match(f"the test report cannot be read: (?:{why})", said)
 
 
 def put_directory(path: Path) -> None:
