@@ -3940,16 +3940,18 @@ def succeeded_tests(observed: Observation, test: Job) -> Action | None:
 def was_accepted(observed: Observation, report: str | None) -> bool:
     """Whether succeeded tests are green: by their report, or because an older version said so.
 
-    What that has begun to deploy is not stopped half-way, nor a build because nothing is known.
+    A deployment that it has begun is not stopped half-way. Where it kept nothing of a report, and
+    the pod is gone, what it did after the tests tells.
     """
     run = observed.run
-    claims = [service.claim for service in observed.services.values()]
     build = observed.jobs.get("build")
-    if any(claim.run == run.id and claim.since >= run.received for claim in claims):
+    services = [*observed.services.values()]
+    if any(s.claim.run == run.id and s.claim.since >= run.received for s in services):
         return True
-    if report is None:
-        return build is not None and not build.outcome
-    return not is_red(report)
+    if report is not None:
+        return not is_red(report)
+    switched = any(service.entry(run.id, run.received) for service in services)
+    return switched or (build is not None and not build.outcome)
 
 
 def built(observed: Observation, build: Job) -> Action | None:

@@ -483,6 +483,22 @@ ACTIONS: dict[str, Case] = {
     "the pod of tests is gone whose build an older version began": (
         a_view(a_job("test", "succeeded", since=60), a_job("build")),
         Do.WAIT, "build", Reason.OK, "for its pod"),
+    "the pod of tests is gone of what an older version has deployed to staging": (
+        a_view(a_job("test", "succeeded", run=PLAIN, since=60), services={
+            "staging": a_service(PLAIN.id, history_entry("deployed", run=PLAIN.id))}),
+        Do.DEPLOY, "production", Reason.OK, ""),
+    "the pod of tests is gone of what an older version is deploying": (
+        a_view(a_job("test", "succeeded", since=60),
+            services={"staging": a_claimed_service(NOW - 5)}),
+        Do.BUILD, "build", Reason.OK, ""),
+    "the pod of tests is gone of what was deployed before it was pushed again": (
+        a_view(a_job("test", "succeeded", run=PLAIN, since=60), services={
+            "staging": a_service(PLAIN.id, history_entry("deployed", run=PLAIN.id, ago=99))}),
+        Do.ANNOTATE, "test", Reason.OK, f"^{LOST}$"),
+    "a red report of what an older version has deployed to staging": (
+        a_view(a_job("test", "succeeded", run=PLAIN, notes={hook.ANNOTATION_SUMMARY: SUMMARY}),
+            services={"staging": a_service(PLAIN.id, history_entry("deployed", run=PLAIN.id))}),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 0, but 2 passed"),
     "the pod of tests is gone, beside a build of before": (
         a_view(a_job("test", "succeeded", since=60), a_job("build", "failed", notes=ENDED)),
         Do.NOTHING, "", Reason.OK, ""),
