@@ -2464,9 +2464,8 @@ def read_report(stream: IO[bytes], counts: ReportCounts) -> None:
     parser.StartDoctypeDeclHandler = refuse_document_type
     parser.StartElementHandler = counts.begin
     parser.EndElementHandler = counts.end
-    # a newer expat would put off what it reads by small pieces
+    # a newer expat collects the pieces of what is long, and then takes them at once
     put_off = getattr(parser, "SetReparseDeferralEnabled", lambda _: None)
-    put_off(False)
     size = 0
     try:
         while piece := stream.read(REPORT_PIECE if counts.elements else PROLOG_PIECE):
@@ -2475,6 +2474,7 @@ def read_report(stream: IO[bytes], counts: ReportCounts) -> None:
                 raise oversized(size)
             if size > PROLOG_BYTES and not counts.elements:
                 raise ReportError("no element is in its first 64 KiB")
+            put_off(counts.elements > 0)
             parser.Parse(piece, False)
         parser.Parse(b"", True)
     except expat.ExpatError as fault:

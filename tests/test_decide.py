@@ -519,6 +519,13 @@ ACTIONS: dict[str, Case] = {
             a_pod(TEST, name="second", started=20, states={"test-runner": terminated(0),
                 "results": terminated(0, "3 passed, 0 failed")}))),
         Do.ANNOTATE, "test", Reason.OK, f"^{SUMMARY}$"),
+    "a first pod whose report is lost says nothing against a second one": (
+        a_view(a_job("test", "succeeded"), pods=(
+            a_pod(TEST, name="first", started=90, states={"test-runner": terminated(0),
+                "results": terminated(137)}),
+            a_pod(TEST, name="second", started=20, states={"test-runner": terminated(0),
+                "results": terminated(0, "3 passed, 0 failed")}))),
+        Do.ANNOTATE, "test", Reason.OK, "^3 passed, 0 failed$"),
     "a red report that is kept stays": (
         a_view(a_job("test", "succeeded", notes={hook.ANNOTATION_SUMMARY: SUMMARY}),
             pods=ended("test", main=terminated(0), results=terminated(0, "1 passed, 1 failed"))),
