@@ -20,6 +20,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from hypothesis import given, settings
 
 import gitops_hook as hook
 from gitops_hook import (
@@ -36,6 +37,7 @@ from gitops_hook import (
 from gitops_hook import (
     test_job as make_test_job,
 )
+from tests.fuzz import TARGETS
 from tests.standin.cluster import Cluster
 from tests.standin.kubectl import find_kubectl
 from tests.standin.sandbox import expand
@@ -602,6 +604,12 @@ def test_the_summary_of_any_report_fits_a_termination_message(tmp_path: Path, le
     summary = summary_of(tmp_path, content)
     assert len(summary.encode()) <= 4096
     assert summary.startswith("0 passed, 1000 failed: ")
+
+
+@settings(max_examples=250, deadline=None, database=None)
+@given(TARGETS["reports"].inputs)
+def test_anything_in_the_place_of_a_report_becomes_one_line(data: bytes) -> None:
+    TARGETS["reports"].run(data)
 
 
 # === The side-car that collects it ===
