@@ -75,7 +75,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 from urllib.parse import quote, unquote, urlsplit
-from xml.etree import ElementTree
+from xml.parsers import expat
 
 try:
     import prometheus_client
@@ -505,6 +505,14 @@ def kind_of(line: str, message: str) -> str:
     if reason in OVERLOADED or (reason is None and UNREACHABLE.search(message)):
         return "Unreachable"
     return reason or "Unknown"
+
+
+class ReportError(HookError):
+    """A test report cannot be read; the text says why, and quotes nothing of it."""
+
+
+class OversizedError(ReportError):
+    """A test report is larger than what is read."""
 
 
 class RunError(HookError):
@@ -2296,6 +2304,21 @@ name: registry
 secret: {secretName: registry-credentials, optional: true, defaultMode: 0400,
          items: [{key: .dockerconfigjson, path: config.json}]}
 """)
+# What is read of a test report: pushed code writes it.
+REPORT_BYTES = 10 * 2**20
+REPORT_PIECE = 64 * 1024  # bytes that are parsed at once
+PROLOG_PIECE = 16  # the same before the first element
+PROLOG_BYTES = 64 * 1024  # before the first element
+REPORT_DEPTH = 100  # elements within each other
+REPORT_ELEMENTS = 500_000  # in all: the kubelet waits five seconds for the sum
+REPORT_NAMES = 5  # of what failed, that are listed
+NAME_READ = 2000  # characters of each name that are looked at
+REPORT_SUITES = ("testsuites", "testsuite")
+REPORT_COUNTS = ("failures", "errors")  # attributes of suites
+NO_REPORT = "no test report"
+GREEN_REPORT = re.compile("[0-9]+ passed, 0 failed")
+RED_REPORT = re.compile("[0-9]+ passed, 0*[1-9][0-9]* failed")
+LOST_REPORT = "the result of the tests is lost"
 DISK = "ephemeral-storage"
 # What a pod may write where the settings do not say: kaniko unpacks images over its own root.
 DISK_LIMITS = {"test": "4Gi", "build": "10Gi"}
@@ -2395,24 +2418,161 @@ def seconds_of(value: Any) -> float:
 
 
 def junit_summary(report: Path) -> str:
-    """Return the counts and the first failures of a JUnit report, "" when it cannot be read.
+    """Return what a JUnit report says, as one sentence: never "", and never more than 3 KB.
 
-    The tests write it: a document type, which could declare entities, is refused, and how much is
-    read is bounded by the memory limit of the container.
+    It is "N passed, M failed" with the first failures, NO_REPORT, or why it cannot be read.
+    Pushed code writes the report and whatever stands in its place, so it is read without a tree.
     """
-    parser: Any = ElementTree.XMLPullParser(("end",))
+    counts = ReportCounts()
     try:
-        content = report.read_bytes()
-        parser.feed(b"" if b"<!DOCTYPE" in content else content)
-        parser.close()
-        cases = [case for _, case in parser.read_events() if case.tag == "testcase"]
-    except (OSError, ValueError, LookupError, ElementTree.ParseError):
-        return ""
-    red = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    skipped = sum(c.find("skipped") is not None for c in cases)
-    names = [clip(f"{c.get('classname', '')}.{c.get('name', '')}", 120) for c in red[:5]]
-    listed = f": {', '.join(names)}" if names else ""
-    return f"{len(cases) - len(red) - skipped} passed, {len(red)} failed{listed}"
+        with open_report(report) as stream:
+            read_report(stream, counts)
+    except FileNotFoundError:
+        return NO_REPORT
+    except OversizedError as fault:
+        return f"the test report {fault}"
+    except (OSError, ReportError) as fault:
+        why = fault.strerror if isinstance(fault, OSError) else str(fault)
+        before = f", after {counts.sentence}" if counts.passed or counts.red else ""
+        return f"the test report cannot be read: {why}{before}"
+    return counts.sentence
+
+
+def open_report(report: Path) -> IO[bytes]:
+    """Open the report if it is a regular file of a size that is read; raises ReportError, OSError.
+
+    No link is followed, and nothing that stands in its place lets the caller wait.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(report, flags)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= REPORT_BYTES:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISREG(status.st_mode):
+        raise oversized(status.st_size)
+    raise ReportError("it is not a regular file")
+
+
+def oversized(size: int) -> OversizedError:
+    """Return the error that a report of so many bytes is."""
+    most = REPORT_BYTES // 2**20
+    return OversizedError(f"has {math.ceil(size / 2**20)} MiB; at most {most} MiB are read")
+
+
+def read_report(stream: IO[bytes], counts: ReportCounts) -> None:
+    """Count what a report holds, piece by piece; raises ReportError and OSError.
+
+    Expat goes on to the end of a piece after a handler has raised. Until the first element has
+    begun, pieces are too short to declare an entity and use it.
+    """
+    parser = expat.ParserCreate(intern=None)
+    parser.StartDoctypeDeclHandler = refuse_document_type
+    parser.StartElementHandler = counts.begin
+    parser.EndElementHandler = counts.end
+    # a newer expat collects the pieces of what is long, and then takes them at once
+    put_off = getattr(parser, "SetReparseDeferralEnabled", lambda _: None)
+    size = 0
+    try:
+        while piece := stream.read(REPORT_PIECE if counts.elements else PROLOG_PIECE):
+            size += len(piece)
+            if size > REPORT_BYTES:  # it has grown since it was opened
+                raise oversized(size)
+            if size > PROLOG_BYTES and not counts.elements:
+                raise ReportError("no element is in its first 64 KiB")
+            put_off(counts.elements > 0)
+            parser.Parse(piece, False)
+        parser.Parse(b"", True)
+    except expat.ExpatError as fault:
+        raise ReportError(str(fault)) from fault
+    except (LookupError, ValueError) as fault:  # its words may quote the report
+        raise ReportError("its encoding is not supported") from fault
+    if not counts.is_report:
+        raise ReportError("it has neither testsuites nor testcases")
+
+
+def refuse_document_type(*_: object) -> NoReturn:
+    """Refuse a document type, in whatever encoding: it could declare entities."""
+    raise ReportError("it has a document type")
+
+
+@dataclass(slots=True)
+class ReportElement:
+    """An element of a report that has not ended yet."""
+
+    tag: str
+    name: str = ""
+    declared: int = 0  # failures and errors, by its attributes
+    red_before: int = 0  # all that was red when it began
+    is_red: bool = False
+    is_skipped: bool = False
+
+
+class ReportCounts:
+    """Counts the testcases of a report as its elements begin and end.
+
+    A suite that says it has failures, and has no testcase that shows one, failed as a whole: so
+    do suites that could not be loaded. Reports differ in what they declare beside their testcases.
+    """
+
+    def __init__(self) -> None:
+        self.passed = 0
+        self.red = 0
+        self.is_report = False
+        self.elements = 0
+        self._names: list[str] = []
+        self._open: list[ReportElement] = []
+
+    @property
+    def sentence(self) -> str:
+        """How many passed and failed, and the names of the first that failed."""
+        names = f": {', '.join(self._names)}" if self._names else ""
+        return f"{self.passed} passed, {self.red} failed{names}"
+
+    def begin(self, tag: str, attributes: Mapping[str, str]) -> None:
+        """Take the beginning of an element; raises ReportError where there are too many."""
+        self.elements += 1
+        if self.elements > REPORT_ELEMENTS:
+            raise ReportError(f"it has more than {REPORT_ELEMENTS} elements")
+        if len(self._open) >= REPORT_DEPTH:
+            raise ReportError(f"it has more than {REPORT_DEPTH} elements within each other")
+        element = ReportElement(tag.rpartition(":")[2], red_before=self.red)
+        if element.tag == "testcase":
+            self.is_report = True
+            name = attributes.get("name", "")[:NAME_READ]  # it may hold megabytes
+            name = f"{attributes.get('classname', '')[:NAME_READ]}.{name}"
+            element.name = name.strip(".") or "a testcase"
+        elif element.tag in REPORT_SUITES:
+            self.is_report = True
+            element.name = f"suite {attributes.get('name', '')[:NAME_READ]}"
+            element.declared = sum(declared(attributes.get(key, "")) for key in REPORT_COUNTS)
+        elif self._open:
+            parent = self._open[-1]
+            parent.is_red |= element.tag in ("failure", "error")
+            parent.is_skipped |= element.tag == "skipped"
+        self._open.append(element)
+
+    def end(self, _tag: str) -> None:
+        """Take the end of the element that began last."""
+        element = self._open.pop()
+        if element.tag == "testcase":
+            if element.is_red:
+                self._add_red(element.name, 1)
+            elif not element.is_skipped:
+                self.passed += 1
+        elif element.tag in REPORT_SUITES and element.red_before == self.red:
+            self._add_red(element.name, max(element.declared, element.is_red))
+
+    def _add_red(self, name: str, count: int) -> None:
+        """Count what failed, and keep its name if it is one of the first."""
+        self.red += count
+        if count and len(self._names) < REPORT_NAMES:
+            self._names.append(clip(name, 120))
+
+
+def declared(text: str) -> int:
+    """Return the number in an attribute, 0 for what is none."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
 
 # === app manifests ================================================================================
@@ -3634,7 +3794,8 @@ class Observation:
     def report(self) -> str:
         """The sentence of the test report, if there is one."""
         test = self.jobs.get("test")
-        return clip(test.annotations.get(ANNOTATION_SUMMARY, ""), 1000) if test else ""
+        report = clip(test.annotations.get(ANNOTATION_SUMMARY, ""), 1000) if test else ""
+        return "" if report == NO_REPORT else report
 
 
 def newest(jobs: Mapping[str, Job]) -> Run:
@@ -3699,27 +3860,109 @@ def decide_start(observed: Observation, do: Do, stage: str) -> Action:
 
 def decide_job(observed: Observation, job: Job) -> Action | None:
     """Return what a Job needs, or None when it has succeeded and its result is kept."""
-    stage = JOB_STAGES[job.stage]
     if job.deleting:
         return Action(Do.WAIT, job.stage, detail=f"Job {job.name} is being deleted")
     if job.state == "suspended":
         return decide_start(observed, Do.UNSUSPEND, job.stage)
     pods = [p for p in observed.pods if p.job == job.uid and not p.leaving]
     pods.sort(key=lambda p: -p.created)
-    ended = [c for p in pods for c in p.containers if c.exit_code is not None]
-    messages = (c.words.strip() for c in ended if c.name == stage.reporter and c.words)
-    result = next(messages, "")
-    whole = result if job.stage == "test" else DIGEST.fullmatch(result)
-    if whole and stage.annotation not in job.annotations:
+    if result := new_result(job, pods):
         return Action(Do.ANNOTATE, job.stage, detail=result)
     if job.state == "succeeded":
-        complete = job.stage == "test" or stage.annotation in job.annotations
-        return None if complete else no_digest(observed, job)
+        return succeeded_tests(observed, job) if job.stage == "test" else built(observed, job)
     if problem := observed.fatal_problem:
         return fails(problem.reason, problem.detail, job.stage)
-    started = max((p.started for p in pods), default=0.0)
+    ended = [c for p in pods for c in p.containers if c.exit_code is not None]
     failed = job.state == "failed"
-    return failure(observed, job, ended) if failed else lateness(observed, job, started)
+    return failure(observed, job, ended) if failed else lateness(observed, job, pods)
+
+
+def new_result(job: Job, pods: Iterable[Pod]) -> str:
+    """Return the result that a Job's pods left, newest first, unless the Job has it; "" for none.
+
+    Where tests ran in two pods, because a container of the first one that is not ours failed, say,
+    a red report counts, whatever was kept before.
+    """
+    kept = job.annotations.get(JOB_STAGES[job.stage].annotation)
+    results = [result for pod in pods if (result := pod_result(job, pod))]
+    if job.stage == "build":
+        results = [r for r in results if DIGEST.fullmatch(r)]
+    red = [r for r in results if job.stage == "test" and is_red(r) and not is_lost(r)]
+    if kept is None:
+        return next(iter(red or results), "")
+    return next(iter(red), "") if job.stage == "test" and not is_red(kept) else ""
+
+
+def pod_result(job: Job, pod: Pod) -> str:
+    """Return the result that a pod left whose work has ended, "" for none.
+
+    The side-car of a test leaves a sentence whatever it reads; the one of an older version left
+    none where there was no report. One that was killed could not look.
+    """
+    stage = JOB_STAGES[job.stage]
+    containers = {c.name: c for c in pod.containers if c.exit_code is not None and not c.running}
+    reporter = containers.get(stage.reporter)
+    if reporter is None or stage.worker not in containers:
+        return ""
+    if words := reporter.words.strip():
+        return words
+    if job.stage == "build" or job.state != "succeeded":
+        return ""
+    code = reporter.exit_code
+    lost = f"{LOST_REPORT}: container {reporter.name} ended with exit code {code}"
+    return lost if code else NO_REPORT
+
+
+def is_red(report: str) -> bool:
+    """Whether what was said of a test report speaks against the tests; if in doubt it does."""
+    return report != NO_REPORT and GREEN_REPORT.fullmatch(report) is None
+
+
+def is_lost(report: str) -> bool:
+    """Whether nothing is known of a test report that may have been there."""
+    return report.startswith(LOST_REPORT)
+
+
+def is_reusable(job: Job) -> bool:
+    """Whether a finished Job need not run again: it succeeded, and no report says otherwise."""
+    red = job.stage == "test" and is_red(job.annotations.get(ANNOTATION_SUMMARY, NO_REPORT))
+    return job.state == "succeeded" and not red
+
+
+def succeeded_tests(observed: Observation, test: Job) -> Action | None:
+    """Return how a run goes on whose tests ended with exit code 0, None where they are green."""
+    report = test.annotations.get(ANNOTATION_SUMMARY)
+    if was_accepted(observed, report):
+        return None
+    if report is None:
+        if observed.now - test.finished < LAG:
+            return Action(Do.WAIT, "test", detail="for what its pod says of the test report")
+        return Action(Do.ANNOTATE, "test", detail=f"{LOST_REPORT}: its pod is gone")
+    if is_lost(report):
+        return fails(Reason.VANISHED, report, "test")
+    return fails(Reason.TESTS_FAILED, f"exit code 0, but {observed.report}", "test")
+
+
+def was_accepted(observed: Observation, report: str | None) -> bool:
+    """Whether succeeded tests are green: by their report, or because an older version said so.
+
+    A deployment that it has begun is not stopped half-way. Where it kept nothing of a report, and
+    the pod is gone, what it did after the tests tells.
+    """
+    run = observed.run
+    build = observed.jobs.get("build")
+    services = [*observed.services.values()]
+    if any(s.claim.run == run.id and s.claim.since >= run.received for s in services):
+        return True
+    if report is not None:
+        return not is_red(report)
+    switched = any(service.entry(run.id, run.received) for service in services)
+    return switched or (build is not None and not build.outcome)
+
+
+def built(observed: Observation, build: Job) -> Action | None:
+    """Return what a finished build still needs, None where its digest is kept."""
+    return None if ANNOTATION_DIGEST in build.annotations else no_digest(observed, build)
 
 
 def no_digest(observed: Observation, build: Job) -> Action:
@@ -3731,16 +3974,34 @@ def no_digest(observed: Observation, build: Job) -> Action:
     return decide_start(observed, Do.BUILD, "build")
 
 
-def lateness(observed: Observation, job: Job, started: float) -> Action:
+def lateness(observed: Observation, job: Job, pods: Sequence[Pod]) -> Action:
     """Return what an unsuspended Job waits for, or which of its times is over."""
     why = job.annotations.get(ANNOTATION_DETAIL, "")
     limit = getattr(observed.app, job.stage).timeout
+    started = max((p.started for p in pods), default=0.0)
     if started and observed.now - started > limit:
-        return fails(Reason.TIMEOUT, f"no result within {limit:.0f} s", job.stage)
+        running = still_running(job, pods[:1], NEVER)
+        detail = f"{running} after {limit:.0f} s" if running else f"no result within {limit:.0f} s"
+        return fails(Reason.TIMEOUT, detail, job.stage)
     waited = observed.now - job.unsuspended
     if not started and job.unsuspended and waited > observed.queue_timeout:
         return fails(Reason.QUEUE_TIMEOUT, why or "no pod could start in time", job.stage)
     return Action(Do.WAIT, job.stage, detail="its pod runs" if started else why or "for its pod")
+
+
+def still_running(job: Job, pods: Iterable[Pod], since: float) -> str:
+    """Return which container of a Job's pods still runs, or ended only since then; "" for none.
+
+    Side-cars run until the others have ended. Beside the container that does the work none is
+    named: one that a service mesh added, say, runs as long as it does at least.
+    """
+    late = [c for p in pods for c in p.containers if c.running or c.ended >= since]
+    names = [c.name for c in late if c.kind != "sidecar"]
+    worker = JOB_STAGES[job.stage].worker
+    names = [worker] if worker in names else names
+    if len(names) == 1:
+        return f"container {names[0]} still runs"
+    return f"containers {clip(', '.join(names))} still run" if names else ""
 
 
 def failure(observed: Observation, job: Job, ended: Iterable[Container]) -> Action:
@@ -3752,11 +4013,15 @@ def failure(observed: Observation, job: Job, ended: Iterable[Container]) -> Acti
     if culprit:
         return culprit_failure(job, culprit, report)
     if job.reason == "DeadlineExceeded":
-        return fails(Reason.TIMEOUT, "the Job's deadline passed", job.stage)
+        # its pods are deleted then
+        pods = sorted((p for p in observed.pods if p.job == job.uid), key=lambda p: -p.created)
+        running = still_running(job, pods[:1], job.finished)
+        detail = f"the Job's deadline passed{running and ': '}{running}"
+        return fails(Reason.TIMEOUT, detail, job.stage)
     if observed.now - job.finished < LAG:
         return Action(Do.WAIT, job.stage, detail="for its pod's last words")
     reason = stage.failure if job.reason == "PodFailurePolicy" else Reason.VANISHED
-    detail = report or f"its pods left no result ({clip(job.reason, 60)})"
+    detail = with_report(f"its pods left no result ({clip(job.reason, 60)})", report)
     return fails(reason, detail, job.stage)
 
 
@@ -3770,7 +4035,16 @@ def culprit_failure(job: Job, culprit: Container, report: str) -> Action:
     message = message or f"exit code {culprit.exit_code}"
     if culprit.name == "clone":
         return fails(Reason.CLONE_FAILED, message, job.stage)
-    return fails(JOB_STAGES[job.stage].failure, report or message, job.stage)
+    return fails(JOB_STAGES[job.stage].failure, with_report(message, report), job.stage)
+
+
+def with_report(message: str, report: str) -> str:
+    """Return why tests failed: what their report counts as red says it alone, else both say it."""
+    if RED_REPORT.match(report):
+        return report
+    if GREEN_REPORT.fullmatch(report):
+        return f"{report}, but {message}"
+    return f"{message}; {report}" if report else message
 
 
 def decide_deploy(observed: Observation) -> Action:
@@ -6843,15 +7117,16 @@ def jobs_of(kubectl: Kubectl, config: Config, runs: Iterable[str]) -> dict[str, 
 def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
     """Let a run that has ended go on where it failed; return whether its push is done with.
 
-    A run under way is left alone. Green Jobs and the digest are reused; a failed Job is deleted, so
-    that the next intake makes it anew, and until it is gone the answer is False.
+    A run under way is left alone. Green Jobs and the digest are reused; a failed Job, also one that
+    succeeded with a red report, is deleted, so that the next intake makes it anew, and until it is
+    gone the answer is False.
     """
     if not jobs or any(job.deleting for job in jobs):
         return False
     ended = max(seconds_of(job.annotations.get(ANNOTATION_ENDED)) for job in jobs)
     if not has_ended({job.stage: job for job in jobs}) or ended > run.received:
         return True
-    failed = [job for job in jobs if job.state != "succeeded"]
+    failed = [job for job in jobs if not is_reusable(job)]
     obsolete = jobs if any(job.stage == "test" for job in failed) else failed
     for job in obsolete:
         kubectl.delete("job", [job.name], job.namespace)
@@ -7897,6 +8172,7 @@ RUN_TITLES = ("RUN", "REF", "STAGE", "STATE", "OUTCOME", "REASON", "AGE")
 AGE_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 UNREADABLE = "not readable with this account"
 START_SECONDS = 5.0  # from a pod's creation until it is ready, by and large
+LEAST_GRACE = 2  # seconds between SIGTERM and SIGKILL, in which a pod can finish requests at all
 RESTARTED = "kubectl.kubernetes.io/restartedAt"
 # What the daemon must be able to do, as its Roles grant it: verbs by group/resource/subresource.
 EVERY = "get list watch create patch delete"
@@ -8585,7 +8861,8 @@ class Plan:
         seconds = steps * (deployment["spec"]["minReadySeconds"] + START_SECONDS)
         forecast = f"{release.colour}, {release.wanted} pods in about {seconds:.0f} s"
         forecast += f", new ConfigMaps: {', '.join(new) or 'none'}"
-        return forecast + self.changes(task.namespace, deployment)
+        warning = shutdown_warning(deployment["spec"]["template"]["spec"])
+        return forecast + warning + self.changes(task.namespace, deployment)
 
     def changes(self, namespace: str, wanted: Object) -> str:
         """Return what writing a Deployment would change in its spec, as lines, secrets masked.
@@ -8615,6 +8892,30 @@ def access_review(namespace: str, path: str, verb: str) -> Object:
     right |= {"namespace": namespace, "verb": verb}
     kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
     return {**kind, "spec": {"resourceAttributes": right}}
+
+
+def shutdown_warning(pod: Object) -> str:
+    """Return a line about a pod that is killed before it can finish its requests, "" for others."""
+    with suppress(*SHAPE_ERRORS):  # the API server refuses what has another shape
+        grace = pod.get("terminationGracePeriodSeconds")
+        grace = 30 if grace is None else int(grace)
+        sleeps = {str(c["name"]): pre_stop_sleep(c) for c in pod["containers"]}
+        name, sleep = max(sleeps.items(), key=lambda item: item[1])
+        if grace - sleep < LEAST_GRACE:
+            taken = f", and the preStop sleep of {clip(name, 63)} takes {sleep} s" if sleep else ""
+            needed = "pods are killed before they can finish their requests"
+            return f"\n  warning: terminationGracePeriodSeconds is {grace}{taken}: {needed}"
+    return ""
+
+
+def pre_stop_sleep(container: Object) -> int:
+    """Return the seconds that a container sleeps before it gets SIGTERM, as far as one can see."""
+    handler = (container.get("lifecycle") or {}).get("preStop") or {}
+    if seconds := (handler.get("sleep") or {}).get("seconds"):
+        return int(seconds)
+    command = " ".join((handler.get("exec") or {}).get("command") or ())
+    match = re.search(r"(?<!\S)(?:/bin/)?sleep ([0-9]{1,6})s?(?![\w.])", command)
+    return int(match[1]) if match else 0
 
 
 def spec_lines(deployment: Object) -> list[str]:
@@ -8648,7 +8949,8 @@ def collect(environ: Mapping[str, str]) -> int:
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     ended.wait()
-    Path(environ["TERMINATION_LOG"]).write_text(junit_summary(Path(environ["JUNIT_XML"])))
+    summary = junit_summary(Path(environ["JUNIT_XML"]))
+    Path(environ["TERMINATION_LOG"]).write_text(summary, "utf-8")
     return 0
 
 

@@ -27,6 +27,7 @@ CLUSTER = {
     "test_pains",
     "test_tries",
     "test_rbac",
+    "test_reports_of_tests",
 }
 STANDIN = Path(__file__).parent / "standin"
 

@@ -430,6 +430,8 @@ def app_entry(name: str, repository: Path, settings: Object) -> Object:
     test = {"command": settings.pop("test", "true"), "resources": small}
     if "test_image" in settings:
         test["image"] = settings.pop("test_image")
+    if "test_timeout" in settings:
+        test["timeout"] = settings.pop("test_timeout")
     branches = settings.pop("test_branches", ["*"])
     health = {"path": "/ready", "successes": 2, "timeout": "3s"}
     deploy = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -92,6 +93,21 @@ def record(run: hook.Run) -> bytes:
     return json.dumps({name: getattr(run, name) for name in NAMES}).encode()
 
 
+def reports(data: bytes) -> None:
+    """A report of any content becomes one line that fits the kubelet, and is red unless it is read.
+
+    What has entities is red in any encoding.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "junit.xml")
+        path.write_bytes(data)
+        summary = hook.junit_summary(path)
+    assert summary.isprintable()
+    assert 0 < len(summary.encode()) <= 4096
+    assert hook.is_red(summary) or re.fullmatch("[0-9]+ passed, 0 failed", summary)
+    assert hook.is_red(summary) or b"<!ENTITY" not in data.replace(b"\0", b"")
+
+
 # === Inputs ===
 
 SEEDS = [p.read_bytes() for p in sorted(DELIVERIES.glob("gitlab-*.json")) if ".h" not in p.name]
@@ -150,6 +166,36 @@ def records() -> st.SearchStrategy[bytes]:
     return changed | damaged([record(RUN)]) | nested | st.binary(max_size=30)
 
 
+TAGS = ["testsuites", "testsuite", "testcase", "failure", "error", "skipped", "x:testcase", "a"]
+ATTRIBUTES = [
+    "",
+    ' failures="1"',
+    ' errors="x"',
+    ' name="a&#10;b"',
+    " name='ü'",
+    ' xmlns="u"',
+    " x",
+]
+OTHERS = ["text", "<!-- c -->", "<![CDATA[<!DOCTYPE a>]]>", "&amp;", "&b;", "<?pi ?>", "<", "\0"]
+PROLOGS = ["", '<?xml version="1.0"?>', '<?xml version="1.0" encoding="{}"?>', " ", "\ufeff"]
+PROLOGS += ['<!DOCTYPE a [<!ENTITY b "c">]>', "<!DOCTYPE a>"]
+
+
+def junit_reports() -> st.SearchStrategy[bytes]:
+    prologs, tags, attributes, others = map(st.sampled_from, (PROLOGS, TAGS, ATTRIBUTES, OTHERS))
+    elements = st.builds("<{0}{1}>{2}</{0}>".format, tags, attributes, others)
+    inner = st.lists(elements | others, max_size=5).map("".join)
+    roots = st.sampled_from(["testsuites", "a"])
+    whole = st.builds("{0}<{1}{2}>{3}</{1}>".format, prologs, roots, attributes, inner)
+    encodings = ["utf-8", "utf-16", "utf-16-be", "latin-1", "cp1252"]
+
+    def encoded(text: str, encoding: str) -> bytes:
+        return text.replace("{}", encoding).encode(encoding, "replace")
+
+    texts = st.builds(encoded, whole, st.sampled_from(encodings))
+    return texts | st.binary(max_size=50) | damaged([b"<testsuites><testcase/></testsuites>"])
+
+
 class Target(NamedTuple):
     run: Callable[[bytes], None]
     inputs: st.SearchStrategy[bytes]
@@ -160,6 +206,7 @@ TARGETS = {
     "pushes": Target(pushes, bodies()),
     "urls": Target(urls, addresses()),
     "spool": Target(spooled, records()),
+    "reports": Target(reports, junit_reports()),
 }
 
 

@@ -760,6 +760,52 @@ def test_plan_shows_what_is_live_and_what_would_come(story: Story) -> None:
     assert {f"  --- shop-{colour} now", f"  +++ shop-{colour} then", image} <= {*lines}
 
 
+def a_template(grace: int | None = None, **handler: Any) -> Object:
+    """The spec of pods with a grace period and a preStop handler."""
+    web: Object = {"name": "web", "lifecycle": {"preStop": handler}}
+    times = {} if grace is None else {"terminationGracePeriodSeconds": grace}
+    return {"containers": [{"name": "side"}, web], **times}
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (a_template(), ""),
+        (a_template(2), ""),
+        (a_template(1), "is 1: pods are killed"),
+        (a_template(0), "is 0: pods are killed"),
+        (a_template(30, sleep={"seconds": 28}), ""),
+        (
+            a_template(None, sleep={"seconds": 29}),
+            "is 30, and the preStop .* web takes 29 s:",
+        ),
+        (a_template(20, exec={"command": ["sleep", "20"]}), "is 20, .* web takes 20 s:"),
+        (a_template(9, exec={"command": ["sh", "-c", "nginx -s quit; sleep 9s"]}), "web takes 9 s"),
+        (a_template(9, exec={"command": ["./sleepwalk", "10"]}), ""),
+        (a_template(9, exec={"command": "sleep 10"}), ""),
+        (a_template(9, httpGet={"path": "/quit"}), ""),
+        ({"terminationGracePeriodSeconds": None, "containers": [{"name": "a"}]}, ""),
+        ({"terminationGracePeriodSeconds": "x", "containers": [{"name": "a"}]}, ""),
+        ({"terminationGracePeriodSeconds": 0, "containers": 5}, ""),
+    ],
+)
+def test_plan_warns_of_pods_that_have_no_time_to_finish_their_requests(
+    template: Object, text: str
+) -> None:
+    warning = hook.shutdown_warning(template)
+    pattern = rf"\n  warning: terminationGracePeriodSeconds .*{text}.*" if text else ""
+    assert re.fullmatch(pattern, warning)
+
+
+def test_plan_prints_that_warning_below_what_would_come(story: Story) -> None:
+    lines = plan(story.world)
+    after = lines[[text.startswith("production, next: ") for text in lines].index(True) + 1]
+    assert after == (
+        "  warning: terminationGracePeriodSeconds is 2, and the preStop sleep of web takes 1 s: "
+        "pods are killed before they can finish their requests"
+    )
+
+
 def test_plan_of_an_older_commit_says_that_it_would_not_be_deployed(story: Story) -> None:
     lines = plan(story.world, story.commit["v1"])
     assert line(lines, "run") == f"{story.run['v1']}, superseded: main is at {story.commit['v4']}"

@@ -26,6 +26,10 @@ DATA = Path(__file__).parent / "data" / "mirror"
 A, B = "a" * 40, "b" * 40
 DIGEST = "sha256:" + "d" * 64
 SUMMARY = "2 passed, 1 failed: t.test_x"
+GREEN = {hook.ANNOTATION_SUMMARY: "3 passed, 0 failed"}
+NO_REPORT = {hook.ANNOTATION_SUMMARY: hook.NO_REPORT}
+UNREAD = "the test report has 100 MiB; at most 10 MiB are read"
+LOST = "the result of the tests is lost: its pod is gone"
 NOW = 1_000_000.0
 UNHEALTHY = (Outcome.SWITCHED_BACK, Reason.UNHEALTHY_AFTER_SWITCH)
 EXCEEDED = {hook.ANNOTATION_DETAIL: "exceeded quota: test-quota"}
@@ -253,10 +257,19 @@ def test_a_rollback_never_goes_to_what_it_leaves_and_asks_where_that_is_not_know
 
 # === States and actions ===
 
+
+def a_claimed_service(since: float) -> hook.Service:
+    """The live Service of an app in which the run is being deployed since a time."""
+    claim = {"phase": "preparing", "run": a_run().id, "since": since}
+    notes = {"gitops-hook/deploying": json.dumps(claim)}
+    meta = {"name": "shop", "resourceVersion": "3", "annotations": notes}
+    return hook.Service({"metadata": meta, "spec": {"selector": {"app": "shop"}}})
+
+
 OTHER = a_run(ref="refs/heads/topic/x")
 PLAIN, TESTED = a_run("plain"), a_run("tested")
 DONE, BUILT = (
-    a_job("test", "succeeded"),
+    a_job("test", "succeeded", notes=NO_REPORT),
     a_job("build", "succeeded", notes={hook.ANNOTATION_DIGEST: DIGEST}),
 )
 LIVE = a_service(a_run().id, history_entry("deployed"))
@@ -371,7 +384,7 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test"), fatal_problem=DOOMED),
         Do.END, "test", (Outcome.FAILED, Reason.IMAGE_NOT_FOUND), "not found"),
     "a pod that cannot heal behind a Job that passed": (
-        a_view(a_job("test", "succeeded", run=OTHER), fatal_problem=DOOMED),
+        a_view(a_job("test", "succeeded", run=OTHER, notes=NO_REPORT), fatal_problem=DOOMED),
         Do.END, "test", (Outcome.TESTED, Reason.OK), ""),
     "the report is kept while the Job still ends": (
         a_view(a_job("test"), pods=ended("test", main=terminated(1), results=terminated(0,
@@ -396,10 +409,155 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "failed"), pods=ended("test", main=terminated(2),
             results=terminated(9))),
         Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 2"),
-    "only the side-car failed": (
-        a_view(a_job("test", "succeeded", run=OTHER), pods=ended("test", main=terminated(0),
-            results=terminated(9))),
-        Do.END, "test", (Outcome.TESTED, Reason.OK), ""),
+    "tests failed, and their report is clean": (
+        a_view(a_job("test", "failed", notes=GREEN), pods=ended("test", main=terminated(3))),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED),
+        "^3 passed, 0 failed, but exit code 3$"),
+    "tests failed, and their report was not read": (
+        a_view(a_job("test", "failed", notes={hook.ANNOTATION_SUMMARY: UNREAD}),
+            pods=ended("test", main=terminated(3))),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), f"^exit code 3; {UNREAD}$"),
+    "tests failed, and left no report": (
+        a_view(a_job("test", "failed", notes=NO_REPORT), pods=ended("test", main=terminated(3))),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "^exit code 3$"),
+    "tests failed, and their pod is gone with the exit code": (
+        a_view(a_job("test", "failed", reason="PodFailurePolicy", since=60, notes=GREEN)),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "^3 passed, 0 failed, but .*no res"),
+    # tests that ended with exit code 0
+    "a red report is kept though the tests exit with 0": (
+        a_view(a_job("test", "succeeded"), pods=ended("test", main=terminated(0),
+            results=terminated(0, SUMMARY))),
+        Do.ANNOTATE, "test", Reason.OK, f"^{SUMMARY}$"),
+    "a red report speaks though the tests exit with 0": (
+        a_view(a_job("test", "succeeded", notes={hook.ANNOTATION_SUMMARY: SUMMARY})),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), f"^exit code 0, but {SUMMARY}$"),
+    "a red report of a test branch": (
+        a_view(a_job("test", "succeeded", run=OTHER, notes={hook.ANNOTATION_SUMMARY: SUMMARY})),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 0, but 2 passed"),
+    "a red report of an app without a builder": (
+        a_view(a_job("test", "succeeded", run=PLAIN, notes={hook.ANNOTATION_SUMMARY: SUMMARY})),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 0, but 2 passed"),
+    "a red report beside a build that an older version began": (
+        a_view(a_job("test", "succeeded", notes={hook.ANNOTATION_SUMMARY: SUMMARY}), BUILT),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 0, but 2 passed"),
+    "a red report of what an older version is deploying": (
+        a_view(a_job("test", "succeeded", notes={hook.ANNOTATION_SUMMARY: SUMMARY}), BUILT,
+            services={"staging": a_claimed_service(NOW - 5)}),
+        Do.DEPLOY, "staging", Reason.OK, ""),
+    "a red report of what was deployed before it was pushed again": (
+        a_view(a_job("test", "succeeded", notes={hook.ANNOTATION_SUMMARY: SUMMARY}), BUILT,
+            services={"staging": a_claimed_service(NOW - 65)}),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 0, but 2 passed"),
+    "a report that was not read speaks, too": (
+        a_view(a_job("test", "succeeded", notes={hook.ANNOTATION_SUMMARY: UNREAD})),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), f"^exit code 0, but {UNREAD}$"),
+    "a summary of an unknown kind is not green": (
+        a_view(a_job("test", "succeeded", notes={hook.ANNOTATION_SUMMARY: "3 passed, 0 failed!"})),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 0, but"),
+    "no report is kept, too": (
+        a_view(a_job("test", "succeeded"), pods=ended("test", main=terminated(0),
+            results=terminated(0, hook.NO_REPORT))),
+        Do.ANNOTATE, "test", Reason.OK, f"^{hook.NO_REPORT}$"),
+    "the side-car of an older version left no word where there was no report": (
+        a_view(a_job("test", "succeeded"), pods=ended("test", main=terminated(0),
+            results=terminated(0))),
+        Do.ANNOTATE, "test", Reason.OK, f"^{hook.NO_REPORT}$"),
+    "no word of the side-car while the Job still ends": (
+        a_view(a_job("test"), pods=ended("test", main=terminated(0), results=terminated(0))),
+        Do.WAIT, "test", Reason.OK, "its pod runs"),
+    "the side-car of a pod whose tests never began has seen no report": (
+        a_view(a_job("test"), pods=ended("test", clone=terminated(1),
+            results=terminated(0, hook.NO_REPORT))),
+        Do.WAIT, "test", Reason.OK, "its pod runs"),
+    "the side-car was killed before it could read a report": (
+        a_view(a_job("test", "succeeded"), pods=ended("test", main=terminated(0),
+            results=terminated(137))),
+        Do.ANNOTATE, "test", Reason.OK, "lost: container results ended with exit code 137"),
+    "the pod's watch is behind that of a Job which succeeded": (
+        a_view(a_job("test", "succeeded", since=3)), Do.WAIT, "test", Reason.OK, "report"),
+    "the pod of tests is gone before anybody read what it left": (
+        a_view(a_job("test", "succeeded", since=60)), Do.ANNOTATE, "test", Reason.OK, f"^{LOST}$"),
+    "what tests said is lost": (
+        a_view(a_job("test", "succeeded", since=60, notes={hook.ANNOTATION_SUMMARY: LOST})),
+        Do.END, "test", (Outcome.FAILED, Reason.VANISHED), f"^{LOST}$"),
+    "the pod of tests is gone whose build an older version began": (
+        a_view(a_job("test", "succeeded", since=60), a_job("build")),
+        Do.WAIT, "build", Reason.OK, "for its pod"),
+    "the pod of tests is gone of what an older version has deployed to staging": (
+        a_view(a_job("test", "succeeded", run=PLAIN, since=60), services={
+            "staging": a_service(PLAIN.id, history_entry("deployed", run=PLAIN.id))}),
+        Do.DEPLOY, "production", Reason.OK, ""),
+    "the pod of tests is gone of what an older version is deploying": (
+        a_view(a_job("test", "succeeded", since=60),
+            services={"staging": a_claimed_service(NOW - 5)}),
+        Do.BUILD, "build", Reason.OK, ""),
+    "the pod of tests is gone of what was deployed before it was pushed again": (
+        a_view(a_job("test", "succeeded", run=PLAIN, since=60), services={
+            "staging": a_service(PLAIN.id, history_entry("deployed", run=PLAIN.id, ago=99))}),
+        Do.ANNOTATE, "test", Reason.OK, f"^{LOST}$"),
+    "a red report of what an older version has deployed to staging": (
+        a_view(a_job("test", "succeeded", run=PLAIN, notes={hook.ANNOTATION_SUMMARY: SUMMARY}),
+            services={"staging": a_service(PLAIN.id, history_entry("deployed", run=PLAIN.id))}),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 0, but 2 passed"),
+    "the pod of tests is gone, beside a build of before": (
+        a_view(a_job("test", "succeeded", since=60), a_job("build", "failed", notes=ENDED)),
+        Do.NOTHING, "", Reason.OK, ""),
+    "the pod of tests made anew is gone, beside a build of before": (
+        a_view(a_job("test", "succeeded", since=60), a_job("build", "failed", notes=BEFORE)),
+        Do.ANNOTATE, "test", Reason.OK, f"^{LOST}$"),
+    "a second pod's red report counts after a first pod's green one": (
+        a_view(a_job("test", "succeeded", notes=GREEN), pods=(
+            a_pod(TEST, name="first", started=90, states={"test-runner": terminated(0),
+                "results": terminated(0, "3 passed, 0 failed")}),
+            a_pod(TEST, name="second", started=20, states={"test-runner": terminated(0),
+                "results": terminated(0, SUMMARY)}))),
+        Do.ANNOTATE, "test", Reason.OK, f"^{SUMMARY}$"),
+    "a first pod's red report counts after a second pod's green one": (
+        a_view(a_job("test", "succeeded"), pods=(
+            a_pod(TEST, name="first", started=90, states={"test-runner": terminated(0),
+                "results": terminated(0, SUMMARY)}),
+            a_pod(TEST, name="second", started=20, states={"test-runner": terminated(0),
+                "results": terminated(0, "3 passed, 0 failed")}))),
+        Do.ANNOTATE, "test", Reason.OK, f"^{SUMMARY}$"),
+    "a first pod whose report is lost says nothing against a second one": (
+        a_view(a_job("test", "succeeded"), pods=(
+            a_pod(TEST, name="first", started=90, states={"test-runner": terminated(0),
+                "results": terminated(137)}),
+            a_pod(TEST, name="second", started=20, states={"test-runner": terminated(0),
+                "results": terminated(0, "3 passed, 0 failed")}))),
+        Do.ANNOTATE, "test", Reason.OK, "^3 passed, 0 failed$"),
+    "a red report that is kept stays": (
+        a_view(a_job("test", "succeeded", notes={hook.ANNOTATION_SUMMARY: SUMMARY}),
+            pods=ended("test", main=terminated(0), results=terminated(0, "1 passed, 1 failed"))),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), SUMMARY),
+    # what still runs
+    "a proxy that a mesh added runs after green tests": (
+        a_view(a_job("test", since=901), pods=(a_pod(TEST, started=901, states={
+            "results": RUNNING, "test-runner": terminated(0), "istio-proxy": RUNNING}),)),
+        Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT),
+        "^container istio-proxy still runs after 900 s$"),
+    "two proxies run after green tests": (
+        a_view(a_job("test", since=901), pods=(a_pod(TEST, started=901, states={
+            "results": RUNNING, "test-runner": terminated(0), "proxy": RUNNING,
+            "agent": RUNNING}),)),
+        Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT),
+        "^containers proxy, agent still run after 900 s$"),
+    "the tests run beside a proxy": (
+        a_view(a_job("test", since=901), pods=(a_pod(TEST, started=901, states={
+            "results": RUNNING, "istio-proxy": RUNNING, "test-runner": RUNNING}),)),
+        Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT),
+        "^container test-runner still runs after 900 s$"),
+    "the clone takes too long": (
+        a_view(a_job("test", since=901), pods=(a_pod(TEST, started=901, states={
+            "results": RUNNING, "clone": RUNNING,
+            "test-runner": waiting("PodInitializing")}),)),
+        Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT), "^container clone still runs after"),
+    "the backstop ended a Job whose tests were over": (
+        a_view(a_job("test", "failed", reason="DeadlineExceeded"), pods=(
+            a_pod(TEST, states={"test-runner": terminated(0, at=NOW - 60),
+                "istio-proxy": terminated(143)}, meta={"deletionTimestamp": stamp(NOW)}),)),
+        Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT),
+        "^the Job's deadline passed: container istio-proxy still runs$"),
     "the tests were killed for their memory": (
         a_view(a_job("test", "failed"), pods=ended("test", main=terminated(137,
             reason="OOMKilled"))),
@@ -427,7 +585,8 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "failed", reason="DeadlineExceeded"), pods=(
             a_pod(TEST, states={"test-runner": terminated(137)},
                 meta={"deletionTimestamp": stamp(NOW)}),)),
-        Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT), "deadline"),
+        Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT),
+        "^the Job's deadline passed: container test-runner still runs$"),
     "a Job has failed and its pod's watch is behind": (
         a_view(a_job("test", "failed", reason="PodFailurePolicy", since=2)),
         Do.WAIT, "test", Reason.OK, "last words"),
@@ -442,10 +601,13 @@ ACTIONS: dict[str, Case] = {
         Do.END, "test", (Outcome.FAILED, Reason.IMAGE_NOT_FOUND), "not found"),
     # after green tests
     "a test branch is green": (
-        a_view(a_job("test", "succeeded", run=OTHER, notes={hook.ANNOTATION_SUMMARY: SUMMARY})),
-        Do.END, "test", (Outcome.TESTED, Reason.OK), "2 passed"),
+        a_view(a_job("test", "succeeded", run=OTHER, notes=GREEN)),
+        Do.END, "test", (Outcome.TESTED, Reason.OK), "^3 passed, 0 failed$"),
+    "a test branch is green, without a report": (
+        a_view(a_job("test", "succeeded", run=OTHER, notes=NO_REPORT)),
+        Do.END, "test", (Outcome.TESTED, Reason.OK), "^$"),
     "an app without environments is only tested": (
-        a_view(a_job("test", "succeeded", run=TESTED)),
+        a_view(a_job("test", "succeeded", run=TESTED, notes=GREEN)),
         Do.END, "test", (Outcome.TESTED, Reason.OK), ""),
     "green tests are built": (a_view(DONE), Do.BUILD, "build", Reason.OK, ""),
     "a build waits for a place": (
@@ -455,7 +617,8 @@ ACTIONS: dict[str, Case] = {
     "nothing is built of a branch that moved on": (
         a_view(DONE, head="newer"), Do.END, "build", (Outcome.SUPERSEDED, Reason.NOT_HEAD), ""),
     "without a builder there is nothing to build": (
-        a_view(a_job("test", "succeeded", run=PLAIN)), Do.DEPLOY, "staging", Reason.OK, ""),
+        a_view(a_job("test", "succeeded", run=PLAIN, notes=GREEN)),
+        Do.DEPLOY, "staging", Reason.OK, ""),
     "a build runs": (a_view(DONE, a_job("build")), Do.WAIT, "build", Reason.OK, "for its pod"),
     "a suspended build is released": (
         a_view(DONE, a_job("build", "suspended")), Do.UNSUSPEND, "build", Reason.OK, ""),
@@ -470,12 +633,12 @@ ACTIONS: dict[str, Case] = {
             pods=ended("build", main=terminated(128, "no such file", "StartError"))),
         Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "no such file"),
     "a build failed after a green report": (
-        a_view(a_job("test", "succeeded", notes={hook.ANNOTATION_SUMMARY: SUMMARY}), a_job("build",
+        a_view(a_job("test", "succeeded", notes=GREEN), a_job("build",
             "failed"),
             pods=ended("build", main=terminated(1))),
         Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "exit code 1"),
     "a build's pods vanished after a green report": (
-        a_view(a_job("test", "succeeded", notes={hook.ANNOTATION_SUMMARY: SUMMARY}), a_job("build",
+        a_view(a_job("test", "succeeded", notes=GREEN), a_job("build",
             "failed", since=60)),
         Do.END, "build", (Outcome.FAILED, Reason.VANISHED), "no result"),
     "a digest is kept": (
@@ -622,7 +785,7 @@ def test_each_state_has_its_next_step(state: str) -> None:
     action = hook.decide(view)
     outcome, reason = expected if isinstance(expected, tuple) else (None, expected)
     assert (action.do, action.stage, action.outcome, action.reason) == (do, stage, outcome, reason)
-    assert detail in action.detail
+    assert re.search(detail, action.detail)
 
 
 def test_every_step_and_every_outcome_is_in_the_table() -> None:
@@ -904,7 +1067,9 @@ def story(scenario: str) -> Iterator[tuple[float, hook.Action]]:
     begin = datetime.fromisoformat(events[0]["object"]["metadata"]["creationTimestamp"]).timestamp()
     jobs: dict[str, hook.Job] = {}
     pods: dict[str, hook.Pod] = {}
-    notes: dict[str, str] = {}
+    # most of these pods had no side-car that could say something of a report
+    has_reporter = any("results" in json.dumps(e["object"]) for e in events)
+    notes: dict[str, str] = {} if has_reporter else dict(NO_REPORT)
     doom, last = hook.ProblemTracker(), None
     for now in sorted({e["at"] for e in events} | {float(n) for n in range(70)}):
         for found in (e["object"] for e in events if e["at"] == now):

@@ -265,6 +265,9 @@ def test_a_run_that_goes_again_says_that_its_old_job_is_deleted_first(
     assert stored(controller) == []
 
 
+REPORTS = {"red": "1 passed, 1 failed: t.x", "lost": f"{hook.LOST_REPORT}: its pod is gone"}
+
+
 @pytest.mark.parametrize(
     ("jobs", "done", "deleted", "reopened"),
     [
@@ -276,10 +279,14 @@ def test_a_run_that_goes_again_says_that_its_old_job_is_deleted_first(
         ([("test", "succeeded"), ("build", "failed", 20.0)], True, ["build"], ["test"]),
         ([("test", "failed"), ("build", "succeeded", 20.0)], False, ["test", "build"], []),
         ([("test", "succeeded"), ("build", "succeeded", 20.0)], True, [], ["build", "test"]),
+        ([("red", "succeeded", 20.0)], False, ["test"], []),
+        ([("lost", "succeeded", 20.0)], False, ["test"], []),
+        ([("red", "succeeded"), ("build", "failed", 20.0)], False, ["test", "build"], []),
     ],
     ids=[
         "gone", "under way", "red tests", "ended since the push", "its build ended since",
         "a red build", "tests made anew", "a deployment that failed",
+        "a red report", "a report that is lost", "a red report and a build of before",
     ],
 )  # fmt: skip
 def test_a_run_that_is_pushed_again_goes_on_where_it_failed(
@@ -303,9 +310,15 @@ def test_a_run_that_is_pushed_again_goes_on_where_it_failed(
         }
         assert change["spec"] == {"ttlSecondsAfterFinished": None}
 
+    def a_job_with_report(kind: str, *state: Any) -> hook.Job:
+        """A Job, also a test that ended with exit code 0 whose report is not green."""
+        job = a_job(controller, "test" if kind in REPORTS else kind, *state)
+        job.annotations |= {hook.ANNOTATION_SUMMARY: REPORTS[kind]} if kind in REPORTS else {}
+        return job
+
     kubectl: Any = SimpleNamespace(delete=delete, patch=patch)
     run = a_run(OLD, received=30.0, delivery="again")
-    assert hook.reopen(kubectl, run, [a_job(controller, *each) for each in jobs]) is done
+    assert hook.reopen(kubectl, run, [a_job_with_report(*each) for each in jobs]) is done
     assert (deletions, patches) == (deleted, reopened)
 
 

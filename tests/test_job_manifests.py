@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import os
+import re
+import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from hypothesis import given, settings
 
+import gitops_hook as hook
 from gitops_hook import (
     Config,
     Kubectl,
@@ -28,9 +37,11 @@ from gitops_hook import (
 from gitops_hook import (
     test_job as make_test_job,
 )
+from tests.fuzz import TARGETS
 from tests.standin.cluster import Cluster
 from tests.standin.kubectl import find_kubectl
 from tests.standin.sandbox import expand
+from tests.waiting import eventually
 
 Object = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -364,10 +375,23 @@ def test_seconds_are_a_number_or_nothing(value: Any, seconds: float) -> None:
 # === The summary of a report ===
 
 CASE = '<testcase classname="{}" name="{}">{}</testcase>'
+JEST = """<?xml version="1.0" encoding="UTF-8"?>
+<testsuites name="jest tests" tests="1" failures="0" errors="1" time="5.73">
+  <testsuite name="add" errors="0" failures="0" skipped="0" tests="1">
+    <testcase classname="add" name="add works" time="0.1"></testcase>
+  </testsuite>
+  <testsuite name="src/app.test.ts" errors="1" failures="0" skipped="0" tests="0">{}</testsuite>
+</testsuites>"""
+NOT_RUN = CASE.format("Test suite failed to run", "src/app.test.ts", "<error>x</error>")
 
 
 def report(*cases: str) -> bytes:
     return f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>".encode()
+
+
+def suite(attributes: str, *content: str) -> bytes:
+    inside = f"<testsuite {attributes}>{''.join(content)}</testsuite>"
+    return f"<testsuites>{inside}</testsuites>".encode()
 
 
 @pytest.mark.parametrize(
@@ -392,40 +416,295 @@ def report(*cases: str) -> bytes:
             report(*(CASE.format("a", name, "<error/>") for name in "bcdefg")),
             "0 passed, 6 failed: a.b, a.c, a.d, a.e, a.f",
         ),
+        (report("<testcase/>", CASE.format("", "b", "<error/>")), "1 passed, 1 failed: b"),
+        (CASE.format("a", "b", "<error/>").encode(), "0 passed, 1 failed: a.b"),
     ],
-    ids=["empty", "green", "one-of-each", "two-failures-of-one-case", "the-first-five"],
-)
+    ids=[
+        "empty", "green", "one-of-each", "two-failures-of-one-case", "the-first-five", "nameless",
+        "no-suites",
+    ],
+)  # fmt: skip
 def test_a_report_is_counted(tmp_path: Path, content: bytes, sentence: str) -> None:
-    path = tmp_path / "junit.xml"
+    assert summary_of(tmp_path, content) == sentence
+
+
+def summary_of(directory: Path, content: bytes) -> str:
+    """What is said of a report."""
+    path = directory / "junit.xml"
     path.write_bytes(content)
-    assert junit_summary(path) == sentence
+    return junit_summary(path)
 
 
-LAUGH = b'<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><testsuites>&b;</testsuites>'
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (JEST.format("").encode(), "1 passed, 1 failed: suite src/app.test.ts"),
+        (
+            JEST.format(NOT_RUN).encode(),
+            "1 passed, 1 failed: Test suite failed to run.src/app.test.ts",
+        ),
+        (suite('name="s" failures="2" errors="1"'), "0 passed, 3 failed: suite s"),
+        (
+            suite('name="s" tests="1" failures="1"', CASE.format("a", "b", "")),
+            "1 passed, 1 failed: suite s",
+        ),
+        (
+            suite('failures="2"', CASE.format("a", "b", "<failure/>")),
+            "0 passed, 1 failed: a.b",
+        ),
+        (b'<testsuites errors="2"><testsuite errors="2" name="s"/></testsuites>',
+         "0 passed, 2 failed: suite s"),
+        (b'<testsuites errors="2"/>', "0 passed, 2 failed: suite"),
+        (suite('name="s"', "<error>cannot be loaded</error>"), "0 passed, 1 failed: suite s"),
+        (suite('name="s" failures="some" errors="-1"'), "0 passed, 0 failed"),
+        (suite('failures="99999999999999999999"'), "0 passed, 0 failed"),
+    ],
+    ids=[
+        "jest-older", "jest", "suite", "beside-green-cases", "declared-and-shown",
+        "both-declare", "only-the-root", "an-error-of-a-suite", "no-numbers", "no-such-number",
+    ],
+)  # fmt: skip
+def test_a_suite_that_failed_to_run_is_counted_once_and_named(
+    tmp_path: Path, content: bytes, sentence: str
+) -> None:
+    assert summary_of(tmp_path, content) == sentence
+
+
+RED = "<testsuites{}>" + CASE.format("a", "b", "<failure/>") + "</testsuites>"
 
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"", b"no xml", b"<testsuites><testcase/>", b"\xff\xfe\x00", LAUGH,
-     b'<?xml version="1.0" encoding="nonsense"?><a/>',
-     b'<?xml version="1.0" encoding="utf-7"?><a/>'],
-    ids=["none", "empty", "text", "cut-off", "binary", "entities", "no-encoding", "odd-encoding"],
+    [
+        RED.format(' xmlns="https://example.com/junit"').encode(),
+        RED.format(' xmlns:x="u"').replace("</", "</x:").replace("<t", "<x:t").replace(
+            "<f", "<x:f").encode(),
+        RED.format("").encode("utf-16"),
+        (b'<?xml version="1.0" encoding="utf-16"?>'.decode() + RED.format("")).encode("utf-16"),
+        ('<?xml version="1.0" encoding="latin-1"?>' + RED.format("")).encode("latin-1"),
+        ("<!-- <!DOCTYPE a> -->" + RED.format("")).encode(),
+        RED.format("").replace("<failure/>", "<failure><![CDATA[<!DOCTYPE html>]]></failure>")
+        .encode(),
+    ],
+    ids=[
+        "default-namespace", "prefixed-namespace", "utf-16", "utf-16-declared", "latin-1",
+        "comment", "a-web-page-in-a-message",
+    ],
 )  # fmt: skip
-def test_a_file_that_is_no_report_has_no_summary(tmp_path: Path, content: bytes | None) -> None:
+def test_a_report_is_read_in_any_namespace_and_encoding(tmp_path: Path, content: bytes) -> None:
+    assert summary_of(tmp_path, content) == "0 passed, 1 failed: a.b"
+
+
+def test_where_no_report_is_that_is_said(tmp_path: Path) -> None:
+    assert junit_summary(tmp_path / "junit.xml") == hook.NO_REPORT
+    assert junit_summary(tmp_path / "missing" / "junit.xml") == hook.NO_REPORT
+
+
+LAUGH = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><testsuites name="&b;"/>'
+EXTERNAL = '<!DOCTYPE x SYSTEM "file:///etc/passwd"><testsuites/>'
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-be", "latin-1"])
+@pytest.mark.parametrize("text", [LAUGH, EXTERNAL, f"<!-- {'x' * 5000} -->{LAUGH}"])
+def test_a_document_type_is_refused_in_any_encoding(
+    tmp_path: Path, text: str, encoding: str
+) -> None:
+    if encoding == "latin-1":
+        text = f'<?xml version="1.0" encoding="latin-1"?>{text}'
+    content = b"\xfe\xff" * (encoding == "utf-16-be") + text.encode(encoding)
+    said = "the test report cannot be read: it has a document type"
+    assert summary_of(tmp_path, content) == said
+
+
+def test_no_entity_can_be_used_in_the_piece_that_declares_it() -> None:
+    for use in ('<!DOCTYPE x[<!ENTITY a "">]><x>&a;', '<!DOCTYPE x[<!ENTITY a "">]><x y="&a;"'):
+        assert len(use) - len("<!DOCTYPE x") > hook.PROLOG_PIECE
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "no element found"),
+        (b"no xml", "syntax error"),
+        (b"\xff\xfe\x00", "unclosed token|no element|invalid|partial"),
+        (b"<testsuites><testcase/>", "no element found.*, after 1 passed, 0 failed$"),
+        (RED.format("").encode()[:-5], "unclosed token.*, after 0 passed, 1 failed: a.b$"),
+        (RED.format("").encode() * 2, "junk after document element.*, after 0 passed, 1 failed"),
+        (report() + b"\n3 passed", "junk after document element"),
+        (b'<?xml version="1.0" encoding="nonsense"?><a/>', "its encoding is not supported$"),
+        (b'<?xml version="1.0" encoding="utf-7"?><a/>', "its encoding is not supported$"),
+        (b'<coverage><class errors="1"/></coverage>', "it has neither testsuites nor testcases$"),
+        (b"<a>" * 101, "it has more than 100 elements within each other$"),
+        (b"<testsuites>" + b"<a/>" * 500_000, "it has more than 500000 elements$"),
+        (b" " * 70_000 + report(), "no element is in its first 64 KiB$"),
+    ],
+    ids=[
+        "empty", "text", "binary", "cut-off", "cut-off-after-a-failure", "two-reports", "junk",
+        "no-encoding", "odd-encoding", "another-report", "depth", "elements", "nothing-for-long",
+    ],
+)  # fmt: skip
+def test_why_a_report_cannot_be_read(tmp_path: Path, content: bytes, why: str) -> None:
+    said = summary_of(tmp_path, content)
+    assert re.match(f"the test report cannot be read: (?:{why})", said)
+
+
+def put_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def put_link(path: Path) -> None:
+    other = path.with_name("other.xml")
+    other.write_bytes(report())
+    path.symlink_to(other)
+
+
+def put_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("put", "why"),
+    [
+        (put_directory, "it is not a regular file"),
+        (os.mkfifo, "it is not a regular file"),
+        (put_link, "Too many levels of symbolic links"),
+        (put_socket, "No such device or address"),
+        (lambda path: path.symlink_to("/dev/zero"), "Too many levels of symbolic links"),
+    ],
+    ids=["directory", "pipe", "link", "socket", "endless"],
+)
+def test_what_stands_in_the_place_of_a_report_is_neither_followed_nor_waited_for(
+    tmp_path: Path, put: Callable[[Path], None], why: str
+) -> None:
     path = tmp_path / "junit.xml"
-    if content is not None:
-        path.write_bytes(content)
-    assert junit_summary(path) == ""
+    put(path)
+    assert junit_summary(path) == f"the test report cannot be read: {why}"
 
 
-def test_a_directory_in_the_place_of_the_report_has_no_summary(tmp_path: Path) -> None:
-    assert junit_summary(tmp_path) == ""
+def test_a_report_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "junit.xml"
+    with path.open("wb") as file:
+        file.truncate(100 * 2**20)
+    assert junit_summary(path) == "the test report has 100 MiB; at most 10 MiB are read"
+    with path.open("wb") as file:
+        file.truncate(10 * 2**20 + 1)
+    assert junit_summary(path) == "the test report has 11 MiB; at most 10 MiB are read"
+
+
+def test_a_report_that_grows_while_it_is_read_is_too_large() -> None:
+    grown = io.BytesIO(b"<testsuites>" + b" " * hook.REPORT_BYTES)
+    with pytest.raises(hook.OversizedError, match="has 11 MiB"):
+        hook.read_report(grown, hook.ReportCounts())
 
 
 @pytest.mark.parametrize("letter", ["x", "ü", "\U0001f600"])
 def test_the_summary_of_any_report_fits_a_termination_message(tmp_path: Path, letter: str) -> None:
-    path = tmp_path / "junit.xml"
-    path.write_bytes(report(*[CASE.format(letter * 500, "n", "<error/>")] * 1000))
-    summary = junit_summary(path)
+    content = report(*[CASE.format(letter * 500, "n", "<error/>")] * 1000)
+    summary = summary_of(tmp_path, content)
     assert len(summary.encode()) <= 4096
     assert summary.startswith("0 passed, 1000 failed: ")
+
+
+@settings(max_examples=250, deadline=None, database=None)
+@given(TARGETS["reports"].inputs)
+def test_anything_in_the_place_of_a_report_becomes_one_line(data: bytes) -> None:
+    TARGETS["reports"].run(data)
+
+
+# === The side-car that collects it ===
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What the side-car left, and the most memory that it took, in MB."""
+
+    status: int
+    message: str
+    memory: float
+
+
+def catches_sigterm(pid: int) -> bool:
+    """Whether a process would handle SIGTERM now."""
+    caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+    return bool(int(caught, 16) >> signal.SIGTERM - 1 & 1)
+
+
+# The command as it is, and what its process took at most. What the kernel counts of a child begins
+# with the size of its parent.
+MEASURED = """
+import atexit, runpy, sys
+def peak():
+    with open("/proc/self/status") as status:
+        print(status.read().partition("VmHWM:")[2].split()[0])
+atexit.register(peak)
+sys.argv = [sys.argv[1], "collect"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def collected(directory: Path) -> Collected:
+    """Run the side-car beside tests that have ended."""
+    log = directory / "termination-log"
+    environ = {"JUNIT_XML": str(directory / "junit.xml"), "TERMINATION_LOG": str(log)}
+    argv = [sys.executable, "-c", MEASURED, str(ROOT / "gitops_hook.py")]
+    with subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            eventually(lambda: catches_sigterm(process.pid), 30, "it listens")
+            process.send_signal(signal.SIGTERM)
+            peak = process.communicate(timeout=60)[0]
+        finally:
+            process.kill()
+    return Collected(process.returncode, log.read_text("utf-8"), int(peak) * 1024 / 1e6)
+
+
+def ten_mebibytes(head: bytes, part: Callable[[int], bytes], tail: bytes) -> bytes:
+    """A report that is as large as may be."""
+    room = 10 * 2**20 - len(head) - len(tail)
+    parts = bytearray()
+    for number in itertools.count():
+        more = part(number)
+        if len(parts) + len(more) > room:
+            return bytes(head + parts + tail)
+        parts += more
+    raise AssertionError
+
+
+LARGEST: dict[str, tuple[bytes, Callable[[int], bytes], bytes]] = {
+    "cases": (b"<testsuites>", lambda n: b'<testcase name="%d"/>' % n, b"</testsuites>"),
+    "attribute": (b'<testsuites><testcase name="', lambda n: b"x" * 1000, b'"/></testsuites>'),
+    "attributes": (b"<testsuites><a ", lambda n: b'a%x="" ' % n, b"/></testsuites>"),
+    "names": (b"<testsuites>", lambda n: b"<n%020d/>" % n, b"</testsuites>"),
+    "text": (b"<testsuites>", lambda n: b"x" * 1000, b"</testsuites>"),
+    "comment": (b"<testsuites><!--", lambda n: b"x" * 1000, b"--></testsuites>"),
+    "failures": (
+        b"<testsuites>",
+        lambda n: b'<testcase name="%d"><failure message="m"/></testcase>' % n,
+        b"</testsuites>",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LARGEST)
+def test_the_largest_report_takes_less_memory_than_the_side_car_has(
+    tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "junit.xml").write_bytes(ten_mebibytes(*LARGEST[kind]))
+    left = collected(tmp_path)
+    assert left.status == 0
+    assert re.match(r"\d+ passed, \d+ failed|the test report cannot be read: ", left.message)
+    assert left.memory < 400  # of 512 MiB
+
+
+def test_the_side_car_says_what_a_report_that_is_too_large_has(tmp_path: Path) -> None:
+    with (tmp_path / "junit.xml").open("wb") as file:
+        file.truncate(100 * 2**20)
+    left = collected(tmp_path)
+    said = "the test report has 100 MiB; at most 10 MiB are read"
+    assert (left.status, left.message) == (0, said)
+    assert left.memory < 150
+
+
+def test_the_side_car_says_that_there_is_no_report(tmp_path: Path) -> None:
+    left = collected(tmp_path)
+    assert (left.status, left.message) == (0, "no test report")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,6 +54,17 @@ def send(
     return answers
 
 
+@dataclass(frozen=True)
+class Visit:
+    """What one visitor saw: whether it kept its connection, the last version, what failed."""
+
+    app: str
+    keep: bool
+    version: str
+    answered: int
+    failures: list[str]
+
+
 class Visitor:
     """A client of a live Service that tries nothing again; half of them keep their connection."""
 
@@ -90,21 +102,21 @@ class Visitor:
             try:
                 await asyncio.wait_for(self.ask(), 5)
             except (OSError, EOFError, TimeoutError) as failed:
-                self.failures.append(f"{type(failed).__name__} {failed}, keep={self.keep}")
+                self.failures.append(f"{type(failed).__name__} {failed}")
                 self.leave()
             await asyncio.sleep(max(0.0, INTERVAL - (time.monotonic() - began)))
         self.leave()
 
 
-def visit(hosts: dict[str, str], stop: Path) -> list[tuple[str, str, int, list[str]]]:
-    """Visit Services until a file exists; app, last version, answers, failures of each visitor."""
+def visit(hosts: dict[str, str], stop: Path) -> list[Visit]:
+    """Visit Services until a file exists; return what each visitor saw."""
     visitors = [Visitor(a, h, k) for a, h in hosts.items() for k in (True, True, False, False)]
 
     async def all_visitors() -> None:
         await asyncio.gather(*(visitor.live(stop) for visitor in visitors))
 
     asyncio.run(all_visitors())
-    return [(v.app, v.version, v.answered, v.failures) for v in visitors]
+    return [Visit(v.app, v.keep, v.version, v.answered, v.failures) for v in visitors]
 
 
 # The baseline: the server of the article, with its mistakes corrected but for its way of working.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from multiprocessing.pool import Pool
 from typing import Any
 
-from tests.bench.clients import visit
+from tests.bench.clients import Visit, visit
 from tests.bench.observing import RUN, Recorder, Row, label, timed
 from tests.fleet import MISSING_IMAGE, Member, is_ready
 from tests.world import PROGRAM, Object, eventually
@@ -188,9 +188,9 @@ def settled(app: Member) -> bool:
 
 
 @contextmanager
-def visited(apps: Sequence[Member], clients: Pool) -> Iterator[list[Any]]:
+def visited(apps: Sequence[Member], clients: Pool) -> Iterator[list[Visit]]:
     """Have apps visited while the block runs; afterwards the list says what the visitors saw."""
-    world, seen = apps[0].fleet, list[Any]()
+    world, seen = apps[0].fleet, list[Visit]()
     stop = world.directory / f"stop-{time.monotonic_ns()}"
     hosts = {app.name: app.service()["spec"]["clusterIP"] for app in apps}
     visits = clients.apply_async(visit, (hosts, stop))
@@ -204,12 +204,13 @@ def visited(apps: Sequence[Member], clients: Pool) -> Iterator[list[Any]]:
     seen += visits.get(30)
 
 
-def failures_of(seen: Sequence[Any]) -> int:
-    """Return how many requests failed, and say how on stderr."""
-    failures = [reason for *_, reasons in seen for reason in reasons]
-    for reason in sorted({*failures})[:10]:
-        print(f"failed: {failures.count(reason)} times {reason}", file=sys.stderr)
-    return len(failures)
+def failed_requests(name: str, seen: Sequence[Visit], target: float | None = None) -> Iterator[Row]:
+    """How many requests failed, on kept connections and on new ones; how, on stderr."""
+    for keep, which in ((True, "kept-alive"), (False, "new")):
+        failures = [reason for visit in seen if visit.keep is keep for reason in visit.failures]
+        for reason in sorted({*failures})[:10]:
+            print(f"failed: {failures.count(reason)} times {reason}, {which}", file=sys.stderr)
+        yield Row(f"{name}: failed requests of {which} connections", len(failures), "", target)
 
 
 def measure_switches(apps: Sequence[Member], clients: Pool, count: int) -> Iterator[Row]:
@@ -224,10 +225,10 @@ def measure_switches(apps: Sequence[Member], clients: Pool, count: int) -> Itera
     with visited(apps, clients) as seen:
         backs = [back for times in together(go, apps) for back in times if back]
     live = {app.name: app.answer()["version"] for app in apps}
-    wrong = sum(live[app] != version for app, version, _, _ in seen)
-    name, asked = f"{each * len(apps)} switches", sum(answered for _, _, answered, _ in seen)
+    wrong = sum(live[visit.app] != visit.version for visit in seen)
+    name, asked = f"{each * len(apps)} switches", sum(visit.answered for visit in seen)
     name = f"{name} under load, {len(backs)} of them back"
-    yield Row(f"{name}: failed requests", failures_of(seen), "", 0)
+    yield from failed_requests(name, seen, 0)
     yield Row(f"{name}: requests answered", asked, "", higher_is_better=True)
     yield Row(f"{name}: clients on the wrong version at the end", wrong, "", 0)
     yield Row("sick to switched back", statistics.median(backs), "s")
@@ -240,8 +241,8 @@ def measure_bad(apps: Sequence[Member], clients: Pool, what: str, path: str) -> 
     with visited(apps, clients) as seen:
         backs = together(lambda app: switch(app, path[1:], path), apps)
     live = {app.name: app.answer()["version"] for app in apps}
-    wrong = sum(live[app] != version for app, version, _, _ in seen)
+    wrong = sum(live[visit.app] != visit.version for visit in seen)
     name = f"{len(apps)} versions {what} under load after the switch"
-    yield Row(f"{name}: failed requests", failures_of(seen), "")
+    yield from failed_requests(name, seen)
     yield Row(f"{name}: clients on the wrong version at the end", wrong, "", 0)
     yield Row(f"{name}: told to be so to switched back", statistics.median(backs), "s")
