@@ -138,6 +138,8 @@ def test_a_red_report_is_red_though_the_daemon_is_killed_before_it_is_kept(
     with apps.held("patch", "jobs", namespace="test", body_contains="gitops-hook/summary"):
         apps.kill()
     if name == "gone":
+        # else the Job would run them in another pod
+        eventually(lambda: is_complete(apps.jobs()[f"test-{run}"]), 30, "the Job is complete")
         (pod,) = [p["metadata"]["name"] for p in pods_of(apps, run)]
         apps.cluster.store.remove("pods", "test", pod)
     apps.start()
@@ -149,6 +151,11 @@ def test_a_red_report_is_red_though_the_daemon_is_killed_before_it_is_kept(
         assert (ended["outcome"], ended["reason"]) == ("failed", "Vanished")
         assert ended["detail"] == detail
         assert not app.leftovers()
+
+
+def is_complete(job: Object) -> bool:
+    """Whether a Job has succeeded, its last words included."""
+    return any(c["type"] == "Complete" for c in job["status"].get("conditions") or ())
 
 
 def pods_of(apps: Fleet, run: str) -> list[Object]:
