@@ -31,6 +31,7 @@ NODE_LABELS = {
     "kubernetes.io/os": "linux",
 }
 PREEMPTION = "no new claims to deallocate, preemption: 0/1 nodes are available: 1 "
+CORDON_TAINT = "node.kubernetes.io/unschedulable"
 
 
 class Kubelet:
@@ -61,7 +62,7 @@ class Kubelet:
             addresses.host(),
             set(),
         )
-        self._subscription = self._store.subscribe("pods")
+        self._subscription = self._store.subscribe(("pods", "nodes", "persistentvolumeclaims"))
         self._thread = threading.Thread(target=self._watch, name="kubelet", daemon=True)
 
     def start(self) -> None:
@@ -107,6 +108,16 @@ class Kubelet:
         worker.gone()
         worker.join()
 
+    def cordon(self, cordoned: bool) -> None:
+        """Take no new pods, or take them again."""
+
+        def change(node: Object) -> None:
+            node["spec"].pop("unschedulable", None)
+            if cordoned:
+                node["spec"]["unschedulable"] = True
+
+        self._store.update("nodes", None, NODE, change)
+
     # Inside
 
     def _watch(self) -> None:
@@ -114,11 +125,28 @@ class Kubelet:
             event = self._subscription.next_event()
             if event is None:
                 continue
-            pod = event.stored.object
+            obj = event.stored.object
             try:
-                self._see(event.type, pod)
+                if obj["kind"] == "Pod":
+                    self._see(event.type, obj)
+                elif event.type != "DELETED":
+                    self._surroundings_changed(obj)
             except ApiError as error:
-                log.debug("pod %s: %s", pod["metadata"]["name"], error)
+                log.debug("%s %s: %s", obj["kind"], obj["metadata"]["name"], error)
+
+    def _surroundings_changed(self, obj: Object) -> None:
+        """Try the waiting pods again.
+
+        The taint of a cordoned node comes and goes a moment after the cordon itself, and pods are
+        tried before as well as after: that is a change of the node too.
+        """
+        for pod in self._store.list("pods"):
+            if not pod["spec"].get("nodeName") and "deletionTimestamp" not in pod["metadata"]:
+                self._schedule(pod)
+        if obj["kind"] == "Node":
+            closed, tainted = obj["spec"].get("unschedulable", False), _is_tainted(obj)
+            if closed != tainted:
+                self._store.update("nodes", None, NODE, _set_taint)
 
     def _see(self, kind: str, pod: Object) -> None:
         uid = pod["metadata"]["uid"]
@@ -137,7 +165,8 @@ class Kubelet:
 
     def _schedule(self, pod: Object) -> None:
         meta = pod["metadata"]
-        why = _unschedulable(pod["spec"])
+        why = self._missing_claim(pod) or _closed(self._store.get("nodes", None, NODE))
+        why = why or _unschedulable(pod["spec"])
         if why is not None and _was_told(pod, why):
             return
         scheduled: Object = {"lastProbeTime": None, "lastTransitionTime": now()}
@@ -159,6 +188,15 @@ class Kubelet:
         kind, reason = ("Warning", "FailedScheduling") if why else ("Normal", "Scheduled")
         text = why or f"Successfully assigned {name} to {NODE}"
         self._store.record_event(pod, kind, reason, text, "default-scheduler")
+
+    def _missing_claim(self, pod: Object) -> str | None:
+        for volume in pod["spec"].get("volumes") or []:
+            name = (volume.get("persistentVolumeClaim") or {}).get("claimName")
+            space = pod["metadata"]["namespace"]
+            if name and self._store.find("persistentvolumeclaims", space, name) is None:
+                text = f'persistentvolumeclaim "{name}" not found. not found'
+                return f"0/1 nodes are available: {text}"
+        return None
 
     def _run(self, pod: Object) -> None:
         meta = pod["metadata"]
@@ -198,6 +236,32 @@ class Kubelet:
                 f'container "{name}" in pod "{pod}" is waiting to start: ContainerCreating'
             )
         return path
+
+
+def _is_tainted(node: Object) -> bool:
+    return any(taint["key"] == CORDON_TAINT for taint in node["spec"].get("taints") or [])
+
+
+def _set_taint(node: Object) -> None:
+    """Give a cordoned node its taint, and take it from one that is not cordoned."""
+    spec = node["spec"]
+    rest = [taint for taint in spec.pop("taints", []) if taint["key"] != CORDON_TAINT]
+    if spec.get("unschedulable"):
+        rest.append({"effect": "NoSchedule", "key": CORDON_TAINT, "timeAdded": now()})
+    if rest:
+        spec["taints"] = rest
+
+
+def _closed(node: Object) -> str | None:
+    """Why the node takes no pod at all, in the scheduler's words."""
+    if node["spec"].get("unschedulable"):
+        why = "were unschedulable"
+    elif _is_tainted(node):
+        why = "had untolerated taint(s)"
+    else:
+        return None
+    text = f"0/1 nodes are available: 1 node(s) {why}. "
+    return f"{text}{PREEMPTION}Preemption is not helpful for scheduling."
 
 
 def _unschedulable(spec: Object) -> str | None:
