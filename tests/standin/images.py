@@ -171,7 +171,7 @@ def not_found_text(reference: str) -> str:
         url = f"https://{host}/v2/{name}/manifests/{tag}"
         lookup = f"dial tcp: lookup {host} on 10.255.255.53:53: no such host"
         return f'{head}: failed to do request: Head "{url}": {lookup}'
-    return f"{head}: {reference}: not found"
+    return f"rpc error: code = NotFound desc = {head}: {reference}: not found"
 
 
 def split_reference(reference: str) -> tuple[str, str]:
