@@ -88,6 +88,7 @@ class PodView:
     network: bool
     finished: bool
     started_at: str
+    ending: Object = field(default_factory=dict)
 
 
 def computed_phase(view: PodView) -> str:
@@ -98,6 +99,8 @@ def computed_phase(view: PodView) -> str:
     if policy == "Never" and any(item.exit_code for item in inits):
         return "Failed"
     if view.finished:
+        if view.ending:
+            return "Failed"
         ended = all(item.exit_code == 0 for item in mains)
         return "Succeeded" if ended else "Failed"
     if not all(item.initialized for item in inits):
@@ -145,7 +148,7 @@ def pod_status(view: PodView, old: Object) -> Object:
     for field_name in ("reason", "message"):
         if field_name in old:
             status[field_name] = old[field_name]
-    return status
+    return status | view.ending
 
 
 def qos_class(spec: Object) -> str:

@@ -29,8 +29,12 @@ RESYNC = 12.0
 FIRST_RESTART = 0.75
 BACKOFF_LAG = 2.3
 FIRST_BACKOFF = 10.0
+PULL_STRETCH = 1.28  # pulls are tried again at the first sync after their back-off
+DISK_LOOK = 30.0
+EVICTION_GRACE = 1.0
 LONGEST_BACKOFF = 300.0
 MESSAGE_BYTES = 4096
+IMAGE_BYTES = 167275450  # what an Event says of every image
 FALLBACK_BYTES = 2048
 SIDECAR_GRACE = 2.0
 PROBE_FIELDS = ("startup", "liveness", "readiness")
@@ -62,6 +66,7 @@ class Container:
     attempt: int = -1
     backoff: float = 0.0
     stopping: bool = False
+    unwell: bool = False
     since: float = 0.0
 
     @property
@@ -84,6 +89,8 @@ class PodWorker:
         self._network = self._address_known = self._finished = False
         self._started_at = now()
         self._deadline: float | None = None
+        self._ending: Object = {}
+        self._disk_look: float | None = None
         self.containers = [Container(state) for state in _states(self.pod)]
         self._thread = threading.Thread(target=self._run, name=f"pod-{self.name}", daemon=True)
 
@@ -130,7 +137,7 @@ class PodWorker:
                 self._terminate()
                 return
             self._advance()
-            if self._is_done():
+            if self._is_evicted() or self._is_done():
                 self._finish()
                 break
             self._handle(self._next_due())
@@ -151,6 +158,9 @@ class PodWorker:
                 wait = min(wait * 2, 120)
             else:
                 self._network = True
+                volumes = self.pod["spec"].get("volumes") or []
+                if any((volume.get("emptyDir") or {}).get("sizeLimit") for volume in volumes):
+                    self._disk_look = time.monotonic() + self.node.clock.real(DISK_LOOK)
                 self._publish()
                 self._address_known = True
                 return
@@ -210,20 +220,16 @@ class PodWorker:
 
     def _back_off(self, item: Container) -> Iterator[float]:
         """The delay before a restart: none to speak of the first time, then longer and longer."""
+        if item.unwell:
+            item.unwell = False
+            yield from self._back_off_unwell(item)
+            return
         if not item.backoff:
             item.backoff = FIRST_BACKOFF
             yield FIRST_RESTART
             return
-        seconds = int(item.backoff)
-        where = f"{self.name}_{self.sandbox.namespace}({self.uid})"
-        self._record(
-            "Warning",
-            "BackOff",
-            f"Back-off restarting failed container {item.name} in pod {where}",
-            item,
-        )
-        text = f"back-off {seconds}s restarting failed container={item.name} pod={where}"
-        if item.shown.kind == "main":
+        text = self._tell_back_off(item)
+        if item.shown.kind != "init":
             yield 1.0
             self._crash_looping(item, text)
             yield item.backoff + BACKOFF_LAG - 1.0
@@ -231,6 +237,32 @@ class PodWorker:
             yield item.backoff + BACKOFF_LAG
             self._crash_looping(item, text)
         item.backoff = min(item.backoff * 2, LONGEST_BACKOFF)
+
+    def _back_off_unwell(self, item: Container) -> Iterator[float]:
+        """The delay before the restart of a side-car that did not answer its probe.
+
+        The kubelet kills and starts it in one go, and its back-off counts from the end before
+        this one: there is none the first time, and it is only counted from then on the second.
+        """
+        if not item.shown.last:
+            return
+        if not item.backoff:
+            item.backoff = FIRST_BACKOFF
+            return
+        lived = (time.monotonic() - item.since) * self.node.clock.speed
+        text = self._tell_back_off(item)
+        yield 0.5
+        self._crash_looping(item, text)
+        yield max(item.backoff + BACKOFF_LAG - lived, FIRST_RESTART)
+        item.backoff = min(item.backoff * 2, LONGEST_BACKOFF)
+
+    def _tell_back_off(self, item: Container) -> str:
+        """Record the Event of a back-off; what the container's status will say of it."""
+        where = f"{self.name}_{self.sandbox.namespace}({self.uid})"
+        text = f"Back-off restarting failed container {item.name} in pod {where}"
+        self._record("Warning", "BackOff", text, item)
+        seconds = int(item.backoff)
+        return f"back-off {seconds}s restarting failed container={item.name} pod={where}"
 
     def _crash_looping(self, item: Container, text: str) -> None:
         item.shown.last = item.shown.state
@@ -241,6 +273,7 @@ class PodWorker:
         reference, policy = item.shown.spec["image"], item.shown.spec.get("imagePullPolicy")
         backoff, lag = FIRST_BACKOFF, FIRST_SYNC
         images = self.node.images
+        begun = time.monotonic()
         present = images.is_local(reference) or reference in self.node.pulled
         while True:
             try:
@@ -252,21 +285,28 @@ class PodWorker:
             except InvalidName as error:
                 yield from self._invalid_name(item, str(error))
             except PullError as error:
-                failed = f'Failed to pull image "{reference}": {error}'
-                self._record("Warning", "Failed", failed, item)
-                self._record("Warning", "Failed", "Error: ErrImagePull", item)
-                yield lag
-                self._wait_for(item, "ErrImagePull", str(error))
-                text = f'Back-off pulling image "{reference}"'
-                self._record("Normal", "BackOff", text, item)
-                self._record("Warning", "Failed", "Error: ImagePullBackOff", item)
-                yield backoff + 0.7
-                self._wait_for(item, "ImagePullBackOff", f"{text}: ErrImagePull: {error}")
+                yield from self._refused(item, str(error), lag, backoff * PULL_STRETCH)
                 backoff, lag = min(backoff * 2, LONGEST_BACKOFF), RESYNC
+                begun = time.monotonic()
             else:
                 if not present:
                     self.node.pulled.add(reference)
-                return image, _pulled_text(reference, present)
+                lasted = (time.monotonic() - begun) * self.node.clock.speed
+                return image, _pulled_text(reference, None if present else lasted)
+
+    def _refused(self, item: Container, why: str, lag: float, wait: float) -> Iterator[float]:
+        """Tell of a pull that failed, at once and in the status, until the next one."""
+        reference = item.shown.spec["image"]
+        failed = f'Failed to pull image "{reference}": {why}'
+        self._record("Warning", "Failed", failed, item)
+        self._record("Warning", "Failed", "Error: ErrImagePull", item)
+        yield lag
+        self._wait_for(item, "ErrImagePull", why)
+        text = f'Back-off pulling image "{reference}"'
+        self._record("Normal", "BackOff", text, item)
+        self._record("Warning", "Failed", "Error: ImagePullBackOff", item)
+        yield max(wait - lag, FIRST_SYNC)
+        self._wait_for(item, "ImagePullBackOff", f"{text}: ErrImagePull: {why}")
 
     def _ask_registry(self, reference: str, item: Container) -> Iterator[float]:
         """Begin a pull; where the registry does not answer, wait without a word in the status."""
@@ -385,7 +425,11 @@ class PodWorker:
             self._probe(item, ("liveness", "readiness"))
             self._publish()
         elif not fine and not self._is_deleted():
-            text = f"Container {item.name} failed {kind} probe, will be restarted"
+            item.unwell = item.shown.kind == "sidecar"
+            if item.unwell:
+                text = f"Init container {item.name} failed {kind} probe"
+            else:
+                text = f"Container {item.name} failed {kind} probe, will be restarted"
             self._record("Normal", "Killing", text, item)
             self._stop([item], self._grace())
 
@@ -413,7 +457,7 @@ class PodWorker:
         item.shown.state = {"terminated": terminated}
         item.shown.started = False
         item.shown.ready = item.shown.kind == "init" and terminated["exitCode"] == 0
-        if self._deadline is None:
+        if self._deadline is None and not item.unwell:
             self._publish()
 
     def _message(self, item: Container, how: Exit) -> str:
@@ -447,6 +491,28 @@ class PodWorker:
         self._network = False
         self._finished = True
         self._publish()
+        lost = [item for item in self.containers if item.shown.kind == "sidecar"]
+        for item in lost:
+            if "waiting" in item.shown.state and item.shown.last:
+                # Nothing is left of a side-car that was waiting for its next start.
+                item.shown.state = {"terminated": dict(UNKNOWN_END)}
+        self._publish()
+
+    def _is_evicted(self) -> bool:
+        """Whether the pod took more of the disk than it may; then everything of it is ended."""
+        if self._disk_look is None or time.monotonic() < self._disk_look:
+            return False
+        self._disk_look = time.monotonic() + self.node.clock.real(DISK_LOOK)
+        text = self.sandbox.overfull()
+        if not text:
+            return False
+        self._record("Warning", "Evicted", text)
+        self._ending = {"message": text, "reason": "Evicted"}
+        self._deadline = time.monotonic() + self.node.clock.real(EVICTION_GRACE)
+        for item in self.containers:
+            item.steps = None
+        self._end_in_turn(self.containers, self._deadline)
+        return True
 
     def _terminate(self) -> None:
         """The pod was deleted: stop it within its grace period, and let it go."""
@@ -535,6 +601,8 @@ class PodWorker:
 
     def _next_due(self) -> float | None:
         waiting = [item.due for item in self.containers if item.steps is not None]
+        if self._disk_look is not None:
+            waiting.append(self._disk_look)
         return max(min(waiting) - time.monotonic(), 0.0) if waiting else None
 
     def _handle(self, timeout: float | None) -> None:
@@ -577,6 +645,7 @@ class PodWorker:
             self._network,
             self._finished,
             self._started_at,
+            self._ending,
         )
 
         def change(pod: Object) -> None:
@@ -638,9 +707,13 @@ UNKNOWN_END: Object = {
 }
 
 
-def _pulled_text(reference: str, present: bool) -> str:
-    if not present:
-        return f'Successfully pulled image "{reference}" in 1ms (1ms including waiting)'
+def _pulled_text(reference: str, lasted: float | None) -> str:
+    """What is told of an image: that it was there, or how long its pull has lasted."""
+    if lasted is not None:
+        minutes = f"{int(lasted // 60)}m" if lasted >= 60 else ""
+        took = f"{minutes}{lasted % 60:.3f}s" if lasted >= 1 else f"{lasted * 1000:.0f}ms"
+        took = f"{took} ({took} including waiting). Image size: {IMAGE_BYTES} bytes."
+        return f'Successfully pulled image "{reference}" in {took}'
     return (
         f'Container image "{reference}" already present on machine and can be accessed by the pod'
     )

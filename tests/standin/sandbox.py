@@ -7,6 +7,7 @@ it really lies, in commands, arguments, environment values and the working direc
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import re
 import shutil
@@ -63,12 +64,36 @@ class Sandbox:
         return str(self.pod["metadata"]["namespace"])
 
     def populate(self) -> None:
-        """Make and fill all volumes; MountError when something they need is not there."""
-        for volume in self.pod["spec"].get("volumes") or []:
+        """Make and fill all volumes; MountError when something they need is not there.
+
+        A volume that no container mounts is not made: what it names may be missing.
+        """
+        spec = self.pod["spec"]
+        containers = (spec.get("initContainers") or []) + spec["containers"]
+        mounted = {mount["name"] for item in containers for mount in item.get("volumeMounts") or []}
+        for volume in spec.get("volumes") or []:
+            if volume["name"] not in mounted:
+                continue
             place = self.directory / "volumes" / volume["name"]
             place.mkdir(parents=True, exist_ok=True)
             _fill(self, volume, place)
             self.volumes[volume["name"]] = place
+
+    def overfull(self) -> str:
+        """Which empty directory holds more than it may, in the kubelet's words; or nothing."""
+        for volume in self.pod["spec"].get("volumes") or []:
+            limit = (volume.get("emptyDir") or {}).get("sizeLimit")
+            place = self.volumes.get(volume["name"])
+            if limit and place is not None and _bytes_in(place) > parse_bytes(str(limit)):
+                return f'Usage of EmptyDir volume "{volume["name"]}" exceeds the limit "{limit}". '
+        return ""
+
+    def has_services(self) -> bool:
+        """Whether a side-car of the pod is waited for until it answers."""
+        return any(
+            item.get("restartPolicy") == "Always" and "startupProbe" in item
+            for item in self.pod["spec"].get("initContainers") or []
+        )
 
     def container(self, spec: Object, image: Image, attempt: int) -> ContainerPlace:
         """A fresh file system for one start of a container."""
@@ -162,7 +187,7 @@ class ContainerPlace:
         env["POD_IP"] = self.sandbox.address
         if "/tmp" in mounts:
             env.setdefault("TMPDIR", mounts["/tmp"])
-        if self.spec.get("ports"):
+        if self.spec.get("ports") or self.sandbox.has_services():
             rest = env.get("PYTHONPATH")
             env["PYTHONPATH"] = f"{BIND_SHIM}:{rest}" if rest else str(BIND_SHIM)
         return env
@@ -382,6 +407,16 @@ def _write(place: Path, path: str, data: bytes, mode: int) -> None:
     target.unlink(missing_ok=True)
     target.write_bytes(data)
     target.chmod(mode)
+
+
+def _bytes_in(place: Path) -> int:
+    total = 0
+    for directory, _, names in os.walk(place):
+        for name in names:
+            # A file may go away while they are counted.
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(directory, name)).st_size
+    return total
 
 
 def _force(function: Callable[[str], Any], path: str, _: Any) -> None:

@@ -1,7 +1,9 @@
-"""Python servers in the stand-in's pods: "all interfaces" means the pod's own address.
+"""Python programs in the stand-in's pods: what listens and connects stays in the pod.
 
 A pod has a network namespace of its own, a process of the stand-in has not: two pods that listen
-on 0.0.0.0:8080 would meet. This is on PYTHONPATH of containers that declare ports.
+on 0.0.0.0:8080 would meet. So "all interfaces" means the pod's own address, and 127.0.0.1 means it
+too where something of the pod listens there. This is on PYTHONPATH of containers that declare
+ports, and of those in a pod with services.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class _Finder(MetaPathFinder):
 
 
 def _narrow(socket: Any) -> None:
-    own, bind = os.environ.get("POD_IP", ""), socket.socket.bind
+    own = os.environ.get("POD_IP", "")
+    bind = socket.socket.bind
+    connect = socket.socket.connect
 
     def bind_to_pod(self: Any, address: Any) -> None:
         if own and isinstance(address, tuple) and address[0] in ("", "0.0.0.0", "::"):
@@ -51,7 +55,19 @@ def _narrow(socket: Any) -> None:
             address = (host, *address[1:])
         bind(self, address)
 
+    def connect_in_pod(self: Any, address: Any) -> None:
+        local = own and isinstance(address, tuple) and address[0] in ("127.0.0.1", "localhost")
+        if local and self.type == socket.SOCK_STREAM and self.gettimeout() != 0:
+            try:
+                connect(self, (own, *address[1:]))
+            except ConnectionRefusedError:
+                # What the test itself serves on this machine is reached as it was.
+                connect(self, address)
+        else:
+            connect(self, address)
+
     socket.socket.bind = bind_to_pod
+    socket.socket.connect = connect_in_pod
 
 
 if "socket" in sys.modules:
