@@ -107,10 +107,22 @@ def _allocate(store: Store, new: Object, old: Object | None) -> None:
     spec.setdefault("ipFamilyPolicy", before.get("ipFamilyPolicy") or "SingleStack")
     if spec["type"] in ("NodePort", "LoadBalancer"):
         _allocate_node_ports(store, new, before)
-    elif before.get("type") in ("NodePort", "LoadBalancer"):
+    if spec["type"] == "LoadBalancer" and spec.get("externalTrafficPolicy") == "Local":
+        spec.setdefault("healthCheckNodePort", random.choice(NODE_PORTS))
+    else:
+        _drop_unchanged(spec, before, "healthCheckNodePort")
+    if spec["type"] == "ClusterIP" and before.get("type") in ("NodePort", "LoadBalancer"):
         for port in spec.get("ports") or ():
             port.pop("nodePort", None)
-        spec.pop("externalTrafficPolicy", None)
+        _drop_unchanged(spec, before, "externalTrafficPolicy")
+    if spec["type"] != "LoadBalancer":
+        _drop_unchanged(spec, before, "allocateLoadBalancerNodePorts")
+
+
+def _drop_unchanged(spec: Object, before: Object, field: str) -> None:
+    """Take away what the new type does not have, unless it was set together with the type."""
+    if field in before and spec.get(field) == before[field]:
+        spec.pop(field, None)
 
 
 def _allocate_node_ports(store: Store, new: Object, before: Object) -> None:

@@ -25,7 +25,7 @@ from tests.standin.reviews import review
 from tests.standin.store import Store
 
 LOG = logging.getLogger(__name__)
-ADMIN = User("kubernetes-admin", ("system:masters", "system:authenticated"))
+ADMIN = User("admin", ("system:masters", "system:authenticated"), "admin")
 _ANONYMOUS = User("system:anonymous", ("system:unauthenticated",))
 _REVIEWS = ("authentication.k8s.io", "authorization.k8s.io")
 _HEALTH = ("/healthz", "/livez", "/readyz")

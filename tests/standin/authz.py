@@ -48,6 +48,7 @@ class User:
 
     name: str
     groups: tuple[str, ...] = ()
+    uid: str = ""
 
     @property
     def is_master(self) -> bool:

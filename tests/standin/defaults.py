@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Object = dict[str, Any]
@@ -36,7 +36,15 @@ def _handler(handler: Object | None) -> None:
         _set(handler["grpc"], service="")
 
 
+def _drop_empty(target: Object, names: Iterable[str]) -> None:
+    """Lists without an item are not kept."""
+    for name in names:
+        if target.get(name) == []:
+            del target[name]
+
+
 def _container(container: Object) -> None:
+    _drop_empty(container, ("args", "command", "env", "envFrom", "ports", "volumeMounts"))
     _set(
         container,
         imagePullPolicy=_image_policy(container.get("image", "")),
@@ -83,6 +91,7 @@ def _downward(source: Object | None) -> None:
 
 def pod_spec(spec: Object) -> None:
     """Defaults of a pod spec, in a template or not."""
+    _drop_empty(spec, ("imagePullSecrets", "initContainers", "tolerations", "volumes"))
     _set(
         spec,
         dnsPolicy="ClusterFirst",
@@ -205,6 +214,10 @@ def _cronjob(obj: Object) -> None:
 def _service(obj: Object) -> None:
     spec = obj.setdefault("spec", {})
     _set(spec, sessionAffinity="None", type="ClusterIP")
+    if spec["sessionAffinity"] == "ClientIP":
+        _set(spec, sessionAffinityConfig={"clientIP": {"timeoutSeconds": 10800}})
+    else:
+        spec.pop("sessionAffinityConfig", None)
     for port in spec.get("ports") or ():
         _set(port, protocol="TCP")
         _set(port, targetPort=port.get("port"))
@@ -270,6 +283,11 @@ def _limitrange(obj: Object) -> None:
             limit.setdefault("defaultRequest", {}).setdefault(name, value)
 
 
+def _event(obj: Object) -> None:
+    obj.setdefault("eventTime", None)
+    _set(obj, reportingComponent="", reportingInstance="")
+
+
 _DEFAULTS: dict[str, Callable[[Object], None]] = {
     "pods": _pod,
     "deployments": _deployment,
@@ -279,6 +297,7 @@ _DEFAULTS: dict[str, Callable[[Object], None]] = {
     "jobs": _job,
     "cronjobs": _cronjob,
     "services": _service,
+    "events": _event,
     "namespaces": _namespace,
     "networkpolicies": _networkpolicy,
     "secrets": _secret,

@@ -7,6 +7,7 @@ from typing import Any
 from tests.standin.asked import Asked, reply
 from tests.standin.authz import Attributes, Authorizer, user_named
 from tests.standin.httpd import Response
+from tests.standin.store import now
 
 Object = dict[str, Any]
 _DISCOVERY = ("/api", "/api/*", "/apis", "/apis/*", "/healthz", "/livez", "/openapi", "/openapi/*")
@@ -29,7 +30,11 @@ def review(authorizer: Authorizer, asked: Asked) -> Response:
     answer: Object = {**body, "metadata": meta}
     spec = body.get("spec") or {}
     if asked.plural == "selfsubjectreviews":
-        info = {"username": asked.user.name, "groups": list(asked.user.groups)}
+        info: Object = {"username": asked.user.name}
+        if asked.user.uid:
+            info["uid"] = asked.user.uid
+        info["groups"] = list(asked.user.groups)
+        meta["creationTimestamp"] = now()
         answer["status"] = {"userInfo": info}
     elif asked.plural == "selfsubjectrulesreviews":
         answer["status"] = _rules(authorizer, asked, spec.get("namespace", ""))

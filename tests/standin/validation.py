@@ -554,6 +554,8 @@ def _failure_policy(spec: Object) -> list[Cause]:
 # Everything else
 
 _SERVICE_TYPES = ("ClusterIP", "ExternalName", "LoadBalancer", "NodePort")
+_EXTERNAL_TYPES = ("LoadBalancer", "NodePort")
+CRON_FIELDS = 5
 
 
 def _service(new: Object, old: Object | None) -> list[Cause]:
@@ -577,9 +579,14 @@ def _service(new: Object, old: Object | None) -> list[Cause]:
             found.append(duplicate(here, {"port": key[0], "protocol": key[1]}))
         seen.add(key)
     found += _labels("spec.selector", spec.get("selector"))
+    return found + _service_type(spec, (old or {}).get("spec") or {})
+
+
+def _service_type(spec: Object, before: Object) -> list[Cause]:
+    """What the type of a Service allows, and what stays when it is changed."""
+    found = []
     if spec.get("type") not in _SERVICE_TYPES:
         found.append(unsupported("spec.type", spec.get("type"), _SERVICE_TYPES))
-    before = (old or {}).get("spec") or {}
     address = before.get("clusterIP")
     if (
         address
@@ -590,9 +597,25 @@ def _service(new: Object, old: Object | None) -> list[Cause]:
             before.get("type"),
         )
     ):
-        value = spec.get("clusterIPs") or [spec.get("clusterIP")]
-        found.append(wrong("spec.clusterIPs[0]", value, "may not change once set"))
+        field, value = "spec.clusterIPs[0]", spec.get("clusterIP")
+        found.append(wrong(field, [value], "may not change once set"))
+        if value == "None" and spec.get("type") in _EXTERNAL_TYPES:
+            why = f"may not be set to 'None' for {spec['type']} services"
+            found.append(wrong(field, value, why))
+    policy = spec.get("externalTrafficPolicy")
+    if policy and spec.get("type") not in _EXTERNAL_TYPES:
+        why = "may only be set for externally-accessible services"
+        found.append(wrong("spec.externalTrafficPolicy", policy, why))
     return found
+
+
+def _cronjob(new: Object, _: Object | None) -> list[Cause]:
+    schedule = str(new["spec"].get("schedule", ""))
+    fields = schedule.split()
+    if schedule.startswith("@") or len(fields) == CRON_FIELDS:
+        return []
+    why = f"expected exactly {CRON_FIELDS} fields, found {len(fields)}: [{' '.join(fields)}]"
+    return [wrong("spec.schedule", schedule, why)]
 
 
 def _service_port(field: str, port: Object, *, several: bool) -> list[Cause]:
@@ -692,6 +715,7 @@ _RULES: dict[str, Callable[[Object, Object | None], list[Cause]]] = {
     "replicasets": _replicaset,
     "jobs": _job,
     "services": _service,
+    "cronjobs": _cronjob,
     "configmaps": _config,
     "secrets": _config,
     "ingresses": _ingress,

@@ -40,10 +40,23 @@ JOBS = {
     102: 104,
     106: 107,
     109: 110,
+    146: None,
+    150: None,
+    154: None,
+    158: None,
+    162: None,
+    165: None,
+    168: None,
+    171: None,
+    175: None,
+    179: None,
 }
 PODS = {0: 2, 5: 7, 13: 15, 21: 23, 25: 27, 29: 31, 99: 101, 106: 108, 109: 111}
-LOGS = {5: 8, 13: 16, 21: 24, 25: 28, 29: 32, 0: 3}
-WITHOUT_PODS = (19, 35, 39, 105)
+PODS |= {146: 147, 150: 151, 154: 155, 158: 159, 162: 163, 165: 166, 168: 169, 171: 172, 175: 177}
+LOGS = {5: 8, 13: 16, 21: 24, 25: 28, 29: 32, 0: 3, 146: 148, 150: 152, 154: 156, 158: 160}
+DELETED = {146: 149, 150: 153, 154: 157, 158: 161, 162: 164, 165: 167, 168: 170, 171: 173}
+DELETED |= {175: 178, 179: 181}
+WITHOUT_PODS = (19, 35, 39, 105, 180)
 SINGLE = (11, 12, 20, 36, 41, 69, 103)
 JOB_LISTS = (4, 43, 44, 45, 46, 47, 48)
 CLEANING = (49, 50)
@@ -56,11 +69,22 @@ ENDPOINTS = (123, 125)
 SWITCH = (115, 116, 117, 118, 119, 120, 121, 122, 124, 126, 127, 128, 129)
 COPIES = (130, 131, 132, 133)
 AFTER = (134, 135, 136, 137, 138, 140, 142, 143, 144, 145)
+CORDONING = (174, 176)
+PATIENCE_CALLS = (182, 183, 184, 185, 186, 187, 188, 189, 190, 225, 226)
+COMPANIONS = (191, 192, 193, 194, 195, 196, 197, 199, 200, 201, 202, 203, 204, 205, 206, 207, 224)
+WHOLE_SERVICE = (208, 209, 210, 211, 212, 213, 214, 215, 216, 217, 218, 219, 220, 223)
+WHOAMI = (221, 222)
 COVERED = [
     *JOBS,
     *(at for at in JOBS.values() if at is not None),
     *PODS.values(),
     *LOGS.values(),
+    *DELETED.values(),
+    *CORDONING,
+    *PATIENCE_CALLS,
+    *COMPANIONS,
+    *WHOLE_SERVICE,
+    *WHOAMI,
     *WITHOUT_PODS,
     *SINGLE,
     *JOB_LISTS,
@@ -82,6 +106,7 @@ NOT_REPLAYED = {
     68: f"the pods in a crash loop: their status {_OVER_TIME} (deploy-crash-loop)",
     139: f"the pods without their ConfigMap {_OVER_TIME} (deploy-missing-configmap)",
     141: f"the pods whose init container fails {_OVER_TIME} (deploy-init-fails)",
+    198: "the numbers of HPA, PDB and rollout are made by controllers, those of HPA not modelled",
 }
 
 MASKS = (
@@ -92,6 +117,8 @@ MASKS = (
     (r"kube-api-access-\w{5}", "kube-api-access-XXXXX"),
     (r"E\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (\w+\.go):\d+\]", r"KLOG \1]"),
     (r"\b\d+s( +)\d+s\b", "SECONDS SECONDS"),
+    (r"(Switched +)\d+s +", r"\1SECONDS "),
+    (r'("(?:nodePort|healthCheckNodePort)":) 3[0-2]\d{3}\b', r"\1 NODE-PORT"),
     (r"-[0-9a-f]{7,10}-[a-z0-9]{5}\b", "-HASH-XXXXX"),
     (r"\bshop-[a-z0-9]{5}\b(?!-)", "shop-XXXXX"),
     (r"\b(10\.88|127\.\d+)\.\d+\.\d+\b", "POD-IP"),
@@ -196,7 +223,8 @@ class Stage:
         self.store.create("pods", {"metadata": meta, "spec": template["spec"]})
 
         def run(pod: Object) -> None:
-            pod["spec"]["nodeName"] = recorded["spec"]["nodeName"]
+            if "nodeName" in recorded["spec"]:
+                pod["spec"]["nodeName"] = recorded["spec"]["nodeName"]
             pod["status"] = copy_json(recorded["status"])
 
         return self.store.update_status("pods", old["namespace"], old["name"], run)
@@ -299,7 +327,9 @@ def test_a_created_job_and_its_pod_look_as_they_were_recorded(stage: Stage, at: 
         text = RECORDED[LOGS[at]].get("stdout", "").encode()
         stage.api.log_source = lambda *_: text
         stage.replay(LOGS[at])
-    assert stage.replayed == {at, seen, pods, LOGS.get(at)} - {None}
+    if at in DELETED:
+        stage.replay(DELETED[at])
+    assert stage.replayed == {at, seen, pods, LOGS.get(at), DELETED.get(at)} - {None}
 
 
 def test_no_pods_are_an_empty_list(stage: Stage) -> None:
@@ -582,3 +612,112 @@ def test_scaling_restarting_and_node_ports_go_as_recorded(stage: Stage) -> None:
     stage.replay(144, {"30741": str(node_port)})
     stage.replay(145)
     assert stage.replayed >= set(AFTER)
+
+
+def test_a_node_is_cordoned_and_opened_as_recorded(tmp_path: Path) -> None:
+    with Cluster(tmp_path, speed=10) as cluster:
+        cluster.store.create("namespaces", {"metadata": {"name": "test"}})
+        cluster.images.base("registry.test:5000/python:*")
+        stage = Stage(tmp_path, cluster.store, cluster.api)
+        stage.replay(174)
+        node = cluster.store.get("nodes", None, "vm")
+        assert node["spec"]["unschedulable"]
+        stage.replay(175)
+        eventually(lambda: why_unscheduled(cluster.store) == "1 node(s) were unschedulable")
+        taints = cluster.store.get("nodes", None, "vm")["spec"]["taints"]
+        assert [item["key"] for item in taints] == ["node.kubernetes.io/unschedulable"]
+        stage.replay(176)
+        eventually(lambda: cluster.store.get("jobs", "test", "svc-node")["status"].get("succeeded"))
+        assert "taints" not in cluster.store.get("nodes", None, "vm")["spec"]
+
+
+def why_unscheduled(store: Store) -> str:
+    """The first reason of the scheduler, if it has refused a pod."""
+    messages = [
+        item.get("message", "")
+        for pod in store.list("pods", "test")
+        for item in pod["status"].get("conditions") or ()
+        if item["type"] == "PodScheduled"
+    ]
+    return "".join(text.split(": ", 1)[-1].split(". ")[0] for text in messages)
+
+
+def test_deployments_that_wait_are_rolled_out_as_recorded(stage: Stage) -> None:
+    steps = [replicas(1, 0, total=1), replicas(1, 1, total=1)]
+    stage.replay(182)
+    stage.rollout(183, "late", steps, {})
+    stage.replay(184)
+    stage.replay(186)
+    for at in (187, 188):
+        stage.replay(at)
+    stage.rollout(189, "tls", steps[1:], {})
+    stage.replay(190)
+    stage.replay(225)
+    stage.rollout(226, "away", steps, {})
+    stage.replay(185)
+    assert stage.replayed == set(PATIENCE_CALLS)
+
+
+def test_companions_are_applied_changed_and_pruned_as_recorded(stage: Stage) -> None:
+    for at in (191, 192, 193, 194):
+        stage.replay(at)
+    steps = [replicas(1, 0, total=1), replicas(1, 1, total=1)]
+    stage.rollout(195, "worker", steps, {})
+    for at in (196, 197, 199):
+        stage.replay(at)
+    for resource, at in (("poddisruptionbudgets", 200), ("horizontalpodautoscalers", 201)):
+        stage.status(resource, "web", RECORDED[at]["json"]["status"], "production")
+        stage.replay(at)
+    for at in (202, 203, 204, 205):
+        stage.replay(at)
+    stored = RECORDED[206]["json"]
+
+    def roll(obj: Object) -> None:
+        obj["metadata"]["annotations"] = copy_json(stored["metadata"]["annotations"])
+        obj["status"] = copy_json(stored["status"])
+
+    stage.store.update_status("deployments", "production", "sp", roll)
+    stage.replay(206)
+    stage.replay(207)
+    stage.replay(224)
+    assert stage.replayed == set(COMPANIONS)
+
+
+def test_a_whole_service_is_patched_as_recorded(stage: Stage) -> None:
+    stage.replay(208)
+    addresses = ("10.88.0.182", "10.88.0.183")
+    stage.store.create(
+        "endpointslices",
+        {
+            "metadata": {
+                "name": "full-x",
+                "namespace": "production",
+                "labels": {"kubernetes.io/service-name": "full"},
+            },
+            "addressType": "IPv4",
+            "endpoints": [
+                {"addresses": [item], "conditions": {"ready": True}} for item in addresses
+            ],
+            "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+        },
+    )
+    stale = {209: "12291", 210: "12297", 211: "12303", 212: "12307", 213: "12307"}
+    for at, version in stale.items():
+        stage.compare(at, stage.call(at, {version: stage.version("services", "full")}))
+    ports = stage.store.get("services", "production", "full")["spec"]["ports"]
+    assert [item["nodePort"] for item in ports] == [30999]
+    stage.replay(214)
+    for at in (215, 216):
+        stage.compare(at, stage.call(at, {"12311": stage.version("services", "full")}))
+    uid = stage.store.get("services", "production", "full")["metadata"]["uid"]
+    swap = {"3975f0b4-9e44-4b1b-aab3-1c4c5b1e1ee7": uid, "2026-11-29T19:06:06Z": now()}
+    for at in (217, 218):
+        stage.replay(at, swap)
+    for at in (219, 220, 223):
+        stage.replay(at)
+    assert stage.replayed == set(WHOLE_SERVICE)
+
+
+def test_the_cluster_names_who_asks_as_recorded(stage: Stage) -> None:
+    for at in WHOAMI:
+        stage.replay(at)
