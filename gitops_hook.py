@@ -103,6 +103,7 @@ __version__ = "0.2.0"
 
 EXIT_STATUS = "Exit status: 0 done, 1 tried and failed, 2 wrong usage or configuration, no kubectl "
 EXIT_STATUS += "or no cluster, 3 refused."
+EXIT_REFUSED = 3
 # An id of a run, or its beginning from the first digit of the commit on, after the app's name.
 RUN_ID = re.compile("([a-z0-9][a-z0-9-]*?)-([0-9a-f]{1,8}|[0-9a-f]{8}-[0-9a-f]{0,16})")
 
@@ -574,6 +575,11 @@ def parse_depth(value: Any) -> int:
     return 0 if value == "full" else COUNT(value)
 
 
+def parse_choice(text: str | bool) -> str:
+    """Return `true`, `false` or "", which means that nobody has decided."""
+    return str(text).lower()
+
+
 TEXT = matching(r"(?s)(?=.*\S)[^\x00]{1,10000}", "a text")
 PLAIN = matching(r"[^\x00-\x1f\x7f]{0,10000}", "a text of one line", str, (str, int, float))
 SHORT = "a DNS label of at most 30 characters that begins with a letter"  # as Services want it
@@ -595,9 +601,7 @@ QUANTITY = matching(AMOUNT, "a quantity (e.g. 250m, 1Gi)", str, (str, int, float
 MODE = matching("signature|token|hmac", "signature, token or hmac")
 BUILD_TOOL = matching("kaniko|none", "kaniko or none")
 SWITCH = matching("True|False", "true or false", bool, (bool,))
-CHOICE = matching(
-    "|True|False", "true, false or empty", lambda value: str(value).lower(), (str, bool)
-)
+CHOICE = matching("|[Tt]rue|[Ff]alse", "true, false or empty", parse_choice, (str, bool))
 COUNT = matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int, (int,))
 REPLICAS = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, (int,))
 DURATION = matching("[1-9][0-9]{0,4}[smh]", "a duration (e.g. 90s, 15m, 2h)", parse_amount)
@@ -964,7 +968,12 @@ def cross_faults(config: Config) -> Iterator[str]:
         for stage, settings in (("test", app.test), ("build", app.build)):
             for key in sorted(settings.resources.keys() - {"requests", "limits"}):
                 yield f"apps[{i}].{stage}.resources: {key!r} is neither requests nor limits"
-    for name in config.job_env or ():
+    yield from variable_faults(config.job_env or {})
+
+
+def variable_faults(job_env: Mapping[str, str]) -> Iterator[str]:
+    """Yield what is wrong with the names of variables."""
+    for name in job_env:
         if not VARIABLE.fullmatch(name):
             yield f"job_env.{clip(name, 60)}: is no name of an environment variable"
         elif OWN_VARIABLE.fullmatch(name):
@@ -2070,7 +2079,11 @@ class Surroundings:
             private = b""
         if not private.strip():
             return b""
-        files = (os.environ.get("GIT_SSL_CAINFO", ""), *PUBLIC_AUTHORITIES, requests.certs.where())
+        files = (
+            os.environ.get("GIT_SSL_CAINFO", ""),
+            *PUBLIC_AUTHORITIES,
+            requests.utils.DEFAULT_CA_BUNDLE_PATH,
+        )
         public = next((file for file in files if file and Path(file).is_file()), os.devnull)
         return read_beginning(Path(public), OUTPUT_BYTES) + b"\n" + private
 
@@ -2318,6 +2331,7 @@ class Git:
 
 SUBMODULES = 200  # of one commit, those of submodules included
 SUBMODULE_LEVELS = 8
+PATHS_SHOWN = 3
 POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 SUBMODULE_PATH = re.compile(r"submodule\.(.*)\.path\n(.*)", re.DOTALL)
 # What is committed in .lfsconfig must neither choose the server nor hide that a file is missing.
@@ -2363,11 +2377,11 @@ class Cloner:
 
     def _undecided(self, what: str, paths: Sequence[str], key: str) -> str:
         """Return the sentence that says what a commit has and which setting decides on it."""
-        more = f", and {len(paths) - 3} more" if len(paths) > 3 else ""
-        some = ", ".join(clip(path, 60) for path in paths[:3]) + more
-        return (
-            f"The commit has {what} ({some}). Set clone.{key} of app {self.app} to true or false."
-        )
+        shown = [clip(path, 60) for path in paths[:PATHS_SHOWN]]
+        more = len(paths) - len(shown)
+        some = ", ".join(shown) + (f", and {more} more" if more else "")
+        advice = f"Set clone.{key} of app {self.app} to true or false."
+        return f"The commit has {what} ({some}). {advice}"
 
     def _gitlinks(self, directory: Path) -> list[str]:
         """Return the paths of the submodules, from the list of all files, which may be long."""
@@ -2602,12 +2616,13 @@ SOURCE = "/workspace/src"
 CREDENTIALS_MOUNT = "/var/run/gitops-hook"
 CA_MOUNT = "/var/run/gitops-hook-ca"
 CA_BUNDLE = "/workspace/ca-certificates.crt"  # where the clone writes public and private ones
-# A constant script: where the clone wrote a bundle, the tests' git, OpenSSL, curl, requests, pip and
-# Node.js use it, unless a variable names another one already.
+# A constant script: where the clone wrote a bundle, the tests use it, by git, OpenSSL, curl, requests,
+# pip and Node.js, unless a variable names another one already.
 TRUSTING = """if [ -s "$CA_BUNDLE" ]; then
-  : "${GIT_SSL_CAINFO:=$CA_BUNDLE}" "${SSL_CERT_FILE:=$CA_BUNDLE}" "${CURL_CA_BUNDLE:=$CA_BUNDLE}"
-  : "${REQUESTS_CA_BUNDLE:=$CA_BUNDLE}" "${PIP_CERT:=$CA_BUNDLE}" "${NODE_EXTRA_CA_CERTS:=$CA_BUNDLE}"
-  export GIT_SSL_CAINFO SSL_CERT_FILE CURL_CA_BUNDLE REQUESTS_CA_BUNDLE PIP_CERT NODE_EXTRA_CA_CERTS
+  : "${GIT_SSL_CAINFO:=$CA_BUNDLE}" "${SSL_CERT_FILE:=$CA_BUNDLE}" "${PIP_CERT:=$CA_BUNDLE}"
+  : "${CURL_CA_BUNDLE:=$CA_BUNDLE}" "${REQUESTS_CA_BUNDLE:=$CA_BUNDLE}"
+  : "${NODE_EXTRA_CA_CERTS:=$CA_BUNDLE}"
+  export GIT_SSL_CAINFO SSL_CERT_FILE PIP_CERT CURL_CA_BUNDLE REQUESTS_CA_BUNDLE NODE_EXTRA_CA_CERTS
 fi
 exec sh -ec "$0"
 """
@@ -4150,7 +4165,7 @@ def culprit_failure(job: Job, culprit: Container, report: str) -> Action:
     message = clip(culprit.words if culprit.name == "clone" else culprit.text)
     message = message or f"exit code {culprit.exit_code}"
     if culprit.name == "clone":
-        is_refusal = culprit.exit_code == 3  # as of all our commands
+        is_refusal = culprit.exit_code == EXIT_REFUSED
         reason = Reason.CLONE_REFUSED if is_refusal else Reason.CLONE_FAILED
         return fails(reason, message, job.stage)
     return fails(JOB_STAGES[job.stage].failure, report or message, job.stage)
@@ -8917,7 +8932,8 @@ def exit_status(failure: HookError) -> int:
     kind = failure.kind if isinstance(failure, KubectlError) else ""
     if isinstance(failure, ConfigError) or kind == "Unreachable":
         return 2
-    return 3 if isinstance(failure, RefusedError | SupersededError) or kind == "Conflict" else 1
+    is_refusal = isinstance(failure, RefusedError | SupersededError) or kind == "Conflict"
+    return EXIT_REFUSED if is_refusal else 1
 
 
 if __name__ == "__main__":
