@@ -2616,7 +2616,7 @@ SOURCE = "/workspace/src"
 CREDENTIALS_MOUNT = "/var/run/gitops-hook"
 CA_MOUNT = "/var/run/gitops-hook-ca"
 CA_BUNDLE = "/workspace/ca-certificates.crt"  # where the clone writes public and private ones
-# A constant script: where the clone wrote a bundle, the tests use it, by git, OpenSSL, curl, requests,
+# A constant script: where the clone wrote a bundle, the tests use it: git, OpenSSL, curl, requests,
 # pip and Node.js, unless a variable names another one already.
 TRUSTING = """if [ -s "$CA_BUNDLE" ]; then
   : "${GIT_SSL_CAINFO:=$CA_BUNDLE}" "${SSL_CERT_FILE:=$CA_BUNDLE}" "${PIP_CERT:=$CA_BUNDLE}"
