@@ -2334,8 +2334,13 @@ SUBMODULE_LEVELS = 8
 PATHS_SHOWN = 3
 POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 SUBMODULE_PATH = re.compile(r"submodule\.(.*)\.path\n(.*)", re.DOTALL)
-# What is committed in .lfsconfig must neither choose the server nor hide that a file is missing.
-LFS_OPTIONS = ("-c", "lfs.skipdownloaderrors=false", "-c", "lfs.locksverify=false")
+# What is committed in .lfsconfig must not hide that a file is missing. Without the filter, of which
+# nothing runs but git-lfs, it leaves the pointers and succeeds.
+LFS_OPTIONS = (
+    *("-c", "lfs.skipdownloaderrors=false", "-c", "lfs.fetchinclude=", "-c", "lfs.fetchexclude="),
+    *("-c", "filter.lfs.smudge=git-lfs smudge -- %f", "-c", "filter.lfs.required=true"),
+    *("-c", "filter.lfs.clean=git-lfs clean -- %f", "-c", "filter.lfs.process="),
+)
 
 
 class Cloner:
@@ -2410,6 +2415,8 @@ class Cloner:
             endpoint = f"file://{url.removeprefix('file://')}"
         pull = (*LFS_OPTIONS, "-c", f"lfs.url={endpoint}", "lfs", "pull", "origin")
         self.git.reach(url, *pull, directory=directory, patience=10, file_bytes=0)
+        if left := self._pointers(directory):
+            raise GitError(("git", "lfs", "pull"), 1, f"{left[0]} is still a pointer")
 
     def _fetch_submodules(
         self, url: str, directory: Path, paths: Sequence[str], levels: int

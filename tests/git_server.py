@@ -71,6 +71,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(302)
             location = self.path.replace(f"/{project}", self.place.moved[project], 1)
             self.send_header("Location", location)
+            self.send_header("Content-Length", "0")
             self.end_headers()
             return
         status = self.place.status(project, login)
@@ -78,6 +79,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(status)
             if status == 401:
                 self.send_header("WWW-Authenticate", 'Basic realm="git"')
+            self.send_header("Content-Length", "0")
             self.end_headers()
         elif "/info/lfs/" in self.path:
             self.answer_lfs(project)
@@ -137,6 +139,7 @@ class Handler(BaseHTTPRequestHandler):
         head, _, content = done.stdout.partition(b"\r\n\r\n")
         headers = dict(line.split(": ", 1) for line in head.decode().splitlines())
         self.send_response(int(headers.pop("Status", "200")[:3]))
+        headers["Content-Length"] = str(len(content))
         for header, value in headers.items():
             self.send_header(header, value)
         self.end_headers()

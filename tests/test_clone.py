@@ -20,7 +20,7 @@ from tests.git_server import GitServer, serving
 from tests.test_git import Repository
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTENT = b"a large file\0" * 1000
+CONTENT = b"a large file\0"
 OID = hashlib.sha256(CONTENT).hexdigest()
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{OID}\nsize {len(CONTENT)}\n"
 LFS_ATTRIBUTES = "*.bin filter=lfs diff=lfs merge=lfs -text\n"
