@@ -29,6 +29,7 @@ class GitServer:
     logins: dict[str, set[str]] = field(default_factory=dict)
     refusal: int = 404  # of a login that is good for another project, as GitLab answers
     moved: dict[str, str] = field(default_factory=dict)  # projects by where they are now
+    broken: bool = False  # whether it answers 500 to who may read
     seen: list[tuple[str, str]] = field(default_factory=list)  # paths and logins
 
     @property
@@ -52,7 +53,7 @@ class GitServer:
         """How a login is answered."""
         allowed = self.logins.get(project)
         if allowed is None or login in allowed:
-            return 200
+            return 500 if self.broken else 200
         return self.refusal if any(login in names for names in self.logins.values()) else 401
 
 
