@@ -997,9 +997,9 @@ class Process:
     config: Path = setting(parse=Path, default="/etc/gitops-hook/config.yaml")
     secrets: Path = setting(parse=Path, default="/etc/gitops-hook/secrets")
     spool: Path = setting(parse=Path, default="/var/spool/gitops-hook")
-    ca: Path = setting(parse=Path, default="/etc/gitops-hook-ca/ca.crt")
     listen: str = setting(parse=ADDRESS, default="0.0.0.0:8080")
     admin_listen: str = setting(parse=ADDRESS, default="127.0.0.1:8081")
+    ca: Path = setting(parse=Path, default="/etc/gitops-hook-ca/ca.crt")
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Process:
