@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import ssl
@@ -10,14 +11,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
 
 import gitops_hook as hook
 from gitops_hook import CloneSettings, Git, GitError, RefusedError, Surroundings
-from tests.git_server import GitServer, serving
+from tests.git_server import QUIET, GitServer, serving
+from tests.standin.cluster import Cluster
+from tests.standin.kubectl import find_kubectl
 from tests.test_git import Repository
+from tests.waiting import eventually
+from tests.world import install, world
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENT = b"a large file\0"
@@ -70,7 +76,8 @@ class Pod:
 
     def git(self, *args: str) -> subprocess.CompletedProcess[str]:
         argv = ["git", "-C", str(self.src), *args]
-        return subprocess.run(argv, capture_output=True, text=True, check=False)
+        environ = {**os.environ, **QUIET}  # as in an image without git-lfs
+        return subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -403,6 +410,7 @@ def test_files_in_lfs_come_with_the_credentials_of_their_project(
     assert (pod.src / "plain.bin").read_text() == "x"
     assert server.used() == ["a:expired", "a:good"]
     assert any("/info/lfs/objects/batch" in path for path, _ in server.seen)
+    assert pod.git("status", "--porcelain").stdout == ""
 
 
 def test_files_in_lfs_of_a_local_repository_come_from_it(
@@ -568,3 +576,72 @@ def test_the_tests_command_has_the_bundle_only_where_there_is_one(
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     expected = f"mine {bundle} {bundle}\n" if there else "mine  unset\n"
     assert (done.returncode, done.stdout) == (1, expected)
+
+
+# === In a cluster ===
+
+
+def job_for(url: str, commit: str, **test: str) -> dict[str, Any]:
+    """The Job of an app's tests, which may run at once."""
+    app = {"name": "shop", "repository": url, "test": test, "build": {"image": "a/b"}}
+    config = hook.load_config(json.dumps({"apps": [app]}))
+    details = {"before": "", "title": "", "delivery": "", "received": 0.0}
+    ids = {"id": f"shop-{commit[:8]}-0123456789", "app": "shop", "ref": "refs/heads/main"}
+    run = hook.Run(**ids, commit=commit, **details)
+    job = hook.test_job(config, config.apps[0], run)
+    job["spec"]["suspend"] = False
+    return job
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("there", [True, False])
+def test_a_job_and_its_tests_trust_what_configmap_gitops_hook_ca_holds(
+    tmp_path: Path,
+    shop: Repository,
+    private: GitServer,
+    authority: trustme.CA,
+    monkeypatch: pytest.MonkeyPatch,
+    there: bool,
+) -> None:
+    """Without the ConfigMap a Job is as ever; with it git in the tests reaches the server, too."""
+    commit = shop.commit(a="1")
+    url = address(private) if there else str(shop.path)
+    trusting = f"git ls-remote {url} && test -s $SSL_CERT_FILE && test -s $NODE_EXTRA_CA_CERTS"
+    command = trusting if there else '! env | grep -E "^(SSL_CERT|PIP_CERT|NODE_EXTRA|GIT_SSL)"'
+    with Cluster(tmp_path / "cluster", speed=5) as cluster:
+        install(cluster)
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig()))
+        monkeypatch.setenv("HOME", str(tmp_path))
+        kubectl = hook.Kubectl(hook.Metrics(), program=find_kubectl())
+        if there:
+            pem = tmp_path / "ca.crt"
+            authority.cert_pem.write_to_path(str(pem))
+            ask = ("create", "configmap", "gitops-hook-ca", f"--from-file={pem}")
+            kubectl.run(*ask, namespace="test")
+        job = job_for(url, commit, command=command)
+        assert kubectl.create_each([job], "test") == {}
+
+        def ended() -> list[Any]:
+            current = kubectl.get("job", job["metadata"]["name"], "test")
+            assert current
+            return [c for c in current["status"].get("conditions", []) if c["status"] == "True"]
+
+        conditions = eventually(ended, 60.0, "the Job ends")
+        assert conditions[0]["type"] == "SuccessCriteriaMet", kubectl.list("pods", "test")
+
+
+@pytest.mark.cluster
+def test_a_run_whose_commit_has_submodules_ends_with_the_setting_to_decide(tmp_path: Path) -> None:
+    with world(tmp_path) as place:
+        place.start()
+        repository = place.repository
+        repository.release("1")
+        repository.git("update-index", "--add", "--cacheinfo", f"160000,{'a' * 40},lib/x")
+        repository.git("commit", "-qm", "submodule")
+        repository.git("push", "-q", "origin", "main")
+        line = place.ended(place.push(repository.git("rev-parse", "HEAD")))
+        assert (line["outcome"], line["reason"]) == ("failed", "CloneRefused")
+        assert line["detail"].endswith("Set clone.submodules of app shop to true or false.")
+        pods = place.cluster.store.list("pods", "test")
+        names = [pod["metadata"]["name"] for pod in pods]
+        assert len(names) == 1, "another pod would end alike"
