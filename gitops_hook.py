@@ -74,7 +74,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast, get_type_hints
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 from xml.parsers import expat
 
 try:
@@ -103,6 +103,7 @@ __version__ = "0.2.0"
 
 EXIT_STATUS = "Exit status: 0 done, 1 tried and failed, 2 wrong usage or configuration, no kubectl "
 EXIT_STATUS += "or no cluster, 3 refused."
+EXIT_REFUSED = 3
 # An id of a run, or its beginning from the first digit of the commit on, after the app's name.
 RUN_ID_END = "(?:[0-9a-f]{1,8}|[0-9a-f]{8}-[0-9a-f]{0,16})"
 RUN_ID = re.compile(f"([a-z0-9][a-z0-9-]*?)-{RUN_ID_END}")
@@ -583,7 +584,18 @@ def parse_replicas(value: Any) -> int | None:
     return None if value == "full" else REPLICAS(value)
 
 
+def parse_depth(value: Any) -> int:
+    """Return a number of commits, 0 for `full`; raises ValueError for anything else."""
+    return 0 if value == "full" else COUNT(value)
+
+
+def parse_choice(text: str | bool) -> str:
+    """Return `true`, `false` or "", which means that nobody has decided."""
+    return str(text).lower()
+
+
 TEXT = matching(r"(?s)(?=.*\S)[^\x00]{1,10000}", "a text")
+PLAIN = matching(r"[^\x00-\x1f\x7f]{0,10000}", "a text of one line", str, (str, int, float))
 SHORT = "a DNS label of at most 30 characters that begins with a letter"  # as Services want it
 NAME = matching(rf"(?![0-9]|.{{31}}){DNS_LABEL.pattern}", SHORT)
 LABEL = matching(rf"(?!.{{64}}){DNS_LABEL.pattern}", "a DNS label")
@@ -603,6 +615,7 @@ QUANTITY = matching(AMOUNT, "a quantity (e.g. 250m, 1Gi)", str, (str, int, float
 MODE = matching("signature|token|hmac", "signature, token or hmac")
 BUILD_TOOL = matching("kaniko|none", "kaniko or none")
 SWITCH = matching("True|False", "true or false", bool, (bool,))
+CHOICE = matching("|[Tt]rue|[Ff]alse", "true, false or empty", parse_choice, (str, bool))
 COUNT = matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int, (int,))
 REPLICAS = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, (int,))
 DURATION = matching("[1-9][0-9]{0,4}[smh]", "a duration (e.g. 90s, 15m, 2h)", parse_amount)
@@ -631,6 +644,36 @@ class Setting:
 def setting(*, parse: Parser = TEXT, default: str = REQUIRED, meaning: str = "") -> Any:
     """Declare a field of a section to be a setting."""
     return dataclass_field(metadata={"parse": parse, "default": default, "meaning": meaning})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CloneSettings:
+    """What the Jobs of an app get of its repository."""
+
+    depth: int = setting(
+        parse=parse_depth, default="1", meaning="commits of history: a number, or `full`"
+    )
+    tags: bool = setting(
+        parse=SWITCH,
+        default="false",
+        meaning="whether tags come too; with depth 1 then all history, for `git describe`",
+    )
+    submodules: str = setting(
+        parse=CHOICE,
+        default="''",
+        meaning="`true`: fetched; `false`: left empty; empty: a commit that has some is red",
+    )
+    lfs: str = setting(
+        parse=CHOICE,
+        default="''",
+        meaning="the same for files in git LFS, of which `false` leaves the pointers",
+    )
+
+    @property
+    def depth_options(self) -> tuple[str, ...]:
+        """The options of `git fetch` for this depth, where a tag is described from all history."""
+        is_whole = self.depth == 0 or (self.tags and self.depth == 1)
+        return () if is_whole else (f"--depth={self.depth}",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -754,6 +797,7 @@ class App:
     test_branches: tuple[str, ...] = setting(
         default="['*']", meaning="patterns of branches whose pushes are only tested"
     )
+    clone: CloneSettings
     test: TestSettings
     build: BuildSettings
     deploy: DeploySettings
@@ -823,6 +867,11 @@ class Config:
     )
     images: Images
     webhook: Webhook
+    job_env: dict[str, str] = setting(
+        parse=PLAIN,
+        default="{}",
+        meaning="variables of every Job container and of the daemon's git, such as `HTTPS_PROXY`",
+    )
     limits: Limits
     catch_up: float = setting(
         parse=DURATION,
@@ -933,8 +982,24 @@ def cross_faults(config: Config) -> Iterator[str]:
         for stage, settings in (("test", app.test), ("build", app.build)):
             for key in sorted(settings.resources.keys() - {"requests", "limits"}):
                 yield f"apps[{i}].{stage}.resources: {key!r} is neither requests nor limits"
+    yield from variable_faults(config.job_env or {})
 
 
+def variable_faults(job_env: Mapping[str, str]) -> Iterator[str]:
+    """Yield what is wrong with the names of variables."""
+    for name in job_env:
+        if not VARIABLE.fullmatch(name):
+            yield f"job_env.{clip(name, 60)}: is no name of an environment variable"
+        elif OWN_VARIABLE.fullmatch(name):
+            yield f"job_env.{name}: is set by this program, or would change how it works"
+
+
+VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]{0,99}")
+# Variables that the programs in Job pods get from us, or whose value says what they load and run.
+OWN_VARIABLE = re.compile(
+    r"(?:CLONE_|GIT_|GITOPS_HOOK_|KUBE|LD_|PYTHON)\w*|BASH_ENV|CA_BUNDLE|CA_FILE|CI"
+    r"|CREDENTIALS_FILE|ENV|HOME|IFS|JUNIT_XML|PATH|TERMINATION_LOG|container"
+)
 # What a kubelet sets in a pod beside a Service whose name begins with gitops-hook.
 INJECTED = re.compile(r"GITOPS_HOOK(_\w+)?_(SERVICE_(HOST|PORT\w*)|PORT\w*)")
 
@@ -948,6 +1013,7 @@ class Process:
     spool: Path = setting(parse=Path, default="/var/spool/gitops-hook")
     listen: str = setting(parse=ADDRESS, default="0.0.0.0:8080")
     admin_listen: str = setting(parse=ADDRESS, default="127.0.0.1:8081")
+    ca: Path = setting(parse=Path, default="/etc/gitops-hook-ca/ca.crt")
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Process:
@@ -1074,9 +1140,11 @@ SECRET_HINTS += ["secret", "token", "key", "_pass", "-pass", *TOKEN_PREFIXES]
 def secret_words(lines: Iterable[str]) -> list[str]:
     """Return what must not be shown, longest first: secrets, and the passwords in their URLs."""
     words = {*lines}
-    users = [user for line in words for user in re.findall(r"://([^/\s@]+)@", line)]
+    users = [user for line in words for user in re.findall(r"://([^/\s]+)@", line)]
     passwords = {user.rpartition(":")[2] for user in users}
-    words |= passwords | {unquote(password) for password in passwords}
+    passwords |= {user.partition(":")[2] for user in users}  # a password may have a colon
+    plain = {unquote(password) for password in passwords}
+    words |= passwords | plain | {quote(password, safe="") for password in plain}
     return sorted((w for w in words if len(w) >= SHORTEST_MASKED), key=len, reverse=True)
 
 
@@ -1883,6 +1951,11 @@ def memory_file(content: bytes = b"") -> IO[bytes]:
     return file
 
 
+def path_of(file: IO[bytes]) -> str:
+    """Return a path by which the programs that are started here can open a file in memory."""
+    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+
 def wait_for_end(process: subprocess.Popen[bytes], timeout: float) -> Finished:
     """Wait for a process that leads its group, and read its stderr; at the time limit, kill all.
 
@@ -1914,7 +1987,7 @@ CREDENTIAL_HELPER = (
     ' && git credential-store --file "$CREDENTIALS_FILE" get; }; f'
 )
 GIT = (
-    *("git", "--literal-pathspecs", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER),
+    *("git", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER),
     # large files are not unpacked in memory, nor file by file: one pack has one size
     *("-c", "core.bigFileThreshold=1m", "-c", "fetch.unpackLimit=1"),
 )
@@ -1927,14 +2000,116 @@ GIT_ENVIRONMENT = {
     "GIT_HTTP_LOW_SPEED_TIME": "60",
     "GIT_TERMINAL_PROMPT": "0",
 }
+LITERAL = "--literal-pathspecs"  # for paths that come from outside
+CLONED_REF = f"refs/{MANAGER}/commit"  # while git fetches tags: it brings those of what has a name
+CREDENTIALS_TRIED = 8  # lines for one repository: a server may shut out who fails too often
+# How git and git-lfs say that a server refuses a credential. GitLab answers 404 where a token is
+# valid but may not read the project.
+CREDENTIAL_REFUSED = re.compile(
+    r"Authentication failed for|could not read (Username|Password) for|Authorization error:"
+    r"|The requested URL returned error: 40[134]\b|(?m:^fatal: repository '.*' not found$)"
+    r"|Authentication required: |(?i:batch response: .*(forbidden|not found|credentials))"
+)
+# A line of file git-credentials: scheme, user and password, host, path of a project or a group.
+CREDENTIAL = re.compile(r"(https?)://([^/\s]+:[^/\s]*)@([^/@\s?#]+)(/[^\s?#]*)?")
+SERVER_URL = re.compile(r"(https?)://(?:[^/?#]*@)?([^/?#]*)([^?#]*)")
+PUBLIC_AUTHORITIES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
+CA_BYTES = 2**20  # as much as a ConfigMap holds
 HEADS_BYTES = 4 * 2**20  # of a list of branches: some 40,000 with names of usual length
+DEFAULT_CLONE: CloneSettings = load_section(CloneSettings, {}, "", [])
 WARN_SECONDS = 3600.0
 FOLDER_FILES = 500
 OUT_OF_ROOM = re.compile(r"(?m)^(fatal|error): .*([Oo]ut of memory|Cannot allocate|File too large)")
 
 
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """One line of file git-credentials, encoded as in a URL."""
+
+    scheme: str
+    login: str  # user and password
+    host: str  # with its port
+    path: str  # of a project or a group; "" for all that the server has
+
+    @classmethod
+    def parse(cls, line: bytes) -> Credential | None:
+        """Return what a line says, None if git could not use it either."""
+        match = CREDENTIAL.fullmatch(line.decode(errors="surrogateescape"))
+        if match is None:
+            return None
+        user, _, password = match[2].partition(":")
+        login = ":".join(quote(unquote_to_bytes(word), safe="") for word in (user, password))
+        return cls(match[1], login, host_of(match[1], match[3]), project_path(match[4] or ""))
+
+    def fits(self, url: str) -> bool:
+        """Whether it may be shown to the server of a URL for what the URL names."""
+        match = SERVER_URL.match(url)
+        if match is None or (self.scheme, self.host) != (match[1], host_of(match[1], match[2])):
+            return False
+        return not self.path or f"{project_path(match[3])}/".startswith(f"{self.path}/")
+
+
+def host_of(scheme: str, netloc: str) -> str:
+    """Return the host and port of a URL, the port only where it is not the usual one."""
+    return netloc.lower().removesuffix(":80" if scheme == "http" else ":443")
+
+
+def project_path(path: str) -> str:
+    """Return what is compared of the path of a repository, as servers do."""
+    return path.strip("/").removesuffix(".git").strip("/").lower()
+
+
+def logins_for(credentials: Sequence[Credential], url: str) -> list[str]:
+    """Return what may be tried for a URL, best first, each as a file for git's credential-store.
+
+    A line that names more of the path comes first. Each file has one login for the URL's server,
+    and of other servers, to which it may lead, the lines that name no path.
+    """
+    match = SERVER_URL.match(url)
+    host = match[2] if match else ""  # as git looks for it
+    fitting = [credential for credential in credentials if credential.fits(url)]
+    fitting.sort(key=lambda credential: -len(credential.path))
+    elsewhere = [c for c in credentials if not c.path and c not in fitting]
+    others = "".join(f"{c.scheme}://{c.login}@{c.host}\n" for c in elsewhere)
+    best = fitting[:CREDENTIALS_TRIED]
+    return [f"{c.scheme}://{c.login}@{host}\n{others}" for c in best] or [others]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What git needs to reach its servers: variables, and a private certificate authority."""
+
+    variables: Mapping[str, str] = dataclass_field(default_factory=dict)
+    ca: Path | None = None
+
+    def authorities(self) -> bytes:
+        """Return the public authorities and the private one; b"" where there is no private one.
+
+        Variables that name a file of authorities replace the public ones, so it has both.
+        """
+        try:
+            private = read_beginning(self.ca, CA_BYTES) if self.ca else b""
+        except OSError:
+            private = b""
+        if not private.strip():
+            return b""
+        files = (
+            os.environ.get("GIT_SSL_CAINFO", ""),
+            *PUBLIC_AUTHORITIES,
+            requests.utils.DEFAULT_CA_BUNDLE_PATH,
+        )
+        public = next((file for file in files if file and Path(file).is_file()), os.devnull)
+        return read_beginning(Path(public), OUTPUT_BYTES) + b"\n" + private
+
+
+def read_beginning(path: Path, size: int) -> bytes:
+    """Return at most so many bytes of a file; raises OSError."""
+    with path.open("rb") as file:
+        return file.read(size)
+
+
 class Git:
-    """The only way to git: no hooks, no prompts, no submodules, nobody's configuration.
+    """The only way to git: no hooks, no prompts, nobody's configuration.
 
     Credentials are read by git's own helper from a file, so they are in no URL, argv or log.
     """
@@ -1945,14 +2120,42 @@ class Git:
         timeout: float = GIT_TIMEOUT,
         limit: int = 2**26,
         deployed_refs: Mapping[str, Sequence[str]] | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
         self.credentials = credentials
+        self.secrets = Secrets(credentials.parent)
+        self.surroundings = surroundings or Surroundings()
         self.timeout = timeout
         self.limit = limit
         self.deployed_refs = deployed_refs or {}  # by URL, for servers that list too many
         self._slots: dict[str, threading.Semaphore] = {}  # by host
         self._reading = threading.Semaphore()
         self._quiet_until: dict[str, float] = {}  # by URL; no warning before that time
+        self._accepted: dict[str, str] = {}  # the login that worked last, by URL
+
+    def reach(self, url: str, *args: str, **how: Any) -> str:
+        """Return what one call prints that asks the server of a URL; raises GitError.
+
+        The lines of git-credentials that fit the URL are tried until the server accepts one. Any
+        other failure ends that at once.
+        """
+        lines = self.secrets.lines(self.credentials.name)
+        credentials = [c for c in map(Credential.parse, lines) if c is not None]
+        logins = logins_for(credentials, url)
+        logins.sort(key=lambda login: login != self._accepted.get(url))
+        *first, last = logins
+        for login in first:
+            try:
+                printed = self.run(*args, login=login, **how)
+            except GitError as failure:
+                if not CREDENTIAL_REFUSED.search(failure.stderr):
+                    raise
+                continue
+            self._accepted[url] = login
+            return printed
+        printed = self.run(*args, login=last, **how)
+        self._accepted[url] = last
+        return printed
 
     def run(
         self,
@@ -1961,22 +2164,31 @@ class Git:
         patience: int = 1,
         file_bytes: int = OUTPUT_BYTES,
         stdin: str = "",
+        login: str = "",
     ) -> str:
         """Return what one call prints, bytes that are no UTF-8 as surrogates; raises GitError.
 
-        The call may take patience times the usual time.
+        The call may take patience times the usual time. It has no credentials but the login.
         """
-        kept = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
-        environ = {**kept, **GIT_ENVIRONMENT, "CREDENTIALS_FILE": str(self.credentials)}
         where = ("-C", str(directory)) if directory else ()
         argv = (*GIT, *where, *args)
-        finished = run_program(argv, patience * self.timeout, stdin, environ, file_bytes)
+        authorities = self.surroundings.authorities()
+        with memory_file(login.encode()) as store, memory_file(authorities) as bundle:
+            environ = {**self.environ(), "CREDENTIALS_FILE": path_of(store)}
+            if authorities:
+                environ["GIT_SSL_CAINFO"] = path_of(bundle)
+            finished = run_program(argv, patience * self.timeout, stdin, environ, file_bytes)
         stdout = finished.stdout.decode(errors="surrogateescape")
         if finished.code != 0:
             stderr = finished.stderr.decode(errors="surrogateescape")
             words = [a for a in args if not re.match(r"-|[A-Za-z.]+=", a)]  # the URL above all
             raise GitError(("git", *words), finished.code, stderr, stdout)
         return stdout
+
+    def environ(self) -> dict[str, str]:
+        """Return the environment in which git runs."""
+        kept = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
+        return {**kept, **self.surroundings.variables, **GIT_ENVIRONMENT}
 
     def heads(self, url: str) -> dict[str, str]:
         """Return the commit of every branch, by full ref name; of the deployed ones where too many.
@@ -1988,7 +2200,8 @@ class Git:
         if not slots.acquire(timeout=self.timeout):
             raise GitError(("git", "ls-remote"), None, f"too many calls wait for {clip(host)}")
         try:
-            listed = self.run("ls-remote", "--heads", "--", url, file_bytes=HEADS_BYTES)
+            ask = ("ls-remote", "--heads", "--", url)
+            listed = self.reach(url, *ask, file_bytes=HEADS_BYTES)
         except GitError as failure:
             too_long = failure.code == -signal.SIGXFSZ or OUT_OF_ROOM.search(failure.stderr)
             if not too_long or url not in self.deployed_refs:
@@ -2009,7 +2222,7 @@ class Git:
             self.run("init", "--quiet", "--bare", "--", folder)
             fetch = ("fetch", "--quiet", "--depth=1", "--filter=tree:0", "--no-tags")
             try:
-                self.run(*fetch, "--", url, f"+{ref}:{ref}", **where)
+                self.reach(url, *fetch, "--", url, f"+{ref}:{ref}", **where)
             except GitError as failure:
                 if "couldn't find remote ref" in failure.stderr:
                     return ""
@@ -2038,14 +2251,28 @@ class Git:
             warn("ignored branches with unsupported names", repository=url, **details)
         return heads
 
-    def checkout(self, url: str, commit: str, directory: Path, *, symlinks: bool) -> None:
+    def checkout(
+        self,
+        url: str,
+        commit: str,
+        directory: Path,
+        *,
+        symlinks: bool,
+        settings: CloneSettings | None = None,
+    ) -> None:
         """Put exactly this commit into a new directory; without symlinks these are plain files."""
         self._create_repository(commit, directory)
-        fetch = ("fetch", "--quiet", "--depth=1", "--no-tags", "--", url, commit)
+        settings = settings or DEFAULT_CLONE
+        fetch = ("fetch", "--quiet", *settings.depth_options)
         # a large one takes its time; a server that does not send is cut off by the low speed
-        self.run(*fetch, directory=directory, patience=10, file_bytes=0)
+        how: Any = {"directory": directory, "patience": 10, "file_bytes": 0}
+        if settings.tags:
+            self.reach(url, *fetch, "--", url, f"+{commit}:{CLONED_REF}", **how)
+            self.run("update-ref", "-d", CLONED_REF, directory=directory)
+        else:
+            self.reach(url, *fetch, "--no-tags", "--", url, commit, **how)
         links = f"core.symlinks={'true' if symlinks else 'false'}"
-        write = ("-c", links, "checkout", "--quiet", "--detach", "FETCH_HEAD")
+        write = ("-c", links, "checkout", "--quiet", "--detach", commit)
         self.run(*write, directory=directory, file_bytes=0)
 
     @contextmanager
@@ -2090,10 +2317,11 @@ class Git:
         remote = ("-c", f"remote.origin.url={url}", "-c", "remote.origin.promisor=true")
         fetch = (*remote, "fetch", "--quiet", "--no-tags", "--filter=blob:none")
         how: Any = {"directory": root, "patience": 10, "file_bytes": self.limit}
-        self.run(*fetch, "--depth=1", "--", "origin", commit, **how)
+        self.reach(url, *fetch, "--depth=1", "--", "origin", commit, **how)
         if ids := self._listed(commit, top, root):
             blobs = "".join(f"{blob}\n" for blob in ids)
-            self.run(*fetch, "--no-write-fetch-head", "--stdin", "origin", stdin=blobs, **how)
+            ask = (*fetch, "--no-write-fetch-head", "--stdin", "origin")
+            self.reach(url, *ask, stdin=blobs, **how)
 
     def _write_folder(self, commit: str, top: str, root: Path) -> None:
         """Write the files of one folder, once they are measured; links become plain files."""
@@ -2101,17 +2329,177 @@ class Git:
         if (total := sum(int(size) for size in sizes if size.isdigit())) > self.limit:
             raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {total >> 20} MiB")
         if sizes:
-            write = ("-c", "core.symlinks=false", "checkout", "--quiet", commit, "--", top)
+            plain = (LITERAL, "-c", "core.symlinks=false")
+            write = (*plain, "checkout", "--quiet", commit, "--", top)
             self.run(*write, directory=root, file_bytes=self.limit)
 
     def _listed(self, commit: str, top: str, root: Path, *options: str) -> list[str]:
         """Return the id of each file of one folder, or with option --long its size."""
-        ask = ("ls-tree", "-r", "-z", *options, commit, "--", top)
+        ask = (LITERAL, "ls-tree", "-r", "-z", *options, commit, "--", top)
         entries = self.run(*ask, directory=root, file_bytes=FOLDER_FILES * 4096).split("\0")[:-1]
         if len(entries) > FOLDER_FILES:
             raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {len(entries)} files")
         rows = [entry.partition("\t")[0].split() for entry in entries]  # mode, type, id, size
         return [row[-1] for row in rows if row[1] == "blob"]
+
+
+SUBMODULES = 200  # of one commit, those of submodules included
+SUBMODULE_LEVELS = 8
+PATHS_SHOWN = 3
+OLDER_SECONDS = 5.0
+POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
+SUBMODULE_PATH = re.compile(r"submodule\.(.*)\.path\n(.*)", re.DOTALL)
+# What is committed in .lfsconfig must not hide that a file is missing.
+LFS_OPTIONS = (
+    *("-c", "lfs.skipdownloaderrors=false", "-c", "lfs.fetchinclude=", "-c", "lfs.fetchexclude="),
+    *("-c", "filter.lfs.process=git-lfs filter-process", "-c", "filter.lfs.required=true"),
+)
+
+
+class Cloner:
+    """Clones for the Jobs of an app, as its settings say.
+
+    Submodules and files in git LFS are fetched, left out, or a reason to refuse the commit: an
+    empty folder or a pointer must not go live unnoticed.
+    """
+
+    def __init__(self, git: Git, app: str, settings: CloneSettings) -> None:
+        self.git = git
+        self.app = app
+        self.settings = settings
+        self._submodules = 0  # that were seen so far
+
+    def clone(self, url: str, commit: str, directory: Path) -> None:
+        """Put a commit into a new directory; raises GitError, and RefusedError for its content."""
+        self.git.checkout(url, commit, directory, symlinks=True, settings=self.settings)
+        # relative URLs of submodules are resolved against it, and git-lfs wants to know it
+        self.git.run("config", "remote.origin.url", url, directory=directory)
+        self._complete(url, directory, SUBMODULE_LEVELS)
+
+    def _complete(self, url: str, directory: Path, levels: int) -> None:
+        """Fetch what a checkout has only references to, and the same in its submodules."""
+        settings = self.settings
+        submodules = [] if settings.submodules == "false" else self._gitlinks(directory)
+        pointers = [] if settings.lfs == "false" else self._pointers(directory)
+        refusals = []
+        if submodules and not settings.submodules:
+            refusals.append(self._undecided("submodules", submodules, "submodules"))
+        if pointers and not settings.lfs:
+            refusals.append(self._undecided("files in git LFS", pointers, "lfs"))
+        if refusals:
+            raise RefusedError(" ".join(refusals))
+        if pointers:
+            self._fetch_large_files(url, directory, pointers)
+        if submodules:
+            self._fetch_submodules(url, directory, submodules, levels)
+
+    def _undecided(self, what: str, paths: Sequence[str], key: str) -> str:
+        """Return the sentence that says what a commit has and which setting decides on it."""
+        shown = [clip(path, 60) for path in paths[:PATHS_SHOWN]]
+        more = len(paths) - len(shown)
+        some = ", ".join(shown) + (f", and {more} more" if more else "")
+        advice = f"Set clone.{key} of app {self.app} to true or false."
+        return f"The commit has {what} ({some}). {advice}"
+
+    def _gitlinks(self, directory: Path) -> list[str]:
+        """Return the paths of the submodules, from the list of all files, which may be long."""
+        argv = (*GIT, "-C", str(directory), "ls-files", "--stage", "-z")
+        paths = []
+        rest = b""
+        listing = start(argv, self.git.environ(), stderr=subprocess.DEVNULL)
+        with listing, cast("IO[bytes]", listing.stdout) as output:
+            while chunk := output.read(65536):
+                *entries, rest = (rest + chunk).split(b"\0")
+                paths += [e.partition(b"\t")[2] for e in entries if e.startswith(b"160000 ")]
+        if listing.returncode != 0:
+            raise GitError(("git", "ls-files"), listing.returncode, "")
+        return [os.fsdecode(path) for path in paths]
+
+    def _pointers(self, directory: Path) -> list[str]:
+        """Return the paths of the files that are pointers to files in git LFS."""
+        ask = ("ls-files", "-z", "--", ":(attr:filter=lfs)")
+        paths = self.git.run(*ask, directory=directory).split("\0")[:-1]
+        return [path for path in paths if is_pointer(directory / path)]
+
+    def _fetch_large_files(self, url: str, directory: Path, pointers: Sequence[str]) -> None:
+        """Replace the pointers of a checkout by what they point to, from the server of its URL."""
+        endpoint = f"{url.rstrip('/').removesuffix('.git')}.git/info/lfs"
+        if is_local(url):
+            endpoint = f"file://{url.removeprefix('file://')}"
+        options = (*LFS_OPTIONS, "-c", f"lfs.url={endpoint}")
+        how: Any = {"directory": directory, "patience": 10, "file_bytes": 0}
+        self.git.reach(url, *options, "lfs", "fetch", "origin", "HEAD", **how)
+        # not by `git lfs checkout`, after which git takes the files for changed ones
+        for path in pointers:
+            (directory / path).unlink()
+        self.git.run(*options, "checkout", "--quiet", "--force", "HEAD", **how)
+        if left := self._pointers(directory):
+            raise GitError(("git", "lfs", "fetch"), 1, f"{left[0]} is still a pointer")
+        # Of a file that is older than the index git believes that it has not changed. Else it would
+        # compare it with the pointer in the tests, where there is no git-lfs.
+        for path in pointers:
+            written = (directory / path).lstat().st_mtime - OLDER_SECONDS
+            os.utime(directory / path, (written, written))
+        self.git.run(*options, "status", "--porcelain", "--untracked-files=no", **how)
+
+    def _fetch_submodules(
+        self, url: str, directory: Path, paths: Sequence[str], levels: int
+    ) -> None:
+        """Fetch the submodules of a checkout, each at its commit, and complete them."""
+        self._submodules += len(paths)
+        if self._submodules > SUBMODULES or levels == 0:
+            most = f"{SUBMODULES} submodules, or {SUBMODULE_LEVELS} levels of them"
+            raise RefusedError(f"The commit has more than {most}.")
+        names = self._submodule_names(directory)
+        for path in paths:
+            source = self._submodule_url(directory, path, names.get(path, ""))
+            if not SERVER_URL.match(source) and (SERVER_URL.match(url) or not is_local(source)):
+                raise self._unusable(path, "its URL is neither http nor https")
+            update = ("submodule", "--quiet", "update", "--checkout", "--depth=1", "--", path)
+            how: Any = {"directory": directory, "patience": 10, "file_bytes": 0}
+            self.git.reach(source, LITERAL, *update, **how)
+            inner = directory / path
+            # without a repository of its own git would take the one around it
+            if not (inner / ".git").is_file() or inner.resolve() != directory.resolve() / path:
+                raise self._unusable(path, "git did not fetch it")
+            self._complete(source, inner, levels - 1)
+
+    def _submodule_names(self, directory: Path) -> dict[str, str]:
+        """Return the name of each submodule in .gitmodules by its path."""
+        ask = ("config", "--null", "--blob", "HEAD:.gitmodules", "--get-regexp", r"\.path$")
+        try:
+            entries = self.git.run(*ask, directory=directory).split("\0")
+        except GitError:  # there is no such file, or nothing in it
+            return {}
+        matches = [match for entry in entries if (match := SUBMODULE_PATH.fullmatch(entry))]
+        return {match[2]: match[1] for match in matches}
+
+    def _submodule_url(self, directory: Path, path: str, name: str) -> str:
+        """Return the full URL of a submodule, which git accepts; raises RefusedError."""
+        try:
+            self.git.run(LITERAL, "submodule", "--quiet", "init", "--", path, directory=directory)
+            key = f"submodule.{name}.url"
+            return self.git.run("config", "--get", key, directory=directory).removesuffix("\n")
+        except GitError as failure:
+            raise self._unusable(path, failure.said) from failure
+
+    def _unusable(self, path: str, why: str) -> RefusedError:
+        """Return the error for a submodule that cannot be fetched whatever the server does."""
+        advice = f"Correct .gitmodules, or set clone.submodules of app {self.app} to false."
+        return RefusedError(f"Submodule {clip(path, 80)} cannot be fetched: {why}. {advice}")
+
+
+def is_local(url: str) -> bool:
+    """Whether a URL names a folder of this machine."""
+    return url.startswith(("/", "file:///"))
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file stands for one in git LFS."""
+    with suppress(OSError):
+        if stat.S_ISREG(path.lstat().st_mode):
+            return read_beginning(path, 100).startswith(POINTERS)
+    return False
 
 
 # === retry ========================================================================================
@@ -2257,6 +2645,20 @@ BUILD_CONTAINER = "kaniko"
 RESULTS_CONTAINER = "results"
 SOURCE = "/workspace/src"
 CREDENTIALS_MOUNT = "/var/run/gitops-hook"
+CA_MOUNT = "/var/run/gitops-hook-ca"
+CA_BUNDLE = "/workspace/ca-certificates.crt"  # where the clone writes public and private ones
+# A constant script: where the clone wrote a bundle, the tests use it: git, OpenSSL, curl, requests,
+# pip and Node.js, unless a variable names another one already.
+TRUSTING = """if [ -s "$CA_BUNDLE" ]; then
+  : "${GIT_SSL_CAINFO:=$CA_BUNDLE}" "${SSL_CERT_FILE:=$CA_BUNDLE}" "${PIP_CERT:=$CA_BUNDLE}"
+  : "${CURL_CA_BUNDLE:=$CA_BUNDLE}" "${REQUESTS_CA_BUNDLE:=$CA_BUNDLE}"
+  : "${NODE_EXTRA_CA_CERTS:=$CA_BUNDLE}"
+  export GIT_SSL_CAINFO SSL_CERT_FILE PIP_CERT CURL_CA_BUNDLE REQUESTS_CA_BUNDLE NODE_EXTRA_CA_CERTS
+fi
+exec sh -ec "$0"
+"""
+# Docker's predefined arguments of a build, which the commands of a Dockerfile get as variables.
+PROXIES = re.compile("(?i:(?:https?|ftp|no|all)_proxy)")
 BUILD_CONTEXT = "/kaniko/source/src"  # SOURCE, where no Dockerfile writes: kaniko leaves mounts out
 # What every Job has; what every container has, fit for Pod Security `restricted`; what the builder
 # has instead, which unpacks images over its own root, /tmp included, fit for `baseline`.
@@ -2270,6 +2672,7 @@ spec:
     rules:  # in this order: an evicted test has an exit code too
     - {action: Ignore, onPodConditions: [{type: DisruptionTarget, status: "True"}]}
     - {action: FailJob, onExitCodes: {operator: NotIn, values: [0]}}
+    - {action: FailJob, onExitCodes: {containerName: clone, operator: In, values: [3]}}  # refused
   template:
     spec:
       restartPolicy: Never
@@ -2282,6 +2685,7 @@ spec:
       - {name: workspace, emptyDir: {}}  # each with the size of what the main container may write
       - {name: tmp, emptyDir: {}}
       - {name: git, secret: {secretName: git-credentials, optional: true, defaultMode: 0400}}
+      - {name: ca, configMap: {name: gitops-hook-ca, optional: true}}
 ---
 env:
 - {name: HOME, value: /tmp}
@@ -2294,11 +2698,14 @@ securityContext: {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true,
                   capabilities: {drop: [ALL]}}
 volumeMounts: [{name: workspace, mountPath: /workspace}, {name: tmp, mountPath: /tmp}]
 ---
-env: [{name: container, value: kube}]  # it looks for that, or a token, before it writes to its root
+env:
+- {name: container, value: kube}  # it looks for that, or a token, before it writes to its root
+# the public authorities are in the first folder, of which its image names no other
+- {name: SSL_CERT_DIR, value: "/kaniko/ssl/certs:/etc/ssl/certs:/kaniko/ca"}
 securityContext: {runAsNonRoot: false, runAsUser: 0, runAsGroup: 0, allowPrivilegeEscalation: false,
   capabilities: {drop: [ALL], add: [CHOWN, DAC_OVERRIDE, FOWNER, SETUID, SETGID, SETFCAP]}}
 volumeMounts: [{name: workspace, mountPath: /kaniko/source},
-               {name: registry, mountPath: /kaniko/.docker}]
+               {name: ca, mountPath: /kaniko/ca}, {name: registry, mountPath: /kaniko/.docker}]
 ---
 name: registry
 secret: {secretName: registry-credentials, optional: true, defaultMode: 0400,
@@ -2327,9 +2734,9 @@ DISK_LIMITS = {"test": "4Gi", "build": "10Gi"}
 def test_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that checks out the commit, runs its tests and sums up their report."""
     results = new_container(RESULTS_CONTAINER, config.images.hook, ["collect"])
-    env = {"CI": "true", "GIT_BRANCH": run.branch, "GIT_COMMIT": run.commit}
+    env = {"CI": "true", "GIT_BRANCH": run.branch, "GIT_COMMIT": run.commit, "CA_BUNDLE": CA_BUNDLE}
     tests = new_container(TEST_CONTAINER, app.test.image, [app.test.command], **env)
-    tests |= {"command": ["sh", "-ec"], "workingDir": SOURCE}
+    tests |= {"command": ["sh", "-ec", TRUSTING], "workingDir": SOURCE}
     # a side-car first: it listens long before the tests can end
     return stage_job(config, app, run, "test", {**results, "restartPolicy": "Always"}, tests)
 
@@ -2337,6 +2744,8 @@ def test_job(config: Config, app: App, run: Run) -> Object:
 def build_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that builds and pushes the image; its termination message is the digest."""
     options = [f"--context=dir://{BUILD_CONTEXT}", f"--dockerfile={app.build.dockerfile}"]
+    proxies = [f"{n}={value}" for n, value in config.job_env.items() if PROXIES.fullmatch(n)]
+    options += [f"--build-arg={proxy}" for proxy in proxies]
     options += [f"--destination={app.build.image}:{run.commit[:8]}", *app.build.args]
     options += ["--digest-file=/dev/termination-log"]
     build = new_container(BUILD_CONTAINER, config.images.kaniko, options)
@@ -2369,6 +2778,8 @@ def stage_job(config: Config, app: App, run: Run, stage: str, *containers: Objec
     pod["serviceAccountName"] = f"{stage}-runner-sa"
     pod["initContainers"] = [*sidecars, clone_container(config, app, run)]
     pod["containers"] = [{**main, "resources": resources}]
+    for container in (*pod["initContainers"], *pod["containers"]):
+        container["env"] = [*env_of(config.job_env), *container["env"]]
     for volume in pod["volumes"]:
         if "emptyDir" in volume:
             volume["emptyDir"]["sizeLimit"] = resources["limits"][DISK]
@@ -2378,17 +2789,25 @@ def stage_job(config: Config, app: App, run: Run, stage: str, *containers: Objec
 def clone_container(config: Config, app: App, run: Run) -> Object:
     """Return the container that checks out the commit; only it sees the git credentials."""
     env = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
+    env |= {"CLONE_APP": app.name, "CLONE_DEPTH": str(app.clone.depth or "full")}
+    env |= {"CLONE_TAGS": str(app.clone.tags).lower(), "CLONE_SUBMODULES": app.clone.submodules}
+    env |= {"CLONE_LFS": app.clone.lfs, "CA_FILE": f"{CA_MOUNT}/ca.crt", "CA_BUNDLE": CA_BUNDLE}
     env["CREDENTIALS_FILE"] = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
     clone = new_container("clone", config.images.hook, ["clone"], **env)
-    credentials = {"name": "git", "mountPath": CREDENTIALS_MOUNT}
-    return {**clone, "volumeMounts": [*clone["volumeMounts"], credentials]}
+    mounts = [{"name": "git", "mountPath": CREDENTIALS_MOUNT}]
+    mounts += [{"name": "ca", "mountPath": CA_MOUNT}]
+    return {**clone, "volumeMounts": [*clone["volumeMounts"], *mounts]}
 
 
 def new_container(name: str, image: str, args: Sequence[str], **env: str) -> Object:
     """Return a container; Kubernetes expands $(NAME) and $$ in its texts, so they are escaped."""
-    escaped = [{"name": key, "value": value.replace("$", "$$")} for key, value in env.items()]
     texts = {"name": name, "image": image, "args": [arg.replace("$", "$$") for arg in args]}
-    return {**CONTAINER, **texts, "env": [*CONTAINER["env"], *escaped]}
+    return {**CONTAINER, **texts, "env": [*CONTAINER["env"], *env_of(env)]}
+
+
+def env_of(variables: Mapping[str, str]) -> list[Object]:
+    """Return variables as a container has them, escaped."""
+    return [{"name": name, "value": v.replace("$", "$$")} for name, v in variables.items()]
 
 
 def with_disk_limit(resources: Mapping[str, Mapping[str, str]], limit: str) -> Object:
@@ -4034,7 +4453,9 @@ def culprit_failure(job: Job, culprit: Container, report: str) -> Action:
     message = clip(culprit.words if culprit.name == "clone" else culprit.text)
     message = message or f"exit code {culprit.exit_code}"
     if culprit.name == "clone":
-        return fails(Reason.CLONE_FAILED, message, job.stage)
+        is_refusal = culprit.exit_code == EXIT_REFUSED
+        reason = Reason.CLONE_REFUSED if is_refusal else Reason.CLONE_FAILED
+        return fails(reason, message, job.stage)
     return fails(JOB_STAGES[job.stage].failure, with_report(message, report), job.stage)
 
 
@@ -8203,7 +8624,13 @@ class Tools:
         refs = {(a.repository, a.deploy_ref) for a in config.apps}
         deployed = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
         credentials = secrets.directory / GIT_CREDENTIALS
-        git = Git(credentials, limit=config.limits.checkout, deployed_refs=deployed)
+        surroundings = Surroundings(variables=config.job_env, ca=process.ca)
+        git = Git(
+            credentials,
+            limit=config.limits.checkout,
+            deployed_refs=deployed,
+            surroundings=surroundings,
+        )
         doors = Doors(
             kubectl=Kubectl(metrics, config.limits.kubectl),
             git=git,
@@ -8931,16 +9358,32 @@ def clone(environ: Mapping[str, str]) -> int:
     """Inside a Job pod: check out the pushed commit, or write why not where the daemon reads it."""
     names = ("CLONE_URL", "CLONE_COMMIT", "CLONE_DIRECTORY", "CREDENTIALS_FILE", "TERMINATION_LOG")
     require_variables(environ, *names)
-    git = Git(Path(environ["CREDENTIALS_FILE"]))
+    surroundings = Surroundings(ca=Path(environ.get("CA_FILE", os.devnull)))
+    git = Git(Path(environ["CREDENTIALS_FILE"]), surroundings=surroundings)
     directory = Path(environ["CLONE_DIRECTORY"])
+    cloner = Cloner(git, environ.get("CLONE_APP", ""), clone_settings(environ))
     try:
-        git.checkout(environ["CLONE_URL"], environ["CLONE_COMMIT"], directory, symlinks=True)
-    except GitError as failure:
+        cloner.clone(environ["CLONE_URL"], environ["CLONE_COMMIT"], directory)
+    except (GitError, RefusedError) as failure:
         text = Secrets(git.credentials.parent).mask(str(failure))
         Path(environ["TERMINATION_LOG"]).write_text(text)
-        raise HookError(text) from failure
+        kind = RefusedError if isinstance(failure, RefusedError) else HookError
+        raise kind(text) from failure
     (directory.parent / "results").mkdir(exist_ok=True)
+    if authorities := surroundings.authorities():
+        Path(environ["CA_BUNDLE"]).write_bytes(authorities)
     return 0
+
+
+def clone_settings(environ: Mapping[str, str]) -> CloneSettings:
+    """Return the settings that a Job's manifest has in variables; raises ConfigError."""
+    texts = {f.name: environ.get(f"CLONE_{f.name.upper()}", "") for f in fields(CloneSettings)}
+    faults: list[str] = []
+    values = {name: yaml.safe_load(text) for name, text in texts.items()}
+    settings: CloneSettings = load_section(CloneSettings, values, "", faults)
+    if faults:
+        raise ConfigError(faults)
+    return settings
 
 
 def collect(environ: Mapping[str, str]) -> int:
@@ -9018,7 +9461,8 @@ def exit_status(failure: HookError) -> int:
     kind = failure.kind if isinstance(failure, KubectlError) else ""
     if isinstance(failure, ConfigError) or kind == "Unreachable":
         return 2
-    return 3 if isinstance(failure, RefusedError | SupersededError) or kind == "Conflict" else 1
+    is_refusal = isinstance(failure, RefusedError | SupersededError) or kind == "Conflict"
+    return EXIT_REFUSED if is_refusal else 1
 
 
 if __name__ == "__main__":

@@ -566,6 +566,16 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "failed"), pods=ended("test", clone=terminated(1,
             "git fetch: not our ref"))),
         Do.END, "test", (Outcome.FAILED, Reason.CLONE_FAILED), "not our ref"),
+    "the commit has what nobody has decided on": (
+        a_view(a_job("test", "failed"), pods=ended("test", clone=terminated(3,
+            "The commit has submodules (x)."))),
+        Do.END, "test", (Outcome.FAILED, Reason.CLONE_REFUSED), "has submodules"),
+    "the build's commit has what nobody has decided on": (
+        a_view(a_job("build", "failed"), pods=ended("build", clone=terminated(3, "files in LFS"))),
+        Do.END, "build", (Outcome.FAILED, Reason.CLONE_REFUSED), "files in LFS"),
+    "tests that end like a refusal": (
+        a_view(a_job("test", "failed"), pods=ended("test", main=terminated(3))),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 3"),
     "the clone left no word": (
         a_view(a_job("test", "failed"), pods=ended("test", clone=terminated(128))),
         Do.END, "test", (Outcome.FAILED, Reason.CLONE_FAILED), "exit code 128"),

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from gitops_hook import ConfigError, Git, GitError, StageError
+from gitops_hook import ConfigError, Credential, Git, GitError, StageError, logins_for
+from tests.git_server import GitServer, serving
 from tests.memory import peak_of
 
 OWNER = {
@@ -662,3 +663,162 @@ def test_a_missing_git_is_a_configuration_error(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(ConfigError, match="git cannot be started"):
         git.heads("https://git.example.com/demo/shop.git")
+
+
+# === Several lines of credentials ===
+
+
+@pytest.fixture
+def shops(tmp_path: Path) -> Iterator[GitServer]:
+    """A server with two projects, each with a token of its own."""
+    root = tmp_path / "served"
+    for name in ("one", "two"):
+        Repository(root / name).commit(a=name)
+    with serving(root, {"one": {"hook:good1"}, "two": {"hook:good2"}}) as running:
+        yield running
+
+
+def asked(shops: GitServer, git: Git, project: str, *lines: str) -> list[str]:
+    """The logins with which a project is asked, and at the end whether all were refused."""
+    git.credentials.write_text("".join(lines))
+    shops.seen.clear()
+    try:
+        git.heads(f"{shops.url}/{project}/.git")
+    except GitError:
+        return [*shops.used(), "refused"]
+    return shops.used()
+
+
+def test_an_expired_line_does_not_hide_the_next(git: Git, shops: GitServer) -> None:
+    lines = [shops.line("hook:expired"), shops.line("hook:good1")]
+    assert asked(shops, git, "one", *lines) == ["hook:expired", "hook:good1"]
+    assert asked(shops, git, "one", *lines) == ["hook:good1"], "the one that worked comes first"
+    assert asked(shops, git, "one", shops.line("hook:expired")) == ["hook:expired", "refused"]
+
+
+@pytest.mark.parametrize("refusal", [401, 403, 404])
+def test_a_token_that_may_not_read_the_project_does_not_hide_the_next(
+    git: Git, shops: GitServer, refusal: int
+) -> None:
+    shops.refusal = refusal
+    lines = [shops.line("hook:good1"), shops.line("hook:good2")]
+    assert asked(shops, git, "two", *lines) == ["hook:good1", "hook:good2"]
+
+
+def test_lines_that_name_the_project_come_before_those_that_name_none(
+    git: Git, shops: GitServer
+) -> None:
+    lines = [
+        shops.line("hook:good1"),
+        shops.line("hook:own", "/one/.git"),
+        shops.line("hook:other", "/on"),
+        shops.line("hook:two", "/two"),
+    ]
+    assert asked(shops, git, "one", *lines) == ["hook:own", "hook:good1"]
+    assert asked(shops, git, "two", *lines) == ["hook:two", "hook:good1", "refused"]
+
+
+def test_the_line_that_names_most_of_the_path_comes_first() -> None:
+    lines = [b"https://a:all@h", b"https://a:group@h/g/", b"https://a:shop@h/g/shop.git"]
+    lines += [b"https://a:second@h/g/shop", b"https://a:else@other", b"https://a:no@other/g"]
+    credentials = [c for c in map(Credential.parse, lines) if c]
+    logins = [login.split("\n") for login in logins_for(credentials, "https://h/g/shop.git")]
+    passwords = [login[0].removeprefix("https://a:").removesuffix("@h") for login in logins]
+    assert passwords == ["shop", "second", "group", "all"]
+    assert {login[1] for login in logins} == {"https://a:else@other"}
+
+
+@pytest.mark.parametrize(
+    ("path", "url"),
+    [
+        ("/group/shop.git", "https://git.example.com/group/shop"),
+        ("/Group/Shop", "https://git.example.com:443/group/shop.git"),
+        ("/group/", "https://GIT.example.com/group/shop.git"),
+        ("", "https://hook@git.example.com/group/shop.git"),
+    ],
+)
+def test_a_path_is_compared_as_the_server_does(path: str, url: str) -> None:
+    credential = Credential.parse(f"https://a:b@git.example.com{path}".encode())
+    assert credential is not None
+    assert credential.fits(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://git.example.com/group/shop.git",
+        "https://git.example.com:8443/group/shop.git",
+        "https://git.example.com.evil.example/group/shop.git",
+        "https://git.example.com@evil.example/group/shop.git",
+        "https://git.example.com/group/shop-two.git",
+        "https://git.example.com/group",
+        "https://[/group/shop.git",
+        "/group/shop.git",
+    ],
+)
+def test_a_line_is_for_its_server_and_project_only(url: str) -> None:
+    credential = Credential.parse(b"https://a:b@git.example.com/group/shop.git")
+    assert credential is not None
+    assert not credential.fits(url)
+
+
+@pytest.mark.parametrize("end", ["\r\n", " \n", "\t \r\n", "\r\n\r\n", ""])
+def test_blanks_at_the_ends_of_lines_do_no_harm(git: Git, shops: GitServer, end: str) -> None:
+    line = " " + shops.line("hook:good1").rstrip("\n") + end
+    assert asked(shops, git, "one", line) == ["hook:good1"]
+
+
+@pytest.mark.parametrize(
+    ("written", "login"),
+    [
+        ("hook:s3cret%2Fword", "hook:s3cret/word"),
+        ("me@example.com:p@ss", "me@example.com:p@ss"),
+        ("hook:a:b", "hook:a:b"),
+        ("hook:50%off%", "hook:50%off%"),
+        ("hook:", "hook:"),
+        ("hook:gr%c3%bcn", "hook:gr\u00fcn"),
+    ],
+)
+def test_passwords_with_odd_characters_are_sent_as_they_are(
+    git: Git, shops: GitServer, written: str, login: str
+) -> None:
+    shops.logins = {"one": {login}}
+    assert asked(shops, git, "one", shops.line(written)) == [login]
+
+
+def test_only_some_lines_are_tried(git: Git, shops: GitServer) -> None:
+    lines = [shops.line(f"hook:{i}") for i in range(20)]
+    assert asked(shops, git, "one", *lines) == [f"hook:{i}" for i in range(8)] + ["refused"]
+
+
+def test_a_line_that_is_none_hides_no_other(git: Git, shops: GitServer) -> None:
+    lines = ["no line\n", "https://[\n", "ssh://a:b@host\n", f"{shops.url}\n"]
+    assert asked(shops, git, "one", *lines, shops.line("hook:good1")) == ["hook:good1"]
+
+
+def test_only_a_refused_credential_makes_git_try_the_next(git: Git, shops: GitServer) -> None:
+    lines = [shops.line("hook:good1"), shops.line("hook:other")]
+    shops.broken = True
+    assert asked(shops, git, "one", *lines) == ["hook:good1", "refused"]
+
+
+def test_a_server_that_was_led_to_gets_no_credential_of_another(
+    git: Git, shops: GitServer, tmp_path: Path
+) -> None:
+    with serving(tmp_path / "served", {"one": {"x:y"}}) as elsewhere:
+        shops.logins = {}
+        shops.moved = {"one": f"{elsewhere.url}/one"}
+        line = shops.line("hook:good1")
+        assert asked(shops, git, "one", line)[-1] == "refused"
+        assert elsewhere.used() == []
+        assert asked(shops, git, "one", line + elsewhere.line("x:y"))[-1:] != ["refused"]
+        assert elsewhere.used() == ["x:y"]
+
+
+def test_no_login_is_left_on_the_disk(
+    git: Git, shops: GitServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    assert asked(shops, git, "one", shops.line("hook:good1")) == ["hook:good1"]
+    assert not list((tmp_path / "tmp").rglob("*"))

@@ -291,6 +291,7 @@ def test_every_mount_has_its_volume_and_every_volume_its_mount(installed: Instal
     assert mounts == {
         "config": "/etc/gitops-hook",
         "secrets": "/etc/gitops-hook/secrets",
+        "ca": "/etc/gitops-hook-ca",
         "spool": "/var/spool/gitops-hook",
         "scratch": "/var/spool/gitops-hook/scratch",
         "tmp": "/tmp",
@@ -307,6 +308,9 @@ def test_what_the_volumes_name_exists_or_is_made_as_the_example_says(installed: 
     assert secret == {"secretName": "gitops-hook-secrets", "optional": False, "defaultMode": 0o400}
     commands = (EXAMPLE / "secrets.example").read_text("utf-8")
     assert f"-n orchestration create secret generic {secret['secretName']}" in commands
+    assert volumes["ca"]["configMap"] == {"name": "gitops-hook-ca", "optional": True}
+    assert "create configmap gitops-hook-ca --from-file=ca.crt" in commands
+    assert "for namespace in orchestration test build; do" in commands
     if claim := volumes["spool"].get("persistentVolumeClaim"):
         installed.one("PersistentVolumeClaim", claim["claimName"], "orchestration")
     else:
