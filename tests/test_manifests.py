@@ -633,8 +633,8 @@ def test_what_is_tested_is_what_is_shipped() -> None:
 # === Makefile ===
 
 TARGETS = {
-    "help", "venv", "demo", "test", "cluster", "coverage", "e2e", "faults", "format", "lint",
-    "types", "check", "bench", "fuzz", "image", "apply", "delete", "kind", "lock", "clean",
+    "help", "venv", "demo", "test", "cluster", "coverage", "e2e", "faults", "soak", "format",
+    "lint", "types", "check", "bench", "fuzz", "image", "apply", "delete", "kind", "lock", "clean",
 }  # fmt: skip
 
 
@@ -662,7 +662,7 @@ def test_ci_runs_targets_that_exist_and_the_tests_last() -> None:
     text = script.read_text("utf-8")
     targets = re.findall(r"(?m)^make (\w+)", text)
     assert set(targets) <= TARGETS
-    assert {"lint", "types", "cluster", "faults", "e2e"} <= set(targets)
+    assert {"lint", "types", "cluster", "faults", "soak", "e2e"} <= set(targets)
     assert targets[-1] == "test", "pytest's closing line is to be the last"
     assert text.split("\n")[-2].startswith("make test")
     assert "set -euo pipefail" in text
