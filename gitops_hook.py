@@ -4375,7 +4375,8 @@ def was_accepted(observed: Observation, report: str | None) -> bool:
         return True
     if report is not None:
         return not is_red(report)
-    switched = any(service.entry(run.id, run.received) for service in services)
+    finished = observed.jobs["test"].finished
+    switched = any(service.entry(run.id, finished) for service in services)
     return switched or (build is not None and not build.outcome)
 
 
