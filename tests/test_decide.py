@@ -504,12 +504,12 @@ ACTIONS: dict[str, Case] = {
         Do.NOTHING, "", Reason.OK, ""),
     "green tests without a report of a run that was live after them go again": (
         a_view(a_job("test", "succeeded", since=90), services={"staging": a_service("other",
-            {"run": a_run().id, "outcome": "rolled-back", "at": NOW - 50})},
+            history_entry("rolled-back", ago=50))},
             run=a_run(received=NOW - 20)),
         Do.BUILD, "build", Reason.OK, ""),
     "what a run was before its tests were made anew does not tell of these": (
         a_view(a_job("test", "succeeded", since=40), services={"staging": a_service("other",
-            {"run": a_run().id, "outcome": "rolled-back", "at": NOW - 50})},
+            history_entry("rolled-back", ago=50))},
             run=a_run(received=NOW - 45)),
         Do.ANNOTATE, "test", Reason.OK, f"^{LOST}$"),
     "the pod of tests made anew is gone, beside a build of before": (
