@@ -215,7 +215,7 @@ LOGS_KEPT = 20  # runs of an app whose log tails are kept in one namespace
 # Calls and retries.
 KUBECTL_TIMEOUT = 30.0  # seconds for one call
 WATCH_SECONDS = 300  # after which every watch is renewed: one that hangs looks like a quiet one
-GIT_TIMEOUT = 60.0  # seconds for one call
+GIT_TIMEOUT = 60.0  # seconds for one call, and for the silence of a server within a longer one
 HEADS_AT_ONCE = 4  # git servers' heads read at the same time; a dead server delays only its apps
 HEAD_FRESH = 10.0  # seconds for which a head that was read decides what may be deployed
 HEAD_GRACE = 30.0  # seconds after a push in which git may still show the commit before it
@@ -1809,16 +1809,24 @@ class Finished:
     code: int | None
     stdout: bytes
     stderr: bytes
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a program may take in all, and for how long it may do nothing; in seconds."""
+
+    seconds: float
+    silence: float = math.inf
+
+
 
 
 def run_program(
     argv: Sequence[str],
-    timeout: float,
+    timeout: float | Patience,
     stdin: str = "",
     environ: Mapping[str, str] | None = None,
     file_bytes: int = OUTPUT_BYTES,
 ) -> Finished:
-    """Run a program until it ends, or kill it with all that it started after timeout seconds.
+    """Run a program until it ends, or kill it with all that it started when its time is over.
 
     Its memory is limited, and the bytes that it prints or writes to one file. With file_bytes 0
     neither memory nor files are. Raises ConfigError when it cannot be started.
@@ -1869,17 +1877,21 @@ def memory_file(content: bytes = b"") -> IO[bytes]:
     return file
 
 
-def wait_for_end(process: subprocess.Popen[bytes], timeout: float) -> Finished:
+def wait_for_end(process: subprocess.Popen[bytes], timeout: float | Patience) -> Finished:
     """Wait for a process that leads its group, and read its stderr; at the time limit, kill all.
 
     What is too long is read and dropped.
     """
     stderr = bytearray()
-    until = time.monotonic() + timeout
+    patience = timeout if isinstance(timeout, Patience) else Patience(timeout)
+    activity = Activity(process.pid, patience.silence)
+    until = time.monotonic() + patience.seconds
     pipe: Any = process.stderr
     with process, selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
-        while (left := until - time.monotonic()) > 0 and selector.select(left):
+        while (left := until - time.monotonic()) > 0 and not activity.stalled():
+            if not selector.select(min(left, patience.silence / 4)):
+                continue
             if chunk := os.read(pipe.fileno(), 65536):
                 stderr += chunk[: STDERR_BYTES - len(stderr)]
                 continue
@@ -1900,6 +1912,63 @@ CREDENTIAL_HELPER = (
     ' && git credential-store --file "$CREDENTIALS_FILE" get; }; f'
 )
 GIT = (
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What programs have done so far."""
+
+    moved: int = 0  # bytes that they have read and written
+    used: float = 0.0  # seconds of a processor
+
+
+class Activity:
+    """Whether a program, with all that it started, goes on: it reads, writes or computes.
+
+    Nothing else tells a server that sends a few bytes now and then, to say that it is at work, from
+    one that is silent: libcurl counts whole bytes a second, and git's keep-alives are less.
+    """
+
+    BUSY_SECONDS = 1.0  # of a processor, which nobody uses who only waits
+
+    def __init__(self, group: int, silence: float) -> None:
+        self.group = group
+        self.silence = silence
+        self.last = Work()
+        self.since = time.monotonic()
+        self.looked = self.since
+
+    def stalled(self) -> bool:
+        """Whether it has done nothing for too long; never where the system does not tell."""
+        now = time.monotonic()
+        if now - self.looked < self.silence / 4:
+            return False
+        self.looked = now
+        try:
+            work = self.measured()
+        except (OSError, ValueError, LookupError):
+            self.since = now
+            return False
+        if work.moved != self.last.moved or work.used > self.last.used + self.BUSY_SECONDS:
+            self.last = work
+            self.since = now
+        return now - self.since >= self.silence
+
+    def measured(self) -> Work:
+        """Return what the group has done; raises OSError, ValueError and LookupError if unknown."""
+        moved: list[int] = []
+        ticks = 0
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                # the name in brackets may hold blanks: state, parent and group follow it
+                values = entry.read_text().rpartition(")")[2].split()
+                if int(values[2]) == self.group:
+                    counters = (entry.parent / "io").read_text().split()
+                    moved += [int(counters[1]), int(counters[3])]
+                    ticks += int(values[11]) + int(values[12])
+        if not moved:
+            raise LookupError(f"no process of group {self.group} is seen")
+        return Work(sum(moved), ticks / os.sysconf("SC_CLK_TCK"))
+
+
     *("git", "--literal-pathspecs", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER),
     # large files are not unpacked in memory, nor file by file: one pack has one size
     *("-c", "core.bigFileThreshold=1m", "-c", "fetch.unpackLimit=1"),
@@ -1909,8 +1978,6 @@ GIT_ENVIRONMENT = {
     "GIT_ASKPASS": "",
     "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_CONFIG_NOSYSTEM": "1",
-    "GIT_HTTP_LOW_SPEED_LIMIT": "1000",  # bytes a second; slower than that for so long is no answer
-    "GIT_HTTP_LOW_SPEED_TIME": "60",
     "GIT_TERMINAL_PROMPT": "0",
 }
 HEADS_BYTES = 4 * 2**20  # of a list of branches: some 40,000 with names of usual length
@@ -1950,13 +2017,14 @@ class Git:
     ) -> str:
         """Return what one call prints, bytes that are no UTF-8 as surrogates; raises GitError.
 
-        The call may take patience times the usual time.
+        The call may take patience times the usual time, as long as the server says anything.
         """
         kept = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
         environ = {**kept, **GIT_ENVIRONMENT, "CREDENTIALS_FILE": str(self.credentials)}
         where = ("-C", str(directory)) if directory else ()
         argv = (*GIT, *where, *args)
-        finished = run_program(argv, patience * self.timeout, stdin, environ, file_bytes)
+        limits = Patience(patience * self.timeout, self.timeout)
+        finished = run_program(argv, limits, stdin, environ, file_bytes)
         stdout = finished.stdout.decode(errors="surrogateescape")
         if finished.code != 0:
             stderr = finished.stderr.decode(errors="surrogateescape")
@@ -2028,7 +2096,7 @@ class Git:
         """Put exactly this commit into a new directory; without symlinks these are plain files."""
         self._create_repository(commit, directory)
         fetch = ("fetch", "--quiet", "--depth=1", "--no-tags", "--", url, commit)
-        # a large one takes its time; a server that does not send is cut off by the low speed
+        # a large one takes its time; a server that says nothing is cut off long before
         self.run(*fetch, directory=directory, patience=10, file_bytes=0)
         links = f"core.symlinks={'true' if symlinks else 'false'}"
         write = ("-c", links, "checkout", "--quiet", "--detach", "FETCH_HEAD")
