@@ -89,6 +89,7 @@ class Images:
             )
         }
         self._broken: dict[str, str] = {}
+        self._silent: set[str] = set()
         directory.mkdir(parents=True, exist_ok=True)
 
     def add(
@@ -115,9 +116,18 @@ class Images:
         else:
             self._broken[reference] = text
 
+    def silence(self, reference: str, silent: bool = True) -> None:
+        """Let the registry of this reference not answer at all, or answer again."""
+        (self._silent.add if silent else self._silent.discard)(reference)
+
+    def is_silent(self, reference: str) -> bool:
+        """Whether a pull of it hangs."""
+        return reference in self._silent
+
     def is_local(self, reference: str) -> bool:
         """Whether it is on the node without a pull."""
-        return reference not in self._broken and self._machine(reference) is not None
+        away = reference in self._broken or reference in self._silent
+        return not away and self._machine(reference) is not None
 
     def pull(self, reference: str) -> Image:
         """The image; PullError with the text that the recordings show."""

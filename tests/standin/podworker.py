@@ -33,6 +33,7 @@ LONGEST_BACKOFF = 300.0
 MESSAGE_BYTES = 4096
 FALLBACK_BYTES = 2048
 SIDECAR_GRACE = 2.0
+SILENT_LOOK = 0.2  # between two looks whether a silent registry has answered
 PROBE_FIELDS = ("startup", "liveness", "readiness")
 
 
@@ -247,7 +248,7 @@ class PodWorker:
                 if policy == "Never" and not present:
                     yield from self._never(item)
                 if not present:
-                    self._record("Normal", "Pulling", f'Pulling image "{reference}"', item)
+                    yield from self._ask_registry(item, reference)
                 image = images.pull(reference)
             except InvalidName as error:
                 yield from self._invalid_name(item, str(error))
@@ -267,6 +268,12 @@ class PodWorker:
                 if not present:
                     self.node.pulled.add(reference)
                 return image, _pulled_text(reference, present)
+
+    def _ask_registry(self, item: Container, reference: str) -> Iterator[float]:
+        """Begin a pull; a silent registry keeps it waiting without a word."""
+        self._record("Normal", "Pulling", f'Pulling image "{reference}"', item)
+        while self.node.images.is_silent(reference):
+            yield SILENT_LOOK
 
     def _invalid_name(self, item: Container, text: str) -> Iterator[float]:
         self._record("Warning", "InspectFailed", text, item)
