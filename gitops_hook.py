@@ -7961,16 +7961,25 @@ def delivery_headers(tools: Tools, body: bytes) -> dict[str, str]:
 
 
 def status(tools: Tools, args: argparse.Namespace) -> int:
-    """Print what is live where, where a rollback would go, and how each run stands."""
+    """Print what is live where, where a rollback would go, and how each run stands.
+
+    What this account cannot read is named, and the rest is printed.
+    """
     apps = [tools.app(args.app)] if args.app else list(tools.config.apps)
-    places = [read_environment(tools, a, name) for a in apps for name in a.deploy.environments]
-    runs = [run.as_claimed(places) for run in read_runs(tools, apps)]
+    unreadable: list[str] = []
+    places: list[EnvironmentStatus] = []
+    for task in (task_of(tools.config, a, e) for a in apps for e in a.deploy.environments):
+        with noting_unreadable(task.namespace, unreadable):
+            places.append(read_environment(tools, task.app, task.environment))
+    runs = [run.as_claimed(places) for run in read_runs(tools, apps, unreadable)]
+    unreadable = [*dict.fromkeys(unreadable)]
     if args.output == "json":
         listed: dict[str, Object] = {app.name: {} for app in apps}
         for place in places:
             listed[place.app][place.environment] = place.to_json()
         entries = [{"name": name, "environments": inside} for name, inside in listed.items()]
-        print_text(json.dumps({"apps": entries, "runs": [asdict(run) for run in runs]}, indent=2))
+        answer = {"apps": entries, "runs": [asdict(run) for run in runs], "unreadable": unreadable}
+        print_text(json.dumps(answer, indent=2))
         return 0
     now = tools.doors.clock.now()
     ids = short_ids([run.run for run in runs] + [name for place in places for name in place.runs])
@@ -8050,8 +8059,8 @@ class RunStatus:
 
     def cells(self, ids: Mapping[str, str], now: float) -> list[str]:
         """Return its row in the table of `status`, with a short id, and the text below the row."""
-        detail = self.detail.partition("\n")[0]
-        texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now), detail]
+        below = (self.waits_for or self.detail).partition("\n")[0]
+        texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now), below]
         return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts]
 
 
@@ -8081,21 +8090,32 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
     )
 
 
-def read_runs(tools: Tools, apps: Sequence[App]) -> list[RunStatus]:
-    """Return the runs of apps that have a Job or a record, newest first."""
+def read_runs(
+    tools: Tools, apps: Sequence[App], unreadable: list[str] | None = None
+) -> list[RunStatus]:
+    """Return the runs of apps that have a Job or a record, newest first.
+
+    Namespaces of Jobs that cannot be read are added to a list.
+    """
+    unreadable = [] if unreadable is None else unreadable
     jobs: dict[str, dict[str, Job]] = {}
     for namespace in (tools.config.namespaces[stage] for stage in JOB_STAGES):
         address = list_address("jobs", namespace, f"{LABEL_MANAGED}={MANAGER}")
-        for page in tools.doors.kubectl.pages(address, namespace):
-            for job in map(Job, page["items"]):
-                if job.stage in JOB_STAGES:
-                    jobs.setdefault(job.run.id, {})[job.stage] = job
+        with noting_unreadable(namespace, unreadable):
+            for page in tools.doors.kubectl.pages(address, namespace):
+                for job in map(Job, page["items"]):
+                    if job.stage in JOB_STAGES:
+                        jobs.setdefault(job.run.id, {})[job.stage] = job
+    slots = slot_words(jobs.values(), tools.config.limits.max_running)
     runs: list[RunStatus] = []
     for app in apps:
         state = tools.deployer.state.read(app)
         own = {name: group for name, group in jobs.items() if newest(group).app == app.name}
         names = own.keys() | state.runs.keys()
-        runs += [run_status(app, state, name, own.get(name, {})) for name in names]
+        statuses = [run_status(app, state, name, own.get(name, {})) for name in names]
+        if unreadable:  # it may well be there
+            statuses = [replace(s, state="unknown") if s.state == "lost" else s for s in statuses]
+        runs += [run.waiting(slots) for run in statuses]
     return sorted(runs, key=lambda run: (-run.received, run.run))
 
 
@@ -8106,6 +8126,8 @@ def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) ->
     status = RunStatus(run.id, run.app, run.ref, run.commit, run.received)
     if record and record.outcome and record.ended >= run.received:
         end = {key: getattr(record, key) for key in ("stage", "outcome", "reason", "detail")}
+UNREADABLE_KINDS = ("Forbidden", "NotFound")  # of the errors of one namespace, not of the cluster
+NAMED_RUNS = 3  # of those that take the slots, in what another one waits for
         status = replace(status, state="ended", **end)
     elif jobs:
         last = jobs.get("build") or jobs["test"]
@@ -8169,7 +8191,8 @@ def explain(tools: Tools, args: argparse.Namespace) -> int:
         values["received"] = f"{age(values['received'], tools.doors.clock.now())} ago"
         for key in filter(values.get, values):
             lines = printable(values[key]).split("\n")
-            print_text(f"{key + ':':10}" + f"\n{'':10}".join(lines))
+            title = key.removesuffix("_for")
+            print_text(f"{title + ':':10}" + f"\n{'':10}".join(lines))
     elif not logs:
         raise HookError(f"{name} is unknown: no Job, no record and no log of it is left")
     if args.log and not logs:
@@ -8298,9 +8321,22 @@ def reopened(tools: Tools, app: App, run: Run) -> bool:
     kubectl = tools.doors.kubectl
     name = f"test-{run.id}"
     jobs = [test_job(tools.config, app, run)]
+    if unreadable:
+        print_text(f"\n{UNREADABLE}: {', '.join(unreadable)}")
     refusal = kubectl.create_each(jobs, tools.config.namespaces["test"]).get(name)
     if refusal is None:
         return True
+@contextmanager
+def noting_unreadable(namespace: str, unreadable: list[str]) -> Iterator[None]:
+    """Note a namespace in which the block may not read, or that is not there, and go on."""
+    try:
+        yield
+    except KubectlError as refusal:
+        if refusal.kind not in UNREADABLE_KINDS:
+            raise
+        unreadable.append(namespace)
+
+
     if refusal.kind != "AlreadyExists":
         raise StageError(Reason.JOB_REFUSED, refusal.said)
     return reopen(kubectl, run, jobs_of(kubectl, tools.config, [run.id])[run.id])
@@ -8361,6 +8397,7 @@ class Plan:
             if isinstance(failure, KubectlError) and failure.kind == "Unreachable":
                 raise
             text = printable(self.tools.doors.secrets.mask(f"failed: {failure}"))
+    waits_for: str = ""
             self.complete = False
         print_text(f"{title}: {text}")
 
@@ -8369,6 +8406,12 @@ class Plan:
         rejected = self.tools.deployer.state.read(self.app).rejected.get(self.run.commit)
         again = f"only `rerun {self.run.id}` deploys it"
         return f"{rejected.reason}; {again}" if rejected else "no"
+    def waiting(self, slots: str) -> RunStatus:
+        """Return it with what it waits for, if it does; `slots` says who takes the slots."""
+        if self.state == "ended":
+            return self
+        return replace(self, waits_for=self.detail or slots * (self.state == "suspended"))
+
 
     def missing_rights(self) -> str:
         """Return what the daemon must be able to do, by its Roles, and the caller may not."""
@@ -8420,6 +8463,18 @@ class Plan:
         services = self.tools.deployer.steady.live
         service = services.read(task)
         live = service.live if service else HistoryEntry()
+def slot_words(groups: Iterable[Mapping[str, Job]], limit: int) -> str:
+    """Return what a suspended Job waits for: a slot; and who takes how many of so many."""
+    going = [jobs for jobs in groups if not has_ended(jobs)]
+    takers = [job.run.id for jobs in going for job in jobs.values() if job.state == "active"]
+    names = sorted(takers)[:NAMED_RUNS]
+    if more := len(takers) - len(names):
+        names.append(f"and {more} more")
+    by = f" by {', '.join(names)}" if names else ""
+    verb = "is" if len(takers) == 1 else "are"
+    return f"a free slot: {len(takers)} of {limit} {verb} taken{by}"
+
+
         if not live.release:
             return "not deployed from here" if service else "nothing"
         same = ", this commit" if live.commit == self.run.commit else ""
@@ -8487,6 +8542,8 @@ def spec_lines(deployment: Object) -> list[str]:
 def clone(environ: Mapping[str, str]) -> int:
     """Inside a Job pod: check out the pushed commit, or write why not where the daemon reads it."""
     names = ("CLONE_URL", "CLONE_COMMIT", "CLONE_DIRECTORY", "CREDENTIALS_FILE", "TERMINATION_LOG")
+        if values["waits_for"] == values["detail"]:
+            del values["waits_for"]
     require_variables(environ, *names)
     git = Git(Path(environ["CREDENTIALS_FILE"]))
     directory = Path(environ["CLONE_DIRECTORY"])
