@@ -5826,6 +5826,9 @@ class RolloutWatch:
         self.informer = pods
         self.tracker = ProblemTracker()
         self.cooldown = Cooldown(doors.clock)
+        # a rollout that takes no longer than usual costs no calls for this
+        self.cooldown.start("events", LOOK_SECONDS)
+        self.cooldown.start("show", EVENTS_SECONDS)
         self.cooldown.start("head", HEAD_FRESH)
         self.events: list[PodEvent] = []
         self.holdup: PodProblem | None = None
