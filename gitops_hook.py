@@ -69,6 +69,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from dataclasses import field as dataclass_field
 from datetime import datetime
+from decimal import Decimal
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
@@ -219,7 +220,7 @@ LOGS_KEPT = 20  # runs of an app whose log tails are kept in one namespace
 # Calls and retries.
 KUBECTL_TIMEOUT = 30.0  # seconds for one call
 WATCH_SECONDS = 300  # after which every watch is renewed: one that hangs looks like a quiet one
-GIT_TIMEOUT = 60.0  # seconds for one call
+GIT_TIMEOUT = 60.0  # seconds for one call, and for the silence of a server within a longer one
 HEADS_AT_ONCE = 4  # git servers' heads read at the same time; a dead server delays only its apps
 HEAD_FRESH = 10.0  # seconds for which a head that was read decides what may be deployed
 HEAD_GRACE = 300.0  # seconds after a push in which git may still show a commit from before it
@@ -229,6 +230,7 @@ TRY_DELAYS = (60.0, 300.0, 900.0, 3600.0)  # seconds after each try; the last de
 TRY_SECONDS = 86400.0  # after which what ends by circumstances is not tried again by itself
 LOOK_SECONDS = 2.0  # between two looks at something that no informer reports
 AGAIN_SECONDS = 10.0  # after which an action that has shown no effect is repeated
+EVENTS_SECONDS = 4.0  # between two looks at the Events of a pod that does not start
 
 # Deployments.
 ROLLOUT_PER_REPLICA = 20.0  # seconds that a rollout may take at least for each replica
@@ -760,6 +762,11 @@ class DeploySettings:
         parse=DURATION,
         default="300s",
         meaning="how long new pods may take to become ready; at least 20 s for each replica",
+    )
+    crashes: int = setting(
+        parse=COUNT,
+        default="2",
+        meaning="exits of a container for the same cause, before it was ready, that end a rollout",
     )
     log_tails: bool = setting(
         parse=SWITCH, default="true", meaning="whether the last log lines of failed pods are kept"
@@ -1885,6 +1892,14 @@ def list_address(resource: str, namespace: str, labels: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a program may take in all, and for how long it may do nothing; in seconds."""
+
+    seconds: float
+    silence: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """How a program ended: its exit code, None at the time limit, and what it printed."""
 
@@ -1895,12 +1910,12 @@ class Finished:
 
 def run_program(
     argv: Sequence[str],
-    timeout: float,
+    timeout: float | Patience,
     stdin: str = "",
     environ: Mapping[str, str] | None = None,
     file_bytes: int = OUTPUT_BYTES,
 ) -> Finished:
-    """Run a program until it ends, or kill it with all that it started after timeout seconds.
+    """Run a program until it ends, or kill it with all that it started when its time is over.
 
     Its memory is limited, and the bytes that it prints or writes to one file. With file_bytes 0
     neither memory nor files are. Raises ConfigError when it cannot be started.
@@ -1956,17 +1971,21 @@ def path_of(file: IO[bytes]) -> str:
     return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
-def wait_for_end(process: subprocess.Popen[bytes], timeout: float) -> Finished:
+def wait_for_end(process: subprocess.Popen[bytes], timeout: float | Patience) -> Finished:
     """Wait for a process that leads its group, and read its stderr; at the time limit, kill all.
 
     What is too long is read and dropped.
     """
     stderr = bytearray()
-    until = time.monotonic() + timeout
+    patience = timeout if isinstance(timeout, Patience) else Patience(timeout)
+    activity = Activity(process.pid, patience.silence)
+    until = time.monotonic() + patience.seconds
     pipe: Any = process.stderr
     with process, selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
-        while (left := until - time.monotonic()) > 0 and selector.select(left):
+        while (left := until - time.monotonic()) > 0 and not activity.stalled():
+            if not selector.select(min(left, patience.silence / 4)):
+                continue
             if chunk := os.read(pipe.fileno(), 65536):
                 stderr += chunk[: STDERR_BYTES - len(stderr)]
                 continue
@@ -1978,6 +1997,63 @@ def wait_for_end(process: subprocess.Popen[bytes], timeout: float) -> Finished:
             while True:  # as process 1 of a container it inherits what its helpers left
                 os.waitpid(-process.pid, 0)
     return Finished(None, b"", bytes(stderr))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What programs have done so far."""
+
+    moved: int = 0  # bytes that they have read and written
+    used: float = 0.0  # seconds of a processor
+
+
+class Activity:
+    """Whether a program, with all that it started, goes on: it reads, writes or computes.
+
+    Nothing else tells a server that sends a few bytes now and then, to say that it is at work, from
+    one that is silent: libcurl counts whole bytes a second, and git's keep-alives are less.
+    """
+
+    BUSY_SECONDS = 1.0  # of a processor, which nobody uses who only waits
+
+    def __init__(self, group: int, silence: float) -> None:
+        self.group = group
+        self.silence = silence
+        self.last = Work()
+        self.since = time.monotonic()
+        self.looked = self.since
+
+    def stalled(self) -> bool:
+        """Whether it has done nothing for too long; never where the system does not tell."""
+        now = time.monotonic()
+        if now - self.looked < self.silence / 4:
+            return False
+        self.looked = now
+        try:
+            work = self.measured()
+        except (OSError, ValueError, LookupError):
+            self.since = now
+            return False
+        if work.moved != self.last.moved or work.used > self.last.used + self.BUSY_SECONDS:
+            self.last = work
+            self.since = now
+        return now - self.since >= self.silence
+
+    def measured(self) -> Work:
+        """Return what the group has done; raises OSError, ValueError and LookupError if unknown."""
+        moved: list[int] = []
+        ticks = 0
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                # the name in brackets may hold blanks: state, parent and group follow it
+                values = entry.read_text().rpartition(")")[2].split()
+                if int(values[2]) == self.group:
+                    counters = (entry.parent / "io").read_text().split()
+                    moved += [int(counters[1]), int(counters[3])]
+                    ticks += int(values[11]) + int(values[12])
+        if not moved:
+            raise LookupError(f"no process of group {self.group} is seen")
+        return Work(sum(moved), ticks / os.sysconf("SC_CLK_TCK"))
 
 
 # === git ==========================================================================================
@@ -1996,8 +2072,6 @@ GIT_ENVIRONMENT = {
     "GIT_ASKPASS": "",
     "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_CONFIG_NOSYSTEM": "1",
-    "GIT_HTTP_LOW_SPEED_LIMIT": "1000",  # bytes a second; slower than that for so long is no answer
-    "GIT_HTTP_LOW_SPEED_TIME": "60",
     "GIT_TERMINAL_PROMPT": "0",
 }
 LITERAL = "--literal-pathspecs"  # for paths that come from outside
@@ -2168,16 +2242,18 @@ class Git:
     ) -> str:
         """Return what one call prints, bytes that are no UTF-8 as surrogates; raises GitError.
 
-        The call may take patience times the usual time. It has no credentials but the login.
+        The call may take patience times the usual time, as long as the server says anything. It has
+        no credentials but the login.
         """
         where = ("-C", str(directory)) if directory else ()
         argv = (*GIT, *where, *args)
+        limits = Patience(patience * self.timeout, self.timeout)
         authorities = self.surroundings.authorities()
         with memory_file(login.encode()) as store, memory_file(authorities) as bundle:
             environ = {**self.environ(), "CREDENTIALS_FILE": path_of(store)}
             if authorities:
                 environ["GIT_SSL_CAINFO"] = path_of(bundle)
-            finished = run_program(argv, patience * self.timeout, stdin, environ, file_bytes)
+            finished = run_program(argv, limits, stdin, environ, file_bytes)
         stdout = finished.stdout.decode(errors="surrogateescape")
         if finished.code != 0:
             stderr = finished.stderr.decode(errors="surrogateescape")
@@ -2264,7 +2340,7 @@ class Git:
         self._create_repository(commit, directory)
         settings = settings or DEFAULT_CLONE
         fetch = ("fetch", "--quiet", *settings.depth_options)
-        # a large one takes its time; a server that does not send is cut off by the low speed
+        # a large one takes its time; a server that says nothing is cut off long before
         how: Any = {"directory": directory, "patience": 10, "file_bytes": 0}
         if settings.tags:
             self.reach(url, *fetch, "--", url, f"+{commit}:{CLONED_REF}", **how)
@@ -3554,6 +3630,7 @@ def same_configmap(one: Object, other: Object) -> bool:
 # === objects ======================================================================================
 
 SHORT_WATCH = 5.0  # a watch that ends so soon did not work
+WORDS_LENGTH = 800  # characters of what the cluster says about a pod: a quota's are the longest
 LOG_PATIENCE = 2.0  # seconds that a failed deployment waits until its logs are kept
 # exit reasons after a machine was lost: they tell nothing about the program
 NODE_LOST = ("ContainerStatusUnknown", "Unknown")
@@ -3646,6 +3723,26 @@ def containers_of(spec: Object, status: Object) -> list[Container]:
     sidecars = [c["name"] for c in spec.get("initContainers") or [] if "restartPolicy" in c]
     kinds = ["sidecar" if entry["name"] in sidecars else "init" for entry in inits]
     return [*map(Container, inits, kinds), *(Container(entry, "app") for entry in apps)]
+
+
+class PodEvent:
+    """What matters of an Event: what the cluster says of a pod or of a Job, how often and when."""
+
+    def __init__(self, manifest: Object) -> None:
+        about = manifest.get("involvedObject") or {}
+        series = manifest.get("series") or {}
+        meta = manifest.get("metadata") or {}
+        begun = manifest.get("firstTimestamp") or manifest.get("eventTime")
+        first: str = begun or meta.get("creationTimestamp") or ""
+        container = re.fullmatch(r"spec\.\w+\{(.*)\}", str(about.get("fieldPath")))
+        self.pod = str(about.get("name"))
+        self.container = container[1] if container else ""
+        self.reason = str(manifest.get("reason"))
+        self.text = clip(str(manifest.get("message")), WORDS_LENGTH)
+        self.is_warning = manifest.get("type") == "Warning"
+        self.times = int(series.get("count") or manifest.get("count") or 1)
+        self.first = epoch(first)
+        self.last = epoch(series.get("lastObservedTime") or manifest.get("lastTimestamp") or first)
 
 
 class Job:
@@ -4054,15 +4151,33 @@ class Informer(Generic[V]):
 
 LAG = 10.0  # seconds that the pods' watch may be behind the Jobs'
 NEVER = float("inf")
-PULL = re.compile("ErrImage.*|ImagePullBackOff|ImageInspectError|InvalidImageName|Registry.*")
+PROOF_SECONDS = 10.0  # at least, between the first and the last sign of what cannot heal
+REFUSED_SECONDS = 30.0  # that a refusal stands, by when the kubelet must have asked again
+PULL = re.compile("ErrImage.*|ImagePullBackOff|ImageInspectError|Registry.*")
+BARE_BACK_OFF = re.compile('(Back-off pulling image "[^"]*")?')  # of kubelets before 1.29
 HOPELESS_PULL = re.compile(
     r"(?i)not found|(manifest|name) unknown|denied|unauthorized|forbidden|authentication required"
-    r"|no basic auth|insufficient_scope|authorization failed|invalid reference|InvalidImageName"
-    r"|couldn't parse image|does not exist|no match for platform"
+    r"|no basic auth|insufficient_scope|authorization failed|invalid reference"
+    r"|does not exist|no match for platform"
+)
+PASSING_PULL = re.compile(
+    r"(?i)connection refused|timed? ?out|no such host|too ?many ?requests|\b5[0-9]{2} [A-Z]"
 )
 PASSING_REFUSAL = re.compile(
     "Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown|being terminated"
 )
+# What may be away or behind when a pod is created. What a policy refuses may hold any words.
+PASSING_CREATION = re.compile(
+    f"{PASSING_REFUSAL.pattern}|serviceaccount +not found|failed calling webhook|connection refused"
+)
+POLICY = re.compile("denied the request|violates PodSecurity|must specify|m(ax|in)imum ")
+QUOTA = re.compile("exceeded quota: [^ ]+, requested: ([^ ]+), used: [^ ]+, limited: ([^ ]+)")
+QUANTITY_TEXT = re.compile("([0-9]+(?:[.][0-9]+)?)(e[+-]?[0-9]{1,2}|[numkMGTPE]|[KMGTPE]i)?")
+UNIT_POWERS = {"n": -3, "u": -2, "m": -1, "": 0, "k": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
+CLAIM = re.compile("(?i)persistentvolumeclaim")
+VOLUME_EVENTS = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
+STEPS = ("Pulling", "Pulled", "Created", "Started")  # of a container on its way to run
+STARTING = ("ContainerCreating", "PodInitializing")  # of which the status says nothing more
 
 
 @dataclass(frozen=True, slots=True)
@@ -4084,35 +4199,72 @@ Do = StrEnum("Do", "NOTHING WAIT UNSUSPEND BUILD ANNOTATE DEPLOY END")
 
 @dataclass(frozen=True, slots=True)
 class PodProblem:
-    """Something wrong with a pod that is fatal once it lasts for `grace` seconds, or recurs."""
+    """Something wrong with a pod, and what proves that it cannot heal: until then it is waited for.
+
+    It is fatal once it has lasted for `grace` seconds, or has happened `enough` times for the same
+    cause and PROOF_SECONDS have passed since the first.
+    """
 
     key: str
     reason: Reason
     detail: str
     grace: float = 0.0
-    times: int = 0
-    cause: str = ""
+    times: int = 0  # how often it has happened until now, whatever the cause was
+    cause: str = ""  # "" where it is not said
+    counted: int = 0  # how many of these times count where it is seen first
+    enough: int = 0  # 0: it may happen for ever
+    renewed: bool = False  # whether it has just happened, rather than waits to happen again
 
 
-def container_problem(container: Container, pod: Pod) -> PodProblem | None:
+def container_problem(
+    container: Container, pod: Pod, events: Sequence[PodEvent] = (), crashes: int = 2
+) -> PodProblem | None:
     """Return what is wrong with a container, by the texts a real cluster gives."""
     key = f"{pod.name}/{container.name}"
-    name = f"container {container.name} of {pod.name}"
-    text = f"{name}: {clip(container.text, 800)}"
     waiting = container.waiting
+    text = f"container {container.name} of {pod.name}: {clip(container.text, WORDS_LENGTH)}"
+    if waiting == "InvalidImageName":  # the kubelet does not even ask for it
+        reason = Reason.JOB_REFUSED if pod.job else Reason.MANIFEST_INVALID
+        return PodProblem(f"{key}/pull", reason, text)
     if PULL.fullmatch(waiting):
-        unquoted = re.sub(r'"[^"]*"', "", container.text)  # an image may be called what it likes
-        if HOPELESS_PULL.search(f"{waiting}: {unquoted}"):
-            return PodProblem(f"{key}/pull", Reason.IMAGE_NOT_FOUND, text)
-        return PodProblem(f"{key}/pull", Reason.IMAGE_PULL_FAILED, text, 60.0)
-    starting = START.fullmatch(waiting) or START.fullmatch(container.exit_reason)
-    if starting and not container.running:
-        grace = NEVER if "failed to sync" in text else 30.0  # the kubelet's cache, not the object
-        return PodProblem(f"{key}/start", Reason.CONTAINER_CONFIG, text, grace)
-    return exit_problem(container, pod, f"{key}/exit", name)
+        own = [e for e in events if (e.pod, e.container) == (pod.name, container.name)]
+        return pull_problem(container, f"{key}/pull", text, own)
+    if START.fullmatch(waiting) and not START.fullmatch(container.exit_reason):
+        return PodProblem(f"{key}/start", Reason.CONTAINER_CONFIG, text, NEVER)
+    return exit_problem(container, pod, f"{key}/exit", crashes)
 
 
-def exit_problem(container: Container, pod: Pod, key: str, name: str) -> PodProblem | None:
+def pull_problem(
+    container: Container, key: str, text: str, events: Sequence[PodEvent]
+) -> PodProblem:
+    """Return what is wrong with a pull: refused, which two refusals prove, or not answered."""
+    if not (cause := refusal_of(container.text)):
+        says = not BARE_BACK_OFF.fullmatch(container.text)
+        return PodProblem(key, Reason.IMAGE_PULL_FAILED, text, NEVER, cause="away" * says)
+    refused = [e for e in events if e.reason == "Failed" and refusal_of(e.text) == cause]
+    proven = sum(e.times for e in refused) > 1 and (
+        max(e.last for e in refused) - min(e.first for e in refused) >= PROOF_SECONDS
+    )
+    return PodProblem(
+        key,
+        Reason.IMAGE_NOT_FOUND,
+        text,
+        grace=0.0 if proven else REFUSED_SECONDS,
+        cause=cause,
+        counted=1,
+        enough=2,
+        renewed=container.waiting.startswith("ErrImage"),
+    )
+
+
+def refusal_of(text: str) -> str:
+    """Return with which words a registry refuses an image, "" where it does not or is away."""
+    unquoted = re.sub(r'"[^"]*"', "", text)  # an image may be called what it likes
+    refusal = None if PASSING_PULL.search(unquoted) else HOPELESS_PULL.search(unquoted)
+    return refusal[0].lower() if refusal else ""
+
+
+def exit_problem(container: Container, pod: Pod, key: str, crashes: int) -> PodProblem | None:
     """Return what is wrong with a container that ended, unless it may or has worked before."""
     code = container.exit_code
     worked = container.ready or pod.seen_ready
@@ -4124,53 +4276,161 @@ def exit_problem(container: Container, pod: Pod, key: str, name: str) -> PodProb
     if out_of_memory:
         reason = Reason.OUT_OF_MEMORY
     cause = f"{code} ({container.exit_reason})"
-    text = f"{name} ended {container.exits} times, last with exit code {cause}"
-    grace = NEVER if worked or container.exits == 1 else 15.0
-    return PodProblem(key, reason, text, grace, container.exits, cause)
+    text = f"container {container.name} of {pod.name} ended {container.exits} times"
+    text += f", last with exit code {cause}"
+    if START.fullmatch(container.exit_reason):  # the runtime's words: nothing of it has run
+        text += f": {clip(container.words, WORDS_LENGTH)}"
+    counted = 1 if worked else container.exits
+    return PodProblem(key, reason, text, NEVER, container.exits, cause, counted, crashes)
 
 
-def pod_problems(pod: Pod) -> Iterator[PodProblem]:
+def pod_problems(
+    pod: Pod, events: Sequence[PodEvent] = (), crashes: int = 2
+) -> Iterator[PodProblem]:
     """Yield what is wrong with a pod; one that the cluster takes away is replaced, not sick."""
     if pod.leaving:
         return
     if pod.overfull:
         yield PodProblem(f"{pod.name}/disk", Reason.OUT_OF_DISK, clip(pod.overfull))
     if pod.unschedulable:
-        yield PodProblem(
-            f"{pod.name}/schedule", Reason.UNSCHEDULABLE, clip(pod.unschedulable), 120.0
-        )
-    yield from filter(None, (container_problem(c, pod) for c in pod.containers))
+        reason = Reason.UNSCHEDULABLE
+        if CLAIM.search(pod.unschedulable):
+            reason = Reason.VOLUME_UNAVAILABLE
+        text = clip(pod.unschedulable, WORDS_LENGTH)
+        yield PodProblem(f"{pod.name}/schedule", reason, text, NEVER)
+    problems = (container_problem(c, pod, events, crashes) for c in pod.containers)
+    yield from filter(None, problems)
+
+
+def container_to_start(pod: Pod) -> Container | None:
+    """Return the container that is to start next; None where the one before it is at work."""
+    for container in pod.containers:
+        if container.waiting:
+            return container
+        at_work = container.running and container.kind != "app"
+        if at_work and not (container.kind == "sidecar" and container.ready):
+            return None
+    return None
+
+
+def held_container(pod: Pod) -> Container | None:
+    """Return the container for which a pod is not ready: it has to start, or to become ready."""
+    running = (c for c in pod.containers if c.running and c.kind == "app" and not c.ready)
+    return container_to_start(pod) or next(running, None)
+
+
+def is_unexplained(pod: Pod) -> bool:
+    """Whether the Events of a pod say more than its status about why it is not ready."""
+    container = held_container(pod) if pod.stays and not pod.unschedulable else None
+    if container is None:
+        return False
+    waiting = container.waiting
+    return not waiting or waiting in STARTING or PULL.fullmatch(waiting) is not None
+
+
+def start_problem(pod: Pod, events: Iterable[PodEvent]) -> PodProblem | None:
+    """Return why a pod is not ready of which the status does not say it, by its newest Event."""
+    if not is_unexplained(pod) or not (container := held_container(pod)):
+        return None
+    own = [e for e in events if e.pod == pod.name and (e.is_warning or e.reason in STEPS)]
+    newest = max(reversed(own), key=lambda event: event.last, default=None)
+    what = "not started" if container.waiting else "not ready"
+    reason = Reason.NEVER_STARTED if container.waiting else Reason.NEVER_READY
+    if newest and newest.reason in VOLUME_EVENTS:
+        reason = Reason.VOLUME_UNAVAILABLE
+    words = newest.text if newest else container.waiting
+    text = f"container {container.name} of {pod.name} is {what}{f': {words}' * bool(words)}"
+    return PodProblem(f"{pod.name}/start", reason, text, NEVER)
+
+
+def holdup(pods: Sequence[Pod], events: Sequence[PodEvent], crashes: int = 2) -> PodProblem | None:
+    """Return what pods wait for: what is wrong with them, else which container has to start."""
+    problems = (problem for pod in pods for problem in pod_problems(pod, events, crashes))
+    starts = (problem for pod in pods if (problem := start_problem(pod, events)))
+    return next(problems, None) or next(starts, None)
 
 
 def creation_problem(message: str, key: str) -> PodProblem:
     """Return why pods cannot be created, from a FailedCreate event or ReplicaFailure condition."""
-    if "exceeded quota" in message:
-        return PodProblem(f"{key}/quota", Reason.QUOTA_EXCEEDED, clip(message), 15.0)
-    passes = PASSING_REFUSAL.search(message)
-    return PodProblem(
-        f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 60.0 if passes else 3.0
+    text = clip(message, WORDS_LENGTH)
+    if "exceeded quota: " in message:
+        grace = 0.0 if is_above_quota(message) else NEVER
+        return PodProblem(f"{key}/quota", Reason.QUOTA_EXCEEDED, text, grace)
+    unquoted = re.sub(r'"[^"]*"', "", message)  # a pod may be called what it likes
+    if PASSING_CREATION.search(unquoted) and not POLICY.search(unquoted):
+        return PodProblem(f"{key}/create", Reason.PODS_NOT_CREATED, text, NEVER)
+    return PodProblem(f"{key}/create", Reason.ADMISSION_REFUSED, text, 3.0)
+
+
+def is_above_quota(message: str) -> bool:
+    """Whether a quota's refusal says that more is requested than the quota ever allows."""
+    if not (amounts := QUOTA.search(message)):
+        return False
+    requested, limited = (
+        dict(item.split("=", 1) for item in group.split(",") if "=" in item)
+        for group in amounts.groups()
     )
+    nothing = Decimal(0)
+    return any(quantity(requested.get(n, ""), nothing) > quantity(limited[n]) for n in limited)
+
+
+def quantity(text: str, other: Decimal = Decimal("Infinity")) -> Decimal:
+    """Return a Kubernetes quantity, such as 250m or 1Gi, as a number; `other` for another text."""
+    if not (parts := QUANTITY_TEXT.fullmatch(text)):
+        return other
+    unit = parts[2] or ""
+    if unit.endswith("i"):
+        return Decimal(parts[1]) * Decimal(1024) ** UNIT_POWERS[unit[0].replace("K", "k")]
+    if unit[1:]:
+        return Decimal(parts[1] + unit)
+    return Decimal(parts[1]) * Decimal(1000) ** UNIT_POWERS[unit]
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """A problem as it was followed from look to look, while its cause stayed the same."""
+
+    problem: PodProblem  # as it is now
+    since: float
+    times: int  # how often it has happened since then
+
+    def at_next_look(self, problem: PodProblem, now: float) -> Followed:
+        """Return it as it is seen again; another cause begins anew."""
+        before = self.problem
+        more = max(0, problem.times - before.times)
+        if before.cause and not problem.cause:  # the words are gone, not what they said
+            return replace(self, problem=replace(before, renewed=False))
+        if problem.cause != before.cause:
+            return Followed(problem, now, more or 1)
+        if problem.renewed and not before.renewed and now - self.since >= PROOF_SECONDS:
+            more += 1
+        return Followed(problem, self.since, self.times + more)
+
+    def is_fatal(self, now: float) -> bool:
+        """Whether it is proven that it cannot heal."""
+        lasted = now - self.since
+        recurred = 0 < self.problem.enough <= self.times
+        return lasted >= self.problem.grace or (recurred and lasted >= PROOF_SECONDS)
 
 
 class ProblemTracker:
-    """Remembers since when each problem is there, and so knows which one is fatal."""
+    """Follows each problem while it is there, and so knows which one is fatal."""
 
     def __init__(self) -> None:
-        self._first: dict[str, PodProblem] = {}  # as it was first seen
-        self._since: dict[str, float] = {}
+        self._followed: dict[str, Followed] = {}
 
     def fatal(self, problems: Iterable[PodProblem], now: float) -> PodProblem | None:
-        """Return a problem that has lasted too long or recurred; what is gone is forgotten."""
+        """Return a problem that cannot heal; what is gone is forgotten."""
         present = {p.key: p for p in problems}
-        self._first = {k: self._first.get(k, p) for k, p in present.items()}
-        self._since = {k: self._since.get(k, now) for k in present}
-        for key, problem in present.items():
-            first = self._first[key]
-            again = problem.times > first.times and problem.cause == first.cause
-            unwatched = first.times > 1 and problem.grace < NEVER
-            if again or unwatched or now - self._since[key] >= problem.grace:
-                return problem
-        return None
+        before = self._followed
+        self._followed = {
+            key: before[key].at_next_look(problem, now)
+            if key in before
+            else Followed(problem, now, problem.counted)
+            for key, problem in present.items()
+        }
+        fatal = (f.problem for f in self._followed.values() if f.is_fatal(now))
+        return next(fatal, None)
 
 
 class Head(StrEnum):
@@ -4208,6 +4468,7 @@ class Observation:
     now: float
     queue_timeout: float
     slot: bool = True  # whether one more Job of the run may start
+    holdup: PodProblem | None = None  # what its pods wait for
 
     @property
     def report(self) -> str:
@@ -4399,12 +4660,16 @@ def lateness(observed: Observation, job: Job, pods: Sequence[Pod]) -> Action:
     why = job.annotations.get(ANNOTATION_DETAIL, "")
     limit = getattr(observed.app, job.stage).timeout
     started = max((p.started for p in pods), default=0.0)
-    if started and observed.now - started > limit:
+    late = started and observed.now - started > limit
+    waited = observed.now - job.unsuspended
+    lost = not started and job.unsuspended and waited > observed.queue_timeout
+    if observed.holdup and (late or lost):  # it never came to its work
+        return fails(observed.holdup.reason, observed.holdup.detail, job.stage)
+    if late:
         running = still_running(job, pods[:1], NEVER)
         detail = f"{running} after {limit:.0f} s" if running else f"no result within {limit:.0f} s"
         return fails(Reason.TIMEOUT, detail, job.stage)
-    waited = observed.now - job.unsuspended
-    if not started and job.unsuspended and waited > observed.queue_timeout:
+    if lost:
         return fails(Reason.QUEUE_TIMEOUT, why or "no pod could start in time", job.stage)
     return Action(Do.WAIT, job.stage, detail="its pod runs" if started else why or "for its pod")
 
@@ -5195,6 +5460,7 @@ class Task:
     run: Run
     image: str = ""
     older: frozenset[str] = frozenset()  # what the run's branch had before, as far as that is known
+    job: Job | None = None  # the run's last Job, on which `status` reads what it waits for
 
     @property
     def words(self) -> dict[str, Any]:
@@ -5210,6 +5476,12 @@ class Task:
     def last(self) -> bool:
         """Whether this is the environment that bakes."""
         return self.environment == self.app.deploy.environments[-1]
+
+
+def read_events(kubectl: Kubectl, namespace: str, *terms: str) -> list[PodEvent]:
+    """Return the Events of which all terms of a field selector are true; raises KubectlError."""
+    listed = kubectl.list("events", namespace, "--field-selector", ",".join(terms))
+    return [*map(PodEvent, listed)]
 
 
 def require_head(doors: Doors, task: Task) -> None:
@@ -6175,17 +6447,24 @@ class Rollout:
                 raise StageError(Reason.ADOPTION_REFUSED, f"{detail}; delete or rename it")
 
     def wait(self, task: Task, release: Release, pods: Informer[Pod]) -> None:
-        """Wait for the pods of a release; raises StageError at once for what cannot heal."""
+        """Wait for the pods of a release; raises StageError as soon as it is proven hopeless."""
+        watch = RolloutWatch(self.doors, task, release, pods)
+        try:
+            self.wait_until_ready(task, release, watch)
+        finally:
+            watch.end()
+
+    def wait_until_ready(self, task: Task, release: Release, watch: RolloutWatch) -> None:
+        """Wait for the pods of a release, which a watch looks at."""
         clock = self.doors.clock
         name = release.deployment["metadata"]["name"]
         timeout = int(release.deployment["spec"]["progressDeadlineSeconds"])
-        tracker = ProblemTracker()
         began = clock.monotonic()
         deadline = began + timeout
         settled = math.inf  # when the cluster must show what `rollout status` has said
         ready = 0
         while clock.monotonic() < min(deadline, settled):
-            exit_code = self.follow_status(task, release, pods, tracker, deadline)
+            exit_code = self.follow_status(task, release, watch, deadline)
             # what it says is no proof: it is content with no replicas, and with another's pods
             deployment = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
             if (deployment["metadata"].get("labels") or {}).get(LABEL_RUN) != release.run:
@@ -6198,20 +6477,14 @@ class Rollout:
                 settled = math.inf
             self.doors.pause(0.3)
         seconds = round(clock.monotonic() - began)
-        detail = f"{ready} of {release.wanted} pods ready after {seconds} s"
-        raise self.failure(release, pods, PodProblem("", Reason.NEVER_READY, detail))
+        raise watch.lateness(f"{ready} of {release.wanted} pods ready after {seconds} s")
 
     def follow_status(
-        self,
-        task: Task,
-        release: Release,
-        pods: Informer[Pod],
-        tracker: ProblemTracker,
-        deadline: float,
+        self, task: Task, release: Release, watch: RolloutWatch, deadline: float
     ) -> int | None:
         """Run `kubectl rollout status` to its end or a deadline; return its exit code.
 
-        Raises StageError for a problem that cannot heal.
+        Raises RunError for what the watch sees.
         """
         clock = self.doors.clock
         name = release.deployment["metadata"]["name"]
@@ -6221,9 +6494,7 @@ class Rollout:
         try:
             # bounded, since a process whose complaints nobody reads may hang on them
             while process.poll() is None and clock.monotonic() < deadline:
-                problems = self.problems(task, release, pods)
-                if problem := tracker.fatal(problems, clock.monotonic()):
-                    raise self.failure(release, pods, problem)
+                watch.look()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(1.0)
                 self.doors.pause(0)
@@ -6231,28 +6502,6 @@ class Rollout:
             process.kill()
             process.communicate()
         return process.returncode
-
-    def problems(self, task: Task, release: Release, pods: Informer[Pod]) -> list[PodProblem]:
-        """Return what is wrong with a release's pods, also with those that cannot be created."""
-        problems = [q for p in pods.items() if p.run == release.run for q in pod_problems(p)]
-        with suppress(KubectlError):
-            name = release.deployment["metadata"]["name"]
-            deployment = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
-            status = deployment.get("status") or {}
-            generation = deployment["metadata"].get("generation", 0)
-            # before that it speaks of what stood there
-            current = status.get("observedGeneration", 0) >= generation
-            failure = true_condition(status, "ReplicaFailure") if current else None
-            if failure:
-                problems.append(creation_problem(str(failure.get("message")), name))
-        return problems
-
-    def failure(self, release: Release, pods: Informer[Pod], problem: PodProblem) -> StageError:
-        """Return the end of a rollout; one that is only late ends with what is wrong with it."""
-        own = [p for p in pods.items() if p.run == release.run]
-        seen = (q for p in own for q in pod_problems(p))
-        cause = problem if problem.key else next(seen, problem)
-        return StageError(cause.reason, cause.detail)
 
     def smoke_test(self, task: Task, release: Release, pods: Informer[Pod]) -> None:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
@@ -6322,6 +6571,132 @@ class Rollout:
             return None
         more = {"target": release.run, "colour": release.colour}
         return self.doors.report(task, State.RESTORED, more)
+
+
+class RolloutWatch:
+    """Looks at the pods of a rollout: whether it is hopeless, and what it waits for meanwhile."""
+
+    def __init__(self, doors: Doors, task: Task, release: Release, pods: Informer[Pod]) -> None:
+        self.doors = doors
+        self.kubectl = doors.kubectl
+        self.task = task
+        self.release = release
+        self.informer = pods
+        self.tracker = ProblemTracker()
+        self.cooldown = Cooldown(doors.clock)
+        # a rollout that takes no longer than usual costs no calls for this
+        self.cooldown.start("events", LOOK_SECONDS)
+        self.cooldown.start("show", EVENTS_SECONDS)
+        self.cooldown.start("head", HEAD_FRESH)
+        self.events: list[PodEvent] = []
+        self.holdup: PodProblem | None = None
+        self.shown = ""
+        self.asking: threading.Thread | None = None
+        self.superseded: SupersededError | None = None
+
+    def look(self) -> None:
+        """Look once, and show what is waited for.
+
+        Raises StageError for what cannot heal, and SupersededError where the branch has moved on.
+        """
+        problems = self.observe()
+        if fatal := self.tracker.fatal(problems, self.doors.clock.monotonic()):
+            raise StageError(fatal.reason, fatal.detail)
+        self.show(self.holdup)
+        if self.holdup:
+            self.ask_for_head()
+        if self.superseded:
+            raise self.superseded
+
+    def lateness(self, detail: str) -> StageError:
+        """Return the end of a rollout whose time is over: it ends with what it waited for."""
+        self.observe()
+        if self.holdup and self.holdup.reason is not Reason.NEVER_READY:
+            return StageError(self.holdup.reason, self.holdup.detail)
+        if not (self.own_pods() or self.holdup):
+            return StageError(Reason.PODS_NOT_CREATED, detail)
+        words = f"{detail}; {self.holdup.detail}" if self.holdup else detail
+        return StageError(Reason.NEVER_READY, words)
+
+    def end(self) -> None:
+        """Show no longer what is waited for."""
+        if self.shown:
+            self.write({ANNOTATION_REASON: None, ANNOTATION_DETAIL: None})
+
+    def own_pods(self) -> list[Pod]:
+        """Return the pods of the release."""
+        return [pod for pod in self.informer.items() if pod.run == self.release.run]
+
+    def observe(self) -> list[PodProblem]:
+        """Return what is wrong with the pods, also with those that cannot be created."""
+        pods = self.own_pods()
+        self.refresh_events(pods)
+        crashes = self.task.app.deploy.crashes
+        problems: list[PodProblem] = []
+        with suppress(KubectlError):
+            problems += self.creation_problems()
+        self.holdup = next(iter(problems), None) or holdup(pods, self.events, crashes)
+        return problems + [q for pod in pods for q in pod_problems(pod, self.events, crashes)]
+
+    def refresh_events(self, pods: Iterable[Pod]) -> None:
+        """Read now and then the Events of a pod that is not ready; an account may lack the right.
+
+        One pod stands for all: those of one release wait for the same.
+        """
+        unexplained = sorted(pod.name for pod in pods if is_unexplained(pod))
+        if unexplained and self.cooldown.allows("events"):
+            self.cooldown.start("events", EVENTS_SECONDS)
+            with suppress(KubectlError, *SHAPE_ERRORS):
+                terms = (f"involvedObject.name={unexplained[0]}", "involvedObject.kind=Pod")
+                self.events = read_events(self.kubectl, self.task.namespace, *terms)
+
+    def creation_problems(self) -> Iterator[PodProblem]:
+        """Yield why pods cannot be created, as the Deployment says it; raises KubectlError."""
+        name = self.release.deployment["metadata"]["name"]
+        deployment = self.kubectl.get("deployment", name, self.task.namespace) or {"metadata": {}}
+        status = deployment.get("status") or {}
+        failure = true_condition(status, "ReplicaFailure")
+        # before that it speaks of what stood there
+        generation = deployment["metadata"].get("generation", 0)
+        if failure and status.get("observedGeneration", 0) >= generation:
+            yield creation_problem(str(failure.get("message")), name)
+
+    def show(self, problem: PodProblem | None) -> None:
+        """Show what is waited for where `status` reads it, if the words have changed."""
+        text = clip(self.doors.secrets.mask(problem.detail), WORDS_LENGTH) if problem else ""
+        if text != self.shown and self.cooldown.allows("show"):
+            self.cooldown.start("show", EVENTS_SECONDS)
+            self.shown = text
+            reason = str(problem.reason) if problem else None
+            self.write({ANNOTATION_REASON: reason, ANNOTATION_DETAIL: text or None})
+
+    def write(self, annotations: Mapping[str, str | None]) -> None:
+        """Annotate the run's last Job; that this fails is no trouble of the rollout."""
+        if job := self.task.job:
+            with suppress(KubectlError):
+                change: Object = {"metadata": {"annotations": annotations}}
+                self.kubectl.patch("job", job.name, job.namespace, change)
+
+    def ask_for_head(self) -> None:
+        """Have git asked, now and then, whether the run is superseded: it may wait for long.
+
+        In a thread of its own, since git may take its time.
+        """
+        asking = self.asking is not None and self.asking.is_alive()
+        if self.task.run.ref and not asking and self.cooldown.allows("head"):
+            self.cooldown.start("head", HEAD_FRESH)
+            self.asking = threading.Thread(target=self.check_head, daemon=True)
+            with suppress(RuntimeError):  # no more threads
+                self.asking.start()
+
+    def check_head(self) -> None:
+        """Remember that the run is superseded, if git says so."""
+        try:
+            require_head(self.doors, self.task)
+        except SupersededError as superseded:
+            self.superseded = superseded
+        except HookError:
+            pass  # what git does not answer is asked again
 
 
 class Operations:
@@ -6927,6 +7302,7 @@ OUTCOMES = {  # of deployments that end otherwise than failed or superseded
 }
 CONFIGURED_REASONS = (Reason.MANIFEST_REFUSED, Reason.CLONE_REFUSED)  # by the app's settings
 REFUSED_FOR_GOOD = ("Invalid", "Denied", "BadRequest")  # kinds of refusals of a Job
+CREATION_REASONS = (Reason.ADMISSION_REFUSED, Reason.QUOTA_EXCEEDED)  # that may be proofs
 NO_WAIT = dict.fromkeys((ANNOTATION_REASON, ANNOTATION_DETAIL))  # on Jobs that wait for nothing
 
 
@@ -7652,6 +8028,7 @@ class RunReconciler:
         self.workers = workers
         self.cooldown = Cooldown(context.clock)
         self.trackers: dict[str, ProblemTracker] = {}  # of open runs
+        self.events: dict[str, list[PodEvent]] = {}  # of their pods, as far as they were read
         self.jobs: dict[str, Job] = {}  # by name; what is gone until its run's end is recorded
 
     def reconcile(self) -> list[Run]:
@@ -7713,6 +8090,7 @@ class RunReconciler:
             pods_by_job.setdefault(pod.job, []).append(pod)
         for ended in self.trackers.keys() - {newest(jobs).id for jobs in open_runs}:
             del self.trackers[ended]
+            self.events.pop(ended, None)
             self.context.retry.succeeded(ended)
         refs = set[tuple[str, str]]()
         for jobs in open_runs:
@@ -7732,12 +8110,11 @@ class RunReconciler:
         jobs = {s: self.informers.of(job).find(job.name) or job for s, job in jobs.items()}
         informers = self.informers.services.items()
         unseen = frozenset(environment for environment, i in informers if i.trouble)
-        # that there is no room in the cluster is only waited for
-        problems = [
-            p for pod in pods for p in pod_problems(pod) if p.reason != Reason.UNSCHEDULABLE
-        ]
+        events = self.events.get(run.id, [])
+        problems = [p for pod in pods for p in pod_problems(pod, events)]
+        stuck = [p for p in pods if p.stays and (p.unschedulable or container_to_start(p))]
         for job in jobs.values():
-            refused = job.annotations.get(ANNOTATION_REASON) == Reason.ADMISSION_REFUSED
+            refused = job.annotations.get(ANNOTATION_REASON) in CREATION_REASONS
             if refused and lacks_pod(job, pods):
                 detail = job.annotations.get(ANNOTATION_DETAIL, "")
                 problems.append(creation_problem(detail, job.name))
@@ -7754,6 +8131,7 @@ class RunReconciler:
             busy=busy | unseen,
             now=now,
             queue_timeout=self.context.config.limits.queue_timeout,
+            holdup=holdup(stuck, events),
         )
 
     def head(self, run: Run) -> Head:
@@ -7848,7 +8226,8 @@ class RunReconciler:
             digest = jobs["build"].annotations.get(ANNOTATION_DIGEST) if "build" in jobs else ""
             image = f"{observed.app.build.image}@{digest}" if digest else ""
             task = task_of(self.context.config, observed.app, stage, observed.run)
-            task = replace(task, image=image, older=self.older_commits(observed.run))
+            older = self.older_commits(observed.run)
+            task = replace(task, image=image, older=older, job=jobs.get("build") or jobs["test"])
             step = partial(self.workers.deploy, task, jobs)
             self.workers.start("worker", task, step, observed.run.received)
         else:
@@ -7896,20 +8275,35 @@ class RunReconciler:
             self.cooldown.start(key, 300.0)
 
     def wait_for_pod(self, job: Job, observed: Observation) -> None:
-        """Annotate a Job that has no pod with the reason, as its Events tell it now and then."""
+        """Annotate a Job whose pod is not there or does not start with what is waited for."""
         key = f"Events of {job.name}"
-        late = observed.now - job.unsuspended >= LOOK_SECONDS and lacks_pod(job, observed.pods)
+        late = job.state == "active" and observed.now - job.unsuspended >= LOOK_SECONDS
         if not late or not self.cooldown.allows(key):
             return
-        terms = f"involvedObject.uid={job.uid},reason=FailedCreate"
-        kubectl = self.context.kubectl
-        events = kubectl.list("events", job.namespace, "--field-selector", terms)
-        message = str(events[-1].get("message", "")) if events else ""
-        if message and clip(message) != job.annotations.get(ANNOTATION_DETAIL):
-            reason = creation_problem(message, "").reason
-            annotations = {ANNOTATION_REASON: str(reason), ANNOTATION_DETAIL: clip(message)}
-            self.informers.annotate(job, annotations)
-        self.cooldown.start(key, AGAIN_SECONDS)
+        has_pod = not lacks_pod(job, observed.pods)
+        problem = observed.holdup if has_pod else self.missing_pod(job)
+        unexplained = [pod for pod in observed.pods if pod.job == job.uid and is_unexplained(pod)]
+        if unexplained:
+            with suppress(KubectlError, *SHAPE_ERRORS):
+                terms = (f"involvedObject.name={unexplained[0].name}", "involvedObject.kind=Pod")
+                events = read_events(self.context.kubectl, job.namespace, *terms)
+                self.events[observed.run.id] = events
+            problem = holdup(unexplained, self.events.get(observed.run.id, []))
+        if problem:
+            detail = clip(self.context.doors.secrets.mask(problem.detail), WORDS_LENGTH)
+            words = {ANNOTATION_REASON: str(problem.reason), ANNOTATION_DETAIL: detail}
+            if any(job.annotations.get(key) != text for key, text in words.items()):
+                self.informers.annotate(job, words)
+        elif has_pod and ANNOTATION_REASON in job.annotations:
+            self.informers.annotate(job, NO_WAIT)
+        self.cooldown.start(key, EVENTS_SECONDS)
+
+    def missing_pod(self, job: Job) -> PodProblem | None:
+        """Return why no pod of a Job can be created, as its newest Event says it."""
+        terms = (f"involvedObject.uid={job.uid}", "reason=FailedCreate")
+        events = read_events(self.context.kubectl, job.namespace, *terms)
+        newest = max(events, key=lambda event: event.last, default=None)
+        return creation_problem(newest.text, job.name) if newest else None
 
     def delete_unrun_jobs(self) -> None:
         """Delete Jobs of runs that ended without them: those have no time to live."""
@@ -8593,6 +8987,8 @@ APP_TITLES = ("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UND
 RUN_TITLES = ("RUN", "REF", "STAGE", "STATE", "OUTCOME", "REASON", "AGE")
 AGE_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 UNREADABLE = "not readable with this account"
+UNREADABLE_KINDS = ("Forbidden", "NotFound")  # of the errors of one namespace, not of the cluster
+NAMED_RUNS = 3  # of those that take the slots, in what another one waits for
 START_SECONDS = 5.0  # from a pod's creation until it is ready, by and large
 LEAST_GRACE = 2  # seconds between SIGTERM and SIGKILL, in which a pod can finish requests at all
 RESTARTED = "kubectl.kubernetes.io/restartedAt"
@@ -8603,7 +8999,7 @@ STATE_RIGHTS = {"/configmaps": "get create patch"}
 JOB_RIGHTS = {"batch/jobs": EVERY, **PODS, "/events": "list", "/configmaps": "list create delete"}
 APP_RIGHTS = {"apps/deployments": f"{EVERY} update", "/services": EVERY, **PODS}
 APP_RIGHTS |= {"apps/replicasets": "list", "discovery.k8s.io/endpointslices": "list"}
-APP_RIGHTS |= {"/configmaps": "get list create delete"}
+APP_RIGHTS |= {"/configmaps": "get list create delete", "/events": "list"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -8781,23 +9177,45 @@ def delivery_headers(tools: Tools, body: bytes) -> dict[str, str]:
 
 
 def status(tools: Tools, args: argparse.Namespace) -> int:
-    """Print what is live where, where a rollback would go, and how each run stands."""
+    """Print what is live where, where a rollback would go, and how each run stands.
+
+    What this account cannot read is named, and the rest is printed.
+    """
     apps = [tools.app(args.app)] if args.app else list(tools.config.apps)
-    places = [read_environment(tools, a, name) for a in apps for name in a.deploy.environments]
-    runs = [run.as_claimed(places) for run in read_runs(tools, apps)]
+    unreadable: list[str] = []
+    places: list[EnvironmentStatus] = []
+    for task in (task_of(tools.config, a, e) for a in apps for e in a.deploy.environments):
+        with noting_unreadable(task.namespace, unreadable):
+            places.append(read_environment(tools, task.app, task.environment))
+    runs = [run.as_claimed(places) for run in read_runs(tools, apps, unreadable)]
+    unreadable = [*dict.fromkeys(unreadable)]
     if args.output == "json":
         listed: dict[str, Object] = {app.name: {} for app in apps}
         for place in places:
             listed[place.app][place.environment] = place.to_json()
         entries = [{"name": name, "environments": inside} for name, inside in listed.items()]
-        print_text(json.dumps({"apps": entries, "runs": [asdict(run) for run in runs]}, indent=2))
+        answer = {"apps": entries, "runs": [asdict(run) for run in runs], "unreadable": unreadable}
+        print_text(json.dumps(answer, indent=2))
         return 0
     now = tools.doors.clock.now()
     ids = short_ids([run.run for run in runs] + [name for place in places for name in place.runs])
     print_text(table(APP_TITLES, [place.cells(ids) for place in places]))
     rows = [run.cells(ids, now) for run in runs]
     print_text(f"\n{table(RUN_TITLES, rows)}" if rows else "\nno runs")
+    if unreadable:
+        print_text(f"\n{UNREADABLE}: {', '.join(unreadable)}")
     return 0
+
+
+@contextmanager
+def noting_unreadable(namespace: str, unreadable: list[str]) -> Iterator[None]:
+    """Note a namespace in which the block may not read, or that is not there, and go on."""
+    try:
+        yield
+    except KubectlError as refusal:
+        if refusal.kind not in UNREADABLE_KINDS:
+            raise
+        unreadable.append(namespace)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -8860,6 +9278,7 @@ class RunStatus:
     outcome: str = ""
     reason: str = ""
     detail: str = ""
+    waits_for: str = ""
     advice: str = ""  # what helps
     tries: int = 0  # that ended by a circumstance
     next_try: float | None = None  # when it is tried again by itself
@@ -8871,10 +9290,16 @@ class RunStatus:
                 return replace(self, stage=place.environment, state=place.claim.phase)
         return self
 
+    def waiting(self, slots: str) -> RunStatus:
+        """Return it with what it waits for, if it does; `slots` says who takes the slots."""
+        if self.state == "ended":
+            return self
+        return replace(self, waits_for=self.detail or slots * (self.state == "suspended"))
+
     def cells(self, ids: Mapping[str, str], now: float) -> list[str]:
         """Return its row in the table of `status`, with a short id, and the text below the row."""
         texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now)]
-        detail = clip(self.detail.partition("\n")[0])
+        detail = clip((self.waits_for or self.detail).partition("\n")[0])
         below = " ".join(filter(None, (self.next_words(now), detail, self.advice)))
         return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts, below]
 
@@ -8912,22 +9337,45 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
     )
 
 
-def read_runs(tools: Tools, apps: Sequence[App]) -> list[RunStatus]:
-    """Return the runs of apps that have a Job or a record, newest first."""
+def read_runs(
+    tools: Tools, apps: Sequence[App], unreadable: list[str] | None = None
+) -> list[RunStatus]:
+    """Return the runs of apps that have a Job or a record, newest first.
+
+    Namespaces of Jobs that cannot be read are added to a list.
+    """
+    unreadable = [] if unreadable is None else unreadable
     jobs: dict[str, dict[str, Job]] = {}
     for namespace in (tools.config.namespaces[stage] for stage in JOB_STAGES):
         address = list_address("jobs", namespace, f"{LABEL_MANAGED}={MANAGER}")
-        for page in tools.doors.kubectl.pages(address, namespace):
-            for job in map(Job, page["items"]):
-                if job.stage in JOB_STAGES:
-                    jobs.setdefault(job.run.id, {})[job.stage] = job
+        with noting_unreadable(namespace, unreadable):
+            for page in tools.doors.kubectl.pages(address, namespace):
+                for job in map(Job, page["items"]):
+                    if job.stage in JOB_STAGES:
+                        jobs.setdefault(job.run.id, {})[job.stage] = job
+    slots = slot_words(jobs.values(), tools.config.limits.max_running)
     runs: list[RunStatus] = []
     for app in apps:
         state = tools.deployer.state.read(app)
         own = {name: group for name, group in jobs.items() if newest(group).app == app.name}
         names = own.keys() | state.runs.keys()
-        runs += [run_status(app, state, name, own.get(name, {})) for name in names]
+        statuses = [run_status(app, state, name, own.get(name, {})) for name in names]
+        if unreadable:  # it may well be there
+            statuses = [replace(s, state="unknown") if s.state == "lost" else s for s in statuses]
+        runs += [run.waiting(slots) for run in statuses]
     return sorted(runs, key=lambda run: (-run.received, run.run))
+
+
+def slot_words(groups: Iterable[Mapping[str, Job]], limit: int) -> str:
+    """Return what a suspended Job waits for: a slot; and who takes how many of so many."""
+    going = [jobs for jobs in groups if not has_ended(jobs)]
+    takers = [job.run.id for jobs in going for job in jobs.values() if job.state == "active"]
+    names = sorted(takers)[:NAMED_RUNS]
+    if more := len(takers) - len(names):
+        names.append(f"and {more} more")
+    by = f" by {', '.join(names)}" if names else ""
+    verb = "is" if len(takers) == 1 else "are"
+    return f"a free slot: {len(takers)} of {limit} {verb} taken{by}"
 
 
 def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) -> RunStatus:
@@ -9001,13 +9449,16 @@ def explain(tools: Tools, args: argparse.Namespace) -> int:
     logs = list(kept_logs(tools, app, name)) if args.log else []
     if name in runs:
         values = asdict(runs[name])
+        if values["waits_for"] == values["detail"]:
+            del values["waits_for"]
         now = tools.doors.clock.now()
         values["received"] = f"{age(values['received'], now)} ago"
         values["next_try"] = runs[name].next_words(now)
         values["tries"] = values["tries"] and str(values["tries"])
         for key in filter(values.get, values):
             lines = printable(values[key]).split("\n")
-            print_text(f"{key + ':':10}" + f"\n{'':10}".join(lines))
+            title = key.removesuffix("_for")
+            print_text(f"{title + ':':10}" + f"\n{'':10}".join(lines))
     elif not logs:
         raise HookError(f"{name} is unknown: no Job, no record and no log of it is left")
     if args.log and not logs:

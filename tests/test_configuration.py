@@ -57,6 +57,7 @@ def test_an_app_needs_a_name_a_repository_and_where_its_image_goes() -> None:
     assert (app.deploy.health.path, app.deploy.health.failures) == ("/ready", 3)
     assert (app.deploy.rollout_timeout, app.deploy.bake, app.deploy.drain) == (300.0, 60.0, 60.0)
     assert app.deploy.retain is None
+    assert app.deploy.crashes == 2
     assert config.namespaces == {n: n for n in ("test", "build", "staging", "production")}
     assert (config.webhook.verify, config.webhook.max_body) == ("signature", 5 * 1024 * 1024)
     assert (config.limits.max_running, config.limits.spool_files) == (4, 10_000)

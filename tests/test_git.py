@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import base64
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from gitops_hook import ConfigError, Credential, Git, GitError, StageError, logins_for
+from gitops_hook import (
+    GIT_ENVIRONMENT,
+    Activity,
+    ConfigError,
+    Credential,
+    Git,
+    GitError,
+    StageError,
+    logins_for,
+)
 from tests.git_server import GitServer, serving
 from tests.memory import peak_of
+from tests.waiting import eventually
 
 OWNER = {
     f"GIT_{who}_{what}": "owner@example.com"
@@ -822,3 +833,129 @@ def test_no_login_is_left_on_the_disk(
     (tmp_path / "tmp").mkdir()
     assert asked(shops, git, "one", shops.line("hook:good1")) == ["hook:good1"]
     assert not list((tmp_path / "tmp").rglob("*"))
+
+
+# === Servers that take their time ===
+
+
+class SlowBackend(BaseHTTPRequestHandler):
+    """`git http-backend` whose packs take some seconds; it says so every second, or nothing."""
+
+    root: ClassVar[Path]
+    config: ClassVar[Path]
+    ends: ClassVar[list[subprocess.Popen[bytes]]]
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        environ = {
+            **{k: v for k, v in QUIET.items() if k != "GIT_CONFIG_GLOBAL"},
+            "PATH": os.environ["PATH"],
+            "GIT_CONFIG_GLOBAL": str(self.config),
+            "GIT_PROJECT_ROOT": str(self.root),
+            "GIT_HTTP_EXPORT_ALL": "1",
+            "REQUEST_METHOD": self.command,
+            "PATH_INFO": path,
+            "QUERY_STRING": query,
+            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
+            "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
+            "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
+        }
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        backend = subprocess.Popen(
+            ["git", "http-backend"], env=environ, start_new_session=True, **pipes
+        )
+        self.ends.append(backend)
+        assert backend.stdin
+        assert backend.stdout
+        with backend.stdin:
+            backend.stdin.write(body)
+        self.send_response(200)
+        with backend.stdout:
+            while line := backend.stdout.readline().strip():
+                self.send_header(*line.decode().split(": ", 1))
+            self.end_headers()
+            with suppress(OSError):
+                while chunk := os.read(backend.stdout.fileno(), 65536):
+                    self.wfile.write(chunk)
+                    self.wfile.flush()
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def slow_server(root: Path, seconds: float, *, keep_alive: bool) -> Iterator[str]:
+    """Serve the repositories of a folder; each pack takes some seconds."""
+    hook = root / "slow"
+    hook.write_text(f'#!/bin/sh\nsleep {seconds}\nexec "$@"\n')
+    hook.chmod(0o755)
+    SlowBackend.root, SlowBackend.config, SlowBackend.ends = root, root / "config", []
+    SlowBackend.config.write_text(
+        f"[uploadpack]\n packObjectsHook = {hook}\n keepAlive = {int(keep_alive)}\n"
+        " allowAnySHA1InWant = true\n"
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), SlowBackend) as running:
+        running.daemon_threads = False
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{running.server_port}"
+        finally:
+            running.shutdown()
+            thread.join(10)
+            for process in SlowBackend.ends:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait(10)
+
+
+def test_a_server_that_packs_for_long_is_waited_for_as_long_as_it_says_that_it_does(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = repository.commit(app="1")
+    # whatever slowness git is told to give up at, it is reached here
+    monkeypatch.setitem(GIT_ENVIRONMENT, "GIT_HTTP_LOW_SPEED_TIME", "3")
+    git = Git(tmp_path / "none", timeout=3.0)
+    with slow_server(tmp_path, 8, keep_alive=True) as url:
+        git.checkout(f"{url}/shop.git", commit, tmp_path / "out", symlinks=True)
+    assert (tmp_path / "out" / "app").read_text() == "1"
+
+
+def test_a_server_that_says_nothing_is_left_long_before_the_whole_time_is_over(
+    repository: Repository, tmp_path: Path
+) -> None:
+    commit = repository.commit(app="1")
+    git = Git(tmp_path / "none", timeout=3.0)
+    began = time.monotonic()
+    with (
+        slow_server(tmp_path, 60, keep_alive=False) as url,
+        pytest.raises(GitError, match="no answer"),
+    ):
+        git.checkout(f"{url}/shop.git", commit, tmp_path / "out", symlinks=True)
+    assert time.monotonic() - began < 20  # of the 30 that a fetch may take
+
+
+def test_a_program_that_computes_or_of_which_nothing_is_known_is_not_taken_for_silent() -> None:
+    own_group = Activity(os.getpgrp(), silence=0.0)
+    assert own_group.measured().moved > 0
+    unknown = Activity(2**22 + 1, silence=0.0)
+    assert not unknown.stalled()
+    idle = subprocess.Popen(["sleep", "60"], process_group=0)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"], process_group=0)
+    try:
+        silent, computing = (Activity(p.pid, silence=0.4) for p in (idle, busy))
+        computing.BUSY_SECONDS = 0.05
+
+        def is_left() -> bool:
+            assert not computing.stalled()
+            return silent.stalled()
+
+        eventually(is_left, 20, "what does nothing is left")
+    finally:
+        for process in (idle, busy):
+            process.kill()
+            process.wait()

@@ -139,6 +139,10 @@ class Cluster:
         """Evict a pod as `kubectl drain` would."""
         self.store.evict(namespace, pod)
 
+    def cordon(self, cordoned: bool = True) -> None:
+        """Let the node take no new pods, as `kubectl cordon` would, or take them again."""
+        self.kubelet.cordon(cordoned)
+
     def kill_container(self, namespace: str, pod: str, container: str) -> None:
         """Kill a container's processes; the kubelet restarts it as its policy says."""
         self.kubelet.kill_container(namespace, pod, container)

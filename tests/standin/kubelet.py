@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ NODE_LABELS = {
     "kubernetes.io/os": "linux",
 }
 PREEMPTION = "no new claims to deallocate, preemption: 0/1 nodes are available: 1 "
+CORDONED = "0/1 nodes are available: 1 node(s) were unschedulable. "
+CORDONED += f"{PREEMPTION}Preemption is not helpful for scheduling."
 
 
 class Kubelet:
@@ -51,6 +54,7 @@ class Kubelet:
         self._workers: dict[str, PodWorker] = {}
         self._lock = threading.Lock()
         self._lost: set[str] = set()
+        self._cordoned = False
         self._processes = Processes()
         self._node = Node(
             self._store,
@@ -107,6 +111,14 @@ class Kubelet:
         worker.gone()
         worker.join()
 
+    def cordon(self, cordoned: bool) -> None:
+        """Take no new pods, or again those that are there."""
+        self._cordoned = cordoned
+        for pod in [] if cordoned else self._store.list("pods"):
+            if not pod["spec"].get("nodeName"):
+                with suppress(ApiError):  # it has gone meanwhile
+                    self._schedule(pod)
+
     # Inside
 
     def _watch(self) -> None:
@@ -137,7 +149,7 @@ class Kubelet:
 
     def _schedule(self, pod: Object) -> None:
         meta = pod["metadata"]
-        why = _unschedulable(pod["spec"])
+        why = CORDONED if self._cordoned else _unschedulable(pod["spec"])
         if why is not None and _was_told(pod, why):
             return
         scheduled: Object = {"lastProbeTime": None, "lastTransitionTime": now()}
