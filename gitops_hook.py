@@ -1968,9 +1968,10 @@ def wait_for_end(process: subprocess.Popen[bytes], timeout: float) -> Finished:
 
 # === git ==========================================================================================
 
+# What was refused is given once only: git-lfs would ask for it and send it for ever.
 CREDENTIAL_HELPER = (
-    'credential.helper=!f() { test "$1" = get && test -r "$CREDENTIALS_FILE"'
-    ' && git credential-store --file "$CREDENTIALS_FILE" get; }; f'
+    'credential.helper=!f() { case "$1" in erase) : > "$CREDENTIALS_FILE";;'
+    ' get) git credential-store --file "$CREDENTIALS_FILE" get;; esac; }; f'
 )
 GIT = (
     *("git", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER),

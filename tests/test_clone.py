@@ -413,6 +413,18 @@ def test_files_in_lfs_come_with_the_credentials_of_their_project(
     assert pod.git("status", "--porcelain").stdout == ""
 
 
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+def test_a_server_that_refuses_its_files_in_lfs_is_a_circumstance(
+    pod: Pod, lfs: str, server: GitServer, status: int
+) -> None:
+    server.logins = {"shop.git": {"a:good"}}
+    server.lfs_status = status
+    pod.credentials.write_text(server.line("a:good"))
+    done = pod.clone(address(server), lfs, CLONE_LFS="true")
+    assert done.returncode == 1
+    assert "lfs" in pod.said()
+
+
 def test_files_in_lfs_of_a_local_repository_come_from_it(
     pod: Pod, shop: Repository, lfs: str
 ) -> None:
