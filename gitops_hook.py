@@ -2336,9 +2336,9 @@ PATHS_SHOWN = 3
 OLDER_SECONDS = 5.0
 POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 SUBMODULE_PATH = re.compile(r"submodule\.(.*)\.path\n(.*)", re.DOTALL)
-# What is committed in .lfsconfig must not hide that a file is missing.
+# All files come, also those that .lfsconfig leaves out; without one of them nothing is checked out.
 LFS_OPTIONS = (
-    *("-c", "lfs.skipdownloaderrors=false", "-c", "lfs.fetchinclude=", "-c", "lfs.fetchexclude="),
+    *("-c", "lfs.fetchinclude=", "-c", "lfs.fetchexclude="),
     *("-c", "filter.lfs.process=git-lfs filter-process", "-c", "filter.lfs.required=true"),
 )
 

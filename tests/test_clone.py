@@ -446,6 +446,16 @@ def test_a_file_that_the_server_lacks_is_red_whatever_lfsconfig_says(
     assert "lfs" in pod.said()
 
 
+@pytest.mark.parametrize("left_out", ["fetchexclude = *", "fetchinclude = other"])
+def test_lfsconfig_leaves_no_file_out(
+    pod: Pod, shop: Repository, lfs: str, server: GitServer, left_out: str
+) -> None:
+    commit = shop.commit(**{".lfsconfig": f"[lfs]\n {left_out}\n"})
+    done = pod.clone(address(server), commit, CLONE_LFS="true")
+    assert (done.returncode, lfs != commit) == (0, True)
+    assert (pod.src / "logo.bin").read_bytes() == CONTENT
+
+
 LFSCONFIG = """
 [lfs]
     url = {evil}/shop.git/info/lfs
