@@ -2058,9 +2058,10 @@ class Activity:
 
 # === git ==========================================================================================
 
+# What was refused is given once only: git-lfs would ask for it and send it for ever.
 CREDENTIAL_HELPER = (
-    'credential.helper=!f() { test "$1" = get && test -r "$CREDENTIALS_FILE"'
-    ' && git credential-store --file "$CREDENTIALS_FILE" get; }; f'
+    'credential.helper=!f() { case "$1" in erase) : > "$CREDENTIALS_FILE";;'
+    ' get) git credential-store --file "$CREDENTIALS_FILE" get;; esac; }; f'
 )
 GIT = (
     *("git", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER),
@@ -2425,9 +2426,9 @@ PATHS_SHOWN = 3
 OLDER_SECONDS = 5.0
 POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 SUBMODULE_PATH = re.compile(r"submodule\.(.*)\.path\n(.*)", re.DOTALL)
-# What is committed in .lfsconfig must not hide that a file is missing.
+# All files come, also those that .lfsconfig leaves out; without one of them nothing is checked out.
 LFS_OPTIONS = (
-    *("-c", "lfs.skipdownloaderrors=false", "-c", "lfs.fetchinclude=", "-c", "lfs.fetchexclude="),
+    *("-c", "lfs.fetchinclude=", "-c", "lfs.fetchexclude="),
     *("-c", "filter.lfs.process=git-lfs filter-process", "-c", "filter.lfs.required=true"),
 )
 

@@ -30,6 +30,7 @@ class GitServer:
     refusal: int = 404  # of a login that is good for another project, as GitLab answers
     moved: dict[str, str] = field(default_factory=dict)  # projects by where they are now
     broken: bool = False  # whether it answers 500 to who may read
+    lfs_status: int = 200  # what the API of git LFS answers to who may read
     seen: list[tuple[str, str]] = field(default_factory=list)  # paths and logins
 
     @property
@@ -76,6 +77,8 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         status = self.place.status(project, login)
+        if status == 200 and "/info/lfs/" in self.path:
+            status = self.place.lfs_status
         if status != 200:
             self.send_response(status)
             if status == 401:

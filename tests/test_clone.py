@@ -413,6 +413,18 @@ def test_files_in_lfs_come_with_the_credentials_of_their_project(
     assert pod.git("status", "--porcelain").stdout == ""
 
 
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+def test_a_server_that_refuses_its_files_in_lfs_is_a_circumstance(
+    pod: Pod, lfs: str, server: GitServer, status: int
+) -> None:
+    server.logins = {"shop.git": {"a:good"}}
+    server.lfs_status = status
+    pod.credentials.write_text(server.line("a:good"))
+    done = pod.clone(address(server), lfs, CLONE_LFS="true")
+    assert done.returncode == 1
+    assert "lfs" in pod.said()
+
+
 def test_files_in_lfs_of_a_local_repository_come_from_it(
     pod: Pod, shop: Repository, lfs: str
 ) -> None:
@@ -432,6 +444,16 @@ def test_a_file_that_the_server_lacks_is_red_whatever_lfsconfig_says(
     done = pod.clone(address(server), commit, CLONE_LFS="true")
     assert (done.returncode, lfs != commit) == (1, True)
     assert "lfs" in pod.said()
+
+
+@pytest.mark.parametrize("left_out", ["fetchexclude = *", "fetchinclude = other"])
+def test_lfsconfig_leaves_no_file_out(
+    pod: Pod, shop: Repository, lfs: str, server: GitServer, left_out: str
+) -> None:
+    commit = shop.commit(**{".lfsconfig": f"[lfs]\n {left_out}\n"})
+    done = pod.clone(address(server), commit, CLONE_LFS="true")
+    assert (done.returncode, lfs != commit) == (0, True)
+    assert (pod.src / "logo.bin").read_bytes() == CONTENT
 
 
 LFSCONFIG = """
