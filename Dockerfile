@@ -13,7 +13,7 @@ RUN python -m venv --without-pip /opt/venv \
 
 FROM ${PYTHON_IMAGE}
 RUN apt-get update \
- && apt-get install -y --no-install-recommends ca-certificates git \
+ && apt-get install -y --no-install-recommends ca-certificates git git-lfs \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/venv /opt/venv
 COPY gitops_hook.py LICENSE /app/

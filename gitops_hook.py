@@ -69,12 +69,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from dataclasses import field as dataclass_field
 from datetime import datetime
+from decimal import Decimal
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast, get_type_hints
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 from xml.parsers import expat
 
 try:
@@ -103,6 +104,7 @@ __version__ = "0.2.0"
 
 EXIT_STATUS = "Exit status: 0 done, 1 tried and failed, 2 wrong usage or configuration, no kubectl "
 EXIT_STATUS += "or no cluster, 3 refused."
+EXIT_REFUSED = 3
 # An id of a run, or its beginning from the first digit of the commit on, after the app's name.
 RUN_ID_END = "(?:[0-9a-f]{1,8}|[0-9a-f]{8}-[0-9a-f]{0,16})"
 RUN_ID = re.compile(f"([a-z0-9][a-z0-9-]*?)-{RUN_ID_END}")
@@ -218,7 +220,7 @@ LOGS_KEPT = 20  # runs of an app whose log tails are kept in one namespace
 # Calls and retries.
 KUBECTL_TIMEOUT = 30.0  # seconds for one call
 WATCH_SECONDS = 300  # after which every watch is renewed: one that hangs looks like a quiet one
-GIT_TIMEOUT = 60.0  # seconds for one call
+GIT_TIMEOUT = 60.0  # seconds for one call, and for the silence of a server within a longer one
 HEADS_AT_ONCE = 4  # git servers' heads read at the same time; a dead server delays only its apps
 HEAD_FRESH = 10.0  # seconds for which a head that was read decides what may be deployed
 HEAD_GRACE = 300.0  # seconds after a push in which git may still show a commit from before it
@@ -228,6 +230,7 @@ TRY_DELAYS = (60.0, 300.0, 900.0, 3600.0)  # seconds after each try; the last de
 TRY_SECONDS = 86400.0  # after which what ends by circumstances is not tried again by itself
 LOOK_SECONDS = 2.0  # between two looks at something that no informer reports
 AGAIN_SECONDS = 10.0  # after which an action that has shown no effect is repeated
+EVENTS_SECONDS = 4.0  # between two looks at the Events of a pod that does not start
 
 # Deployments.
 ROLLOUT_PER_REPLICA = 20.0  # seconds that a rollout may take at least for each replica
@@ -583,7 +586,18 @@ def parse_replicas(value: Any) -> int | None:
     return None if value == "full" else REPLICAS(value)
 
 
+def parse_depth(value: Any) -> int:
+    """Return a number of commits, 0 for `full`; raises ValueError for anything else."""
+    return 0 if value == "full" else COUNT(value)
+
+
+def parse_choice(text: str | bool) -> str:
+    """Return `true`, `false` or "", which means that nobody has decided."""
+    return str(text).lower()
+
+
 TEXT = matching(r"(?s)(?=.*\S)[^\x00]{1,10000}", "a text")
+PLAIN = matching(r"[^\x00-\x1f\x7f]{0,10000}", "a text of one line", str, (str, int, float))
 SHORT = "a DNS label of at most 30 characters that begins with a letter"  # as Services want it
 NAME = matching(rf"(?![0-9]|.{{31}}){DNS_LABEL.pattern}", SHORT)
 LABEL = matching(rf"(?!.{{64}}){DNS_LABEL.pattern}", "a DNS label")
@@ -603,6 +617,7 @@ QUANTITY = matching(AMOUNT, "a quantity (e.g. 250m, 1Gi)", str, (str, int, float
 MODE = matching("signature|token|hmac", "signature, token or hmac")
 BUILD_TOOL = matching("kaniko|none", "kaniko or none")
 SWITCH = matching("True|False", "true or false", bool, (bool,))
+CHOICE = matching("|[Tt]rue|[Ff]alse", "true, false or empty", parse_choice, (str, bool))
 COUNT = matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int, (int,))
 REPLICAS = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, (int,))
 DURATION = matching("[1-9][0-9]{0,4}[smh]", "a duration (e.g. 90s, 15m, 2h)", parse_amount)
@@ -631,6 +646,36 @@ class Setting:
 def setting(*, parse: Parser = TEXT, default: str = REQUIRED, meaning: str = "") -> Any:
     """Declare a field of a section to be a setting."""
     return dataclass_field(metadata={"parse": parse, "default": default, "meaning": meaning})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CloneSettings:
+    """What the Jobs of an app get of its repository."""
+
+    depth: int = setting(
+        parse=parse_depth, default="1", meaning="commits of history: a number, or `full`"
+    )
+    tags: bool = setting(
+        parse=SWITCH,
+        default="false",
+        meaning="whether tags come too; with depth 1 then all history, for `git describe`",
+    )
+    submodules: str = setting(
+        parse=CHOICE,
+        default="''",
+        meaning="`true`: fetched; `false`: left empty; empty: a commit that has some is red",
+    )
+    lfs: str = setting(
+        parse=CHOICE,
+        default="''",
+        meaning="the same for files in git LFS, of which `false` leaves the pointers",
+    )
+
+    @property
+    def depth_options(self) -> tuple[str, ...]:
+        """The options of `git fetch` for this depth, where a tag is described from all history."""
+        is_whole = self.depth == 0 or (self.tags and self.depth == 1)
+        return () if is_whole else (f"--depth={self.depth}",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -718,6 +763,11 @@ class DeploySettings:
         default="300s",
         meaning="how long new pods may take to become ready; at least 20 s for each replica",
     )
+    crashes: int = setting(
+        parse=COUNT,
+        default="2",
+        meaning="exits of a container for the same cause, before it was ready, that end a rollout",
+    )
     log_tails: bool = setting(
         parse=SWITCH, default="true", meaning="whether the last log lines of failed pods are kept"
     )
@@ -754,6 +804,7 @@ class App:
     test_branches: tuple[str, ...] = setting(
         default="['*']", meaning="patterns of branches whose pushes are only tested"
     )
+    clone: CloneSettings
     test: TestSettings
     build: BuildSettings
     deploy: DeploySettings
@@ -823,6 +874,11 @@ class Config:
     )
     images: Images
     webhook: Webhook
+    job_env: dict[str, str] = setting(
+        parse=PLAIN,
+        default="{}",
+        meaning="variables of every Job container and of the daemon's git, such as `HTTPS_PROXY`",
+    )
     limits: Limits
     catch_up: float = setting(
         parse=DURATION,
@@ -933,8 +989,24 @@ def cross_faults(config: Config) -> Iterator[str]:
         for stage, settings in (("test", app.test), ("build", app.build)):
             for key in sorted(settings.resources.keys() - {"requests", "limits"}):
                 yield f"apps[{i}].{stage}.resources: {key!r} is neither requests nor limits"
+    yield from variable_faults(config.job_env or {})
 
 
+def variable_faults(job_env: Mapping[str, str]) -> Iterator[str]:
+    """Yield what is wrong with the names of variables."""
+    for name in job_env:
+        if not VARIABLE.fullmatch(name):
+            yield f"job_env.{clip(name, 60)}: is no name of an environment variable"
+        elif OWN_VARIABLE.fullmatch(name):
+            yield f"job_env.{name}: is set by this program, or would change how it works"
+
+
+VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]{0,99}")
+# Variables that the programs in Job pods get from us, or whose value says what they load and run.
+OWN_VARIABLE = re.compile(
+    r"(?:CLONE_|GIT_|GITOPS_HOOK_|KUBE|LD_|PYTHON)\w*|BASH_ENV|CA_BUNDLE|CA_FILE|CI"
+    r"|CREDENTIALS_FILE|ENV|HOME|IFS|JUNIT_XML|PATH|TERMINATION_LOG|container"
+)
 # What a kubelet sets in a pod beside a Service whose name begins with gitops-hook.
 INJECTED = re.compile(r"GITOPS_HOOK(_\w+)?_(SERVICE_(HOST|PORT\w*)|PORT\w*)")
 
@@ -948,6 +1020,7 @@ class Process:
     spool: Path = setting(parse=Path, default="/var/spool/gitops-hook")
     listen: str = setting(parse=ADDRESS, default="0.0.0.0:8080")
     admin_listen: str = setting(parse=ADDRESS, default="127.0.0.1:8081")
+    ca: Path = setting(parse=Path, default="/etc/gitops-hook-ca/ca.crt")
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Process:
@@ -1074,9 +1147,11 @@ SECRET_HINTS += ["secret", "token", "key", "_pass", "-pass", *TOKEN_PREFIXES]
 def secret_words(lines: Iterable[str]) -> list[str]:
     """Return what must not be shown, longest first: secrets, and the passwords in their URLs."""
     words = {*lines}
-    users = [user for line in words for user in re.findall(r"://([^/\s@]+)@", line)]
+    users = [user for line in words for user in re.findall(r"://([^/\s]+)@", line)]
     passwords = {user.rpartition(":")[2] for user in users}
-    words |= passwords | {unquote(password) for password in passwords}
+    passwords |= {user.partition(":")[2] for user in users}  # a password may have a colon
+    plain = {unquote(password) for password in passwords}
+    words |= passwords | plain | {quote(password, safe="") for password in plain}
     return sorted((w for w in words if len(w) >= SHORTEST_MASKED), key=len, reverse=True)
 
 
@@ -1817,6 +1892,14 @@ def list_address(resource: str, namespace: str, labels: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a program may take in all, and for how long it may do nothing; in seconds."""
+
+    seconds: float
+    silence: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """How a program ended: its exit code, None at the time limit, and what it printed."""
 
@@ -1827,12 +1910,12 @@ class Finished:
 
 def run_program(
     argv: Sequence[str],
-    timeout: float,
+    timeout: float | Patience,
     stdin: str = "",
     environ: Mapping[str, str] | None = None,
     file_bytes: int = OUTPUT_BYTES,
 ) -> Finished:
-    """Run a program until it ends, or kill it with all that it started after timeout seconds.
+    """Run a program until it ends, or kill it with all that it started when its time is over.
 
     Its memory is limited, and the bytes that it prints or writes to one file. With file_bytes 0
     neither memory nor files are. Raises ConfigError when it cannot be started.
@@ -1883,17 +1966,26 @@ def memory_file(content: bytes = b"") -> IO[bytes]:
     return file
 
 
-def wait_for_end(process: subprocess.Popen[bytes], timeout: float) -> Finished:
+def path_of(file: IO[bytes]) -> str:
+    """Return a path by which the programs that are started here can open a file in memory."""
+    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+
+def wait_for_end(process: subprocess.Popen[bytes], timeout: float | Patience) -> Finished:
     """Wait for a process that leads its group, and read its stderr; at the time limit, kill all.
 
     What is too long is read and dropped.
     """
     stderr = bytearray()
-    until = time.monotonic() + timeout
+    patience = timeout if isinstance(timeout, Patience) else Patience(timeout)
+    activity = Activity(process.pid, patience.silence)
+    until = time.monotonic() + patience.seconds
     pipe: Any = process.stderr
     with process, selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
-        while (left := until - time.monotonic()) > 0 and selector.select(left):
+        while (left := until - time.monotonic()) > 0 and not activity.stalled():
+            if not selector.select(min(left, patience.silence / 4)):
+                continue
             if chunk := os.read(pipe.fileno(), 65536):
                 stderr += chunk[: STDERR_BYTES - len(stderr)]
                 continue
@@ -1907,14 +1999,72 @@ def wait_for_end(process: subprocess.Popen[bytes], timeout: float) -> Finished:
     return Finished(None, b"", bytes(stderr))
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What programs have done so far."""
+
+    moved: int = 0  # bytes that they have read and written
+    used: float = 0.0  # seconds of a processor
+
+
+class Activity:
+    """Whether a program, with all that it started, goes on: it reads, writes or computes.
+
+    Nothing else tells a server that sends a few bytes now and then, to say that it is at work, from
+    one that is silent: libcurl counts whole bytes a second, and git's keep-alives are less.
+    """
+
+    BUSY_SECONDS = 1.0  # of a processor, which nobody uses who only waits
+
+    def __init__(self, group: int, silence: float) -> None:
+        self.group = group
+        self.silence = silence
+        self.last = Work()
+        self.since = time.monotonic()
+        self.looked = self.since
+
+    def stalled(self) -> bool:
+        """Whether it has done nothing for too long; never where the system does not tell."""
+        now = time.monotonic()
+        if now - self.looked < self.silence / 4:
+            return False
+        self.looked = now
+        try:
+            work = self.measured()
+        except (OSError, ValueError, LookupError):
+            self.since = now
+            return False
+        if work.moved != self.last.moved or work.used > self.last.used + self.BUSY_SECONDS:
+            self.last = work
+            self.since = now
+        return now - self.since >= self.silence
+
+    def measured(self) -> Work:
+        """Return what the group has done; raises OSError, ValueError and LookupError if unknown."""
+        moved: list[int] = []
+        ticks = 0
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                # the name in brackets may hold blanks: state, parent and group follow it
+                values = entry.read_text().rpartition(")")[2].split()
+                if int(values[2]) == self.group:
+                    counters = (entry.parent / "io").read_text().split()
+                    moved += [int(counters[1]), int(counters[3])]
+                    ticks += int(values[11]) + int(values[12])
+        if not moved:
+            raise LookupError(f"no process of group {self.group} is seen")
+        return Work(sum(moved), ticks / os.sysconf("SC_CLK_TCK"))
+
+
 # === git ==========================================================================================
 
+# What was refused is given once only: git-lfs would ask for it and send it for ever.
 CREDENTIAL_HELPER = (
-    'credential.helper=!f() { test "$1" = get && test -r "$CREDENTIALS_FILE"'
-    ' && git credential-store --file "$CREDENTIALS_FILE" get; }; f'
+    'credential.helper=!f() { case "$1" in erase) : > "$CREDENTIALS_FILE";;'
+    ' get) git credential-store --file "$CREDENTIALS_FILE" get;; esac; }; f'
 )
 GIT = (
-    *("git", "--literal-pathspecs", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER),
+    *("git", "-c", f"core.hooksPath={os.devnull}", "-c", CREDENTIAL_HELPER),
     # large files are not unpacked in memory, nor file by file: one pack has one size
     *("-c", "core.bigFileThreshold=1m", "-c", "fetch.unpackLimit=1"),
 )
@@ -1923,18 +2073,118 @@ GIT_ENVIRONMENT = {
     "GIT_ASKPASS": "",
     "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_CONFIG_NOSYSTEM": "1",
-    "GIT_HTTP_LOW_SPEED_LIMIT": "1000",  # bytes a second; slower than that for so long is no answer
-    "GIT_HTTP_LOW_SPEED_TIME": "60",
     "GIT_TERMINAL_PROMPT": "0",
 }
+LITERAL = "--literal-pathspecs"  # for paths that come from outside
+CLONED_REF = f"refs/{MANAGER}/commit"  # while git fetches tags: it brings those of what has a name
+CREDENTIALS_TRIED = 8  # lines for one repository: a server may shut out who fails too often
+# How git and git-lfs say that a server refuses a credential. GitLab answers 404 where a token is
+# valid but may not read the project.
+CREDENTIAL_REFUSED = re.compile(
+    r"Authentication failed for|could not read (Username|Password) for|Authorization error:"
+    r"|The requested URL returned error: 40[134]\b|(?m:^fatal: repository '.*' not found$)"
+    r"|Authentication required: |(?i:batch response: .*(forbidden|not found|credentials))"
+)
+# A line of file git-credentials: scheme, user and password, host, path of a project or a group.
+CREDENTIAL = re.compile(r"(https?)://([^/\s]+:[^/\s]*)@([^/@\s?#]+)(/[^\s?#]*)?")
+SERVER_URL = re.compile(r"(https?)://(?:[^/?#]*@)?([^/?#]*)([^?#]*)")
+PUBLIC_AUTHORITIES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
+CA_BYTES = 2**20  # as much as a ConfigMap holds
 HEADS_BYTES = 4 * 2**20  # of a list of branches: some 40,000 with names of usual length
+DEFAULT_CLONE: CloneSettings = load_section(CloneSettings, {}, "", [])
 WARN_SECONDS = 3600.0
 FOLDER_FILES = 500
 OUT_OF_ROOM = re.compile(r"(?m)^(fatal|error): .*([Oo]ut of memory|Cannot allocate|File too large)")
 
 
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """One line of file git-credentials, encoded as in a URL."""
+
+    scheme: str
+    login: str  # user and password
+    host: str  # with its port
+    path: str  # of a project or a group; "" for all that the server has
+
+    @classmethod
+    def parse(cls, line: bytes) -> Credential | None:
+        """Return what a line says, None if git could not use it either."""
+        match = CREDENTIAL.fullmatch(line.decode(errors="surrogateescape"))
+        if match is None:
+            return None
+        user, _, password = match[2].partition(":")
+        login = ":".join(quote(unquote_to_bytes(word), safe="") for word in (user, password))
+        return cls(match[1], login, host_of(match[1], match[3]), project_path(match[4] or ""))
+
+    def fits(self, url: str) -> bool:
+        """Whether it may be shown to the server of a URL for what the URL names."""
+        match = SERVER_URL.match(url)
+        if match is None or (self.scheme, self.host) != (match[1], host_of(match[1], match[2])):
+            return False
+        return not self.path or f"{project_path(match[3])}/".startswith(f"{self.path}/")
+
+
+def host_of(scheme: str, netloc: str) -> str:
+    """Return the host and port of a URL, the port only where it is not the usual one."""
+    return netloc.lower().removesuffix(":80" if scheme == "http" else ":443")
+
+
+def project_path(path: str) -> str:
+    """Return what is compared of the path of a repository, as servers do."""
+    return path.strip("/").removesuffix(".git").strip("/").lower()
+
+
+def logins_for(credentials: Sequence[Credential], url: str) -> list[str]:
+    """Return what may be tried for a URL, best first, each as a file for git's credential-store.
+
+    A line that names more of the path comes first. Each file has one login for the URL's server,
+    and of other servers, to which it may lead, the lines that name no path.
+    """
+    match = SERVER_URL.match(url)
+    host = match[2] if match else ""  # as git looks for it
+    fitting = [credential for credential in credentials if credential.fits(url)]
+    fitting.sort(key=lambda credential: -len(credential.path))
+    elsewhere = [c for c in credentials if not c.path and c not in fitting]
+    others = "".join(f"{c.scheme}://{c.login}@{c.host}\n" for c in elsewhere)
+    best = fitting[:CREDENTIALS_TRIED]
+    return [f"{c.scheme}://{c.login}@{host}\n{others}" for c in best] or [others]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What git needs to reach its servers: variables, and a private certificate authority."""
+
+    variables: Mapping[str, str] = dataclass_field(default_factory=dict)
+    ca: Path | None = None
+
+    def authorities(self) -> bytes:
+        """Return the public authorities and the private one; b"" where there is no private one.
+
+        Variables that name a file of authorities replace the public ones, so it has both.
+        """
+        try:
+            private = read_beginning(self.ca, CA_BYTES) if self.ca else b""
+        except OSError:
+            private = b""
+        if not private.strip():
+            return b""
+        files = (
+            os.environ.get("GIT_SSL_CAINFO", ""),
+            *PUBLIC_AUTHORITIES,
+            requests.utils.DEFAULT_CA_BUNDLE_PATH,
+        )
+        public = next((file for file in files if file and Path(file).is_file()), os.devnull)
+        return read_beginning(Path(public), OUTPUT_BYTES) + b"\n" + private
+
+
+def read_beginning(path: Path, size: int) -> bytes:
+    """Return at most so many bytes of a file; raises OSError."""
+    with path.open("rb") as file:
+        return file.read(size)
+
+
 class Git:
-    """The only way to git: no hooks, no prompts, no submodules, nobody's configuration.
+    """The only way to git: no hooks, no prompts, nobody's configuration.
 
     Credentials are read by git's own helper from a file, so they are in no URL, argv or log.
     """
@@ -1945,14 +2195,42 @@ class Git:
         timeout: float = GIT_TIMEOUT,
         limit: int = 2**26,
         deployed_refs: Mapping[str, Sequence[str]] | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
         self.credentials = credentials
+        self.secrets = Secrets(credentials.parent)
+        self.surroundings = surroundings or Surroundings()
         self.timeout = timeout
         self.limit = limit
         self.deployed_refs = deployed_refs or {}  # by URL, for servers that list too many
         self._slots: dict[str, threading.Semaphore] = {}  # by host
         self._reading = threading.Semaphore()
         self._quiet_until: dict[str, float] = {}  # by URL; no warning before that time
+        self._accepted: dict[str, str] = {}  # the login that worked last, by URL
+
+    def reach(self, url: str, *args: str, **how: Any) -> str:
+        """Return what one call prints that asks the server of a URL; raises GitError.
+
+        The lines of git-credentials that fit the URL are tried until the server accepts one. Any
+        other failure ends that at once.
+        """
+        lines = self.secrets.lines(self.credentials.name)
+        credentials = [c for c in map(Credential.parse, lines) if c is not None]
+        logins = logins_for(credentials, url)
+        logins.sort(key=lambda login: login != self._accepted.get(url))
+        *first, last = logins
+        for login in first:
+            try:
+                printed = self.run(*args, login=login, **how)
+            except GitError as failure:
+                if not CREDENTIAL_REFUSED.search(failure.stderr):
+                    raise
+                continue
+            self._accepted[url] = login
+            return printed
+        printed = self.run(*args, login=last, **how)
+        self._accepted[url] = last
+        return printed
 
     def run(
         self,
@@ -1961,22 +2239,33 @@ class Git:
         patience: int = 1,
         file_bytes: int = OUTPUT_BYTES,
         stdin: str = "",
+        login: str = "",
     ) -> str:
         """Return what one call prints, bytes that are no UTF-8 as surrogates; raises GitError.
 
-        The call may take patience times the usual time.
+        The call may take patience times the usual time, as long as the server says anything. It has
+        no credentials but the login.
         """
-        kept = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
-        environ = {**kept, **GIT_ENVIRONMENT, "CREDENTIALS_FILE": str(self.credentials)}
         where = ("-C", str(directory)) if directory else ()
         argv = (*GIT, *where, *args)
-        finished = run_program(argv, patience * self.timeout, stdin, environ, file_bytes)
+        limits = Patience(patience * self.timeout, self.timeout)
+        authorities = self.surroundings.authorities()
+        with memory_file(login.encode()) as store, memory_file(authorities) as bundle:
+            environ = {**self.environ(), "CREDENTIALS_FILE": path_of(store)}
+            if authorities:
+                environ["GIT_SSL_CAINFO"] = path_of(bundle)
+            finished = run_program(argv, limits, stdin, environ, file_bytes)
         stdout = finished.stdout.decode(errors="surrogateescape")
         if finished.code != 0:
             stderr = finished.stderr.decode(errors="surrogateescape")
             words = [a for a in args if not re.match(r"-|[A-Za-z.]+=", a)]  # the URL above all
             raise GitError(("git", *words), finished.code, stderr, stdout)
         return stdout
+
+    def environ(self) -> dict[str, str]:
+        """Return the environment in which git runs."""
+        kept = {k: v for k, v in os.environ.items() if not re.match(r"GIT_(?!SSL_)|LANG|LC_", k)}
+        return {**kept, **self.surroundings.variables, **GIT_ENVIRONMENT}
 
     def heads(self, url: str) -> dict[str, str]:
         """Return the commit of every branch, by full ref name; of the deployed ones where too many.
@@ -1988,7 +2277,8 @@ class Git:
         if not slots.acquire(timeout=self.timeout):
             raise GitError(("git", "ls-remote"), None, f"too many calls wait for {clip(host)}")
         try:
-            listed = self.run("ls-remote", "--heads", "--", url, file_bytes=HEADS_BYTES)
+            ask = ("ls-remote", "--heads", "--", url)
+            listed = self.reach(url, *ask, file_bytes=HEADS_BYTES)
         except GitError as failure:
             too_long = failure.code == -signal.SIGXFSZ or OUT_OF_ROOM.search(failure.stderr)
             if not too_long or url not in self.deployed_refs:
@@ -2009,7 +2299,7 @@ class Git:
             self.run("init", "--quiet", "--bare", "--", folder)
             fetch = ("fetch", "--quiet", "--depth=1", "--filter=tree:0", "--no-tags")
             try:
-                self.run(*fetch, "--", url, f"+{ref}:{ref}", **where)
+                self.reach(url, *fetch, "--", url, f"+{ref}:{ref}", **where)
             except GitError as failure:
                 if "couldn't find remote ref" in failure.stderr:
                     return ""
@@ -2038,14 +2328,28 @@ class Git:
             warn("ignored branches with unsupported names", repository=url, **details)
         return heads
 
-    def checkout(self, url: str, commit: str, directory: Path, *, symlinks: bool) -> None:
+    def checkout(
+        self,
+        url: str,
+        commit: str,
+        directory: Path,
+        *,
+        symlinks: bool,
+        settings: CloneSettings | None = None,
+    ) -> None:
         """Put exactly this commit into a new directory; without symlinks these are plain files."""
         self._create_repository(commit, directory)
-        fetch = ("fetch", "--quiet", "--depth=1", "--no-tags", "--", url, commit)
-        # a large one takes its time; a server that does not send is cut off by the low speed
-        self.run(*fetch, directory=directory, patience=10, file_bytes=0)
+        settings = settings or DEFAULT_CLONE
+        fetch = ("fetch", "--quiet", *settings.depth_options)
+        # a large one takes its time; a server that says nothing is cut off long before
+        how: Any = {"directory": directory, "patience": 10, "file_bytes": 0}
+        if settings.tags:
+            self.reach(url, *fetch, "--", url, f"+{commit}:{CLONED_REF}", **how)
+            self.run("update-ref", "-d", CLONED_REF, directory=directory)
+        else:
+            self.reach(url, *fetch, "--no-tags", "--", url, commit, **how)
         links = f"core.symlinks={'true' if symlinks else 'false'}"
-        write = ("-c", links, "checkout", "--quiet", "--detach", "FETCH_HEAD")
+        write = ("-c", links, "checkout", "--quiet", "--detach", commit)
         self.run(*write, directory=directory, file_bytes=0)
 
     @contextmanager
@@ -2090,10 +2394,11 @@ class Git:
         remote = ("-c", f"remote.origin.url={url}", "-c", "remote.origin.promisor=true")
         fetch = (*remote, "fetch", "--quiet", "--no-tags", "--filter=blob:none")
         how: Any = {"directory": root, "patience": 10, "file_bytes": self.limit}
-        self.run(*fetch, "--depth=1", "--", "origin", commit, **how)
+        self.reach(url, *fetch, "--depth=1", "--", "origin", commit, **how)
         if ids := self._listed(commit, top, root):
             blobs = "".join(f"{blob}\n" for blob in ids)
-            self.run(*fetch, "--no-write-fetch-head", "--stdin", "origin", stdin=blobs, **how)
+            ask = (*fetch, "--no-write-fetch-head", "--stdin", "origin")
+            self.reach(url, *ask, stdin=blobs, **how)
 
     def _write_folder(self, commit: str, top: str, root: Path) -> None:
         """Write the files of one folder, once they are measured; links become plain files."""
@@ -2101,17 +2406,177 @@ class Git:
         if (total := sum(int(size) for size in sizes if size.isdigit())) > self.limit:
             raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {total >> 20} MiB")
         if sizes:
-            write = ("-c", "core.symlinks=false", "checkout", "--quiet", commit, "--", top)
+            plain = (LITERAL, "-c", "core.symlinks=false")
+            write = (*plain, "checkout", "--quiet", commit, "--", top)
             self.run(*write, directory=root, file_bytes=self.limit)
 
     def _listed(self, commit: str, top: str, root: Path, *options: str) -> list[str]:
         """Return the id of each file of one folder, or with option --long its size."""
-        ask = ("ls-tree", "-r", "-z", *options, commit, "--", top)
+        ask = (LITERAL, "ls-tree", "-r", "-z", *options, commit, "--", top)
         entries = self.run(*ask, directory=root, file_bytes=FOLDER_FILES * 4096).split("\0")[:-1]
         if len(entries) > FOLDER_FILES:
             raise GitError(("git", "ls-tree"), -signal.SIGXFSZ, f"it has {len(entries)} files")
         rows = [entry.partition("\t")[0].split() for entry in entries]  # mode, type, id, size
         return [row[-1] for row in rows if row[1] == "blob"]
+
+
+SUBMODULES = 200  # of one commit, those of submodules included
+SUBMODULE_LEVELS = 8
+PATHS_SHOWN = 3
+OLDER_SECONDS = 5.0
+POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
+SUBMODULE_PATH = re.compile(r"submodule\.(.*)\.path\n(.*)", re.DOTALL)
+# All files come, also those that .lfsconfig leaves out; without one of them nothing is checked out.
+LFS_OPTIONS = (
+    *("-c", "lfs.fetchinclude=", "-c", "lfs.fetchexclude="),
+    *("-c", "filter.lfs.process=git-lfs filter-process", "-c", "filter.lfs.required=true"),
+)
+
+
+class Cloner:
+    """Clones for the Jobs of an app, as its settings say.
+
+    Submodules and files in git LFS are fetched, left out, or a reason to refuse the commit: an
+    empty folder or a pointer must not go live unnoticed.
+    """
+
+    def __init__(self, git: Git, app: str, settings: CloneSettings) -> None:
+        self.git = git
+        self.app = app
+        self.settings = settings
+        self._submodules = 0  # that were seen so far
+
+    def clone(self, url: str, commit: str, directory: Path) -> None:
+        """Put a commit into a new directory; raises GitError, and RefusedError for its content."""
+        self.git.checkout(url, commit, directory, symlinks=True, settings=self.settings)
+        # relative URLs of submodules are resolved against it, and git-lfs wants to know it
+        self.git.run("config", "remote.origin.url", url, directory=directory)
+        self._complete(url, directory, SUBMODULE_LEVELS)
+
+    def _complete(self, url: str, directory: Path, levels: int) -> None:
+        """Fetch what a checkout has only references to, and the same in its submodules."""
+        settings = self.settings
+        submodules = [] if settings.submodules == "false" else self._gitlinks(directory)
+        pointers = [] if settings.lfs == "false" else self._pointers(directory)
+        refusals = []
+        if submodules and not settings.submodules:
+            refusals.append(self._undecided("submodules", submodules, "submodules"))
+        if pointers and not settings.lfs:
+            refusals.append(self._undecided("files in git LFS", pointers, "lfs"))
+        if refusals:
+            raise RefusedError(" ".join(refusals))
+        if pointers:
+            self._fetch_large_files(url, directory, pointers)
+        if submodules:
+            self._fetch_submodules(url, directory, submodules, levels)
+
+    def _undecided(self, what: str, paths: Sequence[str], key: str) -> str:
+        """Return the sentence that says what a commit has and which setting decides on it."""
+        shown = [clip(path, 60) for path in paths[:PATHS_SHOWN]]
+        more = len(paths) - len(shown)
+        some = ", ".join(shown) + (f", and {more} more" if more else "")
+        advice = f"Set clone.{key} of app {self.app} to true or false."
+        return f"The commit has {what} ({some}). {advice}"
+
+    def _gitlinks(self, directory: Path) -> list[str]:
+        """Return the paths of the submodules, from the list of all files, which may be long."""
+        argv = (*GIT, "-C", str(directory), "ls-files", "--stage", "-z")
+        paths = []
+        rest = b""
+        listing = start(argv, self.git.environ(), stderr=subprocess.DEVNULL)
+        with listing, cast("IO[bytes]", listing.stdout) as output:
+            while chunk := output.read(65536):
+                *entries, rest = (rest + chunk).split(b"\0")
+                paths += [e.partition(b"\t")[2] for e in entries if e.startswith(b"160000 ")]
+        if listing.returncode != 0:
+            raise GitError(("git", "ls-files"), listing.returncode, "")
+        return [os.fsdecode(path) for path in paths]
+
+    def _pointers(self, directory: Path) -> list[str]:
+        """Return the paths of the files that are pointers to files in git LFS."""
+        ask = ("ls-files", "-z", "--", ":(attr:filter=lfs)")
+        paths = self.git.run(*ask, directory=directory).split("\0")[:-1]
+        return [path for path in paths if is_pointer(directory / path)]
+
+    def _fetch_large_files(self, url: str, directory: Path, pointers: Sequence[str]) -> None:
+        """Replace the pointers of a checkout by what they point to, from the server of its URL."""
+        endpoint = f"{url.rstrip('/').removesuffix('.git')}.git/info/lfs"
+        if is_local(url):
+            endpoint = f"file://{url.removeprefix('file://')}"
+        options = (*LFS_OPTIONS, "-c", f"lfs.url={endpoint}")
+        how: Any = {"directory": directory, "patience": 10, "file_bytes": 0}
+        self.git.reach(url, *options, "lfs", "fetch", "origin", "HEAD", **how)
+        # not by `git lfs checkout`, after which git takes the files for changed ones
+        for path in pointers:
+            (directory / path).unlink()
+        self.git.run(*options, "checkout", "--quiet", "--force", "HEAD", **how)
+        if left := self._pointers(directory):
+            raise GitError(("git", "lfs", "fetch"), 1, f"{left[0]} is still a pointer")
+        # Of a file that is older than the index git believes that it has not changed. Else it would
+        # compare it with the pointer in the tests, where there is no git-lfs.
+        for path in pointers:
+            written = (directory / path).lstat().st_mtime - OLDER_SECONDS
+            os.utime(directory / path, (written, written))
+        self.git.run(*options, "status", "--porcelain", "--untracked-files=no", **how)
+
+    def _fetch_submodules(
+        self, url: str, directory: Path, paths: Sequence[str], levels: int
+    ) -> None:
+        """Fetch the submodules of a checkout, each at its commit, and complete them."""
+        self._submodules += len(paths)
+        if self._submodules > SUBMODULES or levels == 0:
+            most = f"{SUBMODULES} submodules, or {SUBMODULE_LEVELS} levels of them"
+            raise RefusedError(f"The commit has more than {most}.")
+        names = self._submodule_names(directory)
+        for path in paths:
+            source = self._submodule_url(directory, path, names.get(path, ""))
+            if not SERVER_URL.match(source) and (SERVER_URL.match(url) or not is_local(source)):
+                raise self._unusable(path, "its URL is neither http nor https")
+            update = ("submodule", "--quiet", "update", "--checkout", "--depth=1", "--", path)
+            how: Any = {"directory": directory, "patience": 10, "file_bytes": 0}
+            self.git.reach(source, LITERAL, *update, **how)
+            inner = directory / path
+            # without a repository of its own git would take the one around it
+            if not (inner / ".git").is_file() or inner.resolve() != directory.resolve() / path:
+                raise self._unusable(path, "git did not fetch it")
+            self._complete(source, inner, levels - 1)
+
+    def _submodule_names(self, directory: Path) -> dict[str, str]:
+        """Return the name of each submodule in .gitmodules by its path."""
+        ask = ("config", "--null", "--blob", "HEAD:.gitmodules", "--get-regexp", r"\.path$")
+        try:
+            entries = self.git.run(*ask, directory=directory).split("\0")
+        except GitError:  # there is no such file, or nothing in it
+            return {}
+        matches = [match for entry in entries if (match := SUBMODULE_PATH.fullmatch(entry))]
+        return {match[2]: match[1] for match in matches}
+
+    def _submodule_url(self, directory: Path, path: str, name: str) -> str:
+        """Return the full URL of a submodule, which git accepts; raises RefusedError."""
+        try:
+            self.git.run(LITERAL, "submodule", "--quiet", "init", "--", path, directory=directory)
+            key = f"submodule.{name}.url"
+            return self.git.run("config", "--get", key, directory=directory).removesuffix("\n")
+        except GitError as failure:
+            raise self._unusable(path, failure.said) from failure
+
+    def _unusable(self, path: str, why: str) -> RefusedError:
+        """Return the error for a submodule that cannot be fetched whatever the server does."""
+        advice = f"Correct .gitmodules, or set clone.submodules of app {self.app} to false."
+        return RefusedError(f"Submodule {clip(path, 80)} cannot be fetched: {why}. {advice}")
+
+
+def is_local(url: str) -> bool:
+    """Whether a URL names a folder of this machine."""
+    return url.startswith(("/", "file:///"))
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file stands for one in git LFS."""
+    with suppress(OSError):
+        if stat.S_ISREG(path.lstat().st_mode):
+            return read_beginning(path, 100).startswith(POINTERS)
+    return False
 
 
 # === retry ========================================================================================
@@ -2257,6 +2722,20 @@ BUILD_CONTAINER = "kaniko"
 RESULTS_CONTAINER = "results"
 SOURCE = "/workspace/src"
 CREDENTIALS_MOUNT = "/var/run/gitops-hook"
+CA_MOUNT = "/var/run/gitops-hook-ca"
+CA_BUNDLE = "/workspace/ca-certificates.crt"  # where the clone writes public and private ones
+# A constant script: where the clone wrote a bundle, the tests use it: git, OpenSSL, curl, requests,
+# pip and Node.js, unless a variable names another one already.
+TRUSTING = """if [ -s "$CA_BUNDLE" ]; then
+  : "${GIT_SSL_CAINFO:=$CA_BUNDLE}" "${SSL_CERT_FILE:=$CA_BUNDLE}" "${PIP_CERT:=$CA_BUNDLE}"
+  : "${CURL_CA_BUNDLE:=$CA_BUNDLE}" "${REQUESTS_CA_BUNDLE:=$CA_BUNDLE}"
+  : "${NODE_EXTRA_CA_CERTS:=$CA_BUNDLE}"
+  export GIT_SSL_CAINFO SSL_CERT_FILE PIP_CERT CURL_CA_BUNDLE REQUESTS_CA_BUNDLE NODE_EXTRA_CA_CERTS
+fi
+exec sh -ec "$0"
+"""
+# Docker's predefined arguments of a build, which the commands of a Dockerfile get as variables.
+PROXIES = re.compile("(?i:(?:https?|ftp|no|all)_proxy)")
 BUILD_CONTEXT = "/kaniko/source/src"  # SOURCE, where no Dockerfile writes: kaniko leaves mounts out
 # What every Job has; what every container has, fit for Pod Security `restricted`; what the builder
 # has instead, which unpacks images over its own root, /tmp included, fit for `baseline`.
@@ -2270,6 +2749,7 @@ spec:
     rules:  # in this order: an evicted test has an exit code too
     - {action: Ignore, onPodConditions: [{type: DisruptionTarget, status: "True"}]}
     - {action: FailJob, onExitCodes: {operator: NotIn, values: [0]}}
+    - {action: FailJob, onExitCodes: {containerName: clone, operator: In, values: [3]}}  # refused
   template:
     spec:
       restartPolicy: Never
@@ -2282,6 +2762,7 @@ spec:
       - {name: workspace, emptyDir: {}}  # each with the size of what the main container may write
       - {name: tmp, emptyDir: {}}
       - {name: git, secret: {secretName: git-credentials, optional: true, defaultMode: 0400}}
+      - {name: ca, configMap: {name: gitops-hook-ca, optional: true}}
 ---
 env:
 - {name: HOME, value: /tmp}
@@ -2294,11 +2775,14 @@ securityContext: {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true,
                   capabilities: {drop: [ALL]}}
 volumeMounts: [{name: workspace, mountPath: /workspace}, {name: tmp, mountPath: /tmp}]
 ---
-env: [{name: container, value: kube}]  # it looks for that, or a token, before it writes to its root
+env:
+- {name: container, value: kube}  # it looks for that, or a token, before it writes to its root
+# the public authorities are in the first folder, of which its image names no other
+- {name: SSL_CERT_DIR, value: "/kaniko/ssl/certs:/etc/ssl/certs:/kaniko/ca"}
 securityContext: {runAsNonRoot: false, runAsUser: 0, runAsGroup: 0, allowPrivilegeEscalation: false,
   capabilities: {drop: [ALL], add: [CHOWN, DAC_OVERRIDE, FOWNER, SETUID, SETGID, SETFCAP]}}
 volumeMounts: [{name: workspace, mountPath: /kaniko/source},
-               {name: registry, mountPath: /kaniko/.docker}]
+               {name: ca, mountPath: /kaniko/ca}, {name: registry, mountPath: /kaniko/.docker}]
 ---
 name: registry
 secret: {secretName: registry-credentials, optional: true, defaultMode: 0400,
@@ -2327,9 +2811,9 @@ DISK_LIMITS = {"test": "4Gi", "build": "10Gi"}
 def test_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that checks out the commit, runs its tests and sums up their report."""
     results = new_container(RESULTS_CONTAINER, config.images.hook, ["collect"])
-    env = {"CI": "true", "GIT_BRANCH": run.branch, "GIT_COMMIT": run.commit}
+    env = {"CI": "true", "GIT_BRANCH": run.branch, "GIT_COMMIT": run.commit, "CA_BUNDLE": CA_BUNDLE}
     tests = new_container(TEST_CONTAINER, app.test.image, [app.test.command], **env)
-    tests |= {"command": ["sh", "-ec"], "workingDir": SOURCE}
+    tests |= {"command": ["sh", "-ec", TRUSTING], "workingDir": SOURCE}
     # a side-car first: it listens long before the tests can end
     return stage_job(config, app, run, "test", {**results, "restartPolicy": "Always"}, tests)
 
@@ -2337,6 +2821,8 @@ def test_job(config: Config, app: App, run: Run) -> Object:
 def build_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that builds and pushes the image; its termination message is the digest."""
     options = [f"--context=dir://{BUILD_CONTEXT}", f"--dockerfile={app.build.dockerfile}"]
+    proxies = [f"{n}={value}" for n, value in config.job_env.items() if PROXIES.fullmatch(n)]
+    options += [f"--build-arg={proxy}" for proxy in proxies]
     options += [f"--destination={app.build.image}:{run.commit[:8]}", *app.build.args]
     options += ["--digest-file=/dev/termination-log"]
     build = new_container(BUILD_CONTAINER, config.images.kaniko, options)
@@ -2369,6 +2855,8 @@ def stage_job(config: Config, app: App, run: Run, stage: str, *containers: Objec
     pod["serviceAccountName"] = f"{stage}-runner-sa"
     pod["initContainers"] = [*sidecars, clone_container(config, app, run)]
     pod["containers"] = [{**main, "resources": resources}]
+    for container in (*pod["initContainers"], *pod["containers"]):
+        container["env"] = [*env_of(config.job_env), *container["env"]]
     for volume in pod["volumes"]:
         if "emptyDir" in volume:
             volume["emptyDir"]["sizeLimit"] = resources["limits"][DISK]
@@ -2378,17 +2866,25 @@ def stage_job(config: Config, app: App, run: Run, stage: str, *containers: Objec
 def clone_container(config: Config, app: App, run: Run) -> Object:
     """Return the container that checks out the commit; only it sees the git credentials."""
     env = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
+    env |= {"CLONE_APP": app.name, "CLONE_DEPTH": str(app.clone.depth or "full")}
+    env |= {"CLONE_TAGS": str(app.clone.tags).lower(), "CLONE_SUBMODULES": app.clone.submodules}
+    env |= {"CLONE_LFS": app.clone.lfs, "CA_FILE": f"{CA_MOUNT}/ca.crt", "CA_BUNDLE": CA_BUNDLE}
     env["CREDENTIALS_FILE"] = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
     clone = new_container("clone", config.images.hook, ["clone"], **env)
-    credentials = {"name": "git", "mountPath": CREDENTIALS_MOUNT}
-    return {**clone, "volumeMounts": [*clone["volumeMounts"], credentials]}
+    mounts = [{"name": "git", "mountPath": CREDENTIALS_MOUNT}]
+    mounts += [{"name": "ca", "mountPath": CA_MOUNT}]
+    return {**clone, "volumeMounts": [*clone["volumeMounts"], *mounts]}
 
 
 def new_container(name: str, image: str, args: Sequence[str], **env: str) -> Object:
     """Return a container; Kubernetes expands $(NAME) and $$ in its texts, so they are escaped."""
-    escaped = [{"name": key, "value": value.replace("$", "$$")} for key, value in env.items()]
     texts = {"name": name, "image": image, "args": [arg.replace("$", "$$") for arg in args]}
-    return {**CONTAINER, **texts, "env": [*CONTAINER["env"], *escaped]}
+    return {**CONTAINER, **texts, "env": [*CONTAINER["env"], *env_of(env)]}
+
+
+def env_of(variables: Mapping[str, str]) -> list[Object]:
+    """Return variables as a container has them, escaped."""
+    return [{"name": name, "value": v.replace("$", "$$")} for name, v in variables.items()]
 
 
 def with_disk_limit(resources: Mapping[str, Mapping[str, str]], limit: str) -> Object:
@@ -3135,6 +3631,7 @@ def same_configmap(one: Object, other: Object) -> bool:
 # === objects ======================================================================================
 
 SHORT_WATCH = 5.0  # a watch that ends so soon did not work
+WORDS_LENGTH = 800  # characters of what the cluster says about a pod: a quota's are the longest
 LOG_PATIENCE = 2.0  # seconds that a failed deployment waits until its logs are kept
 # exit reasons after a machine was lost: they tell nothing about the program
 NODE_LOST = ("ContainerStatusUnknown", "Unknown")
@@ -3227,6 +3724,26 @@ def containers_of(spec: Object, status: Object) -> list[Container]:
     sidecars = [c["name"] for c in spec.get("initContainers") or [] if "restartPolicy" in c]
     kinds = ["sidecar" if entry["name"] in sidecars else "init" for entry in inits]
     return [*map(Container, inits, kinds), *(Container(entry, "app") for entry in apps)]
+
+
+class PodEvent:
+    """What matters of an Event: what the cluster says of a pod or of a Job, how often and when."""
+
+    def __init__(self, manifest: Object) -> None:
+        about = manifest.get("involvedObject") or {}
+        series = manifest.get("series") or {}
+        meta = manifest.get("metadata") or {}
+        begun = manifest.get("firstTimestamp") or manifest.get("eventTime")
+        first: str = begun or meta.get("creationTimestamp") or ""
+        container = re.fullmatch(r"spec\.\w+\{(.*)\}", str(about.get("fieldPath")))
+        self.pod = str(about.get("name"))
+        self.container = container[1] if container else ""
+        self.reason = str(manifest.get("reason"))
+        self.text = clip(str(manifest.get("message")), WORDS_LENGTH)
+        self.is_warning = manifest.get("type") == "Warning"
+        self.times = int(series.get("count") or manifest.get("count") or 1)
+        self.first = epoch(first)
+        self.last = epoch(series.get("lastObservedTime") or manifest.get("lastTimestamp") or first)
 
 
 class Job:
@@ -3635,15 +4152,33 @@ class Informer(Generic[V]):
 
 LAG = 10.0  # seconds that the pods' watch may be behind the Jobs'
 NEVER = float("inf")
-PULL = re.compile("ErrImage.*|ImagePullBackOff|ImageInspectError|InvalidImageName|Registry.*")
+PROOF_SECONDS = 10.0  # at least, between the first and the last sign of what cannot heal
+REFUSED_SECONDS = 30.0  # that a refusal stands, by when the kubelet must have asked again
+PULL = re.compile("ErrImage.*|ImagePullBackOff|ImageInspectError|Registry.*")
+BARE_BACK_OFF = re.compile('(Back-off pulling image "[^"]*")?')  # of kubelets before 1.29
 HOPELESS_PULL = re.compile(
     r"(?i)not found|(manifest|name) unknown|denied|unauthorized|forbidden|authentication required"
-    r"|no basic auth|insufficient_scope|authorization failed|invalid reference|InvalidImageName"
-    r"|couldn't parse image|does not exist|no match for platform"
+    r"|no basic auth|insufficient_scope|authorization failed|invalid reference"
+    r"|does not exist|no match for platform"
+)
+PASSING_PULL = re.compile(
+    r"(?i)connection refused|timed? ?out|no such host|too ?many ?requests|\b5[0-9]{2} [A-Z]"
 )
 PASSING_REFUSAL = re.compile(
     "Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown|being terminated"
 )
+# What may be away or behind when a pod is created. What a policy refuses may hold any words.
+PASSING_CREATION = re.compile(
+    f"{PASSING_REFUSAL.pattern}|serviceaccount +not found|failed calling webhook|connection refused"
+)
+POLICY = re.compile("denied the request|violates PodSecurity|must specify|m(ax|in)imum ")
+QUOTA = re.compile("exceeded quota: [^ ]+, requested: ([^ ]+), used: [^ ]+, limited: ([^ ]+)")
+QUANTITY_TEXT = re.compile("([0-9]+(?:[.][0-9]+)?)(e[+-]?[0-9]{1,2}|[numkMGTPE]|[KMGTPE]i)?")
+UNIT_POWERS = {"n": -3, "u": -2, "m": -1, "": 0, "k": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
+CLAIM = re.compile("(?i)persistentvolumeclaim")
+VOLUME_EVENTS = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
+STEPS = ("Pulling", "Pulled", "Created", "Started")  # of a container on its way to run
+STARTING = ("ContainerCreating", "PodInitializing")  # of which the status says nothing more
 
 
 @dataclass(frozen=True, slots=True)
@@ -3665,35 +4200,72 @@ Do = StrEnum("Do", "NOTHING WAIT UNSUSPEND BUILD ANNOTATE DEPLOY END")
 
 @dataclass(frozen=True, slots=True)
 class PodProblem:
-    """Something wrong with a pod that is fatal once it lasts for `grace` seconds, or recurs."""
+    """Something wrong with a pod, and what proves that it cannot heal: until then it is waited for.
+
+    It is fatal once it has lasted for `grace` seconds, or has happened `enough` times for the same
+    cause and PROOF_SECONDS have passed since the first.
+    """
 
     key: str
     reason: Reason
     detail: str
     grace: float = 0.0
-    times: int = 0
-    cause: str = ""
+    times: int = 0  # how often it has happened until now, whatever the cause was
+    cause: str = ""  # "" where it is not said
+    counted: int = 0  # how many of these times count where it is seen first
+    enough: int = 0  # 0: it may happen for ever
+    renewed: bool = False  # whether it has just happened, rather than waits to happen again
 
 
-def container_problem(container: Container, pod: Pod) -> PodProblem | None:
+def container_problem(
+    container: Container, pod: Pod, events: Sequence[PodEvent] = (), crashes: int = 2
+) -> PodProblem | None:
     """Return what is wrong with a container, by the texts a real cluster gives."""
     key = f"{pod.name}/{container.name}"
-    name = f"container {container.name} of {pod.name}"
-    text = f"{name}: {clip(container.text, 800)}"
     waiting = container.waiting
+    text = f"container {container.name} of {pod.name}: {clip(container.text, WORDS_LENGTH)}"
+    if waiting == "InvalidImageName":  # the kubelet does not even ask for it
+        reason = Reason.JOB_REFUSED if pod.job else Reason.MANIFEST_INVALID
+        return PodProblem(f"{key}/pull", reason, text)
     if PULL.fullmatch(waiting):
-        unquoted = re.sub(r'"[^"]*"', "", container.text)  # an image may be called what it likes
-        if HOPELESS_PULL.search(f"{waiting}: {unquoted}"):
-            return PodProblem(f"{key}/pull", Reason.IMAGE_NOT_FOUND, text)
-        return PodProblem(f"{key}/pull", Reason.IMAGE_PULL_FAILED, text, 60.0)
-    starting = START.fullmatch(waiting) or START.fullmatch(container.exit_reason)
-    if starting and not container.running:
-        grace = NEVER if "failed to sync" in text else 30.0  # the kubelet's cache, not the object
-        return PodProblem(f"{key}/start", Reason.CONTAINER_CONFIG, text, grace)
-    return exit_problem(container, pod, f"{key}/exit", name)
+        own = [e for e in events if (e.pod, e.container) == (pod.name, container.name)]
+        return pull_problem(container, f"{key}/pull", text, own)
+    if START.fullmatch(waiting) and not START.fullmatch(container.exit_reason):
+        return PodProblem(f"{key}/start", Reason.CONTAINER_CONFIG, text, NEVER)
+    return exit_problem(container, pod, f"{key}/exit", crashes)
 
 
-def exit_problem(container: Container, pod: Pod, key: str, name: str) -> PodProblem | None:
+def pull_problem(
+    container: Container, key: str, text: str, events: Sequence[PodEvent]
+) -> PodProblem:
+    """Return what is wrong with a pull: refused, which two refusals prove, or not answered."""
+    if not (cause := refusal_of(container.text)):
+        says = not BARE_BACK_OFF.fullmatch(container.text)
+        return PodProblem(key, Reason.IMAGE_PULL_FAILED, text, NEVER, cause="away" * says)
+    refused = [e for e in events if e.reason == "Failed" and refusal_of(e.text) == cause]
+    proven = sum(e.times for e in refused) > 1 and (
+        max(e.last for e in refused) - min(e.first for e in refused) >= PROOF_SECONDS
+    )
+    return PodProblem(
+        key,
+        Reason.IMAGE_NOT_FOUND,
+        text,
+        grace=0.0 if proven else REFUSED_SECONDS,
+        cause=cause,
+        counted=1,
+        enough=2,
+        renewed=container.waiting.startswith("ErrImage"),
+    )
+
+
+def refusal_of(text: str) -> str:
+    """Return with which words a registry refuses an image, "" where it does not or is away."""
+    unquoted = re.sub(r'"[^"]*"', "", text)  # an image may be called what it likes
+    refusal = None if PASSING_PULL.search(unquoted) else HOPELESS_PULL.search(unquoted)
+    return refusal[0].lower() if refusal else ""
+
+
+def exit_problem(container: Container, pod: Pod, key: str, crashes: int) -> PodProblem | None:
     """Return what is wrong with a container that ended, unless it may or has worked before."""
     code = container.exit_code
     worked = container.ready or pod.seen_ready
@@ -3705,53 +4277,161 @@ def exit_problem(container: Container, pod: Pod, key: str, name: str) -> PodProb
     if out_of_memory:
         reason = Reason.OUT_OF_MEMORY
     cause = f"{code} ({container.exit_reason})"
-    text = f"{name} ended {container.exits} times, last with exit code {cause}"
-    grace = NEVER if worked or container.exits == 1 else 15.0
-    return PodProblem(key, reason, text, grace, container.exits, cause)
+    text = f"container {container.name} of {pod.name} ended {container.exits} times"
+    text += f", last with exit code {cause}"
+    if START.fullmatch(container.exit_reason):  # the runtime's words: nothing of it has run
+        text += f": {clip(container.words, WORDS_LENGTH)}"
+    counted = 1 if worked else container.exits
+    return PodProblem(key, reason, text, NEVER, container.exits, cause, counted, crashes)
 
 
-def pod_problems(pod: Pod) -> Iterator[PodProblem]:
+def pod_problems(
+    pod: Pod, events: Sequence[PodEvent] = (), crashes: int = 2
+) -> Iterator[PodProblem]:
     """Yield what is wrong with a pod; one that the cluster takes away is replaced, not sick."""
     if pod.leaving:
         return
     if pod.overfull:
         yield PodProblem(f"{pod.name}/disk", Reason.OUT_OF_DISK, clip(pod.overfull))
     if pod.unschedulable:
-        yield PodProblem(
-            f"{pod.name}/schedule", Reason.UNSCHEDULABLE, clip(pod.unschedulable), 120.0
-        )
-    yield from filter(None, (container_problem(c, pod) for c in pod.containers))
+        reason = Reason.UNSCHEDULABLE
+        if CLAIM.search(pod.unschedulable):
+            reason = Reason.VOLUME_UNAVAILABLE
+        text = clip(pod.unschedulable, WORDS_LENGTH)
+        yield PodProblem(f"{pod.name}/schedule", reason, text, NEVER)
+    problems = (container_problem(c, pod, events, crashes) for c in pod.containers)
+    yield from filter(None, problems)
+
+
+def container_to_start(pod: Pod) -> Container | None:
+    """Return the container that is to start next; None where the one before it is at work."""
+    for container in pod.containers:
+        if container.waiting:
+            return container
+        at_work = container.running and container.kind != "app"
+        if at_work and not (container.kind == "sidecar" and container.ready):
+            return None
+    return None
+
+
+def held_container(pod: Pod) -> Container | None:
+    """Return the container for which a pod is not ready: it has to start, or to become ready."""
+    running = (c for c in pod.containers if c.running and c.kind == "app" and not c.ready)
+    return container_to_start(pod) or next(running, None)
+
+
+def is_unexplained(pod: Pod) -> bool:
+    """Whether the Events of a pod say more than its status about why it is not ready."""
+    container = held_container(pod) if pod.stays and not pod.unschedulable else None
+    if container is None:
+        return False
+    waiting = container.waiting
+    return not waiting or waiting in STARTING or PULL.fullmatch(waiting) is not None
+
+
+def start_problem(pod: Pod, events: Iterable[PodEvent]) -> PodProblem | None:
+    """Return why a pod is not ready of which the status does not say it, by its newest Event."""
+    if not is_unexplained(pod) or not (container := held_container(pod)):
+        return None
+    own = [e for e in events if e.pod == pod.name and (e.is_warning or e.reason in STEPS)]
+    newest = max(reversed(own), key=lambda event: event.last, default=None)
+    what = "not started" if container.waiting else "not ready"
+    reason = Reason.NEVER_STARTED if container.waiting else Reason.NEVER_READY
+    if newest and newest.reason in VOLUME_EVENTS:
+        reason = Reason.VOLUME_UNAVAILABLE
+    words = newest.text if newest else container.waiting
+    text = f"container {container.name} of {pod.name} is {what}{f': {words}' * bool(words)}"
+    return PodProblem(f"{pod.name}/start", reason, text, NEVER)
+
+
+def holdup(pods: Sequence[Pod], events: Sequence[PodEvent], crashes: int = 2) -> PodProblem | None:
+    """Return what pods wait for: what is wrong with them, else which container has to start."""
+    problems = (problem for pod in pods for problem in pod_problems(pod, events, crashes))
+    starts = (problem for pod in pods if (problem := start_problem(pod, events)))
+    return next(problems, None) or next(starts, None)
 
 
 def creation_problem(message: str, key: str) -> PodProblem:
     """Return why pods cannot be created, from a FailedCreate event or ReplicaFailure condition."""
-    if "exceeded quota" in message:
-        return PodProblem(f"{key}/quota", Reason.QUOTA_EXCEEDED, clip(message), 15.0)
-    passes = PASSING_REFUSAL.search(message)
-    return PodProblem(
-        f"{key}/create", Reason.ADMISSION_REFUSED, clip(message), 60.0 if passes else 3.0
+    text = clip(message, WORDS_LENGTH)
+    if "exceeded quota: " in message:
+        grace = 0.0 if is_above_quota(message) else NEVER
+        return PodProblem(f"{key}/quota", Reason.QUOTA_EXCEEDED, text, grace)
+    unquoted = re.sub(r'"[^"]*"', "", message)  # a pod may be called what it likes
+    if PASSING_CREATION.search(unquoted) and not POLICY.search(unquoted):
+        return PodProblem(f"{key}/create", Reason.PODS_NOT_CREATED, text, NEVER)
+    return PodProblem(f"{key}/create", Reason.ADMISSION_REFUSED, text, 3.0)
+
+
+def is_above_quota(message: str) -> bool:
+    """Whether a quota's refusal says that more is requested than the quota ever allows."""
+    if not (amounts := QUOTA.search(message)):
+        return False
+    requested, limited = (
+        dict(item.split("=", 1) for item in group.split(",") if "=" in item)
+        for group in amounts.groups()
     )
+    nothing = Decimal(0)
+    return any(quantity(requested.get(n, ""), nothing) > quantity(limited[n]) for n in limited)
+
+
+def quantity(text: str, other: Decimal = Decimal("Infinity")) -> Decimal:
+    """Return a Kubernetes quantity, such as 250m or 1Gi, as a number; `other` for another text."""
+    if not (parts := QUANTITY_TEXT.fullmatch(text)):
+        return other
+    unit = parts[2] or ""
+    if unit.endswith("i"):
+        return Decimal(parts[1]) * Decimal(1024) ** UNIT_POWERS[unit[0].replace("K", "k")]
+    if unit[1:]:
+        return Decimal(parts[1] + unit)
+    return Decimal(parts[1]) * Decimal(1000) ** UNIT_POWERS[unit]
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """A problem as it was followed from look to look, while its cause stayed the same."""
+
+    problem: PodProblem  # as it is now
+    since: float
+    times: int  # how often it has happened since then
+
+    def at_next_look(self, problem: PodProblem, now: float) -> Followed:
+        """Return it as it is seen again; another cause begins anew."""
+        before = self.problem
+        more = max(0, problem.times - before.times)
+        if before.cause and not problem.cause:  # the words are gone, not what they said
+            return replace(self, problem=replace(before, renewed=False))
+        if problem.cause != before.cause:
+            return Followed(problem, now, more or 1)
+        if problem.renewed and not before.renewed and now - self.since >= PROOF_SECONDS:
+            more += 1
+        return Followed(problem, self.since, self.times + more)
+
+    def is_fatal(self, now: float) -> bool:
+        """Whether it is proven that it cannot heal."""
+        lasted = now - self.since
+        recurred = 0 < self.problem.enough <= self.times
+        return lasted >= self.problem.grace or (recurred and lasted >= PROOF_SECONDS)
 
 
 class ProblemTracker:
-    """Remembers since when each problem is there, and so knows which one is fatal."""
+    """Follows each problem while it is there, and so knows which one is fatal."""
 
     def __init__(self) -> None:
-        self._first: dict[str, PodProblem] = {}  # as it was first seen
-        self._since: dict[str, float] = {}
+        self._followed: dict[str, Followed] = {}
 
     def fatal(self, problems: Iterable[PodProblem], now: float) -> PodProblem | None:
-        """Return a problem that has lasted too long or recurred; what is gone is forgotten."""
+        """Return a problem that cannot heal; what is gone is forgotten."""
         present = {p.key: p for p in problems}
-        self._first = {k: self._first.get(k, p) for k, p in present.items()}
-        self._since = {k: self._since.get(k, now) for k in present}
-        for key, problem in present.items():
-            first = self._first[key]
-            again = problem.times > first.times and problem.cause == first.cause
-            unwatched = first.times > 1 and problem.grace < NEVER
-            if again or unwatched or now - self._since[key] >= problem.grace:
-                return problem
-        return None
+        before = self._followed
+        self._followed = {
+            key: before[key].at_next_look(problem, now)
+            if key in before
+            else Followed(problem, now, problem.counted)
+            for key, problem in present.items()
+        }
+        fatal = (f.problem for f in self._followed.values() if f.is_fatal(now))
+        return next(fatal, None)
 
 
 class Head(StrEnum):
@@ -3789,6 +4469,7 @@ class Observation:
     now: float
     queue_timeout: float
     slot: bool = True  # whether one more Job of the run may start
+    holdup: PodProblem | None = None  # what its pods wait for
 
     @property
     def report(self) -> str:
@@ -3956,7 +4637,8 @@ def was_accepted(observed: Observation, report: str | None) -> bool:
         return True
     if report is not None:
         return not is_red(report)
-    switched = any(service.entry(run.id, run.received) for service in services)
+    finished = observed.jobs["test"].finished
+    switched = any(service.entry(run.id, finished) for service in services)
     return switched or (build is not None and not build.outcome)
 
 
@@ -3979,12 +4661,16 @@ def lateness(observed: Observation, job: Job, pods: Sequence[Pod]) -> Action:
     why = job.annotations.get(ANNOTATION_DETAIL, "")
     limit = getattr(observed.app, job.stage).timeout
     started = max((p.started for p in pods), default=0.0)
-    if started and observed.now - started > limit:
+    late = started and observed.now - started > limit
+    waited = observed.now - job.unsuspended
+    lost = not started and job.unsuspended and waited > observed.queue_timeout
+    if observed.holdup and (late or lost):  # it never came to its work
+        return fails(observed.holdup.reason, observed.holdup.detail, job.stage)
+    if late:
         running = still_running(job, pods[:1], NEVER)
         detail = f"{running} after {limit:.0f} s" if running else f"no result within {limit:.0f} s"
         return fails(Reason.TIMEOUT, detail, job.stage)
-    waited = observed.now - job.unsuspended
-    if not started and job.unsuspended and waited > observed.queue_timeout:
+    if lost:
         return fails(Reason.QUEUE_TIMEOUT, why or "no pod could start in time", job.stage)
     return Action(Do.WAIT, job.stage, detail="its pod runs" if started else why or "for its pod")
 
@@ -4034,7 +4720,9 @@ def culprit_failure(job: Job, culprit: Container, report: str) -> Action:
     message = clip(culprit.words if culprit.name == "clone" else culprit.text)
     message = message or f"exit code {culprit.exit_code}"
     if culprit.name == "clone":
-        return fails(Reason.CLONE_FAILED, message, job.stage)
+        is_refusal = culprit.exit_code == EXIT_REFUSED
+        reason = Reason.CLONE_REFUSED if is_refusal else Reason.CLONE_FAILED
+        return fails(reason, message, job.stage)
     return fails(JOB_STAGES[job.stage].failure, with_report(message, report), job.stage)
 
 
@@ -4773,6 +5461,7 @@ class Task:
     run: Run
     image: str = ""
     older: frozenset[str] = frozenset()  # what the run's branch had before, as far as that is known
+    job: Job | None = None  # the run's last Job, on which `status` reads what it waits for
 
     @property
     def words(self) -> dict[str, Any]:
@@ -4788,6 +5477,12 @@ class Task:
     def last(self) -> bool:
         """Whether this is the environment that bakes."""
         return self.environment == self.app.deploy.environments[-1]
+
+
+def read_events(kubectl: Kubectl, namespace: str, *terms: str) -> list[PodEvent]:
+    """Return the Events of which all terms of a field selector are true; raises KubectlError."""
+    listed = kubectl.list("events", namespace, "--field-selector", ",".join(terms))
+    return [*map(PodEvent, listed)]
 
 
 def require_head(doors: Doors, task: Task) -> None:
@@ -5753,17 +6448,24 @@ class Rollout:
                 raise StageError(Reason.ADOPTION_REFUSED, f"{detail}; delete or rename it")
 
     def wait(self, task: Task, release: Release, pods: Informer[Pod]) -> None:
-        """Wait for the pods of a release; raises StageError at once for what cannot heal."""
+        """Wait for the pods of a release; raises StageError as soon as it is proven hopeless."""
+        watch = RolloutWatch(self.doors, task, release, pods)
+        try:
+            self.wait_until_ready(task, release, watch)
+        finally:
+            watch.end()
+
+    def wait_until_ready(self, task: Task, release: Release, watch: RolloutWatch) -> None:
+        """Wait for the pods of a release, which a watch looks at."""
         clock = self.doors.clock
         name = release.deployment["metadata"]["name"]
         timeout = int(release.deployment["spec"]["progressDeadlineSeconds"])
-        tracker = ProblemTracker()
         began = clock.monotonic()
         deadline = began + timeout
         settled = math.inf  # when the cluster must show what `rollout status` has said
         ready = 0
         while clock.monotonic() < min(deadline, settled):
-            exit_code = self.follow_status(task, release, pods, tracker, deadline)
+            exit_code = self.follow_status(task, release, watch, deadline)
             # what it says is no proof: it is content with no replicas, and with another's pods
             deployment = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
             if (deployment["metadata"].get("labels") or {}).get(LABEL_RUN) != release.run:
@@ -5776,20 +6478,14 @@ class Rollout:
                 settled = math.inf
             self.doors.pause(0.3)
         seconds = round(clock.monotonic() - began)
-        detail = f"{ready} of {release.wanted} pods ready after {seconds} s"
-        raise self.failure(release, pods, PodProblem("", Reason.NEVER_READY, detail))
+        raise watch.lateness(f"{ready} of {release.wanted} pods ready after {seconds} s")
 
     def follow_status(
-        self,
-        task: Task,
-        release: Release,
-        pods: Informer[Pod],
-        tracker: ProblemTracker,
-        deadline: float,
+        self, task: Task, release: Release, watch: RolloutWatch, deadline: float
     ) -> int | None:
         """Run `kubectl rollout status` to its end or a deadline; return its exit code.
 
-        Raises StageError for a problem that cannot heal.
+        Raises RunError for what the watch sees.
         """
         clock = self.doors.clock
         name = release.deployment["metadata"]["name"]
@@ -5799,9 +6495,7 @@ class Rollout:
         try:
             # bounded, since a process whose complaints nobody reads may hang on them
             while process.poll() is None and clock.monotonic() < deadline:
-                problems = self.problems(task, release, pods)
-                if problem := tracker.fatal(problems, clock.monotonic()):
-                    raise self.failure(release, pods, problem)
+                watch.look()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(1.0)
                 self.doors.pause(0)
@@ -5809,28 +6503,6 @@ class Rollout:
             process.kill()
             process.communicate()
         return process.returncode
-
-    def problems(self, task: Task, release: Release, pods: Informer[Pod]) -> list[PodProblem]:
-        """Return what is wrong with a release's pods, also with those that cannot be created."""
-        problems = [q for p in pods.items() if p.run == release.run for q in pod_problems(p)]
-        with suppress(KubectlError):
-            name = release.deployment["metadata"]["name"]
-            deployment = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
-            status = deployment.get("status") or {}
-            generation = deployment["metadata"].get("generation", 0)
-            # before that it speaks of what stood there
-            current = status.get("observedGeneration", 0) >= generation
-            failure = true_condition(status, "ReplicaFailure") if current else None
-            if failure:
-                problems.append(creation_problem(str(failure.get("message")), name))
-        return problems
-
-    def failure(self, release: Release, pods: Informer[Pod], problem: PodProblem) -> StageError:
-        """Return the end of a rollout; one that is only late ends with what is wrong with it."""
-        own = [p for p in pods.items() if p.run == release.run]
-        seen = (q for p in own for q in pod_problems(p))
-        cause = problem if problem.key else next(seen, problem)
-        return StageError(cause.reason, cause.detail)
 
     def smoke_test(self, task: Task, release: Release, pods: Informer[Pod]) -> None:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
@@ -5900,6 +6572,132 @@ class Rollout:
             return None
         more = {"target": release.run, "colour": release.colour}
         return self.doors.report(task, State.RESTORED, more)
+
+
+class RolloutWatch:
+    """Looks at the pods of a rollout: whether it is hopeless, and what it waits for meanwhile."""
+
+    def __init__(self, doors: Doors, task: Task, release: Release, pods: Informer[Pod]) -> None:
+        self.doors = doors
+        self.kubectl = doors.kubectl
+        self.task = task
+        self.release = release
+        self.informer = pods
+        self.tracker = ProblemTracker()
+        self.cooldown = Cooldown(doors.clock)
+        # a rollout that takes no longer than usual costs no calls for this
+        self.cooldown.start("events", LOOK_SECONDS)
+        self.cooldown.start("show", EVENTS_SECONDS)
+        self.cooldown.start("head", HEAD_FRESH)
+        self.events: list[PodEvent] = []
+        self.holdup: PodProblem | None = None
+        self.shown = ""
+        self.asking: threading.Thread | None = None
+        self.superseded: SupersededError | None = None
+
+    def look(self) -> None:
+        """Look once, and show what is waited for.
+
+        Raises StageError for what cannot heal, and SupersededError where the branch has moved on.
+        """
+        problems = self.observe()
+        if fatal := self.tracker.fatal(problems, self.doors.clock.monotonic()):
+            raise StageError(fatal.reason, fatal.detail)
+        self.show(self.holdup)
+        if self.holdup:
+            self.ask_for_head()
+        if self.superseded:
+            raise self.superseded
+
+    def lateness(self, detail: str) -> StageError:
+        """Return the end of a rollout whose time is over: it ends with what it waited for."""
+        self.observe()
+        if self.holdup and self.holdup.reason is not Reason.NEVER_READY:
+            return StageError(self.holdup.reason, self.holdup.detail)
+        if not (self.own_pods() or self.holdup):
+            return StageError(Reason.PODS_NOT_CREATED, detail)
+        words = f"{detail}; {self.holdup.detail}" if self.holdup else detail
+        return StageError(Reason.NEVER_READY, words)
+
+    def end(self) -> None:
+        """Show no longer what is waited for."""
+        if self.shown:
+            self.write({ANNOTATION_REASON: None, ANNOTATION_DETAIL: None})
+
+    def own_pods(self) -> list[Pod]:
+        """Return the pods of the release."""
+        return [pod for pod in self.informer.items() if pod.run == self.release.run]
+
+    def observe(self) -> list[PodProblem]:
+        """Return what is wrong with the pods, also with those that cannot be created."""
+        pods = self.own_pods()
+        self.refresh_events(pods)
+        crashes = self.task.app.deploy.crashes
+        problems: list[PodProblem] = []
+        with suppress(KubectlError):
+            problems += self.creation_problems()
+        self.holdup = next(iter(problems), None) or holdup(pods, self.events, crashes)
+        return problems + [q for pod in pods for q in pod_problems(pod, self.events, crashes)]
+
+    def refresh_events(self, pods: Iterable[Pod]) -> None:
+        """Read now and then the Events of a pod that is not ready; an account may lack the right.
+
+        One pod stands for all: those of one release wait for the same.
+        """
+        unexplained = sorted(pod.name for pod in pods if is_unexplained(pod))
+        if unexplained and self.cooldown.allows("events"):
+            self.cooldown.start("events", EVENTS_SECONDS)
+            with suppress(KubectlError, *SHAPE_ERRORS):
+                terms = (f"involvedObject.name={unexplained[0]}", "involvedObject.kind=Pod")
+                self.events = read_events(self.kubectl, self.task.namespace, *terms)
+
+    def creation_problems(self) -> Iterator[PodProblem]:
+        """Yield why pods cannot be created, as the Deployment says it; raises KubectlError."""
+        name = self.release.deployment["metadata"]["name"]
+        deployment = self.kubectl.get("deployment", name, self.task.namespace) or {"metadata": {}}
+        status = deployment.get("status") or {}
+        failure = true_condition(status, "ReplicaFailure")
+        # before that it speaks of what stood there
+        generation = deployment["metadata"].get("generation", 0)
+        if failure and status.get("observedGeneration", 0) >= generation:
+            yield creation_problem(str(failure.get("message")), name)
+
+    def show(self, problem: PodProblem | None) -> None:
+        """Show what is waited for where `status` reads it, if the words have changed."""
+        text = clip(self.doors.secrets.mask(problem.detail), WORDS_LENGTH) if problem else ""
+        if text != self.shown and self.cooldown.allows("show"):
+            self.cooldown.start("show", EVENTS_SECONDS)
+            self.shown = text
+            reason = str(problem.reason) if problem else None
+            self.write({ANNOTATION_REASON: reason, ANNOTATION_DETAIL: text or None})
+
+    def write(self, annotations: Mapping[str, str | None]) -> None:
+        """Annotate the run's last Job; that this fails is no trouble of the rollout."""
+        if job := self.task.job:
+            with suppress(KubectlError):
+                change: Object = {"metadata": {"annotations": annotations}}
+                self.kubectl.patch("job", job.name, job.namespace, change)
+
+    def ask_for_head(self) -> None:
+        """Have git asked, now and then, whether the run is superseded: it may wait for long.
+
+        In a thread of its own, since git may take its time.
+        """
+        asking = self.asking is not None and self.asking.is_alive()
+        if self.task.run.ref and not asking and self.cooldown.allows("head"):
+            self.cooldown.start("head", HEAD_FRESH)
+            self.asking = threading.Thread(target=self.check_head, daemon=True)
+            with suppress(RuntimeError):  # no more threads
+                self.asking.start()
+
+    def check_head(self) -> None:
+        """Remember that the run is superseded, if git says so."""
+        try:
+            require_head(self.doors, self.task)
+        except SupersededError as superseded:
+            self.superseded = superseded
+        except HookError:
+            pass  # what git does not answer is asked again
 
 
 class Operations:
@@ -6505,6 +7303,7 @@ OUTCOMES = {  # of deployments that end otherwise than failed or superseded
 }
 CONFIGURED_REASONS = (Reason.MANIFEST_REFUSED, Reason.CLONE_REFUSED)  # by the app's settings
 REFUSED_FOR_GOOD = ("Invalid", "Denied", "BadRequest")  # kinds of refusals of a Job
+CREATION_REASONS = (Reason.ADMISSION_REFUSED, Reason.QUOTA_EXCEEDED)  # that may be proofs
 NO_WAIT = dict.fromkeys((ANNOTATION_REASON, ANNOTATION_DETAIL))  # on Jobs that wait for nothing
 
 
@@ -7230,6 +8029,7 @@ class RunReconciler:
         self.workers = workers
         self.cooldown = Cooldown(context.clock)
         self.trackers: dict[str, ProblemTracker] = {}  # of open runs
+        self.events: dict[str, list[PodEvent]] = {}  # of their pods, as far as they were read
         self.jobs: dict[str, Job] = {}  # by name; what is gone until its run's end is recorded
 
     def reconcile(self) -> list[Run]:
@@ -7291,6 +8091,7 @@ class RunReconciler:
             pods_by_job.setdefault(pod.job, []).append(pod)
         for ended in self.trackers.keys() - {newest(jobs).id for jobs in open_runs}:
             del self.trackers[ended]
+            self.events.pop(ended, None)
             self.context.retry.succeeded(ended)
         refs = set[tuple[str, str]]()
         for jobs in open_runs:
@@ -7310,12 +8111,11 @@ class RunReconciler:
         jobs = {s: self.informers.of(job).find(job.name) or job for s, job in jobs.items()}
         informers = self.informers.services.items()
         unseen = frozenset(environment for environment, i in informers if i.trouble)
-        # that there is no room in the cluster is only waited for
-        problems = [
-            p for pod in pods for p in pod_problems(pod) if p.reason != Reason.UNSCHEDULABLE
-        ]
+        events = self.events.get(run.id, [])
+        problems = [p for pod in pods for p in pod_problems(pod, events)]
+        stuck = [p for p in pods if p.stays and (p.unschedulable or container_to_start(p))]
         for job in jobs.values():
-            refused = job.annotations.get(ANNOTATION_REASON) == Reason.ADMISSION_REFUSED
+            refused = job.annotations.get(ANNOTATION_REASON) in CREATION_REASONS
             if refused and lacks_pod(job, pods):
                 detail = job.annotations.get(ANNOTATION_DETAIL, "")
                 problems.append(creation_problem(detail, job.name))
@@ -7332,6 +8132,7 @@ class RunReconciler:
             busy=busy | unseen,
             now=now,
             queue_timeout=self.context.config.limits.queue_timeout,
+            holdup=holdup(stuck, events),
         )
 
     def head(self, run: Run) -> Head:
@@ -7426,7 +8227,8 @@ class RunReconciler:
             digest = jobs["build"].annotations.get(ANNOTATION_DIGEST) if "build" in jobs else ""
             image = f"{observed.app.build.image}@{digest}" if digest else ""
             task = task_of(self.context.config, observed.app, stage, observed.run)
-            task = replace(task, image=image, older=self.older_commits(observed.run))
+            older = self.older_commits(observed.run)
+            task = replace(task, image=image, older=older, job=jobs.get("build") or jobs["test"])
             step = partial(self.workers.deploy, task, jobs)
             self.workers.start("worker", task, step, observed.run.received)
         else:
@@ -7474,20 +8276,35 @@ class RunReconciler:
             self.cooldown.start(key, 300.0)
 
     def wait_for_pod(self, job: Job, observed: Observation) -> None:
-        """Annotate a Job that has no pod with the reason, as its Events tell it now and then."""
+        """Annotate a Job whose pod is not there or does not start with what is waited for."""
         key = f"Events of {job.name}"
-        late = observed.now - job.unsuspended >= LOOK_SECONDS and lacks_pod(job, observed.pods)
+        late = job.state == "active" and observed.now - job.unsuspended >= LOOK_SECONDS
         if not late or not self.cooldown.allows(key):
             return
-        terms = f"involvedObject.uid={job.uid},reason=FailedCreate"
-        kubectl = self.context.kubectl
-        events = kubectl.list("events", job.namespace, "--field-selector", terms)
-        message = str(events[-1].get("message", "")) if events else ""
-        if message and clip(message) != job.annotations.get(ANNOTATION_DETAIL):
-            reason = creation_problem(message, "").reason
-            annotations = {ANNOTATION_REASON: str(reason), ANNOTATION_DETAIL: clip(message)}
-            self.informers.annotate(job, annotations)
-        self.cooldown.start(key, AGAIN_SECONDS)
+        has_pod = not lacks_pod(job, observed.pods)
+        problem = observed.holdup if has_pod else self.missing_pod(job)
+        unexplained = [pod for pod in observed.pods if pod.job == job.uid and is_unexplained(pod)]
+        if unexplained:
+            with suppress(KubectlError, *SHAPE_ERRORS):
+                terms = (f"involvedObject.name={unexplained[0].name}", "involvedObject.kind=Pod")
+                events = read_events(self.context.kubectl, job.namespace, *terms)
+                self.events[observed.run.id] = events
+            problem = holdup(unexplained, self.events.get(observed.run.id, []))
+        if problem:
+            detail = clip(self.context.doors.secrets.mask(problem.detail), WORDS_LENGTH)
+            words = {ANNOTATION_REASON: str(problem.reason), ANNOTATION_DETAIL: detail}
+            if any(job.annotations.get(key) != text for key, text in words.items()):
+                self.informers.annotate(job, words)
+        elif has_pod and ANNOTATION_REASON in job.annotations:
+            self.informers.annotate(job, NO_WAIT)
+        self.cooldown.start(key, EVENTS_SECONDS)
+
+    def missing_pod(self, job: Job) -> PodProblem | None:
+        """Return why no pod of a Job can be created, as its newest Event says it."""
+        terms = (f"involvedObject.uid={job.uid}", "reason=FailedCreate")
+        events = read_events(self.context.kubectl, job.namespace, *terms)
+        newest = max(events, key=lambda event: event.last, default=None)
+        return creation_problem(newest.text, job.name) if newest else None
 
     def delete_unrun_jobs(self) -> None:
         """Delete Jobs of runs that ended without them: those have no time to live."""
@@ -8171,6 +8988,8 @@ APP_TITLES = ("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UND
 RUN_TITLES = ("RUN", "REF", "STAGE", "STATE", "OUTCOME", "REASON", "AGE")
 AGE_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 UNREADABLE = "not readable with this account"
+UNREADABLE_KINDS = ("Forbidden", "NotFound")  # of the errors of one namespace, not of the cluster
+NAMED_RUNS = 3  # of those that take the slots, in what another one waits for
 START_SECONDS = 5.0  # from a pod's creation until it is ready, by and large
 LEAST_GRACE = 2  # seconds between SIGTERM and SIGKILL, in which a pod can finish requests at all
 RESTARTED = "kubectl.kubernetes.io/restartedAt"
@@ -8181,7 +9000,7 @@ STATE_RIGHTS = {"/configmaps": "get create patch"}
 JOB_RIGHTS = {"batch/jobs": EVERY, **PODS, "/events": "list", "/configmaps": "list create delete"}
 APP_RIGHTS = {"apps/deployments": f"{EVERY} update", "/services": EVERY, **PODS}
 APP_RIGHTS |= {"apps/replicasets": "list", "discovery.k8s.io/endpointslices": "list"}
-APP_RIGHTS |= {"/configmaps": "get list create delete"}
+APP_RIGHTS |= {"/configmaps": "get list create delete", "/events": "list"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -8203,7 +9022,13 @@ class Tools:
         refs = {(a.repository, a.deploy_ref) for a in config.apps}
         deployed = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
         credentials = secrets.directory / GIT_CREDENTIALS
-        git = Git(credentials, limit=config.limits.checkout, deployed_refs=deployed)
+        surroundings = Surroundings(variables=config.job_env, ca=process.ca)
+        git = Git(
+            credentials,
+            limit=config.limits.checkout,
+            deployed_refs=deployed,
+            surroundings=surroundings,
+        )
         doors = Doors(
             kubectl=Kubectl(metrics, config.limits.kubectl),
             git=git,
@@ -8353,23 +9178,45 @@ def delivery_headers(tools: Tools, body: bytes) -> dict[str, str]:
 
 
 def status(tools: Tools, args: argparse.Namespace) -> int:
-    """Print what is live where, where a rollback would go, and how each run stands."""
+    """Print what is live where, where a rollback would go, and how each run stands.
+
+    What this account cannot read is named, and the rest is printed.
+    """
     apps = [tools.app(args.app)] if args.app else list(tools.config.apps)
-    places = [read_environment(tools, a, name) for a in apps for name in a.deploy.environments]
-    runs = [run.as_claimed(places) for run in read_runs(tools, apps)]
+    unreadable: list[str] = []
+    places: list[EnvironmentStatus] = []
+    for task in (task_of(tools.config, a, e) for a in apps for e in a.deploy.environments):
+        with noting_unreadable(task.namespace, unreadable):
+            places.append(read_environment(tools, task.app, task.environment))
+    runs = [run.as_claimed(places) for run in read_runs(tools, apps, unreadable)]
+    unreadable = [*dict.fromkeys(unreadable)]
     if args.output == "json":
         listed: dict[str, Object] = {app.name: {} for app in apps}
         for place in places:
             listed[place.app][place.environment] = place.to_json()
         entries = [{"name": name, "environments": inside} for name, inside in listed.items()]
-        print_text(json.dumps({"apps": entries, "runs": [asdict(run) for run in runs]}, indent=2))
+        answer = {"apps": entries, "runs": [asdict(run) for run in runs], "unreadable": unreadable}
+        print_text(json.dumps(answer, indent=2))
         return 0
     now = tools.doors.clock.now()
     ids = short_ids([run.run for run in runs] + [name for place in places for name in place.runs])
     print_text(table(APP_TITLES, [place.cells(ids) for place in places]))
     rows = [run.cells(ids, now) for run in runs]
     print_text(f"\n{table(RUN_TITLES, rows)}" if rows else "\nno runs")
+    if unreadable:
+        print_text(f"\n{UNREADABLE}: {', '.join(unreadable)}")
     return 0
+
+
+@contextmanager
+def noting_unreadable(namespace: str, unreadable: list[str]) -> Iterator[None]:
+    """Note a namespace in which the block may not read, or that is not there, and go on."""
+    try:
+        yield
+    except KubectlError as refusal:
+        if refusal.kind not in UNREADABLE_KINDS:
+            raise
+        unreadable.append(namespace)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -8432,6 +9279,7 @@ class RunStatus:
     outcome: str = ""
     reason: str = ""
     detail: str = ""
+    waits_for: str = ""
     advice: str = ""  # what helps
     tries: int = 0  # that ended by a circumstance
     next_try: float | None = None  # when it is tried again by itself
@@ -8443,10 +9291,16 @@ class RunStatus:
                 return replace(self, stage=place.environment, state=place.claim.phase)
         return self
 
+    def waiting(self, slots: str) -> RunStatus:
+        """Return it with what it waits for, if it does; `slots` says who takes the slots."""
+        if self.state == "ended":
+            return self
+        return replace(self, waits_for=self.detail or slots * (self.state == "suspended"))
+
     def cells(self, ids: Mapping[str, str], now: float) -> list[str]:
         """Return its row in the table of `status`, with a short id, and the text below the row."""
         texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now)]
-        detail = clip(self.detail.partition("\n")[0])
+        detail = clip((self.waits_for or self.detail).partition("\n")[0])
         below = " ".join(filter(None, (self.next_words(now), detail, self.advice)))
         return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts, below]
 
@@ -8484,22 +9338,45 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
     )
 
 
-def read_runs(tools: Tools, apps: Sequence[App]) -> list[RunStatus]:
-    """Return the runs of apps that have a Job or a record, newest first."""
+def read_runs(
+    tools: Tools, apps: Sequence[App], unreadable: list[str] | None = None
+) -> list[RunStatus]:
+    """Return the runs of apps that have a Job or a record, newest first.
+
+    Namespaces of Jobs that cannot be read are added to a list.
+    """
+    unreadable = [] if unreadable is None else unreadable
     jobs: dict[str, dict[str, Job]] = {}
     for namespace in (tools.config.namespaces[stage] for stage in JOB_STAGES):
         address = list_address("jobs", namespace, f"{LABEL_MANAGED}={MANAGER}")
-        for page in tools.doors.kubectl.pages(address, namespace):
-            for job in map(Job, page["items"]):
-                if job.stage in JOB_STAGES:
-                    jobs.setdefault(job.run.id, {})[job.stage] = job
+        with noting_unreadable(namespace, unreadable):
+            for page in tools.doors.kubectl.pages(address, namespace):
+                for job in map(Job, page["items"]):
+                    if job.stage in JOB_STAGES:
+                        jobs.setdefault(job.run.id, {})[job.stage] = job
+    slots = slot_words(jobs.values(), tools.config.limits.max_running)
     runs: list[RunStatus] = []
     for app in apps:
         state = tools.deployer.state.read(app)
         own = {name: group for name, group in jobs.items() if newest(group).app == app.name}
         names = own.keys() | state.runs.keys()
-        runs += [run_status(app, state, name, own.get(name, {})) for name in names]
+        statuses = [run_status(app, state, name, own.get(name, {})) for name in names]
+        if unreadable:  # it may well be there
+            statuses = [replace(s, state="unknown") if s.state == "lost" else s for s in statuses]
+        runs += [run.waiting(slots) for run in statuses]
     return sorted(runs, key=lambda run: (-run.received, run.run))
+
+
+def slot_words(groups: Iterable[Mapping[str, Job]], limit: int) -> str:
+    """Return what a suspended Job waits for: a slot; and who takes how many of so many."""
+    going = [jobs for jobs in groups if not has_ended(jobs)]
+    takers = [job.run.id for jobs in going for job in jobs.values() if job.state == "active"]
+    names = sorted(takers)[:NAMED_RUNS]
+    if more := len(takers) - len(names):
+        names.append(f"and {more} more")
+    by = f" by {', '.join(names)}" if names else ""
+    verb = "is" if len(takers) == 1 else "are"
+    return f"a free slot: {len(takers)} of {limit} {verb} taken{by}"
 
 
 def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) -> RunStatus:
@@ -8573,13 +9450,16 @@ def explain(tools: Tools, args: argparse.Namespace) -> int:
     logs = list(kept_logs(tools, app, name)) if args.log else []
     if name in runs:
         values = asdict(runs[name])
+        if values["waits_for"] == values["detail"]:
+            del values["waits_for"]
         now = tools.doors.clock.now()
         values["received"] = f"{age(values['received'], now)} ago"
         values["next_try"] = runs[name].next_words(now)
         values["tries"] = values["tries"] and str(values["tries"])
         for key in filter(values.get, values):
             lines = printable(values[key]).split("\n")
-            print_text(f"{key + ':':10}" + f"\n{'':10}".join(lines))
+            title = key.removesuffix("_for")
+            print_text(f"{title + ':':10}" + f"\n{'':10}".join(lines))
     elif not logs:
         raise HookError(f"{name} is unknown: no Job, no record and no log of it is left")
     if args.log and not logs:
@@ -8931,16 +9811,32 @@ def clone(environ: Mapping[str, str]) -> int:
     """Inside a Job pod: check out the pushed commit, or write why not where the daemon reads it."""
     names = ("CLONE_URL", "CLONE_COMMIT", "CLONE_DIRECTORY", "CREDENTIALS_FILE", "TERMINATION_LOG")
     require_variables(environ, *names)
-    git = Git(Path(environ["CREDENTIALS_FILE"]))
+    surroundings = Surroundings(ca=Path(environ.get("CA_FILE", os.devnull)))
+    git = Git(Path(environ["CREDENTIALS_FILE"]), surroundings=surroundings)
     directory = Path(environ["CLONE_DIRECTORY"])
+    cloner = Cloner(git, environ.get("CLONE_APP", ""), clone_settings(environ))
     try:
-        git.checkout(environ["CLONE_URL"], environ["CLONE_COMMIT"], directory, symlinks=True)
-    except GitError as failure:
+        cloner.clone(environ["CLONE_URL"], environ["CLONE_COMMIT"], directory)
+    except (GitError, RefusedError) as failure:
         text = Secrets(git.credentials.parent).mask(str(failure))
         Path(environ["TERMINATION_LOG"]).write_text(text)
-        raise HookError(text) from failure
+        kind = RefusedError if isinstance(failure, RefusedError) else HookError
+        raise kind(text) from failure
     (directory.parent / "results").mkdir(exist_ok=True)
+    if authorities := surroundings.authorities():
+        Path(environ["CA_BUNDLE"]).write_bytes(authorities)
     return 0
+
+
+def clone_settings(environ: Mapping[str, str]) -> CloneSettings:
+    """Return the settings that a Job's manifest has in variables; raises ConfigError."""
+    texts = {f.name: environ.get(f"CLONE_{f.name.upper()}", "") for f in fields(CloneSettings)}
+    faults: list[str] = []
+    values = {name: yaml.safe_load(text) for name, text in texts.items()}
+    settings: CloneSettings = load_section(CloneSettings, values, "", faults)
+    if faults:
+        raise ConfigError(faults)
+    return settings
 
 
 def collect(environ: Mapping[str, str]) -> int:
@@ -9018,7 +9914,8 @@ def exit_status(failure: HookError) -> int:
     kind = failure.kind if isinstance(failure, KubectlError) else ""
     if isinstance(failure, ConfigError) or kind == "Unreachable":
         return 2
-    return 3 if isinstance(failure, RefusedError | SupersededError) or kind == "Conflict" else 1
+    is_refusal = isinstance(failure, RefusedError | SupersededError) or kind == "Conflict"
+    return EXIT_REFUSED if is_refusal else 1
 
 
 if __name__ == "__main__":

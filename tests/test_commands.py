@@ -332,6 +332,51 @@ def test_status_leaves_out_a_job_of_ours_that_is_of_no_stage() -> None:
     assert hook.read_runs(tools, [app]) == []
 
 
+def jobs_in_state(state: str, *names: str, ended: bool = False) -> list[dict[str, hook.Job]]:
+    """The test Job of each of these runs, in one state."""
+    (app,) = hook.load_config(CONFIG).apps
+    groups = []
+    for name in names:
+        run = hook.Run(id=name, app="shop", ref="refs/heads/main", commit=COMMIT)
+        job = hook.test_job(hook.load_config(CONFIG), app, run)
+        job["metadata"] |= {"resourceVersion": "1", "uid": "u"}
+        job["spec"]["suspend"] = state == "suspended"
+        marks = {hook.ANNOTATION_OUTCOME: "failed", hook.ANNOTATION_ENDED: "9"}
+        job["metadata"]["annotations"] |= marks if ended else {}
+        groups.append({"test": hook.Job(job)})
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        (jobs_in_state("active", "b-2", "a-1"), "a free slot: 2 of 4 are taken by a-1, b-2"),
+        (jobs_in_state("active", "b-2"), "a free slot: 1 of 4 is taken by b-2"),
+        (
+            jobs_in_state("active", "a-1", "b-2", "c-3", "d-4", "e-5"),
+            "a free slot: 5 of 4 are taken by a-1, b-2, c-3, and 2 more",
+        ),
+        (jobs_in_state("suspended", "a-1"), "a free slot: 0 of 4 are taken"),
+        (jobs_in_state("active", "a-1", ended=True), "a free slot: 0 of 4 are taken"),
+    ],
+    ids=["two", "one", "many", "none", "one that has ended"],
+)
+def test_a_suspended_run_waits_for_a_slot_and_it_is_said_who_takes_them(
+    groups: list[dict[str, hook.Job]], words: str
+) -> None:
+    assert hook.slot_words(groups, 4) == words
+
+
+def test_what_a_run_waits_for_is_shown_below_it_and_nothing_is_of_one_that_has_ended() -> None:
+    run = hook.RunStatus("shop-1", "shop", "refs/heads/main", COMMIT, 1.0, "test", "suspended")
+    assert run.waiting("a free slot").waits_for == "a free slot"
+    assert run.waiting("a free slot").cells({"shop-1": "shop-1"}, 9.0)[-1] == "a free slot"
+    told = replace(run, detail="for the head of the branch")
+    assert told.waiting("a free slot").waits_for == "for the head of the branch"
+    assert replace(told, state="ended").waiting("a free slot").waits_for == ""
+    assert replace(run, state="active").waiting("a free slot").waits_for == ""
+
+
 def test_status_shows_what_is_live_and_what_was_before(story: Story) -> None:
     production = story.pages["two versions"].production
     assert (production["run"], production["colour"]) == (story.run["v2"], "green")
@@ -532,6 +577,33 @@ def test_explain_goes_on_where_an_account_may_not_look(story: Story) -> None:
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     assert "\n--- production\nnot readable with this account\n" in done.stdout, done
     assert "token=***" in done.stdout
+
+
+def test_status_shows_what_it_can_read_and_names_the_rest(story: Story) -> None:
+    place = story.world
+    rbac = {"apiVersion": "rbac.authorization.k8s.io/v1"}
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "partial"}
+    subject = {"kind": "ServiceAccount", "name": "partial", "namespace": "test"}
+    rule = {"apiGroups": ["*"], "resources": ["*"], "verbs": ["get", "list"]}
+    for namespace in ("production", "build", "orchestration"):
+        meta = {"name": "partial", "namespace": namespace}
+        place.cluster.load(
+            {**rbac, "metadata": meta, "kind": "Role", "rules": [rule]},
+            {**rbac, "metadata": meta, "kind": "RoleBinding", "roleRef": role,
+                "subjects": [subject]},
+        )  # fmt: skip
+    environ = {**place.environ, "KUBECONFIG": str(place.cluster.kubeconfig("test/partial"))}
+    argv = [sys.executable, str(PROGRAM), "status", "shop"]
+    text, page = (
+        subprocess.run([*argv, *more], env=environ, capture_output=True, text=True, check=False)
+        for more in ((), ("--output", "json"))
+    )
+    assert (text.returncode, page.returncode) == (0, 0), (text, page)
+    assert text.stdout.endswith("\nnot readable with this account: test\n")
+    answer = json.loads(page.stdout)
+    assert answer["unreadable"] == ["test"]
+    assert [*answer["apps"][0]["environments"]] == ["production"]
+    assert {run["run"] for run in answer["runs"]} >= {story.run["v4"]}
 
 
 # rollback

@@ -44,6 +44,9 @@ def faults(text: str) -> list[str]:
 def test_an_app_needs_a_name_a_repository_and_where_its_image_goes() -> None:
     config = loaded()
     (app,) = config.apps
+    assert (app.clone.depth, app.clone.tags) == (1, False)
+    assert (app.clone.submodules, app.clone.lfs) == ("", "")
+    assert config.job_env == {}
     assert app.branch == "main"
     assert app.deploy_ref == "refs/heads/main"
     assert app.test_branches == ("*",)
@@ -54,6 +57,7 @@ def test_an_app_needs_a_name_a_repository_and_where_its_image_goes() -> None:
     assert (app.deploy.health.path, app.deploy.health.failures) == ("/ready", 3)
     assert (app.deploy.rollout_timeout, app.deploy.bake, app.deploy.drain) == (300.0, 60.0, 60.0)
     assert app.deploy.retain is None
+    assert app.deploy.crashes == 2
     assert config.namespaces == {n: n for n in ("test", "build", "staging", "production")}
     assert (config.webhook.verify, config.webhook.max_body) == ("signature", 5 * 1024 * 1024)
     assert (config.limits.max_running, config.limits.spool_files) == (4, 10_000)
@@ -239,6 +243,14 @@ NO_TARGET = f"{NOT} an image without tag and digest"
         ({"deploy": {"health": {"failures": 0}}}, "deploy.health.failures: 0 is not a whole numbe"),
         ({"deploy": {"bake": "soon"}}, "deploy.bake: 'soon' is not a duration (e.g. 90s, 15m, 2h)"),
         (
+            {"clone": {"depth": 0}},
+            "clone.depth: 0 is not a whole number from 1 to 999999",
+        ),
+        ({"clone": {"depth": "deep"}}, "clone.depth: 'deep' is not a whole number from 1"),
+        ({"clone": {"tags": "yes"}}, "clone.tags: 'yes' is not true or false"),
+        ({"clone": {"submodules": "no"}}, "clone.submodules: 'no' is not true, false or empty"),
+        ({"clone": {"lfs": 1}}, "clone.lfs: 1 is not true, false or empty"),
+        (
             {"deploy": {"retain": "some"}},
             "deploy.retain: 'some' is not full or a whole number from",
         ),
@@ -276,6 +288,7 @@ def test_a_fault_of_an_app_is_reported_with_its_path(app: Any, fault: str) -> No
         {"deploy": {"manifests": "./deploy/live/"}},
         {"deploy": {"manifests": "a..b"}},
         {"deploy": {"bake": "0s", "drain": "250ms", "retain": 0}},
+        {"clone": {"depth": "full", "tags": True, "submodules": "", "lfs": ""}},
     ],
     ids=str,
 )
@@ -288,6 +301,59 @@ def test_valid_values_are_accepted(app: dict[str, Any]) -> None:
 )
 def test_durations_are_read_in_all_their_units(text: str, seconds: float) -> None:
     assert loaded(catch_up=text).catch_up == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("clone", "options"),
+    [
+        ({}, ("--depth=1",)),
+        ({"depth": 50}, ("--depth=50",)),
+        ({"depth": "full"}, ()),
+        ({"tags": True}, ()),
+        ({"tags": True, "depth": 50}, ("--depth=50",)),
+    ],
+    ids=str,
+)
+def test_history_is_as_deep_as_is_set_and_whole_for_tags_alone(
+    clone: dict[str, Any], options: tuple[str, ...]
+) -> None:
+    assert loaded({"clone": clone}).apps[0].clone.depth_options == options
+
+
+@pytest.mark.parametrize("written", ["true", "True", '"true"'])
+def test_what_is_decided_on_submodules_and_lfs_is_a_word(written: str) -> None:
+    text = document({"clone": {"submodules": True, "lfs": False}})
+    (app,) = hook.load_config(text.replace("true", written)).apps
+    assert (app.clone.submodules, app.clone.lfs) == ("true", "false")
+
+
+def test_variables_of_jobs_are_plain_texts() -> None:
+    variables = {"HTTPS_PROXY": "http://proxy:3128", "no_proxy": "", "RETRIES": 3}
+    assert loaded(job_env=variables).job_env == {**variables, "RETRIES": "3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("A-B", "is no name of an environment variable"),
+        ("1A", "is no name of an environment variable"),
+        ("A=B", "is no name of an environment variable"),
+        ("", "is no name of an environment variable"),
+        *(
+            (name, "is set by this program, or would change how it works")
+            for name in ("CLONE_URL", "GIT_CONFIG_COUNT", "LD_PRELOAD", "PATH", "HOME", "CA_FILE",
+                         "GITOPS_HOOK_CA", "PYTHONPATH", "CREDENTIALS_FILE", "KUBECONFIG")
+        ),
+    ],
+)  # fmt: skip
+def test_a_variable_of_jobs_with_a_name_of_ours_is_a_fault(name: str, fault: str) -> None:
+    assert faults(document(job_env={name: "x"})) == [f"job_env.{name}: {fault}"]
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\x00b", [], True])
+def test_the_value_of_a_variable_is_one_line(value: Any) -> None:
+    (fault,) = faults(document(job_env={"A": value}))
+    assert fault.startswith("job_env.A: ")
 
 
 def test_a_pause_may_be_shorter_than_a_second() -> None:
@@ -435,6 +501,7 @@ def test_the_process_has_its_defaults() -> None:
         spool=Path("/var/spool/gitops-hook"),
         listen="0.0.0.0:8080",
         admin_listen="127.0.0.1:8081",
+        ca=Path("/etc/gitops-hook-ca/ca.crt"),
     )
 
 
@@ -646,6 +713,17 @@ def test_known_secrets_are_masked_wherever_they_stand(secrets: hook.Secrets) -> 
     )
     text = "xzebra-stripesx zebra four ab p%40ss-word p@ss-word lonely-token oauth2"
     assert secrets.mask(text) == "x***x *** *** ab *** *** *** oauth2"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["https://me@example.com:p@ss word@host/a", "https://me:p%40ss%20word@host/a/b.git"],
+)
+def test_passwords_are_masked_in_each_form_in_which_they_may_be_printed(
+    secrets: hook.Secrets, line: str
+) -> None:
+    write(secrets, "git-credentials", f"{line.replace(' ', '%20')}\r\n")
+    assert secrets.mask("x p@ss word p%40ss%20word x") == "x *** *** x"
 
 
 def test_no_content_of_a_secret_file_makes_masking_stumble(secrets: hook.Secrets) -> None:

@@ -38,6 +38,7 @@ def apps(tmp_path_factory: pytest.TempPathFactory, gate: Gate) -> Iterator[Fleet
         "branchy": plain,
         "noimage": {**plain, "test_image": "registry.example.com/no/such:1"},
         "quota": {**plain, "environments": []},
+        "noroom": {**plain, "environments": []},
         "gone": {**plain, "environments": []},
         "gated": {**held, "environments": []},
         "again": plain,
@@ -131,8 +132,10 @@ def test_a_test_only_branch_is_tested_and_never_deployed(apps: Fleet) -> None:
     assert not branchy.leftovers()
 
 
-def test_a_test_image_that_does_not_exist_is_red_in_seconds(apps: Fleet) -> None:
-    ended = apps["noimage"].deployed("v1", seconds=10)
+def test_a_test_image_that_does_not_exist_is_red_on_the_proof_of_two_refusals(
+    apps: Fleet,
+) -> None:
+    ended = apps["noimage"].deployed("v1", seconds=40)
     assert (ended["outcome"], ended["reason"], ended["stage"]) == (
         "failed",
         "ImageNotFound",
@@ -142,18 +145,56 @@ def test_a_test_image_that_does_not_exist_is_red_in_seconds(apps: Fleet) -> None
 
 
 def test_a_run_that_waits_for_quota_says_so_and_goes_on_when_there_is_some(apps: Fleet) -> None:
-    set_pods(apps, "0")
+    own = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    spec: Object = {
+        "nodeSelector": {"no": "where"},
+        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [{"name": "x", "image": "x", "securityContext": own}],
+    }
+    meta = {"name": "guest", "namespace": "test"}
+    apps.cluster.load({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
+    set_pods(apps, "1")
     run = apps["quota"].go("v1")
 
-    def shown() -> bool:
-        runs = {r["run"]: r for r in apps.status()["runs"]}
-        return bool(run in runs and runs[run]["reason"] == "QuotaExceeded")
-
     try:
-        eventually(shown, 30, "status shows why it waits")
+        eventually(lambda: run_of(apps, run).get("reason") == "QuotaExceeded", 30, "it says why")
+        assert "used: pods=1, limited: pods=1" in run_of(apps, run)["waits_for"]
     finally:
         set_pods(apps, "10")
+        apps.cluster.store.delete("pods", "test", "guest", grace=0)
     assert apps.ended(run, 60)["outcome"] == "tested"
+    assert run_of(apps, run)["waits_for"] == ""
+
+
+def test_a_run_that_requests_more_than_its_quota_ever_allows_ends_at_once(apps: Fleet) -> None:
+    set_pods(apps, "0")
+    try:
+        ended = apps["quota"].deployed("v2", seconds=30)
+    finally:
+        set_pods(apps, "10")
+    assert (ended["outcome"], ended["reason"]) == ("failed", "QuotaExceeded")
+    assert "requested: pods=1, used: pods=0, limited: pods=0" in ended["detail"]
+
+
+def test_a_run_whose_pod_no_node_takes_says_so_and_goes_on_when_one_does(apps: Fleet) -> None:
+    waiting = apps["quota"]
+    apps.cluster.cordon()
+    try:
+        run = apps["noroom"].go("v1")
+        said = "node(s) were unschedulable"
+        eventually(lambda: said in run_of(apps, run).get("waits_for", ""), 30, "it says why")
+        queued = waiting.go("v3")
+        said = f"a free slot: 1 of 1 is taken by {run}"
+        eventually(lambda: run_of(apps, queued).get("waits_for") == said, 30, "it says for whom")
+        assert said in apps.command("status").stdout
+    finally:
+        apps.cluster.cordon(False)
+    assert {apps.ended(each, 60)["outcome"] for each in (run, queued)} == {"tested"}
+
+
+def run_of(apps: Fleet, run: str) -> Object:
+    """Return what `status` says of a run; an empty mapping where it does not know it."""
+    return next((dict(r) for r in apps.status()["runs"] if r["run"] == run), {})
 
 
 def set_pods(apps: Fleet, number: str) -> None:

@@ -315,6 +315,108 @@ def test_a_pod_left_by_a_deleted_job_of_the_same_name_does_not_count(
     eventually(lambda: logs == ["pod"] * own)
 
 
+def unsuspended(controller: Any, *pods: Object, events: Sequence[Object] = ()) -> hook.Job:
+    """Let a Job run for a minute, with these pods and Events; return it as it is after a look."""
+    job = a_manifest(controller, a_run(OLD), uid="this")
+    job["spec"]["suspend"] = False
+    job["status"] = {"startTime": stamp(controller.context.clock.now() - 60)}
+    kubectl = controller.context.kubectl
+    kubectl.objects["job", job["metadata"]["name"]] = job
+    kubectl.list = lambda resource, *_: list(events) if resource == "events" else []
+    kubectl.patch = lambda _, name, namespace, change: annotated(job, change)
+    controller.informers.jobs[0]._take("ADDED", job)
+    for pod in pods:
+        controller.informers.pods[0]._take("ADDED", pod)
+    for _ in range(2):  # the first one reads the Events
+        controller.clock.time += 10.0
+        controller.runs.reconcile()
+    (found,) = controller.informers.jobs[0].items()
+    return found
+
+
+def annotated(job: Object, change: Object) -> Object:
+    """Merge annotations into a Job, as the API server would."""
+    meta = job["metadata"]
+    notes = {**meta["annotations"], **change["metadata"]["annotations"]}
+    meta["annotations"] = {k: v for k, v in notes.items() if v is not None}
+    meta["resourceVersion"] = str(int(meta["resourceVersion"]) + 1)
+    return job
+
+
+def a_test_pod(*states: Object, **status: Any) -> Object:
+    """A pod of the Job above, with its containers in these states."""
+    entries = [{"name": f"c{n}", "state": state, "ready": True} for n, state in enumerate(states)]
+    labels = {"batch.kubernetes.io/controller-uid": "this", hook.LABEL_RUN: a_run(OLD).id}
+    meta = {"name": "pod", "resourceVersion": "1", "labels": labels}
+    return {"metadata": meta, "spec": {}, "status": {"containerStatuses": entries, **status}}
+
+
+def stamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+FULL = "0/1 nodes are available: 1 Insufficient cpu."
+CLAIMLESS = '0/1 nodes are available: persistentvolumeclaim "pip-cache" not found. not found'
+OVER = 'pods "x" is forbidden: exceeded quota: q, requested: pods=1, used: pods=4, limited: pods=4'
+CREATING: Object = {"waiting": {"reason": "PodInitializing"}}
+
+
+def held_back(message: str) -> Object:
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+    return a_test_pod(conditions=[{**condition, "message": message}])
+
+
+@pytest.mark.parametrize(
+    ("pods", "events", "reason", "said"),
+    [
+        ([held_back(FULL)], [], "Unschedulable", FULL),
+        ([held_back(CLAIMLESS)], [], "VolumeUnavailable", "pip-cache"),
+        ([a_test_pod(CREATING)], [("FailedMount", 'secret "s" not found')],
+            "VolumeUnavailable", 'secret "s" not found'),
+        ([a_test_pod(CREATING)], [("Pulling", 'Pulling image "x:1"')],
+            "NeverStarted", 'Pulling image "x:1"'),
+        ([a_test_pod({"waiting": {"reason": "ErrImagePull", "message": "connection refused"}})],
+            [("Failed", "connection refused")], "ImagePullFailed", "connection refused"),
+        ([], [("FailedCreate", OVER)], "QuotaExceeded", OVER),
+        ([a_test_pod({"running": {}})], [], "", ""),
+        ([], [], "", ""),
+    ],
+    ids=["full cluster", "missing claim", "missing Secret", "silent registry", "registry away",
+         "full quota", "it runs", "no Event yet"],
+)  # fmt: skip
+def test_what_an_unsuspended_job_waits_for_is_annotated_in_the_clusters_own_words(
+    controller: Any, pods: list[Object], events: list[tuple[str, str]], reason: str, said: str
+) -> None:
+    about = {"name": "pod"}
+    listed = [{"involvedObject": about, "reason": r, "message": m, "type": "Warning"}
+              for r, m in events]  # fmt: skip
+    job = unsuspended(controller, *pods, events=listed)
+    assert job.annotations.get(hook.ANNOTATION_REASON, "") == reason
+    assert said in job.annotations.get(hook.ANNOTATION_DETAIL, "")
+    assert controller.clock.time < 1000.0 + 30.0
+    if pods:  # what is over is not shown any more
+        running = a_test_pod({"running": {}})
+        running["metadata"]["resourceVersion"] = "2"
+        controller.informers.pods[0]._take("MODIFIED", running)
+        controller.clock.time += 10.0
+        controller.runs.reconcile()
+        (job,) = controller.informers.jobs[0].items()
+        assert hook.ANNOTATION_REASON not in job.annotations
+
+
+def test_a_job_that_requests_more_than_its_quota_ever_allows_ends_at_once_and_frees_its_slot(
+    controller: Any,
+) -> None:
+    ended: list[hook.Action] = []
+    controller.context.recorder.finish = lambda run, jobs, end: ended.append(end)
+    message = OVER.replace("pods=1", "pods=5")
+    event = {"reason": "FailedCreate", "message": message, "type": "Warning"}
+    unsuspended(controller, events=[event])
+    assert [(end.outcome, end.reason, end.detail) for end in ended[:1]] == [
+        (Outcome.FAILED, Reason.QUOTA_EXCEEDED, message)
+    ]
+
+
 def test_a_run_that_ended_during_a_look_is_not_begun_again_by_that_look(controller: Any) -> None:
     job = a_manifest(controller, a_run(OLD))
     job["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}

@@ -280,6 +280,8 @@ BEFORE = {
     hook.ANNOTATION_ENDED: f"{NOW - 100}",
 }  # before it was received
 DOOMED = hook.PodProblem("k", Reason.IMAGE_NOT_FOUND, "image: not found")
+SILENT = hook.PodProblem("k", Reason.NEVER_STARTED, 'Pulling image "x:1"')
+NO_CLAIM = hook.PodProblem("k", Reason.VOLUME_UNAVAILABLE, 'claim "pip-cache" not found')
 
 
 def ended(stage: str, uid: str = "", **states: Object) -> tuple[hook.Pod, ...]:
@@ -353,6 +355,20 @@ ACTIONS: dict[str, Case] = {
     "the tests take too long": (
         a_view(a_job("test", since=901), pods=(a_pod(TEST, started=901),)),
         Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT), "900 s"),
+    "a registry was silent for the whole time of the tests": (
+        a_view(a_job("test", since=901), pods=(a_pod(TEST, started=901),), holdup=SILENT),
+        Do.END, "test", (Outcome.FAILED, Reason.NEVER_STARTED), "Pulling image"),
+    "a registry is silent": (
+        a_view(a_job("test", since=899), pods=(a_pod(TEST, started=899),), holdup=SILENT),
+        Do.WAIT, "test", Reason.OK, ""),
+    "a claim was missing for the whole time of the queue": (
+        a_view(a_job("test", since=3601), pods=(a_pod(TEST, started=0, created=9),),
+            holdup=NO_CLAIM),
+        Do.END, "test", (Outcome.FAILED, Reason.VOLUME_UNAVAILABLE), "pip-cache"),
+    "no room in the cluster is no time of the tests": (
+        a_view(a_job("test", since=3599), pods=(a_pod(TEST, started=0, created=9),),
+            holdup=NO_CLAIM),
+        Do.WAIT, "test", Reason.OK, ""),
     "waiting for quota is no time of the tests": (
         a_view(a_job("test", since=3000), pods=(a_pod(TEST, started=30),)),
         Do.WAIT, "test", Reason.OK, "runs"),
@@ -502,6 +518,16 @@ ACTIONS: dict[str, Case] = {
     "the pod of tests is gone, beside a build of before": (
         a_view(a_job("test", "succeeded", since=60), a_job("build", "failed", notes=ENDED)),
         Do.NOTHING, "", Reason.OK, ""),
+    "green tests without a report of a run that was live after them go again": (
+        a_view(a_job("test", "succeeded", since=90), services={"staging": a_service("other",
+            history_entry("rolled-back", ago=50))},
+            run=a_run(received=NOW - 20)),
+        Do.BUILD, "build", Reason.OK, ""),
+    "what a run was before its tests were made anew does not tell of these": (
+        a_view(a_job("test", "succeeded", since=40), services={"staging": a_service("other",
+            history_entry("rolled-back", ago=50))},
+            run=a_run(received=NOW - 45)),
+        Do.ANNOTATE, "test", Reason.OK, f"^{LOST}$"),
     "the pod of tests made anew is gone, beside a build of before": (
         a_view(a_job("test", "succeeded", since=60), a_job("build", "failed", notes=BEFORE)),
         Do.ANNOTATE, "test", Reason.OK, f"^{LOST}$"),
@@ -566,6 +592,16 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "failed"), pods=ended("test", clone=terminated(1,
             "git fetch: not our ref"))),
         Do.END, "test", (Outcome.FAILED, Reason.CLONE_FAILED), "not our ref"),
+    "the commit has what nobody has decided on": (
+        a_view(a_job("test", "failed"), pods=ended("test", clone=terminated(3,
+            "The commit has submodules (x)."))),
+        Do.END, "test", (Outcome.FAILED, Reason.CLONE_REFUSED), "has submodules"),
+    "the build's commit has what nobody has decided on": (
+        a_view(a_job("build", "failed"), pods=ended("build", clone=terminated(3, "files in LFS"))),
+        Do.END, "build", (Outcome.FAILED, Reason.CLONE_REFUSED), "files in LFS"),
+    "tests that end like a refusal": (
+        a_view(a_job("test", "failed"), pods=ended("test", main=terminated(3))),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 3"),
     "the clone left no word": (
         a_view(a_job("test", "failed"), pods=ended("test", clone=terminated(128))),
         Do.END, "test", (Outcome.FAILED, Reason.CLONE_FAILED), "exit code 128"),
@@ -967,12 +1003,20 @@ def replayed(
         yield now, list(known.values())
 
 
+def recorded_events(scenario: str, until: float) -> list[hook.PodEvent]:
+    """What the Events of a recording have said until some second."""
+    newest = {e["object"]["metadata"]["name"]: e for e in recorded(scenario, "events")
+              if e["at"] <= until}  # fmt: skip
+    return [hook.PodEvent(e["object"]) for e in newest.values()]
+
+
 def first_verdict(
-    scenario: str, prefix: str, until: float = 0.0
+    scenario: str, prefix: str, until: float = 0.0, *, with_events: bool = False
 ) -> tuple[float, hook.PodProblem] | None:
     doom = hook.ProblemTracker()
     for now, pods in replayed(scenario, prefix, until):
-        if found := doom.fatal([s for p in pods for s in hook.pod_problems(p)], now):
+        events = recorded_events(scenario, now) if with_events else []
+        if found := doom.fatal([s for p in pods for s in hook.pod_problems(p, events)], now):
             return now, found
     return None
 
@@ -980,17 +1024,10 @@ def first_verdict(
 @pytest.mark.parametrize(
     ("scenario", "prefix", "reason", "at", "text"),
     [
-        ("deploy-bad-image", "my-app-blue-58b47", Reason.IMAGE_PULL_FAILED, 61.5, "no such host"),
-        ("deploy-crash-loop", "my-app-blue-59f6f", Reason.CRASH_LOOP, 3.09, "ended 2 times"),
-        ("deploy-init-fails", "shop-green-fc849", Reason.INIT_FAILED, 3.27, "container migrate"),
-        (
-            "deploy-missing-configmap",
-            "shop-green-88885",
-            Reason.CONTAINER_CONFIG,
-            32.0,
-            "not-there",
-        ),
-        ("job-image-pull", "test-pull", Reason.IMAGE_PULL_FAILED, 62.0, "no such host"),
+        ("deploy-crash-loop", "my-app-blue-59f6f", Reason.CRASH_LOOP, 12.09, "ended 2 times"),
+        ("deploy-init-fails", "shop-green-fc849", Reason.INIT_FAILED, 12.27, "container migrate"),
+        ("deploy-image-comes-later", "late-", Reason.IMAGE_NOT_FOUND, 28.76, "not found"),
+        ("job-service-image-missing", "svc-img", Reason.IMAGE_NOT_FOUND, 31.0, "container db"),
     ],
 )
 def test_what_cannot_heal_is_told_in_time(
@@ -1000,6 +1037,77 @@ def test_what_cannot_heal_is_told_in_time(
     assert found is not None
     assert (found[1].reason, found[0]) == (reason, pytest.approx(at, abs=0.51))
     assert text in found[1].detail
+
+
+@pytest.mark.parametrize(
+    ("scenario", "prefix", "at"),
+    [
+        ("deploy-image-comes-later", "late-", 14.0),
+        ("job-service-image-missing", "svc-img", 15.0),
+    ],
+)
+def test_the_events_tell_of_a_second_refusal_as_soon_as_it_has_come(
+    scenario: str, prefix: str, at: float
+) -> None:
+    found = first_verdict(scenario, prefix, 130, with_events=True)
+    assert found is not None
+    assert (found[1].reason, found[0]) == (Reason.IMAGE_NOT_FOUND, pytest.approx(at, abs=0.51))
+
+
+@pytest.mark.parametrize("with_events", [False, True])
+@pytest.mark.parametrize(
+    ("scenario", "prefix"),
+    [
+        ("deploy-bad-image", "my-app-blue-58b47"),
+        ("deploy-registry-away", "away-fb59fc86"),
+        ("deploy-missing-secret-mount", "tls-5bbbd"),
+        ("job-node-comes-later", "svc-node"),
+        ("job-secret-missing", "svc-sec"),
+        ("job-volume-claim-missing", "svc-pvc"),
+    ],
+)
+def test_what_may_heal_is_waited_for_however_long_it_lasts(
+    scenario: str, prefix: str, *, with_events: bool
+) -> None:
+    assert first_verdict(scenario, prefix, 900, with_events=with_events) is None
+
+
+@pytest.mark.parametrize(
+    ("scenario", "prefix"),
+    [("deploy-missing-configmap", "shop-green-88885"), ("job-image-pull", "test-pull")],
+)
+def test_neither_a_missing_configmap_nor_a_registry_without_an_address_is_a_proof(
+    scenario: str, prefix: str
+) -> None:
+    assert first_verdict(scenario, prefix, 900) is None
+
+
+@pytest.mark.parametrize(
+    ("scenario", "prefix", "at", "reason", "text"),
+    [
+        ("deploy-registry-away", "away-fb59fc86", 30.0, Reason.NEVER_STARTED,
+            'container my-app of away-fb59fc86-w8lrq is not started: Pulling image "registry.test'),
+        ("job-secret-missing", "svc-sec", 3.0, Reason.VOLUME_UNAVAILABLE,
+            'MountVolume.SetUp failed for volume "s" : secret "not-there" not found'),
+        ("job-volume-claim-missing", "svc-pvc", 3.0, Reason.VOLUME_UNAVAILABLE,
+            'persistentvolumeclaim "pip-cache" not found'),
+        ("job-node-comes-later", "svc-node", 3.0, Reason.UNSCHEDULABLE,
+            "0/1 nodes are available: 1 node(s) were unschedulable"),
+        ("deploy-bad-image", "my-app-blue-58b47", 5.0, Reason.IMAGE_PULL_FAILED, "no such host"),
+        ("deploy-image-comes-later", "late-", 5.0, Reason.IMAGE_NOT_FOUND, "not found"),
+        ("job-node-comes-later", "svc-node", 7.0, None, ""),
+        ("deploy-registry-away", "away-fb59fc86", 76.5, None, ""),
+    ],
+    ids=["silent registry", "missing Secret", "missing claim", "no node", "no such registry",
+         "refused once", "its node came", "its registry came"],
+)  # fmt: skip
+def test_what_a_recorded_pod_waits_for_is_said_in_the_clusters_own_words(
+    scenario: str, prefix: str, at: float, reason: Reason | None, text: str
+) -> None:
+    pods = next(pods for now, pods in replayed(scenario, prefix, 100) if now >= at)
+    problem = hook.holdup(pods, recorded_events(scenario, at))
+    assert (problem.reason if problem else None) == reason
+    assert text in (problem.detail if problem else "")
 
 
 @pytest.mark.parametrize(
@@ -1028,15 +1136,46 @@ def test_what_heals_or_ends_by_itself_is_no_doom(scenario: str, prefix: str) -> 
 @pytest.mark.parametrize(
     ("scenario", "reason", "grace"),
     [
-        ("job-quota-exceeded", Reason.QUOTA_EXCEEDED, 15),
+        ("job-quota-exceeded", Reason.QUOTA_EXCEEDED, 0),
+        ("job-request-above-quota", Reason.QUOTA_EXCEEDED, 0),
         ("job-quota-no-resources", Reason.ADMISSION_REFUSED, 3),
     ],
 )
 def test_why_pods_cannot_be_created(scenario: str, reason: Reason, grace: float) -> None:
     for event in recorded(scenario, "events"):
-        found = hook.creation_problem(event["message"], "key")
+        found = hook.creation_problem(event["object"]["message"] if "object" in event
+                                      else event["message"], "key")  # fmt: skip
         assert (found.reason, found.grace) == (reason, grace)
         assert "test-quota" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("requested", "limited", "above"),
+    [
+        ("limits.cpu=5,requests.cpu=5", "limits.cpu=4,requests.cpu=2", True),
+        ("pods=1,requests.cpu=3", "pods=10,requests.cpu=2", True),
+        ("limits.cpu=500m", "limits.cpu=4", False),
+        ("limits.cpu=2300m", "limits.cpu=2.3", False),
+        ("limits.cpu=2301m", "limits.cpu=2.3", True),
+        ("requests.memory=2Gi", "requests.memory=2048Mi", False),
+        ("requests.memory=2Gi", "requests.memory=2G", True),
+        ("requests.storage=1e3", "requests.storage=1k", False),
+        ("pods=1", "pods=0", True),
+        ("limits.cpu=many", "limits.cpu=4", False),
+        ("limits.cpu=5", "limits.cpu=some", False),
+        ("limits.cpu", "limits.cpu", False),
+    ],
+)
+def test_only_a_request_above_the_hard_limit_proves_that_waiting_is_pointless(
+    requested: str, limited: str, *, above: bool
+) -> None:
+    used = ",".join(f"{item.partition('=')[0]}=0" for item in requested.split(","))
+    message = 'Error creating: pods "x" is forbidden: exceeded quota: q, requested: '
+    message += f"{requested}, used: {used}, limited: {limited}"
+    problem = hook.creation_problem(message, "key")
+    assert problem.reason is Reason.QUOTA_EXCEEDED
+    assert problem.grace == (0 if above else hook.NEVER)
+    assert problem.detail == message
 
 
 JOB_ENDS = {
@@ -1052,7 +1191,6 @@ JOB_ENDS = {
     "job-init-container-fails": (Outcome.FAILED, Reason.CLONE_FAILED, 4.1),
     "job-oom": (Outcome.FAILED, Reason.OUT_OF_MEMORY, 3.7),
     "job-deadline": (Outcome.FAILED, Reason.TIMEOUT, 5.3),
-    "job-image-pull": (Outcome.FAILED, Reason.IMAGE_PULL_FAILED, 62.0),
     "job-disk-limit-evicts": (Outcome.FAILED, Reason.OUT_OF_DISK, 48.1),
 }
 TEST_NAMES = {"job-fails-under-policy": "test-pol", "job-unschedulable": "test-big"}
@@ -1102,6 +1240,11 @@ def test_a_recorded_test_job_ends_as_it_should(scenario: str) -> None:
     assert at == pytest.approx(expected, abs=0.6)
 
 
+def test_a_recorded_test_job_whose_registry_is_away_waits() -> None:
+    *_, (_, action) = story("job-image-pull")
+    assert (action.do, action.stage) == (Do.WAIT, "test")
+
+
 def test_a_pod_that_filled_its_disk_ends_the_run_in_the_kubelets_words() -> None:
     *_, (_, action) = story("job-disk-limit-evicts")
     assert action.detail == 'Usage of EmptyDir volume "tmp" exceeds the limit "20Mi".'
@@ -1131,45 +1274,48 @@ PULL = 'failed to pull and unpack image "{0}": failed to resolve reference "{0}"
 
 
 @pytest.mark.parametrize(
-    ("text", "grace"),
+    ("text", "refused"),
     [
-        ("{0}: not found", 0),
-        ("pull access denied, repository does not exist or may require authorization", 0),
-        ("unexpected status from HEAD request to {0}: 403 Forbidden", 0),
+        ("{0}: not found", "not found"),
+        ("pull access denied, repository does not exist or may require authorization", "denied"),
+        ("unexpected status from HEAD request to {0}: 403 Forbidden", "forbidden"),
         (
             "failed to authorize: failed to fetch oauth token: unexpected status: 401 Unauthorized",
-            0,
+            "unauthorized",
         ),
-        ("manifest unknown: manifest unknown", 0),
-        ("reading manifest 1 in r.example.com/shop: name unknown", 0),
-        ("no basic auth credentials", 0),
-        ("no match for platform in manifest: not found", 0),
+        ("manifest unknown: manifest unknown", "manifest unknown"),
+        ("reading manifest 1 in r.example.com/shop: name unknown", "name unknown"),
+        ("no basic auth credentials", "no basic auth"),
+        ("no match for platform in manifest: not found", "no match for platform"),
         (
             'failed to do request: Head "https://{0}": dial tcp 10.0.0.1:443: connection refused',
-            60,
+            "",
         ),
-        ('failed to do request: Head "https://{0}": dial tcp: lookup registry: no such host', 60),
-        ('failed to do request: Head "https://{0}": net/http: TLS handshake timeout', 60),
-        ("429 Too Many Requests - toomanyrequests: You have reached your pull rate limit", 60),
-        ("unexpected status from HEAD request: 503 Service Unavailable", 60),
-        ("x509: certificate signed by unknown authority", 60),
-        ("", 60),
+        ('failed to do request: Head "https://{0}": dial tcp: lookup registry: no such host', ""),
+        ('failed to do request: Head "https://{0}": net/http: TLS handshake timeout', ""),
+        ("429 Too Many Requests - toomanyrequests: You have reached your pull rate limit", ""),
+        ("unexpected status from HEAD request: 503 Service Unavailable", ""),
+        ("unexpected status from HEAD request: 502 Bad Gateway: upstream not found", ""),
+        ("x509: certificate signed by unknown authority", ""),
+        ("", ""),
     ],
 )
 @pytest.mark.parametrize(
     "image", ["registry.example.com/shop@sha256:1", "example.com/denied/not found"]
 )
 @pytest.mark.parametrize("reason", ["ErrImagePull", "ImagePullBackOff"])
-def test_the_text_of_a_failed_pull_tells_whether_it_can_heal(
-    text: str, grace: float, image: str, reason: str
+def test_the_text_of_a_failed_pull_tells_whether_it_was_refused(
+    text: str, refused: str, image: str, reason: str
 ) -> None:
-    said = (PULL + text).replace("{0}", image if grace else "registry.example.com/shop:1")
+    said = (PULL + text).replace("{0}", "registry.example.com/shop:1" if refused else image)
     pod = a_pod(apps=[entry("web", waiting(reason, said))])
     (found,) = hook.pod_problems(pod)
-    assert found.grace == grace
-    assert found.reason == (Reason.IMAGE_PULL_FAILED if grace else Reason.IMAGE_NOT_FOUND)
+    assert found.grace == (hook.REFUSED_SECONDS if refused else hook.NEVER)
+    assert found.reason == (Reason.IMAGE_NOT_FOUND if refused else Reason.IMAGE_PULL_FAILED)
+    assert found.cause == (refused or "away")
 
 
+NEVER = hook.NEVER
 STARTS = 'failed to create containerd task: exec: "serve": executable file not found in $PATH'
 
 
@@ -1177,43 +1323,48 @@ STARTS = 'failed to create containerd task: exec: "serve": executable file not f
     ("pod", "reason", "grace"),
     [
         (a_pod(apps=[entry("web", waiting("InvalidImageName", "Failed to apply"))]),
-            Reason.IMAGE_NOT_FOUND, 0),
+            Reason.MANIFEST_INVALID, 0),
+        (a_pod(TEST, apps=[entry("web", waiting("InvalidImageName", "Failed to apply"))]),
+            Reason.JOB_REFUSED, 0),
         (a_pod(apps=[entry("web", waiting("CreateContainerConfigError", 'secret "x" not found'))]),
-            Reason.CONTAINER_CONFIG, 30),
+            Reason.CONTAINER_CONFIG, NEVER),
         (a_pod(apps=[entry("web", waiting("RunContainerError", STARTS))]),
-            Reason.CONTAINER_CONFIG, 30),
+            Reason.CONTAINER_CONFIG, NEVER),
         (a_pod(apps=[entry("web", terminated(128, STARTS, "StartError"))]),
-            Reason.CONTAINER_CONFIG, 30),
+            Reason.CRASH_LOOP, NEVER),
         (a_pod(apps=[entry("web", waiting("CrashLoopBackOff"), terminated(128, "",
             "ContainerCannotRun"), 9)]),
-            Reason.CONTAINER_CONFIG, 30),
+            Reason.CRASH_LOOP, NEVER),
         (a_pod(apps=[entry("web", waiting("CreateContainerConfigError",
             "failed to sync configmap cache: timed out waiting for the condition"))]),
-            Reason.CONTAINER_CONFIG, float("inf")),
+            Reason.CONTAINER_CONFIG, NEVER),
         (a_pod(conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
             "message": "0/3 nodes are available: 3 Insufficient cpu."}], started=0, created=5),
-            Reason.UNSCHEDULABLE, 120),
+            Reason.UNSCHEDULABLE, NEVER),
+        (a_pod(conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+            "message": "pod has unbound immediate PersistentVolumeClaims."}], started=0, created=5),
+            Reason.VOLUME_UNAVAILABLE, NEVER),
         (a_pod(apps=[entry("web", waiting("CrashLoopBackOff"), terminated(1), 4)]),
-            Reason.CRASH_LOOP, 15),
-        (a_pod(apps=[entry("web", terminated(0), terminated(0), 2)]), Reason.CRASH_LOOP, 15),
+            Reason.CRASH_LOOP, NEVER),
+        (a_pod(apps=[entry("web", terminated(0), terminated(0), 2)]), Reason.CRASH_LOOP, NEVER),
         (a_pod(inits=[entry("migrate", waiting("CrashLoopBackOff"), terminated(1), 4)], apps=[]),
-            Reason.INIT_FAILED, 15),
+            Reason.INIT_FAILED, NEVER),
         (a_pod(apps=[entry("web", waiting("CrashLoopBackOff"), terminated(137, "", "OOMKilled"),
             4)]),
-            Reason.OUT_OF_MEMORY, 15),
+            Reason.OUT_OF_MEMORY, NEVER),
         (a_pod(inits=[entry("results", waiting("CrashLoopBackOff"), terminated(1), 4)], apps=[]),
-            Reason.CRASH_LOOP, 15),
+            Reason.CRASH_LOOP, NEVER),
         (a_pod(TEST, inits=[entry("results", waiting("ErrImagePull", "x: not found"))], apps=[]),
-            Reason.IMAGE_NOT_FOUND, 0),
+            Reason.IMAGE_NOT_FOUND, 30),
         (a_pod(apps=[entry("web", waiting("RegistryUnavailable", "x"))]),
-            Reason.IMAGE_PULL_FAILED, 60),
+            Reason.IMAGE_PULL_FAILED, NEVER),
         (a_pod(apps=[entry("web", waiting("ImageInspectError", "x"))]),
-            Reason.IMAGE_PULL_FAILED, 60),
+            Reason.IMAGE_PULL_FAILED, NEVER),
     ],
     ids=[
-        "wrong name", "missing secret", "wrong command", "start error", "start error, backing off",
-        "kubelet's cache", "unschedulable", "crash loop found late",
-            "ends with success again and again",
+        "wrong name", "wrong name in a Job", "missing secret", "wrong command", "start error",
+        "start error, backing off", "kubelet's cache", "unschedulable", "missing claim",
+        "crash loop found late", "ends with success again and again",
         "init loop found late", "memory", "side-car of an app", "side-car's image",
         "registry away", "node's storage",
     ],
@@ -1324,28 +1475,49 @@ def waits_for(reason: str, message: str = "") -> list[hook.PodProblem]:
     return list(hook.pod_problems(a_pod(apps=[entry("web", waiting(reason, message))])))
 
 
-# The doom table of the design but for what recurs, which the next table has: the symptom, the
-# seconds after which it cannot heal any more, and the reason. Before that it may go away.
-LASTING: dict[str, tuple[list[hook.PodProblem], int, Reason]] = {
-    "no such image": (waits_for("ErrImagePull", "x: not found"), 0, Reason.IMAGE_NOT_FOUND),
-    "no access": (waits_for("ErrImagePull", "pull access denied"), 0, Reason.IMAGE_NOT_FOUND),
-    "no manifest": (waits_for("ErrImagePull", "manifest unknown"), 0, Reason.IMAGE_NOT_FOUND),
-    "no name": (waits_for("InvalidImageName", "x"), 0, Reason.IMAGE_NOT_FOUND),
-    "no registry": (waits_for("ErrImagePull", "no such host"), 60, Reason.IMAGE_PULL_FAILED),
+NO_ACCOUNT = 'pods "x" is forbidden: error looking up service account test/x: '
+NO_ACCOUNT += 'serviceaccount "test-runner-sa" not found'
+BASELINE = 'pods "x" is forbidden: violates PodSecurity "restricted:latest": timeout != true'
+MAXIMUM = 'pods "x" is forbidden: maximum cpu usage per Container is 2, but limit is 5'
+DENIED = 'admission webhook "x" denied the request: etcd: Internal error is no name'
+ETCD = 'pods "etcd-1" is forbidden: failed quota: q: must specify limits.cpu for: etcd'
+# What is fatal once it lasts: the symptom, the seconds after which it cannot heal any more, and the
+# reason. Before that it may go away. What may heal is waited for until the deadline.
+LASTING: dict[str, tuple[list[hook.PodProblem], float, Reason]] = {
+    "no such image": (waits_for("ErrImagePull", "x: not found"), 30, Reason.IMAGE_NOT_FOUND),
+    "no access": (waits_for("ErrImagePull", "pull access denied"), 30, Reason.IMAGE_NOT_FOUND),
+    "no manifest": (waits_for("ErrImagePull", "manifest unknown"), 30, Reason.IMAGE_NOT_FOUND),
+    "no name": (waits_for("InvalidImageName", "x"), 0, Reason.MANIFEST_INVALID),
+    "above quota": (
+        [hook.creation_problem(QUOTA.replace("500m", "5"), "k")], 0, Reason.QUOTA_EXCEEDED),
+    "no limits": ([hook.creation_problem(NO_LIMITS, "k")], 3, Reason.ADMISSION_REFUSED),
+    "no limits of etcd": ([hook.creation_problem(ETCD, "k")], 3, Reason.ADMISSION_REFUSED),
+    "no privileges": ([hook.creation_problem(BASELINE, "k")], 3, Reason.ADMISSION_REFUSED),
+    "no such size": ([hook.creation_problem(MAXIMUM, "k")], 3, Reason.ADMISSION_REFUSED),
+    "no by a webhook": ([hook.creation_problem(DENIED, "k")], 3, Reason.ADMISSION_REFUSED),
+}  # fmt: skip
+PASSING: dict[str, tuple[list[hook.PodProblem], Reason]] = {
+    "no registry": (waits_for("ErrImagePull", "no such host"), Reason.IMAGE_PULL_FAILED),
     "no settings": (
         waits_for("CreateContainerConfigError", 'configmap "not-there" not found'),
-        30, Reason.CONTAINER_CONFIG),
-    "no program": (waits_for("RunContainerError", STARTS), 30, Reason.CONTAINER_CONFIG),
-    "no quota": ([hook.creation_problem(QUOTA, "k")], 15, Reason.QUOTA_EXCEEDED),
-    "no limits": ([hook.creation_problem(NO_LIMITS, "k")], 3, Reason.ADMISSION_REFUSED),
-    "no count": ([hook.creation_problem(EDITED, "k")], 60, Reason.ADMISSION_REFUSED),
-    "no time": ([hook.creation_problem(SLOW, "k")], 60, Reason.ADMISSION_REFUSED),
-    "no leader": ([hook.creation_problem(ELECTING, "k")], 60, Reason.ADMISSION_REFUSED),
-    "no plug-in": ([hook.creation_problem(PLUGIN, "k")], 60, Reason.ADMISSION_REFUSED),
-    "no webhook": ([hook.creation_problem(WEBHOOK, "k")], 60, Reason.ADMISSION_REFUSED),
-    "no node": (
-        list(hook.pod_problems(a_pod(conditions=[NO_NODE]))), 120, Reason.UNSCHEDULABLE),
+        Reason.CONTAINER_CONFIG),
+    "no quota": ([hook.creation_problem(QUOTA, "k")], Reason.QUOTA_EXCEEDED),
+    "no count": ([hook.creation_problem(EDITED, "k")], Reason.PODS_NOT_CREATED),
+    "no time": ([hook.creation_problem(SLOW, "k")], Reason.PODS_NOT_CREATED),
+    "no leader": ([hook.creation_problem(ELECTING, "k")], Reason.PODS_NOT_CREATED),
+    "no plug-in": ([hook.creation_problem(PLUGIN, "k")], Reason.PODS_NOT_CREATED),
+    "no webhook": ([hook.creation_problem(WEBHOOK, "k")], Reason.PODS_NOT_CREATED),
+    "no account": ([hook.creation_problem(NO_ACCOUNT, "k")], Reason.PODS_NOT_CREATED),
+    "no node": (list(hook.pod_problems(a_pod(conditions=[NO_NODE]))), Reason.UNSCHEDULABLE),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_may_pass_is_never_fatal(name: str) -> None:
+    symptoms, reason = PASSING[name]
+    doom = hook.ProblemTracker()
+    assert [doom.fatal(symptoms, now) for now in (0.0, 100.0, 100_000.0)] == [None] * 3
+    assert [s.reason for s in symptoms] == [reason]
 
 
 @pytest.mark.parametrize("name", LASTING)
@@ -1375,39 +1547,127 @@ Steps = list[tuple[float, hook.Pod]]
 @pytest.mark.parametrize(
     ("steps", "second"),
     [
-        ([(1, crash(1)), (3, crash(2))], 3),
+        ([(1, crash(1)), (3, crash(2)), (10, crash(2)), (11, crash(2))], 11),
+        ([(1, crash(1)), (13, crash(2))], 13),
         ([(1, crash(1)), (3, crash(2, 3)), (15, crash(2, 3))], None),
         ([(1, crash(1)), (3, crash(2, 3)), (16, crash(3, 3))], 16),
-        ([(3, crash(2))], 3),
-        ([(3, crash(4))], 3),
+        ([(3, crash(2)), (12, crash(2)), (13, crash(2))], 13),
+        ([(3, crash(4)), (13, crash(4))], 13),
         ([(1, crash(1)), (100, crash(1))], None),
-        ([(1, crash(1, 137, "OOMKilled")), (9, crash(2, 137, "OOMKilled"))], 9),
+        ([(1, crash(1, 137, "OOMKilled")), (11, crash(2, 137, "OOMKilled"))], 11),
         ([(1, crash(3, 137, "OOMKilled", started=600, fell=30)),
-            (9, crash(4, 137, "OOMKilled", started=600, fell=30))], 9),
+            (12, crash(4, 137, "OOMKilled", started=600, fell=30))], 12),
         ([(1, crash(3, 137, "OOMKilled", started=600, fell=30)),
-            (9, crash(4, started=600, fell=30))], None),
+            (12, crash(4, started=600, fell=30))], None),
         ([(1, crash(9, 137, "OOMKilled", started=600, fell=30)),
             (99, crash(9, 137, "OOMKilled", started=600, fell=30))], None),
         ([(1, crash(1)), (2, a_pod(apps=[entry("web", RUNNING, terminated(1), 1, False)])),
-            (3, crash(2))], 3),
-        ([(1, crash(1)), (2, a_pod(ready=True)), (3, crash(2, started=60, fell=3))], None),
-        ([(1, init_crash(1)), (2, init_crash(2))], 2),
-        ([(1, init_crash(1)), (2, a_pod(inits=[entry("migrate", terminated(0))]))], None),
+            (3, crash(2)), (11, crash(2))], 11),
+        ([(1, crash(1)), (2, a_pod(ready=True)), (13, crash(2, started=60, fell=3))], None),
+        ([(1, init_crash(1)), (2, init_crash(2)), (11, init_crash(2))], 11),
+        ([(1, init_crash(1)), (12, a_pod(inits=[entry("migrate", terminated(0))]))], None),
     ],
     ids=[
-        "second exit for the same reason", "second exit for another reason", "again and again",
+        "second exit for the same reason", "second exit late", "second exit for another reason",
+        "again and again",
         "first seen at its second exit", "first seen at its fourth exit", "one exit is none",
         "memory twice", "memory twice after it was ready", "memory once after it was ready",
         "memory long ago", "running in between", "ready in between", "init container twice",
         "init container once, then done",
     ],
 )  # fmt: skip
-def test_a_container_that_ends_twice_for_the_same_reason_is_doomed(
+def test_a_container_that_ends_twice_for_the_same_reason_is_doomed_ten_seconds_after_the_first(
     steps: Steps, second: float | None
 ) -> None:
     doom = hook.ProblemTracker()
     fell = [now for now, pod in steps if doom.fatal(hook.pod_problems(pod), now)]
     assert (fell[0] if fell else None) == second
+
+
+def test_a_higher_number_of_crashes_gives_an_app_time_until_its_database_is_there() -> None:
+    exits = [(1, 1), (3, 2), (12, 2), (14, 3), (34, 3), (36, 4)]
+    fell = {
+        crashes: [
+            now for now, times in exits
+            if doom.fatal(hook.pod_problems(crash(times), crashes=crashes), now)
+        ]
+        for crashes, doom in ((n, hook.ProblemTracker()) for n in (2, 3, 4, 5))
+    }  # fmt: skip
+    assert {crashes: seconds[:1] for crashes, seconds in fell.items()} == {
+        2: [12], 3: [14], 4: [36], 5: [],
+    }  # fmt: skip
+
+
+def pulls(*steps: tuple[float, str, str]) -> float | None:
+    """The second at which pulls that are told by a pod's status are fatal."""
+    doom = hook.ProblemTracker()
+    for now, reason, message in steps:
+        if doom.fatal(waits_for(reason, message) if reason else [], now):
+            return now
+    return None
+
+
+ERR, BACK = "ErrImagePull", "ImagePullBackOff"
+NOT_THERE, SHUT = "x: not found", "pull access denied"
+REFUSED_ONCE, OLD_WORDS = f"Back-off: {ERR}: {NOT_THERE}", 'Back-off pulling image "x:1"'
+
+
+@pytest.mark.parametrize(
+    ("steps", "second"),
+    [
+        ([(1, ERR, NOT_THERE), (2, BACK, REFUSED_ONCE), (14, ERR, NOT_THERE)], 14),
+        ([(1, ERR, NOT_THERE), (2, BACK, OLD_WORDS), (14, ERR, NOT_THERE)], 14),
+        ([(1, ERR, NOT_THERE), (2, BACK, REFUSED_ONCE), (30, BACK, REFUSED_ONCE)], None),
+        ([(1, ERR, NOT_THERE), (2, BACK, REFUSED_ONCE), (31, BACK, REFUSED_ONCE)], 31),
+        ([(1, ERR, NOT_THERE), (2, BACK, OLD_WORDS), (31, BACK, OLD_WORDS)], 31),
+        ([(1, ERR, NOT_THERE), (2, BACK, REFUSED_ONCE), (5, ERR, NOT_THERE),
+            (15, ERR, NOT_THERE)], None),
+        ([(1, ERR, NOT_THERE), (14, ERR, SHUT), (40, ERR, SHUT)], None),
+        ([(1, ERR, NOT_THERE), (2, BACK, REFUSED_ONCE), (14, ERR, SHUT), (15, BACK, SHUT),
+            (40, ERR, SHUT)], 40),
+        ([(1, ERR, NOT_THERE), (2, "", ""), (14, ERR, NOT_THERE), (40, BACK, REFUSED_ONCE)], None),
+        ([(1, ERR, NOT_THERE), (14, ERR, "connection refused"), (40, ERR, NOT_THERE)], None),
+        ([(1, BACK, OLD_WORDS), (500, BACK, OLD_WORDS)], None),
+    ],
+    ids=["twice", "twice, of an older kubelet", "once", "for so long that it was asked again",
+         "the same, of an older kubelet", "twice within ten seconds", "otherwise",
+         "otherwise twice", "run in between", "away in between", "nobody says why"],
+)  # fmt: skip
+def test_a_wrong_image_needs_two_refusals_alike_ten_seconds_apart(
+    steps: list[tuple[float, str, str]], second: float | None
+) -> None:
+    assert pulls(*steps) == second
+
+
+def refusals(message: str, times: int, first: float, last: float, name: str = "web") -> Object:
+    """An Event of failed pulls, as the kubelet counts them."""
+    about = {"name": "pod-1", "fieldPath": f"spec.containers{{{name}}}"}
+    stamps = {"firstTimestamp": stamp(first), "lastTimestamp": stamp(last), "count": times}
+    words = {"reason": "Failed", "message": f'Failed to pull image "x": {message}'}
+    return {"involvedObject": about, "type": "Warning", **words, **stamps}
+
+
+@pytest.mark.parametrize(
+    ("events", "proven"),
+    [
+        ([refusals(NOT_THERE, 2, 1, 14)], True),
+        ([refusals(NOT_THERE, 2, 1, 10)], False),
+        ([refusals(NOT_THERE, 1, 1, 1)], False),
+        ([refusals(NOT_THERE, 1, 1, 1), refusals(f"id 7: {NOT_THERE}", 1, 14, 14)], True),
+        ([refusals(NOT_THERE, 1, 1, 1), refusals(SHUT, 1, 14, 14)], False),
+        ([refusals("connection refused", 9, 1, 99), refusals(NOT_THERE, 1, 120, 120)], False),
+        ([refusals(NOT_THERE, 5, 1, 99, "other")], False),
+        ([], False),
+    ],
+    ids=["twice", "too near", "once", "with another id", "otherwise", "away before",
+         "another container", "no Events"],
+)  # fmt: skip
+def test_the_events_prove_two_refusals_at_the_first_look(
+    events: list[Object], *, proven: bool
+) -> None:
+    pod = a_pod(apps=[entry("web", waiting(ERR, NOT_THERE))])
+    problems = [*hook.pod_problems(pod, [hook.PodEvent(e) for e in events])]
+    assert bool(hook.ProblemTracker().fatal(problems, 1.0)) is proven
 
 
 def test_a_symptom_that_goes_away_starts_anew() -> None:

@@ -182,7 +182,8 @@ def test_what_a_deployment_said_of_the_version_before_is_not_held_against_the_ne
     values: Object = {**dict.fromkeys(names, ""), "selector": NEW, "configmaps": [], "service": {}}
     release = hook.Release(**values, deployment=standing)
     pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
-    assert [str(s.reason) for s in made.steady.rollout.problems(task(), release, pods)] == told
+    watch = hook.RolloutWatch(made.doors, task(), release, pods)
+    assert [str(s.reason) for s in watch.observe()] == told
 
 
 def a_release(deployment: Object) -> hook.Release:
@@ -203,16 +204,148 @@ def test_a_rollout_is_judged_by_the_pods_of_its_own_run(tmp_path: Path) -> None:
     (tmp_path / "deployment").write_text(json.dumps(named("shop-blue")))
     release = a_release(named("shop-blue"))
     pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
-    late = hook.PodProblem("", hook.Reason.NEVER_READY, "late")
+    watch = hook.RolloutWatch(made.doors, task(), release, pods)
     pods._take("ADDED", pod_without_image("shop-old"))
-    assert made.steady.rollout.problems(task(), release, pods) == []
-    assert made.steady.rollout.failure(release, pods, late).reason is hook.Reason.NEVER_READY
+    assert watch.observe() == []
+    watch.look()
+    assert watch.lateness("late").reason is hook.Reason.PODS_NOT_CREATED
     pods._take("ADDED", pod_without_image("shop-new"))
-    (symptom,) = made.steady.rollout.problems(task(), release, pods)
-    assert symptom.reason is hook.Reason.IMAGE_NOT_FOUND
-    assert made.steady.rollout.failure(release, pods, late).reason is hook.Reason.IMAGE_NOT_FOUND
-    quota = hook.PodProblem("k", hook.Reason.QUOTA_EXCEEDED, "quota")
-    assert made.steady.rollout.failure(release, pods, quota).reason is hook.Reason.QUOTA_EXCEEDED
+    (symptom,) = watch.observe()
+    assert symptom.reason is hook.Reason.MANIFEST_INVALID
+    assert watch.lateness("late").reason is hook.Reason.MANIFEST_INVALID
+    with pytest.raises(hook.StageError, match=r"^ManifestInvalid: "):
+        watch.look()
+
+
+def waiting_pod(state: Object, *, ready: bool = False) -> Object:
+    """A pod of the new run whose only container is in this state."""
+    pod = pod_without_image("shop-new")
+    pod["status"]["containerStatuses"] = [{"name": "web", "ready": ready, "state": state}]
+    return pod
+
+
+def told_event(reason: str, message: str, kind: str = "Warning") -> Object:
+    about = {"kind": "Pod", "name": "shop-new-1"}
+    times = {"lastTimestamp": LATE, "firstTimestamp": EARLY, "count": 3}
+    return {"involvedObject": about, "reason": reason, "message": message, "type": kind, **times}
+
+
+CREATING: Object = {"waiting": {"reason": "ContainerCreating"}}
+CONFIG_ERROR = {"reason": "CreateContainerConfigError", "message": 'secret "x" not found'}
+AWAY = {"reason": "ErrImagePull", "message": "dial tcp: connection refused"}
+
+
+@pytest.mark.parametrize(
+    ("state", "events", "reason", "said"),
+    [
+        (CREATING, [], "NeverStarted", "container web of shop-new-1 is not started"),
+        (CREATING, [told_event("Pulling", 'Pulling image "x"', "Normal")],
+            "NeverStarted", 'is not started: Pulling image "x"'),
+        (CREATING, [told_event("FailedMount", 'secret "tls" not found')],
+            "VolumeUnavailable", 'is not started: secret "tls" not found'),
+        (CREATING, [told_event("FailedCreatePodSandBox", "no more addresses")],
+            "NeverStarted", "no more addresses"),
+        ({"waiting": CONFIG_ERROR}, [], "ContainerConfigError", 'secret "x" not found'),
+        ({"waiting": AWAY}, [], "ImagePullFailed", "connection refused"),
+        ({"running": {}}, [], "NeverReady", "1 of 2 pods ready; container web of"),
+        ({"running": {}}, [told_event("Unhealthy", "Readiness probe failed: 503")],
+            "NeverReady", "1 of 2 pods ready; container web of shop-new-1 is not ready: Readiness"),
+    ],
+    ids=["silence", "silent registry", "missing Secret", "no sandbox", "missing Secret in env",
+         "registry away", "not ready", "not ready, and why"],
+)  # fmt: skip
+def test_a_rollout_that_is_late_ends_with_what_it_waited_for_and_a_verdict_only_if_it_ran(
+    tmp_path: Path, state: Object, events: list[Object], reason: str, said: str
+) -> None:
+    made = deployer(tmp_path, [])
+    (tmp_path / "deployment").write_text(json.dumps(named("shop-blue")))
+    script = tmp_path / "kubectl"
+    (tmp_path / "events").write_text(json.dumps({"items": events}))
+    script.write_text(script.read_text().replace("*pods*)", "*events*) cat events ;;\n*pods*)"))
+    pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
+    pods._take("ADDED", waiting_pod(state))
+    watch = hook.RolloutWatch(made.doors, task(), a_release(named("shop-blue")), pods)
+    watch.look()
+    made.doors.clock.at += 1000.0  # type: ignore[attr-defined]
+    watch.look()
+    end = watch.lateness("1 of 2 pods ready")
+    assert (str(end.reason), said in end.detail) == (reason, True), end
+    assert end.reason.is_verdict is ("running" in state)
+
+
+def test_what_a_rollout_waits_for_is_shown_on_the_runs_job_when_it_changes_and_not_at_the_end(
+    tmp_path: Path,
+) -> None:
+    made = deployer(tmp_path, [])
+    (tmp_path / "deployment").write_text(json.dumps(named("shop-blue")))
+    script = tmp_path / "kubectl"
+    shown = tmp_path / "shown"
+    script.write_text(script.read_text().replace(
+        'case "$*" in', f'case "$*" in\n*patch*job/build-1*) cat >> {shown}; echo >> {shown};'
+        ' echo "{}" ;;\n*events*) exit 1 ;;'
+    ))  # fmt: skip
+    job = hook.test_job(hook.load_config(CONFIG), task().app, task().run)
+    job["metadata"] |= {"name": "build-1", "uid": "u", "resourceVersion": "1"}
+    pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
+    own = replace(task(), job=hook.Job(job))
+    watch = hook.RolloutWatch(made.doors, own, a_release(named("shop-blue")), pods)
+    clock: Any = made.doors.clock
+
+    def look(state: Object) -> None:
+        pods._take("ADDED", waiting_pod(state, ready="running" in state))
+        for _ in range(3):
+            clock.at += hook.EVENTS_SECONDS
+            watch.look()
+
+    look({"waiting": AWAY})
+    look({"waiting": CONFIG_ERROR})
+    look({"running": {}})
+    look({"waiting": AWAY})
+    watch.end()
+    lines = [json.loads(line)["metadata"]["annotations"] for line in shown.read_text().split("\n")
+             if line]  # fmt: skip
+    assert [line[hook.ANNOTATION_REASON] for line in lines] == [
+        "ImagePullFailed", "ContainerConfigError", None, "ImagePullFailed", None,
+    ]  # fmt: skip
+    assert "connection refused" in lines[0][hook.ANNOTATION_DETAIL]
+    assert lines[-1] == {hook.ANNOTATION_REASON: None, hook.ANNOTATION_DETAIL: None}
+
+
+def test_a_rollout_that_waits_ends_when_its_branch_has_moved_on_and_not_when_git_is_away(
+    tmp_path: Path,
+) -> None:
+    made = deployer(tmp_path, [])
+    (tmp_path / "deployment").write_text(json.dumps(named("shop-blue")))
+    pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
+    pods._take("ADDED", waiting_pod({"waiting": AWAY}))
+    heads: list[Any] = [hook.GitError(("git",), 1, "no route"), {"refs/heads/main": "b" * 40}]
+
+    def answer(url: str) -> Any:
+        head = heads[0]
+        if isinstance(head, Exception):
+            raise head
+        return head
+
+    made.doors.git.heads = answer  # type: ignore[method-assign]
+    watch = hook.RolloutWatch(made.doors, task(), a_release(named("shop-blue")), pods)
+    clock: Any = made.doors.clock
+
+    def ask() -> None:
+        clock.at += hook.HEAD_FRESH
+        watch.look()
+        assert watch.asking is not None
+        watch.asking.join()
+
+    ask()
+    watch.look()
+    heads.pop(0)
+
+    def ask_again() -> None:
+        ask()
+        watch.look()
+
+    with pytest.raises(hook.SupersededError, match=r"^NotHead: "):
+        ask_again()
 
 
 @pytest.mark.parametrize(

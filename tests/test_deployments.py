@@ -19,7 +19,10 @@ from tests.world import Object, eventually
 
 RUN = "gitops-hook/run"
 APPS: dict[str, Object] = {
-    "nokey": {"rollout_timeout": "60s"},
+    "nokey": {"rollout_timeout": "20s"},
+    "mounted": {"bake": "1s", "rollout_timeout": "300s"},
+    "hanging": {"bake": "1s", "rollout_timeout": "300s"},
+    "shut": {"bake": "1s", "rollout_timeout": "60s"},
     "neverup": {"rollout_timeout": "5s"},
     "ports": {"bake": "4s", "retain": 1},
     "scaled": {"retain": 0},
@@ -512,6 +515,76 @@ def test_a_rerun_deploys_what_was_rolled_back_although_the_service_remembers_it(
     ended = {"msg": "run ended", "run": old["run"], "outcome": "deployed"}
     eventually(lambda: [e for e in apps.logged()[known:] if ended.items() <= e.items()], 60)
     assert busy.answer()["version"] == "v2"
+
+
+def status_of(apps: Fleet, run: str) -> Object:
+    """Return what `status` says of a run; an empty mapping where it does not know it."""
+    return next((dict(r) for r in apps.status()["runs"] if r["run"] == run), {})
+
+
+def mounts_a_secret(objects: dict[str, Object]) -> None:
+    """Let the pods mount a Secret."""
+    pod = objects["Deployment"]["spec"]["template"]["spec"]
+    pod["volumes"] = [*pod.get("volumes", []), {"name": "tls", "secret": {"secretName": "tls"}}]
+    mounts = container(objects).setdefault("volumeMounts", [])
+    mounts.append({"name": "tls", "mountPath": "/tls"})
+
+
+def test_a_missing_secret_is_named_while_it_is_waited_for_and_nothing_else_once_it_is_there(
+    apps: Fleet,
+) -> None:
+    run = apps["mounted"].go("v1", change=mounts_a_secret)
+    said = 'MountVolume.SetUp failed for volume "tls" : secret "tls" not found'
+    eventually(lambda: said in status_of(apps, run).get("waits_for", ""), 40, "it says for what")
+    assert status_of(apps, run)["reason"] == "VolumeUnavailable"
+    assert 'secret "tls" not found' in " ".join(apps.command("status", "mounted").stdout.split())
+    meta = {"name": "tls", "namespace": "production"}
+    apps.cluster.load({"apiVersion": "v1", "kind": "Secret", "metadata": meta})
+    assert apps.ended(run, 90)["outcome"] == "deployed"
+    assert status_of(apps, run)["waits_for"] == ""
+    jobs = [j for j in apps.cluster.store.list("jobs") if run in j["metadata"]["name"]]
+    assert not [j for j in jobs if said in str(j["metadata"]["annotations"])]
+
+
+def own_image(apps: Fleet, name: str) -> str:
+    """Return an image that runs the app and is not on the node yet."""
+    start: Object = {"cmd": ["python", "server.py"], "workdir": "/app"}
+    digest = apps.cluster.images.add(f"{name}:1", apps.directory / "image", **start)
+    return f"{name}@{digest}"
+
+
+def test_a_registry_that_refuses_once_ends_no_rollout(apps: Fleet) -> None:
+    image = own_image(apps, "registry.example.com/shut/web")
+    apps.cluster.images.break_pull(image, "pull access denied: no basic auth credentials")
+    run = apps["shut"].go("v1", image=image)
+    said = f'Failed to pull image "{image}": pull access denied'
+
+    def refused() -> list[Object]:
+        events = apps.cluster.store.list("events", "production")
+        return [event for event in events if event["message"].startswith(said)]
+
+    eventually(refused, 40, "it is refused once")
+    apps.cluster.images.break_pull(image, None)
+    assert apps.ended(run, 60)["outcome"] == "deployed"
+
+
+def test_a_silent_registry_is_waited_for_until_it_answers_or_a_newer_commit_is_pushed(
+    apps: Fleet,
+) -> None:
+    hanging = apps["hanging"]
+    images = [own_image(apps, f"registry.example.com/silent/{name}") for name in ("one", "two")]
+    for image in images:
+        apps.cluster.images.hold_pull(image, held=True)
+    first = hanging.go("v1", image=images[0])
+    said = f'is not started: Pulling image "{images[0]}"'
+    eventually(lambda: said in status_of(apps, first).get("waits_for", ""), 40, "it says for what")
+    second = hanging.go("v2", image=images[1])
+    ended = apps.ended(first, 60)
+    assert (ended["outcome"], ended["reason"]) == ("superseded", "NotHead")
+    said = f'is not started: Pulling image "{images[1]}"'
+    eventually(lambda: said in status_of(apps, second).get("waits_for", ""), 40, "it waits, too")
+    apps.cluster.images.hold_pull(images[1], held=False)
+    assert apps.ended(second, 60)["outcome"] == "deployed"
 
 
 @pytest.mark.parametrize(

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import base64
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from gitops_hook import ConfigError, Git, GitError, StageError
+from gitops_hook import (
+    GIT_ENVIRONMENT,
+    Activity,
+    ConfigError,
+    Credential,
+    Git,
+    GitError,
+    StageError,
+    logins_for,
+)
+from tests.git_server import GitServer, serving
 from tests.memory import peak_of
+from tests.waiting import eventually
 
 OWNER = {
     f"GIT_{who}_{what}": "owner@example.com"
@@ -662,3 +674,288 @@ def test_a_missing_git_is_a_configuration_error(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(ConfigError, match="git cannot be started"):
         git.heads("https://git.example.com/demo/shop.git")
+
+
+# === Several lines of credentials ===
+
+
+@pytest.fixture
+def shops(tmp_path: Path) -> Iterator[GitServer]:
+    """A server with two projects, each with a token of its own."""
+    root = tmp_path / "served"
+    for name in ("one", "two"):
+        Repository(root / name).commit(a=name)
+    with serving(root, {"one": {"hook:good1"}, "two": {"hook:good2"}}) as running:
+        yield running
+
+
+def asked(shops: GitServer, git: Git, project: str, *lines: str) -> list[str]:
+    """The logins with which a project is asked, and at the end whether all were refused."""
+    git.credentials.write_text("".join(lines))
+    shops.seen.clear()
+    try:
+        git.heads(f"{shops.url}/{project}/.git")
+    except GitError:
+        return [*shops.used(), "refused"]
+    return shops.used()
+
+
+def test_an_expired_line_does_not_hide_the_next(git: Git, shops: GitServer) -> None:
+    lines = [shops.line("hook:expired"), shops.line("hook:good1")]
+    assert asked(shops, git, "one", *lines) == ["hook:expired", "hook:good1"]
+    assert asked(shops, git, "one", *lines) == ["hook:good1"], "the one that worked comes first"
+    assert asked(shops, git, "one", shops.line("hook:expired")) == ["hook:expired", "refused"]
+
+
+@pytest.mark.parametrize("refusal", [401, 403, 404])
+def test_a_token_that_may_not_read_the_project_does_not_hide_the_next(
+    git: Git, shops: GitServer, refusal: int
+) -> None:
+    shops.refusal = refusal
+    lines = [shops.line("hook:good1"), shops.line("hook:good2")]
+    assert asked(shops, git, "two", *lines) == ["hook:good1", "hook:good2"]
+
+
+def test_lines_that_name_the_project_come_before_those_that_name_none(
+    git: Git, shops: GitServer
+) -> None:
+    lines = [
+        shops.line("hook:good1"),
+        shops.line("hook:own", "/one/.git"),
+        shops.line("hook:other", "/on"),
+        shops.line("hook:two", "/two"),
+    ]
+    assert asked(shops, git, "one", *lines) == ["hook:own", "hook:good1"]
+    assert asked(shops, git, "two", *lines) == ["hook:two", "hook:good1", "refused"]
+
+
+def test_the_line_that_names_most_of_the_path_comes_first() -> None:
+    lines = [b"https://a:all@h", b"https://a:group@h/g/", b"https://a:shop@h/g/shop.git"]
+    lines += [b"https://a:second@h/g/shop", b"https://a:else@other", b"https://a:no@other/g"]
+    credentials = [c for c in map(Credential.parse, lines) if c]
+    logins = [login.split("\n") for login in logins_for(credentials, "https://h/g/shop.git")]
+    passwords = [login[0].removeprefix("https://a:").removesuffix("@h") for login in logins]
+    assert passwords == ["shop", "second", "group", "all"]
+    assert {login[1] for login in logins} == {"https://a:else@other"}
+
+
+@pytest.mark.parametrize(
+    ("path", "url"),
+    [
+        ("/group/shop.git", "https://git.example.com/group/shop"),
+        ("/Group/Shop", "https://git.example.com:443/group/shop.git"),
+        ("/group/", "https://GIT.example.com/group/shop.git"),
+        ("", "https://hook@git.example.com/group/shop.git"),
+    ],
+)
+def test_a_path_is_compared_as_the_server_does(path: str, url: str) -> None:
+    credential = Credential.parse(f"https://a:b@git.example.com{path}".encode())
+    assert credential is not None
+    assert credential.fits(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://git.example.com/group/shop.git",
+        "https://git.example.com:8443/group/shop.git",
+        "https://git.example.com.evil.example/group/shop.git",
+        "https://git.example.com@evil.example/group/shop.git",
+        "https://git.example.com/group/shop-two.git",
+        "https://git.example.com/group",
+        "https://[/group/shop.git",
+        "/group/shop.git",
+    ],
+)
+def test_a_line_is_for_its_server_and_project_only(url: str) -> None:
+    credential = Credential.parse(b"https://a:b@git.example.com/group/shop.git")
+    assert credential is not None
+    assert not credential.fits(url)
+
+
+@pytest.mark.parametrize("end", ["\r\n", " \n", "\t \r\n", "\r\n\r\n", ""])
+def test_blanks_at_the_ends_of_lines_do_no_harm(git: Git, shops: GitServer, end: str) -> None:
+    line = " " + shops.line("hook:good1").rstrip("\n") + end
+    assert asked(shops, git, "one", line) == ["hook:good1"]
+
+
+@pytest.mark.parametrize(
+    ("written", "login"),
+    [
+        ("hook:s3cret%2Fword", "hook:s3cret/word"),
+        ("me@example.com:p@ss", "me@example.com:p@ss"),
+        ("hook:a:b", "hook:a:b"),
+        ("hook:50%off%", "hook:50%off%"),
+        ("hook:", "hook:"),
+        ("hook:gr%c3%bcn", "hook:gr\u00fcn"),
+    ],
+)
+def test_passwords_with_odd_characters_are_sent_as_they_are(
+    git: Git, shops: GitServer, written: str, login: str
+) -> None:
+    shops.logins = {"one": {login}}
+    assert asked(shops, git, "one", shops.line(written)) == [login]
+
+
+def test_only_some_lines_are_tried(git: Git, shops: GitServer) -> None:
+    lines = [shops.line(f"hook:{i}") for i in range(20)]
+    assert asked(shops, git, "one", *lines) == [f"hook:{i}" for i in range(8)] + ["refused"]
+
+
+def test_a_line_that_is_none_hides_no_other(git: Git, shops: GitServer) -> None:
+    lines = ["no line\n", "https://[\n", "ssh://a:b@host\n", f"{shops.url}\n"]
+    assert asked(shops, git, "one", *lines, shops.line("hook:good1")) == ["hook:good1"]
+
+
+def test_only_a_refused_credential_makes_git_try_the_next(git: Git, shops: GitServer) -> None:
+    lines = [shops.line("hook:good1"), shops.line("hook:other")]
+    shops.broken = True
+    assert asked(shops, git, "one", *lines) == ["hook:good1", "refused"]
+
+
+def test_a_server_that_was_led_to_gets_no_credential_of_another(
+    git: Git, shops: GitServer, tmp_path: Path
+) -> None:
+    with serving(tmp_path / "served", {"one": {"x:y"}}) as elsewhere:
+        shops.logins = {}
+        shops.moved = {"one": f"{elsewhere.url}/one"}
+        line = shops.line("hook:good1")
+        assert asked(shops, git, "one", line)[-1] == "refused"
+        assert elsewhere.used() == []
+        assert asked(shops, git, "one", line + elsewhere.line("x:y"))[-1:] != ["refused"]
+        assert elsewhere.used() == ["x:y"]
+
+
+def test_no_login_is_left_on_the_disk(
+    git: Git, shops: GitServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    assert asked(shops, git, "one", shops.line("hook:good1")) == ["hook:good1"]
+    assert not list((tmp_path / "tmp").rglob("*"))
+
+
+# === Servers that take their time ===
+
+
+class SlowBackend(BaseHTTPRequestHandler):
+    """`git http-backend` whose packs take some seconds; it says so every second, or nothing."""
+
+    root: ClassVar[Path]
+    config: ClassVar[Path]
+    ends: ClassVar[list[subprocess.Popen[bytes]]]
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        environ = {
+            **{k: v for k, v in QUIET.items() if k != "GIT_CONFIG_GLOBAL"},
+            "PATH": os.environ["PATH"],
+            "GIT_CONFIG_GLOBAL": str(self.config),
+            "GIT_PROJECT_ROOT": str(self.root),
+            "GIT_HTTP_EXPORT_ALL": "1",
+            "REQUEST_METHOD": self.command,
+            "PATH_INFO": path,
+            "QUERY_STRING": query,
+            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
+            "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
+            "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
+        }
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        backend = subprocess.Popen(
+            ["git", "http-backend"], env=environ, start_new_session=True, **pipes
+        )
+        self.ends.append(backend)
+        assert backend.stdin
+        assert backend.stdout
+        with backend.stdin:
+            backend.stdin.write(body)
+        self.send_response(200)
+        with backend.stdout:
+            while line := backend.stdout.readline().strip():
+                self.send_header(*line.decode().split(": ", 1))
+            self.end_headers()
+            with suppress(OSError):
+                while chunk := os.read(backend.stdout.fileno(), 65536):
+                    self.wfile.write(chunk)
+                    self.wfile.flush()
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def slow_server(root: Path, seconds: float, *, keep_alive: bool) -> Iterator[str]:
+    """Serve the repositories of a folder; each pack takes some seconds."""
+    hook = root / "slow"
+    hook.write_text(f'#!/bin/sh\nsleep {seconds}\nexec "$@"\n')
+    hook.chmod(0o755)
+    SlowBackend.root, SlowBackend.config, SlowBackend.ends = root, root / "config", []
+    SlowBackend.config.write_text(
+        f"[uploadpack]\n packObjectsHook = {hook}\n keepAlive = {int(keep_alive)}\n"
+        " allowAnySHA1InWant = true\n"
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), SlowBackend) as running:
+        running.daemon_threads = False
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{running.server_port}"
+        finally:
+            running.shutdown()
+            thread.join(10)
+            for process in SlowBackend.ends:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait(10)
+
+
+def test_a_server_that_packs_for_long_is_waited_for_as_long_as_it_says_that_it_does(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = repository.commit(app="1")
+    # whatever slowness git is told to give up at, it is reached here
+    monkeypatch.setitem(GIT_ENVIRONMENT, "GIT_HTTP_LOW_SPEED_TIME", "3")
+    git = Git(tmp_path / "none", timeout=3.0)
+    with slow_server(tmp_path, 8, keep_alive=True) as url:
+        git.checkout(f"{url}/shop.git", commit, tmp_path / "out", symlinks=True)
+    assert (tmp_path / "out" / "app").read_text() == "1"
+
+
+def test_a_server_that_says_nothing_is_left_long_before_the_whole_time_is_over(
+    repository: Repository, tmp_path: Path
+) -> None:
+    commit = repository.commit(app="1")
+    git = Git(tmp_path / "none", timeout=3.0)
+    began = time.monotonic()
+    with (
+        slow_server(tmp_path, 60, keep_alive=False) as url,
+        pytest.raises(GitError, match="no answer"),
+    ):
+        git.checkout(f"{url}/shop.git", commit, tmp_path / "out", symlinks=True)
+    assert time.monotonic() - began < 20  # of the 30 that a fetch may take
+
+
+def test_a_program_that_computes_or_of_which_nothing_is_known_is_not_taken_for_silent() -> None:
+    own_group = Activity(os.getpgrp(), silence=0.0)
+    assert own_group.measured().moved > 0
+    unknown = Activity(2**22 + 1, silence=0.0)
+    assert not unknown.stalled()
+    idle = subprocess.Popen(["sleep", "60"], process_group=0)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"], process_group=0)
+    try:
+        silent, computing = (Activity(p.pid, silence=0.4) for p in (idle, busy))
+        computing.BUSY_SECONDS = 0.05
+
+        def is_left() -> bool:
+            assert not computing.stalled()
+            return silent.stalled()
+
+        eventually(is_left, 20, "what does nothing is left")
+    finally:
+        for process in (idle, busy):
+            process.kill()
+            process.wait()

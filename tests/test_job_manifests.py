@@ -24,11 +24,13 @@ from hypothesis import given, settings
 
 import gitops_hook as hook
 from gitops_hook import (
+    TRUSTING,
     Config,
     Kubectl,
     Metrics,
     Run,
     build_job,
+    clone_settings,
     junit_summary,
     load_config,
     run_of_job,
@@ -228,13 +230,80 @@ def test_the_clone_gets_the_commit_and_the_configured_url(make: Make) -> None:
     assert env["CLONE_DIRECTORY"] == "/workspace/src"
 
 
+@BOTH
+def test_the_clone_does_what_the_settings_of_the_app_say(make: Make) -> None:
+    names = ("CLONE_APP", "CLONE_DEPTH", "CLONE_TAGS", "CLONE_SUBMODULES", "CLONE_LFS")
+    env = values(container(make(config()), "clone"))
+    assert [env[name] for name in names] == ["shop", "1", "false", "", ""]
+    assert clone_settings(env) == config().apps[0].clone
+    settings = config(clone={"depth": "full", "tags": True, "submodules": True, "lfs": False})
+    env = values(container(make(settings), "clone"))
+    assert [env[name] for name in names] == ["shop", "full", "true", "true", "false"]
+    assert clone_settings(env) == settings.apps[0].clone
+
+
+def test_a_job_of_an_older_version_has_the_defaults() -> None:
+    assert clone_settings({}) == config().apps[0].clone
+
+
+@BOTH
+def test_the_private_authority_is_an_optional_file_that_needs_nothing_to_be_there(
+    make: Make,
+) -> None:
+    job = make(config())
+    (volume,) = [v for v in pod(job)["volumes"] if v["name"] == "ca"]
+    assert volume["configMap"] == {"name": "gitops-hook-ca", "optional": True}
+    mounts = {
+        c["name"]: m["mountPath"]
+        for c in (*pod(job)["initContainers"], *pod(job)["containers"])
+        for m in c["volumeMounts"]
+        if m["name"] == "ca"
+    }
+    env = values(container(job, "clone"))
+    assert env["CA_FILE"] == f"{mounts.pop('clone')}/ca.crt"
+    assert env["CA_BUNDLE"] == "/workspace/ca-certificates.crt"
+    if make is of_build:
+        # its own image has the public ones in the first; a folder that is not there adds nothing
+        folders = values(container(job, "kaniko"))["SSL_CERT_DIR"].split(":")
+        assert folders == ["/kaniko/ssl/certs", "/etc/ssl/certs", mounts.pop("kaniko")]
+    else:
+        assert values(container(job, "test-runner"))["CA_BUNDLE"] == env["CA_BUNDLE"]
+    assert mounts == {}
+
+
+VARIABLES = {"HTTPS_PROXY": "http://proxy:3128/$(HOME)", "no_proxy": ".svc", "RETRIES": "3"}
+
+
+@BOTH
+def test_the_variables_of_all_jobs_reach_every_container_as_they_are_written(make: Make) -> None:
+    job = make(replace(config(), job_env=VARIABLES))
+    for each in (*pod(job)["initContainers"], *pod(job)["containers"]):
+        assert VARIABLES.items() <= values(each).items()
+    plain = make(config())
+    for each in (*pod(plain)["initContainers"], *pod(plain)["containers"]):
+        assert not VARIABLES.keys() & values(each).keys()
+
+
+def test_a_proxy_reaches_the_commands_of_the_dockerfile_too() -> None:
+    build = {"image": "registry.example.com/demo/shop", "args": ["--build-arg=HTTPS_PROXY=mine"]}
+    job = of_build(replace(config(build=build), job_env=VARIABLES))
+    args = [expand(a, {}) for a in container(job, "kaniko")["args"]]
+    assert [a for a in args if a.startswith("--build-arg=")] == [
+        "--build-arg=HTTPS_PROXY=http://proxy:3128/$(HOME)",
+        "--build-arg=no_proxy=.svc",
+        "--build-arg=HTTPS_PROXY=mine",  # the last one counts
+    ]
+
+
 @pytest.mark.parametrize(
     "command",
     ["echo $(date) $$ $HOME", "test $(CI) = true", "a && b || exit $?", "echo '$$(CI)'", "x $"],
 )
 def test_the_command_reaches_the_shell_as_it_is_written(command: str) -> None:
     tests = container(of_test(config(test={"command": command})), "test-runner")
-    assert tests["command"] == ["sh", "-ec"]
+    assert tests["command"] == ["sh", "-ec", TRUSTING]
+    assert expand(TRUSTING, values(tests)) == TRUSTING
+    assert TRUSTING.endswith('\nexec sh -ec "$0"\n')
     assert [expand(a, values(tests)) for a in tests["args"]] == [command]
 
 
@@ -271,7 +340,7 @@ def test_kaniko_pushes_the_commit_and_leaves_the_digest() -> None:
 
 def test_kaniko_knows_that_it_is_in_a_container_though_it_has_no_token() -> None:
     # else it guesses from the type of its root, and refuses to work where that is no overlay
-    assert values(container(of_build(config()), "kaniko")) == {"container": "kube"}
+    assert values(container(of_build(config()), "kaniko"))["container"] == "kube"
 
 
 def test_resources_are_those_of_the_configuration() -> None:
@@ -332,7 +401,11 @@ def test_a_red_result_is_final_and_a_disruption_is_not(make: Make, main: str, se
     assert (spec["suspend"], spec["backoffLimit"]) == (True, 2)
     assert spec["activeDeadlineSeconds"] == seconds
     assert "ttlSecondsAfterFinished" not in spec
-    ignore, fail = spec["podFailurePolicy"]["rules"]
+    ignore, fail, refused = spec["podFailurePolicy"]["rules"]
+    assert refused == {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": "clone", "operator": "In", "values": [3]},
+    }
     assert ignore["action"] == "Ignore"
     assert ignore["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert fail["action"] == "FailJob"

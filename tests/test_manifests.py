@@ -291,6 +291,7 @@ def test_every_mount_has_its_volume_and_every_volume_its_mount(installed: Instal
     assert mounts == {
         "config": "/etc/gitops-hook",
         "secrets": "/etc/gitops-hook/secrets",
+        "ca": "/etc/gitops-hook-ca",
         "spool": "/var/spool/gitops-hook",
         "scratch": "/var/spool/gitops-hook/scratch",
         "tmp": "/tmp",
@@ -307,6 +308,9 @@ def test_what_the_volumes_name_exists_or_is_made_as_the_example_says(installed: 
     assert secret == {"secretName": "gitops-hook-secrets", "optional": False, "defaultMode": 0o400}
     commands = (EXAMPLE / "secrets.example").read_text("utf-8")
     assert f"-n orchestration create secret generic {secret['secretName']}" in commands
+    assert volumes["ca"]["configMap"] == {"name": "gitops-hook-ca", "optional": True}
+    assert "create configmap gitops-hook-ca --from-file=ca.crt" in commands
+    assert "for namespace in orchestration test build; do" in commands
     if claim := volumes["spool"].get("persistentVolumeClaim"):
         installed.one("PersistentVolumeClaim", claim["claimName"], "orchestration")
     else:
@@ -629,8 +633,8 @@ def test_what_is_tested_is_what_is_shipped() -> None:
 # === Makefile ===
 
 TARGETS = {
-    "help", "venv", "demo", "test", "cluster", "coverage", "e2e", "faults", "format", "lint",
-    "types", "check", "bench", "fuzz", "image", "apply", "delete", "kind", "lock", "clean",
+    "help", "venv", "demo", "test", "cluster", "coverage", "e2e", "faults", "soak", "format",
+    "lint", "types", "check", "bench", "fuzz", "image", "apply", "delete", "kind", "lock", "clean",
 }  # fmt: skip
 
 
@@ -658,7 +662,7 @@ def test_ci_runs_targets_that_exist_and_the_tests_last() -> None:
     text = script.read_text("utf-8")
     targets = re.findall(r"(?m)^make (\w+)", text)
     assert set(targets) <= TARGETS
-    assert {"lint", "types", "cluster", "faults", "e2e"} <= set(targets)
+    assert {"lint", "types", "cluster", "faults", "soak", "e2e"} <= set(targets)
     assert targets[-1] == "test", "pytest's closing line is to be the last"
     assert text.split("\n")[-2].startswith("make test")
     assert "set -euo pipefail" in text

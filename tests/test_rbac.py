@@ -161,6 +161,8 @@ MERGED = "--type=merge --patch-file=/dev/stdin -o=json"
 LOGS = "logs web-1 -c web --tail=500 --limit-bytes=8192000"
 QUIETLY = "--wait=false --ignore-not-found"
 CREATE = "create -f - -o name --validate=false"
+POD_FIELDS = "involvedObject.name=web-1,involvedObject.kind=Pod"
+EVENTS_OF_POD = f"get events --field-selector {POD_FIELDS} -o json"
 
 PODS = (
     *mirror("pods", "/api/v1"),
@@ -194,6 +196,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "get events --field-selector involvedObject.uid=one,reason=FailedCreate -o json",
                 "events: list",
             ),
+            command("why a pod does not start", EVENTS_OF_POD, "events: list"),
             *KEPT,
             *PODS,
         ),
@@ -254,6 +257,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "endpointslices: list",
             ),
             command("ready pods", "get pods -l app=shop,version=blue -o json", "pods: list"),
+            command("why a pod does not start", EVENTS_OF_POD, "events: list"),
             command(
                 "a release", "get configmap/copy -o json --ignore-not-found", "configmaps: get"
             ),
@@ -564,6 +568,8 @@ def shape(argv: Sequence[str]) -> str:
 RARE: dict[tuple[str, Grant], str] = {
     ("test", ("events", "list")): "a released Job that has no pod after seconds: quota",
     ("build", ("events", "list")): "a released Job that has no pod after seconds: quota",
+    ("staging", ("events", "list")): "a pod that is not ready after seconds",
+    ("production", ("events", "list")): "a pod that is not ready after seconds",
     ("build", ("jobs", "delete")): "a rerun after a failed build, or one whose digest is lost",
     ("build", ("configmaps", "create")): "the log of a failed build",
     ("build", ("configmaps", "delete")): "the log of a build that failed a day ago, or again",

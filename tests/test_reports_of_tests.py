@@ -135,8 +135,13 @@ def test_a_red_report_is_red_though_the_daemon_is_killed_before_it_is_kept(
 ) -> None:
     app = apps[name]
     run = app.go("v1")
-    with apps.held("patch", "jobs", namespace="test", body_contains="gitops-hook/summary"):
-        apps.kill()
+    keeps = {"namespace": "test", "body_contains": "gitops-hook/summary"}
+    fault = apps.fault("hang", "patch", "jobs", **keeps)
+    faults = apps.cluster.faults
+    eventually(lambda: faults.holds(fault), 40, "the daemon keeps the report")
+    apps.kill()
+    eventually(lambda: not faults.holds(fault), 10, "the call ends with the daemon")
+    faults.lift(fault)
     if name == "gone":
         # else the Job would run them in another pod
         eventually(lambda: is_complete(apps.jobs()[f"test-{run}"]), 30, "the Job is complete")

@@ -129,7 +129,8 @@ class Images:
 
     def is_local(self, reference: str) -> bool:
         """Whether it is on the node without a pull."""
-        return reference not in self._broken and self._machine(reference) is not None
+        away = reference in self._broken or reference in self._silent
+        return not away and self._machine(reference) is not None
 
     def pull(self, reference: str) -> Image:
         """The image; PullError with the text that the recordings show."""

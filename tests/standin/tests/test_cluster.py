@@ -492,6 +492,28 @@ def test_a_broken_pull_says_the_text_that_was_asked_for(world: World) -> None:
     assert world.ended("denied")["status"]["phase"] == "Succeeded"
 
 
+def test_a_silent_registry_keeps_a_pod_without_a_word_until_it_answers(world: World) -> None:
+    world.cluster.images.hold_pull("busybox:silent", held=True)
+    world.cluster.load(pod("silent", shell("true", image="busybox:silent")))
+    told = eventually(lambda: [e for e in world.cluster.store.list("events")
+                               if "busybox:silent" in e["message"]])  # fmt: skip
+    assert [e["reason"] for e in told] == ["Pulling"]
+    assert world.container("silent")["state"] == {"waiting": {"reason": "ContainerCreating"}}
+    world.cluster.images.hold_pull("busybox:silent", held=False)
+    assert world.ended("silent")["status"]["phase"] == "Succeeded"
+
+
+def test_a_cordoned_node_takes_pods_only_when_it_is_open_again(world: World) -> None:
+    world.cluster.cordon()
+    world.cluster.load(pod("outside", shell("true")))
+    condition = eventually(lambda: world.condition("pods", "outside", "PodScheduled"))
+    assert condition["message"].startswith(
+        "0/1 nodes are available: 1 node(s) were unschedulable. no new claims to deallocate"
+    )
+    world.cluster.cordon(False)
+    assert world.ended("outside")["status"]["phase"] == "Succeeded"
+
+
 def test_a_reference_that_is_none_is_an_invalid_image_name(world: World) -> None:
     world.cluster.load(pod("misnamed", shell("true", image="Registry/UPPER:1")))
 
