@@ -7588,6 +7588,22 @@ class CatchUp:
         self.context.stop.wait(0.25)  # whoever waits for a head asks all the time
         return max(0.0, min(until_try, self._due[app.name] - self.clock.monotonic()))
 
+    def head(self, run: Run) -> Head:
+        """Return what the heads that were read last say about a run."""
+        heads = self.heads[run.app]
+        head = heads.relation(run, self.clock)
+        if head is not Head.NEWER:
+            return head
+        return heads.relation(run, self.clock, self.older_commits(run))
+
+    def older_commits(self, run: Run) -> frozenset[str]:
+        """Return what a run's ref had before, by the pushes of which there are Jobs."""
+        jobs = self.context.informers.all_jobs()
+        runs = (job.run for job in jobs if job.run.app == run.app)
+        return commits_before(
+            run, {each.commit: each.before for each in runs if each.ref == run.ref}
+        )
+
     def start_tries(self, app: App, heads: ReadHeads) -> float:
         """Try the runs again whose time has come, if they are still heads of their branches.
 
@@ -8126,28 +8142,13 @@ class RunReconciler:
             jobs=jobs,
             pods=tuple(pods),
             services={e: s for e, i in informers if (s := i.find(run.app))},
-            head=self.head(run),
+            head=self.catch_up.head(run),
             newer=newer,
             fatal_problem=self.trackers.setdefault(run.id, ProblemTracker()).fatal(problems, now),
             busy=busy | unseen,
             now=now,
             queue_timeout=self.context.config.limits.queue_timeout,
             holdup=holdup(stuck, events),
-        )
-
-    def head(self, run: Run) -> Head:
-        """Return what the heads that were read last say about a run."""
-        heads = self.catch_up.heads[run.app]
-        head = heads.relation(run, self.context.clock)
-        if head is not Head.NEWER:
-            return head
-        return heads.relation(run, self.context.clock, self.older_commits(run))
-
-    def older_commits(self, run: Run) -> frozenset[str]:
-        """Return what a run's ref had before, by the pushes of which there are Jobs."""
-        runs = (job.run for job in self.informers.all_jobs() if job.run.app == run.app)
-        return commits_before(
-            run, {each.commit: each.before for each in runs if each.ref == run.ref}
         )
 
     def within_slots(self, steps: Sequence[Step], active: Sequence[Run]) -> Iterator[Step]:
@@ -8227,7 +8228,7 @@ class RunReconciler:
             digest = jobs["build"].annotations.get(ANNOTATION_DIGEST) if "build" in jobs else ""
             image = f"{observed.app.build.image}@{digest}" if digest else ""
             task = task_of(self.context.config, observed.app, stage, observed.run)
-            older = self.older_commits(observed.run)
+            older = self.catch_up.older_commits(observed.run)
             task = replace(task, image=image, older=older, job=jobs.get("build") or jobs["test"])
             step = partial(self.workers.deploy, task, jobs)
             self.workers.start("worker", task, step, observed.run.received)

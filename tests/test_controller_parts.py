@@ -408,7 +408,7 @@ def test_a_job_that_requests_more_than_its_quota_ever_allows_ends_at_once_and_fr
     controller: Any,
 ) -> None:
     ended: list[hook.Action] = []
-    controller.context.recorder.finish = lambda run, jobs, end: ended.append(end)
+    controller.context.recorder.finish = lambda run, jobs, end, **more: ended.append(end)
     message = OVER.replace("pods=1", "pods=5")
     event = {"reason": "FailedCreate", "message": message, "type": "Warning"}
     unsuspended(controller, events=[event])

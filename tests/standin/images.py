@@ -129,7 +129,7 @@ class Images:
 
     def is_local(self, reference: str) -> bool:
         """Whether it is on the node without a pull."""
-        away = reference in self._broken or reference in self._silent
+        away = reference in self._broken or reference in self._held
         return not away and self._machine(reference) is not None
 
     def pull(self, reference: str) -> Image:
