@@ -9,11 +9,13 @@ import time
 from typing import Any
 
 from tests.standin.clock import Clock
+from tests.standin.companions import AUTOSCALER_SECONDS, AutoscalerController, BudgetController
 from tests.standin.deployments import DeploymentController
 from tests.standin.errors import ApiError
 from tests.standin.jobs import TRACKING, JobController
 from tests.standin.owned import controller_of
 from tests.standin.replicasets import ReplicaSetController
+from tests.standin.selectors import matches_selector
 from tests.standin.slices import EndpointSliceController
 from tests.standin.store import Event, Store
 from tests.standin.workqueue import WorkQueue
@@ -21,7 +23,15 @@ from tests.standin.workqueue import WorkQueue
 log = logging.getLogger(__name__)
 
 Object = dict[str, Any]
-WATCHED = ("pods", "jobs", "replicasets", "deployments", "services")
+WATCHED = (
+    "pods",
+    "jobs",
+    "replicasets",
+    "deployments",
+    "services",
+    "poddisruptionbudgets",
+    "horizontalpodautoscalers",
+)
 # How long a change of a pod or a selector takes to reach the slices, in seconds.
 SLICE_DELAY = (0.03, 0.08)
 
@@ -37,12 +47,15 @@ class Controllers:
         self._sets = ReplicaSetController(store, clock)
         self._deployments = DeploymentController(store, clock)
         slices = EndpointSliceController(store)
+        budgets, scalers = BudgetController(store), AutoscalerController(store, clock)
         self._ended: dict[str, float] = {}
         self._queues = {
             "jobs": WorkQueue("job-controller", self._jobs.reconcile),
             "replicasets": WorkQueue("replicaset-controller", self._sets.reconcile),
             "deployments": WorkQueue("deployment-controller", self._deployments.reconcile),
             "slices": WorkQueue("endpointslice-controller", slices.reconcile),
+            "poddisruptionbudgets": WorkQueue("disruption-controller", budgets.reconcile),
+            "horizontalpodautoscalers": WorkQueue("autoscaler", scalers.reconcile),
             "ttl": WorkQueue("ttl-controller", self._expire),
         }
         self._subscription = store.subscribe(WATCHED)
@@ -77,6 +90,9 @@ class Controllers:
             self._see_pod(event, obj)
         elif event.resource == "services":
             self._queues["slices"].add(key, self._slice_delay())
+        elif event.resource == "horizontalpodautoscalers":
+            if event.type == "ADDED":
+                self._queues[event.resource].add(key, self._clock.real(AUTOSCALER_SECONDS))
         else:
             self._queues[event.resource].add(key)
             if event.resource == "jobs" and event.type != "DELETED":
@@ -100,6 +116,11 @@ class Controllers:
             labels.append(event.before.object["metadata"].get("labels") or {})
             if event.type == "MODIFIED" and not _matters(pod, event.before.object):
                 return
+        for stored in self._store.snapshot("poddisruptionbudgets", namespace)[0]:
+            selector = stored.object["spec"].get("selector")
+            if any(matches_selector(selector, item) for item in labels):
+                key = (namespace, stored.object["metadata"]["name"])
+                self._queues["poddisruptionbudgets"].add(key)
         for stored in self._store.snapshot("services", namespace)[0]:
             selector = (stored.object["spec"].get("selector") or {}).items()
             if selector and any(selector <= item.items() for item in labels):

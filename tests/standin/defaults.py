@@ -283,6 +283,17 @@ def _limitrange(obj: Object) -> None:
             limit.setdefault("defaultRequest", {}).setdefault(name, value)
 
 
+def _budget(obj: Object) -> None:
+    numbers = ("currentHealthy", "desiredHealthy", "disruptionsAllowed", "expectedPods")
+    _set(obj.setdefault("status", {}), **dict.fromkeys(numbers, 0))
+
+
+def _autoscaler(obj: Object) -> None:
+    status = obj.setdefault("status", {})
+    status.setdefault("currentMetrics", None)
+    _set(status, desiredReplicas=0)
+
+
 def _event(obj: Object) -> None:
     obj.setdefault("eventTime", None)
     _set(obj, reportingComponent="", reportingInstance="")
@@ -298,6 +309,8 @@ _DEFAULTS: dict[str, Callable[[Object], None]] = {
     "cronjobs": _cronjob,
     "services": _service,
     "events": _event,
+    "poddisruptionbudgets": _budget,
+    "horizontalpodautoscalers": _autoscaler,
     "namespaces": _namespace,
     "networkpolicies": _networkpolicy,
     "secrets": _secret,

@@ -33,7 +33,16 @@ Entry = tuple[str, Object]
 DATA = Path(__file__).parents[2] / "data" / "watch"
 SPEED = 5
 PATIENCE = 30.0
-RESOURCES = ("jobs", "pods", "deployments", "replicasets", "events", "endpointslices")
+RESOURCES = (
+    "jobs",
+    "pods",
+    "deployments",
+    "replicasets",
+    "events",
+    "endpointslices",
+    "poddisruptionbudgets",
+    "horizontalpodautoscalers",
+)
 KUBECTL = Path(sys.executable).with_name("kubectl")
 QUOTA = {
     "apiVersion": "v1",
@@ -68,7 +77,11 @@ SERIES = {
     "late": ("deploy-image-comes-later",),
     "away": ("deploy-registry-away",),
     "tls": ("deploy-missing-secret-mount",),
+    "web": ("companions-follow",),
 }
+# The calls of the recording that made the companions: two colours, the companions of one, then
+# those of the other. How the Deployments fare beside them is a matter of milliseconds there.
+COMPANIONS = (191, 192, 193, 197)
 REGISTRY = "registry.test:5000"
 LATE_IMAGE = f"{REGISTRY}/late:1795978979"
 AWAY_IMAGE = f"{REGISTRY}/away:1795979315"
@@ -288,6 +301,19 @@ def slice_view(obj: Object) -> Any:
     return endpoints, obj.get("ports")
 
 
+def budget_view(obj: Object) -> Any:
+    """What is compared of a PodDisruptionBudget: not each pod on its way to being ready."""
+    names = ("desiredHealthy", "disruptionsAllowed", "expectedPods", "observedGeneration")
+    numbers = [obj["status"].get(name) for name in names]
+    return obj["spec"]["selector"], numbers, conditions(obj)
+
+
+def autoscaler_view(obj: Object) -> Any:
+    """What is compared of a HorizontalPodAutoscaler."""
+    numbers = [obj["status"].get(name) for name in ("currentReplicas", "desiredReplicas")]
+    return obj["spec"]["scaleTargetRef"], numbers, conditions(obj)
+
+
 def first_appearances(told: list[list[Any]]) -> list[list[Any]]:
     """Each story with every state only where it was first reached."""
     return [list(dict.fromkeys(story)) for story in told]
@@ -317,6 +343,14 @@ STORIES: dict[str, tuple[str, Callable[[list[Entry]], list[list[Any]]]]] = {
     "replicasets": ("ReplicaSet", replica_stories),
     "events": ("Event", event_stories),
     "endpointslices": ("EndpointSlice", lambda entries: stories(entries, slice_view)),
+    "poddisruptionbudgets": (
+        "PodDisruptionBudget",
+        lambda entries: stories(entries, budget_view),
+    ),
+    "horizontalpodautoscalers": (
+        "HorizontalPodAutoscaler",
+        lambda entries: stories(entries, autoscaler_view),
+    ),
 }
 
 
@@ -451,6 +485,8 @@ class Theatre:
                 self.kubectl(place, "rollout", "restart", "deployment/shop-green")
             elif scenario == "service-switched":
                 self._switch(place)
+            elif scenario == "companions-follow":
+                self._accompany(place)
             else:
                 kind, before = recording(scenario, "deployments")[0]
                 if kind == "MODIFIED":
@@ -515,6 +551,29 @@ class Theatre:
                 )
             )
 
+    def _accompany(self, place: str) -> None:
+        """Two colours, companions of the first; and when both are ready, of the second."""
+        lines = (DATA.parent / "transcripts.jsonl").read_text(encoding="utf-8").splitlines()
+        calls = [json.loads(lines[at])["stdin"] for at in COMPANIONS]
+        blue, green, first, second = (
+            text.replace('"namespace": "production"', f'"namespace": "{place}"') for text in calls
+        )
+        # The budget is there before the pods are ready.
+        later = '"readinessProbe": {"initialDelaySeconds": 10, '
+        for text in (blue, green):
+            slow = text.replace('"readinessProbe": {', later)
+            self.kubectl(place, "apply", "-f", "-", text=slow)
+        self.kubectl(place, "apply", "-f", "-", text=first)
+        for colour in ("blue", "green"):
+            self.kubectl(place, "rollout", "status", f"deployment/web-{colour}", "--timeout=20s")
+        self.recorder.wait(
+            lambda: any(
+                budget["status"]["disruptionsAllowed"]
+                for _, budget in self.recorder.read(place, "PodDisruptionBudget")
+            )
+        )
+        self.kubectl(place, "apply", "-f", "-", text=second)
+
     def kubectl(self, namespace: str, *arguments: str, text: str = "") -> None:
         """Run the real kubectl."""
         config = str(self.cluster.kubeconfig())
@@ -540,6 +599,13 @@ def _about(scenario: str, entries: list[Entry]) -> list[Entry]:
     """Only what the recordings were thinned to: the scenario's own objects."""
     prefix = {"deploy-succeeds": "my-app"}.get(scenario, "")
     hidden = ("filler", "shop-blue")
+    if scenario == "companions-follow":
+        # Its Events were thinned to those about the companions themselves.
+        entries = [
+            (kind, obj)
+            for kind, obj in entries
+            if obj.get("involvedObject", {}).get("kind") in (None, "HorizontalPodAutoscaler")
+        ]
 
     def name(obj: Object) -> str:
         return str((obj.get("involvedObject") or obj["metadata"])["name"])
