@@ -464,6 +464,39 @@ def test_a_missing_volume_source_keeps_the_pod_waiting_until_it_is_there(world: 
     assert world.output("patient") == "y"
 
 
+def test_a_claim_that_is_made_later_lets_the_pod_be_scheduled(world: World) -> None:
+    volumes = [{"name": "cache", "persistentVolumeClaim": {"claimName": "pip"}}]
+    mounts = {"volumeMounts": [{"name": "cache", "mountPath": "/cache"}]}
+    world.cluster.load(pod("claiming", shell("true", **mounts), volumes=volumes))
+    condition = eventually(lambda: world.condition("pods", "claiming", "PodScheduled"))
+    text = '0/1 nodes are available: persistentvolumeclaim "pip" not found. not found'
+    assert (condition["status"], condition["message"]) == ("False", text)
+    meta = {"name": "pip", "namespace": "test"}
+    world.cluster.load({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": meta})
+    eventually(lambda: world.condition("pods", "claiming", "PodScheduled")["status"] == "True")
+    world.remove("pods", "claiming")
+
+
+def test_a_crashed_service_keeps_the_log_of_its_former_life(world: World) -> None:
+    probe = {"tcpSocket": {"port": 5432}, "periodSeconds": 1}
+    database = {
+        "name": "db",
+        **shell("echo life $(date +%N); exit 1", startupProbe=probe),
+        "restartPolicy": "Always",
+    }
+    world.cluster.load(pod("served", shell("true"), inits=[database]))
+
+    def restarts() -> int:
+        shown = world.store.get("pods", "test", "served")["status"].get("initContainerStatuses")
+        return int(shown[0]["restartCount"]) if shown else 0
+
+    eventually(lambda: restarts() == 1)
+    assert world.phase("served") == "Pending"
+    logs = partial(world.cluster.kubelet.logs, "test", "served", "db")
+    eventually(lambda: len({logs(previous=False), logs(previous=True)} - {b""}) == 2)
+    world.remove("pods", "served")
+
+
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
