@@ -176,6 +176,9 @@ def test_a_name_that_was_taken_is_used_once_it_is_free(apps: Fleet) -> None:
     assert made.code == 0, made
     run = app.go("v1")
     ended(apps, run, "AdoptionRefused")
+    eventually(lambda: len(ends(apps, run)) > 1, 30, "the next try has ended")
+    # what is seen without it does not touch the idle colour again
+    assert len(apps.said("claimed", run=run)) == 1
     # the first deployment has nothing to go back to, and leaves what belongs to someone else
     assert apps.kubectl("delete", *where).code == 0
     deployed_by_itself(apps, run, "AdoptionRefused")
