@@ -6543,14 +6543,20 @@ class Rollout:
             service = self.kubectl.get("service", name, task.namespace)
             if service is None:
                 raise HookError("the preview Service was deleted this very moment")
-        elif (service["metadata"].get("labels") or {}).get(LABEL_MANAGED) != MANAGER:
-            raise StageError(Reason.ADOPTION_REFUSED, f"Service {name} belongs to someone else")
-        elif service["spec"].get("selector") != release.selector:
+        else:
+            require_own(service)
+        if service["spec"].get("selector") != release.selector:
             selector = {**dict.fromkeys(service["spec"].get("selector") or {}), **release.selector}
             change = {"spec": {"selector": selector, "ports": ports}}
             service = self.kubectl.patch("service", name, task.namespace, change)
         address = service["spec"].get("clusterIP", "")
         return web_address(address, ports[0]["port"], task.app.deploy.health.path)
+
+    @retried
+    def require_own_preview(self, task: Task) -> None:
+        """Raise StageError while the preview Service is someone else's, before a try is begun."""
+        if service := self.kubectl.get("service", f"{task.app.name}-preview", task.namespace):
+            require_own(service)
 
     def restore(self, task: Task, name: str, service: Service) -> None:
         """Put the rollback target back into the idle colour that a failed deployment overwrote.
@@ -6572,6 +6578,13 @@ class Rollout:
             return None
         more = {"target": release.run, "colour": release.colour}
         return self.doors.report(task, State.RESTORED, more)
+
+
+def require_own(service: Object) -> None:
+    """Raise StageError for a Service that someone else has made."""
+    meta = service["metadata"]
+    if (meta.get("labels") or {}).get(LABEL_MANAGED) != MANAGER:
+        raise StageError(Reason.ADOPTION_REFUSED, f"Service {meta['name']} belongs to someone else")
 
 
 class RolloutWatch:
@@ -7025,6 +7038,9 @@ class Deployer:
         with self.doors.git.manifests(task.app.repository, task.run.commit, path) as checkout:
             manifests = read_manifests(checkout, path)
         objects = check_objects(task.app, task.namespace, manifests)
+        if task.run.delivery == NEXT_TRY:
+            # what can be seen without it costs no rollback target again
+            self.steady.rollout.require_own_preview(task)
         placement = self.steady.claims.idle_colour_and_size(task)
         release = render(task.app, task.run, task.image, placement, objects)
         claimed = self.steady.claims.take(task, release)

@@ -430,6 +430,37 @@ def test_a_run_that_ended_during_a_look_is_not_begun_again_by_that_look(controll
     assert hook.decide(observed).do is Do.NOTHING
 
 
+# What an earlier process or an earlier try has left
+
+
+def test_a_run_that_was_rejected_before_a_crash_keeps_the_reason_of_its_end(
+    controller: Any,
+) -> None:
+    run = a_run(NEW, received=time.time())
+    end = hook.ends(Outcome.SWITCHED_BACK, Reason.UNHEALTHY_AFTER_SWITCH, "it was", "production")
+    controller.context.recorder.finish(run, {}, end)
+    task = hook.task_of(controller.context.config, shop(controller), "production", run)
+    assert controller.workers._end_of_deployment(task) == end
+
+
+@pytest.mark.parametrize("ended", [20.0, None], ids=["of an earlier try", "of this try"])
+def test_a_build_counts_as_made_again_only_within_one_try(
+    controller: Any, ended: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created: list[Object] = []
+    kubectl = controller.context.kubectl
+    monkeypatch.setattr(kubectl, "run", lambda *args, **more: "")
+    monkeypatch.setattr(kubectl, "create", lambda objects, namespace: created.extend(objects))
+    jobs = {
+        "test": a_job(controller, "test", "succeeded"),
+        "build": a_job(controller, "build", "succeeded", ended),
+    }
+    observed = controller.runs.observe(jobs, [], newer=False)
+    controller.runs.build(observed)
+    (job,) = created
+    assert (hook.ANNOTATION_REMADE in job["metadata"]["annotations"]) is (ended is None)
+
+
 # Jobs that are gone
 
 

@@ -6,6 +6,7 @@ The real daemon on the stand-in cluster, with seconds between its tries in the p
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,18 +119,17 @@ def test_a_test_job_that_someone_deleted_is_made_again(apps: Fleet) -> None:
 
 
 def test_a_full_quota_ends_no_head_for_good(apps: Fleet) -> None:
-    app = apps["crowded"]
-    quota(apps, **{"count/pods": "0", "pods": "0"})
+    guest = {"name": "web", "image": apps.image, "env": [{"name": "VERSION", "value": "guest"}]}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "guest"}}
+    text = json.dumps({**pod, "spec": {"containers": [guest]}})
+    assert apps.kubectl("create", "-n", "production", "-f", "-", stdin=text).code == 0
+    # more than is requested, and all of it used: whoever waits may get some
+    quota(apps, pods=str(len(apps.cluster.store.list("pods", "production"))))
     try:
-        run = app.go("v1")
+        run = apps["crowded"].go("v1")
         line = ended(apps, run, "QuotaExceeded")
         assert (line["outcome"], line["tries"]) == ("failed", 1)
         assert line["next_try"] > 0
-        (status,) = [r for r in apps.status()["runs"] if r["run"] == run]
-        assert status["advice"].startswith("Raise the quota")
-        told = apps.command("explain", run).stdout
-        assert "Raise the quota of the namespace, or request less." in told
-        assert "if it is still the head." in told
     finally:
         quota(apps)
     deployed_by_itself(apps, run, "QuotaExceeded")
@@ -176,6 +176,9 @@ def test_a_name_that_was_taken_is_used_once_it_is_free(apps: Fleet) -> None:
     assert made.code == 0, made
     run = app.go("v1")
     ended(apps, run, "AdoptionRefused")
+    eventually(lambda: len(ends(apps, run)) > 1, 30, "the next try has ended")
+    # what is seen without it does not touch the idle colour again
+    assert len(apps.said("claimed", run=run)) == 1
     # the first deployment has nothing to go back to, and leaves what belongs to someone else
     assert apps.kubectl("delete", *where).code == 0
     deployed_by_itself(apps, run, "AdoptionRefused")
@@ -186,6 +189,13 @@ def test_a_daemon_that_is_killed_between_two_tries_goes_on_with_the_next(apps: F
     run = apps["killed"].go("v1", image=image)
     first = ended(apps, run, "ImageNotFound")
     apps.kill()
+    (status,) = [r for r in apps.status()["runs"] if r["run"] == run]
+    assert (status["tries"], status["next_try"] > 0) == (1, True)
+    assert status["advice"].startswith("Push the image, correct its name")
+    told = apps.command("explain", run).stdout
+    assert status["advice"] in told
+    assert re.search(r"next_try: *Try 2 (now|in \d+s), if it is still the head\.", told)
+    assert f"{status['advice']}" in " ".join(apps.command("status", "killed").stdout.split())
     apps.cluster.images.break_pull(image, None)
     apps.start()
     deployed_by_itself(apps, run, "ImageNotFound")

@@ -185,7 +185,7 @@ def measure_process(world: Fleet, clients: Pool) -> Iterator[Row]:
     many = burst(world, clients, port, "many", MANY)
     yield Row(f"{MANY} pushes: all Jobs exist", many["jobs"], "s", 10.0)
     time.sleep(3.0)  # let the daemon see them all
-    yield Row(f"memory, {MANY} runs", rss(pid), "MB", 120.0)
+    yield Row(f"memory, {MANY} runs", rss(pid), "MB", 80.0)
     yield Row(f"idle CPU, {MANY} runs", idle_share(pid, 20.0), "% of a core")
     world.cluster.down()  # so that storing alone is measured; the baseline needs the cluster
     stored = rate(world, clients, port, "outage", 15_000)
