@@ -7454,6 +7454,8 @@ class Intake:
                 reason = "Replayed" if recent else reason
             if reason:
                 info("push needs nothing", reason=reason, **run_words(run))
+                if record and record.next_try:
+                    self.context.state.write(app, replace(record, next_try=0.0))
                 done.add(run)
             else:
                 wanted.setdefault(id_, []).append(run)

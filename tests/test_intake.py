@@ -774,6 +774,20 @@ def test_a_test_branch_is_tried_again_too(controller: Any) -> None:
     assert (push.run.ref, push.run.commit, push.run.id) == (ref, NEW, run.id)
 
 
+def test_a_run_that_was_rejected_while_it_waited_for_its_next_try_is_left_alone(
+    controller: Any,
+) -> None:
+    synced(controller)
+    fail(controller, a_run(NEW, received=time.time()), Reason.QUOTA_EXCEEDED, "staging")
+    controller.context.state.reject(shop(controller), NEW, Reason.ROLLED_BACK)
+    wait_for_try(controller)
+    controller.intake.admit_all()
+    assert (stored(controller), job_names(controller)) == ([], [])
+    assert last_record(controller).next_try == 0
+    controller.catch_up.read_heads(shop(controller))
+    assert stored(controller) == []
+
+
 def test_a_try_that_waits_in_the_spool_is_not_stored_again(controller: Any) -> None:
     synced(controller)
     fail(controller, a_run(NEW, received=time.time()), Reason.CLONE_FAILED)
