@@ -234,6 +234,7 @@ EVENTS_SECONDS = 4.0  # between two looks at the Events of a pod that does not s
 
 # Deployments.
 ROLLOUT_PER_REPLICA = 20.0  # seconds that a rollout may take at least for each replica
+STATUS_SECONDS = 30.0  # after which `rollout status` is asked anew: one that hangs looks patient
 VERIFY_SECONDS = 10.0  # in which the endpoints must converge on the selector
 UNMOVED_SECONDS = 60.0  # the same while no endpoint has changed: their controller may be restarting
 HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures take less than a second
@@ -6483,18 +6484,19 @@ class Rollout:
     def follow_status(
         self, task: Task, release: Release, watch: RolloutWatch, deadline: float
     ) -> int | None:
-        """Run `kubectl rollout status` to its end or a deadline; return its exit code.
+        """Run `kubectl rollout status` to its end or for some time; return its exit code.
 
         Raises RunError for what the watch sees.
         """
         clock = self.doors.clock
         name = release.deployment["metadata"]["name"]
-        seconds = max(1, math.ceil(deadline - clock.monotonic()))
+        until = min(deadline, clock.monotonic() + STATUS_SECONDS)
+        seconds = max(1, math.ceil(until - clock.monotonic()))
         args = ("rollout", "status", f"deployment/{name}", f"--timeout={seconds}s")
         process = self.kubectl.stream(*args, namespace=task.namespace)
         try:
             # bounded, since a process whose complaints nobody reads may hang on them
-            while process.poll() is None and clock.monotonic() < deadline:
+            while process.poll() is None and clock.monotonic() < until:
                 watch.look()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(1.0)

@@ -288,7 +288,8 @@ def own_image(app: Member, version: str) -> str:
 
 def fill_quota(apps: Fleet, attempts: Sequence[Attempt]) -> None:
     """Let no pod be created in production until those who would are refused."""
-    text = json.dumps({**FULL, "spec": {"hard": {"pods": "0"}}})
+    used = len(apps.cluster.store.list("pods", "production"))
+    text = json.dumps({**FULL, "spec": {"hard": {"pods": str(used)}}})
     assert apps.kubectl("apply", "-n", "production", "-f", "-", stdin=text).code == 0
     try:
         for attempt in attempts:
@@ -461,7 +462,9 @@ class Attempt:
         if not self.step.since:
             self.arm(call)
         image = self.image() if self.trouble.registry else ""
-        self.run = app.go(self.versions.new, modes=self.trouble.modes, image=image)
+        commit = app.release(self.versions.new, modes=self.trouble.modes, image=image)
+        before = app.repository.git("rev-parse", f"{commit}~1")
+        self.run = app.push(commit, before=before)
         if self.step.since:
             said = app.fleet.said
             eventually(lambda: said(self.step.since, run=self.run), 60, f"{self.step.since!r}")
