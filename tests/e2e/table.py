@@ -288,8 +288,8 @@ def own_image(app: Member, version: str) -> str:
 
 def fill_quota(apps: Fleet, attempts: Sequence[Attempt]) -> None:
     """Let no pod be created in production until those who would are refused."""
-    used = len(apps.cluster.store.list("pods", "production"))
-    text = json.dumps({**FULL, "spec": {"hard": {"pods": str(used)}}})
+    # less than is used, yet enough for the one that is requested: waiting is not pointless
+    text = json.dumps({**FULL, "spec": {"hard": {"pods": "1"}}})
     assert apps.kubectl("apply", "-n", "production", "-f", "-", stdin=text).code == 0
     try:
         for attempt in attempts:
