@@ -167,6 +167,7 @@ class Trouble:
     times: int = 0  # calls that meet it; 0: as many as come until what happens has happened
     one: Callable[[Member, Versions], object] | None = None
     everyone: Callable[[Fleet, Sequence[Attempt]], None] | None = None
+    later: Callable[[Attempt], object] | None = None  # what happens once the call goes on
     modes: str = ""
     registry: str = ""  # what it does at first with the image of the new version
     hits: str = ""  # the version whose only pod is lost
@@ -254,6 +255,21 @@ def show_old_head(app: Member, versions: Versions) -> None:
     git = app.repository.git
     before = git("rev-parse", "HEAD~1")
     git("update-ref", "refs/heads/main", before, where=app.repository.bare)
+
+
+def show_head_again(attempt: Attempt) -> None:
+    """Let the git server show the push again, once the daemon has met its absence or had no need."""
+    app = attempt.app
+
+    def met() -> bool:
+        lines = [line for line in app.fleet.logged() if line.get("run") == attempt.run]
+        behind = "does not show the push yet"
+        past = {"switched", "run ended"} & {line["msg"] for line in lines}
+        return bool(past) or any(behind in str(line.get("detail")) for line in lines)
+
+    eventually(met, 60, "the daemon meets the old head, or has switched")
+    head = app.repository.git("rev-parse", "HEAD")
+    app.repository.git("update-ref", "refs/heads/main", head, where=app.repository.bare)
 
 
 def waiting_reasons(app: Member, version: str) -> set[str]:
@@ -372,7 +388,11 @@ TROUBLES = {
     "rollback": Trouble("`rollback` is called", one=roll_back),
     "killed": Trouble("the daemon is killed and started again", everyone=kill_daemon),
     "away": Trouble("the API server is away for a while", everyone=take_api_away),
-    "git-behind": Trouble("the git server shows the commit before again", one=show_old_head),
+    "git-behind": Trouble(
+        "the git server shows the commit before again for a while",
+        one=show_old_head,
+        later=show_head_again,
+    ),
     "pull-refused": Trouble(
         "the registry refuses the image once", "", one=refuse_pull_once, registry="refuses"
     ),
@@ -577,6 +597,8 @@ def go_through(cell: Cell, app: Member) -> Seen | str:
             if attempt.trouble.one:
                 attempt.trouble.one(app, attempt.versions)
             attempt.lift()
+            if attempt.trouble.later:
+                attempt.trouble.later(attempt)
             return attempt.end()
         except Exception:  # noqa: BLE001 - whatever it is, it is what came of the cell
             return failed(attempt)
