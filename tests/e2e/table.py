@@ -258,7 +258,7 @@ def show_old_head(app: Member, versions: Versions) -> None:
 
 
 def show_head_again(attempt: Attempt) -> None:
-    """Let the git server show the push again, once the daemon has met its absence or had no need."""
+    """Let the git server show the push again, once its absence was met or did not matter."""
     app = attempt.app
 
     def met() -> bool:
