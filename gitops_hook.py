@@ -9267,7 +9267,7 @@ class EnvironmentStatus:
             rollback_cells = [ids[self.target.run] or "adopted", how]
         under_way = f"{self.claim.phase} {ids[self.claim.run]} {self.drift}"
         reverted = ["reverted", ids[self.reverted.run], self.reverted.reason, self.reverted.detail]
-        below = ": ".join(filter(None, reverted)) if self.reverted else ""
+        below = clip(": ".join(filter(None, reverted))) if self.reverted else ""
         live = [self.app, self.environment, ids[self.live.run], self.live.colour]
         return [*live, *rollback_cells, under_way, below]
 
@@ -9322,7 +9322,7 @@ class RunStatus:
         """Return its row in the table of `status`, with a short id, and the text below the row."""
         texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now)]
         detail = clip((self.waits_for or self.detail).partition("\n")[0])
-        below = " ".join(filter(None, (self.next_words(now), detail, self.advice)))
+        below = "\n".join(filter(None, (detail, self.next_words(now), self.advice)))
         return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts, below]
 
     def next_words(self, now: float) -> str:
@@ -9452,7 +9452,8 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for parts in itertools.zip_longest(*cells, fillvalue=""):
             padded = [part.ljust(width) for part, width in zip(parts, widths, strict=True)]
             lines.append("  ".join(padded).rstrip())
-        lines += [f"    {part}" for part in textwrap.wrap(clip(below, 600), TABLE_COLUMNS - 4)]
+        for text in below.split("\n"):
+            lines += [f"    {part}" for part in textwrap.wrap(clip(text), TABLE_COLUMNS - 4)]
     return "\n".join(lines)
 
 

@@ -577,7 +577,8 @@ RARE: dict[tuple[str, Grant], str] = {
     ("build", ("pods/log", "get")): "the log of a failed build",
     ("production", ("configmaps", "delete")): "a release that no history names any more",
     ("production", ("deployments", "delete")): "a first deployment that failed",
-    ("production", ("services", "delete")): "a first deployment that failed",
+    ("production", ("services", "delete")): "a first deployment that failed after its preview",
+    ("staging", ("services", "delete")): "a first deployment that failed after its preview",
     ("production", ("pods", "get")): "the log of pods that failed only here",
     ("production", ("pods/log", "get")): "the log of pods that failed only here",
 }

@@ -769,8 +769,9 @@ def test_what_is_tried_again_has_the_recorded_distances(
     theatre.recorder.wait(lambda: len(theatre.recorder.moments(place, text)) >= len(recorded))
     ours = [at * SPEED for at in theatre.recorder.moments(place, text)[: len(recorded)]]
     assert len(ours) == len(recorded) > 1
+    late = SPEED * 0.5  # what a busy machine may add to one of two moments
     for wanted, seen in zip(distances(recorded), distances(ours), strict=True):
-        assert wanted / 2 <= seen, (text, wanted, seen)
+        assert wanted / 2 - late <= seen, (text, wanted, seen)
     assert ours[-1] - ours[0] <= 3 * (recorded[-1] - recorded[0]) + 10
 
 
