@@ -367,7 +367,7 @@ CIRCUMSTANCES = {
     Reason.ENDPOINTS_MISSING: "See whether the cluster updates the endpoints of Services.",
     Reason.BOTH_UNHEALTHY: "Look for what both versions need, such as a database.",
     Reason.UNJUDGED: "Look at the new version yourself; its health could not be judged.",
-    Reason.CLAIM_LOST: "See who else deploys to this environment.",
+    Reason.CLAIM_LOST: "See who took over the environment, and use `rerun` if it is to go on.",
     Reason.NOT_HEAD: "Nothing is to be done; a newer commit took its place.",
     Reason.GIT_ERROR: "See whether the git server answers.",
     Reason.GAVE_UP: "Remove the cause that the text names, and use `rerun`.",
@@ -4172,6 +4172,7 @@ PASSING_REFUSAL = re.compile(
 PASSING_CREATION = re.compile(
     f"{PASSING_REFUSAL.pattern}|serviceaccount +not found|failed calling webhook|connection refused"
 )
+REFUSAL = re.compile("forbidden|is invalid|denied|must specify")  # other words are of trouble
 POLICY = re.compile("denied the request|violates PodSecurity|must specify|m(ax|in)imum ")
 QUOTA = re.compile("exceeded quota: [^ ]+, requested: ([^ ]+), used: [^ ]+, limited: ([^ ]+)")
 QUANTITY_TEXT = re.compile("([0-9]+(?:[.][0-9]+)?)(e[+-]?[0-9]{1,2}|[numkMGTPE]|[KMGTPE]i)?")
@@ -4359,9 +4360,18 @@ def creation_problem(message: str, key: str) -> PodProblem:
         grace = 0.0 if is_above_quota(message) else NEVER
         return PodProblem(f"{key}/quota", Reason.QUOTA_EXCEEDED, text, grace)
     unquoted = re.sub(r'"[^"]*"', "", message)  # a pod may be called what it likes
-    if PASSING_CREATION.search(unquoted) and not POLICY.search(unquoted):
+    passes = PASSING_CREATION.search(unquoted) or not REFUSAL.search(unquoted)
+    if passes and not POLICY.search(unquoted):
         return PodProblem(f"{key}/create", Reason.PODS_NOT_CREATED, text, NEVER)
     return PodProblem(f"{key}/create", Reason.ADMISSION_REFUSED, text, 3.0)
+
+
+def job_creation_problem(message: str, key: str) -> PodProblem:
+    """Return why the pods of a Job cannot be created: these are as the configuration has them."""
+    problem = creation_problem(message, key)
+    if problem.reason is Reason.ADMISSION_REFUSED:
+        return replace(problem, reason=Reason.JOB_REFUSED)
+    return problem
 
 
 def is_above_quota(message: str) -> bool:
@@ -4606,9 +4616,11 @@ def is_lost(report: str) -> bool:
 
 
 def is_reusable(job: Job) -> bool:
-    """Whether a finished Job need not run again: it succeeded, and no report says otherwise."""
-    red = job.stage == "test" and is_red(job.annotations.get(ANNOTATION_SUMMARY, NO_REPORT))
-    return job.state == "succeeded" and not red
+    """Whether a finished Job need not run again: it succeeded, and its result is kept and good."""
+    if job.stage == "build":
+        return job.state == "succeeded" and ANNOTATION_DIGEST in job.annotations
+    report = job.annotations.get(ANNOTATION_SUMMARY, NO_REPORT)
+    return job.state == "succeeded" and not is_red(report)
 
 
 def succeeded_tests(observed: Observation, test: Job) -> Action | None:
@@ -4699,6 +4711,8 @@ def failure(observed: Observation, job: Job, ended: Iterable[Container]) -> Acti
     culprit = next((c for c in ended if c.exit_code and c.name in names), None)
     if culprit:
         return culprit_failure(job, culprit, report)
+    if job.reason == "DeadlineExceeded" and not ended and (waited := waited_for(job)):
+        return waited
     if job.reason == "DeadlineExceeded":
         # its pods are deleted then
         pods = sorted((p for p in observed.pods if p.job == job.uid), key=lambda p: -p.created)
@@ -4710,6 +4724,14 @@ def failure(observed: Observation, job: Job, ended: Iterable[Container]) -> Acti
     reason = stage.failure if job.reason == "PodFailurePolicy" else Reason.VANISHED
     detail = with_report(f"its pods left no result ({clip(job.reason, 60)})", report)
     return fails(reason, detail, job.stage)
+
+
+def waited_for(job: Job) -> Action | None:
+    """Return the end of a Job whose deadline passed while its pod waited; None if it did not."""
+    reason = job.annotations.get(ANNOTATION_REASON, "")
+    if reason not in set(CIRCUMSTANCES):
+        return None
+    return fails(Reason(reason), job.annotations.get(ANNOTATION_DETAIL, ""), job.stage)
 
 
 def culprit_failure(job: Job, culprit: Container, report: str) -> Action:
@@ -7319,9 +7341,17 @@ OUTCOMES = {  # of deployments that end otherwise than failed or superseded
     Reason.ROLLED_BACK: Outcome.ROLLED_BACK,
     Reason.UNHEALTHY_AFTER_SWITCH: Outcome.SWITCHED_BACK,
 }
+# After these nothing is tried again by itself: someone has taken over, or traffic was switched.
+FINAL_REASONS = (
+    Reason.NOT_HEAD,
+    Reason.CLAIM_LOST,
+    Reason.ENDPOINTS_MISSING,
+    Reason.BOTH_UNHEALTHY,
+    Reason.UNJUDGED,
+)
 CONFIGURED_REASONS = (Reason.MANIFEST_REFUSED, Reason.CLONE_REFUSED)  # by the app's settings
 REFUSED_FOR_GOOD = ("Invalid", "Denied", "BadRequest")  # kinds of refusals of a Job
-CREATION_REASONS = (Reason.ADMISSION_REFUSED, Reason.QUOTA_EXCEEDED)  # that may be proofs
+CREATION_REASONS = (Reason.JOB_REFUSED, Reason.QUOTA_EXCEEDED)  # that may be proofs
 NO_WAIT = dict.fromkeys((ANNOTATION_REASON, ANNOTATION_DETAIL))  # on Jobs that wait for nothing
 
 
@@ -7456,7 +7486,7 @@ class Intake:
                 reason = "Replayed" if recent else reason
             if reason:
                 info("push needs nothing", reason=reason, **run_words(run))
-                if record and record.next_try:
+                if record and record.next_try and reason != "Replayed":
                     self.context.state.write(app, replace(record, next_try=0.0))
                 done.add(run)
             else:
@@ -7627,28 +7657,49 @@ class CatchUp:
     def start_tries(self, app: App, heads: ReadHeads) -> float:
         """Try the runs again whose time has come, if they are still heads of their branches.
 
-        Returns when the next one is due, in seconds since the epoch. Raises HookError.
+        Returns when to look again, in seconds since the epoch. Raises HookError.
         """
-        now = self.clock.now()
         state = self.context.state.recent(app)
-        if any(0 < record.next_try <= now for record in state.runs.values()):
+        if any(0 < record.next_try <= heads.asked for record in state.runs.values()):
             state = self.context.recorder.repaired_state(app)  # `rerun` is another process
         waiting = [record for record in state.runs.values() if record.next_try > 0]
-        due = [record for record in waiting if record.next_try <= now]
+        due = [record for record in waiting if record.next_try <= heads.asked]
+        pushes = self.context.spool.read() if due else []
+        stored = {push.run.ref for push in pushes if push.run.app == app.name}
         refs = {recorded_ref(ref): ref for ref in heads.commits} if due else {}
-        stored = {push.run.ref for push in self.context.spool.read()} if due else {}
         for record in due:
-            ref = refs.get(record.ref, record.ref)
-            if ref in stored:
+            run = replace(run_of_record(app, record), ref=refs.get(record.ref, record.ref))
+            if run.ref in stored:
                 continue
-            if heads.commits.get(ref) != record.commit:
-                self.supersede(app, record, now)
-                continue
-            run = replace(run_of_record(app, record), ref=ref, received=now, delivery=NEXT_TRY)
-            info("tried again", tries=record.tries, reason=record.reason, **run_words(run))
-            self.context.spool.store([run])
-            self.context.spooled.set()
-        return min((r.next_try for r in waiting if r.next_try > now), default=NEVER)
+            head = self.head_for_try(app, state, heads, run)
+            if head is Head.NEWER:
+                self.supersede(app, record, self.clock.now())
+            elif head is Head.SAME:
+                # what was pushed since the heads were asked for is newer
+                again = replace(run, received=heads.asked, delivery=NEXT_TRY)
+                info("tried again", tries=record.tries, reason=record.reason, **run_words(again))
+                self.context.spool.store([again])
+                self.context.spooled.set()
+        soon = [self.clock.now() + AGAIN_SECONDS] if due else []
+        later = [record.next_try for record in waiting if record.next_try > heads.asked]
+        return min([*soon, *later], default=NEVER)
+
+    def head_for_try(self, app: App, state: AppState, heads: ReadHeads, run: Run) -> Head:
+        """Return what is known about a run that is due for its next try.
+
+        Of a test-only branch the newest push counts that was announced, and git need not list it:
+        of too many branches only the deployed ones are read.
+        """
+        last = state.last(run.ref)
+        is_older = last is not None and last.received > run.received
+        if run.ref != app.deploy_ref:
+            listed = run.ref in heads.commits or heads.commits.keys() - {app.deploy_ref}
+            if is_older or not listed:
+                return Head.NEWER if is_older else Head.SAME
+        elif is_older and last and not last.outcome:
+            return Head.UNKNOWN  # that one asks git itself
+        before = {record.commit: record.before for record in state.runs.values()}
+        return heads.relation(run, self.clock, commits_before(run, before))
 
     def supersede(self, app: App, record: RunRecord, now: float) -> None:
         """Record that a run that waited for its next try is not a head any more."""
@@ -7788,7 +7839,8 @@ class RunRecorder:
             return before  # a process that was killed has recorded it
         config = config_hash(app) if end.reason in CONFIGURED_REASONS else ""
         record = replace(record, config=config)
-        if before and run.delivery == NEXT_TRY:
+        tried = before is not None and before.received >= run.received
+        if before and (run.delivery == NEXT_TRY or (tried and before.delivery == NEXT_TRY)):
             record = replace(record, tries=before.tries, tried_since=before.tried_since)
         if may_be_tried_again(end) and not switched:
             record = record.tried_again()
@@ -7823,7 +7875,7 @@ class RunRecorder:
 def may_be_tried_again(end: Action) -> bool:
     """Whether an end is a circumstance that another try of the same commit may not meet."""
     passing = end.outcome in (Outcome.FAILED, Outcome.SUPERSEDED) and not end.reason.is_verdict
-    return passing and end.reason is not Reason.NOT_HEAD
+    return passing and end.reason not in FINAL_REASONS
 
 
 def rejects(end: Action) -> bool:
@@ -8154,7 +8206,7 @@ class RunReconciler:
             refused = job.annotations.get(ANNOTATION_REASON) in CREATION_REASONS
             if refused and lacks_pod(job, pods):
                 detail = job.annotations.get(ANNOTATION_DETAIL, "")
-                problems.append(creation_problem(detail, job.name))
+                problems.append(job_creation_problem(detail, job.name))
         now = self.context.clock.now()
         return Observation(
             app=self.context.apps[run.app],
@@ -8302,6 +8354,10 @@ class RunReconciler:
         late = job.state == "active" and observed.now - job.unsuspended >= LOOK_SECONDS
         if not late or not self.cooldown.allows(key):
             return
+        if not self.cooldown.allows("Events"):  # one reading a look holds up no other run
+            return
+        self.cooldown.start("Events", LOOK_SECONDS / 4)
+        self.cooldown.start(key, EVENTS_SECONDS)
         has_pod = not lacks_pod(job, observed.pods)
         problem = observed.holdup if has_pod else self.missing_pod(job)
         unexplained = [pod for pod in observed.pods if pod.job == job.uid and is_unexplained(pod)]
@@ -8318,14 +8374,15 @@ class RunReconciler:
                 self.informers.annotate(job, words)
         elif has_pod and ANNOTATION_REASON in job.annotations:
             self.informers.annotate(job, NO_WAIT)
-        self.cooldown.start(key, EVENTS_SECONDS)
 
     def missing_pod(self, job: Job) -> PodProblem | None:
         """Return why no pod of a Job can be created, as its newest Event says it."""
         terms = (f"involvedObject.uid={job.uid}", "reason=FailedCreate")
-        events = read_events(self.context.kubectl, job.namespace, *terms)
+        events: list[PodEvent] = []
+        with suppress(KubectlError, *SHAPE_ERRORS):
+            events = read_events(self.context.kubectl, job.namespace, *terms)
         newest = max(events, key=lambda event: event.last, default=None)
-        return creation_problem(newest.text, job.name) if newest else None
+        return job_creation_problem(newest.text, job.name) if newest else None
 
     def delete_unrun_jobs(self) -> None:
         """Delete Jobs of runs that ended without them: those have no time to live."""

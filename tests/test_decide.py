@@ -1936,3 +1936,38 @@ def test_deciding_touches_nothing_outside() -> None:
 )
 def test_an_impure_line_would_be_found(line: str) -> None:
     assert impure(f"def decide(view):\n    {line}\n")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        'Post "https://10.0.0.1/api/v1/pods": http2: client connection lost',
+        "read tcp 10.0.0.1: connection reset by peer",
+        "Unauthorized",
+        "something that nobody knows",
+    ],
+)
+def test_trouble_on_the_way_to_a_pod_is_no_policy(message: str) -> None:
+    problem = hook.creation_problem(message, "k")
+    assert (problem.reason, problem.grace) == (Reason.PODS_NOT_CREATED, hook.NEVER)
+
+
+def test_what_a_policy_refuses_of_a_job_is_the_fault_of_its_configuration() -> None:
+    assert hook.creation_problem(BASELINE, "k").reason is Reason.ADMISSION_REFUSED
+    problem = hook.job_creation_problem(BASELINE, "k")
+    assert (problem.reason, problem.grace) == (Reason.JOB_REFUSED, 3.0)
+    assert not problem.reason.is_verdict
+
+
+@pytest.mark.parametrize(
+    ("waited", "reason"),
+    [("Unschedulable", Reason.UNSCHEDULABLE), ("", Reason.TIMEOUT), ("Mischief", Reason.TIMEOUT)],
+)
+def test_a_job_whose_deadline_passed_while_its_pod_waited_ends_with_what_it_waited_for(
+    waited: str, reason: Reason
+) -> None:
+    notes = {hook.ANNOTATION_REASON: waited, hook.ANNOTATION_DETAIL: "0/1 nodes"} if waited else {}
+    job = a_job("test", "failed", since=60, reason="DeadlineExceeded", notes=notes)
+    action = hook.decide(a_view(job))
+    assert (action.do, action.reason) == (Do.END, reason)
+    assert (action.detail == "0/1 nodes") is (reason is Reason.UNSCHEDULABLE)

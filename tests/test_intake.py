@@ -637,8 +637,7 @@ def test_a_job_of_ours_that_is_of_no_stage_is_no_part_of_its_run(controller: Any
 
 # Circumstances and verdicts
 
-NOT_TRIED_AGAIN = {Reason.NOT_HEAD}
-TRIED_AGAIN = sorted(set(hook.CIRCUMSTANCES) - NOT_TRIED_AGAIN)
+TRIED_AGAIN = sorted(set(hook.CIRCUMSTANCES) - set(hook.FINAL_REASONS))
 
 
 def fail(controller: Any, run: hook.Run, reason: Reason, stage: str = "test", **more: Any) -> None:
@@ -673,6 +672,21 @@ def test_a_head_that_ended_by_a_circumstance_is_tried_again_by_itself(
     assert job_names(controller) == [f"test-{a_run(NEW).id}"]
     last = last_record(controller)
     assert (last.outcome, last.tries, last.next_try) == ("", 1, 0.0)
+
+
+@pytest.mark.parametrize("reason", hook.FINAL_REASONS)
+def test_what_someone_took_over_or_traffic_has_reached_is_not_tried_again_by_itself(
+    controller: Any, reason: Reason
+) -> None:
+    synced(controller)
+    fail(controller, a_run(NEW, received=time.time()), reason, "production")
+    assert (last_or_none(controller), rejected(controller)) == (0.0, [])
+
+
+def last_or_none(controller: Any) -> float:
+    """When the push of the deploy branch is tried again, 0 for never."""
+    record = controller.context.state.read(shop(controller)).find(MAIN, NEW)
+    return float(record.next_try)
 
 
 @pytest.mark.parametrize("reason", sorted(set(hook.VERDICTS) - {Reason.OK}))
@@ -769,9 +783,82 @@ def test_a_test_branch_is_tried_again_too(controller: Any) -> None:
     controller.context.doors.git.heads = lambda url: {ref: NEW, MAIN: OLD}
     record = controller.context.state.read(shop(controller)).find(ref, NEW)
     controller.clock.now = lambda: record.next_try + 0.1
-    controller.catch_up.start_tries(shop(controller), hook.ReadHeads(commits={ref: NEW, MAIN: OLD}))
+    heads = hook.ReadHeads(
+        asked=record.next_try, answered=controller.clock.monotonic(), commits={ref: NEW, MAIN: OLD}
+    )
+    controller.catch_up.start_tries(shop(controller), heads)
     (push,) = controller.context.spool.read()
     assert (push.run.ref, push.run.commit, push.run.id) == (ref, NEW, run.id)
+
+
+SIDE = "refs/heads/side"
+
+
+@pytest.mark.parametrize(
+    ("heads", "newer", "expected"),
+    [
+        ({SIDE: NEW, MAIN: OLD}, False, "tried"),
+        ({SIDE: NEW, MAIN: OLD}, True, "superseded"),
+        ({SIDE: "c" * 40, MAIN: OLD}, False, "superseded"),
+        ({SIDE: OLD, MAIN: OLD}, False, "waits"),
+        ({MAIN: OLD}, False, "tried"),
+        ({MAIN: OLD, "refs/heads/x": OLD}, False, "superseded"),
+    ],
+    ids=[
+        "it is the head", "a newer push was announced", "another head", "the commit before",
+        "only deploy branches are listed", "the branch is gone",
+    ],
+)  # fmt: skip
+def test_a_test_branch_is_tried_again_unless_something_newer_is_known(
+    controller: Any, heads: dict[str, str], expected: str, *, newer: bool
+) -> None:
+    synced(controller)
+    run = a_run(NEW, SIDE, received=time.time(), before=OLD)
+    fail(controller, run, Reason.CLONE_FAILED)
+    if newer:
+        record(controller, a_run("c" * 40, SIDE, received=time.time() + 1))
+    then = controller.context.state.read(shop(controller)).find(SIDE, NEW).next_try + 0.1
+    controller.clock.now = lambda: then
+    asked = hook.ReadHeads(asked=then, answered=controller.clock.monotonic(), commits=heads)
+    controller.catch_up.start_tries(shop(controller), asked)
+    kept = controller.context.state.read(shop(controller)).find(SIDE, NEW)
+    assert stored(controller) == [NEW] * (expected == "tried")
+    assert (kept.outcome == "superseded") is (expected == "superseded")
+
+
+def test_a_stored_push_of_another_app_stops_no_try(tmp_path: Path) -> None:
+    controller = idle_controller(tmp_path, TWO_APPS)
+    synced(controller)
+    fail(controller, a_run(NEW, received=time.time()), Reason.CLONE_FAILED)
+    store(controller, a_run(OLD, app="blog"))
+    wait_for_try(controller)
+    assert sorted(stored(controller)) == [OLD, NEW]
+
+
+def test_a_build_without_a_digest_is_made_again_by_the_next_try(controller: Any) -> None:
+    synced(controller)
+    deletions: list[str] = []
+
+    def delete(resource: str, names: Sequence[str], namespace: str) -> None:
+        deletions.extend(names)
+
+    kubectl: Any = SimpleNamespace(delete=delete, patch=lambda *_: None)
+    jobs = [a_job(controller, "test", "succeeded"), a_job(controller, "build", "succeeded", 20.0)]
+    del jobs[1].annotations[hook.ANNOTATION_DIGEST]
+    assert hook.reopen(kubectl, a_run(OLD, received=30.0), jobs)
+    assert deletions == [jobs[1].name]
+
+
+def test_a_kill_between_record_and_jobs_keeps_the_tries(controller: Any) -> None:
+    synced(controller)
+    now = time.time()
+    first = a_run(NEW, received=now)
+    fail(controller, first, Reason.CLONE_FAILED)
+    again = a_run(NEW, received=now + 70, delivery=hook.NEXT_TRY)
+    controller.context.recorder.record_started(shop(controller), [again])
+    controller.clock.now = lambda: now + 80
+    fail(controller, first, Reason.CLONE_FAILED)  # its Jobs were not marked as ended
+    assert last_record(controller).tries == 2
 
 
 def test_a_run_that_was_rejected_while_it_waited_for_its_next_try_is_left_alone(

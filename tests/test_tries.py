@@ -203,7 +203,7 @@ def test_a_daemon_that_is_killed_between_two_tries_goes_on_with_the_next(apps: F
     assert apps.created(f"test-{run}") == 1  # green tests are used again
 
 
-def test_a_deployment_that_lost_its_claim_to_a_rollback_is_tried_again(apps: Fleet) -> None:
+def test_a_deployment_that_lost_its_claim_to_a_rollback_waits_for_the_person(apps: Fleet) -> None:
     app = apps["rolled"]
     for version in ("v1", "v2"):
         assert app.deployed(version)["outcome"] == "deployed"
@@ -215,7 +215,9 @@ def test_a_deployment_that_lost_its_claim_to_a_rollback_is_tried_again(apps: Fle
     apps.cluster.faults.lift(fault)
     assert done.returncode == 0, done
     line = ended(apps, run, "ClaimLost")
-    assert line["outcome"] == "superseded"
+    assert (line["outcome"], "next_try" in line) == ("superseded", False)
+    assert app.answer()["version"] == "v1"
+    assert apps.command("rerun", run).returncode == 0
     eventually(lambda: ends(apps, run)[-1]["outcome"] == "deployed", 60, "it is tried again")
     assert app.answer()["version"] == "v3"
 
