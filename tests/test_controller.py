@@ -62,6 +62,14 @@ def nothing_left_running(request: pytest.FixtureRequest) -> Iterator[None]:
         for name, manifest in apps.jobs().items():
             if "gitops-hook/outcome" not in manifest["metadata"]["annotations"]:
                 apps.cluster.store.delete("jobs", "test", name)
+        # a shell that was stopped ends a little later, and would take the pass of the next test
+        eventually(partial(no_pod_runs, apps), 30, "no pod of a test runs")
+
+
+def no_pod_runs(apps: Fleet) -> bool:
+    """Whether every pod of a test has ended."""
+    pods = apps.cluster.store.list("pods", "test")
+    return not [p for p in pods if p.get("status", {}).get("phase") in ("Pending", "Running")]
 
 
 def job(apps: Fleet, run: str) -> Object:
