@@ -154,20 +154,9 @@ class Member:
 
     # What its owner does.
 
-    def release(
-        self,
-        version: str,
-        *,
-        modes: str = "",
-        image: str = "",
-        branch: str = "main",
-        change: Callable[[dict[str, Object]], None] | None = None,
-        files: dict[str, str] | None = None,
-    ) -> str:
-        """Commit and push a version, its manifests changed as told; return the commit."""
-        commit = self.commit(
-            version, modes=modes, image=image, branch=branch, change=change, files=files
-        )
+    def release(self, version: str, *, branch: str = "main", **content: Any) -> str:
+        """Commit and push a version with the content that `commit` takes; return the commit."""
+        commit = self.commit(version, branch=branch, **content)
         self.repository.git("push", "-q", "-f", "origin", branch)
         return commit
 
@@ -181,7 +170,10 @@ class Member:
         change: Callable[[dict[str, Object]], None] | None = None,
         files: dict[str, str] | None = None,
     ) -> str:
-        """Commit a version without pushing it, so that the server does not show it; return it."""
+        """Commit a version, its manifests changed as told; return the commit.
+
+        It is not pushed, so that the git server does not show it.
+        """
         objects = app_objects(self.name, version, modes, image or self.fleet.image)
         if change:
             change(objects)

@@ -58,6 +58,24 @@ class GitServer:
         return self.refusal if any(login in names for names in self.logins.values()) else 401
 
 
+def backend_environ(request: BaseHTTPRequestHandler, root: Path) -> dict[str, str]:
+    """The environment in which `git http-backend` answers a request for a repository there."""
+    path, _, query = request.path.partition("?")
+    return {
+        "PATH": os.environ["PATH"],
+        "GIT_PROJECT_ROOT": str(root),
+        **QUIET,
+        "GIT_HTTP_EXPORT_ALL": "1",
+        "REQUEST_METHOD": request.command,
+        "PATH_INFO": path,
+        "QUERY_STRING": query,
+        "CONTENT_TYPE": request.headers.get("Content-Type", ""),
+        "GIT_PROTOCOL": request.headers.get("Git-Protocol", ""),
+        "REMOTE_USER": "hook",
+        "HTTP_CONTENT_ENCODING": request.headers.get("Content-Encoding", ""),
+    }
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request."""
 
@@ -122,20 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def answer_git(self) -> None:
-        path, _, query = self.path.partition("?")
-        environ = {
-            "PATH": os.environ["PATH"],
-            "GIT_PROJECT_ROOT": str(self.place.root),
-            **QUIET,
-            "GIT_HTTP_EXPORT_ALL": "1",
-            "REQUEST_METHOD": self.command,
-            "PATH_INFO": path,
-            "QUERY_STRING": query,
-            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
-            "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
-            "REMOTE_USER": "hook",
-            "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
-        }
+        environ = backend_environ(self, self.place.root)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         done = subprocess.run(
             ["git", "http-backend"], input=body, capture_output=True, env=environ, check=True

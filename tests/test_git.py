@@ -28,7 +28,7 @@ from gitops_hook import (
     StageError,
     logins_for,
 )
-from tests.git_server import GitServer, serving
+from tests.git_server import GitServer, backend_environ, serving
 from tests.memory import peak_of
 from tests.waiting import eventually
 
@@ -88,20 +88,7 @@ class Backend(BaseHTTPRequestHandler):
             self.send_header("WWW-Authenticate", 'Basic realm="git"')
             self.end_headers()
             return
-        path, _, query = self.path.partition("?")
-        environ = {
-            "PATH": os.environ["PATH"],
-            "GIT_PROJECT_ROOT": str(self.root),
-            **QUIET,
-            "GIT_HTTP_EXPORT_ALL": "1",
-            "REQUEST_METHOD": self.command,
-            "PATH_INFO": path,
-            "QUERY_STRING": query,
-            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
-            "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
-            "REMOTE_USER": "hook",
-            "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
-        }
+        environ = backend_environ(self, self.root)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         done = subprocess.run(
             ["git", "http-backend"], input=body, capture_output=True, env=environ, check=True
@@ -846,20 +833,7 @@ class SlowBackend(BaseHTTPRequestHandler):
     ends: ClassVar[list[subprocess.Popen[bytes]]]
 
     def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        environ = {
-            **{k: v for k, v in QUIET.items() if k != "GIT_CONFIG_GLOBAL"},
-            "PATH": os.environ["PATH"],
-            "GIT_CONFIG_GLOBAL": str(self.config),
-            "GIT_PROJECT_ROOT": str(self.root),
-            "GIT_HTTP_EXPORT_ALL": "1",
-            "REQUEST_METHOD": self.command,
-            "PATH_INFO": path,
-            "QUERY_STRING": query,
-            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
-            "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
-            "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
-        }
+        environ = backend_environ(self, self.root) | {"GIT_CONFIG_GLOBAL": str(self.config)}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         backend = subprocess.Popen(
