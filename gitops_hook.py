@@ -4558,10 +4558,12 @@ def decide_job(observed: Observation, job: Job) -> Action | None:
         return decide_start(observed, Do.UNSUSPEND, job.stage)
     pods = [p for p in observed.pods if p.job == job.uid and not p.leaving]
     pods.sort(key=lambda p: -p.created)
-    if result := new_result(job, pods):
+    result = new_result(job, pods)
+    if result and result != NO_REPORT:  # which need not be kept before the run goes on
         return Action(Do.ANNOTATE, job.stage, detail=result)
     if job.state == "succeeded":
-        return succeeded_tests(observed, job) if job.stage == "test" else built(observed, job)
+        is_test = job.stage == "test"
+        return succeeded_tests(observed, job, result) if is_test else built(observed, job)
     if problem := observed.fatal_problem:
         return fails(problem.reason, problem.detail, job.stage)
     ended = [c for p in pods for c in p.containers if c.exit_code is not None]
@@ -4623,9 +4625,12 @@ def is_reusable(job: Job) -> bool:
     return job.state == "succeeded" and not is_red(report)
 
 
-def succeeded_tests(observed: Observation, test: Job) -> Action | None:
-    """Return how a run goes on whose tests ended with exit code 0, None where they are green."""
-    report = test.annotations.get(ANNOTATION_SUMMARY)
+def succeeded_tests(observed: Observation, test: Job, result: str) -> Action | None:
+    """Return how a run goes on whose tests ended with exit code 0, None where they are green.
+
+    The result is what their pods have left and the Job does not say yet.
+    """
+    report = test.annotations.get(ANNOTATION_SUMMARY, result or None)
     if was_accepted(observed, report):
         return None
     if report is None:
@@ -7954,6 +7959,11 @@ class Informers:
         else:
             self.of(job).learn(patched)
 
+    def keep_no_report(self, jobs: Mapping[str, Job]) -> None:
+        """Keep that tests left no report, once their run goes on; it does not wait for this."""
+        if (test := jobs.get("test")) and ANNOTATION_SUMMARY not in test.annotations:
+            self.annotate(test, {ANNOTATION_SUMMARY: NO_REPORT})
+
 
 def task_of(config: Config, app: App, environment: str, run: Run | None = None) -> Task:
     """Return a run on its way into an environment of its app, or whatever run is there."""
@@ -8282,6 +8292,8 @@ class RunReconciler:
             if ANNOTATION_REASON in job.annotations:
                 self.informers.annotate(job, NO_WAIT)
         self.carry_out(observed, action)
+        if action.do in (Do.BUILD, Do.DEPLOY):
+            self.informers.keep_no_report(observed.jobs)
         self.cooldown.start(observed.run.id, AGAIN_SECONDS, state)
 
     def carry_out(self, observed: Observation, action: Action) -> None:

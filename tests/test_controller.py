@@ -263,6 +263,9 @@ def test_a_redelivery_makes_no_second_job(apps: Fleet) -> None:
     assert again.push(commit) == run
     assert apps.ended(run)["outcome"] == "deployed"
     assert apps.created(f"test-{run}") == 1
+    # which was kept while the run went on
+    annotations = apps.jobs()[f"test-{run}"]["metadata"]["annotations"]
+    assert annotations["gitops-hook/summary"] == "no test report"
 
 
 def test_a_delivery_that_is_replayed_after_a_kill_runs_no_tests_again(apps: Fleet) -> None:
