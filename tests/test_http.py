@@ -792,7 +792,7 @@ def test_a_connection_that_is_used_again_and_again_is_not_ended(served: Served) 
     with requests.Session() as session:
         until = time.monotonic() + 1.2
         while time.monotonic() < until:
-            assert session.get(f"{served.url}/readyz", timeout=5).status_code == 200
+            assert session.get(f"{served.url}/readyz", timeout=30).status_code == 200
         assert len(served.server.active_channels) == 1
 
 
@@ -987,7 +987,7 @@ def test_two_hundred_slow_clients_keep_no_delivery_waiting(served: Served) -> No
             raw.sendall(beginnings[number % 3])
         started = time.monotonic()
         assert served.post(recorded("gitlab-push-branch")).status_code == 202
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 4  # the slow ones are closed after 5
     finally:
         for raw in slow:
             raw.close()
@@ -1026,16 +1026,16 @@ def test_fifty_senders_at_once_are_all_answered_and_all_stored(served: Served) -
 def test_the_second_port_has_metrics_and_probes_and_nothing_else(receiver: Receiver) -> None:
     receiver.metrics.errors.labels("request").inc()
     with serving(receiver.app.admin(), max_body=0) as served:
-        answer = requests.get(f"{served.url}/metrics", timeout=5)
+        answer = requests.get(f"{served.url}/metrics", timeout=30)
         assert answer.headers["Content-Type"].startswith("text/plain")
         assert 'gitops_hook_errors_total{where="request"} 1.0' in answer.text
         for path in ("/healthz", "/readyz"):
-            answer = requests.get(f"{served.url}{path}", timeout=5)
+            answer = requests.get(f"{served.url}{path}", timeout=30)
             assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
         for path in ("/", "/webhook", "/metrics/", "/favicon.ico", "/apps/shop"):
-            assert requests.get(f"{served.url}{path}", timeout=5).status_code == 404
+            assert requests.get(f"{served.url}{path}", timeout=30).status_code == 404
         assert served.post(recorded("gitlab-push-branch")).status_code == 404
-        assert requests.post(f"{served.url}/metrics", timeout=5).status_code == 405
+        assert requests.post(f"{served.url}/metrics", timeout=30).status_code == 405
     assert receiver.stored() == []
     assert not [s for s in receiver.metrics.deliveries.collect()[0].samples if s.value]
 
@@ -1048,7 +1048,7 @@ def test_it_is_not_alive_when_the_loop_of_the_first_port_stands_still(receiver: 
     held = threading.Event()
 
     def health() -> tuple[int, Any]:
-        answer = requests.get(f"{admin.url}/healthz", timeout=5)
+        answer = requests.get(f"{admin.url}/healthz", timeout=30)
         return answer.status_code, answer.json()["status"]
 
     with serving(receiver.app, beat=beat) as first, serving(receiver.app.admin()) as admin:
@@ -1056,7 +1056,7 @@ def test_it_is_not_alive_when_the_loop_of_the_first_port_stands_still(receiver: 
         try:
             for _ in range(5):  # when nobody asks it the loop goes on as well
                 now[0] += hook.LOOP_SECONDS
-                assert requests.get(f"{first.url}/healthz", timeout=5).status_code == 200
+                assert requests.get(f"{first.url}/healthz", timeout=30).status_code == 200
                 assert health() == (200, "ok")
             first.server.trigger.pull_trigger(partial(held.wait, 30))
             first.server.trigger.pull_trigger()

@@ -154,7 +154,7 @@ class Daemon:
     def healthy(self) -> bool:
         """Whether the second port says that it lives and that it is ready."""
         probes = [f"{self.admin_url}/{name}" for name in ("healthz", "readyz")]
-        return all(requests.get(probe, timeout=1).status_code == 200 for probe in probes)
+        return all(requests.get(probe, timeout=30).status_code == 200 for probe in probes)
 
     def resident(self) -> int:
         """Return the bytes of memory that it has had at most."""
@@ -176,7 +176,7 @@ class Daemon:
 
     def ready(self) -> int:
         """The status of /readyz."""
-        return requests.get(f"{self.url}/readyz", timeout=5).status_code
+        return requests.get(f"{self.url}/readyz", timeout=30).status_code
 
 
 @pytest.fixture
