@@ -277,6 +277,7 @@ class Reason(StrEnum):
     IMAGE_PULL_FAILED = "ImagePullFailed"
     CONTAINER_CONFIG = "ContainerConfigError"
     VOLUME_UNAVAILABLE = "VolumeUnavailable"
+    SERVICE_FAILED = "ServiceFailed"
     CRASH_LOOP = "CrashLoop"
     OUT_OF_MEMORY = "OutOfMemory"
     OUT_OF_DISK = "OutOfDisk"
@@ -354,6 +355,7 @@ CIRCUMSTANCES = {
     Reason.IMAGE_PULL_FAILED: "See whether the nodes reach the registry.",
     Reason.CONTAINER_CONFIG: "Create the Secret or ConfigMap that the text names.",
     Reason.VOLUME_UNAVAILABLE: "Create what the text names: a Secret, ConfigMap or volume claim.",
+    Reason.SERVICE_FAILED: "Read its log with `explain RUN --log`, and correct test.services.",
     Reason.QUOTA_EXCEEDED: "Raise the quota of the namespace, or request less.",
     Reason.PODS_NOT_CREATED: "See what the text says; an admission webhook may be away.",
     Reason.UNSCHEDULABLE: "Make room in the cluster, or request less.",
@@ -605,6 +607,11 @@ LABEL = matching(rf"(?!.{{64}}){DNS_LABEL.pattern}", "a DNS label")
 BRANCH = matching(r"(?!refs/)[^\s~^:?*\[\\]{1,255}", "a branch name (without refs/heads/)")
 FOLDER = matching(r"(?![/-])(?!(.*/)?\.\.(/|$))[^\x00]+", "a relative path within the repository")
 URL_PATH = matching(r"/[\x21-\x7e]*", "a path")
+ABSOLUTE = matching(r"(/(?!\.\.?(/|$))[\w.+-]{1,100}){1,20}", "an absolute path without . and ..")
+SUBDOMAIN = rf"(?!.{{254}}){DNS_LABEL.pattern}(\.{DNS_LABEL.pattern})*"
+OBJECT_NAME = matching(SUBDOMAIN, "the name of an object")
+CLAIM_NAME = matching(f"|{SUBDOMAIN}", "the name of a claim")
+SHELL = matching(r"[^\x00]{0,10000}", "a text")
 REPOSITORY = matching(
     r"(file://)?/[^\s\x00]+|https?://[A-Za-z0-9._:\[\]-]+/[^\s@?#\x00]+",
     "an http(s) URL without user, query and fragment (a user belongs in file git-credentials)",
@@ -620,6 +627,9 @@ BUILD_TOOL = matching("kaniko|none", "kaniko or none")
 SWITCH = matching("True|False", "true or false", bool, (bool,))
 CHOICE = matching("|[Tt]rue|[Ff]alse", "true, false or empty", parse_choice, (str, bool))
 COUNT = matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int, (int,))
+PORT_NUMBER = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+PORT = matching(PORT_NUMBER, "a port from 1 to 65535", int, (int,))
+USER = matching("[1-9][0-9]{0,8}", "the number of a user that is not root", int, (int,))
 REPLICAS = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, (int,))
 DURATION = matching("[1-9][0-9]{0,4}[smh]", "a duration (e.g. 90s, 15m, 2h)", parse_amount)
 PAUSE = matching("[0-9]{1,5}(ms|[smh])", "a duration (e.g. 90s, 15m, 2h)", parse_amount)
@@ -629,6 +639,7 @@ DISK_SIZE = matching("[1-9][0-9]{0,3}MiB", "a size from 1MiB to 9999MiB", parse_
 
 TESTS = "pip install -r requirements.txt && python -m pytest tests/ -v --junitxml=$JUNIT_XML"
 TEST_POD = "{requests: {cpu: 250m, memory: 256Mi}, limits: {cpu: 500m, memory: 512Mi}}"
+SERVICE_POD = "{requests: {cpu: 100m, memory: 128Mi}, limits: {cpu: 500m, memory: 512Mi}}"
 BUILD_POD = "{requests: {cpu: 500m, memory: 1Gi}, limits: {cpu: 2, memory: 4Gi}}"
 NAMESPACES = "{test: test, build: build, staging: staging, production: production}"
 KANIKO = "ghcr.io/osscontainertools/kaniko:v1.28.3"
@@ -680,6 +691,35 @@ class CloneSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceSettings:
+    """A program that runs beside the tests of an app, such as a database."""
+
+    name: str = setting(parse=NAME, meaning="name of a service's container; at most 5 services")
+    image: str = setting(parse=IMAGE, meaning="image of a service that the tests use")
+    port: int = setting(
+        parse=PORT, meaning="port that it listens on; the tests begin when it does, on localhost"
+    )
+    command: str = setting(
+        parse=SHELL, default="''", meaning="command for `sh -ec` instead of the image's own"
+    )
+    env: dict[str, str] = setting(parse=PLAIN, default="{}", meaning="variables of the service")
+    user: int = setting(parse=USER, default="65532", meaning="user that it runs as, never root")
+    writable: tuple[str, ...] = setting(
+        parse=ABSOLUTE,
+        default="[]",
+        meaning="empty folders that it may write to, besides `/tmp`; all else is read-only",
+    )
+    resources: dict[str, dict[str, str]] = setting(
+        parse=QUANTITY,
+        default=SERVICE_POD,
+        meaning="its requests and limits; `ephemeral-storage: 1Gi` if not set",
+    )
+    start_timeout: float = setting(
+        parse=DURATION, default="60s", meaning="how long it may take until it listens"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TestSettings:
     """How the tests of an app are run."""
 
@@ -698,6 +738,18 @@ class TestSettings:
         default=TEST_POD,
         meaning="requests and limits of the test container; `ephemeral-storage: 4Gi` if not set",
     )
+    env: dict[str, str] = setting(parse=PLAIN, default="{}", meaning="variables of the tests")
+    env_from: tuple[str, ...] = setting(
+        parse=OBJECT_NAME,
+        default="[]",
+        meaning="Secrets of namespace `test` whose keys become variables of the tests",
+    )
+    services: tuple[ServiceSettings, ...] = setting(default="[]")
+    cache: str = setting(
+        parse=CLAIM_NAME,
+        default="''",
+        meaning="PersistentVolumeClaim of namespace `test` that is mounted at `/cache`",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -712,8 +764,11 @@ class BuildSettings:
     image: str = setting(
         parse=TARGET, default="''", meaning="where the image is pushed, without a tag"
     )
+    context: str = setting(
+        parse=FOLDER, default=".", meaning="folder of the repository that the build sees"
+    )
     dockerfile: str = setting(
-        parse=FOLDER, default="Dockerfile", meaning="path of the Dockerfile in the repository"
+        parse=FOLDER, default="Dockerfile", meaning="path of the Dockerfile in that folder"
     )
     args: tuple[str, ...] = setting(default="[]", meaning="further options for kaniko")
     timeout: float = setting(
@@ -988,20 +1043,61 @@ def cross_faults(config: Config) -> Iterator[str]:
         if app.build.builder == "kaniko" and environments and not app.build.image:
             yield f"apps[{i}].build.image: is required with builder kaniko"
         for stage, settings in (("test", app.test), ("build", app.build)):
-            for key in sorted(settings.resources.keys() - {"requests", "limits"}):
-                yield f"apps[{i}].{stage}.resources: {key!r} is neither requests nor limits"
-    yield from variable_faults(config.job_env or {})
+            yield from resource_faults(settings.resources, f"apps[{i}].{stage}")
+        yield from variable_faults(app.test.env or {}, f"apps[{i}].test.env", TEST_VARIABLE)
+        yield from service_faults(app.test.services or (), f"apps[{i}].test.services")
+    yield from variable_faults(config.job_env or {}, "job_env", OWN_VARIABLE)
 
 
-def variable_faults(job_env: Mapping[str, str]) -> Iterator[str]:
+def resource_faults(resources: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Yield what is wrong with the keys of a container's resources."""
+    for key in sorted(resources.keys() - {"requests", "limits"}):
+        yield f"{where}.resources: {key!r} is neither requests nor limits"
+
+
+def variable_faults(
+    variables: Mapping[str, str], where: str, reserved: re.Pattern[str]
+) -> Iterator[str]:
     """Yield what is wrong with the names of variables."""
-    for name in job_env:
+    for name in variables:
         if not VARIABLE.fullmatch(name):
-            yield f"job_env.{clip(name, 60)}: is no name of an environment variable"
-        elif OWN_VARIABLE.fullmatch(name):
-            yield f"job_env.{name}: is set by this program, or would change how it works"
+            yield f"{where}.{clip(name, 60)}: is no name of an environment variable"
+        elif reserved.fullmatch(name):
+            yield f"{where}.{name}: is set by this program, or would change how it works"
 
 
+def service_faults(services: Sequence[ServiceSettings], where: str) -> Iterator[str]:
+    """Yield what is wrong with the services of a test pod, which share an address."""
+    if len(services) > MOST_SERVICES:
+        yield f"{where}: {len(services)} are too many (at most {MOST_SERVICES})"
+    for i, service in enumerate(services):
+        before = services[:i]
+        here = f"{where}[{i}]"
+        if service.name in (*TEST_CONTAINERS, *(other.name for other in before)):
+            yield f"{here}.name: {service.name!r} is the name of another container"
+        if service.port in [other.port for other in before]:
+            yield f"{here}.port: {service.port} is the port of another service"
+        for path in service.writable or ():
+            inner = [p for p in (*service.writable, *TAKEN_PATHS) if is_within(p, path)]
+            if len(inner) > 1 or any(is_within(path, taken) for taken in TAKEN_PATHS):
+                yield f"{here}.writable: {path} is mounted already, or holds such a folder"
+        yield from variable_faults(service.env or {}, f"{here}.env", SERVICE_VARIABLE)
+        yield from resource_faults(service.resources or {}, here)
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether a path is a folder or lies in it."""
+    return PurePosixPath(path).is_relative_to(folder)
+
+
+MOST_SERVICES = 5  # of one test pod
+TEST_CONTAINER = "test-runner"
+RESULTS_CONTAINER = "results"
+TEST_CONTAINERS = (TEST_CONTAINER, RESULTS_CONTAINER, "clone")
+TEMPORARY = "/tmp"  # noqa: S108 - in a service's container
+TAKEN_PATHS = (TEMPORARY, "/dev", "/proc", "/sys")
+TEST_VARIABLE = re.compile("CA_BUNDLE|CI|GIT_BRANCH|GIT_COMMIT|JUNIT_XML|TERMINATION_LOG")
+SERVICE_VARIABLE = re.compile("TERMINATION_LOG")
 VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]{0,99}")
 # Variables that the programs in Job pods get from us, or whose value says what they load and run.
 OWN_VARIABLE = re.compile(
@@ -1823,10 +1919,13 @@ class Kubectl:
         if listed := [f"{resource}/{n}" for n in sorted(names)]:
             self.run("delete", *listed, "--wait=false", "--ignore-not-found", namespace=namespace)
 
-    def logs(self, pod: str, container: str, namespace: str) -> str:
-        """Return the last lines of a container, else of its previous life, else an empty text."""
+    def logs(self, pod: str, container: str, namespace: str, *, previous: bool = False) -> str:
+        """Return the last lines of a container's life, the previous one first if that is wanted.
+
+        Where that life printed nothing, it is those of the other one, else an empty text.
+        """
         args = ("logs", pod, "-c", container, "--tail=500", f"--limit-bytes={LOG_READ}")
-        for option in ((), ("--previous",)):
+        for option in sorted([(), ("--previous",)], reverse=previous):
             with suppress(KubectlError):
                 if printed := self.run(*args, *option, namespace=namespace, timeout=10.0).strip():
                     return printed[-2 * LOG_BYTES :]
@@ -2718,9 +2817,7 @@ class Cooldown:
 # === job manifests ================================================================================
 
 RUN_FIELDS = ("ref", "commit", "before", "title", "delivery")  # each an annotation of the Job
-TEST_CONTAINER = "test-runner"
 BUILD_CONTAINER = "kaniko"
-RESULTS_CONTAINER = "results"
 SOURCE = "/workspace/src"
 CREDENTIALS_MOUNT = "/var/run/gitops-hook"
 CA_MOUNT = "/var/run/gitops-hook-ca"
@@ -2806,22 +2903,85 @@ RED_REPORT = re.compile("[0-9]+ passed, 0*[1-9][0-9]* failed")
 LOST_REPORT = "the result of the tests is lost"
 DISK = "ephemeral-storage"
 # What a pod may write where the settings do not say: kaniko unpacks images over its own root.
-DISK_LIMITS = {"test": "4Gi", "build": "10Gi"}
+DISK_LIMITS = {"test": "4Gi", "build": "10Gi", "service": "1Gi"}
+START_MARGIN = 30  # seconds in which the daemon ends a run before the kubelet kills its service
+CACHE = "/cache"
+CACHED = {  # where these programs keep what they have downloaded: a folder for each
+    "PIP_CACHE_DIR": f"{CACHE}/pip",
+    "UV_CACHE_DIR": f"{CACHE}/uv",
+    "npm_config_cache": f"{CACHE}/npm",
+    "GOCACHE": f"{CACHE}/go-build",
+    "GOMODCACHE": f"{CACHE}/go-mod",
+    "CARGO_HOME": f"{CACHE}/cargo",
+    "MAVEN_ARGS": f"-Dmaven.repo.local={CACHE}/maven",
+}
 
 
 def test_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that checks out the commit, runs its tests and sums up their report."""
+    settings = app.test
     results = new_container(RESULTS_CONTAINER, config.images.hook, ["collect"])
     env = {"CI": "true", "GIT_BRANCH": run.branch, "GIT_COMMIT": run.commit, "CA_BUNDLE": CA_BUNDLE}
-    tests = new_container(TEST_CONTAINER, app.test.image, [app.test.command], **env)
+    env |= {**(CACHED if settings.cache else {}), **settings.env}
+    tests = new_container(TEST_CONTAINER, settings.image, [settings.command], **env)
     tests |= {"command": ["sh", "-ec", TRUSTING], "workingDir": SOURCE}
+    if settings.env_from:
+        tests["envFrom"] = [{"secretRef": {"name": name}} for name in settings.env_from]
     # a side-car first: it listens long before the tests can end
-    return stage_job(config, app, run, "test", {**results, "restartPolicy": "Always"}, tests)
+    job = stage_job(config, app, run, "test", {**results, "restartPolicy": "Always"}, tests)
+    pod = job["spec"]["template"]["spec"]
+    for service in settings.services:
+        pod["initContainers"] += [with_variables(service_container(service), config.job_env)]
+        pod["volumes"] += service_volumes(service)
+    if settings.cache:
+        add_cache(pod, settings.cache, "deploy" if run.branch == app.branch else "branches")
+    return job
+
+
+def service_container(service: ServiceSettings) -> Object:
+    """Return a side-car of the tests, which begin when it listens.
+
+    The daemon ends a run whose service does not start; the kubelet would start it for ever.
+    """
+    container = new_container(service.name, service.image, [service.command], **service.env)
+    container["command"] = ["sh", "-ec"]
+    if not service.command:
+        del container["command"], container["args"]
+    mounts = zip(service_volumes(service), (TEMPORARY, *service.writable), strict=True)
+    return {
+        **container,
+        "restartPolicy": "Always",
+        "ports": [{"containerPort": service.port}],
+        "resources": with_disk_limit(service.resources, DISK_LIMITS["service"]),
+        "securityContext": {**container["securityContext"], "runAsUser": service.user},
+        "startupProbe": {
+            "tcpSocket": {"port": service.port},
+            "periodSeconds": 1,
+            "failureThreshold": math.ceil(service.start_timeout) + START_MARGIN,
+        },
+        "volumeMounts": [{"name": v["name"], "mountPath": path} for v, path in mounts],
+    }
+
+
+def service_volumes(service: ServiceSettings) -> list[Object]:
+    """Return the empty folders of a service, that of /tmp first."""
+    disk = with_disk_limit(service.resources, DISK_LIMITS["service"])["limits"][DISK]
+    names = (f"{service.name}-{n}" for n in range(1 + len(service.writable)))
+    return [{"name": name, "emptyDir": {"sizeLimit": disk}} for name in names]
+
+
+def add_cache(pod: Object, claim: str, folder: str) -> None:
+    """Mount a folder of a claim in the test container: a cache is a way into what comes later."""
+    pod["volumes"] += [{"name": "cache", "persistentVolumeClaim": {"claimName": claim}}]
+    (tests,) = pod["containers"]
+    mount = {"name": "cache", "mountPath": CACHE, "subPath": folder}
+    tests["volumeMounts"] = [*tests["volumeMounts"], mount]
 
 
 def build_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that builds and pushes the image; its termination message is the digest."""
-    options = [f"--context=dir://{BUILD_CONTEXT}", f"--dockerfile={app.build.dockerfile}"]
+    context = PurePosixPath(BUILD_CONTEXT, app.build.context)
+    options = [f"--context=dir://{context}", f"--dockerfile={app.build.dockerfile}"]
     proxies = [f"{n}={value}" for n, value in config.job_env.items() if PROXIES.fullmatch(n)]
     options += [f"--build-arg={proxy}" for proxy in proxies]
     options += [f"--destination={app.build.image}:{run.commit[:8]}", *app.build.args]
@@ -2856,8 +3016,8 @@ def stage_job(config: Config, app: App, run: Run, stage: str, *containers: Objec
     pod["serviceAccountName"] = f"{stage}-runner-sa"
     pod["initContainers"] = [*sidecars, clone_container(config, app, run)]
     pod["containers"] = [{**main, "resources": resources}]
-    for container in (*pod["initContainers"], *pod["containers"]):
-        container["env"] = [*env_of(config.job_env), *container["env"]]
+    for key in ("initContainers", "containers"):
+        pod[key] = [with_variables(container, config.job_env) for container in pod[key]]
     for volume in pod["volumes"]:
         if "emptyDir" in volume:
             volume["emptyDir"]["sizeLimit"] = resources["limits"][DISK]
@@ -2886,6 +3046,12 @@ def new_container(name: str, image: str, args: Sequence[str], **env: str) -> Obj
 def env_of(variables: Mapping[str, str]) -> list[Object]:
     """Return variables as a container has them, escaped."""
     return [{"name": name, "value": v.replace("$", "$$")} for name, v in variables.items()]
+
+
+def with_variables(container: Object, variables: Mapping[str, str]) -> Object:
+    """Return a container that has more variables; its own of the same names count, the last one."""
+    both = [*env_of(variables), *container["env"]]
+    return {**container, "env": [*{variable["name"]: variable for variable in both}.values()]}
 
 
 def with_disk_limit(resources: Mapping[str, Mapping[str, str]], limit: str) -> Object:
@@ -3674,7 +3840,9 @@ class Container:
         self.text: str = waiting.get("message") or ""  # of kubelet and runtime
         if not self.text and START.fullmatch(ended.get("reason", "")):
             self.text = self.words
-        self.exits: int = (entry.get("restartCount") or 0) + (bool(ended) and not self.running)
+        self.started = entry.get("started") is True
+        self.restarts: int = entry.get("restartCount") or 0
+        self.exits: int = self.restarts + (bool(ended) and not self.running)
         self.exit_code: int | None = ended.get("exitCode")  # of the last life that ended by itself
         self.exit_reason: str = ended.get("reason", "")
         self.ended = epoch(ended.get("finishedAt"))
@@ -4178,6 +4346,7 @@ QUOTA = re.compile("exceeded quota: [^ ]+, requested: ([^ ]+), used: [^ ]+, limi
 QUANTITY_TEXT = re.compile("([0-9]+(?:[.][0-9]+)?)(e[+-]?[0-9]{1,2}|[numkMGTPE]|[KMGTPE]i)?")
 UNIT_POWERS = {"n": -3, "u": -2, "m": -1, "": 0, "k": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
 CLAIM = re.compile("(?i)persistentvolumeclaim")
+SERVICE_EXITS = 2  # of a service before it listens, after which it is not waited for
 VOLUME_EVENTS = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
 STEPS = ("Pulling", "Pulled", "Created", "Started")  # of a container on its way to run
 STARTING = ("ContainerCreating", "PodInitializing")  # of which the status says nothing more
@@ -4303,6 +4472,28 @@ def pod_problems(
         yield PodProblem(f"{pod.name}/schedule", reason, text, NEVER)
     problems = (container_problem(c, pod, events, crashes) for c in pod.containers)
     yield from filter(None, problems)
+
+
+def service_problems(pod: Pod, services: Sequence[ServiceSettings]) -> Iterator[PodProblem]:
+    """Yield which services of a test pod do not listen, for which its tests wait.
+
+    The Job itself would wait for ever. Two exits prove it, or the end of the service's time.
+    """
+    begun = any(c.kind == "app" and not c.waiting for c in pod.containers)
+    by_name = {} if begun or not pod.stays else {service.name: service for service in services}
+    for container in pod.containers:
+        service = by_name.get(container.name)
+        if service is None or container.started or not (container.running or container.exits):
+            continue
+        grace = service.start_timeout
+        text = f"service {service.name} does not listen on port {service.port}"
+        if container.exits:
+            cause = f"exit code {container.exit_code} ({container.exit_reason})"
+            text += f"; it ended {container.exits} times, last with {cause}"
+        if container.exits >= SERVICE_EXITS:
+            grace = 0.0
+        key = f"{pod.name}/{service.name}/service"
+        yield PodProblem(key, Reason.SERVICE_FAILED, text, grace)
 
 
 def container_to_start(pod: Pod) -> Container | None:
@@ -4483,6 +4674,14 @@ class Observation:
     holdup: PodProblem | None = None  # what its pods wait for
 
     @property
+    def restarted_services(self) -> str:
+        """Which services of the tests ended, and were started again, meanwhile."""
+        names = [service.name for service in self.app.test.services]
+        ours = [c for pod in self.pods if pod.job for c in pod.containers if c.name in names]
+        texts = [f"service {c.name} was restarted {c.restarts} times" for c in ours if c.restarts]
+        return "; ".join(texts)
+
+    @property
     def report(self) -> str:
         """The sentence of the test report, if there is one."""
         test = self.jobs.get("test")
@@ -4639,7 +4838,15 @@ def succeeded_tests(observed: Observation, test: Job, result: str) -> Action | N
         return Action(Do.ANNOTATE, "test", detail=f"{LOST_REPORT}: its pod is gone")
     if is_lost(report):
         return fails(Reason.VANISHED, report, "test")
-    return fails(Reason.TESTS_FAILED, f"exit code 0, but {observed.report}", "test")
+    return with_services(
+        observed, fails(Reason.TESTS_FAILED, f"exit code 0, but {observed.report}", "test")
+    )
+
+
+def with_services(observed: Observation, action: Action) -> Action:
+    """Return an end of red tests that also names the services that ended meanwhile."""
+    ended = observed.restarted_services if action.reason is Reason.TESTS_FAILED else ""
+    return replace(action, detail=f"{action.detail}; {ended}") if ended else action
 
 
 def was_accepted(observed: Observation, report: str | None) -> bool:
@@ -4715,7 +4922,7 @@ def failure(observed: Observation, job: Job, ended: Iterable[Container]) -> Acti
     names = (stage.worker, "clone")
     culprit = next((c for c in ended if c.exit_code and c.name in names), None)
     if culprit:
-        return culprit_failure(job, culprit, report)
+        return with_services(observed, culprit_failure(job, culprit, report))
     if job.reason == "DeadlineExceeded" and not ended and (waited := waited_for(job)):
         return waited
     if job.reason == "DeadlineExceeded":
@@ -5380,7 +5587,9 @@ class LogTails:
         """Write the ConfigMap of a run's logs, in the place of an older one."""
         tails = {}
         for spoken in speakers(pods):
-            printed = self.kubectl.logs(spoken.pod.name, spoken.container.name, namespace)
+            is_service = spoken.container.kind == "sidecar"
+            names = (spoken.pod.name, spoken.container.name, namespace)
+            printed = self.kubectl.logs(*names, previous=is_service)
             message = spoken.container.words
             whole = printed if message in printed else f"{printed}\n{message}"
             if tail := self.secrets.mask(whole.strip()[-2 * LOG_BYTES :]):
@@ -5420,6 +5629,13 @@ class Speaker:
     pod: Pod
     container: Container
 
+    @property
+    def is_failed_service(self) -> bool:
+        """Whether it is a service of tests that ended too early, or for which they wait."""
+        waited_for = all(c.waiting for c in self.pod.containers if c.kind == "app")
+        failed = self.container.restarts or (waited_for and not self.container.started)
+        return bool(self.pod.job and self.container.name != RESULTS_CONTAINER and failed)
+
 
 def speakers(pods: Iterable[Pod]) -> list[Speaker]:
     """Return the containers whose logs say most: those that failed in the newest unready pod.
@@ -5428,7 +5644,7 @@ def speakers(pods: Iterable[Pod]) -> list[Speaker]:
     """
     ordered = sorted(pods, key=lambda p: (p.ready, -p.created))
     ran = [Speaker(p, c) for p in ordered for c in p.containers if c.running or c.exits]
-    ran = [s for s in ran if s.container.kind != "sidecar"]
+    ran = [s for s in ran if s.container.kind != "sidecar" or s.is_failed_service]
     failed = [s for s in ran if s.container.exit_code or not s.container.ready]
     chosen = failed or [s for s in ran if s.container.kind == "app"]
     return [s for s in chosen if s.pod is chosen[0].pod][:4]
@@ -8211,6 +8427,8 @@ class RunReconciler:
         unseen = frozenset(environment for environment, i in informers if i.trouble)
         events = self.events.get(run.id, [])
         problems = [p for pod in pods for p in pod_problems(pod, events)]
+        services = self.context.apps[run.app].test.services
+        silent = [p for pod in pods for p in service_problems(pod, services)]
         stuck = [p for p in pods if p.stays and (p.unschedulable or container_to_start(p))]
         for job in jobs.values():
             refused = job.annotations.get(ANNOTATION_REASON) in CREATION_REASONS
@@ -8226,11 +8444,13 @@ class RunReconciler:
             services={e: s for e, i in informers if (s := i.find(run.app))},
             head=self.catch_up.head(run),
             newer=newer,
-            fatal_problem=self.trackers.setdefault(run.id, ProblemTracker()).fatal(problems, now),
+            fatal_problem=self.trackers.setdefault(run.id, ProblemTracker()).fatal(
+                problems + silent, now
+            ),
             busy=busy | unseen,
             now=now,
             queue_timeout=self.context.config.limits.queue_timeout,
-            holdup=holdup(stuck, events),
+            holdup=holdup(stuck, events) or next(iter(silent), None),
         )
 
     def within_slots(self, steps: Sequence[Step], active: Sequence[Run]) -> Iterator[Step]:

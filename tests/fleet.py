@@ -424,6 +424,7 @@ def app_entry(name: str, repository: Path, settings: Object) -> Object:
         test["image"] = settings.pop("test_image")
     if "test_timeout" in settings:
         test["timeout"] = settings.pop("test_timeout")
+    test |= settings.pop("test_settings", {})
     branches = settings.pop("test_branches", ["*"])
     health = {"path": "/ready", "successes": 2, "timeout": "3s"}
     deploy = {

@@ -356,6 +356,60 @@ def test_the_value_of_a_variable_is_one_line(value: Any) -> None:
     assert fault.startswith("job_env.A: ")
 
 
+def service(**more: Any) -> Any:
+    return {"name": "db", "image": "postgres:16", "port": 5432, **more}
+
+
+def test_what_is_not_said_of_a_service_has_a_default() -> None:
+    (db,) = loaded({"test": {"services": [service()]}}).apps[0].test.services
+    assert (db.command, db.env, db.user, db.writable, db.start_timeout) == ("", {}, 65532, (), 60.0)
+
+
+TAKEN = "is mounted already, or holds such a folder"
+PATH = "is not an absolute path without . and .."
+
+
+@pytest.mark.parametrize(
+    ("services", "fault"),
+    [
+        ([service(name=f"s{n}", port=n + 1) for n in range(6)], ": 6 are too many (at most 5)"),
+        ([service(), service(port=1)], "[1].name: 'db' is the name of another container"),
+        ([service(name="clone")], "[0].name: 'clone' is the name of another container"),
+        ([service(name="test-runner")], "[0].name: 'test-runner' is the name of another container"),
+        ([service(), service(name="b")], "[1].port: 5432 is the port of another service"),
+        ([service(port=0)], "[0].port: 0 is not a port from 1 to 65535"),
+        ([service(port=65536)], "[0].port: 65536 is not a port from 1 to 65535"),
+        ([service(user=0)], "[0].user: 0 is not the number of a user that is not root"),
+        ([service(writable=["/a", "/a"])], f"[0].writable: /a {TAKEN}"),
+        ([service(writable=["/a", "/a/b"])], f"[0].writable: /a {TAKEN}"),
+        ([service(writable=["/tmp/x"])], f"[0].writable: /tmp/x {TAKEN}"),
+        ([service(writable=["/a/../b"])], f"[0].writable[0]: '/a/../b' {PATH}"),
+        ([service(writable=["a"])], f"[0].writable[0]: 'a' {PATH}"),
+        ([service(writable=["/"])], f"[0].writable[0]: '/' {PATH}"),
+        ([service(env={"A-B": "x"})], "[0].env.A-B: is no name of an environment variable"),
+        ([service(resources={"limit": {}})],
+         "[0].resources: 'limit' is neither requests nor limits"),
+        ([{"image": "x:1", "port": 1}], "[0].name: is required"),
+    ],
+)  # fmt: skip
+def test_services_that_collide_or_cannot_run_are_faults(services: Any, fault: str) -> None:
+    text = document({"test": {"services": services}})
+    found = [f for f in faults(text) if f"apps[0].test.services{fault}" == f]
+    assert found == [f"apps[0].test.services{fault}"]
+
+
+@pytest.mark.parametrize(
+    ("test", "fault"),
+    [
+        ({"env": {"CI": "x"}}, "env.CI: is set by this program, or would change how it works"),
+        ({"env_from": ["A"]}, "env_from[0]: 'A' is not the name of an object"),
+        ({"cache": "a/b"}, "cache: 'a/b' is not the name of a claim"),
+    ],
+)
+def test_names_that_tests_cannot_have_are_faults(test: Any, fault: str) -> None:
+    assert faults(document({"test": test})) == [f"apps[0].test.{fault}"]
+
+
 def test_a_pause_may_be_shorter_than_a_second() -> None:
     deploy = loaded({"deploy": {"bake": "250ms"}}).apps[0].deploy
     assert deploy.bake == pytest.approx(0.25)

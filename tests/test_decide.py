@@ -1054,6 +1054,51 @@ def test_the_events_tell_of_a_second_refusal_as_soon_as_it_has_come(
     assert (found[1].reason, found[0]) == (Reason.IMAGE_NOT_FOUND, pytest.approx(at, abs=0.51))
 
 
+SERVICE = hook.ServiceSettings(
+    name="db", image="db:1", port=5432, command="", env={}, user=1, writable=(), resources={},
+    start_timeout=10.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scenario", "text"),
+    [
+        ("job-service-crashes", "does not listen on port 5432; it ended 2 times, last with exit"),
+        ("job-service-never-ready", "service db does not listen on port 5432"),
+        ("job-service-succeeds", ""),
+        ("job-service-dies-during-tests", ""),
+        ("job-service-image-missing", ""),
+    ],
+)
+def test_a_service_is_waited_for_until_two_exits_or_its_time_prove_that_it_will_not_listen(
+    scenario: str, text: str
+) -> None:
+    tracker = hook.ProblemTracker()
+    ends = []
+    for now, pods in replayed(scenario, "", 60):
+        problems = [p for pod in pods for p in hook.service_problems(pod, [SERVICE])]
+        if problem := tracker.fatal(problems, now):
+            ends.append((now, problem))
+    assert bool(ends) == bool(text)
+    if ends:
+        at, problem = ends[0]
+        assert text in problem.detail
+        assert problem.reason is Reason.SERVICE_FAILED
+        assert at < 20
+
+
+def test_red_tests_name_the_services_that_were_restarted_meanwhile() -> None:
+    *_, (_, pods) = (
+        (now, pods) for now, pods in replayed("job-service-dies-during-tests", "") if pods
+    )
+    view = a_view(a_job("test", "failed"), pods=pods)
+    settings = replace(view.app.test, services=(SERVICE,))
+    view = replace(view, app=replace(view.app, test=settings))
+    assert re.fullmatch("service db was restarted [0-9]+ times", view.restarted_services)
+    ended = hook.with_services(view, hook.fails(Reason.TESTS_FAILED, "exit code 1", "test"))
+    assert ended.detail.startswith("exit code 1; service db was restarted")
+
+
 @pytest.mark.parametrize("with_events", [False, True])
 @pytest.mark.parametrize(
     ("scenario", "prefix"),

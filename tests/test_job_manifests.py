@@ -21,6 +21,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import gitops_hook as hook
 from gitops_hook import (
@@ -42,6 +43,7 @@ from gitops_hook import (
 from tests.fuzz import TARGETS
 from tests.standin.cluster import Cluster
 from tests.standin.kubectl import find_kubectl
+from tests.standin.podsecurity import violations
 from tests.standin.sandbox import expand
 from tests.waiting import eventually
 
@@ -120,6 +122,134 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         patch.setenv("KUBECONFIG", str(running.kubeconfig()))
         patch.setenv("HOME", str(home))
         yield running
+
+
+DB = {
+    "name": "db",
+    "image": "postgres:16",
+    "port": 5432,
+    "user": 999,
+    "writable": ["/var/lib/postgresql", "/var/run/postgresql"],
+    "env": {"POSTGRES_PASSWORD": "$(x)", "PGDATA": "/var/lib/postgresql/data"},
+}
+TESTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "services": st.sampled_from(
+            [
+                [DB],
+                [
+                    DB,
+                    {"name": "queue", "image": "redis:7", "port": 6379, "command": "redis-server"},
+                ],
+                [{"name": f"s{n}", "image": "i:1", "port": 65531 + n} for n in range(5)],
+            ]
+        ),
+        "env": st.sampled_from([{"A": "$(B)"}, {"HOME": "/workspace", "PIP_CACHE_DIR": "/x"}]),
+        "env_from": st.sampled_from([["one"], ["one", "two.three"]]),
+        "cache": st.sampled_from(["cache", "a.b"]),
+        "timeout": st.sampled_from(["1s", "99999h"]),
+        "resources": st.sampled_from([{}, {"limits": {"cpu": 2, "ephemeral-storage": "1Gi"}}]),
+    },
+)
+BUILDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "context": st.sampled_from([".", "services/shop"]),
+        "dockerfile": st.sampled_from(["Dockerfile", "docker/web.Dockerfile"]),
+        "args": st.sampled_from([["--cache=true"], ["--build-arg=A=$(B)"]]),
+    },
+)
+
+
+@given(TESTS, BUILDS, st.sampled_from([{}, {"HTTPS_PROXY": "http://proxy:3128", "HOME2": "x"}]))
+@settings(max_examples=40, deadline=None, database=None)
+def test_whatever_the_settings_say_they_are_valid_and_fit_pod_security(
+    tests: Object, build: Object, variables: dict[str, str]
+) -> None:
+    image = {"image": "registry.example.com/demo/shop"}
+    entry = {"name": "shop", "repository": "https://git.example.com/demo/shop.git"}
+    app = {**entry, "test": tests, "build": {**image, **build}}
+    loaded = load_config(yaml.safe_dump({"apps": [app], "job_env": variables}))
+    version = kubernetes_validate.latest_version()
+    for make, level in ((of_test, "restricted"), (of_build, "baseline")):
+        job = make(loaded)
+        kubernetes_validate.validate(job, version, strict=True)
+        assert violations(level, pod(job)) == ""
+        for one in (*pod(job)["initContainers"], *pod(job)["containers"]):
+            names = [entry["name"] for entry in one["env"]]
+            assert len(names) == len({*names})
+            mounts = [mount["mountPath"] for mount in one["volumeMounts"]]
+            assert len(mounts) == len({*mounts})
+        volumes = [volume["name"] for volume in pod(job)["volumes"]]
+        assert len(volumes) == len({*volumes})
+
+
+def test_a_service_is_a_side_car_whose_port_the_tests_wait_for() -> None:
+    job = of_test(config(test={"services": [DB, {"name": "queue", "image": "redis:7", "port": 1}]}))
+    order = [c["name"] for c in pod(job)["initContainers"]]
+    assert order == ["results", "clone", "db", "queue"]
+    db = container(job, "db")
+    assert (db["image"], db["restartPolicy"]) == ("postgres:16", "Always")
+    assert "args" not in db
+    assert "command" not in db
+    assert db["startupProbe"]["tcpSocket"] == {"port": 5432}
+    # longer than the daemon waits, which ends the run before the kubelet kills the service
+    assert db["startupProbe"]["failureThreshold"] * db["startupProbe"]["periodSeconds"] > 60
+    assert db["securityContext"] == {**hook.CONTAINER["securityContext"], "runAsUser": 999}
+    assert values(db)["POSTGRES_PASSWORD"] == "$(x)"
+    mounts = {mount["mountPath"]: mount["name"] for mount in db["volumeMounts"]}
+    assert [*mounts] == ["/tmp", "/var/lib/postgresql", "/var/run/postgresql"]
+    volumes = {v["name"]: v["emptyDir"] for v in pod(job)["volumes"] if v["name"].startswith("db")}
+    assert volumes == {name: {"sizeLimit": "1Gi"} for name in mounts.values()}
+    assert not {*mounts.values()} & {m["name"] for m in container(job, "queue")["volumeMounts"]}
+    assert pod(job)["containers"][0]["name"] == "test-runner"
+
+
+def test_the_command_of_a_service_reaches_the_shell_as_it_is_written() -> None:
+    service = {"name": "queue", "image": "redis:7", "port": 1, "command": "echo $HOME $(id)"}
+    queue = container(of_test(config(test={"services": [service]})), "queue")
+    assert queue["command"] == ["sh", "-ec"]
+    assert [expand(arg, {}) for arg in queue["args"]] == ["echo $HOME $(id)"]
+
+
+def test_variables_of_the_tests_and_names_of_secrets_reach_the_tests_alone() -> None:
+    loaded = config(test={"env": {"MODE": "$(ci)", "HOME": "/x"}, "env_from": ["a", "b"]})
+    tests = container(of_test(loaded), "test-runner")
+    assert (values(tests)["MODE"], values(tests)["HOME"]) == ("$(ci)", "/x")
+    assert tests["envFrom"] == [{"secretRef": {"name": "a"}}, {"secretRef": {"name": "b"}}]
+    others = pod(of_test(loaded))["initContainers"]
+    assert all("envFrom" not in c and "MODE" not in values(c) for c in others)
+    assert "envFrom" not in container(of_build(loaded), "kaniko")
+
+
+@pytest.mark.parametrize(
+    ("ref", "folder"),
+    [
+        ("refs/heads/main", "deploy"),
+        ("refs/heads/topic", "branches"),
+        ("refs/heads/x/main", "branches"),
+    ],
+)
+def test_the_cache_of_test_branches_is_not_that_of_the_deploy_branch(ref: str, folder: str) -> None:
+    job = of_test(config(test={"cache": "pip-cache"}), replace(RUN, ref=ref))
+    assert {"name": "cache", "persistentVolumeClaim": {"claimName": "pip-cache"}} in pod(job)[
+        "volumes"
+    ]
+    tests = container(job, "test-runner")
+    mount = {"name": "cache", "mountPath": "/cache", "subPath": folder}
+    assert mount in tests["volumeMounts"]
+    assert all(m["name"] != "cache" for c in pod(job)["initContainers"] for m in c["volumeMounts"])
+    assert values(tests)["PIP_CACHE_DIR"] == "/cache/pip"
+
+
+def test_the_build_sees_the_folder_that_the_settings_name() -> None:
+    build = {"image": "registry.example.com/demo/shop", "context": "services/shop"}
+    args = container(of_build(config(build=build)), "kaniko")["args"]
+    assert args[:2] == [
+        "--context=dir:///kaniko/source/src/services/shop",
+        "--dockerfile=Dockerfile",
+    ]
 
 
 @pytest.mark.usefixtures("cluster")

@@ -75,6 +75,9 @@ class Sandbox:
             if volume["name"] not in mounted:
                 continue
             place = self.directory / "volumes" / volume["name"]
+            if claim := (volume.get("persistentVolumeClaim") or {}).get("claimName"):
+                # what is in it outlives the pod
+                place = self.directory.parent / "claims" / f"{self.namespace}_{claim}"
             place.mkdir(parents=True, exist_ok=True)
             _fill(self, volume, place)
             self.volumes[volume["name"]] = place
@@ -361,7 +364,7 @@ def _fill(sandbox: Sandbox, volume: Object, place: Path) -> None:
             mode = source.get("defaultMode", mode)
             kind = next(name for name in ("configMap", "secret", "downwardAPI") if name in volume)
             _fill_source(sandbox, volume["name"], {kind: source}, place, mode)
-        elif "emptyDir" not in volume:
+        elif not volume.keys() & {"emptyDir", "persistentVolumeClaim"}:
             kinds = ", ".join(key for key in volume if key != "name")
             raise ConfigError(f"volumes of this kind are not modelled: {kinds}")
     except ConfigError as error:
