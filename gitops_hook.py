@@ -1077,8 +1077,9 @@ def service_faults(services: Sequence[ServiceSettings], where: str) -> Iterator[
             yield f"{here}.name: {service.name!r} is the name of another container"
         if service.port in [other.port for other in before]:
             yield f"{here}.port: {service.port} is the port of another service"
-        for path in service.writable or ():
-            inner = [p for p in (*service.writable, *TAKEN_PATHS) if is_within(p, path)]
+        folders = [*filter(None, service.writable or ())]
+        for path in dict.fromkeys(folders):
+            inner = [p for p in (*folders, *TAKEN_PATHS) if is_within(p, path)]
             if len(inner) > 1 or any(is_within(path, taken) for taken in TAKEN_PATHS):
                 yield f"{here}.writable: {path} is mounted already, or holds such a folder"
         yield from variable_faults(service.env or {}, f"{here}.env", SERVICE_VARIABLE)
@@ -9413,6 +9414,8 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
     names = [a.name for a in config.apps]
     if args.check:
         print_text(f"the configuration is valid; apps: {', '.join(names) or 'none'}")
+        for warning in quota_warnings(config):
+            print_text(warning)
         return 0
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
@@ -9433,6 +9436,43 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
     controller.shut_down(SHUTDOWN_SECONDS)
     info("stopped", spooled=len(spool))
     return 0
+
+
+# The hard limits in manifests/base/resourcequotas.yaml.
+SHIPPED_QUOTA = {
+    "requests.cpu": "2",
+    "requests.memory": "4Gi",
+    "limits.cpu": "4",
+    "limits.memory": "8Gi",
+    f"requests.{DISK}": "8Gi",
+    f"limits.{DISK}": "48Gi",
+}
+
+
+def quota_warnings(config: Config) -> Iterator[str]:
+    """Yield which test or build pods ask for more than the quota that is shipped ever allows."""
+    nobody = Run(id="x", app="", ref="", commit="0" * 40)
+    for app in config.apps:
+        for stage, job in (("test", test_job), ("build", build_job)):
+            pod = job(config, app, nobody)["spec"]["template"]["spec"]
+            for name, limit in SHIPPED_QUOTA.items():
+                if (asked := pod_total(pod, *name.split("."))) > quantity(limit):
+                    where = f"apps.{app.name}.{stage}: a pod asks for {name} of {asked.normalize():f}"
+                    advice = f"Raise it in Quota {stage}-quota, or ask for less."
+                    yield f"{where}, but the shipped quota allows {limit}. {advice}"
+
+
+def pod_total(pod: Object, kind: str, name: str) -> Decimal:
+    """Return what a pod requests or limits in all, as a quota counts it."""
+    total = most = Decimal(0)
+    for container in pod["initContainers"]:
+        text = str(container["resources"].get(kind, {}).get(name, "0"))
+        most = max(most, total + quantity(text))
+        if "restartPolicy" in container:  # a side-car stays
+            total += quantity(text)
+    for container in pod["containers"]:
+        total += quantity(str(container["resources"].get(kind, {}).get(name, "0")))
+    return max(most, total)
 
 
 def stop_on_signals(stopping: threading.Event) -> None:

@@ -505,7 +505,7 @@ def paths(section: Any, prefix: str = "") -> list[str]:
         path = prefix + field.name
         if is_dataclass(value):
             listed += paths(value, f"{path}.")
-        elif field.name == "apps":
+        elif isinstance(value, tuple) and value and is_dataclass(value[0]):
             listed += paths(value[0], f"{path}[].")
         else:
             listed.append(path)
@@ -521,8 +521,9 @@ def test_the_table_lists_every_setting_with_its_default_and_its_meaning() -> Non
     assert table["catch_up"].default == "5m"
     assert all(setting.meaning for setting in table.values())
     required = [path for path, setting in table.items() if setting.default == hook.REQUIRED]
-    assert required == ["apps[].name", "apps[].repository"]
-    assert sorted(table) == sorted(paths(loaded()))
+    of_a_service = [f"apps[].test.services[].{key}" for key in ("name", "image", "port")]
+    assert required == ["apps[].name", "apps[].repository", *of_a_service]
+    assert sorted(table) == sorted(paths(loaded({"test": {"services": [service()]}})))
 
 
 def test_a_configuration_of_the_defaults_in_the_table_is_the_default() -> None:
@@ -536,7 +537,8 @@ def test_a_configuration_of_the_defaults_in_the_table_is_the_default() -> None:
             section[key] = yaml.safe_load(setting.default)
     app = spelled.pop("apps")
     app["build"]["image"] = IMAGE["image"]
-    assert loaded(app, **spelled) == loaded()
+    app["test"]["services"] = [service(**app["test"]["services"])]
+    assert loaded(app, **spelled) == loaded({"test": {"services": [service()]}})
 
 
 # === The process ===

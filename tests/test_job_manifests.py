@@ -277,6 +277,19 @@ def test_as_many_as_run_at_once_get_their_pods_within_quota_and_pod_security(
         assert time.monotonic() < until
 
 
+def test_pods_that_the_shipped_quota_never_allows_are_named_before_the_first_push() -> None:
+    assert [*hook.quota_warnings(config())] == []
+    text = (ROOT / "manifests" / "base" / "resourcequotas.yaml").read_text()
+    for quota in yaml.safe_load_all(text):
+        hard = {name: amount for name, amount in quota["spec"]["hard"].items() if name != "pods"}
+        assert hard == hook.SHIPPED_QUOTA
+    large = {**DB, "resources": {"requests": {"cpu": "1"}, "limits": {"memory": "7800Mi"}}}
+    second = {**large, "name": "other", "port": 1}
+    (requests, limits) = hook.quota_warnings(config(test={"services": [large, second]}))
+    assert requests.startswith("apps.shop.test: a pod asks for requests.cpu of 2.3, but the ")
+    assert limits.endswith("allows 8Gi. Raise it in Quota test-quota, or ask for less.")
+
+
 # === What they may do ===
 
 
