@@ -3199,32 +3199,39 @@ KIND_ADVICE = {
     ),
     "": f"{BY_HAND}.",
 }
-# What rendering sets, by field; in a path `Pod` stands for the template, `*` for any characters.
-# Every other field is as the commit has it.
+# What rendering sets, by field: `Pod` stands for the template, and `*` for anything in between.
+# Every other field is as the commit has it. The README has this table.
 SET_FIELDS = {
     "Deployment.metadata.name": "`APP-blue` or `APP-green`",
     "*.metadata.namespace": "the namespace of the environment",
-    "*.metadata.labels": "your labels, with `gitops-hook/*`, `app.kubernetes.io/managed-by`, and "
-    "`version` as the colour; where you use `version`, the colour is `gitops-hook/colour`",
-    "*.metadata.annotations": "yours, with `gitops-hook/*`",
+    "*.metadata.labels": "yours, `gitops-hook/*`, `app.kubernetes.io/managed-by` and the colour",
+    "*.metadata.annotations": "yours and `gitops-hook/*`",
     "Deployment.spec.selector": "`gitops-hook/app` and the colour",
     "Deployment.spec.replicas": "as many as the live version has, if you say fewer; at least 1",
-    "Deployment.spec.progressDeadlineSeconds": "yours, `deploy.rollout_timeout` or 20 s for each "
-    "replica, whichever is longest",
+    "Deployment.spec.progressDeadlineSeconds": (
+        "the longest of yours, `deploy.rollout_timeout` and 20 s for each replica"
+    ),
     "Deployment.spec.paused": "`false`",
-    "Deployment.spec.minReadySeconds": "10, where you say nothing",
-    "Deployment.spec.revisionHistoryLimit": "3, where you say nothing",
-    "Deployment.spec.strategy": "`maxSurge: 1` and `maxUnavailable: 0`, where you say nothing",
-    "Pod.spec.*ontainers.image": "the built image, by digest, where it is `build.image` or the "
-    "app's name; if nothing names it, that of the only container",
-    "Pod.spec.*ontainers.readinessProbe": "`deploy.health.path`, where no container has a probe",
-    "Pod.spec.containers.lifecycle.preStop": "a sleep of 5 s, where you say nothing",
+    "Deployment.spec.minReadySeconds": "10 if you say nothing",
+    "Deployment.spec.revisionHistoryLimit": "3 if you say nothing",
+    "Deployment.spec.strategy": "`maxSurge: 1` and `maxUnavailable: 0` if you say nothing",
+    "Pod.metadata.labels": (
+        "yours, those of the Deployment's selector and `gitops-hook/run`; the colour is "
+        "`version`, or `gitops-hook/colour` if you use `version`"
+    ),
+    "Pod.spec.containers.image": (
+        "the built image, by digest, for `build.image` and for the app's name; "
+        "for the only container, if nothing names them"
+    ),
+    "Pod.spec.containers.readinessProbe": "`deploy.health.path` if no container has a probe",
+    "Pod.spec.containers.lifecycle.preStop": "a sleep of 5 s if you say nothing",
     "Pod.spec.*.configMap*.name": "the name of the ConfigMap's copy",
-    "Pod.spec.topologySpreadConstraints.labelSelector.matchLabels": "yours and the colour, where "
-    "it selects the app's pods",
-    "Pod.spec.affinity.podAntiAffinity.*labelSelector.matchLabels": "the same",
+    "Pod.spec.topologySpreadConstraints.labelSelector.matchLabels": (
+        "yours and the colour, if it selects the app's pods"
+    ),
+    "Pod.spec.affinity.podAntiAffinity.*.labelSelector.matchLabels": "the same",
     "Service.spec.selector": "`gitops-hook/app`, `gitops-hook/run` and the colour",
-    "ConfigMap.metadata.name": "yours, followed by a hash of the content",
+    "ConfigMap.metadata.name": "yours with a hash of the content",
     "ConfigMap.immutable": "`true`",
 }
 
@@ -3565,9 +3572,14 @@ def selects(selector: Object, labels: Mapping[str, Any]) -> bool:
 
 def term_holds(term: Object, value: Any) -> bool:
     """Whether the value of a label, None where there is none, is as a selector's term wants it."""
-    if term["operator"] in ("Exists", "DoesNotExist"):
-        return bool((value is not None) == (term["operator"] == "Exists"))
-    return bool((value in term["values"]) == (term["operator"] == "In"))
+    values = term.get("values") or ()
+    holds = {
+        "In": value in values,
+        "NotIn": value not in values,
+        "Exists": value is not None,
+        "DoesNotExist": value is None,
+    }
+    return holds.get(term["operator"], False)
 
 
 def refusals(
