@@ -3496,8 +3496,9 @@ class SortedManifests:
                 yield f"{manifest.where}{self.kind_fault(manifest)}"
             names.add(name)
         if self.service is None:
-            services = clip(", ".join(m.name for m in self.of_kind("Service")) or "none")
-            yield f"There is no Service named {self.app.name!r} (found: {services}). Add it."
+            names = clip(", ".join(m.name for m in self.of_kind("Service")) or "none")
+            fault = f"There is no Service named {self.app.name!r} (there are: {names})"
+            yield f"{fault}. Add it, rename one, or set deploy.service."
         if self.front is None:
             yield from self.front_faults()
 

@@ -809,7 +809,7 @@ def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
         ),
         (
             changed("Service.metadata.name", "web"),
-            "There is no Service named 'shop' (found: web). Add it.",
+            "There is no Service named 'shop' (there are: web). Add it, rename one, or set deploy",
         ),
         (
             objects(SERVICE),
@@ -817,9 +817,9 @@ def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
         ),
         (
             objects(DEPLOYMENT),
-            "There is no Service named 'shop' (found: none). Add it.",
+            "There is no Service named 'shop' (there are: none). Add it, rename one, or set deploy",
         ),
-        ([], "There is no Service named 'shop' (found: none). Add it. There is no Deployment."),
+        ([], "rename one, or set deploy.service. There is no Deployment. Add one, whose pods the"),
         (
             objects(f"{ALL}---{DEPLOYMENT.replace('name: web,', 'name: second,')}"),
             "must select the pods of one Deployment (selected: web, second). Correct its selector.",

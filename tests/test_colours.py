@@ -32,7 +32,7 @@ def labelled(version: str) -> Callable[[dict[str, Object]], None]:
     return change
 
 
-def deploy(app: Member, version: str, *, label: str = "", **content: Any) -> Object:
+def deploy(app: Member, version: str, *, label: str = "", **content: str) -> Object:
     """Deploy a version, under load, whose pods have a label `version` or not; return its end."""
     change = labelled(label) if label else None
     with app.traffic() as traffic:
