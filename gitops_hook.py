@@ -3483,10 +3483,10 @@ class SortedManifests:
 
     def refusals(self, namespace: str) -> Iterator[str]:
         """Yield everything that is refused, each with what to do about it."""
-        names = set()
+        seen = set()
         for manifest in self.used:
             name = (manifest.kind, manifest.version, manifest.name)
-            if name in names:
+            if name in seen:
                 yield f"{manifest.where} occurs twice. Remove one of the two."
             elif self.is_deployed(manifest):
                 claims = self.claims_of_one_node()
@@ -3494,7 +3494,7 @@ class SortedManifests:
                     yield f"{manifest.where}: {fault}"
             else:
                 yield f"{manifest.where}{self.kind_fault(manifest)}"
-            names.add(name)
+            seen.add(name)
         if self.service is None:
             names = clip(", ".join(m.name for m in self.of_kind("Service")) or "none")
             fault = f"There is no Service named {self.app.name!r} (there are: {names})"
