@@ -3478,18 +3478,18 @@ class SortedManifests:
         if self.front is None or self.service is None:
             raise AssertionError("what is refused has no objects")
         configmaps = {m.name: m.content for m in self.of_kind("ConfigMap")}
-        ignored = [m.where for m in self.all if m not in self.used]
+        ignored = [m.where for m in self.all if self.app.deploy.ignores(m.kind, m.name)]
         return AppObjects(self.front.content, self.service.content, configmaps, ignored)
 
     def refusals(self, namespace: str) -> Iterator[str]:
         """Yield everything that is refused, each with what to do about it."""
         seen = set()
+        claims = self.claims_of_one_node()
         for manifest in self.used:
             name = (manifest.kind, manifest.version, manifest.name)
             if name in seen:
                 yield f"{manifest.where} occurs twice. Remove one of the two."
             elif self.is_deployed(manifest):
-                claims = self.claims_of_one_node()
                 for fault in refusals(manifest.content, namespace, self.app.deploy, claims):
                     yield f"{manifest.where}: {fault}"
             else:
@@ -3537,8 +3537,9 @@ class SortedManifests:
         """Return the names of claims, also ignored ones, whose disk only one node can use."""
         claims = [m for m in self.all if m.kind == "PersistentVolumeClaim"]
         shared = ("ReadWriteMany", "ReadOnlyMany")
-        modes = {m.name: str(part_of(m.content, "spec").get("accessModes")) for m in claims}
-        return [name for name, text in modes.items() if not any(mode in text for mode in shared)]
+        modes = {m.name: part_of(m.content, "spec").get("accessModes") for m in claims}
+        lists = {name: m if isinstance(m, list) else [] for name, m in modes.items()}
+        return [name for name, m in lists.items() if not any(mode in m for mode in shared)]
 
 
 def part_of(value: Any, *keys: str) -> Object:
@@ -3565,7 +3566,8 @@ def selects(selector: Object, labels: Mapping[str, Any]) -> bool:
     terms = selector.get("matchExpressions") or []
     return bool(wanted or terms) and all(
         [
-            *(labels.get(key) == value for key, value in wanted.items()),
+            # a text: comparing anything deeper may not end well
+            *(isinstance(v, str) and labels.get(key) == v for key, v in wanted.items()),
             *(term_holds(term, labels.get(term["key"])) for term in terms),
         ]
     )

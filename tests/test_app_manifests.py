@@ -1130,6 +1130,20 @@ def test_nesting_of_any_depth_ends_in_a_release_or_a_refusal() -> None:
             render(app_of(), RUN, BUILT, Placement("green", 0), checked)
 
 
+@pytest.mark.parametrize("depth", [150, 450, 700])
+def test_labels_and_selectors_of_any_depth_are_compared(depth: int) -> None:
+    deep = json.loads('{"a":' * depth + "1" + "}" * depth)
+    items = changed(f"{TEMPLATE}.labels", {"env": deep})
+    items[0]["spec"]["template"]["spec"] |= spread({"matchLabels": {"env": deep}})
+    items[1]["spec"]["selector"] = {"env": copy.copy(deep)}
+    items.append(other("PersistentVolumeClaim", spec={"accessModes": deep}))
+    manifests = [Manifest(f"app.json: {item['kind']}", item) for item in items]
+    ignoring = app_of(deploy={"ignore": ["PersistentVolumeClaim"]})
+    with suppress(StageError):
+        checked = check_objects(ignoring, "production", manifests)
+        render(ignoring, RUN, BUILT, Placement("green", 0), checked)
+
+
 # === Whose an object is ===
 
 WORKER = """
@@ -1249,10 +1263,11 @@ def test_what_cannot_run_beside_its_next_version_is_refused() -> None:
         (["ReadWriteOncePod"], True),
         (["ReadWriteOnce", "ReadWriteMany"], False),
         (["ReadOnlyMany"], False),
+        (5, True),
     ],
 )
 def test_a_claim_of_the_folder_must_be_one_that_several_nodes_can_use(
-    modes: list[str], refused: bool
+    modes: Any, refused: bool
 ) -> None:
     claimed = {"name": "data", "persistentVolumeClaim": {"claimName": "disk"}}
     items = changed(f"{WEB}.volumeMounts", [{"name": "data", "mountPath": "/data"}])
