@@ -1215,6 +1215,12 @@ def test_an_entry_that_can_match_nothing_is_a_fault_of_the_configuration(entry: 
         app_of(deploy={"ignore": [entry]})
 
 
+@pytest.mark.parametrize("name", ["", "Shop", "a b", "a/b", "-a", "x" * 254])
+def test_what_is_no_name_of_a_service_account_is_a_fault_of_the_configuration(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"deploy.service_accounts\[0\]"):
+        app_of(deploy={"service_accounts": [name]})
+
+
 def test_of_two_deployments_the_one_that_the_service_selects_is_the_apps() -> None:
     items = objects(f"{WORKER}---{ALL}")
     ignored = check(items, deploy={"ignore": ["Deployment/shop-worker"]})
