@@ -171,6 +171,7 @@ LABEL_APP = "gitops-hook/app"
 LABEL_RUN = "gitops-hook/run"
 LABEL_STAGE = "gitops-hook/stage"
 LABEL_VERSION = "version"  # the colour of a pod
+LABEL_COLOUR = "gitops-hook/colour"  # the same, where the app uses the label `version` itself
 
 ANNOTATION_REPOSITORY = "gitops-hook/repository"
 ANNOTATION_COMMIT = "gitops-hook/commit"
@@ -625,6 +626,9 @@ QUANTITY = matching(AMOUNT, "a quantity (e.g. 250m, 1Gi)", str, (str, int, float
 MODE = matching("signature|token|hmac", "signature, token or hmac")
 BUILD_TOOL = matching("kaniko|none", "kaniko or none")
 SWITCH = matching("True|False", "true or false", bool, (bool,))
+IGNORED = matching(
+    r"[A-Za-z]\w{0,99}(/[a-z0-9][a-z0-9.-]{0,252})?", "Kind or Kind/name (e.g. CronJob/night)"
+)
 CHOICE = matching("|[Tt]rue|[Ff]alse", "true, false or empty", parse_choice, (str, bool))
 COUNT = matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int, (int,))
 PORT_NUMBER = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
@@ -806,8 +810,18 @@ class DeploySettings:
     manifests: str = setting(
         parse=FOLDER, default="deploy", meaning="folder of manifests: plain YAML or a kustomization"
     )
+    ignore: tuple[str, ...] = setting(
+        parse=IGNORED,
+        default="[]",
+        meaning="what others apply of that folder: `Kind`, for all of a kind, or `Kind/name`",
+    )
     ignore_kinds: tuple[str, ...] = setting(
-        default="[]", meaning="kinds in that folder that others apply and this program leaves alone"
+        default="[]", meaning="an older name of `ignore`; both are heeded"
+    )
+    service_accounts: tuple[str, ...] = setting(
+        parse=OBJECT_NAME,
+        default="[]",
+        meaning="service accounts that the pods may run as, besides `default`",
     )
     environments: tuple[str, ...] = setting(
         default="[staging, production]",
@@ -842,6 +856,10 @@ class DeploySettings:
         default="full",
         meaning="replicas of the old version that keep running for a rollback: `full` or a number",
     )
+
+    def ignores(self, kind: str, name: str) -> bool:
+        """Whether an object of the manifests folder is left to others."""
+        return not {kind, f"{kind}/{name}"}.isdisjoint((*self.ignore, *self.ignore_kinds))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1919,6 +1937,15 @@ class Kubectl:
         """Delete objects by name without waiting; a name that does not exist is no error."""
         if listed := [f"{resource}/{n}" for n in sorted(names)]:
             self.run("delete", *listed, "--wait=false", "--ignore-not-found", namespace=namespace)
+
+    def delete_exactly(self, api: str, resource: str, current: Object) -> None:
+        """Delete an object, and what it owns, if nobody has changed it since it was read."""
+        meta = current["metadata"]
+        exactly = {key: meta[key] for key in ("uid", "resourceVersion")}
+        options = {"propagationPolicy": "Background", "preconditions": exactly}
+        address = f"/{api}/namespaces/{meta['namespace']}/{resource}/{meta['name']}"
+        args = ("delete", "--raw", address, "-f", "-")
+        self.run(*args, namespace=meta["namespace"], stdin=json.dumps(options))
 
     def logs(self, pod: str, container: str, namespace: str, *, previous: bool = False) -> str:
         """Return the last lines of a container's life, the previous one first if that is wanted.
@@ -3244,14 +3271,17 @@ def declared(text: str) -> int:
 MANIFEST_BYTES = 2 * 1024 * 1024  # of all files that are read, or of what kustomize prints
 MANIFEST_NODES = 50_000  # keys and values in them, a kilobyte of memory each
 LONGEST_NUMBER = 1000  # characters
-CONFIGMAP_BYTES = 1024 * 1024 - 4096  # what the API server takes, its own additions left out
+CONFIGMAP_BYTES = 1024 * 1024  # of texts and files: what the API server takes
+REQUEST_BYTES = 3 * 1024 * 1024 - 65_536  # of JSON: the same, the rest of the object left out
 INVALID = Reason.MANIFEST_INVALID
 KINDS = {"Deployment": "apps/v1", "Service": "v1", "ConfigMap": "v1"}
+OLD_APIS = ("extensions/v1beta1", "apps/v1beta1", "apps/v1beta2")
 CONFIGMAP_DATA = ("data", "binaryData")
-SERVICE_ACCOUNTS = ("serviceAccountName", "serviceAccount")
+ACCOUNT_FIELDS = ("spec.serviceAccountName", "spec.serviceAccount")
 CONFIGMAP_REFERENCES = ("configMap", "configMapRef", "configMapKeyRef")
 ONE_BY_ONE = {"maxSurge": 1, "maxUnavailable": 0}
 MOST_REPLICAS = 1000
+LONGEST_DEADLINE = 86_400  # seconds that a rollout may take, whatever the app says
 LISTED_REFUSALS = 10  # at once; the rest is counted
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 KUSTOMIZATION_VISITS = 100  # each counts as often as it is named, since they multiply
@@ -3279,6 +3309,7 @@ REFUSED_FIELDS = {
     "spec.nodeName": "bypasses the scheduler. Use nodeSelector or affinity.",
     "spec.priorityClassName": EVICTS,
     "spec.priority": EVICTS,
+    "spec.paused": "keeps a version from starting. Remove it.",
     "spec.hostNetwork": "shares the network of the node. Remove it.",
     "spec.hostPID": "shares the processes of the node. Remove it.",
     "spec.hostIPC": "shares the memory of the node's processes. Remove it.",
@@ -3310,6 +3341,65 @@ ALLOWED_FIELDS = {
     # of a projected volume; trust bundles are public
     "sources": {"configMap", "secret", "downwardAPI", "clusterTrustBundle"},
 }
+# What to do about an object of a kind that is not deployed. The default is for all other kinds.
+BY_HAND = "List {entry} in deploy.ignore and apply it by hand"
+ADMINISTRATOR = f"It concerns the whole cluster. {BY_HAND}."
+KIND_ADVICE = {
+    "Secret": "Create it by hand in each namespace, and remove it from git.",
+    "Job": "Use an init container of the Deployment: it ends before a version gets traffic.",
+    "CronJob": f"{BY_HAND}; its image does not follow the versions.",
+    "HorizontalPodAutoscaler": f"{BY_HAND}, one for each of {{app}}-blue and {{app}}-green.",
+    "PodDisruptionBudget": f"{BY_HAND}; it counts the pods of both colours.",
+    "Deployment": f"{BY_HAND}; it gets neither colours nor the built image.",
+    "Service": f"{BY_HAND}; its selector must not reach the pods of both colours.",
+    "StatefulSet": f"{BY_HAND}; its image does not follow the versions.",
+    "PersistentVolumeClaim": f"{BY_HAND}; the pods of both colours use it at once.",
+    "ServiceAccount": f"{BY_HAND}; deploy.service_accounts lets pods run as it.",
+    **dict.fromkeys(
+        ("Namespace", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"),
+        ADMINISTRATOR,
+    ),
+    **dict.fromkeys(
+        ("PersistentVolume", "StorageClass", "PriorityClass", "IngressClass", "RuntimeClass"),
+        ADMINISTRATOR,
+    ),
+    "": f"{BY_HAND}.",
+}
+# What rendering sets, by field: `Pod` stands for the template, and `*` for anything in between.
+# Every other field is as the commit has it. The README has this table.
+SET_FIELDS = {
+    "Deployment.metadata.name": "`APP-blue` or `APP-green`",
+    "*.metadata.namespace": "the namespace of the environment",
+    "*.metadata.labels": "yours, `gitops-hook/*`, `app.kubernetes.io/managed-by` and the colour",
+    "*.metadata.annotations": "yours and `gitops-hook/*`",
+    "Deployment.spec.selector": "`gitops-hook/app` and the colour",
+    "Deployment.spec.replicas": "as many as the live version has, if you say fewer; at least 1",
+    "Deployment.spec.progressDeadlineSeconds": (
+        "the longest of yours, `deploy.rollout_timeout` and 20 s for each replica"
+    ),
+    "Deployment.spec.paused": "`false`",
+    "Deployment.spec.minReadySeconds": "10 if you say nothing",
+    "Deployment.spec.revisionHistoryLimit": "3 if you say nothing",
+    "Deployment.spec.strategy": "`maxSurge: 1` and `maxUnavailable: 0` if you say nothing",
+    "Pod.metadata.labels": (
+        "yours, those of the Deployment's selector and `gitops-hook/run`; the colour is "
+        "`version`, or `gitops-hook/colour` if you use `version`"
+    ),
+    "Pod.spec.containers.image": (
+        "the built image, by digest, for `build.image` and for the app's name; "
+        "for the only container, if nothing names them"
+    ),
+    "Pod.spec.containers.readinessProbe": "`deploy.health.path` if no container has a probe",
+    "Pod.spec.containers.lifecycle.preStop": "a sleep of 5 s if you say nothing",
+    "Pod.spec.*.configMap*.name": "the name of the ConfigMap's copy",
+    "Pod.spec.topologySpreadConstraints.labelSelector.matchLabels": (
+        "yours and the colour, if it selects the app's pods"
+    ),
+    "Pod.spec.affinity.podAntiAffinity.*.labelSelector.matchLabels": "the same",
+    "Service.spec.selector": "`gitops-hook/app`, `gitops-hook/run` and the colour",
+    "ConfigMap.metadata.name": "yours with a hash of the content",
+    "ConfigMap.immutable": "`true`",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -3318,6 +3408,21 @@ class Manifest:
 
     where: str
     content: Object
+
+    @property
+    def kind(self) -> str:
+        """Its kind, which may be anything."""
+        return str(self.content["kind"])
+
+    @property
+    def name(self) -> str:
+        """Its name, which may be anything."""
+        return str(self.content["metadata"]["name"])
+
+    @property
+    def version(self) -> str:
+        """The version of its API, as much as fits into a text."""
+        return clip(str(self.content.get("apiVersion")), 40)
 
 
 def read_manifests(root: Path, path: str) -> list[Manifest]:
@@ -3498,43 +3603,157 @@ class AppObjects:
     deployment: Object
     service: Object
     configmaps: dict[str, Object]  # by name
-    ignored: list[str]  # what was left out, by the app's ignore_kinds
+    ignored: list[str]  # what was left out, by the app's `ignore`
 
 
 def check_objects(app: App, namespace: str, manifests: Iterable[Manifest]) -> AppObjects:
     """Return the objects of an app; raises StageError with everything that is refused."""
-    by_kind: dict[str, dict[str, Object]] = {kind: {} for kind in KINDS}
-    ignored: list[str] = []
-    refused: list[str] = []
-    for manifest in manifests:
-        item = manifest.content
-        kind = item["kind"]
-        name = item["metadata"]["name"]
-        version = clip(str(item.get("apiVersion")), 40)
-        if kind in app.deploy.ignore_kinds:
-            ignored.append(manifest.where)
-        elif (kind, version) not in KINDS.items():
-            advice = "Apply it by hand, and list its kind in ignore_kinds."
-            refused.append(f"{manifest.where} of {version} is not deployed. {advice}")
-        elif name in by_kind[kind]:
-            refuse(f"{manifest.where} occurs twice. Remove one of the two.", INVALID)
-        else:
-            by_kind[kind][name] = item
-            refused += [f"{manifest.where}: {fault}" for fault in refusals(item, namespace)]
-    if len(by_kind["Deployment"]) != 1 or list(by_kind["Service"]) != [app.name]:
-        deployments = clip(", ".join(by_kind["Deployment"]) or "none")
-        services = clip(", ".join(by_kind["Service"]) or "none")
-        needed = f"There must be exactly one Deployment (found: {deployments})"
-        refused.append(f"{needed} and one Service named {app.name!r} (found: {services}).")
-    if refused := [*dict.fromkeys(refused)]:
+    chosen = SortedManifests(app, manifests)
+    if refused := [*dict.fromkeys(chosen.refusals(namespace))]:
         rest = len(refused) - LISTED_REFUSALS
         more = [f"{rest} more are not listed."] if rest > 0 else []
         refuse(" ".join([*refused[:LISTED_REFUSALS], *more]))
-    (deployment,) = by_kind["Deployment"].values()
-    return AppObjects(deployment, by_kind["Service"][app.name], by_kind["ConfigMap"], ignored)
+    return chosen.objects()
 
 
-def refusals(item: Object, namespace: str) -> Iterator[str]:
+class SortedManifests:
+    """The manifests of an app, sorted by what becomes of them.
+
+    `service` is what traffic comes by, and `front` the Deployment whose pods it selects, or the
+    only one; each is None where there is none, or more than one could be it.
+    """
+
+    def __init__(self, app: App, manifests: Iterable[Manifest]) -> None:
+        self.app = app
+        self.all = [*manifests]
+        self.used = [m for m in self.all if not app.deploy.ignores(m.kind, m.name)]
+        services = [m for m in self.of_kind("Service") if m.name == app.name]
+        self.service = services[0] if services else None
+        selector = part_of(self.service and self.service.content, "spec", "selector")
+        deployments = self.of_kind("Deployment")
+        self.selected = [d for d in deployments if selects({"matchLabels": selector}, labels_of(d))]
+        fronts = self.selected or deployments
+        self.front = fronts[0] if len({d.name for d in fronts}) == 1 else None
+
+    def of_kind(self, kind: str) -> list[Manifest]:
+        """Return the manifests of one of our kinds."""
+        return [m for m in self.used if (m.kind, m.version) == (kind, KINDS[kind])]
+
+    def objects(self) -> AppObjects:
+        """Return the objects of the app, of which nothing is refused."""
+        if self.front is None or self.service is None:
+            raise AssertionError("what is refused has no objects")
+        configmaps = {m.name: m.content for m in self.of_kind("ConfigMap")}
+        ignored = [m.where for m in self.all if self.app.deploy.ignores(m.kind, m.name)]
+        return AppObjects(self.front.content, self.service.content, configmaps, ignored)
+
+    def refusals(self, namespace: str) -> Iterator[str]:
+        """Yield everything that is refused, each with what to do about it."""
+        seen = set()
+        claims = self.claims_of_one_node()
+        for manifest in self.used:
+            name = (manifest.kind, manifest.version, manifest.name)
+            if name in seen:
+                yield f"{manifest.where} occurs twice. Remove one of the two."
+            elif self.is_deployed(manifest):
+                for fault in refusals(manifest.content, namespace, self.app.deploy, claims):
+                    yield f"{manifest.where}: {fault}"
+            else:
+                yield f"{manifest.where}{self.kind_fault(manifest)}"
+            seen.add(name)
+        if self.service is None:
+            names = clip(", ".join(m.name for m in self.of_kind("Service")) or "none")
+            fault = f"There is no Service named {self.app.name!r} (there are: {names})"
+            yield f"{fault}. Add it, rename one, or set deploy.service."
+        if self.front is None:
+            yield from self.front_faults()
+
+    def is_deployed(self, manifest: Manifest) -> bool:
+        """Whether an object is one of ours. What could be the front, or the Service, counts too."""
+        if manifest.version != KINDS.get(manifest.kind):
+            return False
+        if manifest.kind == "ConfigMap":
+            pod = part_of(self.front and self.front.content, "spec", "template", "spec")
+            return not pod or manifest.name in configmap_names(pod)
+        chosen = self.front if manifest.kind == "Deployment" else self.service
+        return chosen is None or manifest is chosen
+
+    def kind_fault(self, manifest: Manifest) -> str:
+        """Return why an object is not deployed, and what to do."""
+        entry = f"{manifest.kind}/{manifest.name}"
+        values = {"entry": clip(entry, 100), "app": self.app.name}
+        if manifest.kind == "Deployment" and manifest.version in OLD_APIS:
+            return f" is of the old {manifest.version}. Write apiVersion: apps/v1."
+        if (manifest.kind, manifest.version) == ("ConfigMap", "v1"):
+            return f" is used by no pod of the app. {KIND_ADVICE['']}".format(**values)
+        ours = manifest.version == KINDS.get(manifest.kind, manifest.version)
+        advice = KIND_ADVICE.get(manifest.kind if ours else "", KIND_ADVICE[""])
+        return f" of {manifest.version} is not deployed. {advice.format(**values)}"
+
+    def front_faults(self) -> Iterator[str]:
+        """Yield why it is not clear which Deployment gets the traffic."""
+        if not any(m.kind == "Deployment" for m in self.used):
+            yield "There is no Deployment. Add one, whose pods the Service selects."
+        elif self.service and self.of_kind("Deployment"):
+            names = clip(", ".join(m.name for m in self.selected) or "none")
+            fault = f"Service {self.app.name!r} must select the pods of one Deployment"
+            yield f"{fault} (selected: {names}). Correct its selector."
+
+    def claims_of_one_node(self) -> list[str]:
+        """Return the names of claims, also ignored ones, whose disk only one node can use."""
+        claims = [m for m in self.all if m.kind == "PersistentVolumeClaim"]
+        shared = ("ReadWriteMany", "ReadOnlyMany")
+        modes = {m.name: part_of(m.content, "spec").get("accessModes") for m in claims}
+        lists = {name: m if isinstance(m, list) else [] for name, m in modes.items()}
+        return [name for name, m in lists.items() if not any(mode in m for mode in shared)]
+
+
+def part_of(value: Any, *keys: str) -> Object:
+    """Return a mapping within parsed JSON, an empty one where there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def labels_of(deployment: Manifest) -> Object:
+    """Return the labels of a Deployment's pods."""
+    return part_of(deployment.content, "spec", "template", "metadata", "labels")
+
+
+def configmap_names(pod: Object) -> list[Any]:
+    """Return the names of the ConfigMaps that a pod uses."""
+    parts = walk("", pod)
+    return [p.get("name") for k, p in parts if k in CONFIGMAP_REFERENCES and isinstance(p, dict)]
+
+
+def selects(selector: Object, labels: Mapping[str, Any]) -> bool:
+    """Whether a label selector that asks for anything reaches pods with these labels."""
+    wanted = part_of(selector, "matchLabels")
+    terms = selector.get("matchExpressions") or []
+    return bool(wanted or terms) and all(
+        [
+            # a text: comparing anything deeper may not end well
+            *(isinstance(v, str) and labels.get(key) == v for key, v in wanted.items()),
+            *(term_holds(term, labels.get(term["key"])) for term in terms),
+        ]
+    )
+
+
+def term_holds(term: Object, value: Any) -> bool:
+    """Whether the value of a label, None where there is none, is as a selector's term wants it."""
+    values = term.get("values") or ()
+    holds = {
+        "In": value in values,
+        "NotIn": value not in values,
+        "Exists": value is not None,
+        "DoesNotExist": value is None,
+    }
+    return holds.get(term["operator"], False)
+
+
+def refusals(
+    item: Object, namespace: str, deploy: DeploySettings, claims: Sequence[str] = ()
+) -> Iterator[str]:
     """Yield what an object of an app may not say, each with what to do about it."""
     shown = {k: "any" if k in CONFIGMAP_DATA else v for k, v in item.items()}
     for key, part in walk(item["kind"], shown):
@@ -3549,9 +3768,22 @@ def refusals(item: Object, namespace: str) -> Iterator[str]:
             elif not fault and field not in ALLOWED_FIELDS.get(key, {field}):
                 fault = REFUSED_FIELDS[f"{key}.*"]
             elif name == "metadata.namespace" and value != namespace:
-                fault = f"is not {namespace!r}. Remove it."
-            if fault:
+                fault = f"is not {namespace!r}. Remove it, or change namespaces.<environment>."
+            if fault := fault or value_fault(name, value, deploy, claims):
                 yield f"{name} {fault}"
+
+
+def value_fault(name: str, value: Any, deploy: DeploySettings, claims: Sequence[str]) -> str:
+    """Return why a field may not have its value, and what to do; empty where it may."""
+    if name in ACCOUNT_FIELDS and value not in ("default", *deploy.service_accounts):
+        return "is not in deploy.service_accounts. Remove it, or add it there."
+    if (name, value) == ("strategy.type", "Recreate"):
+        return "is Recreate, but two versions run side by side. Use RollingUpdate and shared data."
+    if name == "persistentVolumeClaim.claimName" and value in claims:
+        return "is a disk of one node, but two versions run side by side. Use ReadWriteMany."
+    if name == "spec.progressDeadlineSeconds" and isinstance(value, int):
+        return "is more than a day. Use less." if value > LONGEST_DEADLINE else ""
+    return ""
 
 
 def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -3600,8 +3832,11 @@ class Release:
     def configmap(self, app: str) -> Object:
         """Return the immutable ConfigMap that records the release."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
-        packed = base64.b64encode(zlib.compress(json.dumps(content, sort_keys=True).encode()))
-        return release_record(app, packed.decode())
+        packed = zlib.compress(json.dumps(content, sort_keys=True).encode())
+        if len(packed) > CONFIGMAP_BYTES:
+            size = f"{len(packed)} bytes when compressed, but {CONFIGMAP_BYTES} are possible"
+            refuse(f"The manifests have {size}. Make the ConfigMaps smaller.")
+        return release_record(app, base64.b64encode(packed).decode())
 
     @classmethod
     def from_configmap(cls, record: Object) -> Release:
@@ -3619,16 +3854,14 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
     Only what is read here must have the right shape; the API server judges the rest.
     """
     colour = placement.colour
-    selector = {LABEL_APP: app.name, LABEL_VERSION: colour, LABEL_RUN: run.id}
     try:
         objects = copy.deepcopy(objects)
         meta = objects.deployment["metadata"]
         spec = objects.deployment["spec"]
+        selector = {LABEL_APP: app.name, colour_label(meta, spec): colour, LABEL_RUN: run.id}
         service = rendered_service(app, objects.service, selector)
         copies = {name: configmap_copy(app, item) for name, item in objects.configmaps.items()}
         pod = spec["template"]["spec"]
-        if {pod.get(key) for key in SERVICE_ACCOUNTS} - {None, "", "default"}:
-            refuse("The Deployment names a service account. Remove it, and the default is used.")
         for key, value in walk("", pod):
             name = key in CONFIGMAP_REFERENCES and isinstance(value, dict) and value.get("name")
             if name in copies:
@@ -3677,20 +3910,44 @@ def set_images(app: App, pod: Object, image: str) -> None:
 
     With builder none every image must already be named by digest.
     """
-    containers = [*pod["containers"], *(pod.get("initContainers") or ())]
     if app.build.builder == "none":
-        images = [c["image"] for c in containers]
+        images = [c["image"] for c in all_containers(pod)]
         if loose := [i for i in images if not DIGEST.fullmatch(i.partition("@")[2])]:
             why = "build.builder is none, so every image must be"
             refuse(f"The image {clip(loose[0], 120)!r} is not named by digest. {why}.")
         return
-    names = {app.build.image, app.name}
-    ours = [c for c in containers if repository_of(c["image"]) in names]
-    if not ours:
+    if not (ours := built_containers(app, pod)):
         needed = f"No container has the image {app.build.image!r} (or {app.name!r})"
         refuse(f"{needed}, so the build would not be deployed. Name it in the Deployment.")
     for container in ours:
         container["image"] = image
+
+
+def all_containers(pod: Object) -> list[Object]:
+    """Return the containers of a pod, those that begin before the others too."""
+    return [*pod["containers"], *(pod.get("initContainers") or ())]
+
+
+def built_containers(app: App, pod: Object) -> list[Object]:
+    """Return the containers that get the built image: those that name it, else the only one."""
+    names = {app.build.image, app.name}
+    ours = [c for c in all_containers(pod) if repository_of(c["image"]) in names]
+    return ours or (pod["containers"] if len(pod["containers"]) == 1 else [])
+
+
+def image_remarks(app: App, pod: Object) -> Iterator[str]:
+    """Yield what a reader of a plan should know of the images that a commit names."""
+    names = {app.build.image, app.name}
+    built = built_containers(app, pod) if app.build.builder != "none" else []
+    registry = app.build.image.rpartition("/")[0]
+    for container in all_containers(pod):
+        image = container["image"]
+        words = f"container {clip(str(container.get('name')), 60)}: image {clip(image, 120)}"
+        if any(container is c for c in built):
+            if repository_of(image) not in names:
+                yield f"{words} is replaced by the built image"
+        elif registry and image.startswith(f"{registry}/") and "@sha256:" not in image:
+            yield f"{words} is not named by digest, so it may change without a push"
 
 
 def repository_of(image: str) -> str:
@@ -3724,6 +3981,11 @@ def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], at_least:
     """Return the spec of a run's Deployment. What the app says stays, but for labels and size."""
     meta = spec["template"].get("metadata") or {}
     labels = {**(meta.get("labels") or {}), LABEL_MANAGED: MANAGER, **selector}
+    own = {key: value for key, value in selector.items() if key != LABEL_RUN}
+    for separate in spread_selectors(spec["template"]["spec"]):
+        if selects(separate, labels):  # so that pods of the other colour do not count
+            colour = {k: v for k, v in own.items() if k != LABEL_APP}
+            separate["matchLabels"] = {**(separate.get("matchLabels") or {}), **colour}
     replicas = max(spec.get("replicas") or 0, at_least, 1)
     if replicas > MOST_REPLICAS:
         refuse(f"{replicas} replicas are too many. At most {MOST_REPLICAS} are possible.")
@@ -3736,10 +3998,30 @@ def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], at_least:
         **spec,
         "replicas": replicas,
         "paused": False,
-        "progressDeadlineSeconds": max(int(longest), min_ready + 1),
-        "selector": {"matchLabels": {k: selector[k] for k in (LABEL_APP, LABEL_VERSION)}},
+        "progressDeadlineSeconds": max(
+            int(longest), min_ready + 1, spec.get("progressDeadlineSeconds") or 0
+        ),
+        "selector": {"matchLabels": own},
         "template": {**spec["template"], "metadata": {**meta, "labels": labels}},
     }
+
+
+def colour_label(meta: Object, spec: Object) -> str:
+    """Return the key of the label that holds the colour: `version`, unless the app uses that."""
+    labels = {**part_of(meta, "labels"), **part_of(spec, "template", "metadata", "labels")}
+    return LABEL_COLOUR if LABEL_VERSION in labels else LABEL_VERSION
+
+
+def colour_of(labels: Mapping[str, str]) -> str:
+    """Return the colour that labels or a selector name, by either key; empty where none does."""
+    return labels.get(LABEL_COLOUR) or labels.get(LABEL_VERSION) or ""
+
+
+def spread_selectors(pod: Object) -> list[Object]:
+    """Return the label selectors of the spread constraints and the anti-affinity of a pod."""
+    anti_affinity = part_of(pod, "affinity", "podAntiAffinity")
+    parts = walk("", [pod.get("topologySpreadConstraints"), anti_affinity])
+    return [part for key, part in parts if key == "labelSelector" and isinstance(part, dict)]
 
 
 def ports_like(ports: Iterable[Object], live: Iterable[Object] = ()) -> list[Object]:
@@ -3762,9 +4044,10 @@ def release_record(app: str, packed: str) -> Object:
 def immutable(name: str, labels: Mapping[str, str], meta: Object, **content: Any) -> Object:
     """Return an immutable ConfigMap, its name followed by eight digits of its content's hash."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
-    if len(text) > CONFIGMAP_BYTES:
-        size = f"{len(text)} bytes, but {CONFIGMAP_BYTES} are possible"
-        refuse(f"ConfigMap {clip(name, 60)} has {size}. Make it smaller.")
+    size = content_bytes(**content)
+    if size > CONFIGMAP_BYTES or len(text) > REQUEST_BYTES:
+        sizes = f"{max(size, len(text) // 3)} bytes, but {CONFIGMAP_BYTES} are possible"
+        refuse(f"ConfigMap {clip(name, 60)} has {sizes}. Make it smaller.")
     configmap = new_object("ConfigMap", name, labels, meta)
     # the app counts too: what two apps shared would go with the first of them
     hashed = labels[LABEL_APP].encode() + b" " + text
@@ -3772,6 +4055,14 @@ def immutable(name: str, labels: Mapping[str, str], meta: Object, **content: Any
         hashed += json.dumps(configmap["metadata"], sort_keys=True).encode()
     configmap["metadata"]["name"] += f"-{hashlib.sha256(hashed).hexdigest()[:8]}"
     return {**configmap, "immutable": True, **content}
+
+
+def content_bytes(binaryData: Object, data: Object | None = None) -> int:  # noqa: N803 - a key
+    """Return the size of a ConfigMap as the API server counts it: of texts, and of files."""
+    texts = sum(len((text or "").encode()) for text in (data or {}).values())
+    files = [file or "" for file in binaryData.values()]
+    # base64 has four letters for three bytes
+    return texts + sum(len(file) * 3 // 4 - file.count("=") for file in files)
 
 
 def new_object(kind: str, name: str, labels: Mapping[str, str], meta: Object) -> Object:
@@ -4085,7 +4376,8 @@ class Service:
         self.selector: dict[str, str] = spec.get("selector") or {}
         self.run = self.selector.get(LABEL_RUN) or run
         # whether the selector names a run of ours, whatever else it asks for
-        self.ours = self.selector.keys() >= {LABEL_APP, LABEL_VERSION, LABEL_RUN}
+        named = self.selector.keys() >= {LABEL_APP, LABEL_RUN}
+        self.ours = named and bool(colour_of(self.selector))
         self._annotations: dict[str, str] = meta.get("annotations") or {}
         self.claim = Claim.from_json(self.annotation(ANNOTATION_CLAIM, {}))
         entries = map(HistoryEntry.from_json, self.annotation(ANNOTATION_HISTORY, []))
@@ -5190,7 +5482,9 @@ def narrowed(
         return dict(selector)
     shared = set.intersection(*(set(p.labels.items()) for p in pods)) if pods else set()
     apart = {key: value for key, value in sorted(shared) if new.get(key) != value}
-    key = next((k for k in ("version", "pod-template-hash", *apart) if k in apart), None)
+    # where our own pods have a `version` of the app, the next one may be theirs
+    first = () if LABEL_COLOUR in new else (LABEL_VERSION,)
+    key = next((k for k in (*first, "pod-template-hash", *apart) if k in apart), None)
     return {**selector, key: apart[key]} if key else None
 
 
@@ -5809,7 +6103,7 @@ class Workloads:
         port: Object = (entry.ports or [{}])[0]
         ready = [p for p in pods if Pod(p).ready]
         wanted = len(pods)
-        if LABEL_VERSION in entry.selector:
+        if colour_of(entry.selector):
             wanted = max(wanted, self.size(task, entry.selector))
         urls = [
             u for p in ready if ask and (u := pod_address(p, port, task.app.deploy.health.path))
@@ -5834,7 +6128,7 @@ class Workloads:
 
     def size(self, task: Task, selector: Mapping[str, str]) -> int:
         """Return how many pods a colour is to have now: an autoscaler may have changed it."""
-        name = f"{task.app.name}-{selector.get(LABEL_VERSION, '')}"
+        name = f"{task.app.name}-{colour_of(selector)}"
         deployment = self.kubectl.get("deployment", name, task.namespace) or {}
         return int(deployment.get("spec", {}).get("replicas", 1))
 
@@ -6024,7 +6318,7 @@ class LiveServices:
         for configmap in self.kubectl.list("configmaps", task.namespace, "-l", terms):
             with suppress(StageError):
                 release = Release.from_configmap(configmap)
-                colour = service.selector.get(LABEL_VERSION, release.colour)
+                colour = colour_of(service.selector) or release.colour
                 if (release.run, release.colour) == (service.run, colour):
                     return entry_of(release, task.app.name, self.doors.clock.now())
         return HistoryEntry()
@@ -6254,7 +6548,7 @@ class Claims:
         service = self.live.read(task)
         if service is None:
             return None
-        if service.selector.get(LABEL_VERSION) == release.colour:
+        if colour_of(service.selector) == release.colour:
             raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
         source = self.live.recorded(task, service)
         self.guard.require_order(task, service, source)
@@ -6399,8 +6693,8 @@ class Claims:
         selector = service.selector if service else {}
         pods = map(Pod, self.live.workloads.staying(task.namespace, selector))
         labels = [pod.labels for pod in pods]
-        live = {k.get(LABEL_VERSION) for k in labels if k.get(LABEL_APP) == task.app.name}
-        live.add(selector.get(LABEL_VERSION))
+        live = {colour_of(k) for k in labels if k.get(LABEL_APP) == task.app.name}
+        live.add(colour_of(selector))
         if source and not service:
             live.add(source.recorded_live.colour)
         size = len(labels) if service and not service.ours else 0
@@ -6673,6 +6967,10 @@ class Rollout:
         name = deployment["metadata"]["name"]
         standing = self.kubectl.get("deployment", name, task.namespace)
         self.claims.check(task, claimed, self.live.read(task))
+        if standing and standing["spec"]["selector"] != deployment["spec"]["selector"]:
+            # the label of the colour is another now, and a selector cannot be changed
+            self.kubectl.delete_exactly("apis/apps/v1", "deployments", standing)
+            standing = None
         self.kubectl.put(deployment, standing, task.namespace)
 
     def record(self, task: Task, release: Release) -> None:
@@ -7332,7 +7630,7 @@ class Deployer:
         name = f"{task.app.name}-{claim.colour}"
         workloads = self.steady.workloads
         retain = task.app.deploy.retain
-        idle = claim.colour in COLOURS and service.selector.get(LABEL_VERSION) != claim.colour
+        idle = claim.colour in COLOURS and colour_of(service.selector) != claim.colour
         overwritten = claim.phase == Phase.ROLLBACK and claim.restore
         if overwritten or (idle and claim.phase == Phase.PREPARING):
             self.steady.rollout.restore(task, name, service)
@@ -7447,7 +7745,7 @@ class Rollback:
         """Return where a rollback goes once its pods are ready, brought back if need be."""
         if claimed.selector != service.selector:
             raise RefusedError("traffic was switched this very moment; look, and try again")
-        live = claimed.selector.get(LABEL_VERSION, "")
+        live = colour_of(claimed.selector)
         apart = target.run and target.colour != live
         carries = self.fence(task, target) if apart else ""
         ready = len(self.workloads.ready(task.namespace, target.selector))
@@ -7464,7 +7762,7 @@ class Rollback:
 
         It keeps its colour unless that is live by now.
         """
-        live = claimed.selector.get(LABEL_VERSION, "")
+        live = colour_of(claimed.selector)
         release = self.live.release(task, target.release)
         colour = next(c for c in (release.colour, *COLOURS) if c != live)
         size = max(self.workloads.size(task, claimed.selector), release.wanted)
@@ -7547,9 +7845,13 @@ def recoloured(release: Release, app: App, colour: str, replicas: int) -> Releas
     longest = int(replicas * max(ROLLOUT_PER_REPLICA, spec.get("minReadySeconds", 0) + 10))
     spec["progressDeadlineSeconds"] = max(spec.get("progressDeadlineSeconds", 0), longest)
     template = spec["template"]["metadata"]["labels"]
-    for labels in (deployment["metadata"]["labels"], template, spec["selector"]["matchLabels"]):
-        labels[LABEL_VERSION] = colour
-    selector = {**release.selector, LABEL_VERSION: colour}
+    label = LABEL_COLOUR if LABEL_COLOUR in release.selector else LABEL_VERSION
+    places = [deployment["metadata"]["labels"], template, spec["selector"]["matchLabels"]]
+    spread = spread_selectors(part_of(spec, "template", "spec"))
+    places += [s["matchLabels"] for s in spread if part_of(s, "matchLabels").get(label) in COLOURS]
+    for labels in places:
+        labels[label] = colour
+    selector = {**release.selector, label: colour}
     return replace(release, colour=colour, selector=selector, deployment=deployment)
 
 
@@ -10093,6 +10395,8 @@ class Plan:
         forecast = f"{release.colour}, {release.wanted} pods in about {seconds:.0f} s"
         forecast += f", new ConfigMaps: {', '.join(new) or 'none'}"
         warning = shutdown_warning(deployment["spec"]["template"]["spec"])
+        pod = objects.deployment["spec"]["template"]["spec"]
+        warning += "".join(f"\n  {remark}" for remark in image_remarks(task.app, pod))
         return forecast + warning + self.changes(task.namespace, deployment)
 
     def changes(self, namespace: str, wanted: Object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import os
@@ -31,11 +32,13 @@ from gitops_hook import (
     Run,
     StageError,
     check_objects,
+    image_remarks,
     load_config,
     parse_documents,
     parse_manifests,
     ports_like,
     read_manifests,
+    recoloured,
     render,
     repository_of,
 )
@@ -55,12 +58,14 @@ spec:
   replicas: 2
   selector: {{matchLabels: {{app: shop}}}}
   template:
-    metadata: {{labels: {{app: shop, env: prod, version: "7"}}, annotations: {{scrape: "yes"}}}}
+    metadata: {{labels: {{app: shop, env: prod}}, annotations: {{scrape: "yes"}}}}
     spec:
+      volumes: [{{name: settings, configMap: {{name: settings}}}}]
       containers:
         - name: web
           image: {IMAGE}:dev
           ports: [{{name: http, containerPort: 8080}}]
+          envFrom: [{{configMapRef: {{name: settings}}}}]
 """
 SERVICE = """
 apiVersion: v1
@@ -757,7 +762,7 @@ def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
                     "metadata": {"name": "x"},
                 },
             ],
-            "Ingress x of networking.k8s.io/v1 is not deployed. Apply it by hand, and list its",
+            "Ingress x of networking.k8s.io/v1 is not deployed. List Ingress/x in deploy.ignore",
         ),
         (
             [*objects(), {"kind": "Secret", "apiVersion": "v1", "metadata": {"name": "x"}}],
@@ -780,38 +785,44 @@ def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
         ),
         (
             changed("Deployment.apiVersion", "extensions/v1beta1"),
-            "extensions/v1beta1 is not deployed",
+            "Deployment web is of the old extensions/v1beta1. Write apiVersion: apps/v1.",
         ),
         (
             changed("Deployment.metadata.namespace", "kube-system"),
-            "metadata.namespace is not 'production'. Remove it.",
+            "metadata.namespace is not 'production'. Remove it, or change namespaces.<env",
         ),
         (
             changed("ConfigMap.metadata.namespace", "default"),
-            "metadata.namespace is not 'production'. Remove it.",
+            "metadata.namespace is not 'production'. Remove it, or change namespaces.<env",
         ),
-        (changed(f"{POD}.serviceAccountName", "admin"), "The Deployment names a service account"),
-        (changed(f"{POD}.serviceAccount", "admin"), "The Deployment names a service account"),
+        (
+            changed(f"{POD}.serviceAccountName", "admin"),
+            "spec.serviceAccountName is not in deploy.service_accounts. Remove it, or add",
+        ),
+        (
+            changed(f"{POD}.serviceAccount", "admin"),
+            "spec.serviceAccount is not in deploy.service_accounts. Remove it, or add it there.",
+        ),
         (
             changed("Service.spec.type", "ExternalName"),
             "Service shop is an ExternalName, which selects no pods. Change its type.",
         ),
         (
             changed("Service.metadata.name", "web"),
-            "exactly one Deployment (found: web) and one Service named 'shop' (found: web).",
+            "There is no Service named 'shop' (there are: web). Add it, rename one, or set deploy",
         ),
         (
             objects(SERVICE),
-            "one Deployment (found: none) and one Service named 'shop' (found: shop).",
+            "There is no Deployment. Add one, whose pods the Service selects.",
         ),
         (
             objects(DEPLOYMENT),
-            "one Deployment (found: web) and one Service named 'shop' (found: none).",
+            "There is no Service named 'shop' (there are: none). Add it, rename one, or set deploy",
         ),
-        ([], "one Deployment (found: none) and one Service named 'shop' (found: none)."),
+        ([], "rename one, or set deploy.service. There is no Deployment. Add one, whose pods the"),
         (
             objects(f"{ALL}---{DEPLOYMENT.replace('name: web,', 'name: second,')}"),
-            "one Deployment (found: web, second) and one Service named 'shop' (found: shop).",
+            "must select the pods of one Deployment (selected: web, second). Correct its selector.",
         ),
     ],
     ids=[
@@ -934,7 +945,7 @@ def test_what_could_harm_others_is_refused_with_what_to_do(
     assert reason is Reason.MANIFEST_REFUSED
     assert detail.startswith(f"deploy/app.json: {kind} {name.get(kind, 'settings')}: ")
     assert said in detail
-    assert re.search(r"\S\. (Remove|Use|Write|Mount) .*\w\.$", detail), "it says what to do"
+    assert re.search(r"\S\. (Remove|Use|Write|Mount) .*[\w>]\.$", detail), "it says what to do"
 
 
 @pytest.mark.parametrize(
@@ -979,7 +990,7 @@ def test_the_first_of_very_many_refusals_are_listed_and_the_rest_is_counted() ->
 def test_a_name_that_is_there_twice_is_refused(name: str) -> None:
     twice = [*objects(), *(o for o in objects() if o["metadata"]["name"] == name)]
     reason, detail = fault(lambda: check(twice))
-    assert reason is Reason.MANIFEST_INVALID
+    assert reason is Reason.MANIFEST_REFUSED
     assert detail.endswith(f"{name} occurs twice. Remove one of the two.")
 
 
@@ -1090,7 +1101,8 @@ def test_more_pods_than_a_cluster_is_for_are_refused(replicas: int) -> None:
 @pytest.mark.parametrize("image", ["@" * 10**6 + "\nx", ":" * 10**6 + "\n", "/:@" * 10**6])
 def test_the_name_of_an_image_takes_no_long_time_to_find(image: str) -> None:
     began = time.monotonic()
-    fault(lambda: released(changed(f"{WEB}.image", image)))
+    side = {"name": "side", "image": "busybox"}
+    fault(lambda: released(changed(f"{POD}.containers", [{"name": "web", "image": image}, side])))
     assert time.monotonic() - began < 10
 
 
@@ -1118,7 +1130,240 @@ def test_nesting_of_any_depth_ends_in_a_release_or_a_refusal() -> None:
             render(app_of(), RUN, BUILT, Placement("green", 0), checked)
 
 
+@pytest.mark.parametrize("depth", [150, 450, 700])
+def test_labels_and_selectors_of_any_depth_are_compared(depth: int) -> None:
+    deep = json.loads('{"a":' * depth + "1" + "}" * depth)
+    items = changed(f"{TEMPLATE}.labels", {"env": deep})
+    items[0]["spec"]["template"]["spec"] |= spread({"matchLabels": {"env": deep}})
+    items[1]["spec"]["selector"] = {"env": copy.copy(deep)}
+    items.append(other("PersistentVolumeClaim", spec={"accessModes": deep}))
+    manifests = [Manifest(f"app.json: {item['kind']}", item) for item in items]
+    ignoring = app_of(deploy={"ignore": ["PersistentVolumeClaim"]})
+    with suppress(StageError):
+        checked = check_objects(ignoring, "production", manifests)
+        render(ignoring, RUN, BUILT, Placement("green", 0), checked)
+
+
+# === Whose an object is ===
+
+WORKER = """
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: shop-worker}
+spec:
+  selector: {matchLabels: {app: shop-worker}}
+  template:
+    metadata: {labels: {app: shop-worker}}
+    spec: {containers: [{name: worker, image: busybox}]}
+"""
+ADVICE = {
+    "Secret": "Create it by hand in each namespace, and remove it from git.",
+    "Job": "Use an init container of the Deployment: it ends before a version gets traffic.",
+    "CronJob": "List CronJob/x in deploy.ignore and apply it by hand; its image does not follow",
+    "HorizontalPodAutoscaler": "by hand, one for each of shop-blue and shop-green.",
+    "PodDisruptionBudget": "apply it by hand; it counts the pods of both colours.",
+    "Service": "by hand; its selector must not reach the pods of both colours.",
+    "StatefulSet": "apply it by hand; its image does not follow the versions.",
+    "PersistentVolumeClaim": "by hand; the pods of both colours use it at once.",
+    "ServiceAccount": "apply it by hand; deploy.service_accounts lets pods run as it.",
+    "ClusterRole": "It concerns the whole cluster. List ClusterRole/x in deploy.ignore and apply",
+    "Namespace": "It concerns the whole cluster. List Namespace/x in deploy.ignore and apply it",
+    "NetworkPolicy": "is not deployed. List NetworkPolicy/x in deploy.ignore and apply it by hand.",
+}
+OWN_APIS = {"Service": "v1"}
+
+
+def other(kind: str, name: str = "x", **more: Any) -> Object:
+    """An object of any kind."""
+    version = OWN_APIS.get(kind, "example.com/v1")
+    return {"apiVersion": version, "kind": kind, "metadata": {"name": name}, **more}
+
+
+@pytest.mark.parametrize("kind", ADVICE)
+def test_each_kind_that_is_not_deployed_has_its_own_advice(kind: str) -> None:
+    detail = fault(lambda: check([*objects(), other(kind)]))[1]
+    assert detail.startswith(f"deploy/app.json: {kind} x of ")
+    assert ADVICE[kind] in detail
+
+
+@pytest.mark.parametrize("setting", ["ignore", "ignore_kinds"])
+def test_an_object_is_ignored_by_its_kind_or_by_its_kind_and_name(setting: str) -> None:
+    items = [*objects(f"{ALL}---{WORKER}"), other("CronJob", "night"), other("CronJob", "day")]
+    names = ("CronJob night of", "CronJob day of", "Deployment shop-worker of")
+
+    def refused(*entries: str) -> list[str]:
+        detail = refusal(lambda: check(items, deploy={setting: [*entries]})) or ""
+        return [name for name in names if name in detail]
+
+    assert refused() == [*names]
+    assert refused("CronJob/night", "Deployment/shop") == [*names[1:]]
+    assert refused("CronJob") == [*names[2:]]
+    assert refused("CronJob", "Deployment/shop-worker") == []
+    checked = check(items, deploy={setting: ["CronJob", "Deployment/shop-worker"]})
+    assert len(checked.ignored) == 3
+
+
+def test_both_settings_of_what_is_ignored_are_heeded() -> None:
+    items = [*objects(), other("CronJob"), other("Ingress")]
+    deploy = {"ignore": ["CronJob/x"], "ignore_kinds": ["Ingress"]}
+    assert len(check(items, deploy=deploy).ignored) == 2
+
+
+@pytest.mark.parametrize("entry", ["", "cron job", "CronJob/", "CronJob/A", "/x", "a/b/c"])
+def test_an_entry_that_can_match_nothing_is_a_fault_of_the_configuration(entry: str) -> None:
+    with pytest.raises(ConfigError, match=r"deploy.ignore\[0\]"):
+        app_of(deploy={"ignore": [entry]})
+
+
+@pytest.mark.parametrize("name", ["", "Shop", "a b", "a/b", "-a", "x" * 254])
+def test_what_is_no_name_of_a_service_account_is_a_fault_of_the_configuration(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"deploy.service_accounts\[0\]"):
+        app_of(deploy={"service_accounts": [name]})
+
+
+def test_of_two_deployments_the_one_that_the_service_selects_is_the_apps() -> None:
+    items = objects(f"{WORKER}---{ALL}")
+    ignored = check(items, deploy={"ignore": ["Deployment/shop-worker"]})
+    assert ignored.deployment["metadata"]["name"] == "web"
+    detail = fault(lambda: check(items))[1]
+    assert detail == (
+        "deploy/app.json: Deployment shop-worker of apps/v1 is not deployed. "
+        "List Deployment/shop-worker in deploy.ignore and apply it by hand; "
+        "it gets neither colours nor the built image."
+    )
+
+
+def test_a_configmap_that_no_pod_of_the_app_uses_is_refused() -> None:
+    items = [*objects(), other("ConfigMap", "dashboard", data={"a": "b"})]
+    items[-1]["apiVersion"] = "v1"
+    assert fault(lambda: check(items))[1] == (
+        "deploy/app.json: ConfigMap dashboard is used by no pod of the app. "
+        "List ConfigMap/dashboard in deploy.ignore and apply it by hand."
+    )
+    checked = check(items, deploy={"ignore": ["ConfigMap/dashboard"]})
+    assert [*checked.configmaps] == ["settings"]
+
+
+@pytest.mark.parametrize("field", ["serviceAccountName", "serviceAccount"])
+def test_pods_run_as_a_service_account_that_the_configuration_allows(field: str) -> None:
+    items = changed(f"{POD}.{field}", "shop-s3")
+    assert "spec." + field in fault(lambda: released(items))[1]
+    assert pod(released(items, deploy={"service_accounts": ["shop-s3"]}))[field] == "shop-s3"
+    items[0]["spec"]["template"]["spec"]["automountServiceAccountToken"] = False
+    rendered = pod(released(items, deploy={"service_accounts": ["shop-s3"]}))
+    assert rendered["automountServiceAccountToken"] is False
+
+
+def test_what_cannot_run_beside_its_next_version_is_refused() -> None:
+    detail = fault(lambda: check(changed("Deployment.spec.strategy", {"type": "Recreate"})))[1]
+    assert detail.endswith(
+        "strategy.type is Recreate, but two versions run side by side. "
+        "Use RollingUpdate and shared data."
+    )
+
+
+@pytest.mark.parametrize(
+    ("modes", "refused"),
+    [
+        (["ReadWriteOnce"], True),
+        (["ReadWriteOncePod"], True),
+        (["ReadWriteOnce", "ReadWriteMany"], False),
+        (["ReadOnlyMany"], False),
+        (5, True),
+    ],
+)
+def test_a_claim_of_the_folder_must_be_one_that_several_nodes_can_use(
+    modes: Any, refused: bool
+) -> None:
+    claimed = {"name": "data", "persistentVolumeClaim": {"claimName": "disk"}}
+    items = changed(f"{WEB}.volumeMounts", [{"name": "data", "mountPath": "/data"}])
+    items[0]["spec"]["template"]["spec"]["volumes"].append(claimed)
+    items.append(other("PersistentVolumeClaim", "disk", spec={"accessModes": modes}))
+    ignore = {"ignore": ["PersistentVolumeClaim"]}
+    said = refusal(lambda: check(items, deploy=ignore)) or ""
+    assert ("persistentVolumeClaim.claimName is a disk of one node" in said) is refused
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("paused", True, "spec.paused keeps a version from starting. Remove it."),
+        ("progressDeadlineSeconds", 2**31 - 1, "Seconds is more than a day. Use less."),
+    ],
+)
+def test_a_deployment_that_would_never_come_to_an_end_is_refused(
+    field: str, value: Any, said: str
+) -> None:
+    assert fault(lambda: check(changed(f"Deployment.spec.{field}", value)))[1].endswith(said)
+
+
 # === Rendering: the Deployment ===
+
+
+@pytest.mark.parametrize("place", ["template.metadata", "metadata"])
+def test_where_the_app_uses_the_label_version_itself_the_colour_has_another(place: str) -> None:
+    where = "Deployment.metadata" if place == "metadata" else f"Deployment.spec.{place}"
+    labels = {"app": "shop", "env": "prod", "version": "v3"}
+    release = released(changed(f"{where}.labels", labels))
+    own = {"gitops-hook/app": "shop", "gitops-hook/colour": "green"}
+    assert release.deployment["spec"]["selector"] == {"matchLabels": own}
+    assert release.selector == {**own, "gitops-hook/run": RUN.id}
+    assert release.service["spec"]["selector"] == release.selector
+    template = release.deployment["spec"]["template"]["metadata"]["labels"]
+    assert template.items() >= release.selector.items()
+    written = release.deployment["metadata"] if place == "metadata" else {"labels": template}
+    assert written["labels"]["version"] == "v3"
+
+
+def spread(selector: Object | None) -> Object:
+    """The fields of a pod that keep it away from others: spread constraint and anti-affinity."""
+    term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": selector}
+    preferred = {"weight": 1, "podAffinityTerm": term}
+    return {
+        "topologySpreadConstraints": [{**term, "maxSkew": 1, "whenUnsatisfiable": "DoNotSchedule"}],
+        "affinity": {
+            "podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [preferred]},
+            "podAntiAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": [term],
+                "preferredDuringSchedulingIgnoredDuringExecution": [preferred],
+            },
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("selector", "own"),
+    [
+        ({"matchLabels": {"app": "shop"}}, True),
+        ({"matchExpressions": [{"key": "app", "operator": "In", "values": ["shop", "x"]}]}, True),
+        ({"matchExpressions": [{"key": "app", "operator": "Exists"}]}, True),
+        ({"matchExpressions": [{"key": "zone", "operator": "DoesNotExist"}]}, True),
+        ({"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["shop"]}]}, False),
+        ({"matchLabels": {"app": "database"}}, False),
+        ({"matchLabels": {"app": "shop", "tier": "web"}}, False),
+        ({}, False),
+        (None, False),
+    ],
+)
+@pytest.mark.parametrize("label", ["version", "gitops-hook/colour"])
+def test_pods_of_the_other_colour_do_not_count_in_spread_and_anti_affinity(
+    selector: Object | None, own: bool, label: str
+) -> None:
+    items = objects()
+    if label != "version":
+        items[0]["spec"]["template"]["metadata"]["labels"]["version"] = "v3"
+    items[0]["spec"]["template"]["spec"] |= spread(selector)
+    release = released(items)
+    expected = copy.deepcopy(selector)
+    if expected and own:
+        expected["matchLabels"] = {**expected.get("matchLabels", {}), label: "green"}
+    written = spread(expected)
+    written["affinity"]["podAffinity"] = spread(selector)["affinity"]["podAffinity"]
+    assert {key: pod(release)[key] for key in written} == written
+    blue = recoloured(release, app_of(), "blue", 2)
+    text = json.dumps(pod(release)).replace(f'"{label}": "green"', f'"{label}": "blue"')
+    assert pod(blue) == json.loads(text)
+    assert blue.selector[label] == "blue"
 
 
 def test_the_deployment_is_coloured_and_keeps_what_the_app_says() -> None:
@@ -1221,10 +1466,11 @@ def test_a_version_is_never_smaller_than_the_live_one(
             {"minReadySeconds": 0, "revisionHistoryLimit": 0},
             {"minReadySeconds": 0, "revisionHistoryLimit": 0},
         ),
-        ({"strategy": {"type": "Recreate"}}, {"strategy": {"type": "Recreate"}}),
-        ({"paused": True}, {"paused": False}),
+        ({"strategy": {"type": "RollingUpdate"}}, {"strategy": {"type": "RollingUpdate"}}),
+        ({"paused": False}, {"paused": False}),
         ({}, {"progressDeadlineSeconds": 300}),
         ({"progressDeadlineSeconds": 5}, {"progressDeadlineSeconds": 300}),
+        ({"progressDeadlineSeconds": 900}, {"progressDeadlineSeconds": 900}),
         ({"replicas": 30}, {"progressDeadlineSeconds": 600}),
         ({"replicas": 10, "minReadySeconds": 60}, {"progressDeadlineSeconds": 700}),
         ({"minReadySeconds": 900}, {"minReadySeconds": 900, "progressDeadlineSeconds": 1820}),
@@ -1232,10 +1478,11 @@ def test_a_version_is_never_smaller_than_the_live_one(
     ids=[
         "defaults",
         "zeroes",
-        "recreate",
+        "strategy",
         "paused",
         "rollout",
-        "own-deadline",
+        "short-deadline",
+        "long-deadline",
         "many",
         "calm-many",
         "calm",
@@ -1279,16 +1526,50 @@ def test_the_built_image_takes_its_place_by_digest(image: str) -> None:
         f"{IMAGE}/sub:1",
     ],
 )
-def test_an_image_that_is_not_the_built_one_is_left_and_alone_it_is_refused(image: str) -> None:
-    reason, detail = fault(lambda: released(changed(f"{WEB}.image", image)))
-    assert (reason, "so the build would not be deployed. Name it" in detail) == (
-        Reason.MANIFEST_REFUSED,
-        True,
-    )
+def test_an_image_that_is_not_the_built_one_is_left_beside_one_that_is(image: str) -> None:
     web = objects()[0]["spec"]["template"]["spec"]["containers"][0]
-    side = [{"name": "side", "image": image}, web]
-    images = [c["image"] for c in pod(released(changed(f"{POD}.containers", side)))["containers"]]
-    assert images == [image, BUILT]
+    side = {"name": "side", "image": image}
+    rendered = pod(released(changed(f"{POD}.containers", [side, web])))["containers"]
+    assert [c["image"] for c in rendered] == [image, BUILT]
+    reason, detail = fault(lambda: released(changed(f"{POD}.containers", [side, {**web, **side}])))
+    assert reason is Reason.MANIFEST_REFUSED
+    assert "so the build would not be deployed. Name it" in detail
+
+
+def remarks(items: list[Object], **app: Any) -> list[str]:
+    """What `plan` says of the images of a commit."""
+    written = check(items, **app).deployment["spec"]["template"]["spec"]
+    return [*image_remarks(app_of(**app), written)]
+
+
+def test_the_only_container_gets_the_built_image_whatever_it_names_and_plan_says_so() -> None:
+    items = changed(f"{WEB}.image", "team/web:1")
+    assert pod(released(items))["containers"][0]["image"] == BUILT
+    assert remarks(items) == ["container web: image team/web:1 is replaced by the built image"]
+    assert remarks(objects()) == []
+    init = [{"name": "assets", "image": IMAGE}]
+    items[0]["spec"]["template"]["spec"]["initContainers"] = init
+    rendered = pod(released(items))
+    assert (rendered["containers"][0]["image"], rendered["initContainers"][0]["image"]) == (
+        "team/web:1",
+        BUILT,
+    )
+
+
+def test_plan_names_images_beside_the_built_one_that_are_not_pinned() -> None:
+    digest = f"@sha256:{'0' * 64}"
+    path = "registry.example.com:5000/demo"
+    inits = [
+        {"name": name, "image": image}
+        for name, image in {
+            "loose": f"{path}/migrate:1",
+            "pinned": f"{path}/migrate:1{digest}",
+            "public": "busybox:1",
+        }.items()
+    ]
+    said = f"container loose: image {path}/migrate:1 is not named by digest, so it may change"
+    (line,) = remarks(changed(f"{POD}.initContainers", inits))
+    assert line.startswith(said)
 
 
 def test_init_containers_and_side_cars_of_the_app_get_the_built_image_too() -> None:
@@ -1614,11 +1895,13 @@ def test_configmaps_of_300_kilobytes_fit_into_a_release() -> None:
     ("content", "said"),
     [
         (os.urandom(900_000).hex(), "ConfigMap settings has "),
-        ("x" * 1_050_000, "ConfigMap settings has "),
-        (os.urandom(500_000).hex(), ""),
-        ("\u20ac" * 330_000, ""),
+        ("x" * (2**20 + 1), "ConfigMap settings has 1048577 bytes, but 1048576 are possible. Make"),
+        ("\x01" * 600_000, "ConfigMap settings has "),
+        (os.urandom(2**19).hex(), ""),
+        ("\u20ac" * 349_525, ""),
+        ("x" * 2**20, ""),
     ],
-    ids=["noise", "one-letter", "half-noise", "three-byte-letters"],
+    ids=["noise", "one-letter", "escaped", "half-noise", "three-byte-letters", "one-mebibyte"],
 )
 def test_what_fits_into_no_configmap_is_refused_before_anything_changes(
     content: str, said: str
@@ -1629,11 +1912,22 @@ def test_what_fits_into_no_configmap_is_refused_before_anything_changes(
 
 
 def test_what_fits_into_no_release_is_refused_before_anything_changes() -> None:
-    items = changed("ConfigMap.data.GREETING", os.urandom(450_000).hex())
+    items = changed("ConfigMap.data.GREETING", os.urandom(520_000).hex())
+    items[0]["spec"]["template"]["spec"]["volumes"][0]["configMap"]["name"] = "more"
     more = copy.deepcopy(items[2])
-    more["metadata"]["name"], more["data"] = "more", {"noise": os.urandom(450_000).hex()}
+    more["metadata"]["name"], more["data"] = "more", {"noise": os.urandom(520_000).hex()}
     reason, detail = fault(lambda: released([*items, more]))
-    assert (reason, detail.split(" has ")[0]) == (Reason.MANIFEST_REFUSED, "ConfigMap shop-release")
+    assert reason is Reason.MANIFEST_REFUSED
+    said = r"The manifests have \d+ bytes when compressed, but \d+ are possible. Make the ConfigM.*"
+    assert re.fullmatch(said, detail)
+
+
+def test_a_configmap_of_one_mebibyte_of_files_is_copied_and_recorded() -> None:
+    items = changed("ConfigMap.binaryData", {"noise": base64.b64encode(os.urandom(10**6)).decode()})
+    release = released(items)
+    assert Release.from_configmap(release.configmap("shop")) == release
+    items[2]["binaryData"]["noise"] = base64.b64encode(bytes(2**20 + 1)).decode()
+    assert "ConfigMap settings has 1048582 bytes" in fault(lambda: released(items))[1]
 
 
 @pytest.mark.parametrize(

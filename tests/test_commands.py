@@ -899,12 +899,14 @@ def test_plan_masks_secrets_in_what_would_change(story: Story) -> None:
     (web,) = pod["containers"]
     web["env"] = [{"name": "DB_PASSWORD", "value": "line one\nline two\n"}]
     web["args"] = ["--db=https://me:hunter2@db/shop"]
+    pod["initContainers"] = [{"name": "migrate", "image": "registry.example.com/demo/migrate:1"}]
     files = {"deploy__app.yaml": yaml.safe_dump_all([deployment, SERVICE, settings_map("v5")])}
     commit = story.world.repository.release("v5", branch="feature/plan", **files)
     lines = plan(story.world, commit)
     text = "\n".join(lines)
     soon = line(lines, "production, next")
     assert re.search(r" new ConfigMaps: shop-settings-[0-9a-f]{8}$", soon)
+    assert any(line.startswith("  container migrate: image registry.exam") for line in lines)
     assert "DB_PASSWORD" in text
     assert "secretName: registry-token" in text
     assert "--db=https://***@db/shop" in text

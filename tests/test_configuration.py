@@ -76,7 +76,9 @@ apps:
             args: ["--cache=true"], timeout: 20m}
     deploy:
       manifests: deploy/
-      ignore_kinds: [Ingress]
+      ignore: [CronJob/night, Ingress]
+      ignore_kinds: [HorizontalPodAutoscaler]
+      service_accounts: [shop-s3]
       environments: [staging, production]
       health: {path: /ready, successes: 3, failures: 3, timeout: 30s}
       rollout_timeout: 300s
@@ -91,6 +93,10 @@ catch_up: 5m
 """)
     (app,) = config.apps
     assert (app.deploy.retain, app.build.args) == (1, ("--cache=true",))
+    assert app.deploy.service_accounts == ("shop-s3",)
+    kinds = ("CronJob", "Ingress", "HorizontalPodAutoscaler")
+    assert [app.deploy.ignores(kind, "night") for kind in kinds] == [True, True, True]
+    assert not app.deploy.ignores("CronJob", "day")
     assert config.webhook.max_body == 512 * 1024
 
 

@@ -1923,6 +1923,13 @@ def test_a_selector_is_narrowed_to_todays_pods(
     assert hook.narrowed(selector, [labelled(**p) for p in pods], NEW) == narrow
 
 
+def test_a_version_of_the_apps_own_does_not_narrow_since_a_later_commit_may_have_it_too() -> None:
+    old = labelled(**{"app": "shop", "version": "v1", "pod-template-hash": "1"})
+    new = {"app": "shop", "version": "v2", hook.LABEL_COLOUR: "blue", hook.LABEL_RUN: "r"}
+    narrow = {"app": "shop", "pod-template-hash": "1"}
+    assert hook.narrowed({"app": "shop"}, [old], new) == narrow
+
+
 # === Purity ===
 
 HELPERS = {"clip", "replace", "seconds_of"}

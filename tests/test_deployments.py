@@ -87,7 +87,7 @@ def test_a_kind_that_is_not_deployed_is_refused_by_name_with_what_to_do(apps: Fl
     ended = kinds.push(kinds.release("v1", files={"deploy/hpa.yaml": HPA}))
     line = apps.ended(ended)
     assert (line["outcome"], line["reason"]) == ("failed", "ManifestRefused")
-    assert re.search(r"HorizontalPodAutoscaler kinds.*ignore_kinds", line["detail"])
+    assert re.search(r"HorizontalPodAutoscaler/kinds in deploy\.ignore", line["detail"])
     assert not kinds.leftovers()
 
 

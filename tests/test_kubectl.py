@@ -354,6 +354,21 @@ def test_a_whole_object_takes_the_place_of_exactly_what_was_read(kubectl: Kubect
     assert (kubectl.get("configmap", "whole", SPACE) or {})["data"] == {"a": "2"}
 
 
+def test_an_object_is_deleted_only_exactly_as_it_was_read(kubectl: Kubectl) -> None:
+    kubectl.put(configmap("read", a="1"), None, SPACE)
+    first = kubectl.get("configmap", "read", SPACE) or {}
+    kubectl.put(configmap("read", a="2"), first, SPACE)
+    with pytest.raises(KubectlError) as failed:
+        kubectl.delete_exactly("api/v1", "configmaps", first)
+    assert failed.value.kind == "Conflict"
+    second = kubectl.get("configmap", "read", SPACE) or {}
+    kubectl.delete_exactly("api/v1", "configmaps", second)
+    assert kubectl.get("configmap", "read", SPACE) is None
+    with pytest.raises(KubectlError) as failed:
+        kubectl.delete_exactly("api/v1", "configmaps", second)
+    assert failed.value.kind == "NotFound"
+
+
 def test_a_whole_object_with_an_unknown_field_is_refused(kubectl: Kubectl) -> None:
     kubectl.put(configmap("strict"), None, SPACE)
     for name, current in (("strict", kubectl.get("configmap", "strict", SPACE)), ("new", None)):

@@ -63,7 +63,18 @@ def reasons() -> str:
     return "\n".join(f"- {kind}: {names}." for kind, names in named.items())
 
 
-TABLES = {"reasons": reasons, "settings": settings, "process": process, "metrics": metrics}
+def fields() -> str:
+    rows = [(f"`{field}`", words) for field, words in gitops_hook.SET_FIELDS.items()]
+    return table(("field", "what it becomes"), rows)
+
+
+TABLES = {
+    "reasons": reasons,
+    "settings": settings,
+    "process": process,
+    "metrics": metrics,
+    "fields": fields,
+}
 
 
 def block(name: str) -> re.Pattern[str]:

@@ -1,0 +1,77 @@
+"""What rendering makes of whole manifests folders, compared with what was written down before.
+
+`python -m tests.test_golden_manifests` writes that anew. The folders are like those of real
+repositories; settings.yaml of each says what is special about it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gitops_hook import (
+    App,
+    Placement,
+    StageError,
+    check_objects,
+    image_remarks,
+    read_manifests,
+    render,
+)
+from tests.test_app_manifests import RUN, Object, app_of
+from tests.test_fields import differences, entries
+
+DATA = Path(__file__).resolve().parent / "data" / "manifests"
+FOLDERS = sorted(path.name for path in DATA.iterdir())
+IMAGE = "registry.example.com/team/shop"
+BUILT = f"{IMAGE}@sha256:{'0f' * 32}"
+
+
+def app_in(folder: Path) -> App:
+    """The app, with the settings that a folder needs."""
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    return app_of(**{"build": {"image": IMAGE}, **settings})
+
+
+def rendering(app: App, checkout: Path, environment: str) -> Object:
+    """What becomes of a checkout in an environment: why it is refused, or the objects."""
+    path = app.deploy.manifests.replace("{environment}", environment)
+    try:
+        manifests = read_manifests(checkout, path)
+        checked = check_objects(app, environment, manifests)
+        release = render(app, RUN, BUILT, Placement("blue", 0), checked)
+    except StageError as refused:
+        return {"refused": refused.detail}
+    remarks = [*image_remarks(app, checked.deployment["spec"]["template"]["spec"])]
+    rendered = [release.deployment, release.service, *release.configmaps]
+    written = [checked.deployment, checked.service, *checked.configmaps.values()]
+    pairs = zip(written, rendered, strict=True)
+    lost = [d for one, other in pairs for d in differences(one, other, one["kind"])]
+    assert [path for path in lost if not entries(path)] == [], "the table of the README says so"
+    return {"ignored": checked.ignored, "plan": remarks, "objects": rendered}
+
+
+def golden(folder: Path) -> str:
+    """What becomes of a folder in each environment, as it is written down."""
+    app = app_in(folder)
+    environments = {}
+    for environment in app.deploy.environments:
+        with tempfile.TemporaryDirectory() as checkout:
+            shutil.copytree(folder, checkout, dirs_exist_ok=True)
+            environments[environment] = rendering(app, Path(checkout), environment)
+    return json.dumps(environments, indent=1, sort_keys=True) + "\n"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_becomes_what_was_written_down(name: str) -> None:
+    assert golden(DATA / name) == (DATA / name / "golden.json").read_text()
+
+
+if __name__ == "__main__":
+    for name in FOLDERS:
+        (DATA / name / "golden.json").write_text(golden(DATA / name))
