@@ -3239,6 +3239,7 @@ FILE_WORDS = {
     r"yaml: (line \d+): (.*)": "{0} of a document: {1}",
     r"(?:yaml|json): (.*)": "{}",
 }
+OTHERS_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM)  # as the kernel ends one where memory is short
 MOST_WORDS = 20_000  # characters that are read of what kubectl says
 GO_OUT_OF_MEMORY = re.compile(r"(?m)^fatal error: .*(out of memory|cannot allocate memory)")
 # What a folder may not say, by the key under which it stands: each would let one application's
@@ -3381,6 +3382,8 @@ class ManifestReader:
         environ = {"PATH": str(self.home), "HOME": str(self.home), "GOMAXPROCS": "1"}
         run = partial(run_program, argv, KUBECTL_TIMEOUT, "", environ, PRINTED_BYTES)
         finished = confined(run, [self.root, self.home, program_path("kubectl")])
+        if finished.code in OTHERS_SIGNALS:  # which is no fault of the manifests
+            raise KubectlError(argv, finished.code, finished.stderr.decode(errors="replace"))
         if finished.code != 0:
             self.refuse_unread(kustomization, finished)
         printed = finished.stdout.decode(errors="replace").strip()
