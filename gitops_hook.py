@@ -2009,7 +2009,7 @@ def confined(action: Callable[[], T], readable: Iterable[str | Path]) -> T:
         try:
             libc = ctypes.CDLL(None, use_errno=True)
             close_network(libc)
-            close_files(libc, [*SYSTEM_FOLDERS, *readable])
+            close_files(libc, [*SYSTEM_FOLDERS, Path(sys.executable).parent, *readable])
         except (AttributeError, KeyError, OSError) as failure:
             advice = "Run this on Linux with seccomp, on x86_64 or aarch64."
             why = f"the system cannot close the network to kubectl: {failure}. {advice}"
@@ -3346,7 +3346,8 @@ class ManifestReader:
     def read_files(self, sources: Mapping[str, Path]) -> list[Manifest]:
         """Return the objects of plain files, by one call of kubectl."""
         if sum(file.stat().st_size for file in sources.values()) > MANIFEST_BYTES:
-            refuse(TOO_LARGE, INVALID)
+            most = f"{MANIFEST_BYTES >> 20} MiB together"
+            refuse(f"The manifests have more than {most}. Shorten them.", INVALID)
         for source, file in sources.items():
             try:
                 file.read_text("utf-8")
