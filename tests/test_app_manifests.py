@@ -638,6 +638,23 @@ def test_each_environment_is_read_from_its_own_overlay(tmp_path: Path) -> None:
     assert sizes == {"staging": 1, "production": 4}
 
 
+def test_the_shop_of_the_demo_has_an_overlay_for_each_environment() -> None:
+    root = Path(__file__).parent / "demo/app"
+    app = app_of(deploy={"manifests": "deploy/overlays/{environment}"})
+    rendered = {}
+    for environment in app.deploy.environments:
+        manifests = read_manifests(root, app.deploy.folder(environment))
+        checked = check_objects(app, environment, manifests, environment)
+        placement = Placement("blue", 0)
+        rendered[environment] = render(app, RUN, BUILT, placement, checked)
+    assert {name: release.wanted for name, release in rendered.items()} == {
+        "staging": 1,
+        "production": 2,
+    }
+    greetings = {release.configmaps[0]["data"]["greeting"] for release in rendered.values()}
+    assert greetings == {"Welcome to the shop", "Welcome to the shop's rehearsal"}
+
+
 # What leads out of a commit, {} being the address of a server that must not be asked.
 HOSTILE = {
     "resources": "resources: ['http://{}/x.yaml']",
