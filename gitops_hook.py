@@ -33,6 +33,7 @@ import argparse
 import base64
 import binascii
 import copy
+import ctypes
 import difflib
 import errno
 import hashlib
@@ -43,6 +44,7 @@ import json
 import logging
 import math
 import os
+import platform
 import queue
 import random
 import re
@@ -52,6 +54,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -607,6 +610,24 @@ NAME = matching(rf"(?![0-9]|.{{31}}){DNS_LABEL.pattern}", SHORT)
 LABEL = matching(rf"(?!.{{64}}){DNS_LABEL.pattern}", "a DNS label")
 BRANCH = matching(r"(?!refs/)[^\s~^:?*\[\\]{1,255}", "a branch name (without refs/heads/)")
 FOLDER = matching(r"(?![/-])(?!(.*/)?\.\.(/|$))[^\x00]+", "a relative path within the repository")
+ENVIRONMENT = "{environment}"  # in deploy.manifests: the name of each environment
+
+
+def parse_folders(value: Any) -> str:
+    """Return the path of the folder of each environment; raises ValueError for anything else."""
+    path = str(FOLDER(value))
+    if re.search("[{}]", path.replace(ENVIRONMENT, "")):
+        raise ValueError(f"has another placeholder than {ENVIRONMENT}")
+    if ENVIRONMENT in top_folder(path):
+        raise ValueError(f"has {ENVIRONMENT} in its first folder, which must have all environments")
+    return path
+
+
+def top_folder(path: str) -> str:
+    """Return the first folder of a path, which is what git fetches of a commit."""
+    return (*PurePosixPath(path).parts, ".")[0]
+
+
 URL_PATH = matching(r"/[\x21-\x7e]*", "a path")
 ABSOLUTE = matching(r"(/(?!\.\.?(/|$))[\w.+-]{1,100}){1,20}", "an absolute path without . and ..")
 SUBDOMAIN = rf"(?!.{{254}}){DNS_LABEL.pattern}(\.{DNS_LABEL.pattern})*"
@@ -808,7 +829,10 @@ class DeploySettings:
     """How an app is deployed."""
 
     manifests: str = setting(
-        parse=FOLDER, default="deploy", meaning="folder of manifests: plain YAML or a kustomization"
+        parse=parse_folders,
+        default="deploy",
+        meaning="folder of manifests, plain YAML or a kustomization; `deploy/{environment}`: each "
+        "environment has its own, and what they share is below the first folder, too",
     )
     ignore: tuple[str, ...] = setting(
         parse=IGNORED,
@@ -856,6 +880,10 @@ class DeploySettings:
         default="full",
         meaning="replicas of the old version that keep running for a rollback: `full` or a number",
     )
+
+    def folder(self, environment: str) -> str:
+        """Return the folder with the manifests of an environment."""
+        return self.manifests.replace(ENVIRONMENT, environment)
 
     def ignores(self, kind: str, name: str) -> bool:
         """Whether an object of the manifests folder is left to others."""
@@ -1818,6 +1846,15 @@ MEMORY_BYTES = 160 * 2**20  # of a program: the largest kustomization that is re
 # (RLIMIT_AS), of which a Go program reserves more than it uses.
 WITH_LIMITS = ("/bin/sh", "-c", 'ulimit -d "$1"; ulimit -f "$2"; shift 2; exec "$@"', "sh")
 
+SYSTEM_FOLDERS = ("/bin", "/lib", "/lib64", "/usr")  # where a shell and its libraries are
+# By machine: the number that the kernel has for it, and its number of socket(2).
+SOCKET_CALLS = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
+# The operations of a filter of system calls: on one word of a call, and how it ends.
+BPF_LOAD = 0x20
+BPF_EQUAL = 0x15
+BPF_AT_LEAST = 0x35
+BPF_RETURN = 0x06
+
 
 class Kubectl:
     """Every call of the cluster is a kubectl process that is started here.
@@ -2066,19 +2103,96 @@ def start(
     limits: Sequence[str] = (),
     **how: Any,
 ) -> subprocess.Popen[bytes]:
-    """Start a program from the PATH, or from beside the interpreter, without a shell.
-
-    A virtual environment has kubectl there. Raises ConfigError when the program cannot be started.
-    """
-    beside = str(Path(sys.executable).parent)
+    """Start a program without a shell; raises ConfigError when it cannot be started."""
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    command = (*limits, program_path(argv[0]), *argv[1:])
     try:
-        if (program := shutil.which(argv[0]) or shutil.which(argv[0], path=beside)) is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        command = (*limits, program, *argv[1:])
         return subprocess.Popen(command, env=environ, **how)  # noqa: S603 - no shell
     except OSError as failure:
         raise ConfigError([f"{argv[0]} cannot be started: {failure.strerror}"]) from failure
+
+
+def program_path(name: str) -> str:
+    """Return where a program is: on the PATH, or beside the interpreter; raises ConfigError.
+
+    A virtual environment has kubectl beside it.
+    """
+    beside = str(Path(sys.executable).parent)
+    if path := shutil.which(name) or shutil.which(name, path=beside):
+        return path
+    raise ConfigError([f"{name} cannot be started: {os.strerror(errno.ENOENT)}"])
+
+
+def confined(action: Callable[[], T], readable: Iterable[str | Path]) -> T:
+    """Return what an action returns that starts programs, to which network and files are closed.
+
+    They open no connection, and no file but those in readable and the system's own. A thread of its
+    own runs the action, since the kernel closes things to a thread, and what it starts, for ever.
+    Raises ConfigError where the kernel does not close the network.
+    """
+
+    def run() -> T:
+        """Close everything, then act."""
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            close_network(libc)
+            close_files(libc, [*SYSTEM_FOLDERS, Path(sys.executable).parent, *readable])
+        except (AttributeError, KeyError, OSError) as failure:
+            advice = "Run this on Linux with seccomp, on x86_64 or aarch64."
+            why = f"the system cannot close the network to kubectl: {failure}. {advice}"
+            raise ConfigError([why]) from failure
+        return action()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def close_network(libc: Any) -> None:
+    """Refuse this thread, and what it starts, every socket but those of one machine.
+
+    Raises OSError, AttributeError or KeyError where the system has no way to do it.
+    """
+    architecture, socket_call = SOCKET_CALLS[platform.machine()]
+    program = (  # operation, steps to skip if true, steps to skip if false, value
+        (BPF_LOAD, 0, 0, 4),
+        (BPF_EQUAL, 0, 8, architecture),
+        (BPF_LOAD, 0, 0, 0),
+        (BPF_AT_LEAST, 6, 0, 0x40000000),  # another way of calling the kernel, with other numbers
+        (BPF_EQUAL, 3, 0, 425),  # io_uring_setup, by which sockets can be opened too
+        (BPF_EQUAL, 0, 3, socket_call),
+        (BPF_LOAD, 0, 0, 16),
+        (BPF_EQUAL, 1, 0, socket.AF_UNIX),
+        (BPF_RETURN, 0, 0, 0x50000 | errno.EACCES),
+        (BPF_RETURN, 0, 0, 0x7FFF0000),  # go on
+        (BPF_RETURN, 0, 0, 0x80000000),  # end the process
+    )
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
+    whole = struct.pack("HP", len(program), ctypes.addressof(code))
+    libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_void_p] * 4)
+    no_new_privileges = libc.prctl(38, 1, 0, 0, 0)
+    if no_new_privileges or libc.prctl(22, 2, whole, 0, 0):  # seccomp, by a filter
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def close_files(libc: Any, readable: Iterable[str | Path]) -> None:
+    """Let this thread, and what it starts, read nothing but these files and what is in folders.
+
+    A kernel without Landlock leaves it to kustomize, which reads no file outside of a folder with
+    a kustomization; the image of the daemon has no such folder. Raises OSError.
+    """
+    read_file = 4
+    ruleset = libc.syscall(444, struct.pack("Q", read_file), 8, 0)
+    if ruleset < 0:
+        return
+    try:
+        for path in filter(os.path.exists, readable):
+            opened = os.open(path, os.O_PATH)
+            libc.syscall(445, ruleset, 1, struct.pack("=Qi", read_file, opened), 0)
+            os.close(opened)
+        if libc.syscall(446, ruleset, 0):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    finally:
+        os.close(ruleset)
 
 
 def memory_file(content: bytes = b"") -> IO[bytes]:
@@ -2486,7 +2600,7 @@ class Git:
 
         Raises StageError where it is too much, and GitError where another try may help.
         """
-        top = (*PurePosixPath(path).parts, ".")[0]
+        top = top_folder(path)
         with tempfile.TemporaryDirectory(prefix="gitops-hook-") as folder:
             root = Path(folder) / "src"
             try:
@@ -3269,11 +3383,15 @@ def declared(text: str) -> int:
 # === app manifests ================================================================================
 
 MANIFEST_BYTES = 2 * 1024 * 1024  # of all files that are read, or of what kustomize prints
-MANIFEST_NODES = 50_000  # keys and values in them, a kilobyte of memory each
-LONGEST_NUMBER = 1000  # characters
+MANIFEST_SUFFIXES = (".yaml", ".yml", ".json")
+PRINTED_BYTES = 4 * MANIFEST_BYTES  # of what kubectl prints, which is indented
+MANIFEST_LINES = 100_000  # in it, one for each key and value; Python needs some 300 bytes for each
+TOO_LARGE = "The manifests are too large. Shorten them."
+NO_LABEL = f"{MANAGER}/nothing-"
 CONFIGMAP_BYTES = 1024 * 1024  # of texts and files: what the API server takes
 REQUEST_BYTES = 3 * 1024 * 1024 - 65_536  # of JSON: the same, the rest of the object left out
 INVALID = Reason.MANIFEST_INVALID
+REFUSED = Reason.MANIFEST_REFUSED
 KINDS = {"Deployment": "apps/v1", "Service": "v1", "ConfigMap": "v1"}
 OLD_APIS = ("extensions/v1beta1", "apps/v1beta1", "apps/v1beta2")
 CONFIGMAP_DATA = ("data", "binaryData")
@@ -3284,13 +3402,41 @@ MOST_REPLICAS = 1000
 LONGEST_DEADLINE = 86_400  # seconds that a rollout may take, whatever the app says
 LISTED_REFUSALS = 10  # at once; the rest is counted
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
-KUSTOMIZATION_VISITS = 100  # each counts as often as it is named, since they multiply
-KUSTOMIZE_PATHS = {  # the keys under which kustomize reads, or fetches, what is named there
-    *("resources", "bases", "components", "crds", "configurations", "patches"),
-    *("patchesstrategicmerge", "path", "files", "envs", "env"),
+CHART = "Chart.yaml"
+RENDER_CHART = "Commit what `helm template` prints of it."
+OVERLAYS = re.compile(r"(^|/)(overlays|environments|envs?)/[^/]+$|(^|/)(staging|production|prod)$")
+OUTSIDE = "What it names is outside of the commit. Copy it there."
+# What kubectl says of a kustomization, and what it is called here; the first that matches counts.
+KUSTOMIZE_WORDS = {
+    r'Get "([^"]*)"': "{} is outside of the commit. Copy it there.",
+    "no 'git' program on path": OUTSIDE,
+    r"(?:failure on|security; file|target for path|new root) '/": OUTSIDE,
+    r"KV pairs.* failure on '([^']+)'": "{} is not in the commit. "
+    "If it is secret, do not commit it: make a Secret in each namespace.",
+    r"failure on '([^']+)'": "{} is not in the commit. Add it, or do not name it.",
+    r"security; file '([^']+)'": "{} is not below the folder of the kustomization that names it. "
+    "Name a folder with a kustomization.",
+    r"target for path '([^']+)': unable to find": "{} has no kustomization. Add one.",
+    "must specify --enable-helm": f"It has a Helm chart. {RENDER_CHART}",
+    "external plugins disabled": "It runs a plugin, which is not done here. Commit what it makes.",
+    r"cycle detected: candidate root '([^']+)'": "{} includes itself. Do not name it there.",
+    r"already registered id: ([^\s']+)": "{} occurs twice. Remove one of the two.",
+    r"'([^']+)': missing Resource metadata": "{} is not a Kubernetes object.",
 }
-KUSTOMIZE_TEXTS = {"commonlabels", "commonannotations", "labels", "metadata", "generatoroptions"}
-KUSTOMIZE_REFUSED = {"generators", "transformers", "validators", "helmcharts", "helmglobals"}
+# The same for plain files.
+FILE_WORDS = {
+    r"Object '(\w+)' is missing": "It is not a Kubernetes object: it lacks {}.",
+    r"unmarshal \w+ into Go value of type unstructured": "A document is not a mapping. "
+    "Links are not followed.",
+    r"unmarshal (\w+) into Go struct field \w+\.(metadata\S*) of type \S*string": "{1} has a {0} "
+    "where a text must stand. Put it in quotes.",
+    r"unmarshal (\w+) into Go struct field \w+\.(metadata\S*)": "{1} cannot be a {0}.",
+    r"is not a list: no Items": "A List stands in another one. Write its objects into one List.",
+    r"yaml: (line \d+): (.*)": "{0} of a document: {1}",
+    r"(?:yaml|json): (.*)": "{}",
+}
+OTHERS_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM)  # as the kernel ends one where memory is short
+MOST_WORDS = 20_000  # characters that are read of what kubectl says
 GO_OUT_OF_MEMORY = re.compile(r"(?m)^fatal error: .*(out of memory|cannot allocate memory)")
 # What a folder may not say, by the key under which it stands: each would let one application's
 # commit move another's traffic, pods or credentials, or reach the nodes. All other fields of a
@@ -3426,174 +3572,180 @@ class Manifest:
 
 
 def read_manifests(root: Path, path: str) -> list[Manifest]:
-    """Return the objects of an app's manifests folder, plain or built by kustomize."""
+    """Return the objects of an app's manifests folder, plain or built by kustomize.
+
+    kubectl reads both, without a cluster. Raises StageError that names all that cannot be read, and
+    ConfigError where the system cannot keep kubectl from the network.
+    """
     root = root.resolve()
     directory = (root / path).resolve()
-    budget = ReadBudget()
     if not directory.is_dir() or not directory.is_relative_to(root):
-        refuse(f"The commit has no folder {path!r}. Add it, or correct deploy.manifests.", INVALID)
-    if any((directory / name).exists() for name in KUSTOMIZATIONS):
-        rewrite_kustomization(root, directory, [], budget)
-        return parse_manifests(build_kustomization(directory), f"{path}/kustomization", budget)
-    files = [f for f in sorted(directory.iterdir()) if f.suffix in (".yaml", ".yml", ".json")]
-    sources = {str(f.relative_to(root)): f for f in files if not f.name.startswith(".")}
-    texts = {source: read_text(file, source, budget) for source, file in sources.items()}
-    return [m for source, text in texts.items() for m in parse_manifests(text, source, budget)]
+        refuse(advice_for_no_folder(root, path), INVALID)
+    if (directory / CHART).exists():
+        refuse(f"{path} is a Helm chart. {RENDER_CHART}")
+    with tempfile.TemporaryDirectory(prefix="gitops-hook-") as home:
+        return ManifestReader(root, directory, Path(home)).read()
 
 
-class ReadBudget:
-    """How much may still be read for one environment, over all its files."""
+@dataclass(frozen=True, slots=True)
+class ManifestReader:
+    """Reads one folder of a commit by kubectl, which has no network and no other files."""
 
-    def __init__(self) -> None:
-        self.bytes = MANIFEST_BYTES
-        self.characters = 2 * MANIFEST_BYTES + 2**19
+    root: Path  # of the commit
+    directory: Path
+    home: Path  # an empty folder; kubectl has no other home
 
-    def spend(self, source: str, size: int = 0, expanded: int = 0) -> None:
-        """Count bytes of a file, or characters that its anchors expand to; raises StageError."""
-        self.bytes -= size
-        self.characters -= expanded
-        if self.bytes < 0:
+    def read(self) -> list[Manifest]:
+        """Return the objects of the folder; raises StageError, ConfigError."""
+        folder = self.directory
+        kustomizations = [*filter(os.path.lexists, map(folder.joinpath, KUSTOMIZATIONS))]
+        if kustomizations:
+            source = self.plain_file(kustomizations[0])
+            return [self.manifest(source, item) for item in self.read_by(source, "-k", folder)]
+        files = manifest_files(folder)
+        if not files:
+            refuse(advice_for_no_files(self.root, folder))
+        return self.read_files({self.plain_file(file): file for file in files})
+
+    def plain_file(self, file: Path) -> str:
+        """Return the name of a file in the commit; raises StageError when it is no plain file."""
+        source = str(file.relative_to(self.root))
+        if file.is_symlink() or not file.is_file():
+            refuse(f"{source}: It is not a plain file. Links are not followed.", INVALID)
+        return source
+
+    def read_files(self, sources: Mapping[str, Path]) -> list[Manifest]:
+        """Return the objects of plain files, by one call of kubectl."""
+        if sum(file.stat().st_size for file in sources.values()) > MANIFEST_BYTES:
             most = f"{MANIFEST_BYTES >> 20} MiB together"
-            refuse(f"{source}: The manifests have more than {most}. Shorten them.", INVALID)
-        if self.characters < 0:
-            refuse(f"{source}: It expands to too much, since its anchors multiply.", INVALID)
+            refuse(f"The manifests have more than {most}. Shorten them.", INVALID)
+        for source, file in sources.items():
+            try:
+                file.read_text("utf-8")
+            except UnicodeDecodeError:
+                refuse(f"{source}: It is not UTF-8.", INVALID)
+        # kubectl does not say from which file an object is, so one of ours precedes each file
+        divider = f"File{uuid.uuid4().hex}"
+        for i, (source, file) in enumerate(sources.items()):
+            mark = {"apiVersion": "v1", "kind": divider, "metadata": {"name": source}}
+            (self.home / f"{i:04}-.json").write_text(json.dumps(mark))
+            (self.home / f"{i:04}.yaml").symlink_to(file)
+        manifests = []
+        for item in self.read_by("", "-f", self.home):
+            if item["kind"] == divider:
+                source = item["metadata"]["name"]
+            else:
+                manifests.append(self.manifest(source, item))
+        return manifests
 
+    def manifest(self, source: str, item: Object) -> Manifest:
+        """Return an object with the words that name it."""
+        kind = item["kind"]
+        metadata = item.get("metadata")
+        name = metadata.get("name") if isinstance(metadata, dict) else None
+        if not isinstance(name, str) or not name:  # of what stands in a List, kubectl tells nothing
+            refuse(f"{source}: {clip(kind, 80)} has no metadata.name. Add it.", INVALID)
+        return Manifest(f"{source}: {clip(f'{kind} {name}', 100)}", item)
 
-def read_text(file: Path, source: str, budget: ReadBudget) -> str:
-    """Return the text of a file of the commit; raises StageError when it is no plain text file."""
-    if file.is_symlink() or not file.is_file():
-        refuse(f"{source}: It is not a plain file.", INVALID)
-    budget.spend(source, file.stat().st_size)
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        refuse(f"{source}: It is not UTF-8.", INVALID)
+    def read_by(self, kustomization: str, option: str, folder: Path) -> list[Object]:
+        """Return the objects that kubectl reads from a folder; raises StageError, ConfigError."""
+        # all that it does with an object is to take away a label that none has
+        argv = ("kubectl", "label", "--local", "-o=json", NO_LABEL, option, str(folder))
+        environ = {"PATH": str(self.home), "HOME": str(self.home), "GOMAXPROCS": "1"}
+        run = partial(run_program, argv, KUBECTL_TIMEOUT, "", environ, PRINTED_BYTES)
+        finished = confined(run, [self.root, self.home, program_path("kubectl")])
+        if finished.code in OTHERS_SIGNALS:  # which is no fault of the manifests
+            raise KubectlError(argv, finished.code, finished.stderr.decode(errors="replace"))
+        if finished.code != 0:
+            self.refuse_unread(kustomization, finished)
+        printed = finished.stdout.decode(errors="replace").strip()
+        if printed.count("\n") > MANIFEST_LINES:  # a line for each key and each value
+            refuse(TOO_LARGE, INVALID)
+        try:
+            # texts have no line ends here, so that only between two objects stands this
+            return list(json.loads("[" + printed.replace("\n}\n{", "\n},{") + "]"))
+        except RecursionError:
+            refuse(TOO_LARGE, INVALID)
 
-
-def parse_manifests(text: str, source: str, budget: ReadBudget | None = None) -> list[Manifest]:
-    """Return the Kubernetes objects in a text, those in Lists too."""
-    objects: list[Any] = []
-    for document in parse_documents(text, source, budget):
-        items: Any = document.get("items")
-        is_list = isinstance(items, list) and str(document.get("kind")).endswith("List")
-        objects += items if is_list else [document]
-    try:
-        names = [" ".join((item["kind"], item["metadata"]["name"])) for item in objects]
-    except (KeyError, TypeError):
-        refuse(f"{source}: It is not a Kubernetes object: it lacks kind or metadata.name.", INVALID)
-    pairs = zip(names, objects, strict=True)
-    return [Manifest(f"{source}: {clip(name, 100)}", item) for name, item in pairs]
-
-
-def parse_documents(text: str, source: str, budget: ReadBudget | None = None) -> list[Object]:
-    """Return the documents of a YAML or JSON text; faults name file and line."""
-    chunks: list[str] = []
-    budget = budget or ReadBudget()
-    try:
-        is_json = source.endswith(".json")
-        values = [json.loads(text)] if is_json else yaml.load_all(text, ManifestLoader)
-        # through JSON: what it cannot say is refused, and what anchors share is copied, to a limit
-        for chunk in json.JSONEncoder(allow_nan=False, ensure_ascii=False).iterencode([*values]):
-            chunks.append(chunk)
-            budget.spend(source, expanded=len(chunk))
-        documents = [d for d in json.loads("".join(chunks)) if d is not None]
-    except (yaml.YAMLError, *SHAPE_ERRORS) as failure:
-        said = str(failure).replace('"<unicode string>", ', "")
-        refuse(f"{source}: {clip(said)}", INVALID)
-    if not all(isinstance(d, dict) for d in documents):
-        refuse(f"{source}: A document is not a mapping. Links are not followed.", INVALID)
-    return documents
-
-
-class ManifestLoader(yaml.SafeLoader):
-    """YAML with dates as texts, as kubectl reads it. The loader in C crashes on deep nesting."""
-
-    nodes = 0
-
-    def count(self, nodes: int) -> None:
-        """Count nodes; raises YAMLError when there are too many."""
-        self.nodes += nodes
-        if self.nodes > MANIFEST_NODES:
-            raise yaml.YAMLError(f"more than {MANIFEST_NODES} keys and values")
-
-    def compose_node(self, *where: Any) -> yaml.Node | None:
-        """Return the next node; no long number, since reading one takes its length squared."""
-        self.count(1)
-        node: yaml.Node | None = super().compose_node(*where)
-        number = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))
-        if node and number and len(node.value) > LONGEST_NUMBER:
-            raise yaml.YAMLError(f"a number of {len(node.value)} characters{node.start_mark}")
-        return node
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge what `<<` names into a mapping, and count it each time that it is merged."""
-        super().flatten_mapping(node)
-        self.count(len(node.value))
-
-
-ManifestLoader.yaml_implicit_resolvers = {
-    first: [resolver for resolver in resolvers if not resolver[0].endswith(":timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def rewrite_kustomization(
-    root: Path, directory: Path, visits: list[str], budget: ReadBudget
-) -> None:
-    """Check a kustomization and all that it includes, and write each file as JSON.
-
-    Raises StageError where one names what is not in the commit: kubectl would fetch it.
-    """
-    for file in [directory / name for name in KUSTOMIZATIONS if (directory / name).exists()]:
-        source = str(file.relative_to(root))
-        visits.append(source)
-        if len(visits) > KUSTOMIZATION_VISITS:
-            refuse(f"{source}: It includes itself, or is one of too many kustomizations.")
-        documents = parse_documents(read_text(file, source, budget), source, budget)
-        if len(documents) != 1:
-            refuse(f"{source}: It must be one document.", INVALID)
-        # kustomize is to read what is checked here: its YAML is of another dialect
-        file.write_text(json.dumps(documents[0]))
-        for path in kustomize_paths(documents[0], source):
-            # kustomize takes a URL for one, and github.com too, even where a file has that name
-            named = re.fullmatch(r"(?!github\.com)[\w./ +=~-]{1,200}", path, re.IGNORECASE)
-            target = (directory / path).resolve() if named else root.parent
-            if not target.is_relative_to(root) or not target.exists():
-                refuse(f"{source}: {clip(path, 80)!r} is not in the commit. Copy it there.")
-            if target.is_dir():
-                rewrite_kustomization(root, target, visits, budget)
-
-
-def kustomize_paths(kustomization: Object, source: str) -> list[str]:
-    """Return every text in a kustomization that kustomize takes for a path."""
-    paths = []
-    for name, part in kustomization.items():
-        if name.casefold() in KUSTOMIZE_TEXTS:
-            continue
-        for written, value in walk(name, part):
-            key = written.casefold()  # kustomize does not distinguish upper from lower case in keys
-            if key in KUSTOMIZE_REFUSED:
-                refuse(f"{source}: {key} is not supported. Commit what it makes instead.")
-            inline = key.startswith("patches") and "\n" in str(value)
-            if key in KUSTOMIZE_PATHS and isinstance(value, str) and not inline:
-                paths.append(value.rpartition("=")[2] if key == "files" else value)
-    return paths
-
-
-def build_kustomization(directory: Path) -> str:
-    """Return what `kubectl kustomize` makes of a folder, without git, network and home."""
-    with tempfile.TemporaryDirectory() as home:
-        closed = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-        environ = {"PATH": home, "HOME": home, "GOMAXPROCS": "1", **closed}
-        argv = ("kubectl", "kustomize", str(directory))
-        finished = run_program(argv, KUBECTL_TIMEOUT, "", environ, MANIFEST_BYTES)
-    if finished.code != 0:
+    def refuse_unread(self, kustomization: str, finished: Finished) -> NoReturn:
+        """Raise the StageError that says in plain words why kubectl could not read a folder."""
         stderr = finished.stderr.decode(errors="replace")
-        said = clip(stderr.replace(str(directory), "")) or "It makes too much, or does not end."
-        if GO_OUT_OF_MEMORY.search(stderr):
-            said = f"It takes more than {MEMORY_BYTES >> 20} MiB of memory. Make it smaller."
-        refuse(f"kustomize: {said}", INVALID)
-    return finished.stdout.decode(errors="replace")
+        where = kustomization or str(self.directory.relative_to(self.root))
+        if finished.code is None:
+            refuse(f"{where}: kubectl does not come to an end with it. Make it smaller.", INVALID)
+        if finished.code == -signal.SIGXFSZ or GO_OUT_OF_MEMORY.search(stderr):
+            refuse(f"{where}: {TOO_LARGE}", INVALID)
+        if kustomization:
+            cause = kustomize_cause(stderr, self.root)
+            refused = in_plain_words(cause, KUSTOMIZE_WORDS)
+            refuse(f"{where}: {refused or clip(cause)}", REFUSED if refused else INVALID)
+        faults = [*dict.fromkeys(self.file_faults(stderr, where))]
+        rest = len(faults) - LISTED_REFUSALS
+        more = [f"{rest} more are not listed."] if rest > 0 else []
+        refuse(" ".join([*faults[:LISTED_REFUSALS], *more]), INVALID)
+
+    def file_faults(self, stderr: str, where: str) -> Iterator[str]:
+        """Yield what kubectl complains of in plain files, each with the name of its file."""
+        files = manifest_files(self.directory)
+        for line in stderr.removeprefix("error: ").strip().split("\n")[: len(files) + 1000]:
+            match = re.search(rf"{re.escape(str(self.home))}/([0-9]+)\.yaml\"?: (.*)", line)
+            source = str(files[int(match[1])].relative_to(self.root)) if match else where
+            cause = match[2] if match else line
+            yield f"{source}: {in_plain_words(cause, FILE_WORDS) or clip(cause)}"
+
+
+def manifest_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that kubectl reads, in the order of their names."""
+    files = [f for f in sorted(folder.iterdir()) if f.suffix in MANIFEST_SUFFIXES]
+    return [f for f in files if not f.name.startswith(".") and not f.is_dir()]
+
+
+def kustomize_cause(stderr: str, root: Path) -> str:
+    """Return what the last error of kustomize comes down to, without paths of this machine."""
+    said = " ".join(re.split("(?m)^error: ", stderr[-MOST_WORDS:])[-1].split())
+    said = said.replace(f"{root}/", "").replace(str(root), ".")
+    # it says as whose part it reads a file, and then that the file is no folder
+    innermost = said.rpartition("accumulating resources from ")[2]
+    cause = innermost.partition(": must build at directory")[0]
+    pairs = "KV pairs" if "KV pairs" in said else ""
+    return f"{pairs} {cause}".strip()
+
+
+def in_plain_words(cause: str, words: Mapping[str, str]) -> str:
+    """Return the words for what kubectl says, "" where there are none."""
+    for pattern, text in words.items():
+        if match := re.search(pattern, cause):
+            return text.format(*[clip(part, 80) for part in match.groups()])
+    return ""
+
+
+def advice_for_no_folder(root: Path, path: str) -> str:
+    """Return what to do where a commit has no such folder, with the folders that it has there."""
+    parent = PurePosixPath(path).parent
+    near = root / parent
+    names = [f.name for f in sorted(near.iterdir()) if f.is_dir()] if near.is_dir() else []
+    there = f" {parent} has: {clip(', '.join(names), 120)}." if names and path != "." else ""
+    return f"The commit has no folder {path!r}. Add it, or correct deploy.manifests.{there}"
+
+
+def advice_for_no_files(root: Path, folder: Path) -> str:
+    """Return what to do with a folder that has no manifests, by the folders that are in it."""
+    inside = [f for f in sorted(folder.glob("*/**")) if f.is_dir() and manifest_files(f)]
+    folders = [f.relative_to(root) for f in inside if f.name not in ("base", "bases")]
+    charts = [f for f in inside if (f / CHART).exists()]
+    nothing = f"The folder {str(folder.relative_to(root))!r} has no manifests"
+    if charts:
+        return f"{nothing}, but a Helm chart. {RENDER_CHART}"
+    overlays = [f for f in folders if OVERLAYS.search(str(f))]
+    if len(overlays) > 1:
+        parent = overlays[0].parent
+        names = ", ".join(f.name for f in overlays if f.parent == parent)
+        advice = f"Set deploy.manifests to {parent}/{ENVIRONMENT}"
+        return f"{nothing} itself. {advice}; there are: {clip(names, 120)}."
+    if folders:
+        names = clip(", ".join(map(str, folders)), 120)
+        return f"{nothing} itself. Set deploy.manifests to one of: {names}."
+    return f"{nothing}. Add some, or correct deploy.manifests."
 
 
 @dataclass(frozen=True, slots=True)
@@ -3606,10 +3758,12 @@ class AppObjects:
     ignored: list[str]  # what was left out, by the app's `ignore`
 
 
-def check_objects(app: App, namespace: str, manifests: Iterable[Manifest]) -> AppObjects:
+def check_objects(
+    app: App, namespace: str, manifests: Iterable[Manifest], environment: str = ""
+) -> AppObjects:
     """Return the objects of an app; raises StageError with everything that is refused."""
     chosen = SortedManifests(app, manifests)
-    if refused := [*dict.fromkeys(chosen.refusals(namespace))]:
+    if refused := [*dict.fromkeys(chosen.refusals(namespace, environment))]:
         rest = len(refused) - LISTED_REFUSALS
         more = [f"{rest} more are not listed."] if rest > 0 else []
         refuse(" ".join([*refused[:LISTED_REFUSALS], *more]))
@@ -3647,7 +3801,7 @@ class SortedManifests:
         ignored = [m.where for m in self.all if self.app.deploy.ignores(m.kind, m.name)]
         return AppObjects(self.front.content, self.service.content, configmaps, ignored)
 
-    def refusals(self, namespace: str) -> Iterator[str]:
+    def refusals(self, namespace: str, environment: str) -> Iterator[str]:
         """Yield everything that is refused, each with what to do about it."""
         seen = set()
         claims = self.claims_of_one_node()
@@ -3656,7 +3810,9 @@ class SortedManifests:
             if name in seen:
                 yield f"{manifest.where} occurs twice. Remove one of the two."
             elif self.is_deployed(manifest):
-                for fault in refusals(manifest.content, namespace, self.app.deploy, claims):
+                for fault in refusals(
+                    manifest.content, namespace, environment, self.app.deploy, claims
+                ):
                     yield f"{manifest.where}: {fault}"
             else:
                 yield f"{manifest.where}{self.kind_fault(manifest)}"
@@ -3752,7 +3908,11 @@ def term_holds(term: Object, value: Any) -> bool:
 
 
 def refusals(
-    item: Object, namespace: str, deploy: DeploySettings, claims: Sequence[str] = ()
+    item: Object,
+    namespace: str,
+    environment: str,
+    deploy: DeploySettings,
+    claims: Sequence[str] = (),
 ) -> Iterator[str]:
     """Yield what an object of an app may not say, each with what to do about it."""
     shown = {k: "any" if k in CONFIGMAP_DATA else v for k, v in item.items()}
@@ -3768,7 +3928,8 @@ def refusals(
             elif not fault and field not in ALLOWED_FIELDS.get(key, {field}):
                 fault = REFUSED_FIELDS[f"{key}.*"]
             elif name == "metadata.namespace" and value != namespace:
-                fault = f"is not {namespace!r}. Remove it, or change namespaces.<environment>."
+                setting = f"namespaces.{environment or '<environment>'}"
+                fault = f"is not {namespace!r}. Remove it, or change {setting}."
             if fault := fault or value_fault(name, value, deploy, claims):
                 yield f"{name} {fault}"
 
@@ -7580,8 +7741,8 @@ class Deployer:
         """Do everything up to the switch, and switch."""
         path = task.app.deploy.manifests
         with self.doors.git.manifests(task.app.repository, task.run.commit, path) as checkout:
-            manifests = read_manifests(checkout, path)
-        objects = check_objects(task.app, task.namespace, manifests)
+            manifests = read_manifests(checkout, task.app.deploy.folder(task.environment))
+        objects = check_objects(task.app, task.namespace, manifests, task.environment)
         if task.run.delivery == NEXT_TRY:
             # what can be seen without it costs no rollback target again
             self.steady.rollout.require_own_preview(task)
@@ -9759,7 +9920,9 @@ def quota_warnings(config: Config) -> Iterator[str]:
             pod = job(config, app, nobody)["spec"]["template"]["spec"]
             for name, limit in SHIPPED_QUOTA.items():
                 if (asked := pod_total(pod, *name.split("."))) > quantity(limit):
-                    where = f"apps.{app.name}.{stage}: a pod asks for {name} of {asked.normalize():f}"
+                    where = (
+                        f"apps.{app.name}.{stage}: a pod asks for {name} of {asked.normalize():f}"
+                    )
                     advice = f"Raise it in Quota {stage}-quota, or ask for less."
                     yield f"{where}, but the shipped quota allows {limit}. {advice}"
 
@@ -10381,8 +10544,8 @@ class Plan:
     def next_version(self, task: Task, checkout: Path) -> str:
         """Return what would be applied to an environment, and how long its pods would take."""
         kubectl = self.tools.doors.kubectl
-        manifests = read_manifests(checkout, task.app.deploy.manifests)
-        objects = check_objects(task.app, task.namespace, manifests)
+        manifests = read_manifests(checkout, task.app.deploy.folder(task.environment))
+        objects = check_objects(task.app, task.namespace, manifests, task.environment)
         placement = self.tools.deployer.steady.claims.idle_colour_and_size(task)
         release = render(task.app, task.run, task.image, placement, objects)
         deployment = release.deployment

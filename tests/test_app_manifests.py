@@ -6,10 +6,14 @@ import base64
 import copy
 import json
 import os
+import platform
 import re
+import socket
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -34,17 +38,15 @@ from gitops_hook import (
     check_objects,
     image_remarks,
     load_config,
-    parse_documents,
-    parse_manifests,
     ports_like,
     read_manifests,
     recoloured,
     render,
     repository_of,
 )
-from tests.measuring import at_full_speed
 from tests.memory import peak_of
 from tests.standin.kubectl import find_kubectl
+from tests.waiting import eventually
 
 Object = dict[str, Any]
 IMAGE = "registry.example.com:5000/demo/shop"
@@ -125,9 +127,14 @@ def objects(text: str = ALL) -> list[Object]:
     return copy.deepcopy(parsed(text))
 
 
+def manifests_of(items: list[Object]) -> list[Manifest]:
+    """Objects as they come from one file."""
+    names = [f"{item['kind']} {item['metadata']['name']}" for item in items]
+    return [Manifest(f"deploy/app.json: {n}", i) for n, i in zip(names, items, strict=True)]
+
+
 def check(items: list[Object], **app: Any) -> AppObjects:
-    text = json.dumps({"kind": "List", "items": items})
-    return check_objects(app_of(**app), "production", parse_manifests(text, "deploy/app.json"))
+    return check_objects(app_of(**app), "production", manifests_of(items), "production")
 
 
 def released(items: list[Object] | None = None, live: int = 0, **app: Any) -> Release:
@@ -166,12 +173,28 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
     ]
 
 
+def test_each_object_is_named_with_its_file(tmp_path: Path) -> None:
+    files = {"10.yaml": ALL, "9.yaml": "", "a [1]*.json": json.dumps(objects(SERVICE)[0])}
+    files["b.yaml"] = (
+        f"{{apiVersion: v1, kind: List, items: [{{apiVersion: v1, kind: A, {NAMED}}}]}}"
+    )
+    files["c.yaml"] = "# nothing"
+    assert [manifest.where for manifest in read_manifests(write(tmp_path, **files), "deploy")] == [
+        "deploy/10.yaml: Deployment web",
+        "deploy/10.yaml: Service shop",
+        "deploy/10.yaml: ConfigMap settings",
+        "deploy/a [1]*.json: Service shop",
+        "deploy/b.yaml: A x",
+    ]
+
+
 def test_only_plain_manifests_are_read(tmp_path: Path) -> None:
     files = {
         ".hidden.yaml": "{",
         "notes.txt": "{",
         "app.yaml~": "{",
         "sub/x.yaml": "{",
+        "sub.yaml/x.yaml": "{",
         "README": "{",
     }
     assert (
@@ -180,29 +203,31 @@ def test_only_plain_manifests_are_read(tmp_path: Path) -> None:
     )
 
 
+NAMED = "metadata: {name: x}"
+V1 = "apiVersion: v1"
+HEAD = f"apiVersion: v1\nkind: X\n{NAMED}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "kinds"),
     [
-        (
-            f"---\n{DEPLOYMENT}\n---\n---\n# nothing\n---\n{SERVICE}\n...\n",
-            ["Deployment", "Service"],
-        ),
+        (f"---\n{DEPLOYMENT}\n---\n---\n# nothing\n---\n{SERVICE}\n", ["Deployment", "Service"]),
         ("---", []),
         ("", []),
         ("# a comment only\n", []),
         (ALL.replace("\n", "\r\n"), ["Deployment", "Service", "ConfigMap"]),
         ("\ufeff" + SERVICE, ["Service"]),
         (
-            "kind: List\nitems:\n- &a {kind: A, metadata: {name: x}}\n- {<<: *a, kind: B}",
+            f"{V1}\nkind: List\nitems: [&a {{{V1}, kind: A, {NAMED}}}, {{<<: *a, kind: B}}]",
             ["A", "B"],
         ),
-        ("kind: ConfigMapList\nitems: [{kind: ConfigMap, metadata: {name: x}}]", ["ConfigMap"]),
-        ("kind: List\nitems: []", []),
-        ("kind: AllowList\nmetadata: {name: x}", ["AllowList"]),
         (
-            "a: &a {kind: X, metadata: {name: x}}\nkind: List\nitems: [*a, {<<: *a, more: 1}]",
-            ["X", "X"],
+            f"apiVersion: v1\nkind: ConfigMapList\nitems: [{{apiVersion: v1, kind: C, {NAMED}}}]",
+            ["C"],
         ),
+        ("apiVersion: v1\nkind: List\nitems: []", []),
+        (f"apiVersion: v1\nkind: AllowList\n{NAMED}", ["AllowList"]),
+        (f'{{"apiVersion": "v1", "kind": "A",\n\t{NAMED}}}', ["A"]),
     ],
     ids=[
         "multi",
@@ -215,7 +240,7 @@ def test_only_plain_manifests_are_read(tmp_path: Path) -> None:
         "kind-list",
         "empty-list",
         "kind-that-ends-so",
-        "anchors",
+        "flow",
     ],
 )
 def test_every_object_of_a_file_is_found(tmp_path: Path, text: str, kinds: list[str]) -> None:
@@ -224,84 +249,98 @@ def test_every_object_of_a_file_is_found(tmp_path: Path, text: str, kinds: list[
 
 def test_json_is_read_as_json_tabs_and_all(tmp_path: Path) -> None:
     text = json.dumps(objects(SERVICE)[0], indent="\t")
-    assert read(tmp_path, **{"service.json": text}) == objects(SERVICE)
+    (service,) = read(tmp_path, **{"service.json": text})
+    assert service["spec"] == objects(SERVICE)[0]["spec"]
 
 
-@pytest.mark.parametrize(
-    ("written", "means"),
-    [
-        ("2026-01-02", "2026-01-02"),
-        ("2026-01-02T03:04:05Z", "2026-01-02T03:04:05Z"),
-        ("0400", 256),
-        ("0x1F", 31),
-        ("1_000", 1000),
-        ("1.5", 1.5),
-        ("yes", True),
-        ("'yes'", "yes"),
-        ("|\n  a\n  b", "a\nb\n"),
-    ],
-)
-def test_a_value_is_what_kubectl_makes_of_it(written: str, means: Any) -> None:
-    (document,) = parse_documents(f"kind: X\nvalue: {written}\n", "x.yaml")
-    assert document["value"] == means
-    assert type(document["value"]) is type(means)
+def test_a_value_is_what_kubectl_makes_of_it(tmp_path: Path) -> None:
+    values = {
+        "2026-01-02": "2026-01-02",
+        "2026-01-02T03:04:05Z": "2026-01-02T03:04:05Z",
+        "22:15": "22:15",
+        "08:30": "08:30",
+        "=": "=",
+        "0400": 256,
+        "0x1F": 31,
+        "1_000": 1000,
+        "1.5": 1.5,
+        "9223372036854775807": 2**63 - 1,
+        "yes": True,
+        "~": None,
+        "'yes'": "yes",
+        '"a\\u0041\\n"': "aA\n",
+        "!!binary aGVsbG8=": "hello",
+    }
+    text = f"{HEAD}values: [{', '.join(values)}]\n"
+    ((*_, (_, read_values)),) = [item.items() for item in read(tmp_path, **{"a.yaml": text})]
+    assert read_values == [*values.values()]
+    assert [*map(type, read_values)] == [*map(type, values.values())]
 
 
-def test_what_anchors_share_can_be_changed_apart() -> None:
-    (document,) = parse_documents("a: &a {x: 1}\nb: *a\n", "x.yaml")
-    document["a"]["x"] = 2
-    assert document["b"] == {"x": 1}
+@pytest.mark.parametrize("built", [False, True], ids=["plain", "kustomization"])
+def test_unquoted_times_and_signs_are_texts(tmp_path: Path, built: bool) -> None:
+    files = {
+        "app.yaml": DEPLOYMENT.replace('scrape: "yes"', "window: 22:15").replace(
+            "ports: [{name", "args: [serve, =]\n          ports: [{name"
+        ),
+        "hours.yaml": CONFIGMAP.replace("GREETING: hello", "OPENS: 08:30, CLOSES: 22:15"),
+    }
+    if built:
+        files["kustomization.yaml"] = "resources: [app.yaml, hours.yaml]"
+    items = {item["kind"]: item for item in read(tmp_path, **files)}
+    template = items["Deployment"]["spec"]["template"]
+    assert template["metadata"]["annotations"] == {"window": "22:15"}
+    assert template["spec"]["containers"][0]["args"] == ["serve", "="]
+    assert items["ConfigMap"]["data"] == {"OPENS": "08:30", "CLOSES": "22:15"}
 
 
-BOMB = "\n".join(
-    ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)), "kind: X"]
-)
+def test_what_anchors_share_can_be_changed_apart(tmp_path: Path) -> None:
+    (item,) = read(tmp_path, **{"a.yaml": f"{HEAD}a: &a {{x: 1}}\nb: *a\n"})
+    item["a"]["x"] = 2
+    assert item["b"] == {"x": 1}
 
 
-MERGES = "\n".join(
-    ["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 60))]
-)
-ITEMS = ", ".join(f"k{i}: 1" for i in range(10_000))
+LEVELS = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+BOMB = "\n".join([HEAD, "a0: &a0 [x, x, x, x, x, x, x, x, x]", *LEVELS])
+LARGE = "The manifests are too large. Shorten them."
+NO_MAPPING = "A document is not a mapping. Links are not followed."
+NO_OBJECT = "It is not a Kubernetes object: it lacks Kind."
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a: 1\nb:\n\tc: 2\n", "found character '\\t' that cannot start any token in line 3"),
-        ("kind: X\r\na: [1\r\n", "in line 3"),
-        ("kind: X\na: b: c\n", "mapping values are not allowed here in line 2"),
-        ("kind: *nobody\n", "found undefined alias 'nobody' in line 1"),
-        ("kind: !!python/object/apply:os.system [x]\n", "could not determine a constructor"),
-        ("kind: X\na: !!binary aGVsbG8=\n", "Object of type bytes"),
-        ("kind: X\na: !!set {b}\n", "Object of type set"),
-        ("kind: X\na: .nan\n", "Out of range float"),
-        ("kind: X\na: !!int text\n", "invalid literal"),
-        ("kind: X\na: !!bool text\n", ""),
-        ("kind: X\na: !!timestamp 2026-01-02\n", "Object of type date"),
-        (f"kind: X\na: {'9' * 5000}\n", ""),
-        ("? [a, b]\n: 1\n", "found unhashable key in line 1"),
-        ("kind: X\na: &a [*a]\n", "Circular reference"),
-        (BOMB, "It expands to too much"),
-        (f"kind: X\na: [{'x,' * 100_000}]", "more than 50000 keys and values"),
-        (f"a: &a {'x' * 60_000}\nb: [{'*a, ' * 1000}*a]\n", "It expands to too much"),
-        ("[" * 100_000, ""),
-        ("- " * 50_000, ""),
-        ("{a: " * 500 + "1" + "}" * 500, ""),
-        ("just text", "A document is not a mapping"),
-        ("../elsewhere.yaml", "A document is not a mapping. Links are not"),
-        ("[1, 2]", "A document is not a mapping"),
-        ("metadata: {name: x}", "It is not a Kubernetes object"),
-        ("kind: [List]", "It is not a Kubernetes object"),
-        ("items: []", "It is not a Kubernetes object"),
-        ("kind: List\nitems: [{metadata: {}}]", "It is not a Kubernetes object"),
-        ("kind: List\nitems: [5, text]", "It is not a Kubernetes object"),
-        ("kind: X\n\x00", ""),
-        (b"kind: \xff\xfe", "It is not UTF-8"),
-        (b"kind: X\na: " + b"x" * 2_100_000, "more than 2 MiB together. Shorten them."),
-        (f"kind: X\na: {'1:' * 200_000}1\n", "a number of 400001 characters in line 2"),
-        (f"kind: X\na: !!float {'1:' * 200_000}1\n", "a number of 400001 characters"),
-        (MERGES, "more than 50000 keys and values"),
-        (f"a: &a {{{ITEMS}}}\nb: {{<<: [{'*a,' * 10_000}*a]}}", "more than 50000 keys and values"),
+        (f"{HEAD}a: 1\nb:\n\tc: 2\n", "line 6 of a document: found "),
+        ("kind: X\r\na: [1\r\n", "line 2 of a document: did not find expected ',' or ']'"),
+        ("kind: X\na: b: c\n", "line 2 of a document: mapping values are not allowed"),
+        ("kind: *nobody\n", "unknown anchor 'nobody' referenced"),
+        ("kind: !!python/object/apply:os.system [x]\n", NO_OBJECT),
+        (f"{HEAD}a: .nan\n", "unsupported value: NaN"),
+        (f"{HEAD}a: !!int text\n", "cannot decode !!str `text` as a !!int"),
+        (f"{HEAD}a: &a [*a]\n", "anchor 'a' value contains itself"),
+        (BOMB, "document contains excessive aliasing"),
+        ("[" * 100_000, "exceeded max depth of 10000"),
+        ("- " * 50_000, "exceeded max depth of 10000"),
+        ("just text", NO_MAPPING),
+        ("../elsewhere.yaml", NO_MAPPING),
+        ("[1, 2]", NO_MAPPING),
+        ("metadata: {name: x}", NO_OBJECT),
+        ("kind: [List]", NO_OBJECT),
+        (f"apiVersion: v1\nkind: X\nkind: Y\n{NAMED}", NO_OBJECT),
+        ("apiVersion: v1\nkind: X\n", "X has no metadata.name. Add it."),
+        ("apiVersion: v1\nkind: X\nmetadata: {generateName: x-}", "X has no metadata.name. Add"),
+        (
+            "apiVersion: v1\nkind: X\nmetadata: {name: 5}",
+            "metadata.name has a number where a text must stand. Put it in quotes.",
+        ),
+        ("apiVersion: v1\nkind: X\nmetadata: x", "metadata cannot be a string."),
+        ("apiVersion: v1\nkind: X\nmetadata: {}", "X has no metadata.name. Add it."),
+        (
+            "apiVersion: v1\nkind: X\nmetadata: {name: x, labels: {version: 7}}",
+            "metadata.labels has a number where a text must stand. Put it in quotes.",
+        ),
+        ("kind: X\n\x00", "control characters are not allowed"),
+        (HEAD.encode() + b"a: caf\xe9", "It is not UTF-8."),
     ],
     ids=[
         "tab",
@@ -309,63 +348,91 @@ ITEMS = ", ".join(f"k{i}: 1" for i in range(10_000))
         "colon",
         "alias",
         "python",
-        "binary",
-        "set",
         "nan",
         "int",
-        "bool",
-        "tag",
-        "digits",
-        "key",
         "circle",
         "bomb",
-        "many",
-        "long-bomb",
         "deep",
         "deep-dashes",
-        "deep-maps",
         "text",
         "link",
         "list",
         "no-kind",
         "odd-kind",
-        "items-without-kind",
-        "no-kind-in-list",
-        "scalars-in-list",
+        "kind-twice",
+        "no-name",
+        "generated-name",
+        "number-as-name",
+        "text-as-metadata",
+        "empty-metadata",
+        "number-as-label",
         "nul",
         "latin",
-        "large",
-        "long-number",
-        "long-float",
-        "merges",
-        "wide-merge",
     ],
 )
-def test_what_cannot_be_read_is_named_with_file_and_line(
+def test_what_cannot_be_read_is_named_with_its_file(
     tmp_path: Path, text: str | bytes, said: str
 ) -> None:
-    began = time.process_time()
-    with at_full_speed():
-        reason, detail = fault(lambda: read(tmp_path, **{"app.yaml": text}))
-    assert time.process_time() - began < 10
+    reason, detail = fault(lambda: read(tmp_path, **{"app.yaml": text}))
     assert reason is Reason.MANIFEST_INVALID
-    assert detail.startswith("deploy/app.yaml: ")
-    assert said in detail
+    assert detail.startswith(f"deploy/app.yaml: {said}")
+    assert str(tmp_path) not in detail
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        ("[5, text]", "deploy/app.yaml: "),
+        ("[{metadata: {}}]", f"deploy: {NO_OBJECT}"),
+        (
+            "[{apiVersion: v1, kind: List, items: [{apiVersion: v1, kind: A}]}]",
+            "deploy: A List stands in another one. Write its objects into one List.",
+        ),
+    ],
+    ids=["scalars", "no-kind", "nested"],
+)
+def test_a_list_that_cannot_be_read_is_refused(tmp_path: Path, items: str, said: str) -> None:
+    text = f"apiVersion: v1\nkind: List\nitems: {items}"
+    reason, detail = fault(lambda: read(tmp_path, **{"app.yaml": text}))
+    assert reason is Reason.MANIFEST_INVALID
+    assert detail.startswith(said)
+
+
+def test_the_faults_of_all_files_are_named_at_once(tmp_path: Path) -> None:
+    files = {"a.yaml": "a: [", "b.yaml": ALL, "c.json": "{", "d.yaml": f"{HEAD}---\na: 1\n"}
+    _, detail = fault(lambda: read(tmp_path, **files))
+    assert re.fullmatch(rf"deploy/a.yaml: .* deploy/c.json: .* deploy/d.yaml: {NO_OBJECT}", detail)
+
+
+def test_of_very_many_faults_ten_are_named_and_the_rest_is_counted(tmp_path: Path) -> None:
+    _, detail = fault(lambda: read(tmp_path, **{f"{i:03}.yaml": "text" for i in range(300)}))
+    assert detail.count(NO_MAPPING) == 10
+    assert detail.endswith(" 290 more are not listed.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{HEAD}a: {'{a: ' * 9000}1{'}' * 9000}\n",
+        f"{HEAD}a: {'[' * 1500}{']' * 1500}\n",
+        f"{HEAD}a: [{'x,' * 110_000}x]\n",
+        f"{HEAD}a: &a {'x' * 100_000}\nb: [{'*a, ' * 90}*a]\n",
+        f"{HEAD}a: [{'{},' * 600_000}{{}}]\n",
+    ],
+    ids=["deep-maps", "deep-lists", "many", "copied", "very-many"],
+)
+def test_what_needs_much_memory_is_refused(tmp_path: Path, text: str) -> None:
+    write(tmp_path, **{"app.yaml": text})
+    said, peak = peak_of(READ, str(tmp_path))
+    assert said.strip() in (f"ManifestInvalid: deploy: {LARGE}", f"ManifestInvalid: {LARGE}")
+    assert peak < 260
 
 
 def test_the_bound_of_what_is_read_is_for_all_files_together(tmp_path: Path) -> None:
     comments = {f"c{i}.yaml": "# comment\n" * 70_000 for i in range(3)}
     assert len(read(tmp_path, **{"app.yaml": ALL, **dict([*comments.items()][:2])})) == 3
-    reason, detail = fault(lambda: read(tmp_path, **comments))
     said = "The manifests have more than 2 MiB together. Shorten them."
-    assert (reason, detail) == (Reason.MANIFEST_INVALID, f"deploy/c2.yaml: {said}")
-
-
-def test_the_bound_of_what_anchors_copy_is_for_all_files_together(tmp_path: Path) -> None:
-    text = f"kind: X\nmetadata: {{name: x}}\na: &a {'x' * 4000}\nb: [{'*a, ' * 90}*a]\n"
-    assert len(read(tmp_path / "few", **{f"{i}.yaml": text for i in range(5)})) == 5
-    said = refusal(lambda: read(tmp_path / "many", **{f"{i}.yaml": text for i in range(40)}))
-    assert (said or "").endswith("It expands to too much, since its anchors multiply.")
+    assert fault(lambda: read(tmp_path, **comments)) == (Reason.MANIFEST_INVALID, said)
 
 
 READ = """
@@ -381,42 +448,77 @@ def test_150_files_of_comments_are_refused_in_little_memory(tmp_path: Path) -> N
     comments = b"# comment\n" * 209_000
     write(tmp_path, **{f"deploy/c{i}.yaml": comments for i in range(150)})
     said, peak = peak_of(READ, str(tmp_path))
-    assert said.startswith("ManifestInvalid: deploy/c1.yaml: The manifests have more than 2 MiB")
+    assert said.startswith("ManifestInvalid: The manifests have more than 2 MiB together.")
     assert peak < 150
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.text(alphabet=" \n-:{}[]&*!|>#'\"%@,?a1\t~<", max_size=60), max_size=5))
+def test_any_texts_are_read_or_refused(texts: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        files = {f"{i}.yaml": text for i, text in enumerate(["", *texts])}
+        said = refusal(lambda: read(Path(folder), **files))
+    assert said is None or said.startswith("deploy")
+    assert folder not in (said or "")
+
+
+def test_a_missing_folder_is_named_with_those_that_are_there(tmp_path: Path) -> None:
+    said = "The commit has no folder 'deploy'. Add it, or correct deploy.manifests."
+    assert fault(lambda: read_manifests(tmp_path, "deploy")) == (Reason.MANIFEST_INVALID, said)
+    files = {f"deploy/overlays/{name}/app.yaml": ALL for name in ("prod", "stage")}
+    folder = write(tmp_path, **files)
+    said = (
+        "The commit has no folder 'deploy/overlays/staging'. Add it, or correct deploy.manifests. "
+        "deploy/overlays has: prod, stage."
+    )
+    assert refusal(lambda: read_manifests(folder, "deploy/overlays/staging")) == said
+
+
+OVERLAYS = ("overlays/production/kustomization.yaml", "overlays/staging/kustomization.yaml")
+
+
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("files", "said"),
     [
-        ('{"kind": "X",\n}', "line 2 column 1"),
-        ("", "line 1 column 1"),
-        ("kind: X", "line 1 column 1"),
-        ("[" * 100_000, "maximum recursion"),
-        ('{"kind": NaN}', "Out of range"),
+        (
+            ["base/app.yaml", *OVERLAYS],
+            (
+                "has no manifests itself. Set deploy.manifests to deploy/overlays/{environment}; "
+                "there are: production, staging."
+            ),
+        ),
+        (
+            ["production/app.yaml", "staging/app.yaml", "base/app.yaml"],
+            (
+                "has no manifests itself. Set deploy.manifests to deploy/{environment}; "
+                "there are: production, staging."
+            ),
+        ),
+        (
+            ["k8s/web.yaml", "docs/notes.txt"],
+            "has no manifests itself. Set deploy.manifests to one of: deploy/k8s.",
+        ),
+        (
+            ["chart/Chart.yaml", "chart/templates/app.yaml"],
+            "has no manifests, but a Helm chart. Commit what `helm template` prints of it.",
+        ),
+        (["README.md"], "has no manifests. Add some, or correct deploy.manifests."),
     ],
-    ids=["comma", "empty", "yaml", "deep", "nan"],
+    ids=["overlays", "environments", "one", "chart", "nothing"],
 )
-def test_json_that_cannot_be_read_is_named_with_file_and_line(
-    tmp_path: Path, text: str, said: str
+def test_a_folder_without_manifests_says_where_they_are(
+    tmp_path: Path, files: list[str], said: str
 ) -> None:
-    reason, detail = fault(lambda: read(tmp_path, **{"a.json": text}))
-    assert reason is Reason.MANIFEST_INVALID
-    assert detail.startswith("deploy/a.json: ")
-    assert said in detail
+    folder = write(tmp_path, **{f"deploy/{name}": "x" for name in files})
+    reason, detail = fault(lambda: read_manifests(folder, "deploy"))
+    assert (reason, detail) == (Reason.MANIFEST_REFUSED, f"The folder 'deploy' {said}")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.text(alphabet=" \n-:{}[]&*!|>#'\"%@,?a1\t~<", max_size=60))
-def test_any_text_is_read_or_refused(text: str) -> None:
-    said = refusal(lambda: parse_documents(text, "x.yaml"))
-    assert said is None or said.startswith("x.yaml")
-
-
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    reason, detail = fault(lambda: read_manifests(tmp_path, "deploy"))
-    assert (reason, detail) == (
-        Reason.MANIFEST_INVALID,
-        "The commit has no folder 'deploy'. Add it, or correct deploy.manifests.",
+def test_a_helm_chart_is_to_be_rendered_by_whoever_commits_it(tmp_path: Path) -> None:
+    files = {"Chart.yaml": "name: shop", "values.yaml": "a: 1", "deploy/templates/a.yaml": "{{"}
+    assert fault(lambda: read(tmp_path, **files)) == (
+        Reason.MANIFEST_REFUSED,
+        "deploy is a Helm chart. Commit what `helm template` prints of it.",
     )
 
 
@@ -429,44 +531,37 @@ def test_links_are_not_followed(tmp_path: Path, link: str) -> None:
     assert fault(lambda: read_manifests(root, "deploy"))[0] is Reason.MANIFEST_INVALID
 
 
-def test_a_long_text_in_any_script_is_no_bomb() -> None:
-    (document,) = parse_documents(f"a: {'字' * 200_000}\n", "x.yaml")
-    assert document["a"] == "字" * 200_000
-
-
-def test_a_configmap_of_300_kilobytes_is_read_in_time(tmp_path: Path) -> None:
-    lines = "".join(f"    line {i} of a large file\n" for i in range(12_000))
+def test_a_configmap_of_as_much_as_kubernetes_takes_is_read(tmp_path: Path) -> None:
+    lines = "".join(f"    line {i} of a <large> file 字\n" for i in range(31_000))
     text = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: large}}\ndata:\n  file: |\n{lines}"
-    began = time.process_time()
-    with at_full_speed():
-        (item,) = read(tmp_path, **{"large.yaml": text})
-    assert len(item["data"]["file"]) > 300_000
-    assert time.process_time() - began < 10
+    (item,) = read(tmp_path, **{"large.yaml": text})
+    assert len(item["data"]["file"].encode()) > 950_000
+    assert item["data"]["file"].startswith("line 0 of a <large> file 字\nline 1")
 
 
 # === Kustomizations ===
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _kubectl(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real kubectl on the path."""
     folder = os.path.dirname(find_kubectl())
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_a_kustomization_is_built_by_a_kubectl_beside_the_interpreter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kustomization", ["kustomization.yaml", "notes.txt"])
+def test_manifests_are_read_by_a_kubectl_beside_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kustomization: str
 ) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "kubectl").symlink_to(find_kubectl())
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
-    files = {"kustomization.yaml": "resources: [app.yaml]", "app.yaml": CONFIGMAP}
+    files = {kustomization: "resources: [app.yaml]", "app.yaml": CONFIGMAP}
     (item,) = read(tmp_path, **files)
     assert item["data"] == {"GREETING": "hello"}
 
 
-@pytest.mark.usefixtures("_kubectl")
 def test_a_kustomization_is_built_with_all_its_parts(tmp_path: Path) -> None:
     items = read(
         tmp_path,
@@ -480,11 +575,23 @@ patches:
 - target: {kind: Service}
   patch: |-
     - {op: replace, path: /spec/ports/0/port, value: 81}
+replacements:
+- source: {kind: Service, name: shop, fieldPath: spec.ports.0.name}
+  targets:
+  - {select: {kind: Deployment}, fieldPaths: [metadata.annotations.port], options: {create: true}}
+transformers: [annotate.yaml]
 configMapGenerator:
 - {name: generated, literals: ["URL=https://api.example.com"], files: [key=file.txt], envs: [e.env]}
 commonAnnotations: {docs: "https://wiki.example.com/x", path: "https://wiki.example.com"}
-labels: [{pairs: {env: "a:b"}}]
-""".replace('"a:b"', "ab"),
+labels: [{pairs: {files: any}, fields: [{path: metadata/labels, create: true}]}]
+""",
+            "annotate.yaml": """
+apiVersion: builtin
+kind: AnnotationsTransformer
+metadata: {name: x}
+annotations: {built: in}
+fieldSpecs: [{path: metadata/annotations, create: true}]
+""",
             "patch.yaml": DEPLOYMENT.replace("replicas: 2", "replicas: 5"),
             "file.txt": "content",
             "e.env": "FROM_FILE=1",
@@ -500,167 +607,301 @@ resources: [more.yaml]
         },
     )
     kinds = {(o["kind"], o["metadata"]["name"].rsplit("-", 1)[0]): o for o in items}
-    assert kinds["Deployment", "my"]["spec"]["replicas"] == 5
+    deployment = kinds["Deployment", "my"]
+    assert deployment["spec"]["replicas"] == 5
+    assert deployment["metadata"]["annotations"]["built"] == "in"
+    assert deployment["metadata"]["annotations"]["port"] == "http"
+    assert deployment["metadata"]["labels"]["files"] == "any"
     assert kinds["Service", "my"]["spec"]["ports"][0]["port"] == 81
     assert kinds["ConfigMap", "my-generated"]["data"]["URL"] == "https://api.example.com"
     assert kinds["ConfigMap", "my-generated"]["data"]["key"] == "content"
     assert kinds["ConfigMap", "my"]["data"] == {"GREETING": "hello"}
 
 
-REMOTE = "https://example.com/x.yaml"
-REMOTES = {
-    "resources": f"resources: ['{REMOTE}']",
-    "upper-case": f"RESOURCES: ['{REMOTE}']",
-    "long-s": f"re\u017fources: ['{REMOTE}']",
-    "git": "resources: ['git::https://example.com/x']",
-    "scp": "resources: ['git@example.com:demo/x.git']",
-    "ssh": "resources: ['ssh://git@example.com/demo/x.git']",
-    "file": "resources: ['file:///etc']",
-    "query": "resources: ['example.com/demo/x?ref=main']",
-    "github": "resources: ['github.com/demo/x']",
-    "github-upper": "resources: ['GitHub.com/demo/x']",
-    "bases": "bases: ['github.com/demo/x']",
-    "components": "components: ['github.com/demo/x']",
-    "crds": f"crds: ['{REMOTE}']",
-    "configurations": f"configurations: ['{REMOTE}']",
-    "openapi": f"openapi: {{path: '{REMOTE}'}}",
-    "patches-once": f"patches: ['{REMOTE}']",
-    "patches": f"patches: [{{path: '{REMOTE}'}}]",
-    "patches-upper": f"patches: [{{PATH: '{REMOTE}'}}]",
-    "strategic": f"patchesStrategicMerge: ['{REMOTE}']",
-    "json6902": f"patchesJson6902: [{{target: {{kind: X}}, path: '{REMOTE}'}}]",
-    "replacements": f"replacements: [{{path: '{REMOTE}'}}]",
-    "generator-file": f"configMapGenerator: [{{name: x, files: ['{REMOTE}']}}]",
-    "generator-key": f"configMapGenerator: [{{name: x, files: ['key={REMOTE}']}}]",
-    "generator-env": f"configMapGenerator: [{{name: x, env: '{REMOTE}'}}]",
-    "generator-envs": f"configMapGenerator: [{{name: x, envs: ['{REMOTE}=x']}}]",
-    "secret": f"secretGenerator: [{{name: x, files: ['{REMOTE}']}}]",
-    "anchor": f"x: &x ['{REMOTE}']\nresources: *x",
-    "merge": f"<<: {{resources: ['{REMOTE}']}}",
-    "helm": "helmCharts: [{name: x, repo: 'https://charts.example.com'}]",
-    "helm-upper": "HelmCharts: [{name: x}]",
-    "generators": "generators: [gen.yaml]",
-    "transformers": "transformers: [gen.yaml]",
-    "validators": "validators: [gen.yaml]",
-    "absolute": "resources: [/etc]",
-    "upwards": "resources: [../../outside]",
-    "missing": "resources: [nowhere.yaml]",
-    "long": f"resources: [{'a/' * 3000}x]",
-    "two-lines": f'resources: ["{REMOTE}\\n"]',
-}
-
-
-@pytest.mark.parametrize("text", REMOTES.values(), ids=REMOTES)
-def test_what_reaches_out_of_the_commit_is_refused_before_kubectl_sees_it(
-    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/kubectl").write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
-    (tmp_path / "bin/kubectl").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    # in the commit lies what would stand in for each of them
-    for name in ("https:/example.com/x.yaml", "x", "gen.yaml", "example.com/demo/x?ref=main/x"):
-        write(tmp_path / "root", **{f"deploy/{name}": "kind: X"})
-    for name in ("github.com/demo/x", "GitHub.com/demo/x", "../../outside"):
-        write(tmp_path / "root", **{f"deploy/{name}/kustomization.yaml": "resources: []"})
-    reason, detail = fault(lambda: read(tmp_path / "root", **{"kustomization.yaml": text}))
-    assert reason is Reason.MANIFEST_REFUSED
-    assert detail.startswith("deploy/kustomization.yaml: ")
-    assert not (tmp_path / "called").exists()
-
-
-@pytest.mark.usefixtures("_kubectl")
-@pytest.mark.parametrize(
-    "text",
-    [
-        "resources: [app.yaml]\n<<: {resources: [../../outside]}",
-        "resources: [app.yaml]\n<<: {resources: ['http://127.0.0.1:9/x.yaml']}",
-        "<<: {resources: [../../outside]}\nresources: [app.yaml]",
-        "resources: [../../outside]\nresources: [app.yaml]",
-    ],
-    ids=["merged-later", "fetched", "merged-before", "twice"],
+HOST_OF = (
+    "- target: {kind: ConfigMap, name: settings}\n"
+    "  patch: |-\n    - {op: replace, path: /data/GREETING, value: %s.example.com}\n"
 )
-def test_kustomize_reads_what_was_checked_and_not_what_its_own_yaml_makes_of_it(
-    tmp_path: Path, text: str
-) -> None:
-    outside = {"kustomization.yaml": "resources: [o.yaml]", "o.yaml": CONFIGMAP}
-    for name, content in outside.items():
-        write(tmp_path, **{f"outside/{name}": content})
-    items = read(tmp_path / "root", **{"kustomization.yaml": text, "app.yaml": DEPLOYMENT})
-    assert [item["kind"] for item in items] == ["Deployment"]
 
 
-def test_a_remote_base_of_a_base_is_refused(tmp_path: Path) -> None:
-    files = {
-        "kustomization.yaml": "resources: [../base]",
-        "base/Kustomization": "components: [../parts]",
-        "parts/kustomization.yml": f"resources: ['{REMOTE}']",
+def test_each_environment_is_read_from_its_own_overlay(tmp_path: Path) -> None:
+    app = app_of(deploy={"manifests": "deploy/overlays/{environment}"})
+    files = {"base/kustomization.yaml": "resources: [app.yaml]", "base/app.yaml": ALL}
+    for environment, replicas in (("staging", 1), ("production", 4)):
+        files[f"overlays/{environment}/kustomization.yaml"] = (
+            f"resources: [../../base]\nreplicas: [{{name: web, count: {replicas}}}]\n"
+            f"patches:\n{HOST_OF % environment}"
+        )
+    root = write(tmp_path, **{f"deploy/{name}": text for name, text in files.items()})
+    sizes = {}
+    for environment in app.deploy.environments:
+        manifests = read_manifests(root, app.deploy.folder(environment))
+        checked = check_objects(app, environment, manifests, environment)
+        sizes[environment] = checked.deployment["spec"]["replicas"]
+        assert checked.configmaps["settings"]["data"]["GREETING"] == f"{environment}.example.com"
+        assert manifests[0].where.startswith(f"deploy/overlays/{environment}/kustomization.yaml: ")
+    assert sizes == {"staging": 1, "production": 4}
+
+
+def test_the_shop_of_the_demo_has_an_overlay_for_each_environment() -> None:
+    root = Path(__file__).parent / "demo/app"
+    app = app_of(deploy={"manifests": "deploy/overlays/{environment}"})
+    rendered = {}
+    for environment in app.deploy.environments:
+        manifests = read_manifests(root, app.deploy.folder(environment))
+        checked = check_objects(app, environment, manifests, environment)
+        placement = Placement("blue", 0)
+        rendered[environment] = render(app, RUN, BUILT, placement, checked)
+    assert {name: release.wanted for name, release in rendered.items()} == {
+        "staging": 1,
+        "production": 2,
     }
-    reason, detail = fault(lambda: read(tmp_path, **files))
-    assert (reason, detail.split(":")[0]) == (Reason.MANIFEST_REFUSED, "parts/kustomization.yml")
+    greetings = {release.configmaps[0]["data"]["greeting"] for release in rendered.values()}
+    assert greetings == {"Welcome to the shop", "Welcome to the shop's rehearsal"}
 
 
-@pytest.mark.usefixtures("_kubectl")
+# What leads out of a commit, {} being the address of a server that must not be asked.
+HOSTILE = {
+    "resources": "resources: ['http://{}/x.yaml']",
+    "escaped": 'resources: ["\\x68ttp:\\u002f/{}/x.yaml"]',
+    "upper-case": "RESOURCES: ['http://{}/x.yaml']",
+    "git-http": "resources: ['git::http://{}/demo/x.git']",
+    "git-suffix": "resources: ['http://{}/demo/x.git?ref=main']",
+    "git-protocol": "resources: ['git://{}/demo/x.git']",
+    "scp": "resources: ['git@127.0.0.1:demo/x.git']",
+    "ssh": "resources: ['ssh://git@{}/demo/x.git']",
+    "file": "resources: ['file:///etc']",
+    "github": "resources: ['github.com/demo/x']",
+    "bases": "bases: ['http://{}/demo/x.git']",
+    "components": "components: ['http://{}/demo/x.git']",
+    "crds": "crds: ['http://{}/x.yaml']",
+    "configurations": "configurations: ['http://{}/x.yaml']",
+    "openapi": "openapi: {{path: 'http://{}/x.yaml'}}",
+    "patches": "resources: [app.yaml]\npatches: [{{path: 'http://{}/x.yaml'}}]",
+    "strategic": "resources: [app.yaml]\npatchesStrategicMerge: ['http://{}/x.yaml']",
+    "json6902": "patchesJson6902: [{{target: {{kind: X, name: z}}, path: 'http://{}/x.yaml'}}]",
+    "replacements": "resources: [app.yaml]\nreplacements: [{{path: 'http://{}/x.yaml'}}]",
+    "generator-file": "configMapGenerator: [{{name: x, files: ['http://{}/x.yaml']}}]",
+    "generator-key": "configMapGenerator: [{{name: x, files: ['key=http://{}/x.yaml']}}]",
+    "generator-envs": "configMapGenerator: [{{name: x, envs: ['http://{}/x']}}]",
+    "secret": "secretGenerator: [{{name: x, files: ['http://{}/x']}}]",
+    "anchor": "commonLabels: &x {{a: b}}\nresources: &y ['http://{}/x.yaml']\ncomponents: *y",
+    "merge": "<<: {{resources: ['http://{}/x.yaml']}}",
+    "generators": "generators: ['http://{}/x.yaml']",
+    "transformers": "transformers: ['http://{}/x.yaml']",
+    "validators": "resources: [app.yaml]\nvalidators: ['http://{}/x.yaml']",
+    "helm": "helmCharts: [{{name: x, repo: 'http://{}/'}}]",
+    "helm-plugin": "generators: [helm.yaml]",
+    "exec": "resources: [app.yaml]\ntransformers: [exec.yaml]",
+    "container": "generators: [container.yaml]",
+    "go-plugin": "generators: [plugin.yaml]",
+    "absolute": "resources: [/etc/passwd]",
+    "absolute-folder": "resources: [{outside}]",
+    "absolute-file": "configMapGenerator: [{{name: x, files: [{outside}/app.yaml]}}]",
+    "upwards": "resources: [../../outside]",
+    "upwards-file": "resources: [../../outside/app.yaml]",
+    "upwards-patch": "resources: [app.yaml]\npatches: [{{path: ../../outside/app.yaml}}]",
+    "upwards-component": "resources: [app.yaml]\ncomponents: [../../outside/part]",
+    "upwards-openapi": "resources: [app.yaml]\nopenapi: {{path: ../../outside/app.yaml}}",
+    "process": "resources: [../../../../../../../../../../proc/self/cwd/tests]",
+    "link": "resources: [link]",
+    "linked-file": "resources: [link/app.yaml]",
+    "nested": "resources: [far]",
+    "itself": "resources: [.]",
+    "circle": "resources: [there]",
+    "bomb": "resources: [bomb.yaml]",
+    "own-bomb": BOMB.replace(HEAD, "").replace("{", "{{").replace("}", "}}") + "\nresources: []",
+    "number": f"resources: [app.yaml]\nreplicas: [{{{{name: web, count: {'9' * 100_000}}}}}]",
+    "long": f"resources: [{'a/' * 3000}x]",
+}
+FUNCTION = "apiVersion: x/v1\nkind: X\nmetadata:\n  name: x\n  annotations:\n"
+FUNCTION += "    config.kubernetes.io/function: |\n      "
+
+
+def hostile(folder: Path, text: str, address: str) -> Path:
+    """A commit with a kustomization that leads out of it, and what stands there."""
+    outside = {
+        "kustomization.yaml": "resources: [app.yaml]",
+        "app.yaml": CONFIGMAP,
+        "part/kustomization.yaml": "apiVersion: kustomize.config.k8s.io/v1alpha1\n"
+        "kind: Component\nnamePrefix: other-",
+    }
+    write(folder, **{f"outside/{name}": content for name, content in outside.items()})
+    program = folder / "root/deploy/run.sh"
+    helm = f"{FUNCTION.split('  annotations')[0]}name: x\nrepo: http://{address}/\n"
+    files = {
+        "kustomization.yaml": text.format(address, outside=folder / "outside"),
+        "app.yaml": ALL,
+        "run.sh": f"#!/bin/sh\ntouch {folder}/proof\n",
+        "bomb.yaml": BOMB,
+        "exec.yaml": f"{FUNCTION}exec: {{path: ./run.sh}}",
+        "container.yaml": f"{FUNCTION}container: {{image: '{address}/x', network: true}}",
+        "plugin.yaml": "apiVersion: demo/v1\nkind: Run\nmetadata: {name: x}",
+        "helm.yaml": helm.replace("x/v1", "builtin").replace("X", "HelmChartInflationGenerator"),
+        "deploy/there/kustomization.yaml": "resources: [../back]",
+        "deploy/back/kustomization.yaml": "resources: [../there]",
+        "deploy/far/kustomization.yaml": f"resources: ['http://{address}/x.yaml']",
+    }
+    root = write(folder / "root", **files)
+    program.chmod(0o755)
+    (root / "deploy/link").symlink_to(folder / "outside")
+    return root
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """A server on loopback that takes note of who connects, and answers nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        yield server
+
+
+def address_of(listener: socket.socket) -> str:
+    """Its host and port."""
+    return "{}:{}".format(*listener.getsockname())
+
+
+def was_asked(listener: socket.socket) -> bool:
+    """Whether anyone connected."""
+    with suppress(BlockingIOError):
+        listener.accept()[0].close()
+        return True
+    return False
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_kustomization_that_leads_out_of_the_commit_is_refused(
+    tmp_path: Path, text: str, listener: socket.socket
+) -> None:
+    root = hostile(tmp_path, text, address_of(listener))
+    _, detail = fault(lambda: read_manifests(root, "deploy"))
+    assert detail.startswith("deploy/kustomization.yaml: ")
+    assert str(tmp_path) not in detail.replace(str(tmp_path / "outside"), "")
+    assert not was_asked(listener)
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("name", ["resources", "escaped", "openapi", "generator-file", "merge"])
+def test_it_is_the_closed_network_that_keeps_kustomize_from_fetching(
+    tmp_path: Path, name: str, listener: socket.socket
+) -> None:
+    root = hostile(tmp_path, HOSTILE[name], address_of(listener))
+    build = subprocess.Popen([find_kubectl(), "kustomize", root / "deploy"], stderr=-1, stdout=-1)
+    try:
+        assert eventually(lambda: was_asked(listener))
+    finally:
+        build.kill()
+        build.communicate()
+
+
+@pytest.mark.parametrize("name", ["upwards", "upwards-component", "link"])
+def test_it_is_the_closed_file_system_that_keeps_kustomize_in_the_commit(
+    tmp_path: Path, name: str
+) -> None:
+    root = hostile(tmp_path, HOSTILE[name], "")
+    build = [find_kubectl(), "kustomize", root / "deploy"]
+    assert subprocess.run(build, capture_output=True, check=False).returncode == 0
+
+
+def test_a_system_that_cannot_close_the_network_is_not_one_to_read_manifests_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "s390x")
+    with pytest.raises(ConfigError, match="the system cannot close the network to kubectl"):
+        read(tmp_path, **{"app.yaml": ALL})
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("resources: [app.yaml]\nnonsense: 1", "kustomize: "),
-        ("resources: [app.yaml]\n\tx: 1", "deploy/kustomization.yaml: "),
-        ("[app.yaml]", "deploy/kustomization.yaml: A document is not a mapping"),
-        ("resources: {a: 1}", "kustomize: "),
-        ("", "deploy/kustomization.yaml: It must be one document."),
+        ("resources: [app.yaml]\nnonsense: 1", 'invalid Kustomization: json: unknown field "nonse'),
+        ("resources: [app.yaml]\n\tx: 1", "invalid Kustomization: yaml: "),
+        ("[app.yaml]", "invalid Kustomization: json: cannot unmarshal array into Go value"),
+        ("resources: {a: 1}", "invalid Kustomization: json: cannot unmarshal object into Go"),
+        ("", "kustomization.yaml is empty"),
+        ("resources: [app.yaml]\nbases: [../gone]", "gone is not in the commit. Add it, or do"),
+        ("resources: [gone.yaml]", "deploy/gone.yaml is not in the commit. Add it, or do not name"),
+        ("resources: [../base]", "base/gone.yaml is not in the commit. Add it, or do not name it."),
+        ("resources: [../docs]", "docs has no kustomization. Add one."),
         (
-            "resources: []\n---\nresources: []",
-            "deploy/kustomization.yaml: It must be one document.",
+            "resources: [../base/o.yaml]",
+            (
+                "base/o.yaml is not below the folder of the kustomization that names it. "
+                "Name a folder with a kustomization."
+            ),
         ),
+        (
+            "secretGenerator: [{name: x, envs: [.env]}]",
+            (
+                "deploy/.env is not in the commit. If it is secret, do not commit it: "
+                "make a Secret in each namespace."
+            ),
+        ),
+        ("resources: [app.yaml, app.yaml]", "Deployment.v1.apps/web.[noNs] occurs twice. Remove"),
+        ("resources: [nothing.yaml]", "nothing.yaml is not a Kubernetes object."),
+        ("resources: ['git@example.com:a/b.git']", "What it names is outside of the commit. Copy"),
+        ("resources: [/etc/passwd]", "What it names is outside of the commit. Copy it there."),
+        ("resources: ['http://127.0.0.1:9/x']", "http://127.0.0.1:9/x is outside of the commit."),
+        ("helmCharts: [{name: x, repo: 'http://x'}]", "It has a Helm chart. Commit what `helm te"),
+        ("resources: [.]", "deploy includes itself. Do not name it there."),
+        ("generators: [plugin.yaml]", "It runs a plugin, which is not done here. Commit what it"),
     ],
-    ids=["unknown", "tab", "list", "odd-type", "empty", "two"],
+    ids=[
+        "unknown",
+        "tab",
+        "list",
+        "odd-type",
+        "empty",
+        "warnings",
+        "missing",
+        "missing-in-base",
+        "no-kustomization",
+        "not-below",
+        "ignored-by-git",
+        "twice",
+        "no-object",
+        "repository",
+        "outside",
+        "address",
+        "helm",
+        "itself",
+        "plugin",
+    ],
 )
-def test_a_kustomization_that_cannot_be_built_says_why(
+def test_a_kustomization_that_cannot_be_built_says_why_in_plain_words(
     tmp_path: Path, text: str, said: str
 ) -> None:
-    files = {"kustomization.yaml": text, "app.yaml": DEPLOYMENT}
-    reason, detail = fault(lambda: read(tmp_path, **files))
-    assert reason is Reason.MANIFEST_INVALID
-    assert detail.startswith(said)
+    files = {"kustomization.yaml": text, "app.yaml": DEPLOYMENT, "nothing.yaml": "a: 1"}
+    files |= {"base/kustomization.yaml": "resources: [gone.yaml]", "base/o.yaml": CONFIGMAP}
+    files |= {"docs/a.md": "x", "plugin.yaml": "apiVersion: a/v1\nkind: P\nmetadata: {name: x}"}
+    detail = fault(lambda: read(tmp_path, **files))[1]
+    assert detail.startswith(f"deploy/kustomization.yaml: {said}")
     assert str(tmp_path) not in detail
+    assert "/tmp" not in detail
+    assert "Warning" not in detail
 
 
-LEVELS = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
 ANCHORS = "\n".join([CONFIGMAP, "a0: &a0 [x, x, x, x, x, x, x, x, x]", *LEVELS])
 
 
-@pytest.mark.usefixtures("_kubectl")
 @pytest.mark.parametrize(
     ("text", "file"),
     [
         ("resources: [file]", ANCHORS.encode()),
         ("configMapGenerator: [{name: x, files: [file]}]", b"x" * 100_000_000),
+        ("configMapGenerator: [{name: x, files: [file]}]", b"x" * 9_000_000),
     ],
-    ids=["anchors", "generator"],
+    ids=["anchors", "generator", "output"],
 )
 def test_a_kustomization_that_takes_too_much_memory_is_refused(
     tmp_path: Path, text: str, file: bytes
 ) -> None:
     write(tmp_path, **{"kustomization.yaml": text, "file": file})
     said, peak = peak_of(READ, str(tmp_path))
-    assert said.startswith("ManifestInvalid: kustomize: It takes more than 160 MiB of memory.")
+    assert said.strip() == f"ManifestInvalid: deploy/kustomization.yaml: {LARGE}"
     assert peak < 260
 
 
-@pytest.mark.usefixtures("_kubectl")
-def test_what_a_kustomization_makes_is_bounded(tmp_path: Path) -> None:
-    text = "configMapGenerator: [{name: x, files: [file]}]"
-    reason, detail = fault(
-        lambda: read(tmp_path, **{"kustomization.yaml": text, "file": "x" * 2_100_000})
-    )
-    assert (reason, detail) == (
-        Reason.MANIFEST_INVALID,
-        "kustomize: it printed more than 2048 KiB",
-    )
-
-
-@pytest.mark.usefixtures("_kubectl")
 @pytest.mark.cluster
 def test_a_kustomization_of_as_much_as_is_read_is_built(tmp_path: Path) -> None:
     deployments = [DEPLOYMENT.replace("name: web,", f"name: web-{i},") for i in range(500)]
@@ -671,40 +912,19 @@ def test_a_kustomization_of_as_much_as_is_read_is_built(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.usefixtures("_kubectl")
-def test_bases_that_multiply_are_refused_before_they_are_built(tmp_path: Path) -> None:
+@pytest.mark.cluster
+def test_bases_that_multiply_end_at_the_time_limit(tmp_path: Path) -> None:
     files = {
         f"b{i}/kustomization.yaml": f"resources: [../b{i + 1}, ../b{i + 1}/.]" for i in range(60)
     }
     files |= {"b60/kustomization.yaml": "resources: []"}
-    began = time.process_time()
-    reason, detail = fault(
-        lambda: read(tmp_path, **{"kustomization.yaml": "resources: [../b0]"}, **files)
-    )
-    assert (reason, "one of too many" in detail) == (Reason.MANIFEST_REFUSED, True)
-    assert time.process_time() - began < 10
+    text = "resources: [../b0]"
+    reason, detail = fault(lambda: read(tmp_path, **{"kustomization.yaml": text}, **files))
+    assert reason is Reason.MANIFEST_INVALID
+    assert "kubectl does not come to an end with it. Make it smaller." in detail
 
 
-def test_a_kustomization_that_includes_itself_is_refused(tmp_path: Path) -> None:
-    reason, detail = fault(lambda: read(tmp_path, **{"kustomization.yaml": "resources: [.]"}))
-    assert (reason, "It includes itself" in detail) == (Reason.MANIFEST_REFUSED, True)
-
-
-@pytest.mark.usefixtures("_kubectl")
-def test_a_label_named_like_a_path_is_none(tmp_path: Path) -> None:
-    text = """
-commonLabels: {env: prod}
-commonAnnotations: {path: "https://wiki.example.com/x"}
-labels: [{pairs: {files: any}, fields: [{path: metadata/labels, create: true}]}]
-generatorOptions: {labels: {envs: all}, disableNameSuffixHash: true}
-metadata: {name: x, annotations: {path: "https://wiki.example.com/x"}}
-resources: [app.yaml]
-"""
-    (item,) = read(tmp_path, **{"kustomization.yaml": text, "app.yaml": CONFIGMAP})
-    assert item["metadata"]["labels"] == {"env": "prod", "files": "any"}
-
-
-def test_kustomize_gets_no_home_no_git_and_no_way_out(
+def test_kubectl_gets_no_home_and_nothing_of_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "bin" / "kubectl"
@@ -717,8 +937,7 @@ def test_kustomize_gets_no_home_no_git_and_no_way_out(
     seen = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
     assert not Path(seen["HOME"]).exists()
     assert seen["PATH"] == seen["HOME"]
-    assert seen["HTTPS_PROXY"] == "http://127.0.0.1:9"
-    assert "SECRET" not in seen
+    assert seen.keys() <= {"HOME", "PATH", "GOMAXPROCS", "PWD", "SHLVL", "OLDPWD", "_"}
 
 
 def test_a_missing_kubectl_is_a_configuration_error(
@@ -740,10 +959,9 @@ def test_the_objects_of_an_app_are_sorted_by_kind() -> None:
 
 def test_ignored_kinds_are_reported_whatever_they_hold() -> None:
     odd = {"kind": "Ingress", "metadata": {"name": "web"}, "spec": 5}
-    text = json.dumps({"kind": "List", "items": [*objects(), odd]})
     app = app_of(deploy={"ignore_kinds": ["Ingress"]})
-    checked = check_objects(app, "production", parse_manifests(text, "app.json"))
-    assert checked.ignored == ["app.json: Ingress web"]
+    checked = check_objects(app, "production", manifests_of([*objects(), odd]))
+    assert checked.ignored == ["deploy/app.json: Ingress web"]
 
 
 def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
@@ -789,11 +1007,11 @@ def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
         ),
         (
             changed("Deployment.metadata.namespace", "kube-system"),
-            "metadata.namespace is not 'production'. Remove it, or change namespaces.<env",
+            "metadata.namespace is not 'production'. Remove it, or change namespaces.production.",
         ),
         (
             changed("ConfigMap.metadata.namespace", "default"),
-            "metadata.namespace is not 'production'. Remove it, or change namespaces.<env",
+            "metadata.namespace is not 'production'. Remove it, or change namespaces.production.",
         ),
         (
             changed(f"{POD}.serviceAccountName", "admin"),
@@ -1039,18 +1257,22 @@ PLACES = [
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_a_field_of_the_wrong_type_ends_the_run_or_is_left_to_the_api_server(where: str) -> None:
-    for odd in ODD:
+def test_a_field_of_the_wrong_type_ends_the_run_or_is_left_to_the_api_server(
+    tmp_path: Path, where: str
+) -> None:
+    for i, odd in enumerate(ODD):
         with suppress(StageError):
-            release = released(changed(where, copy.deepcopy(odd)))
+            items = changed(where, copy.deepcopy(odd))
+            if where.split(".")[1] == "metadata":  # which kubectl judges
+                text = json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
+                items = read(tmp_path / str(i), **{"app.json": text})
+            release = released(items)
             assert ports_like(release.ports, [{"port": 80, "protocol": "TCP", "nodePort": 30001}])
 
 
 @pytest.mark.parametrize(
     ("where", "odd", "said"),
     [
-        ("Deployment.metadata", "x", "deploy/app.json: It is not a Kubernetes object"),
-        ("Deployment.metadata", {}, "deploy/app.json: It is not a Kubernetes object"),
         ("Deployment.spec", {}, "The Deployment or the Service is not well formed, near"),
         ("Deployment.spec.replicas", "3", "near TypeError("),
         (f"{POD}.containers", ["web"], "near TypeError("),
@@ -1119,13 +1341,13 @@ def test_an_image_has_a_name_without_tag_and_digest(image: str, name: str) -> No
     assert repository_of(image) == name
 
 
-def test_nesting_of_any_depth_ends_in_a_release_or_a_refusal() -> None:
+def test_nesting_of_any_depth_ends_in_a_release_or_a_refusal(tmp_path: Path) -> None:
     for depth in (150, 250, 300, 450, 700):
         text = json.dumps(objects()[0]).replace('"dev"', "{}")
         deep = text[:-1] + ', "x": ' + '{"a":' * depth + "1" + "}" * depth + "}"
         manifests = [Manifest("deploy/x.json", item) for item in objects()[1:]]
         with suppress(StageError):
-            manifests += parse_manifests(deep, "deploy/x.json")
+            manifests += read_manifests(write(tmp_path, **{"x.json": deep}), "deploy")
             checked = check_objects(app_of(), "production", manifests)
             render(app_of(), RUN, BUILT, Placement("green", 0), checked)
 

@@ -236,6 +236,22 @@ NO_TARGET = f"{NOT} an image without tag and digest"
         ({"deploy": {"manifests": ".."}}, f"deploy.manifests: '..' {NO_FOLDER}"),
         ({"deploy": {"manifests": "-f"}}, f"deploy.manifests: '-f' {NO_FOLDER}"),
         (
+            {"deploy": {"manifests": "deploy/{env}"}},
+            "deploy.manifests: 'deploy/{env}' has another placeholder than {environment}",
+        ),
+        (
+            {"deploy": {"manifests": "deploy/{environment}}"}},
+            "deploy.manifests: 'deploy/{environment}}' has another placeholder than",
+        ),
+        (
+            {"deploy": {"manifests": "{environment}"}},
+            "deploy.manifests: '{environment}' has {environment} in its first folder, which must",
+        ),
+        (
+            {"deploy": {"manifests": "./k8s-{environment}/app"}},
+            "deploy.manifests: './k8s-{environment}/app' has {environment} in its first folder",
+        ),
+        (
             {"deploy": {"environments": ["qa"]}},
             "deploy.environments: 'qa' is not an environment in",
         ),
@@ -293,6 +309,8 @@ def test_a_fault_of_an_app_is_reported_with_its_path(app: Any, fault: str) -> No
         {"build": {"builder": "none"}},
         {"deploy": {"manifests": "./deploy/live/"}},
         {"deploy": {"manifests": "a..b"}},
+        {"deploy": {"manifests": "deploy/{environment}"}},
+        {"deploy": {"manifests": "./deploy/overlays/shop-{environment}/{environment}"}},
         {"deploy": {"bake": "0s", "drain": "250ms", "retain": 0}},
         {"clone": {"depth": "full", "tags": True, "submodules": "", "lfs": ""}},
     ],
@@ -300,6 +318,15 @@ def test_a_fault_of_an_app_is_reported_with_its_path(app: Any, fault: str) -> No
 )
 def test_valid_values_are_accepted(app: dict[str, Any]) -> None:
     assert loaded(app)
+
+
+def test_each_environment_has_the_folder_that_its_name_makes() -> None:
+    overlays = loaded({"deploy": {"manifests": "deploy/overlays/{environment}"}})
+    deploy = overlays.apps[0].deploy
+    folders = [deploy.folder(environment) for environment in deploy.environments]
+    assert folders == ["deploy/overlays/staging", "deploy/overlays/production"]
+    same = loaded({"deploy": {"manifests": "k8s"}})
+    assert same.apps[0].deploy.folder("staging") == "k8s"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import requests
 import yaml
 
-from tests.fleet import Fleet, Member, fleet, pod_template
+from tests.fleet import Fleet, Member, app_objects, fleet, pod_template
 from tests.standin.kubectl import Kubectl
 from tests.world import Object, eventually
 
@@ -35,6 +35,11 @@ APPS: dict[str, Object] = {
     "lacking": {"bake": "2s", "rollout_timeout": "8s"},
     "busy": {"bake": "1s"},
     "occupied": {"bake": "1s"},
+    "overlaid": {
+        "bake": "1s",
+        "environments": ["staging", "production"],
+        "manifests": "deploy/overlays/{environment}",
+    },
     "twin": {},
     "twin-that-fails": {},
 }
@@ -76,6 +81,53 @@ def container(objects: dict[str, Object]) -> Object:
     """Return the container of an app's manifests."""
     found: Object = objects["Deployment"]["spec"]["template"]["spec"]["containers"][0]
     return found
+
+
+# Environments that differ.
+
+
+def overlays(app: Member, **sizes: int) -> dict[str, str]:
+    """Return a base, and for each environment an overlay with a size and a greeting of its own."""
+    base = app_objects(app.name, "v1", "", app.fleet.image)
+    files = {
+        "deploy/base/app.yaml": yaml.safe_dump_all([*base.values()]),
+        "deploy/base/kustomization.yaml": "resources: [app.yaml]",
+    }
+    for environment, replicas in sizes.items():
+        greeting = {"op": "replace", "path": "/data/GREETING", "value": f"hello {environment}"}
+        overlay = {
+            "namespace": environment,
+            "resources": ["../../base"],
+            "replicas": [{"name": app.name, "count": replicas}],
+            "patches": [{"target": {"kind": "ConfigMap"}, "patch": json.dumps([greeting])}],
+        }
+        files[f"deploy/overlays/{environment}/kustomization.yaml"] = yaml.safe_dump(overlay)
+    return files
+
+
+def test_each_environment_is_deployed_from_its_own_overlay(apps: Fleet) -> None:
+    app = apps["overlaid"]
+    sizes = {"staging": 1, "production": 2}
+    assert app.deployed("v1", files=overlays(app, **sizes))["outcome"] == "deployed"
+    for environment, replicas in sizes.items():
+        deployments = apps.cluster.store.list("deployments", environment)
+        (deployment,) = [d for d in deployments if d["metadata"]["name"].startswith(app.name)]
+        assert deployment["spec"]["replicas"] == replicas
+        source = deployment["spec"]["template"]["spec"]["containers"][0]["envFrom"][0]
+        name = source["configMapRef"]["name"]
+        configmap = apps.cluster.store.get("configmaps", environment, name)
+        assert configmap["data"]["GREETING"] == f"hello {environment}"
+
+
+def test_an_object_of_another_namespace_is_refused_with_the_setting_to_change(apps: Fleet) -> None:
+    app = apps["overlaid"]
+    files = overlays(app, staging=1, production=1)
+    where = "deploy/overlays/staging/kustomization.yaml"
+    files[where] = files[where].replace("namespace: staging", "namespace: stage")
+    line = apps.ended(app.go("v2", files=files))
+    assert (line["outcome"], line["reason"]) == ("failed", "ManifestRefused")
+    said = "metadata.namespace is not 'staging'. Remove it, or change namespaces.staging."
+    assert f"{where}: Service overlaid: {said}" in line["detail"]
 
 
 # What cannot heal, after the time it is given.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import platform
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from gitops_hook import (
     KubectlError,
     Metrics,
     UrgentKubectl,
+    confined,
     run_program,
 )
 from tests.memory import peak_of
@@ -224,6 +228,80 @@ def test_a_program_that_needs_too_much_memory_fails(tmp_path: Path) -> None:
     body = f"exec {sys.executable} -c 'bytearray(400_000_000)'"
     with pytest.raises(KubectlError, match="MemoryError"):
         Kubectl(Metrics(), program=script(tmp_path, body)).run("get")
+
+
+def confined_python(script: str, *readable: Path) -> str:
+    """What a script prints to which network and files are closed."""
+    beside = (Path(sys.base_prefix), Path(sys.prefix), *readable)
+    argv = (sys.executable, "-S", "-c", script)
+    finished = confined(partial(run_program, argv, 60.0), beside)
+    assert finished.code == 0, finished.stderr
+    return finished.stdout.decode().strip()
+
+
+@pytest.mark.parametrize("family", ["AF_INET", "AF_INET6", "AF_NETLINK", "AF_PACKET", "AF_VSOCK"])
+@pytest.mark.parametrize("within", ["", "os.fork() and (os.wait(), os._exit(0)); "])
+def test_a_confined_program_opens_no_socket_that_leads_anywhere(family: str, within: str) -> None:
+    script = f"""
+import os, socket
+{within}
+try:
+    socket.socket(socket.{family}, socket.SOCK_RAW)
+    print("open", flush=True)
+except OSError as refused:
+    print(refused.strerror, flush=True)
+"""
+    assert confined_python(script) == "Permission denied"
+
+
+def test_a_confined_program_gets_no_socket_from_a_ring_either() -> None:
+    script = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.syscall(425, 8, ctypes.create_string_buffer(120)), ctypes.get_errno())
+"""
+    assert confined_python(script) == f"-1 {errno.EACCES}"
+
+
+def test_a_confined_program_may_talk_to_itself() -> None:
+    assert confined_python("import socket; print(len(socket.socketpair()))") == "2"
+
+
+def test_a_confined_program_reads_no_file_but_those_that_are_named(tmp_path: Path) -> None:
+    for name in ("commit/base/a", "outside", "commit-of-another"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "commit/link").symlink_to(tmp_path / "outside")
+    script = f"""
+import os
+os.chdir({str(tmp_path)!r})
+for path in ("commit/base/a", "outside", "commit-of-another", "commit/link", "commit/../outside"):
+    try:
+        print(open(path).read())
+    except OSError as refused:
+        print(refused.strerror)
+"""
+    printed = confined_python(script, tmp_path / "commit", tmp_path / "nowhere")
+    assert printed.split("\n") == ["commit/base/a", *["Permission denied"] * 4]
+
+
+def test_only_what_is_confined_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("content")
+    assert confined(lambda: 5, []) == 5
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname()).close()
+    assert run_program(("cat", str(tmp_path / "file")), 30.0).stdout == b"content"
+
+
+def test_without_a_way_to_close_the_network_nothing_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    with pytest.raises(ConfigError) as failed:
+        confined((tmp_path / "proof").touch, [])
+    said = "the system cannot close the network to kubectl: 'riscv64'. "
+    assert failed.value.faults == (said + "Run this on Linux with seccomp, on x86_64 or aarch64.",)
+    assert not (tmp_path / "proof").exists()
 
 
 def test_in_a_pod_nothing_keeps_kubectl_from_the_account_of_the_pod(tmp_path: Path) -> None:

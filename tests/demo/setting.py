@@ -42,6 +42,7 @@ def configuration(repository: Path) -> Object:
         },
         "build": {"image": "registry.example.com/demo/shop"},
         "deploy": {
+            "manifests": "deploy/overlays/{environment}",
             "health": {"path": "/ready", "successes": 2, "failures": 3},
             "rollout_timeout": "60s",
             "bake": f"{BAKE}s",
