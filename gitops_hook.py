@@ -3650,7 +3650,7 @@ def ports_like(
     Where it has none they have none, unless the Service is to be reached from outside.
     """
     ports = [*ports]
-    names = {port.get("name") for port in ports}
+    names = {port["name"] for port in ports if port.get("name")}
     wanted = {port.get("nodePort") for port in ports}
     node_ports: dict[Any, int] = {}
     for port in live:
@@ -4073,11 +4073,13 @@ class ServiceFields:
             spec=changed(self.spec, patch.spec),
         )
 
-    def with_ports_like(self, live: Iterable[Object]) -> ServiceFields:
-        """Return them with the node ports that a live Service has."""
-        ports = self.spec.get("ports")
-        spec = {**self.spec, "ports": ports_like(ports, live)} if ports else self.spec
-        return replace(self, spec=spec)
+    def fitted(self, live: Object) -> ServiceFields:
+        """Return them with the node ports of a live Service, by its spec."""
+        if not (ports := self.spec.get("ports")):
+            return self
+        external = live.get("type") in EXTERNAL_TYPES
+        ports = ports_like(ports, live.get("ports") or [], external=external)
+        return replace(self, spec={**self.spec, "ports": ports})
 
 
 def confirmed_changes(live: Object, wanted: Object) -> Object:
@@ -6109,7 +6111,7 @@ class LiveServices:
         if field := fixed_field(service.spec, spec):
             advice = "Restore its value, or delete the Service to have it made anew."
             refuse(f"{field} of Service {service.name} cannot be changed. {advice}")
-        wanted = ServiceFields.of(release.service).with_ports_like(service.ports)
+        wanted = ServiceFields.of(release.service).fitted(service.spec)
         later = confirmed_changes(service.spec, spec)
         if later or service.fields.changed_by(wanted):
             patch = replace(wanted, spec={**wanted.spec, **later})
@@ -6121,7 +6123,7 @@ class LiveServices:
         It removes what only the release before had, as far as that is recorded.
         """
         live = self.recorded_fields(task, service.live)
-        wanted = ServiceFields.of(release.service).with_ports_like(service.ports)
+        wanted = ServiceFields.of(release.service).fitted(service.spec)
         return (live or ServiceFields()).patch_to(wanted)
 
     def patch_back(
@@ -6134,12 +6136,12 @@ class LiveServices:
         """
         undo = service.annotation(ANNOTATION_REPLACED, {})
         if undo and target.selector == service.annotation(ANNOTATION_PREVIOUS, {}):
-            return ServiceFields.from_json(undo).with_ports_like(service.ports)
+            return ServiceFields.from_json(undo).fitted(service.spec)
         wanted = self.recorded_fields(task, target)
         if wanted is None:
             return None
         live = self.recorded_fields(task, service.live) or ServiceFields()
-        return live.patch_to(wanted.with_ports_like(service.ports))
+        return live.patch_to(wanted.fitted(service.spec))
 
     def recorded_fields(self, task: Task, entry: HistoryEntry) -> ServiceFields | None:
         """Return what the recorded release of a history entry has of a Service, None for none."""
