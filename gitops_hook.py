@@ -6720,8 +6720,9 @@ class Traffic:
         except KubectlError as refused:
             if refused.kind in UNCERTAIN or not changes:
                 raise
-            advice = f"Correct {', '.join(changes)} of Service {service.name}, and push again."
-            error(f"the live Service was not changed. {advice}", detail=refused.said, **task.words)
+            advice = f"Correct {', '.join(sorted(changes))} in the manifest, and push again."
+            words = {"detail": refused.said, "advice": advice, **task.words}
+            error("the live Service was not changed", **words)
             self.doors.kubectl.metrics.errors.labels("service").inc()
             self.live.write(task, service, annotations)
         return True
@@ -8576,12 +8577,13 @@ class RunReconciler:
                 detail = job.annotations.get(ANNOTATION_DETAIL, "")
                 problems.append(job_creation_problem(detail, job.name))
         now = self.context.clock.now()
+        app = self.context.apps[run.app]
         return Observation(
-            app=self.context.apps[run.app],
+            app=app,
             run=run,
             jobs=jobs,
             pods=tuple(pods),
-            services={e: s for e, i in informers if (s := i.find(run.app))},
+            services={e: s for e, i in informers if (s := i.find(app.service_name))},
             head=self.catch_up.head(run),
             newer=newer,
             fatal_problem=self.trackers.setdefault(run.id, ProblemTracker()).fatal(problems, now),
