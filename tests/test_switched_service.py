@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.fleet import Fleet, Member, fleet
+from tests.services import NARROW, WIDE, Change, holds, seen, with_service
 from tests.world import Object, eventually
 
 APPS: dict[str, Object] = {
@@ -19,33 +20,6 @@ APPS: dict[str, Object] = {
     "sized": {"bake": "1s", "retain": 1},
     "renamed": {"bake": "1s", "service": "web"},
 }
-OURS = "gitops-hook/"
-NARROW: Object = {
-    "labels": {"team": "a", "only-narrow": "1"},
-    "annotations": {"example.com/note": "narrow", "example.com/only-narrow": "1"},
-    "spec": {
-        "ports": [
-            {"name": "http", "port": 80, "targetPort": "http", "appProtocol": "http"},
-            {"name": "admin", "port": 81, "targetPort": 8080},
-        ],
-        "sessionAffinity": "ClientIP",
-        "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 600}},
-        "trafficDistribution": "PreferClose",
-    },
-}
-WIDE: Object = {
-    "labels": {"team": "b", "only-wide": "1"},
-    "annotations": {"example.com/note": "wide", "example.com/only-wide": "1"},
-    "spec": {
-        "ports": [
-            {"name": "http", "port": 80, "targetPort": 8080, "appProtocol": "kubernetes.io/h2c"},
-            {"name": "metrics", "port": 82, "targetPort": "http"},
-        ],
-        "internalTrafficPolicy": "Local",
-        "trafficDistribution": "PreferSameNode",
-    },
-}
-Change = Callable[[dict[str, Object]], None]
 
 
 @pytest.fixture(scope="module")
@@ -55,47 +29,10 @@ def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield made
 
 
-def with_service(fields: Object, **spec: Any) -> Change:
-    """Return a change that gives the Service labels, annotations and fields of its spec."""
-
-    def change(objects: dict[str, Object]) -> None:
-        service = objects["Service"]
-        service["metadata"] |= {key: fields.get(key, {}) for key in ("labels", "annotations")}
-        service["spec"] |= {**fields.get("spec", {}), **spec}
-
-    return change
-
-
 def node_port(number: int, **spec: Any) -> Change:
     """Return a change that makes the Service a NodePort."""
     port = {"name": "http", "port": 80, "targetPort": "http", "nodePort": number}
     return with_service({}, type="NodePort", ports=[port], **spec)
-
-
-def seen(app: Member, name: str = "") -> Object:
-    """Return what others see of a live Service: all but the selector and what is ours."""
-    service = app.service(name)
-    texts = {
-        part: {k: v for k, v in service["metadata"][part].items() if not k.startswith(OURS)}
-        for part in ("labels", "annotations")
-    }
-    return {**texts, **{k: v for k, v in service["spec"].items() if k != "selector"}}
-
-
-def holds(app: Member, fields: Object) -> bool:
-    """Whether a live Service has the labels, annotations and fields of its manifest."""
-    service = seen(app)
-    ports = [[*port.items() - {("protocol", "TCP")}] for port in service["ports"]]
-    wanted = [[*port.items()] for port in fields["spec"]["ports"]]
-    same = [*map(sorted, map(str_all, ports))] == [*map(sorted, map(str_all, wanted))]
-    texts = all(fields[part].items() <= service[part].items() for part in ("labels", "annotations"))
-    rest = {key: value for key, value in fields["spec"].items() if key != "ports"}
-    return same and texts and rest.items() <= service.items()
-
-
-def str_all(items: list[Any]) -> list[str]:
-    """Return each value as a text."""
-    return [str(item) for item in items]
 
 
 def write_by_hand(app: Member) -> None:
@@ -343,7 +280,7 @@ def test_the_live_service_may_be_called_otherwise_than_the_app(apps: Fleet) -> N
     assert (renamed.service("renamed"), "web-preview" in renamed.objects("services")) == ({}, False)
     status = apps.command("status", "renamed", "--output", "json")
     place = json.loads(status.stdout)["apps"][0]["environments"]["production"]
-    assert (place["run"], place["left_behind"], place["drift"]) == (run, [], "None")
+    assert (place["run"], place["left_behind"], place["drift"]) == (run, [], "")
     done = apps.command("rollback", "renamed")
     assert done.returncode == 0, done
     assert renamed.service("web")["spec"]["selector"]["gitops-hook/run"] != run
@@ -368,7 +305,8 @@ def test_a_service_under_its_new_name_is_a_first_deployment_beside_the_old_one(
     assert renamed.selector["gitops-hook/run"] == run
     assert renamed.service("web")["spec"] == before
     assert renamed.answer()["version"] == "v3"
-    old = renamed.pods("v1")
-    assert len(old) == 1
+    old = before["selector"]["gitops-hook/run"]
+    pods = [pod for pod in renamed.pods() if pod["metadata"]["labels"]["gitops-hook/run"] == old]
+    assert len(pods) == 1
     done = apps.command("status", "renamed")
     assert "Service web is not switched any more; delete it when it is unused." in done.stdout
