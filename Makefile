@@ -295,7 +295,7 @@ coverage: $(INSTALLED) ## Measure which branches both suites run (SUITES= only r
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-E2E := $(patsubst %,tests/e2e/test_%.py,demo intake upgrade memory)
+E2E := $(patsubst %,tests/e2e/test_%.py,demo intake switches upgrade memory)
 
 e2e: $(INSTALLED) ## Run the demo as its users do; kill the intake; upgrade from 0.1.0; measure the memory
 	@$(BIN)/python -m pytest $(E2E) -n 2 --dist loadfile $(ARGS)

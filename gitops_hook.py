@@ -188,6 +188,7 @@ ANNOTATION_DIGEST = "gitops-hook/digest"
 ANNOTATION_SUMMARY = "gitops-hook/summary"
 ANNOTATION_REMADE = "gitops-hook/remade"
 ANNOTATION_PREVIOUS = "gitops-hook/previous-selector"
+ANNOTATION_REPLACED = "gitops-hook/replaced"
 ANNOTATION_HISTORY = "gitops-hook/history"
 ANNOTATION_CLAIM = "gitops-hook/deploying"
 ANNOTATION_BAKE = "gitops-hook/bake-until"
@@ -609,6 +610,7 @@ SHORT = "a DNS label of at most 30 characters that begins with a letter"  # as S
 NAME = matching(rf"(?![0-9]|.{{31}}){DNS_LABEL.pattern}", SHORT)
 LABEL = matching(rf"(?!.{{64}}){DNS_LABEL.pattern}", "a DNS label")
 BRANCH = matching(r"(?!refs/)[^\s~^:?*\[\\]{1,255}", "a branch name (without refs/heads/)")
+SERVICE = matching(r"|(?!.{64})[a-z]([-a-z0-9]*[a-z0-9])?", "a name that a Service can have")
 FOLDER = matching(r"(?![/-])(?!(.*/)?\.\.(/|$))[^\x00]+", "a relative path within the repository")
 ENVIRONMENT = "{environment}"  # in deploy.manifests: the name of each environment
 
@@ -839,6 +841,11 @@ class DeploySettings:
         default="[]",
         meaning="what others apply of that folder: `Kind`, for all of a kind, or `Kind/name`",
     )
+    service: str = setting(
+        parse=SERVICE,
+        default="''",
+        meaning="name of the live Service in that folder; empty: the name of the app",
+    )
     ignore_kinds: tuple[str, ...] = setting(
         default="[]", meaning="an older name of `ignore`; both are heeded"
     )
@@ -895,7 +902,7 @@ class App:
     """One repository and what becomes of its pushes."""
 
     name: str = setting(
-        parse=NAME, meaning="name of the live Service; names of Deployments and Jobs contain it"
+        parse=NAME, meaning="name of the app; names of its Deployments and Jobs contain it"
     )
     repository: str = setting(
         parse=REPOSITORY, meaning="clone URL; pushes that name an ssh URL of it match as well"
@@ -915,6 +922,11 @@ class App:
     def deploy_ref(self) -> str:
         """The ref whose pushes are deployed."""
         return f"refs/heads/{self.branch}"
+
+    @property
+    def service_name(self) -> str:
+        """The name of the live Service."""
+        return self.deploy.service or self.name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1091,8 +1103,27 @@ def cross_faults(config: Config) -> Iterator[str]:
         for stage, settings in (("test", app.test), ("build", app.build)):
             yield from resource_faults(settings.resources, f"apps[{i}].{stage}")
         yield from variable_faults(app.test.env or {}, f"apps[{i}].test.env", TEST_VARIABLE)
-        yield from service_faults(app.test.services or (), f"apps[{i}].test.services")
+        yield from test_service_faults(app.test.services or (), f"apps[{i}].test.services")
+    yield from service_faults(apps)
     yield from variable_faults(config.job_env or {}, "job_env", OWN_VARIABLE)
+
+
+def service_faults(apps: Sequence[App]) -> Iterator[str]:
+    """Yield which apps name a Service that another app, or gitops-hook itself, has."""
+    previews = {f"{app.name}-preview" for app in apps}
+    for i, app in enumerate(apps):
+        if app.deploy.service in previews:
+            yield f"apps[{i}].deploy.service: {app.deploy.service!r} is a preview Service's name"
+        environments = {*app.deploy.environments}
+        same = [
+            other.name
+            for other in apps[:i]
+            if other.service_name == app.service_name
+            and environments.intersection(other.deploy.environments)
+        ]
+        if same and app.name not in same:
+            used = f"{app.service_name!r} is the live Service of app {same[0]!r}, too"
+            yield f"apps[{i}].deploy.service: {used}"
 
 
 def resource_faults(resources: Mapping[str, Any], where: str) -> Iterator[str]:
@@ -1112,7 +1143,7 @@ def variable_faults(
             yield f"{where}.{name}: is set by this program, or would change how it works"
 
 
-def service_faults(services: Sequence[ServiceSettings], where: str) -> Iterator[str]:
+def test_service_faults(services: Sequence[ServiceSettings], where: str) -> Iterator[str]:
     """Yield what is wrong with the services of a test pod, which share an address."""
     if len(services) > MOST_SERVICES:
         yield f"{where}: {len(services)} are too many (at most {MOST_SERVICES})"
@@ -1375,8 +1406,8 @@ def error(msg: str, **values: Any) -> None:
 
 # The parts of the daemon in which errors are counted.
 ERRORS = (
-    *("controller", "heads", "intake", "request", "restore", "secrets", "selector", "watch"),
-    "worker",
+    *("controller", "heads", "intake", "request", "restore", "secrets", "selector"),
+    *("service", "watch", "worker"),
 )
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)  # seconds
 
@@ -1964,11 +1995,14 @@ class Kubectl:
         verb = "replace" if current else "create"
         return self.run(verb, "-f", "-", *options, namespace=namespace, stdin=stdin)
 
-    def patch(self, resource: str, name: str, namespace: str, change: Object) -> Object:
+    def patch(
+        self, resource: str, name: str, namespace: str, change: Object, *options: str
+    ) -> Object:
         """Merge a change into an object, return it; with a resourceVersion it compares and sets."""
         # by stdin: one argument may not be larger than 128 KiB
         args = ("patch", f"{resource}/{name}", "--type=merge", "--patch-file=/dev/stdin", "-o=json")
-        return dict(json.loads(self.run(*args, namespace=namespace, stdin=json.dumps(change))))
+        stdin = json.dumps(change)
+        return dict(json.loads(self.run(*args, *options, namespace=namespace, stdin=stdin)))
 
     def delete(self, resource: str, names: Iterable[str], namespace: str) -> None:
         """Delete objects by name without waiting; a name that does not exist is no error."""
@@ -3400,6 +3434,20 @@ CONFIGMAP_REFERENCES = ("configMap", "configMapRef", "configMapKeyRef")
 ONE_BY_ONE = {"maxSurge": 1, "maxUnavailable": 0}
 MOST_REPLICAS = 1000
 LONGEST_DEADLINE = 86_400  # seconds that a rollout may take, whatever the app says
+EXTERNAL_TYPES = ("NodePort", "LoadBalancer")
+SERVICE_METADATA_BYTES = 32 * 1024  # beside the history, and what undoes a switch, in 256 KiB
+# The fields of a Service that a switch carries, besides selector and ports, with their defaults:
+# these change how traffic is routed, and can be undone.
+SWITCHED_FIELDS: Object = {
+    "sessionAffinity": "None",
+    "sessionAffinityConfig": None,
+    "internalTrafficPolicy": "Cluster",
+    "trafficDistribution": None,
+}
+# Fields that are applied once a version is confirmed, since another value gives other addresses.
+# Those that the cluster chooses where the manifest has none are left as they are then.
+CONFIRMED_FIELDS = ("externalTrafficPolicy", "loadBalancerIP", "loadBalancerSourceRanges")
+CHOSEN_FIELDS = ("ipFamilies", "ipFamilyPolicy", "healthCheckNodePort", "loadBalancerClass")
 LISTED_REFUSALS = 10  # at once; the rest is counted
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 CHART = "Chart.yaml"
@@ -3519,7 +3567,7 @@ SET_FIELDS = {
     "*.metadata.labels": "yours, `gitops-hook/*`, `app.kubernetes.io/managed-by` and the colour",
     "*.metadata.annotations": "yours and `gitops-hook/*`",
     "Deployment.spec.selector": "`gitops-hook/app` and the colour",
-    "Deployment.spec.replicas": "as many as the live version has, if you say fewer; at least 1",
+    "Deployment.spec.replicas": "as many as the live version has, if you say nothing",
     "Deployment.spec.progressDeadlineSeconds": (
         "the longest of yours, `deploy.rollout_timeout` and 20 s for each replica"
     ),
@@ -3781,7 +3829,7 @@ class SortedManifests:
         self.app = app
         self.all = [*manifests]
         self.used = [m for m in self.all if not app.deploy.ignores(m.kind, m.name)]
-        services = [m for m in self.of_kind("Service") if m.name == app.name]
+        services = [m for m in self.of_kind("Service") if m.name == app.service_name]
         self.service = services[0] if services else None
         selector = part_of(self.service and self.service.content, "spec", "selector")
         deployments = self.of_kind("Deployment")
@@ -3819,7 +3867,7 @@ class SortedManifests:
             seen.add(name)
         if self.service is None:
             names = clip(", ".join(m.name for m in self.of_kind("Service")) or "none")
-            fault = f"There is no Service named {self.app.name!r} (there are: {names})"
+            fault = f"There is no Service named {self.app.service_name!r} (there are: {names})"
             yield f"{fault}. Add it, rename one, or set deploy.service."
         if self.front is None:
             yield from self.front_faults()
@@ -3852,7 +3900,7 @@ class SortedManifests:
             yield "There is no Deployment. Add one, whose pods the Service selects."
         elif self.service and self.of_kind("Deployment"):
             names = clip(", ".join(m.name for m in self.selected) or "none")
-            fault = f"Service {self.app.name!r} must select the pods of one Deployment"
+            fault = f"Service {self.app.service_name!r} must select the pods of one Deployment"
             yield f"{fault} (selected: {names}). Correct its selector."
 
     def claims_of_one_node(self) -> list[str]:
@@ -4043,15 +4091,24 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
 
 
 def rendered_service(app: App, written: Object, selector: Mapping[str, str]) -> Object:
-    """Return the live Service as a first deployment creates it; later only its ports change."""
+    """Return the live Service as a first deployment creates it."""
     spec = written["spec"]
     ports = ports_like(spec["ports"])
+    name = app.service_name
+    kind = spec.get("type") or "ClusterIP"
     if not ports or (len(ports) > 1 and not all(p.get("name") for p in ports)):
-        refuse(f"Service {app.name} must have ports, and several ports must have names.", INVALID)
-    if spec.get("type") == "ExternalName":
-        refuse(f"Service {app.name} is an ExternalName, which selects no pods. Change its type.")
+        refuse(f"Service {name} must have ports, and several ports must have names.", INVALID)
+    if kind == "ExternalName":
+        refuse(f"Service {name} is an ExternalName, which selects no pods. Change its type.")
+    if kind not in EXTERNAL_TYPES and any(port.get("nodePort") for port in spec["ports"]):
+        advice = "Set the type to NodePort or LoadBalancer, or remove nodePort."
+        refuse(f"Service {name} has a nodePort, but the type {clip(str(kind), 40)}. {advice}")
     labels = {LABEL_APP: app.name, LABEL_STAGE: "live"}
-    service = new_object("Service", app.name, labels, written["metadata"])
+    service = new_object("Service", name, labels, written["metadata"])
+    size = len(json.dumps(service["metadata"]))
+    if size > SERVICE_METADATA_BYTES:
+        most = f"{SERVICE_METADATA_BYTES >> 10} KiB"
+        refuse(f"Service {name}: labels and annotations have more than {most}. Shorten them.")
     return {**service, "spec": {**spec, "selector": selector}}
 
 
@@ -4138,7 +4195,7 @@ def set_probes(app: App, pod: Object, port: Object) -> None:
             container["lifecycle"] = {**sleep, **(container.get("lifecycle") or {})}
 
 
-def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], at_least: int) -> Object:
+def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], live: int) -> Object:
     """Return the spec of a run's Deployment. What the app says stays, but for labels and size."""
     meta = spec["template"].get("metadata") or {}
     labels = {**(meta.get("labels") or {}), LABEL_MANAGED: MANAGER, **selector}
@@ -4147,9 +4204,7 @@ def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], at_least:
         if selects(separate, labels):  # so that pods of the other colour do not count
             colour = {k: v for k, v in own.items() if k != LABEL_APP}
             separate["matchLabels"] = {**(separate.get("matchLabels") or {}), **colour}
-    replicas = max(spec.get("replicas") or 0, at_least, 1)
-    if replicas > MOST_REPLICAS:
-        refuse(f"{replicas} replicas are too many. At most {MOST_REPLICAS} are possible.")
+    replicas = wanted_size(spec.get("replicas"), live)
     min_ready = spec.get("minReadySeconds", 10)
     longest = max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, min_ready + 10))
     return {
@@ -4185,15 +4240,59 @@ def spread_selectors(pod: Object) -> list[Object]:
     return [part for key, part in parts if key == "labelSelector" and isinstance(part, dict)]
 
 
-def ports_like(ports: Iterable[Object], live: Iterable[Object] = ()) -> list[Object]:
-    """Return ports with the node ports that a live Service has for them; none where it has none."""
-    node_ports = {(p["port"], p.get("protocol")): p["nodePort"] for p in live if p.get("nodePort")}
+def wanted_size(committed: int | None, live: int) -> int:
+    """Return how many pods a version is to have: as committed, else as many as the live one."""
+    if committed is None:
+        return max(live, 1)
+    if committed < 1:
+        refuse(f"spec.replicas is {committed}, so nothing would serve. Set it to 1 or more.")
+    if committed > MOST_REPLICAS:
+        refuse(f"{committed} replicas are too many. At most {MOST_REPLICAS} are possible.")
+    return committed
+
+
+def ports_like(
+    ports: Iterable[Object], live: Iterable[Object] = (), *, external: bool = False
+) -> list[Object]:
+    """Return ports with the node ports that a live Service has for them, by name, else by number.
+
+    Where it has none they have none, unless the Service is to be reached from outside.
+    """
+    ports = [*ports]
+    names = {port["name"] for port in ports if port.get("name")}
+    wanted = {port.get("nodePort") for port in ports}
+    node_ports: dict[Any, int] = {}
+    for port in live:
+        if node_port := port.get("nodePort"):
+            external = True
+            same = port.get("name") if port.get("name") in names else port_key(port)
+            node_ports |= {} if node_port in wanted else {same: node_port}
     result = []
     for port in ports:
-        node_port = node_ports.get((port["port"], port.get("protocol") or "TCP"))
+        node_port = node_ports.get(port.get("name")) or node_ports.get(port_key(port))
         merged = {"nodePort": node_port, **port} if node_port else port
-        result.append({k: v for k, v in merged.items() if node_ports or k != "nodePort"})
+        result.append({k: v for k, v in merged.items() if external or k != "nodePort"})
     return result
+
+
+def shared_node_ports(releases: Mapping[str, Release]) -> Iterator[str]:
+    """Yield what is wrong with node ports that the manifests of two environments name.
+
+    A cluster has each of them once, for all namespaces. The releases are given by environment.
+    """
+    owners: dict[int, str] = {}
+    for environment, release in releases.items():
+        for port in release.ports:
+            number = port.get("nodePort")
+            owner = owners.setdefault(number, environment) if number else environment
+            if owner != environment:
+                advice = "Give each environment its own, or let the cluster choose."
+                yield f"nodePort {number} is that of {owner} and of {environment}. {advice}"
+
+
+def port_key(port: Object) -> Any:
+    """Return what tells the ports of a Service apart, besides their names."""
+    return port["port"], port.get("protocol") or "TCP"
 
 
 def release_record(app: str, packed: str) -> Object:
@@ -4513,6 +4612,130 @@ def fitting_fields(kind: type[Any], data: Any) -> Object:
     return {k: values[k] for k, check in checks.items() if k in values and check(values[k])}
 
 
+def are_texts(value: Any) -> bool:
+    """Whether a value can stand for labels or annotations of others, or a patch of them."""
+    return isinstance(value, dict) and all(
+        not k.startswith(f"{MANAGER}/") and isinstance(v, str | None) for k, v in value.items()
+    )
+
+
+def are_switched(value: Any) -> bool:
+    """Whether a value can stand for what a switch carries of the spec of a Service."""
+    is_part = isinstance(value, dict) and value.keys() <= {*SWITCHED_FIELDS, "ports"}
+    return is_part and are_ports(value.get("ports", []))
+
+
+Texts = Annotated[dict[str, str | None], are_texts]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceFields:
+    """What a switch carries of a Service besides the selector, or a patch of it.
+
+    None stands for what is not there. It is false where there is nothing at all.
+    """
+
+    labels: Texts = dataclass_field(default_factory=dict)
+    annotations: Texts = dataclass_field(default_factory=dict)
+    spec: Annotated[Object, are_switched] = dataclass_field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.labels or self.annotations or self.spec)
+
+    @classmethod
+    def of(cls, manifest: Object) -> ServiceFields:
+        """Return these fields of a Service, without labels and annotations of ours."""
+        meta = manifest.get("metadata") or {}
+        spec = manifest.get("spec") or {}
+        texts = [
+            {k: v for k, v in (meta.get(part) or {}).items() if not k.startswith(f"{MANAGER}/")}
+            for part in ("labels", "annotations")
+        ]
+        texts[0].pop(LABEL_MANAGED, None)
+        values = {k: spec.get(k) or default for k, default in SWITCHED_FIELDS.items()}
+        ports = [
+            {"protocol": "TCP", "targetPort": p.get("port")}
+            | {k: v for k, v in p.items() if v is not None}
+            for p in spec.get("ports") or []
+        ]
+        return cls(labels=texts[0], annotations=texts[1], spec={**values, "ports": ports})
+
+    @classmethod
+    def from_json(cls, data: Any) -> ServiceFields:
+        """Return the patch in parsed JSON, an empty one where it has none."""
+        return cls(**fitting_fields(cls, data))
+
+    def to_json(self) -> Object:
+        """Return it as it is written into an annotation."""
+        return asdict(self)
+
+    def patch_to(self, fields: ServiceFields) -> ServiceFields:
+        """Return the patch after which a Service with these fields has others.
+
+        It removes the labels and annotations that only these have; those of others stay.
+        """
+        return ServiceFields(
+            labels={**dict.fromkeys(self.labels), **fields.labels},
+            annotations={**dict.fromkeys(self.annotations), **fields.annotations},
+            spec={**fields.spec},
+        )
+
+    def changed_by(self, patch: ServiceFields) -> ServiceFields:
+        """Return the fields that a patch changes, as they are before it: the patch to undo it."""
+
+        def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Object:
+            """Return the old values of what is new."""
+            return {key: old.get(key) for key, value in new.items() if value != old.get(key)}
+
+        return ServiceFields(
+            labels=changed(self.labels, patch.labels),
+            annotations=changed(self.annotations, patch.annotations),
+            spec=changed(self.spec, patch.spec),
+        )
+
+    def fitted(self, live: Object) -> ServiceFields:
+        """Return them with the node ports of a live Service, by its spec."""
+        if not (ports := self.spec.get("ports")):
+            return self
+        external = live.get("type") in EXTERNAL_TYPES
+        ports = ports_like(ports, live.get("ports") or [], external=external)
+        return replace(self, spec={**self.spec, "ports": ports})
+
+
+def confirmed_changes(live: Object, wanted: Object) -> Object:
+    """Return what confirming a version changes in the spec of its live Service."""
+    kind = wanted.get("type") or "ClusterIP"
+    values: Object = {key: wanted.get(key) or None for key in CONFIRMED_FIELDS}
+    values |= {"type": kind, "allocateLoadBalancerNodePorts": None}
+    if kind in EXTERNAL_TYPES:
+        values["externalTrafficPolicy"] = values["externalTrafficPolicy"] or "Cluster"
+        ports = wanted.get("ports") or []
+        node_ports = {port.get("nodePort") for port in ports} - {None}
+        live_ports = live.get("ports") or []
+        if node_ports - {port.get("nodePort") for port in live_ports}:
+            values["ports"] = ports_like(ports, live_ports, external=True)
+    if kind == "LoadBalancer":
+        allocated = wanted.get("allocateLoadBalancerNodePorts")
+        values["allocateLoadBalancerNodePorts"] = True if allocated is None else allocated
+    values |= {key: wanted[key] for key in CHOSEN_FIELDS if wanted.get(key)}
+    return {key: value for key, value in values.items() if live.get(key) != value}
+
+
+def fixed_field(live: Object, wanted: Object) -> str:
+    """Return the field of a live Service that cannot be changed and would be, "" for none."""
+    addresses = wanted.get("clusterIPs")
+    first = addresses[0] if isinstance(addresses, list) and addresses else ""
+    address = wanted.get("clusterIP") or first
+    is_headless = live.get("clusterIP") == "None"
+    if (address or is_headless) and address != live.get("clusterIP"):
+        return "clusterIP"
+    both = live.get("type") == wanted.get("type") == "LoadBalancer"
+    class_name = wanted.get("loadBalancerClass")
+    if both and class_name and class_name != live.get("loadBalancerClass"):
+        return "loadBalancerClass"
+    return ""
+
+
 class Service:
     """The live Service of an app, with what our annotations on it say as far as it can be read.
 
@@ -4533,6 +4756,8 @@ class Service:
         self.name: str = meta["name"]
         self.uid: str = meta.get("uid", "")
         self.version = int(meta["resourceVersion"])
+        self.spec: Object = spec
+        self.fields = ServiceFields.of(manifest)
         self.ports: list[Object] = spec.get("ports") or []
         self.selector: dict[str, str] = spec.get("selector") or {}
         self.run = self.selector.get(LABEL_RUN) or run
@@ -4560,7 +4785,8 @@ class Service:
 
     def annotations(self) -> Object:
         """Return what our annotations say, as it is written; None for what is not there."""
-        others = {ANNOTATION_PREVIOUS: {}, ANNOTATION_BAKE: 0.0, ANNOTATION_PUT_BACK: []}
+        others: Object = {ANNOTATION_PREVIOUS: {}, ANNOTATION_REPLACED: {}}
+        others |= {ANNOTATION_BAKE: 0.0, ANNOTATION_PUT_BACK: []}
         return {
             ANNOTATION_HISTORY: self.history,
             ANNOTATION_CLAIM: self.claim,
@@ -6278,7 +6504,7 @@ class Workloads:
 
         Pods that the cluster took away or replaced since a time are not waited for.
         """
-        terms = f"kubernetes.io/service-name={task.app.name}"
+        terms = f"kubernetes.io/service-name={task.app.service_name}"
         slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
         ready = ready_endpoints(slices)
         pods = [Pod(p) for p in self.pods(task.namespace, selector)]
@@ -6437,13 +6663,19 @@ class LiveServices:
 
     def read(self, task: Task) -> Service | None:
         """Return the live Service as it is now; where its selector names no run, by its pods."""
-        manifest = self.kubectl.get("service", task.app.name, task.namespace)
+        manifest = self.kubectl.get("service", task.app.service_name, task.namespace)
         service = Service(manifest) if manifest else None
         if manifest and service and not (service.run or service.live):
             ready = map(Pod, self.workloads.ready(task.namespace, service.selector))
             runs = runs_of(task.app.name, ready)
             return Service(manifest, run=runs.pop() if len(runs) == 1 else "")
         return service
+
+    def left_behind(self, task: Task) -> list[Service]:
+        """Return the live Services that an app had before deploy.service was changed."""
+        terms = f"{LABEL_APP}={task.app.name},{LABEL_STAGE}=live"
+        services = map(Service, self.kubectl.list("services", task.namespace, "-l", terms))
+        return [service for service in services if service.name != task.app.service_name]
 
     def remember(self, task: Task, service: Service) -> None:
         """Keep a live Service that is in order, for when what is written on it is lost."""
@@ -6461,7 +6693,7 @@ class LiveServices:
         self.remembered.removed.add(service.uid)
         self.remembered.in_order.pop(task.labels, None)
         self.state.write(task.app, forget=[f"live-{task.environment}"])
-        self.kubectl.delete("service", [task.app.name], task.namespace)
+        self.kubectl.delete("service", [task.app.service_name], task.namespace)
 
     def recorded(self, task: Task, service: Service | None) -> Service | None:
         """Return the live Service as it is recorded: by itself, or, if it lost that, elsewhere."""
@@ -6471,7 +6703,7 @@ class LiveServices:
         entry = self.state.read(task.app).live.get(task.environment)
         if service and service.run and not entry:
             entry = self.entry_from_release(task, service)
-        return Service.recorded(task.app.name, entry) if entry else None
+        return Service.recorded(task.app.service_name, entry) if entry else None
 
     def entry_from_release(self, task: Task, service: Service) -> HistoryEntry:
         """Return the history entry of the run that a Service reaches, by its recorded release."""
@@ -6499,29 +6731,122 @@ class LiveServices:
         return Release.from_configmap(configmap)
 
     def write(
-        self, task: Task, service: Service, annotations: Object, goal: HistoryEntry | None = None
+        self,
+        task: Task,
+        service: Service,
+        annotations: Object,
+        goal: HistoryEntry | None = None,
+        patch: ServiceFields | None = None,
     ) -> Service:
         """Compare-and-set annotations, an empty value removes one, and where the Service points.
 
-        The same patch stores the selector that it replaces, as the previous one.
+        The same patch stores the selector that it replaces, as the previous one, and what undoes
+        the patch of further fields. Without one only the ports of the goal go with the selector.
         """
-        spec: Object = {}
-        if goal:
-            # a merge keeps keys that are not named: those that must go are set to null
-            spec["selector"] = {**dict.fromkeys(service.selector), **goal.selector}
-            previous = service.live.selector or service.selector
-            annotations = {ANNOTATION_PREVIOUS: previous, **annotations}
-            if goal.ports:
-                spec["ports"] = ports_like(goal.ports, service.ports)
+        if not goal:
+            return self.patch(task, service, annotations, patch or ServiceFields())
+        # a merge keeps keys that are not named: those that must go are set to null
+        selector = {**dict.fromkeys(service.selector), **goal.selector}
+        previous = service.live.selector or service.selector
+        annotations = {ANNOTATION_PREVIOUS: previous, ANNOTATION_REPLACED: None, **annotations}
+        if patch is not None:
+            annotations[ANNOTATION_REPLACED] = service.fields.changed_by(patch).to_json()
+        elif goal.ports:
+            patch = ServiceFields(spec={"ports": ports_like(goal.ports, service.ports)})
+        patch = patch or ServiceFields()
+        patch = replace(patch, spec={**patch.spec, "selector": selector})
+        return self.patch(task, service, annotations, patch)
+
+    def patch(
+        self, task: Task, service: Service, annotations: Object, patch: ServiceFields, *options: str
+    ) -> Service:
+        """Compare-and-set annotations of ours and other fields; an empty annotation goes."""
+        ours = {key: annotation_text(value) for key, value in annotations.items()}
+        labels = {LABEL_MANAGED: MANAGER, LABEL_APP: task.app.name, LABEL_STAGE: "live"}
         meta = {
             "resourceVersion": str(service.version),
-            "annotations": {key: annotation_text(value) for key, value in annotations.items()},
-            "labels": {LABEL_MANAGED: MANAGER, LABEL_APP: service.name, LABEL_STAGE: "live"},
+            "annotations": {**patch.annotations, **ours},
+            "labels": {**patch.labels, **labels},
         }
-        change = {"metadata": meta, "spec": spec}
-        written = Service(self.kubectl.patch("service", service.name, task.namespace, change))
-        self.remember(task, written)
+        change = {"metadata": meta, "spec": patch.spec}
+        place = (service.name, task.namespace)
+        written = Service(self.kubectl.patch("service", *place, change, *options))
+        if not options:
+            self.remember(task, written)
         return written
+
+    def require_accepted(self, task: Task, service: Service | None, release: Release) -> None:
+        """Raise unless the API server would take the Service of a release, as it says itself.
+
+        Raises StageError for a field that cannot be changed, and KubectlError for its refusal.
+        """
+        if service is None:
+            self.kubectl.put(release.service, None, task.namespace, "--dry-run=server")
+            return
+        spec = release.service["spec"]
+        if field := fixed_field(service.spec, spec):
+            advice = "Restore its value, or delete the Service to have it made anew."
+            refuse(f"{field} of Service {service.name} cannot be changed. {advice}")
+        wanted = ServiceFields.of(release.service).fitted(service.spec)
+        later = confirmed_changes(service.spec, spec)
+        if later or service.fields.changed_by(wanted):
+            patch = replace(wanted, spec={**wanted.spec, **later})
+            self.patch(task, service, {}, patch, "--dry-run=server")
+
+    def patch_to(self, task: Task, service: Service, release: Release) -> ServiceFields:
+        """Return the patch that gives a live Service all that a switch to a release carries.
+
+        It removes what only the release before had, as far as that is recorded.
+        """
+        live = self.recorded_fields(task, service.live)
+        wanted = ServiceFields.of(release.service).fitted(service.spec)
+        return (live or ServiceFields()).patch_to(wanted)
+
+    def patch_back(
+        self, task: Task, service: Service, target: HistoryEntry
+    ) -> ServiceFields | None:
+        """Return the patch that gives a live Service back what it had with a version before.
+
+        That is what the last switch replaced, if it was from that version: it is at hand. Else it
+        is what the releases of both have; None where that of the version before is not recorded.
+        """
+        undo = service.annotation(ANNOTATION_REPLACED, {})
+        if undo and target.selector == service.annotation(ANNOTATION_PREVIOUS, {}):
+            return ServiceFields.from_json(undo).fitted(service.spec)
+        wanted = self.recorded_fields(task, target)
+        if wanted is None:
+            return None
+        live = self.recorded_fields(task, service.live) or ServiceFields()
+        return live.patch_to(wanted.fitted(service.spec))
+
+    def recorded_fields(self, task: Task, entry: HistoryEntry) -> ServiceFields | None:
+        """Return what the recorded release of a history entry has of a Service, None for none."""
+        with suppress(StageError):
+            return ServiceFields.of(self.release(task, entry.release).service)
+        return None
+
+    def go_back(
+        self,
+        task: Task,
+        service: Service,
+        annotations: Object,
+        goal: HistoryEntry,
+        patch: ServiceFields | None,
+    ) -> Service:
+        """Point a live Service at a version before, with what a patch gives back to it.
+
+        Where the API server refuses that, traffic moves all the same, with its ports alone.
+        """
+        try:
+            return self.write(task, service, annotations, goal, patch)
+        except KubectlError as refused:
+            if refused.kind in UNCERTAIN or not patch:
+                raise
+            error("the live Service was not restored", detail=refused.said, **task.words)
+            self.kubectl.metrics.errors.labels("service").inc()
+        # a node port of it may belong to another Service by now
+        ports = ports_like(ports_like(goal.ports), service.ports)
+        return self.write(task, service, annotations, replace(goal, ports=ports))
 
     def last_manager(self, task: Task) -> str:
         """Return a sentence about who changed the live Service last."""
@@ -6531,7 +6856,7 @@ class LiveServices:
 
     def last_change(self, task: Task) -> Object:
         """Return what the managedFields of the live Service say of its last change."""
-        args = ("get", "service", task.app.name, "-o", "json", "--show-managed-fields")
+        args = ("get", "service", task.app.service_name, "-o", "json", "--show-managed-fields")
         with suppress(KubectlError, ValueError):
             meta = json.loads(self.kubectl.run(*args, namespace=task.namespace))["metadata"]
             managers = meta.get("managedFields") or [{}]
@@ -6657,6 +6982,8 @@ class SelectorGuard:
         served = source.recorded_live if source else HistoryEntry()
         if served.run != task.run.id or not served:
             return
+        if any(service.run == served.run for service in self.live.left_behind(task)):
+            return  # it only has another name now
         if self.live.workloads.ready(task.namespace, served.selector):
             raise HookError("the live Service was deleted; the run goes on when it is there again")
 
@@ -6707,6 +7034,7 @@ class Claims:
         target, so that it can be restored, and narrows a foreign selector.
         """
         service = self.live.read(task)
+        self.live.require_accepted(task, service, release)
         if service is None:
             return None
         if colour_of(service.selector) == release.colour:
@@ -6776,7 +7104,7 @@ class Claims:
             patch = '{"spec":{"selector":{"version":"before"}}}'
             terms = selector_text(service.selector)
             commands = f"{call} label pods -l {terms} version=before && "
-            commands += f"{call} patch service {task.app.name} -p '{patch}'"
+            commands += f"{call} patch service {task.app.service_name} -p '{patch}'"
             detail = f"its selector would also match the new pods; run: {commands}"
             raise StageError(Reason.ADOPTION_REFUSED, detail)
         return selector
@@ -6913,7 +7241,8 @@ class Traffic:
         if task.last:
             annotations[ANNOTATION_BAKE] = round(now + task.app.deploy.bake, 3)
         if service:
-            self.live.write(task, service, annotations, entry)
+            patch = self.live.patch_to(task, service, release)
+            self.live.write(task, service, annotations, entry, patch)
             return
         live = copy.deepcopy(release.service)
         live["metadata"]["annotations"] |= {k: annotation_text(v) for k, v in annotations.items()}
@@ -7028,17 +7357,25 @@ class Traffic:
             ANNOTATION_CLAIM: self.claims.new(task.run.id, live.colour, Phase.SWITCHED_BACK),
             ANNOTATION_BAKE: None,
         }
-        self.live.write(task, service, annotations, target)
+        patch = self.live.patch_back(task, service, target)
+        self.live.go_back(task, service, annotations, target, patch)
         return True
 
     @retried
     def confirm(
-        self, task: Task, proof: Callable[[], bool] = lambda: True, *, unjudged: bool = False
+        self,
+        task: Task,
+        release: Release,
+        proof: Callable[[], bool] = lambda: True,
+        *,
+        unjudged: bool = False,
     ) -> bool:
         """Record that a version stays, and leave a claim by which the old one is drained.
 
         Each try of it asks for the proof that the version is healthy, after it has read what it is
-        going to change; without it nothing is written, and the answer is False.
+        going to change; without it nothing is written, and the answer is False. The same patch
+        changes what was not to be switched. Where the API server refuses that, it is reported: the
+        version is healthy, and stays.
         """
         service = self.guard.read_selected(task)
         self.claims.require_no_rollback(task.app, service.claim)
@@ -7053,7 +7390,17 @@ class Traffic:
             ANNOTATION_BAKE: None,
             ANNOTATION_CLAIM: drain if old in COLOURS else None,
         }
-        self.live.write(task, service, annotations)
+        changes = confirmed_changes(service.spec, release.service["spec"])
+        try:
+            self.live.write(task, service, annotations, patch=ServiceFields(spec=changes))
+        except KubectlError as refused:
+            if refused.kind in UNCERTAIN or not changes:
+                raise
+            advice = f"Correct {', '.join(sorted(changes))} in the manifest, and push again."
+            words = {"detail": refused.said, "advice": advice, **task.words}
+            error("the live Service was not changed", **words)
+            self.doors.kubectl.metrics.errors.labels("service").inc()
+            self.live.write(task, service, annotations)
         return True
 
 
@@ -7592,7 +7939,7 @@ class Bake:
         due = self.unjudged or self.checks.judged >= self.required
         if due and self.healthy():
             confirm = self.steady.traffic.confirm
-            self.confirmed = confirm(self.task, self.proof, unjudged=self.unjudged)
+            self.confirmed = confirm(self.task, self.release, self.proof, unjudged=self.unjudged)
 
     def proof(self) -> bool:
         """Whether the version may be confirmed now: its endpoints are there, and it is healthy."""
@@ -7755,12 +8102,27 @@ class Deployer:
             self.steady.rollout.apply(task, release, claimed)
             self.steady.rollout.wait(task, release, pods)
             self.steady.rollout.smoke_test(task, release, pods)
+            if objects.deployment["spec"].get("replicas") is None:
+                release = self.as_large_as_live(task, release, claimed, pods)
         finally:
             # pods that someone else replaced meanwhile say nothing against this run
             self.steady.claims.check(task, claimed, self.steady.live.read(task))
         self.steady.traffic.switch(task, release, claimed)
         more = {"colour": release.colour, "commit": release.commit}
         self.doors.report(task, State.SWITCHED, more)
+
+    def as_large_as_live(
+        self, task: Task, release: Release, claimed: Service | None, pods: Informer[Pod]
+    ) -> Release:
+        """Return a release, its pods ready, that is as large as the live one is by now."""
+        live = self.steady.claims.idle_colour_and_size(task).replicas
+        size = wanted_size(None, live)
+        if size == release.wanted:
+            return release
+        release = recoloured(release, task.app, release.colour, size)
+        self.steady.rollout.apply(task, release, claimed)
+        self.steady.rollout.wait(task, release, pods)
+        return release
 
     def verify_and_bake(self, task: Task, pods: Informer[Pod], *, resumed: bool) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
@@ -7774,7 +8136,7 @@ class Deployer:
             bake.run(service, resumed=resumed)
         else:
             self.steady.traffic.verify(task, release, entry.at)
-            self.steady.traffic.confirm(task)
+            self.steady.traffic.confirm(task, release)
 
     @retried
     def read_own(self, task: Task) -> Service:
@@ -7979,7 +8341,8 @@ class Rollback:
             ANNOTATION_CLAIM: claim,
             ANNOTATION_BAKE: None,
         }
-        return self.live.write(task, now, annotations, goal.entry)
+        patch = self.live.patch_back(task, now, goal.target)
+        return self.live.go_back(task, now, annotations, goal.entry, patch)
 
 
 def rolled_back(history: Sequence[HistoryEntry], goal: Goal, reason: str) -> list[HistoryEntry]:
@@ -8189,7 +8552,7 @@ class Intake:
         if not app.deploy.environments:
             return needless
         namespace = self.context.config.namespaces[app.deploy.environments[-1]]
-        if manifest := self.context.kubectl.get("service", app.name, namespace):
+        if manifest := self.context.kubectl.get("service", app.service_name, namespace):
             service = Service(manifest)
             history = [] if state.last(app.deploy_ref) else reversed(service.history)
             outcomes = {entry.commit: entry.outcome for entry in history}
@@ -8581,10 +8944,15 @@ class Informers:
         self.pods = [Informer(kubectl, "pods", name, Pod, ours) for name in namespaces]
         self.services: dict[str, Informer[Service]] = {}  # by environment
         for environment, namespace in config.namespaces.items():
-            names = {app.name for app in config.apps if environment in app.deploy.environments}
-            if names:  # with whatever labels: one that lost ours is still what visitors ask
-                live = partial(app_service, names)
+            if apps := self.apps_in(environment):
+                # with whatever labels: one that lost ours is still what visitors ask
+                live = partial(app_service, apps.keys())
                 self.services[environment] = Informer(kubectl, "services", namespace, live, "")
+
+    def apps_in(self, environment: str) -> dict[str, App]:
+        """Return the apps that are deployed to an environment, by the name of the live Service."""
+        apps = [app for app in self.config.apps if environment in app.deploy.environments]
+        return {app.service_name: app for app in apps}
 
     def all(self) -> list[Informer[Any]]:
         """Return every informer."""
@@ -8900,12 +9268,13 @@ class RunReconciler:
                 detail = job.annotations.get(ANNOTATION_DETAIL, "")
                 problems.append(job_creation_problem(detail, job.name))
         now = self.context.clock.now()
+        app = self.context.apps[run.app]
         return Observation(
-            app=self.context.apps[run.app],
+            app=app,
             run=run,
             jobs=jobs,
             pods=tuple(pods),
-            services={e: s for e, i in informers if (s := i.find(run.app))},
+            services={e: s for e, i in informers if (s := i.find(app.service_name))},
             head=self.catch_up.head(run),
             newer=newer,
             fatal_problem=self.trackers.setdefault(run.id, ProblemTracker()).fatal(
@@ -9122,11 +9491,12 @@ class ServiceReconciler:
     def reconcile(self, open_runs: Sequence[Run]) -> None:
         """Follow each live Service; start what the claims of ended runs left to do."""
         for environment, informer in self.context.informers.services.items():
+            apps = self.context.informers.apps_in(environment)
             for service in informer.items():
-                run = Run(id=service.claim.run, app=service.name, ref="", commit="")
-                app = self.context.apps[service.name]
+                app = apps[service.name]
+                run = Run(id=service.claim.run, app=app.name, ref="", commit="")
                 task = task_of(self.context.config, app, environment, run)
-                item = f"live Service of {service.name} in {environment}"
+                item = f"live Service of {app.name} in {environment}"
                 step = partial(self.follow, item, task, service)
                 self.context.attempt(item, step, service.version, **task.words)
                 if self.is_claim_due(task, service.claim, open_runs):
@@ -10047,6 +10417,7 @@ class EnvironmentStatus:
     claim: Claim
     bake_until: float
     reverted: HistoryEntry  # what the last switch left, and why
+    left_behind: tuple[str, ...]  # live Services of the app under other names
 
     @property
     def runs(self) -> list[str]:
@@ -10061,9 +10432,12 @@ class EnvironmentStatus:
             rollback_cells = [ids[self.target.run] or "adopted", how]
         under_way = f"{self.claim.phase} {ids[self.claim.run]} {self.drift}"
         reverted = ["reverted", ids[self.reverted.run], self.reverted.reason, self.reverted.detail]
-        below = clip(": ".join(filter(None, reverted))) if self.reverted else ""
+        below = [clip(": ".join(filter(None, reverted)))] if self.reverted else []
+        if self.left_behind:
+            names = clip(", ".join(self.left_behind))
+            below.append(f"Service {names} is not switched any more; delete it when it is unused.")
         live = [self.app, self.environment, ids[self.live.run], self.live.colour]
-        return [*live, *rollback_cells, under_way, below]
+        return [*live, *rollback_cells, under_way, "\n".join(below)]
 
     def to_json(self) -> Object:
         """Return it as `status --output json` prints it."""
@@ -10077,6 +10451,7 @@ class EnvironmentStatus:
             "deploying": self.claim.to_json() if self.claim else None,
             "bake_until": self.bake_until or None,
             "reverted": {key: getattr(self.reverted, key) for key in end if self.reverted},
+            "left_behind": [*self.left_behind],
         }
 
 
@@ -10132,6 +10507,8 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
     task = task_of(tools.config, app, environment)
     operations = tools.deployer.steady
     service = operations.live.read(task) or Service(NO_SERVICE)
+    renamed = app.deploy.service or not service.name
+    left_behind = operations.live.left_behind(task) if renamed else []
     source = service if service.in_order else operations.live.recorded(task, service)
     live = service.live
     if not live and source and service.run:
@@ -10150,6 +10527,7 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
         claim=service.claim,
         bake_until=service.annotation(ANNOTATION_BAKE, 0.0),
         reverted=newest_entry if left else HistoryEntry(),
+        left_behind=tuple(service.name for service in left_behind),
     )
 
 
@@ -10548,6 +10926,8 @@ class Plan:
         objects = check_objects(task.app, task.namespace, manifests, task.environment)
         placement = self.tools.deployer.steady.claims.idle_colour_and_size(task)
         release = render(task.app, task.run, task.image, placement, objects)
+        services = self.tools.deployer.steady.live
+        services.require_accepted(task, services.read(task), release)
         deployment = release.deployment
         names = [c["metadata"]["name"] for c in release.configmaps]
         new = [n for n in names if not kubectl.get("configmap", n, task.namespace)]
@@ -10556,6 +10936,8 @@ class Plan:
         steps = release.wanted if idle and idle["spec"].get("replicas") else 1
         seconds = steps * (deployment["spec"]["minReadySeconds"] + START_SECONDS)
         forecast = f"{release.colour}, {release.wanted} pods in about {seconds:.0f} s"
+        if placement.replicas not in (0, release.wanted):
+            forecast += f", replicas: {placement.replicas} → {release.wanted}"
         forecast += f", new ConfigMaps: {', '.join(new) or 'none'}"
         warning = shutdown_warning(deployment["spec"]["template"]["spec"])
         pod = objects.deployment["spec"]["template"]["spec"]

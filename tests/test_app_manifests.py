@@ -43,6 +43,7 @@ from gitops_hook import (
     recoloured,
     render,
     repository_of,
+    shared_node_ports,
 )
 from tests.memory import peak_of
 from tests.standin.kubectl import find_kubectl
@@ -1657,9 +1658,9 @@ def test_what_says_nothing_may_stay_as_tools_write_it() -> None:
 
 @pytest.mark.parametrize(
     ("written", "live", "replicas"),
-    [(2, 0, 2), (2, 5, 5), (6, 5, 6), (0, 0, 1), (0, 3, 3), (-1, 0, 1), (None, 0, 1)],
+    [(2, 0, 2), (2, 5, 2), (6, 5, 6), (1000, 5, 1000), (None, 0, 1), (None, 3, 3)],
 )
-def test_a_version_is_never_smaller_than_the_live_one(
+def test_a_version_is_as_large_as_committed_else_as_the_live_one(
     written: int | None, live: int, replicas: int
 ) -> None:
     items = changed("Deployment.spec.replicas", written)
@@ -1667,6 +1668,13 @@ def test_a_version_is_never_smaller_than_the_live_one(
         del items[0]["spec"]["replicas"]
     release = released(items, live=live)
     assert (release.wanted, release.deployment["spec"]["replicas"]) == (replicas, replicas)
+
+
+@pytest.mark.parametrize("replicas", [0, -1])
+def test_a_version_without_pods_is_refused_since_nothing_would_serve(replicas: int) -> None:
+    reason, detail = fault(lambda: released(changed("Deployment.spec.replicas", replicas), live=3))
+    said = f"spec.replicas is {replicas}, so nothing would serve. Set it to 1 or more."
+    assert (reason, detail) == (Reason.MANIFEST_REFUSED, said)
 
 
 @pytest.mark.parametrize(
@@ -2077,13 +2085,84 @@ def test_of_several_ports_each_needs_a_name() -> None:
             [{"port": 53, "protocol": "TCP", "nodePort": 30001}],
             [{"port": 53, "nodePort": 30001}, {"port": 80}],
         ),
+        (
+            [{"name": "http", "port": 8080}, {"name": "admin", "port": 80}],
+            [{"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30001}],
+            [{"name": "http", "port": 8080, "nodePort": 30001}, {"name": "admin", "port": 80}],
+        ),
+        (
+            [{"name": "web", "port": 80}],
+            [{"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30001}],
+            [{"name": "web", "port": 80, "nodePort": 30001}],
+        ),
+        (
+            [{"name": "http", "port": 80}, {"name": "admin", "port": 81, "nodePort": 30001}],
+            [{"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30001}],
+            [{"name": "http", "port": 80}, {"name": "admin", "port": 81, "nodePort": 30001}],
+        ),
     ],
-    ids=["kept", "chosen", "cluster-ip", "none", "protocol", "new-port"],
+    ids=[
+        *("kept", "chosen", "cluster-ip", "none", "protocol", "new-port"),
+        *("other-number", "other-name", "given-away"),
+    ],
 )
 def test_node_ports_stay_those_of_the_live_service(
     ports: list[Object], live: list[Object], expected: list[Object]
 ) -> None:
     assert ports_like(ports, live) == expected
+
+
+def test_a_service_that_is_to_be_reached_from_outside_gets_the_node_ports_that_are_committed() -> (
+    None
+):
+    ports = [{"port": 80, "nodePort": 30002}, {"port": 81}]
+    assert ports_like(ports, [{"port": 80}], external=True) == ports
+
+
+def test_a_node_port_needs_a_type_that_has_one() -> None:
+    ports = [{"port": 80, "nodePort": 30002}]
+    reason, detail = fault(lambda: released(changed("Service.spec.ports", ports)))
+    said = "Service shop has a nodePort, but the type ClusterIP. Set the type to NodePort or"
+    assert (reason, detail.startswith(said)) == (Reason.MANIFEST_REFUSED, True)
+
+
+def test_labels_and_annotations_of_a_service_that_leave_no_room_for_its_history_are_refused() -> (
+    None
+):
+    released(changed("Service.metadata.annotations", {"text": "x" * 30_000}))
+    large = changed("Service.metadata.annotations", {"text": "x" * 33_000})
+    said = "Service shop: labels and annotations have more than 32 KiB. Shorten them."
+    assert fault(lambda: released(large)) == (Reason.MANIFEST_REFUSED, said)
+
+
+def with_node_ports(*numbers: int) -> Release:
+    """A release whose Service has these node ports."""
+    ports = [{"name": f"p{n}", "port": n, "nodePort": n} for n in numbers]
+    return released(changed("Service.spec", {"type": "NodePort", "ports": ports}))
+
+
+def test_a_node_port_that_two_environments_name_is_refused_once_for_each() -> None:
+    releases = {
+        "staging": with_node_ports(30001, 30002),
+        "qa": released(),
+        "production": with_node_ports(30002, 30003, 30001),
+    }
+    assert [text.partition(". ")[0] for text in shared_node_ports(releases)] == [
+        "nodePort 30002 is that of staging and of production",
+        "nodePort 30001 is that of staging and of production",
+    ]
+    assert not [*shared_node_ports({"staging": with_node_ports(30001), "qa": released()})]
+
+
+def test_the_live_service_may_have_another_name_than_the_app() -> None:
+    items = changed("Service.metadata.name", "web")
+    service = released(items, deploy={"service": "web"}).service
+    assert (service["metadata"]["name"], service["metadata"]["labels"]["gitops-hook/app"]) == (
+        *("web", "shop"),
+    )
+    assert "one Service named 'web' (found: shop)" in str(
+        refusal(lambda: released(deploy={"service": "web"}))
+    )
 
 
 # === Releases ===

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -453,6 +454,54 @@ def test_no_app_may_be_called_like_what_another_app_creates(other: str) -> None:
     apps = [{**APP, "build": IMAGE}, {**APP, "name": other, "build": IMAGE}]
     fault = f"apps[1].name: {other!r} is the name of another app's Deployment or Service"
     assert faults(yaml.safe_dump({"apps": apps})) == [fault]
+
+
+def named_services(*services: str, environments: Sequence[str] = ("production",)) -> str:
+    """Apps a, b and so on, whose live Services have these names."""
+    apps = [
+        {
+            "name": name,
+            "repository": f"/srv/{name}.git",
+            "build": IMAGE,
+            "deploy": {"service": service, "environments": [environment]},
+        }
+        for name, service, environment in zip(
+            "abcd", services, [*environments] * len(services), strict=False
+        )
+    ]
+    return yaml.safe_dump({"apps": apps})
+
+
+def test_the_live_service_has_the_name_of_the_app_or_another() -> None:
+    apps = hook.load_config(named_services("", "web-1")).apps
+    assert [app.service_name for app in apps] == ["a", "web-1"]
+
+
+@pytest.mark.parametrize("name", ["1web", "web_1", "Web", "web.shop", "web-", "w" * 64, "../x", 5])
+def test_a_name_that_no_service_can_have_is_a_fault(name: Any) -> None:
+    (fault,) = faults(document({"deploy": {"service": name}}))
+    assert fault == f"apps[0].deploy.service: {name!r} is not a name that a Service can have"
+
+
+@pytest.mark.parametrize(
+    ("services", "fault"),
+    [
+        (("web", "web"), "apps[1].deploy.service: 'web' is the live Service of app 'a', too"),
+        (("", "a"), "apps[1].deploy.service: 'a' is the live Service of app 'a', too"),
+        (("b", ""), "apps[1].deploy.service: 'b' is the live Service of app 'a', too"),
+        (("a-preview", ""), "apps[0].deploy.service: 'a-preview' is a preview Service's name"),
+        (("b-preview", ""), "apps[0].deploy.service: 'b-preview' is a preview Service's name"),
+    ],
+)
+def test_no_two_apps_of_an_environment_have_one_live_service(
+    services: tuple[str, str], fault: str
+) -> None:
+    assert faults(named_services(*services)) == [fault]
+
+
+def test_apps_of_different_environments_may_name_their_live_services_alike() -> None:
+    text = named_services("web", "web", environments=("staging", "production"))
+    assert [app.service_name for app in hook.load_config(text).apps] == ["web", "web"]
 
 
 def test_no_two_apps_have_one_name() -> None:

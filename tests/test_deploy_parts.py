@@ -425,11 +425,12 @@ def test_a_rollback_that_only_began_ends_no_bake(
     )
     service["metadata"]["annotations"][hook.ANNOTATION_CLAIM] = json.dumps(claim.to_json())
     (tmp_path / "service").write_text(json.dumps(service))
+    release = replace(a_release({}), service={"spec": {}})
     if confirmed:
-        made.steady.traffic.confirm(task())
+        made.steady.traffic.confirm(task(), release)
     else:
         with pytest.raises(hook.HookError, match="a rollback is under way"):
-            made.steady.traffic.confirm(task())
+            made.steady.traffic.confirm(task(), release)
     assert (tmp_path / "done").exists() is confirmed
 
 

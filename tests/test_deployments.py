@@ -210,12 +210,17 @@ def test_retain_keeps_that_many_pods_of_the_old_colour(apps: Fleet) -> None:
     assert (size(ports, ports.selector["version"]), size(ports, ports.idle())) == (2, 1)
 
 
-def test_a_size_that_was_set_by_hand_is_kept(apps: Fleet) -> None:
+def no_size(objects: dict[str, Object]) -> None:
+    """Leave open how many pods there are."""
+    del objects["Deployment"]["spec"]["replicas"]
+
+
+def test_a_size_that_was_set_by_hand_is_kept_where_none_is_committed(apps: Fleet) -> None:
     scaled = apps["scaled"]
     assert scaled.deployed("v1")["outcome"] == "deployed"
     args = ("scale", "deployment/scaled-blue", "-n", "production", "--replicas=3")
     assert apps.kubectl(*args).code == 0
-    assert scaled.deployed("v2")["outcome"] == "deployed"
+    assert scaled.deployed("v2", change=no_size)["outcome"] == "deployed"
     assert (scaled.standing("green"), size(scaled, "green")) == ("v2", 3)
 
 

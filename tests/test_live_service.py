@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from functools import partial
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import gitops_hook as hook
 from tests.fleet import Fleet, Member, apply_service, fleet
 from tests.world import Object, eventually
 
@@ -30,6 +33,178 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         runs = [made[name].go("v1") for name in APPS]
         assert {made.ended(run, 90)["outcome"] for run in runs} == {"deployed"}
         yield made
+
+
+# What a switch carries of a Service.
+
+
+KEYS = st.sampled_from(["app", "team", "a.example.com/x", "a.example.com/y", "note"])
+TEXTS = st.dictionaries(KEYS, st.sampled_from(["", "one", "two"]), max_size=4)
+PORT = st.fixed_dictionaries(
+    {"port": st.integers(80, 83), "name": st.sampled_from(["http", "admin", "grpc"])},
+    optional={
+        "protocol": st.sampled_from(["TCP", "UDP"]),
+        "targetPort": st.sampled_from(["http", 8080]),
+        "appProtocol": st.sampled_from(["http", "kubernetes.io/h2c"]),
+    },
+)
+SPEC = st.fixed_dictionaries(
+    {"ports": st.lists(PORT, min_size=1, max_size=3, unique_by=lambda port: port["name"])},
+    optional={
+        "sessionAffinity": st.sampled_from(["None", "ClientIP"]),
+        "sessionAffinityConfig": st.just({"clientIP": {"timeoutSeconds": 600}}),
+        "internalTrafficPolicy": st.sampled_from(["Cluster", "Local"]),
+        "trafficDistribution": st.sampled_from(["PreferClose", "PreferSameNode"]),
+    },
+)
+
+
+def as_service(labels: Object, annotations: Object, spec: Object) -> Object:
+    """A Service of ours, with these labels and annotations of others."""
+    ours = {"gitops-hook/app": "shop", "app.kubernetes.io/managed-by": "gitops-hook"}
+    meta = {"labels": {**labels, **ours}, "annotations": {**annotations, "gitops-hook/history": ""}}
+    return {"metadata": {"name": "shop", "resourceVersion": "1", **meta}, "spec": spec}
+
+
+SERVICES = st.builds(as_service, TEXTS, TEXTS, SPEC)
+
+
+def merged(old: object, patch: object) -> object:
+    """Apply a merge patch (RFC 7386), as the API server does."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(old) if isinstance(old, dict) else {}
+    for key, value in patch.items():
+        result[key] = merged(result.get(key), value)
+    return {key: value for key, value in result.items() if value is not None}
+
+
+def patched(service: Object, patch: hook.ServiceFields) -> Object:
+    """A Service after a patch of such fields."""
+    meta = {"labels": patch.labels, "annotations": patch.annotations}
+    result = merged(service, {"metadata": meta, "spec": patch.spec})
+    assert isinstance(result, dict)
+    return result
+
+
+def outside(service: Object) -> Object:
+    """A Service with the node ports that the cluster would give it."""
+    ports = [{**p, "nodePort": 30000 + n} for n, p in enumerate(service["spec"]["ports"])]
+    return {**service, "spec": {**service["spec"], "type": "NodePort", "ports": ports}}
+
+
+@given(SERVICES.map(outside), SERVICES, SERVICES)
+@settings(deadline=None)
+def test_a_switch_and_its_way_back_leave_a_service_as_it_was_and_what_others_wrote_untouched(
+    live: Object, before: Object, wanted: Object
+) -> None:
+    fields = hook.ServiceFields.of
+    goal = fields(wanted).fitted(live["spec"])
+    patch = fields(before).patch_to(goal)
+    after = patched(live, patch)
+    for part in ("labels", "annotations"):
+        left = fields(before).to_json()[part].keys() - fields(wanted).to_json()[part].keys()
+        ours = fields(wanted).to_json()[part]
+        others = {
+            key: value for key, value in live["metadata"][part].items() if key not in {*left, *ours}
+        }
+        assert after["metadata"][part] == {**others, **ours}
+    assert fields(after).spec == goal.spec
+    undo = hook.ServiceFields.from_json(
+        json.loads(json.dumps(fields(live).changed_by(patch).to_json()))
+    )
+    back = patched(after, undo.fitted(after["spec"]))
+    assert back["metadata"] == live["metadata"]
+    assert fields(back) == fields(live)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        {"labels": {"gitops-hook/app": "other"}, "annotations": {"gitops-hook/history": "[]"}},
+        {"labels": {"team": 5}, "annotations": ["x"], "spec": {"type": "ExternalName"}},
+        {"spec": {"ports": [{"port": "80"}]}},
+        {"spec": {"selector": {"app": "other"}}},
+    ],
+)
+def test_what_undoes_a_switch_touches_nothing_else_whatever_is_written_there(data: object) -> None:
+    assert not hook.ServiceFields.from_json(data)
+
+
+BALANCER = {"type": "LoadBalancer", "externalTrafficPolicy": "Cluster"}
+BALANCER |= {"allocateLoadBalancerNodePorts": True}
+
+
+@pytest.mark.parametrize(
+    ("now", "wanted", "changes"),
+    [
+        ({"type": "ClusterIP"}, {}, {}),
+        ({"type": "ClusterIP"}, {"type": "NodePort"}, {"type": "NodePort"}),
+        ({"type": "NodePort", "externalTrafficPolicy": "Local"}, {}, {"type": "ClusterIP"}),
+        (BALANCER, {"type": "LoadBalancer"}, {}),
+        (
+            {"type": "ClusterIP"},
+            {"type": "LoadBalancer", "loadBalancerClass": "example.com/a"},
+            {**BALANCER, "loadBalancerClass": "example.com/a"},
+        ),
+        (
+            {**BALANCER, "loadBalancerIP": "10.0.0.9", "loadBalancerSourceRanges": ["10.0.0.0/8"]},
+            {"type": "LoadBalancer", "loadBalancerSourceRanges": ["10.1.0.0/16"]},
+            {"loadBalancerIP": None, "loadBalancerSourceRanges": ["10.1.0.0/16"]},
+        ),
+        (
+            BALANCER,
+            {"type": "LoadBalancer", "allocateLoadBalancerNodePorts": False},
+            {"allocateLoadBalancerNodePorts": False},
+        ),
+        (
+            {"type": "ClusterIP", "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack"},
+            {"ipFamilyPolicy": "PreferDualStack"},
+            {"ipFamilyPolicy": "PreferDualStack"},
+        ),
+        (
+            {"type": "ClusterIP", "ports": [{"name": "http", "port": 80}]},
+            {"type": "NodePort", "ports": [{"name": "http", "port": 80, "nodePort": 30001}]},
+            {"type": "NodePort", "ports": [{"name": "http", "port": 80, "nodePort": 30001}]},
+        ),
+    ],
+    ids=[
+        *("nothing", "node-port", "inside", "same-balancer", "balancer", "ranges", "no-ports"),
+        *("dual-stack", "chosen-port"),
+    ],
+)  # fmt: skip
+def test_confirming_a_version_changes_what_gives_a_service_other_addresses(
+    now: Object, wanted: Object, changes: Object
+) -> None:
+    result = hook.confirmed_changes(now, wanted)
+    policy = result.pop("externalTrafficPolicy", "none")
+    assert result == {key: v for key, v in changes.items() if key != "externalTrafficPolicy"}
+    outside = wanted.get("type", "ClusterIP") != "ClusterIP"
+    stays = now.get("externalTrafficPolicy") == ("Cluster" if outside else None)
+    assert policy == ("none" if stays else "Cluster" if outside else None)
+
+
+@pytest.mark.parametrize(
+    ("now", "wanted", "field"),
+    [
+        ({"clusterIP": "10.0.0.1"}, {}, ""),
+        ({"clusterIP": "10.0.0.1"}, {"clusterIP": "10.0.0.1"}, ""),
+        ({"clusterIP": "10.0.0.1"}, {"clusterIP": "10.0.0.2"}, "clusterIP"),
+        ({"clusterIP": "10.0.0.1"}, {"clusterIPs": ["10.0.0.2"]}, "clusterIP"),
+        ({"clusterIP": "10.0.0.1"}, {"clusterIPs": {"a": "b"}}, ""),
+        ({"clusterIP": "10.0.0.1"}, {"clusterIP": "None"}, "clusterIP"),
+        ({"clusterIP": "None"}, {}, "clusterIP"),
+        ({**BALANCER, "loadBalancerClass": "a"}, {**BALANCER, "loadBalancerClass": "a"}, ""),
+        ({**BALANCER, "loadBalancerClass": "a"}, BALANCER, ""),
+        (BALANCER, {**BALANCER, "loadBalancerClass": "a"}, "loadBalancerClass"),
+        ({"type": "ClusterIP"}, {**BALANCER, "loadBalancerClass": "a"}, ""),
+    ],
+)  # fmt: skip
+def test_a_field_that_no_service_can_change_is_named(
+    now: Object, wanted: Object, field: str
+) -> None:
+    assert hook.fixed_field(now, wanted) == field
 
 
 # Someone applies the Service of the repository, or makes it anew.

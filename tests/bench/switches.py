@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.pool import Pool
 from typing import Any
 
+from tests import services
 from tests.bench.clients import Visit, visit
 from tests.bench.observing import RUN, Recorder, Row, label, timed
 from tests.fleet import MISSING_IMAGE, Member, is_ready
+from tests.services import NARROW, WIDE, with_service
 from tests.world import PROGRAM, Object, eventually
 
 # What clients on kept connections lose on a busy machine, because the application ends at once when
@@ -165,9 +168,9 @@ def measure_deployments(apps: Sequence[Member]) -> Iterator[Row]:
 # Switches under load.
 
 
-def switch(app: Member, version: str, sick: str) -> float:
+def switch(app: Member, version: str, sick: str, **release: Any) -> float:
     """Deploy a version, which stays or is told to be sick; seconds to switched back, or 0."""
-    commit, back = app.release(version, modes=PATIENT), 0.0
+    commit, back = app.release(version, modes=PATIENT, **release), 0.0
     run = app.push(commit)
     app.switched(run, 120)
     if sick:
@@ -213,17 +216,43 @@ def failed_requests(name: str, seen: Sequence[Visit], target: float | None = Non
         yield Row(f"{name}: failed requests of {which} connections", len(failures), "", target)
 
 
-def measure_switches(apps: Sequence[Member], clients: Pool, count: int) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Turn:
+    """A switch of which every field of the Service has moved: how long it took to go back, if so.
+
+    Wrong: what the Service was not like in the end.
+    """
+
+    back: float
+    wrong: bool
+
+
+def take_turns(app: Member, ways: Sequence[str]) -> list[Turn]:
+    """Switch to version after version, each with the other Service; the sick ones go back."""
+    turns = []
+    live, other = WIDE, NARROW
+    for number, sick in enumerate(ways):
+        before = services.seen(app)
+        back = switch(app, f"load-{number}", sick, change=with_service(other))
+        restored = services.seen(app) == before
+        turns.append(Turn(back, wrong=not (restored if sick else services.holds(app, other))))
+        if not sick:
+            live, other = other, live
+        app.quiet()
+    return turns
+
+
+def measure_load(apps: Sequence[Member], clients: Pool, count: int) -> Iterator[Row]:
     """Switch under load, every second time with a version that turns sick."""
     each = -(-count // len(apps))
     ways = ("", "/turn-sick")
 
-    def go(app: Member) -> list[float]:
-        turns = (ways[(n + apps.index(app)) % 2] for n in range(each))
-        return [switch(app, f"load-{n}", sick) for n, sick in enumerate(turns)]
+    def go(app: Member) -> list[Turn]:
+        return take_turns(app, [ways[(n + apps.index(app)) % 2] for n in range(each)])
 
     with visited(apps, clients) as seen:
-        backs = [back for times in together(go, apps) for back in times if back]
+        turns = [turn for some in together(go, apps) for turn in some]
+    backs = [turn.back for turn in turns if turn.back]
     live = {app.name: app.answer()["version"] for app in apps}
     wrong = sum(live[visit.app] != visit.version for visit in seen)
     name, asked = f"{each * len(apps)} switches", sum(visit.answered for visit in seen)
@@ -231,7 +260,13 @@ def measure_switches(apps: Sequence[Member], clients: Pool, count: int) -> Itera
     yield from failed_requests(name, seen, 0)
     yield Row(f"{name}: requests answered", asked, "", higher_is_better=True)
     yield Row(f"{name}: clients on the wrong version at the end", wrong, "", 0)
+    yield Row(f"{name}: Services not as they were to be", sum(t.wrong for t in turns), "", 0)
     yield Row("sick to switched back", statistics.median(backs), "s")
+
+
+def measure_switches(apps: Sequence[Member], clients: Pool, count: int) -> Iterator[Row]:
+    """Switch under load, and then to versions that are bad in other ways."""
+    yield from measure_load(apps, clients, count)
     yield from measure_bad(apps, clients, "whose pages also fail", "/turn-bad")
     yield from measure_bad(apps, clients, "that crash", "/exit")
 

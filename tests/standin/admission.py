@@ -117,6 +117,7 @@ def _allocate(store: Store, new: Object, old: Object | None) -> None:
         _drop_unchanged(spec, before, "externalTrafficPolicy")
     if spec["type"] != "LoadBalancer":
         _drop_unchanged(spec, before, "allocateLoadBalancerNodePorts")
+        _drop_unchanged(spec, before, "loadBalancerClass")
 
 
 def _drop_unchanged(spec: Object, before: Object, field: str) -> None:
@@ -134,13 +135,13 @@ def _allocate_node_ports(store: Store, new: Object, before: Object) -> None:
         for port in stored.object["spec"].get("ports") or ()
         if port.get("nodePort")
     }
-    kept = {
-        (port.get("port"), port.get("protocol")): port.get("nodePort")
-        for port in before.get("ports") or ()
-    }
+    # a port is the same one as long as its name is
+    kept = {port.get("name"): port.get("nodePort") for port in before.get("ports") or ()}
+    used = {port.get("nodePort") for port in new["spec"].get("ports") or ()}
+    kept = {name: number for name, number in kept.items() if number not in used}
     causes = []
     for at, port in enumerate(new["spec"].get("ports") or ()):
-        asked = port.get("nodePort") or kept.get((port.get("port"), port.get("protocol")))
+        asked = port.get("nodePort") or kept.get(port.get("name"))
         field = f"spec.ports[{at}].nodePort"
         if asked in taken:
             causes.append(wrong(field, asked, "provided port is already allocated"))

@@ -215,9 +215,9 @@ def _service(obj: Object) -> None:
     spec = obj.setdefault("spec", {})
     _set(spec, sessionAffinity="None", type="ClusterIP")
     if spec["sessionAffinity"] == "ClientIP":
-        _set(spec, sessionAffinityConfig={"clientIP": {"timeoutSeconds": 10800}})
-    else:
-        spec.pop("sessionAffinityConfig", None)
+        _set(spec, sessionAffinityConfig={})
+        _set(spec["sessionAffinityConfig"], clientIP={})
+        _set(spec["sessionAffinityConfig"]["clientIP"], timeoutSeconds=10800)
     for port in spec.get("ports") or ():
         _set(port, protocol="TCP")
         _set(port, targetPort=port.get("port"))

@@ -555,6 +555,16 @@ def _failure_policy(spec: Object) -> list[Cause]:
 
 _SERVICE_TYPES = ("ClusterIP", "ExternalName", "LoadBalancer", "NodePort")
 _EXTERNAL_TYPES = ("LoadBalancer", "NodePort")
+_ROUTING_VALUES = {
+    "internalTrafficPolicy": ("Cluster", "Local"),
+    "trafficDistribution": ("PreferClose", "PreferSameNode", "PreferSameZone"),
+}
+_BALANCER_FIELDS = (
+    "allocateLoadBalancerNodePorts",
+    "loadBalancerClass",
+    "loadBalancerSourceRanges",
+)
+AFFINITY_SECONDS = 86400
 CRON_FIELDS = 5
 
 
@@ -579,7 +589,30 @@ def _service(new: Object, old: Object | None) -> list[Cause]:
             found.append(duplicate(here, {"port": key[0], "protocol": key[1]}))
         seen.add(key)
     found += _labels("spec.selector", spec.get("selector"))
+    found += _service_routing(spec)
     return found + _service_type(spec, (old or {}).get("spec") or {})
+
+
+def _service_routing(spec: Object) -> list[Cause]:
+    """How a Service chooses among its endpoints."""
+    found = []
+    affinity = spec.get("sessionAffinity")
+    config = spec.get("sessionAffinityConfig")
+    if affinity not in ("ClientIP", "None"):
+        found.append(unsupported("spec.sessionAffinity", affinity, ("ClientIP", "None")))
+    if affinity == "None" and config is not None:
+        why = "must not be set when session affinity is None"
+        found.append(banned("spec.sessionAffinityConfig", why))
+    if affinity == "ClientIP":
+        seconds = config["clientIP"]["timeoutSeconds"]
+        if not 0 < seconds <= AFFINITY_SECONDS:
+            field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds"
+            why = f"must be greater than 0 and less than {AFFINITY_SECONDS}"
+            found.append(wrong(field, seconds, why))
+    for field, values in _ROUTING_VALUES.items():
+        if (value := spec.get(field)) and value not in values:
+            found.append(unsupported(f"spec.{field}", value, values))
+    return found
 
 
 def _service_type(spec: Object, before: Object) -> list[Cause]:
@@ -606,7 +639,22 @@ def _service_type(spec: Object, before: Object) -> list[Cause]:
     if policy and spec.get("type") not in _EXTERNAL_TYPES:
         why = "may only be set for externally-accessible services"
         found.append(wrong("spec.externalTrafficPolicy", policy, why))
-    return found
+    if spec.get("type") == "ClusterIP":
+        why = "may not be used when `type` is 'ClusterIP'"
+        numbers = [port.get("nodePort") for port in spec.get("ports") or []]
+        found += [banned(f"spec.ports[{at}].nodePort", why) for at, n in enumerate(numbers) if n]
+    return found + _service_balancer(spec, before)
+
+
+def _service_balancer(spec: Object, before: Object) -> list[Cause]:
+    """What only a Service of type LoadBalancer has, and what stays of that."""
+    if spec.get("type") != "LoadBalancer":
+        why = "may only be used when `type` is 'LoadBalancer'"
+        return [banned(f"spec.{key}", why) for key in _BALANCER_FIELDS if spec.get(key) is not None]
+    name = spec.get("loadBalancerClass")
+    if before.get("type") == "LoadBalancer" and name != before.get("loadBalancerClass"):
+        return [wrong("spec.loadBalancerClass", name, "may not change once set")]
+    return []
 
 
 def _cronjob(new: Object, _: Object | None) -> list[Cause]:

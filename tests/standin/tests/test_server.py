@@ -655,6 +655,28 @@ WRONG: dict[str, tuple[Object, str]] = {
         ),
         "spec.ports[1].nodePort: ",
     ),
+    "a node port of a ClusterIP": (
+        service(ports=[{"port": 80, "nodePort": 30123}]),
+        "spec.ports[0].nodePort: Forbidden: may not be used when `type` is 'ClusterIP'",
+    ),
+    "an affinity of no time": (
+        service(
+            sessionAffinity="ClientIP", sessionAffinityConfig={"clientIP": {"timeoutSeconds": 0}}
+        ),
+        "spec.sessionAffinityConfig.clientIP.timeoutSeconds: Invalid value: 0: must be greater",
+    ),
+    "a time without affinity": (
+        service(sessionAffinityConfig={"clientIP": {"timeoutSeconds": 600}}),
+        "spec.sessionAffinityConfig: Forbidden: must not be set when session affinity is None",
+    ),
+    "a traffic policy that is none": (
+        service(internalTrafficPolicy="Node"),
+        'spec.internalTrafficPolicy: Unsupported value: "Node"',
+    ),
+    "a balancer's field of another type": (
+        service(loadBalancerSourceRanges=["10.0.0.0/8"]),
+        "spec.loadBalancerSourceRanges: Forbidden: may only be used when `type` is 'LoadBalancer'",
+    ),
     "a Deployment without selector": (
         {**deployment(), "spec": {"template": deployment()["spec"]["template"]}},
         "spec.selector: Required value",
