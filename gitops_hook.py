@@ -3611,11 +3611,8 @@ def set_readiness_probe(health: Health, pod: Object, ports: Sequence[Object]) ->
         more = {"scheme": health.scheme, "httpHeaders": headers}
         asked = {"path": health.path, "port": health.port or serving.target}
         probe = {"httpGet": {**asked, **{key: value for key, value in more.items() if value}}}
-        serving.container["readinessProbe"] = {
-            **probe,
-            "initialDelaySeconds": 5,
-            "periodSeconds": 5,
-        }
+        times = {"initialDelaySeconds": 5, "periodSeconds": 5}
+        serving.container["readinessProbe"] = {**probe, **times}
     refuse_probe(serving.container)
 
 
@@ -3651,14 +3648,11 @@ class HealthCheck:
     def request(self) -> bytes:
         """The request; the app's own headers take the place of ours."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        ours = (f"Host: {host}:{self.port}", f"User-Agent: {MANAGER}/{__version__}")
-        lines = {line.partition(":")[0].lower(): line for line in (*ours, "Accept: */*")}
-        for line in self.headers:
-            lines.pop(line.partition(":")[0].lower(), None)
-        last = ("Connection: close", "", "")
-        return "\r\n".join(
-            [f"GET {self.path} HTTP/1.1", *lines.values(), *self.headers, *last]
-        ).encode()
+        agent = f"User-Agent: {MANAGER}/{__version__}"
+        ours = (f"Host: {host}:{self.port}", agent, "Accept: */*", "Connection: close")
+        theirs = {line.partition(":")[0].lower() for line in self.headers}
+        lines = [line for line in ours if line.partition(":")[0].lower() not in theirs]
+        return "\r\n".join([f"GET {self.path} HTTP/1.1", *lines, *self.headers, "", ""]).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -3706,8 +3700,8 @@ def header_line(header: Object) -> str:
     """Return a header of a probe as a line of a request, "" where it would be more than that."""
     name = str(header["name"])
     value = str(header.get("value") or "")
-    fits = HEADER_NAME.fullmatch(name) and re.fullmatch(r"[^\x00-\x1f\x7f\ud800-\udfff]*", value)
-    return f"{name}: {value}" if fits and name.lower() != "connection" else ""
+    fits = re.fullmatch(r"[^\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]*", value)
+    return f"{name}: {value}" if fits and HEADER_NAME.fullmatch(name) else ""
 
 
 def running_containers(pod: Object) -> list[Object]:
@@ -3734,6 +3728,11 @@ class Serving:
         return target_of(self.port)
 
     @property
+    def is_grpc(self) -> bool:
+        """Whether the Service says that gRPC is spoken there."""
+        return "grpc" in f"{self.port.get('appProtocol')} {self.port.get('name')}".lower()
+
+    @property
     def http_probe(self) -> Object:
         """What the container's readiness probe asks by HTTP, nothing where it is another."""
         return (self.container.get("readinessProbe") or {}).get("httpGet") or {}
@@ -3742,15 +3741,16 @@ class Serving:
 def serving_of(health: Health, pod: Object, ports: Sequence[Object]) -> Serving:
     """Return by what the health of these pods is judged: the first port of their Service.
 
-    Where that is gRPC, it is the first other one that can be asked by HTTP.
+    Where that is gRPC, it is the first other one that is to be asked by HTTP.
     """
     running = running_containers(pod)
-    tcp = [Serving(p, owner_of(running, target_of(p))) for p in tcp_ports(ports) or ports]
-    first = tcp[0]
-    words = [f"{s.port.get('appProtocol')} {s.port.get('name')}".lower() for s in tcp]
-    plain = [s for s, word in zip(tcp, words, strict=True) if "grpc" not in word]
-    by_http = [s for s in plain if health.path or s.http_probe]
-    return first if first in plain else next(iter(by_http), first)
+    listed = tcp_ports(ports) or ports
+    first, *others = [Serving(p, owner_of(running, target_of(p))) for p in listed]
+    for other in others if first.is_grpc else ():
+        elsewhere = other.container is not first.container and other.http_probe
+        if not other.is_grpc and (health.path or elsewhere):
+            return other
+    return first
 
 
 def target_of(port: Object) -> int | str:
@@ -10107,12 +10107,12 @@ def access_review(namespace: str, path: str, verb: str) -> Object:
 
 
 def probe_warning(health: Health, release: Release) -> str:
-    """Return a line about pods that nothing but a connection tells to be ready, "" for others."""
+    """Return a line about pods of which nothing tells that they are ready, "" for others."""
     container = serving_of(health, release.pod, release.ports).container
     if container.get("readinessProbe"):
         return ""
-    advice = "a connection is all that is asked for; add one, or set deploy.health.path"
-    return f"\n  warning: no readiness probe: of container {container['name']} {advice}"
+    ready = f"container {container['name']} counts as ready once it runs and takes connections"
+    return f"\n  warning: no readiness probe: {ready}; add one, or set deploy.health.path"
 
 
 def shutdown_warning(pod: Object) -> str:
