@@ -5658,7 +5658,7 @@ def selector_text(selector: Mapping[str, str]) -> str:
 
 
 # === health =======================================================================================
-# Whether a version is healthy, by its pods, by the endpoints of its Service and by its health path.
+# Whether a version is healthy: by its pods, by its endpoints, and by what they answer.
 
 HEAD_BYTES = 65_536  # of an answer's status and headers
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
@@ -5801,23 +5801,26 @@ class Workloads:
         self.doors = doors
         self.kubectl = doors.kubectl
 
-    def health(self, task: Task, entry: HistoryEntry, *, ask: bool) -> PodHealth:
+    def health(
+        self, task: Task, entry: HistoryEntry, *, ask: bool, spec: Object | None = None
+    ) -> PodHealth:
         """Return how many pods of a history entry are healthy.
 
-        Healthy are those that are ready and, if they are asked, answer as healthy within a second.
+        Healthy are those that are ready and, if they are asked, answer as healthy within a second:
+        as the spec of their release says, else as their own does.
         """
         pods = self.staying(task.namespace, entry.selector)
         ready = [p for p in pods if Pod(p).ready]
         wanted = len(pods)
         if LABEL_VERSION in entry.selector:
             wanted = max(wanted, self.size(task, entry.selector))
-        # by their own spec, which is that of their release: what was adopted has no other record
         health = task.app.deploy.health
-        asked = ready if ask and entry.ports else []
         checks = [
             check
-            for pod in asked
-            for check in at_pods(release_checks(health, pod["spec"], entry.ports).pods, [pod])
+            for pod in (ready if ask and entry.ports else [])
+            for check in at_pods(
+                release_checks(health, spec or pod["spec"], entry.ports).pods, [pod]
+            )
         ]
         return PodHealth(len(ready) - len(refusals_of(checks, 1.0)), wanted)
 
@@ -6555,9 +6558,20 @@ class Traffic:
         target = service.switch_back_target if service else HistoryEntry()
         live = service.live if service and ask else HistoryEntry()
         with ThreadPoolExecutor(2) as at_once:
-            measure = partial(self.workloads.health, task, ask=ask)
+            measure = partial(self.measure, task, ask=ask)
             previous, current = at_once.map(measure, (target, live))
         return Versions(target, previous, current)
+
+    def measure(self, task: Task, entry: HistoryEntry, *, ask: bool) -> PodHealth:
+        """Return how healthy the pods of an entry are, asked as its release says if that is there.
+
+        A release knows nothing of the containers that a service mesh, say, adds to its pods.
+        """
+        spec = None
+        if ask and entry.release:
+            with suppress(StageError):
+                spec = self.live.release(task, entry.release).pod
+        return self.workloads.health(task, entry, ask=ask, spec=spec)
 
     def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
         """Point the live Service back at the version before, in one patch with the outcome.

@@ -385,7 +385,9 @@ def history(
     folder: Path, old: list[Object] | None, new: list[Object], port: int = 8080
 ) -> hook.Deployer:
     """A deployer of which the new version is live, with these pods of it and of the one before."""
-    made, deployment = deployer(folder, [slices()]), {"metadata": {}, "spec": {"replicas": 2}}
+    made = deployer(folder, [slices()])
+    template = {"spec": {"containers": [{"name": "web"}]}}
+    deployment: Object = {"metadata": {}, "spec": {"replicas": 2, "template": template}}
     ports = [{"port": 80, "targetPort": port}]
     common: Object = {"ports": ports, "replicas": 2, "at": SWITCHED, "release": "record"}
     entries = [

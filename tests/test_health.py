@@ -8,7 +8,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,17 @@ import trustme
 
 import gitops_hook as hook
 from tests.test_app_manifests import WEB, app_of, changed, fault, pod, released
-from tests.test_deploy_parts import OK, SLOW, a_release, answering, history, task, two_pods
+from tests.test_deploy_parts import (
+    OK,
+    SLOW,
+    a_release,
+    answering,
+    history,
+    ready_pod,
+    take_back,
+    task,
+    two_pods,
+)
 
 Object = dict[str, Any]
 READY = {"path": "/ready", "port": "http"}
@@ -374,6 +384,32 @@ def test_many_pods_that_answer_nothing_take_the_time_of_one() -> None:
         began = time.monotonic()
         assert hook.refusals_of([here(port)] * 20, 1.0) == [SLOW] * 20
         assert time.monotonic() - began < 10
+
+
+# Both versions of a bake.
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_pods_are_asked_as_their_release_says_whatever_was_added_to_them(
+    tmp_path: Path, *, recorded: bool
+) -> None:
+    versions = {"old": ("127.9.2.1", OK), "new": ("127.9.3.1", b"HTTP/1.1 503 Busy\r\n")}
+    pods: dict[str, list[Object]] = {}
+    with ExitStack() as servers:
+        port = proxy_port = 0
+        for name, (host, answer) in versions.items():
+            port = servers.enter_context(answering([answer + b"\r\n"], host, port))
+            proxy_port = servers.enter_context(answering([OK + b"\r\n"], host, proxy_port))
+            pods[name] = [ready_pod(name)]
+            pods[name][0]["status"]["podIP"] = host
+            proxy = web(http(port=proxy_port), {"containerPort": proxy_port}, name="proxy")
+            pods[name][0]["spec"]["containers"].append(proxy)
+        made = history(tmp_path, pods["old"], pods["new"], port=port)
+        if not recorded:
+            (tmp_path / "record").write_text("")
+        verdict = take_back(made.steady, None)
+    # what is left without a record is the word of the container that has a probe
+    assert verdict == ("UnhealthyAfterSwitch" if recorded else "")
 
 
 # A bake whose Service does not lead to the port of management.
