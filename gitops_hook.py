@@ -5815,13 +5815,10 @@ class Workloads:
         if LABEL_VERSION in entry.selector:
             wanted = max(wanted, self.size(task, entry.selector))
         health = task.app.deploy.health
-        checks = [
-            check
-            for pod in (ready if ask and entry.ports else [])
-            for check in at_pods(
-                release_checks(health, spec or pod["spec"], entry.ports).pods, [pod]
-            )
-        ]
+        checks = list[HealthCheck]()
+        for pod in ready if ask and entry.ports else ():
+            check = release_checks(health, spec or pod["spec"], entry.ports).pods
+            checks += at_pods(check, [pod])
         return PodHealth(len(ready) - len(refusals_of(checks, 1.0)), wanted)
 
     def endpoints(
