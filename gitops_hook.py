@@ -5802,12 +5802,12 @@ class Workloads:
         self.kubectl = doors.kubectl
 
     def health(
-        self, task: Task, entry: HistoryEntry, *, ask: bool, spec: Object | None = None
+        self, task: Task, entry: HistoryEntry, ask: Callable[[], Object] | None
     ) -> PodHealth:
         """Return how many pods of a history entry are healthy.
 
         Healthy are those that are ready and, if they are asked, answer as healthy within a second:
-        as the spec of their release says, else as their own does.
+        as the spec says that `ask` returns, and where that is empty, as their own does.
         """
         pods = self.staying(task.namespace, entry.selector)
         ready = [p for p in pods if Pod(p).ready]
@@ -5816,6 +5816,7 @@ class Workloads:
             wanted = max(wanted, self.size(task, entry.selector))
         health = task.app.deploy.health
         checks = list[HealthCheck]()
+        spec = ask() if ask else {}
         for pod in ready if ask and entry.ports else ():
             check = release_checks(health, spec or pod["spec"], entry.ports).pods
             checks += at_pods(check, [pod])
@@ -6560,15 +6561,18 @@ class Traffic:
         return Versions(target, previous, current)
 
     def measure(self, task: Task, entry: HistoryEntry, *, ask: bool) -> PodHealth:
-        """Return how healthy the pods of an entry are, asked as its release says if that is there.
+        """Return how healthy the pods of an entry are, and ask them as their release says."""
+        if not ask:
+            return self.workloads.health(task, entry, None)
+        with ThreadPoolExecutor(1) as beside:
+            spec = beside.submit(self.recorded_spec, task, entry)
+            return self.workloads.health(task, entry, spec.result)
 
-        A release knows nothing of the containers that a service mesh, say, adds to its pods.
-        """
-        spec = None
-        if ask and entry.release:
-            with suppress(StageError):
-                spec = self.live.release(task, entry.release).pod
-        return self.workloads.health(task, entry, ask=ask, spec=spec)
+    def recorded_spec(self, task: Task, entry: HistoryEntry) -> Object:
+        """Return the spec of the pods of a release, before any service mesh; {} if it is gone."""
+        with suppress(StageError):
+            return self.live.release(task, entry.release).pod if entry.release else {}
+        return {}
 
     def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
         """Point the live Service back at the version before, in one patch with the outcome.
