@@ -57,6 +57,7 @@ APPS: dict[str, Object] = {
 }
 APPS["overridden"] = {"health": {"path": "/healthz", "port": 9090, "successes": 2, "timeout": "3s"}}
 ADMIN = {"name": "admin", "containerPort": 9090}
+PATIENCE = 240.0  # seconds: all of them begin at the same time
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +123,17 @@ def first(apps: Fleet) -> dict[str, str]:
 def test_an_app_goes_live_that_is_ready_as_its_own_probe_says(
     apps: Fleet, first: dict[str, str], name: str
 ) -> None:
-    ended = apps.ended(first[name], 120)
+    ended = apps.ended(first[name], PATIENCE)
     assert (ended["outcome"], ended.get("detail", "")) == ("deployed", "")
 
 
 def test_no_probe_is_added_where_the_app_has_none(apps: Fleet, first: dict[str, str]) -> None:
-    apps.ended(first["none"], 120)
+    apps.ended(first["none"], PATIENCE)
     assert not [p for p in apps["none"].pods() if "readinessProbe" in p["spec"]["containers"][0]]
 
 
 def test_plan_warns_of_an_app_without_a_probe(apps: Fleet, first: dict[str, str]) -> None:
-    apps.ended(first["none"], 120)
+    apps.ended(first["none"], PATIENCE)
     warning = "warning: no readiness probe: container web counts as ready"
     assert warning in apps.command("plan", "none").stdout
     assert warning not in apps.command("plan", "exec").stdout
@@ -148,12 +149,12 @@ def test_an_app_whose_port_of_management_turns_sick_is_switched_back(
     apps: Fleet, first: dict[str, str]
 ) -> None:
     managed = apps["managed"]
-    apps.ended(first["managed"], 120)
-    managed.quiet()
+    apps.ended(first["managed"], PATIENCE)
+    managed.quiet(PATIENCE)
     run = managed.go("v2", modes="managed", change=MANAGED)
-    managed.switched(run)
+    managed.switched(run, PATIENCE)
     tell(managed, "v2", 9090, "/turn-sick")
-    ended = apps.ended(run)
+    ended = apps.ended(run, PATIENCE)
     assert (ended["outcome"], ended["reason"]) == ("switched-back", "UnhealthyAfterSwitch")
     assert "/healthz failed 3 times in a row: status 400" in ended["detail"]
 
@@ -162,10 +163,10 @@ def test_an_app_that_does_not_listen_where_its_service_leads_fails_its_smoke_tes
     apps: Fleet, first: dict[str, str]
 ) -> None:
     silent = apps["exec"]
-    apps.ended(first["exec"], 120)
-    silent.quiet()
+    apps.ended(first["exec"], PATIENCE)
+    silent.quiet(PATIENCE)
     elsewhere = probed({"exec": {"command": ["true"]}}, targetPort=7070)
-    ended = apps.ended(silent.go("v2", modes="deaf", change=elsewhere))
+    ended = apps.ended(silent.go("v2", modes="deaf", change=elsewhere), PATIENCE)
     assert (ended["outcome"], ended["reason"]) == ("failed", "SmokeFailed")
     assert ended["detail"] == "port 7070: ConnectionRefusedError"
 
@@ -176,11 +177,11 @@ def test_each_version_is_asked_as_its_own_probe_says(apps: Fleet) -> None:
         change = probed({"httpGet": {"path": path, "port": "http"}})
         run = paths.go(version, modes=path, change=change)
         if version == "v1":
-            assert apps.ended(run)["outcome"] == "deployed"
-            paths.quiet()
-    paths.switched(run)
+            assert apps.ended(run, PATIENCE)["outcome"] == "deployed"
+            paths.quiet(PATIENCE)
+    paths.switched(run, PATIENCE)
     tell(paths, "v2", 8080, "/turn-sick")
-    ended = apps.ended(run)
+    ended = apps.ended(run, PATIENCE)
     assert (ended["outcome"], ended["reason"]) == ("switched-back", "UnhealthyAfterSwitch")
     assert "/two failed 3 times in a row" in ended["detail"]
     eventually(lambda: paths.selector["version"] == "blue", 10, "the version before is live")
