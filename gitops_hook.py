@@ -53,6 +53,7 @@ import selectors
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
 import subprocess
@@ -255,6 +256,7 @@ PUT_BACK_SECONDS = 600.0
 
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 SHA = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -348,7 +350,7 @@ VERDICTS = {
     Reason.TIMEOUT: "Raise the time-out of the stage, or find out what still runs.",
     Reason.MANIFEST_INVALID: "Mend the manifest as the text says, and push again.",
     Reason.MANIFEST_REFUSED: "Change the manifest or the configuration as the text says.",
-    Reason.SMOKE_FAILED: "See why deploy.health.path is not answered with 200 to 399.",
+    Reason.SMOKE_FAILED: "See why its pods do not answer as its probe or deploy.health asks.",
     Reason.UNHEALTHY_AFTER_SWITCH: "Read the log of the version with `explain RUN --log`.",
     Reason.REJECTED: "Push a commit that mends it, or use `rerun`.",
     Reason.ROLLED_BACK: "Push a commit that mends it, or use `rerun`.",
@@ -564,6 +566,7 @@ T = TypeVar("T")
 Object = dict[str, Any]  # JSON as kubectl, YAML files and payloads have it
 Parser = Callable[[Any], Any]
 REQUIRED = ""  # the default of a setting that has none
+HIGHEST_PORT = 65535
 
 
 def matching(
@@ -604,6 +607,15 @@ def parse_choice(text: str | bool) -> str:
     return str(text).lower()
 
 
+def parse_port(text: str | int) -> str | int:
+    """Return a port's number or name, "" where nobody has decided; raises ValueError for others."""
+    if not str(text).isdigit():
+        return text
+    if int(text) > HIGHEST_PORT:
+        raise ValueError(f"is more than {HIGHEST_PORT}")
+    return int(text)
+
+
 TEXT = matching(r"(?s)(?=.*\S)[^\x00]{1,10000}", "a text")
 PLAIN = matching(r"[^\x00-\x1f\x7f]{0,10000}", "a text of one line", str, (str, int, float))
 SHORT = "a DNS label of at most 30 characters that begins with a letter"  # as Services want it
@@ -630,7 +642,11 @@ def top_folder(path: str) -> str:
     return (*PurePosixPath(path).parts, ".")[0]
 
 
-URL_PATH = matching(r"/[\x21-\x7e]*", "a path")
+URL_PATH = matching(r"(/[\x21-\x7e]{0,2000})?", "a path")
+PORT_TEXT = "|[1-9][0-9]{0,4}|(?=.*[a-z])[a-z0-9-]{1,15}"
+PORT = matching(PORT_TEXT, "the number or the name of a port", parse_port, (int, str))
+SCHEME = matching("(?i:https?)?", "HTTP or HTTPS", str.upper)
+HEADER_VALUE = matching(r"[^\x00-\x1f\x7f]{0,1000}", "a text of one line", str, (str, int, float))
 ABSOLUTE = matching(r"(/(?!\.\.?(/|$))[\w.+-]{1,100}){1,20}", "an absolute path without . and ..")
 SUBDOMAIN = rf"(?!.{{254}}){DNS_LABEL.pattern}(\.{DNS_LABEL.pattern})*"
 OBJECT_NAME = matching(SUBDOMAIN, "the name of an object")
@@ -655,7 +671,7 @@ IGNORED = matching(
 CHOICE = matching("|[Tt]rue|[Ff]alse", "true, false or empty", parse_choice, (str, bool))
 COUNT = matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int, (int,))
 PORT_NUMBER = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
-PORT = matching(PORT_NUMBER, "a port from 1 to 65535", int, (int,))
+LISTEN_PORT = matching(PORT_NUMBER, "a port from 1 to 65535", int, (int,))
 USER = matching("[1-9][0-9]{0,8}", "the number of a user that is not root", int, (int,))
 REPLICAS = matching("[0-9]{1,3}", "full or a whole number from 0 to 999", int, (int,))
 DURATION = matching("[1-9][0-9]{0,4}[smh]", "a duration (e.g. 90s, 15m, 2h)", parse_amount)
@@ -724,7 +740,8 @@ class ServiceSettings:
     name: str = setting(parse=NAME, meaning="name of a service's container; at most 5 services")
     image: str = setting(parse=IMAGE, meaning="image of a service that the tests use")
     port: int = setting(
-        parse=PORT, meaning="port that it listens on; the tests begin when it does, on localhost"
+        parse=LISTEN_PORT,
+        meaning="port that it listens on; the tests begin when it does, on localhost",
     )
     command: str = setting(
         parse=SHELL, default="''", meaning="command for `sh -ec` instead of the image's own"
@@ -813,7 +830,20 @@ class Health:
     """What makes a version healthy before and after the switch."""
 
     path: str = setting(
-        parse=URL_PATH, default="/ready", meaning="path that a healthy app answers with 200 to 399"
+        parse=URL_PATH,
+        default="''",
+        meaning="path that is answered with 200 to 399; empty: as the readiness probe says",
+    )
+    port: int | str = setting(
+        parse=PORT,
+        default="''",
+        meaning="port of the pods, by number or name; empty: as the probe says",
+    )
+    scheme: str = setting(
+        parse=SCHEME, default="''", meaning="`HTTP` or `HTTPS`; empty: as the probe says"
+    )
+    headers: dict[str, str] = setting(
+        parse=HEADER_VALUE, default="{}", meaning="headers of the request; empty: as the probe says"
     )
     successes: int = setting(
         parse=COUNT, default="3", meaning="passed checks in a row that make a version healthy"
@@ -1105,6 +1135,7 @@ def cross_faults(config: Config) -> Iterator[str]:
         yield from variable_faults(app.test.env or {}, f"apps[{i}].test.env", TEST_VARIABLE)
         yield from test_service_faults(app.test.services or (), f"apps[{i}].test.services")
     yield from service_faults(apps)
+    yield from header_faults(apps)
     yield from variable_faults(config.job_env or {}, "job_env", OWN_VARIABLE)
 
 
@@ -1124,6 +1155,14 @@ def service_faults(apps: Sequence[App]) -> Iterator[str]:
         if same and app.name not in same:
             used = f"{app.service_name!r} is the live Service of app {same[0]!r}, too"
             yield f"apps[{i}].deploy.service: {used}"
+
+
+def header_faults(apps: Iterable[App]) -> Iterator[str]:
+    """Yield what is wrong with the names of headers."""
+    for i, app in enumerate(apps):
+        for name in app.deploy.health.headers:
+            if not HEADER_NAME.fullmatch(name):
+                yield f"apps[{i}].deploy.health.headers: {clip(repr(name), 60)} is no header's name"
 
 
 def resource_faults(resources: Mapping[str, Any], where: str) -> Iterator[str]:
@@ -3448,6 +3487,8 @@ SWITCHED_FIELDS: Object = {
 # Those that the cluster chooses where the manifest has none are left as they are then.
 CONFIRMED_FIELDS = ("externalTrafficPolicy", "loadBalancerIP", "loadBalancerSourceRanges")
 CHOSEN_FIELDS = ("ipFamilies", "ipFamilyPolicy", "healthCheckNodePort", "loadBalancerClass")
+PROBE_LENGTH = 8000  # characters of the path and the headers of a readiness probe
+URL_SAFE = "/%?&=+,;:@!$'()*[]~"
 LISTED_REFUSALS = 10  # at once; the rest is counted
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 CHART = "Chart.yaml"
@@ -3583,7 +3624,7 @@ SET_FIELDS = {
         "the built image, by digest, for `build.image` and for the app's name; "
         "for the only container, if nothing names them"
     ),
-    "Pod.spec.containers.readinessProbe": "`deploy.health.path` if no container has a probe",
+    "Pod.spec.containers.readinessProbe": "one of `deploy.health.path`, if that is set and the container has none",
     "Pod.spec.containers.lifecycle.preStop": "a sleep of 5 s if you say nothing",
     "Pod.spec.*.configMap*.name": "the name of the ConfigMap's copy",
     "Pod.spec.topologySpreadConstraints.labelSelector.matchLabels": (
@@ -4038,6 +4079,16 @@ class Release:
         """How many replicas the run was rendered with."""
         return int(self.deployment["spec"]["replicas"])
 
+    @property
+    def pod(self) -> Object:
+        """The spec of its pods."""
+        spec: Object = self.deployment["spec"]["template"]["spec"]
+        return spec
+
+    def checks(self, health: Health) -> ReleaseChecks:
+        """Return how its pods, and a Service before them, are asked whether they are healthy."""
+        return release_checks(health, self.pod, self.ports)
+
     def configmap(self, app: str) -> Object:
         """Return the immutable ConfigMap that records the release."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -4076,7 +4127,7 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
             if name in copies:
                 value["name"] = copies[name]["metadata"]["name"]
         set_images(app, pod, image)
-        set_probes(app, pod, service["spec"]["ports"][0])
+        set_probes(app, pod, service["spec"]["ports"])
         deployment = new_object("Deployment", f"{app.name}-{colour}", selector, meta)
         deployment["metadata"]["annotations"][ANNOTATION_COMMIT] = run.commit
         deployment["spec"] = rendered_spec(app, spec, selector, placement.replicas)
@@ -4174,25 +4225,198 @@ def repository_of(image: str) -> str:
     return f"{host}{slash}{name.partition(':')[0]}"
 
 
-def set_probes(app: App, pod: Object, port: Object) -> None:
+def set_probes(app: App, pod: Object, ports: Sequence[Object]) -> None:
     """Add a readiness probe and a preStop sleep where the app has none; never a liveness probe."""
-    containers = pod["containers"]
-    inits = pod.get("initContainers") or ()
-    running = [*containers, *(c for c in inits if c.get("restartPolicy") == "Always")]
-    target = port.get("targetPort") or port["port"]
-    declared = [(c, p) for c in running for p in c.get("ports") or ()]
-    serving = [c for c, p in declared if target in (p.get("name"), p.get("containerPort"))]
-    if not serving and not isinstance(target, int):
-        refuse(f"No container has a port with the targetPort {clip(str(target), 60)!r}.", INVALID)
-    if not any(c.get("readinessProbe") for c in running):
-        probe = {"httpGet": {"path": app.deploy.health.path, "port": target}}
-        times = {"initialDelaySeconds": 5, "periodSeconds": 5}
-        (serving or containers)[0]["readinessProbe"] = {**probe, **times}
+    set_readiness_probe(app.deploy.health, pod, ports)
     # Kubernetes refuses a sleep that is longer than the grace period
     if seconds := min(5, pod.get("terminationGracePeriodSeconds", 30)):
         sleep = {"preStop": {"sleep": {"seconds": seconds}}}
-        for container in containers:
+        for container in pod["containers"]:
             container["lifecycle"] = {**sleep, **(container.get("lifecycle") or {})}
+
+
+def set_readiness_probe(health: Health, pod: Object, ports: Sequence[Object]) -> None:
+    """Add a readiness probe where the app has none and the settings name a path.
+
+    Raises StageError where the Service, the settings or a probe ask for what cannot be asked.
+    """
+    if not tcp_ports(ports):
+        refuse("The Service has no TCP port, so its health cannot be judged. Add one.")
+    running = running_containers(pod)
+    serving = serving_of(health, pod, ports)
+    if port_number(running, serving.target) is None:
+        where = f"the targetPort {clip(str(serving.target), 60)!r}"
+        refuse(f"No container has a port with {where}.", INVALID)
+    if health.port and port_number(running, health.port) is None:
+        refuse(f"deploy.health.port {health.port!r} is no port of the pods. Correct one of them.")
+    if health.path and not serving.container.get("readinessProbe"):
+        headers = [{"name": name, "value": value} for name, value in health.headers.items()]
+        more = {"scheme": health.scheme, "httpHeaders": headers}
+        asked = {"path": health.path, "port": health.port or serving.target}
+        probe = {"httpGet": {**asked, **{key: value for key, value in more.items() if value}}}
+        times = {"initialDelaySeconds": 5, "periodSeconds": 5}
+        serving.container["readinessProbe"] = {**probe, **times}
+    refuse_probe(serving.container)
+
+
+def refuse_probe(container: Object) -> None:
+    """Raise StageError for a readiness probe by HTTP that cannot be asked as it says."""
+    probe = (container.get("readinessProbe") or {}).get("httpGet") or {}
+    where = f"The readinessProbe of container {clip(container['name'], 63)}"
+    if probe and port_number([container], probe["port"]) is None:
+        named = f"port {clip(str(probe['port']), 60)!r}, which the container does not have"
+        refuse(f"{where} asks {named}. Name the port there.", INVALID)
+    headers = probe.get("httpHeaders") or ()
+    if len(json.dumps([probe.get("path"), headers])) > PROBE_LENGTH:
+        refuse(f"{where} has more than {PROBE_LENGTH} characters. Shorten it.", INVALID)
+    if wrong := [h["name"] for h in headers if not header_line(h)]:
+        named = f"the header {clip(repr(wrong[0]), 60)}, which cannot be sent"
+        refuse(f"{where} has {named}. Write its value on one line.", INVALID)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HealthCheck:
+    """What is asked at an address to learn whether an app is healthy."""
+
+    port: int
+    host: str = ""
+    path: str = ""  # of a request; where there is none, a TCP connection is all that is asked for
+    scheme: str = "HTTP"
+    headers: tuple[str, ...] = ()  # lines
+
+    def __str__(self) -> str:
+        return self.path or f"port {self.port}"
+
+    @property
+    def request(self) -> bytes:
+        """The request; the app's own headers take the place of ours."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        agent = f"User-Agent: {MANAGER}/{__version__}"
+        ours = (f"Host: {host}:{self.port}", agent, "Accept: */*", "Connection: close")
+        theirs = {line.partition(":")[0].lower() for line in self.headers}
+        lines = [line for line in ours if line.partition(":")[0].lower() not in theirs]
+        return "\r\n".join([f"GET {self.path} HTTP/1.1", *lines, *self.headers, "", ""]).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseChecks:
+    """How the pods of a release are asked, and a Service before them."""
+
+    pods: HealthCheck
+    service: HealthCheck
+
+
+def release_checks(health: Health, pod: Object, ports: Sequence[Object]) -> ReleaseChecks:
+    """Return how pods with this spec are asked, and a Service with these ports before them.
+
+    As their readiness probe asks by HTTP, but for what the settings say. Another probe is for the
+    kubelet alone: then, and without any probe, a connection is enough. So it is at a Service that
+    does not lead to the port.
+    """
+    running = running_containers(pod)
+    serving = serving_of(health, pod, ports)
+    probe = serving.http_probe
+    wanted = (health.port, probe.get("port"), serving.target)
+    numbers = (port_number([serving.container, *running], port) for port in wanted if port)
+    check = HealthCheck(port=next(filter(None, numbers), serving.port["port"]))
+    if health.path or probe:
+        written = [{"name": k, "value": v} for k, v in health.headers.items()]
+        lines = map(header_line, written or probe.get("httpHeaders") or ())
+        path = quote((health.path or probe.get("path") or "").partition("#")[0], URL_SAFE)
+        check = replace(
+            check,
+            path=path if path.startswith("/") else f"/{path}",
+            scheme=health.scheme or probe.get("scheme") or "HTTP",
+            headers=tuple(filter(None, lines)),
+        )
+    leading = [
+        port["port"]
+        for port in (serving.port, *tcp_ports(ports))
+        if port_number(running, target_of(port)) == check.port
+    ]
+    other = HealthCheck(port=serving.port["port"])
+    service = replace(check, port=leading[0]) if leading else other
+    return ReleaseChecks(check, service)
+
+
+def header_line(header: Object) -> str:
+    """Return a header of a probe as a line of a request, "" where it would be more than that."""
+    name = str(header["name"])
+    value = str(header.get("value") or "")
+    fits = re.fullmatch(r"[^\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]*", value)
+    return f"{name}: {value}" if fits and HEADER_NAME.fullmatch(name) else ""
+
+
+def running_containers(pod: Object) -> list[Object]:
+    """Return the containers of a pod that run as long as it does, side-cars among them."""
+    inits = pod.get("initContainers") or ()
+    return [*pod["containers"], *(c for c in inits if c.get("restartPolicy") == "Always")]
+
+
+def tcp_ports(ports: Iterable[Object]) -> list[Object]:
+    """Return the ports of a Service that are TCP."""
+    return [port for port in ports if (port.get("protocol") or "TCP") == "TCP"]
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The port of a Service by which health is judged, and the container that it leads to."""
+
+    port: Object
+    container: Object
+
+    @property
+    def target(self) -> int | str:
+        """The port of the pods, by number or name."""
+        return target_of(self.port)
+
+    @property
+    def is_grpc(self) -> bool:
+        """Whether the Service says that gRPC is spoken there."""
+        return "grpc" in f"{self.port.get('appProtocol')} {self.port.get('name')}".lower()
+
+    @property
+    def http_probe(self) -> Object:
+        """What the container's readiness probe asks by HTTP, nothing where it is another."""
+        return (self.container.get("readinessProbe") or {}).get("httpGet") or {}
+
+
+def serving_of(health: Health, pod: Object, ports: Sequence[Object]) -> Serving:
+    """Return by what the health of these pods is judged: the first port of their Service.
+
+    Where that is gRPC, it is the first other one that is to be asked by HTTP.
+    """
+    running = running_containers(pod)
+    listed = tcp_ports(ports) or ports
+    first, *others = [Serving(p, owner_of(running, target_of(p))) for p in listed]
+    for other in others if first.is_grpc else ():
+        elsewhere = other.container is not first.container and other.http_probe
+        if not other.is_grpc and (health.path or elsewhere):
+            return other
+    return first
+
+
+def target_of(port: Object) -> int | str:
+    """Return where a port of a Service leads to: a port of the pods, by number or name."""
+    target: int | str = port.get("targetPort") or port["port"]
+    return target
+
+
+def owner_of(running: Sequence[Object], target: int | str) -> Object:
+    """Return the container that has a port, by number or name; one of them where none says so."""
+    for container in running:
+        for declared in container.get("ports") or ():
+            if target in (declared.get("name"), declared.get("containerPort")):
+                return container
+    return next((c for c in running if c.get("readinessProbe")), running[0])
+
+
+def port_number(containers: Iterable[Object], port: int | str) -> int | None:
+    """Return the number of a port that may be a name; None where no container has that name."""
+    if isinstance(port, int):
+        return port
+    declared = [p for c in containers for p in c.get("ports") or ()]
+    return next((int(p["containerPort"]) for p in declared if p.get("name") == port), None)
 
 
 def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], live: int) -> Object:
@@ -6338,7 +6562,7 @@ def selector_text(selector: Mapping[str, str]) -> str:
 
 
 # === health =======================================================================================
-# Whether a version is healthy, by its pods, by the endpoints of its Service and by its health path.
+# Whether a version is healthy: by its pods, by its endpoints, and by what they answer.
 
 HEAD_BYTES = 65_536  # of an answer's status and headers
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
@@ -6481,21 +6705,26 @@ class Workloads:
         self.doors = doors
         self.kubectl = doors.kubectl
 
-    def health(self, task: Task, entry: HistoryEntry, *, ask: bool) -> PodHealth:
+    def health(
+        self, task: Task, entry: HistoryEntry, ask: Callable[[], Object] | None
+    ) -> PodHealth:
         """Return how many pods of a history entry are healthy.
 
-        Healthy are those that are ready and, if they are asked, answer as healthy within a second.
+        Healthy are those that are ready and, if they are asked, answer as healthy within a second:
+        as the spec says that `ask` returns, and where that is empty, as their own does.
         """
         pods = self.staying(task.namespace, entry.selector)
-        port: Object = (entry.ports or [{}])[0]
         ready = [p for p in pods if Pod(p).ready]
         wanted = len(pods)
         if colour_of(entry.selector):
             wanted = max(wanted, self.size(task, entry.selector))
-        urls = [
-            u for p in ready if ask and (u := pod_address(p, port, task.app.deploy.health.path))
-        ]
-        return PodHealth(len(ready) - failing_addresses(urls), wanted)
+        health = task.app.deploy.health
+        checks = list[HealthCheck]()
+        spec = ask() if ask else {}
+        for pod in ready if ask and entry.ports else ():
+            check = release_checks(health, spec or pod["spec"], entry.ports).pods
+            checks += at_pods(check, [pod])
+        return PodHealth(len(ready) - len(refusals_of(checks, 1.0)), wanted)
 
     def endpoints(
         self, task: Task, selector: Mapping[str, str], wanted: int, since: float
@@ -6555,32 +6784,31 @@ class Workloads:
             self.kubectl.patch("deployment", name, task.namespace, change)
 
 
-def failing_addresses(urls: Iterable[str]) -> int:
-    """Return how many of these health paths do not answer as healthy within a second."""
+def refusals_of(checks: Iterable[HealthCheck], patience: float) -> list[str]:
+    """Return why some of these do not answer as healthy within some seconds; all are asked at once.
+
+    Raises OSError where it is this process that can open no more files.
+    """
     with ThreadPoolExecutor(32) as at_once:
-        refusals = at_once.map(partial(health_refusal, patience=1.0), urls)
-        return sum(refusal is not None for refusal in refusals)
+        answers = at_once.map(partial(health_refusal, patience=patience), checks)
+        return [refusal for refusal in answers if refusal]
 
 
-def health_refusal(url: str, patience: float = 2.0) -> str | None:
-    """Return why a health path does not answer as healthy, or None; the one door to HTTP.
+def health_refusal(check: HealthCheck, patience: float = 2.0) -> str | None:
+    """Return why an app does not answer a check as healthy, or None; the one door to apps.
 
     There is one deadline, in seconds, for the whole answer, which is read to the end of its headers
     and no further. Raises OSError where it is this process that can open no more files.
     """
     deadline = time.monotonic() + patience
-    parts = urlsplit(url)
     head = b""
-    path = f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
-    lines = (f"GET {path} HTTP/1.1", f"Host: {parts.netloc}", "Accept: */*", "Connection: close")
-    request = "\r\n".join([*lines, f"User-Agent: {MANAGER}/{__version__}", "", ""])
     try:
-        with socket.create_connection((parts.hostname or "", parts.port), patience) as connection:
-            connection.sendall(request.encode())
+        with connected(check, deadline) as connection:
+            if not check.path:
+                return None
+            connection.sendall(check.request)
             while not re.search(rb"\n\r?\n", head) and len(head) < HEAD_BYTES:
-                if (left := deadline - time.monotonic()) <= 0:
-                    return f"no whole answer within {patience:.0f} s"
-                connection.settimeout(left)
+                connection.settimeout(seconds_until(deadline))
                 if not (received := connection.recv(4096)):
                     break
                 head += received
@@ -6589,27 +6817,42 @@ def health_refusal(url: str, patience: float = 2.0) -> str | None:
     except OSError as failed:
         if failed.errno in OUT_OF_FILES:
             raise
-        return type(failed).__name__
+        why = getattr(failed, "reason", None)  # of TLS
+        return f"{type(failed).__name__}{': ' * bool(why)}{why or ''}"
     status = re.match(rb"HTTP/1\.[01] ([1-9][0-9]{2})\b", head)
     if not status or not re.search(rb"\n\r?\n", head):
         return "not an HTTP answer"
     return None if b"200" <= status[1] < b"400" else f"status {status[1].decode()}"
 
 
-def pod_address(pod: Object, port: Mapping[str, Any], path: str) -> str | None:
-    """Return the address of a pod's health path by its Service's target port, None if unknown."""
-    target = port.get("targetPort", port.get("port"))
-    host = (pod.get("status") or {}).get("podIP")
-    if isinstance(target, str):
-        containers = [*pod["spec"]["containers"], *(pod["spec"].get("initContainers") or [])]
-        ports = [p for c in containers for p in c.get("ports") or []]
-        target = next((p["containerPort"] for p in ports if p.get("name") == target), None)
-    return web_address(host, target, path) if target and host else None
+@contextmanager
+def connected(check: HealthCheck, deadline: float) -> Iterator[socket.socket]:
+    """Connect to where a check asks; no certificate is verified, as the kubelet does not either."""
+    address = (check.host, check.port)
+    with socket.create_connection(address, seconds_until(deadline)) as connection:
+        if not check.path or check.scheme != "HTTPS":
+            yield connection
+            return
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        connection.settimeout(seconds_until(deadline))  # of the whole handshake
+        with context.wrap_socket(connection) as encrypted:
+            yield encrypted
 
 
-def web_address(host: str, port: Any, path: str) -> str:
-    """Return an http address, also of an IPv6 host."""
-    return f"http://[{host}]:{port}{path}" if ":" in host else f"http://{host}:{port}{path}"
+def seconds_until(deadline: float) -> float:
+    """Return the seconds that are left; raises TimeoutError when there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def at_pods(check: HealthCheck, pods: Iterable[Object]) -> list[HealthCheck]:
+    """Return a check at the address of each pod that has one."""
+    hosts = [(pod.get("status") or {}).get("podIP") for pod in pods]
+    return [replace(check, host=host) for host in hosts if host]
 
 
 def ready_endpoints(slices: Iterable[Object]) -> set[str]:
@@ -7320,9 +7563,23 @@ class Traffic:
         target = service.switch_back_target if service else HistoryEntry()
         live = service.live if service and ask else HistoryEntry()
         with ThreadPoolExecutor(2) as at_once:
-            measure = partial(self.workloads.health, task, ask=ask)
+            measure = partial(self.measure, task, ask=ask)
             previous, current = at_once.map(measure, (target, live))
         return Versions(target, previous, current)
+
+    def measure(self, task: Task, entry: HistoryEntry, *, ask: bool) -> PodHealth:
+        """Return how healthy the pods of an entry are, and ask them as their release says."""
+        if not ask:
+            return self.workloads.health(task, entry, None)
+        with ThreadPoolExecutor(1) as beside:
+            spec = beside.submit(self.recorded_spec, task, entry)
+            return self.workloads.health(task, entry, spec.result)
+
+    def recorded_spec(self, task: Task, entry: HistoryEntry) -> Object:
+        """Return the spec of the pods of a release, before any service mesh; {} if it is gone."""
+        with suppress(StageError):
+            return self.live.release(task, entry.release).pod if entry.release else {}
+        return {}
 
     def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
         """Point the live Service back at the version before, in one patch with the outcome.
@@ -7560,14 +7817,16 @@ class Rollout:
         """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
         clock = self.doors.clock
         health = task.app.deploy.health
+        check = release.checks(health).pods
         preview = self.preview(task, release)
         deadline = clock.monotonic() + health.timeout
         passed = 0
         while passed < health.successes:
             # the pods themselves first: the preview may lead to those before for a moment
             ready = self.workloads.ready(task.namespace, release.selector)
-            own = [pod_address(p, release.ports[0], health.path) for p in ready]
-            refusal = next((r for u in (*own, preview) if u and (r := health_refusal(u))), None)
+            own = at_pods(check, ready)
+            refused = refusals_of(own, 2.0) if own else ["no pod is ready"]
+            refusal = next(iter(refused), None) or health_refusal(preview)
             passed = 0 if refusal else passed + 1
             wanted = release.wanted
             if refusal:  # an autoscaler may have changed it
@@ -7578,12 +7837,12 @@ class Rollout:
                 self.wait(task, release, pods)
                 deadline += clock.monotonic() - began
             elif refusal and clock.monotonic() > deadline:
-                raise StageError(Reason.SMOKE_FAILED, f"{health.path}: {refusal}")
+                raise StageError(Reason.SMOKE_FAILED, f"{check}: {refusal}")
             self.doors.pause(HEALTH_INTERVAL if refusal else 0.05)
 
     @retried
-    def preview(self, task: Task, release: Release) -> str:
-        """Point the preview Service at a release; return the address of its health path."""
+    def preview(self, task: Task, release: Release) -> HealthCheck:
+        """Point the preview Service at a release; return how it is asked about health."""
         name = f"{task.app.name}-preview"
         ports = ports_like(release.ports)
         service = self.kubectl.get("service", name, task.namespace)
@@ -7601,8 +7860,8 @@ class Rollout:
             selector = {**dict.fromkeys(service["spec"].get("selector") or {}), **release.selector}
             change = {"spec": {"selector": selector, "ports": ports}}
             service = self.kubectl.patch("service", name, task.namespace, change)
-        address = service["spec"].get("clusterIP", "")
-        return web_address(address, ports[0]["port"], task.app.deploy.health.path)
+        check = release.checks(task.app.deploy.health).service
+        return replace(check, host=service["spec"]["clusterIP"])
 
     @retried
     def require_own_preview(self, task: Task) -> None:
@@ -7813,7 +8072,7 @@ class PodsSeen:
     at: float
     pods: tuple[Pod, ...] = ()
     wanted: int = 0
-    urls: tuple[str, ...] = ()  # the health paths of those that were ready and stay
+    checks: tuple[HealthCheck, ...] = ()  # of those that were ready and stay
 
 
 class Bake:
@@ -7821,8 +8080,8 @@ class Bake:
 
     The checker asks for health and does nothing else, so that nothing holds it up. The observer
     asks the API server, and confirms. The worker itself judges what they have seen, and switches
-    back. Each attribute has one writer: `checks` the checker; `last_look`, `url`, `confirmed` and
-    `end` the observer; `tracker` and `unjudged` the worker.
+    back. Each attribute has one writer: `checks` and `turn` the checker; `last_look`, `preview`,
+    `confirmed` and `end` the observer; `tracker` and `unjudged` the worker.
     """
 
     def __init__(
@@ -7845,7 +8104,8 @@ class Bake:
         self.required = task.app.deploy.bake  # seconds of judged time
         self.began = self.clock.monotonic()
         self.switched_at = 0.0  # when traffic was switched
-        self.url = ""  # whom to ask for health
+        self.preview: HealthCheck | None = None  # whom to ask for health
+        self.turn = 0  # of the pods that are asked beside it
         self.lost_answers = 0
         self.over = threading.Event()
         self.end: RunError | None = None  # as the observer of the cluster found it
@@ -7890,10 +8150,21 @@ class Bake:
         while not self.over.wait(max(0.0, HEALTH_INTERVAL - took)):
             began = self.clock.monotonic()
             with suppress(OSError):  # no more files: nothing was learned
-                if self.url:
-                    refusal = health_refusal(self.url)
+                if self.preview:
+                    refusal = health_refusal(self.preview) or self.refusal_of_a_pod(self.preview)
                     self.checks.add(self.clock.monotonic(), refusal, clear=self.judgeable())
             took = self.clock.monotonic() - began
+
+    def refusal_of_a_pod(self, preview: HealthCheck) -> str | None:
+        """Return why the next pod is not healthy, where the Service does not lead to what is asked.
+
+        One after the other, as a Service would lead to them.
+        """
+        checks = self.last_look.checks
+        if preview.path or not (checks and checks[0].path):
+            return None
+        self.turn += 1
+        return health_refusal(checks[self.turn % len(checks)])
 
     # The second thread: the API server.
 
@@ -7916,7 +8187,7 @@ class Bake:
 
     def await_endpoints(self) -> None:
         """Let health be asked for, and wait for the endpoints of the switch."""
-        self.url = self.url or self.urgent.rollout.preview(self.task, self.release)
+        self.preview = self.preview or self.urgent.rollout.preview(self.task, self.release)
         self.urgent.traffic.verify(self.task, self.release, self.switched_at)
         self.refresh()
 
@@ -7928,11 +8199,9 @@ class Bake:
         wanted = self.urgent.workloads.size(self.task, selector)
         manifests = self.urgent.workloads.staying(self.task.namespace, selector)
         served = [p for p in manifests if Pod(p).seen_ready]
-        urls = [pod_address(p, self.release.ports[0], self.health.path) for p in served]
+        checks = at_pods(self.release.checks(self.health).pods, served)
         pods = tuple(map(Pod, manifests))
-        self.last_look = PodsSeen(
-            at=began, pods=pods, wanted=wanted, urls=tuple(filter(None, urls))
-        )
+        self.last_look = PodsSeen(at=began, pods=pods, wanted=wanted, checks=tuple(checks))
 
     def confirm_when_due(self) -> None:
         """Confirm the version once it was judged for long enough, or may be without."""
@@ -7962,7 +8231,7 @@ class Bake:
         failed = self.checks.failures >= self.health.failures and self.failures_are_its_own()
         if failed:
             times = f"{self.checks.failures} times in a row: {self.checks.refusal}"
-            why = f"{self.health.path} failed {times}"
+            why = f"{self.release.checks(self.health).pods} failed {times}"
         if why:
             healthy = sum(p.ready and not container_failure([p], self.switched_at) for p in pods)
             wanted = max(seen.wanted, sum(p.stays for p in pods))
@@ -7993,7 +8262,7 @@ class Bake:
         """Whether failed checks count: not while they may be those of a pod that is taken away."""
         if self.judgeable() or not self.heard_lately():
             return True
-        return failing_addresses(self.last_look.urls) > 0
+        return bool(refusals_of(self.last_look.checks, 1.0))
 
     def end_unjudged(self, spent: float) -> None:
         """After too long without a judgement give the healthier version the traffic.
@@ -10939,7 +11208,7 @@ class Plan:
         if placement.replicas not in (0, release.wanted):
             forecast += f", replicas: {placement.replicas} → {release.wanted}"
         forecast += f", new ConfigMaps: {', '.join(new) or 'none'}"
-        warning = shutdown_warning(deployment["spec"]["template"]["spec"])
+        warning = probe_warning(task.app.deploy.health, release) + shutdown_warning(release.pod)
         pod = objects.deployment["spec"]["template"]["spec"]
         warning += "".join(f"\n  {remark}" for remark in image_remarks(task.app, pod))
         return forecast + warning + self.changes(task.namespace, deployment)
@@ -10972,6 +11241,15 @@ def access_review(namespace: str, path: str, verb: str) -> Object:
     right |= {"namespace": namespace, "verb": verb}
     kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
     return {**kind, "spec": {"resourceAttributes": right}}
+
+
+def probe_warning(health: Health, release: Release) -> str:
+    """Return a line about pods of which nothing tells that they are ready, "" for others."""
+    container = serving_of(health, release.pod, release.ports).container
+    if container.get("readinessProbe"):
+        return ""
+    ready = f"container {container['name']} counts as ready once it runs and takes connections"
+    return f"\n  warning: no readiness probe: {ready}; add one, or set deploy.health.path"
 
 
 def shutdown_warning(pod: Object) -> str:

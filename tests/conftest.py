@@ -20,6 +20,7 @@ CLUSTER = {
     "test_controller",
     "test_deploy",
     "test_deployments",
+    "test_health_of_apps",
     "test_install",
     "test_live_service",
     "test_main",

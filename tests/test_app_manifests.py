@@ -1969,7 +1969,7 @@ def test_a_side_car_may_be_what_serves() -> None:
     items[0]["spec"]["template"]["spec"]["initContainers"] = [proxy]
     assert "targetPort 'web'" in fault(lambda: released(items))[1]  # it ends before it can serve
     proxy["restartPolicy"] = "Always"
-    rendered = pod(released(items))
+    rendered = pod(released(items, deploy={"health": {"path": "/up"}}))
     assert rendered["initContainers"][0]["readinessProbe"]["httpGet"]["port"] == "web"
     assert "readinessProbe" not in rendered["containers"][0]
 

@@ -55,7 +55,7 @@ def test_an_app_needs_a_name_a_repository_and_where_its_image_goes() -> None:
     assert app.test.resources["limits"] == {"cpu": "500m", "memory": "512Mi"}
     assert app.build.resources["limits"] == {"cpu": "2", "memory": "4Gi"}
     assert app.deploy.environments == ("staging", "production")
-    assert (app.deploy.health.path, app.deploy.health.failures) == ("/ready", 3)
+    assert (app.deploy.health.path, app.deploy.health.failures) == ("", 3)
     assert (app.deploy.rollout_timeout, app.deploy.bake, app.deploy.drain) == (300.0, 60.0, 60.0)
     assert app.deploy.retain is None
     assert app.deploy.crashes == 2
@@ -81,7 +81,8 @@ apps:
       ignore_kinds: [HorizontalPodAutoscaler]
       service_accounts: [shop-s3]
       environments: [staging, production]
-      health: {path: /ready, successes: 3, failures: 3, timeout: 30s}
+      health: {path: /ready, port: management, scheme: https, headers: {Host: shop.example.com},
+               successes: 3, failures: 3, timeout: 30s}
       rollout_timeout: 300s
       bake: 60s
       drain: 60s
@@ -264,6 +265,17 @@ NO_TARGET = f"{NOT} an image without tag and digest"
         ({"deploy": {"health": {"path": "ready"}}}, "deploy.health.path: 'ready' is not a path"),
         ({"deploy": {"health": {"path": "/a b"}}}, "deploy.health.path: '/a b' is not a path"),
         ({"deploy": {"health": {"failures": 0}}}, "deploy.health.failures: 0 is not a whole numbe"),
+        ({"deploy": {"health": {"port": 65536}}}, "deploy.health.port: 65536 is more than 65535"),
+        ({"deploy": {"health": {"port": "HTTP"}}}, "deploy.health.port: 'HTTP' is not the numb"),
+        ({"deploy": {"health": {"scheme": "ftp"}}}, "deploy.health.scheme: 'ftp' is not HTTP or"),
+        (
+            {"deploy": {"health": {"headers": {"X": "a\r\nHost: b"}}}},
+            "deploy.health.headers.X: 'a\\r\\nHost: b' is not a text of one line",
+        ),
+        (
+            {"deploy": {"health": {"headers": {"X: a\nHost": "b"}}}},
+            "deploy.health.headers: 'X: a\\nHost' is no header's name",
+        ),
         ({"deploy": {"bake": "soon"}}, "deploy.bake: 'soon' is not a duration (e.g. 90s, 15m, 2h)"),
         (
             {"clone": {"depth": 0}},
@@ -597,7 +609,7 @@ def paths(section: Any, prefix: str = "") -> list[str]:
 def test_the_table_lists_every_setting_with_its_default_and_its_meaning() -> None:
     table = settings_by_path()
     assert table["apps[].name"].default == hook.REQUIRED
-    assert table["apps[].deploy.health.path"].default == "/ready"
+    assert table["apps[].deploy.health.path"].default == "''"
     assert table["apps[].deploy.retain"].default == "full"
     assert table["limits.spool_files"].default == "10000"
     assert table["catch_up"].default == "5m"

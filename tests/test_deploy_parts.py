@@ -26,7 +26,8 @@ Object = dict[str, Any]
 EARLY, LATE = "2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z"
 SWITCHED = hook.epoch("2020-01-01T12:00:00Z")
 OLD, NEW = {"gitops-hook/run": "shop-old"}, {"gitops-hook/run": "shop-new"}
-CONFIG = "apps: [{name: shop, repository: /srv/shop.git, build: {image: registry/shop}}]"
+APP = "name: shop, repository: /srv/shop.git, build: {image: registry/shop}"
+CONFIG = f"apps: [{{{APP}, deploy: {{health: {{path: /ready}}}}}}]"
 
 
 class Seconds(hook.Clock):
@@ -55,7 +56,8 @@ def slices(*pods: str) -> Object:
 def ready_pod(name: str, created: str = EARLY) -> Object:
     condition = {"type": "Ready", "status": "True"}
     meta = {"name": name, "resourceVersion": "1", "creationTimestamp": created}
-    return {"metadata": meta, "spec": {}, "status": {"conditions": [condition]}}
+    spec = {"containers": [{"name": "web"}]}
+    return {"metadata": meta, "spec": spec, "status": {"conditions": [condition]}}
 
 
 def deployer(folder: Path, looks: list[Object]) -> hook.Deployer:
@@ -383,7 +385,9 @@ def history(
     folder: Path, old: list[Object] | None, new: list[Object], port: int = 8080
 ) -> hook.Deployer:
     """A deployer of which the new version is live, with these pods of it and of the one before."""
-    made, deployment = deployer(folder, [slices()]), {"metadata": {}, "spec": {"replicas": 2}}
+    made = deployer(folder, [slices()])
+    template = {"spec": {"containers": [{"name": "web"}]}}
+    deployment: Object = {"metadata": {}, "spec": {"replicas": 2, "template": template}}
     ports = [{"port": 80, "targetPort": port}]
     common: Object = {"ports": ports, "replicas": 2, "at": SWITCHED, "release": "record"}
     entries = [
@@ -605,6 +609,10 @@ def answering(
             thread.join(10)
 
 
+def ready_at(port: int) -> hook.HealthCheck:
+    return hook.HealthCheck(host="127.0.0.1", port=port, path="/ready?a=b")
+
+
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n"
 SLOW = "no whole answer within 1 s"
 
@@ -640,14 +648,14 @@ def test_a_health_check_ends_in_time_whatever_is_sent(
 ) -> None:
     with answering(parts, pause=pause) as port:
         began = time.monotonic()
-        assert hook.health_refusal(f"http://127.0.0.1:{port}/ready?a=b", 1.0) == refusal
+        assert hook.health_refusal(ready_at(port), 1.0) == refusal
         assert time.monotonic() - began < 5
 
 
 def test_a_health_check_says_why_nothing_answers() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    assert hook.health_refusal(f"http://127.0.0.1:{port}/ready") == "ConnectionRefusedError"
+    assert hook.health_refusal(ready_at(port)) == "ConnectionRefusedError"
 
 
 def test_a_process_without_files_learns_nothing_about_health() -> None:
@@ -656,7 +664,7 @@ def test_a_process_without_files_learns_nothing_about_health() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
         try:
             with pytest.raises(OSError, match="Too many open files"):
-                hook.health_refusal(f"http://127.0.0.1:{port}/ready")
+                hook.health_refusal(ready_at(port))
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
@@ -751,28 +759,6 @@ def test_an_endpoint_is_ready_unless_it_says_that_it_is_not() -> None:
     other = [{"addresses": ["10.0.0.4"]}]
     found = [{"endpoints": told}, {"endpoints": None}, {"endpoints": other}]
     assert hook.ready_endpoints(found) == {"a", "c", "10.0.0.4"}
-
-
-@pytest.mark.parametrize(
-    ("port", "host", "address"),
-    [
-        ({"port": 80}, "10.0.0.1", "http://10.0.0.1:80/ready"),
-        ({"port": 80, "targetPort": 8081}, "10.0.0.1", "http://10.0.0.1:8081/ready"),
-        ({"port": 80, "targetPort": "http"}, "10.0.0.1", "http://10.0.0.1:8080/ready"),
-        ({"port": 80, "targetPort": "http"}, "fd00::1", "http://[fd00::1]:8080/ready"),
-        ({"port": 80, "targetPort": "other"}, "10.0.0.1", None),
-        ({"port": 80}, None, None),
-        ({}, "10.0.0.1", None),
-    ],
-    ids=["port", "target", "name", "ipv6", "unknown-name", "no-address-yet", "no-port"],
-)
-def test_a_pod_is_asked_at_the_target_port_of_its_service(
-    port: Object, host: str | None, address: str | None
-) -> None:
-    ports = [{"name": "metrics", "containerPort": 9}, {"name": "http", "containerPort": 8080}]
-    containers = [{"name": "log"}, {"name": "web", "ports": ports}]
-    pod = {"spec": {"containers": containers}, "status": {"podIP": host}}
-    assert hook.pod_address(pod, port, "/ready") == address
 
 
 def test_a_rollback_marks_all_that_came_after_its_target_and_had_not_failed() -> None:
@@ -933,7 +919,7 @@ def labelled(name: str, app: str, stage: str = "log") -> Object:
 def test_logs_of_pods_that_shall_not_be_kept_any_more_go(tmp_path: Path) -> None:
     shelf = Shelf("words")
     tails(shelf, tmp_path).keep("shop", "shop-1", [a_pod("new", 20, FAILED)], "production")
-    text = CONFIG.replace("shop}}", "shop}, deploy: {log_tails: false}}")
+    text = CONFIG.replace("deploy: {", "deploy: {log_tails: false, ")
     spaces = dict.fromkeys(("test", "build"), "test")
     app = hook.load_config(text).apps[0]
     tails(shelf, tmp_path).delete_expired(
@@ -1079,7 +1065,7 @@ def test_a_bake_in_which_both_threads_switch_back_ends_with_the_reason_of_the_on
         raise hook.SupersededError(hook.Reason.ROLLED_BACK, "rolled back by hand")
 
     monkeypatch.setattr(made.urgent.traffic, "verify", verify)
-    monkeypatch.setattr(made.urgent.rollout, "preview", lambda *_: "")
+    monkeypatch.setattr(made.urgent.rollout, "preview", lambda *_: ready_at(1))
     monkeypatch.setattr(bake, "judge", judge)
     with pytest.raises(hook.StageError, match="EndpointsMissing"):
         bake.run(hook.Service(NAMELESS), resumed=False)
@@ -1157,7 +1143,7 @@ def test_a_drained_colour_retains_no_more_pods_than_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, after: int
 ) -> None:
     made = history(tmp_path, two_pods(2), two_pods(2))
-    kept = hook.load_config(CONFIG.replace("shop}}", "shop}, deploy: {retain: 5}}")).apps[0]
+    kept = hook.load_config(CONFIG.replace("deploy: {", "deploy: {retain: 5, ")).apps[0]
     claim = hook.Claim(phase="draining", run="shop-new", colour="blue")
     service = made.steady.live.read(task())
     assert service is not None

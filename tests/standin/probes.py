@@ -89,8 +89,9 @@ def look(spec: Object, target: Target) -> tuple[bool, str]:
     timeout = float(spec.get("timeoutSeconds", 1))
     if "httpGet" in spec:
         return _http(spec["httpGet"], target, timeout)
-    if "tcpSocket" in spec:
-        return _tcp(spec["tcpSocket"], target, timeout)
+    if "tcpSocket" in spec or "grpc" in spec:
+        # gRPC is not spoken here: who listens is taken to serve.
+        return _tcp(spec.get("tcpSocket") or spec["grpc"], target, timeout)
     if "exec" in spec:
         code, output = target.execute(spec["exec"]["command"], timeout)
         return code == 0, output
