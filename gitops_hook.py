@@ -206,7 +206,6 @@ RECORD_BYTES = 2048  # of one record
 RECORD_VERSION = 1  # of the format of a record
 STATE_TRIES = 5  # attempts to write records that another process changes at the same time
 ADOPTED = "adopted"  # the outcome of the version that was live before the first run
-DETAIL_LENGTH = 1500  # characters of each line that `explain` prints
 
 # Jobs and logs.
 BATCH = 200  # Jobs that one call creates
@@ -536,9 +535,50 @@ class StageError(RunError):
     outcome = Outcome.FAILED
 
 
+LISTED_FAULTS = 50  # at once; the rest is counted
+FAULT_LENGTH = 500  # characters
+UNLISTED = re.compile(r"([0-9]+) more are not listed\..*")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is refused of an app's manifests, and the reason with which that ends a run."""
+
+    text: str
+    reason: Reason = Reason.MANIFEST_REFUSED
+
+
+class ManifestError(StageError):
+    """Manifests are refused: each fault is a line of the detail.
+
+    The reason is ManifestInvalid only if no setting of the app can allow any of them.
+    """
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(replace(f, text=clip(f.text, FAULT_LENGTH)) for f in faults)
+        reasons = {fault.reason for fault in faults}
+        allowable = Reason.MANIFEST_REFUSED in reasons
+        reason = Reason.MANIFEST_REFUSED if allowable else Reason.MANIFEST_INVALID
+        lines = [fault.text for fault in self.faults[:LISTED_FAULTS]]
+        if (rest := len(faults) - LISTED_FAULTS) > 0:
+            lines.append(f"{rest} more are not listed.")
+        super().__init__(reason, "\n".join(lines))
+
+
 def refuse(detail: str, reason: Reason = Reason.MANIFEST_REFUSED) -> NoReturn:
-    """Raise the StageError that ends a run because of its manifests."""
-    raise StageError(reason, detail)
+    """Raise the ManifestError that ends a run because of its manifests."""
+    raise ManifestError([Fault(detail, reason)])
+
+
+def shortened(detail: str) -> str:
+    """Return a detail with one line less, which its last line then counts; of one line the half."""
+    lines = detail.split("\n")
+    count = UNLISTED.fullmatch(lines[-1])
+    left = lines[:-1] if count else lines
+    rest = int(count[1]) + 1 if count else 1
+    if not left[1:]:
+        return detail[: len(detail) // 2]
+    return "\n".join([*left[:-1], f"{rest} more are not listed. `plan` shows them."])
 
 
 class SupersededError(RunError):
@@ -3085,7 +3125,6 @@ SERVICE_ACCOUNTS = ("serviceAccountName", "serviceAccount")
 CONFIGMAP_REFERENCES = ("configMap", "configMapRef", "configMapKeyRef")
 ONE_BY_ONE = {"maxSurge": 1, "maxUnavailable": 0}
 MOST_REPLICAS = 1000
-LISTED_REFUSALS = 10  # at once; the rest is counted
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 KUSTOMIZATION_VISITS = 100  # each counts as often as it is named, since they multiply
 KUSTOMIZE_PATHS = {  # the keys under which kustomize reads, or fetches, what is named there
@@ -3151,6 +3190,38 @@ class Manifest:
 
     where: str
     content: Object
+
+
+class Faults:
+    """Collects what is refused of an app's manifests, each fault once, so that all is said."""
+
+    def __init__(self) -> None:
+        self._faults: dict[Fault, None] = {}
+
+    def add(self, faults: Iterable[Fault]) -> None:
+        """Collect faults."""
+        self._faults |= dict.fromkeys(faults)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Collect the faults for which the block is refused, and go on after it.
+
+        One of them is that what the block reads has another shape.
+        """
+        try:
+            yield
+        except ManifestError as refusal:
+            self.add(refusal.faults)
+        except SHAPE_ERRORS as failure:
+            near = clip(repr(getattr(failure, "obj", None) or failure), 80)
+            fault = f"The Deployment or the Service is not well formed, near {near}."
+            advice = "`kubectl apply --dry-run=server` on them says more."
+            self.add([Fault(f"{fault} {advice}", INVALID)])
+
+    def require_none(self) -> None:
+        """Raise ManifestError where any fault was collected."""
+        if self._faults:
+            raise ManifestError([*self._faults])
 
 
 def read_manifests(root: Path, path: str) -> list[Manifest]:
@@ -3334,8 +3405,14 @@ class AppObjects:
     ignored: list[str]  # what was left out, by the app's ignore_kinds
 
 
-def check_objects(app: App, namespace: str, manifests: Iterable[Manifest]) -> AppObjects:
-    """Return the objects of an app; raises StageError with everything that is refused."""
+def check_objects(
+    app: App, namespace: str, manifests: Iterable[Manifest], faults: Faults | None = None
+) -> AppObjects:
+    """Return the objects of an app; raises ManifestError with everything that is refused.
+
+    With `faults` what is refused is only collected there, as long as the objects are complete.
+    """
+    collected = Faults() if faults is None else faults
     by_kind: dict[str, dict[str, Object]] = {kind: {} for kind in KINDS}
     ignored: list[str] = []
     refused: list[str] = []
@@ -3350,19 +3427,20 @@ def check_objects(app: App, namespace: str, manifests: Iterable[Manifest]) -> Ap
             advice = "Apply it by hand, and list its kind in ignore_kinds."
             refused.append(f"{manifest.where} of {version} is not deployed. {advice}")
         elif name in by_kind[kind]:
-            refuse(f"{manifest.where} occurs twice. Remove one of the two.", INVALID)
+            twice = f"{manifest.where} occurs twice. Remove one of the two."
+            collected.add([Fault(twice, INVALID)])
         else:
             by_kind[kind][name] = item
             refused += [f"{manifest.where}: {fault}" for fault in refusals(item, namespace)]
-    if len(by_kind["Deployment"]) != 1 or list(by_kind["Service"]) != [app.name]:
+    complete = len(by_kind["Deployment"]) == 1 and list(by_kind["Service"]) == [app.name]
+    if not complete:
         deployments = clip(", ".join(by_kind["Deployment"]) or "none")
         services = clip(", ".join(by_kind["Service"]) or "none")
         needed = f"There must be exactly one Deployment (found: {deployments})"
         refused.append(f"{needed} and one Service named {app.name!r} (found: {services}).")
-    if refused := [*dict.fromkeys(refused)]:
-        rest = len(refused) - LISTED_REFUSALS
-        more = [f"{rest} more are not listed."] if rest > 0 else []
-        refuse(" ".join([*refused[:LISTED_REFUSALS], *more]))
+    collected.add(map(Fault, refused))
+    if faults is None or not complete:
+        collected.require_none()
     (deployment,) = by_kind["Deployment"].values()
     return AppObjects(deployment, by_kind["Service"][app.name], by_kind["ConfigMap"], ignored)
 
@@ -3449,36 +3527,59 @@ class Release:
 def render(app: App, run: Run, image: str, placement: Placement, objects: AppObjects) -> Release:
     """Return everything that a run puts into a placement, and change nothing.
 
-    Only what is read here must have the right shape; the API server judges the rest.
+    Only what is read here must have the right shape; the API server judges the rest. Raises
+    ManifestError with everything that is refused.
     """
-    colour = placement.colour
-    selector = {LABEL_APP: app.name, LABEL_VERSION: colour, LABEL_RUN: run.id}
-    try:
+    faults = Faults()
+    selector = {LABEL_APP: app.name, LABEL_VERSION: placement.colour, LABEL_RUN: run.id}
+    service: Object = {}
+    deployment: Object = {}
+    copies = dict[str, Object]()
+    with faults.collect():
         objects = copy.deepcopy(objects)
-        meta = objects.deployment["metadata"]
-        spec = objects.deployment["spec"]
+    with faults.collect():
         service = rendered_service(app, objects.service, selector)
-        copies = {name: configmap_copy(app, item) for name, item in objects.configmaps.items()}
-        pod = spec["template"]["spec"]
-        if {pod.get(key) for key in SERVICE_ACCOUNTS} - {None, "", "default"}:
-            refuse("The Deployment names a service account. Remove it, and the default is used.")
-        for key, value in walk("", pod):
-            name = key in CONFIGMAP_REFERENCES and isinstance(value, dict) and value.get("name")
-            if name in copies:
-                value["name"] = copies[name]["metadata"]["name"]
-        set_images(app, pod, image)
-        set_probes(app, pod, service["spec"]["ports"][0])
-        deployment = new_object("Deployment", f"{app.name}-{colour}", selector, meta)
+    for name, item in objects.configmaps.items():
+        with faults.collect():
+            copies[name] = configmap_copy(app, item)
+    with faults.collect():
+        pod = objects.deployment["spec"]["template"]["spec"]
+        with faults.collect():
+            set_references(pod, copies)
+        with faults.collect():
+            set_images(app, pod, image)
+        with faults.collect():
+            if service:
+                set_probes(app, pod, service["spec"]["ports"][0])
+    with faults.collect():
+        deployment = rendered_deployment(app, objects.deployment, selector, placement.replicas)
         deployment["metadata"]["annotations"][ANNOTATION_COMMIT] = run.commit
-        deployment["spec"] = rendered_spec(app, spec, selector, placement.replicas)
-        rendered = (deployment, [*copies.values()], service)
-        release = Release(run.id, run.commit, image, colour, selector, *rendered)
+    faults.require_none()
+    rendered = (deployment, [*copies.values()], service)
+    release = Release(run.id, run.commit, image, placement.colour, selector, *rendered)
+    with faults.collect():
         release.configmap(app.name)  # refuses what is too large before anything changes
-    except SHAPE_ERRORS as failure:
-        near = clip(repr(getattr(failure, "obj", None) or failure), 80)
-        fault = f"The Deployment or the Service is not well formed, near {near}."
-        refuse(f"{fault} `kubectl apply --dry-run=server` on them says more.", INVALID)
+    faults.require_none()
     return release
+
+
+def rendered_deployment(
+    app: App, written: Object, selector: Mapping[str, str], at_least: int
+) -> Object:
+    """Return a run's Deployment; its pods are of the size of what is live at least."""
+    name = f"{app.name}-{selector[LABEL_VERSION]}"
+    deployment = new_object("Deployment", name, selector, written["metadata"])
+    return {**deployment, "spec": rendered_spec(app, written["spec"], selector, at_least)}
+
+
+def set_references(pod: Object, copies: Mapping[str, Object]) -> None:
+    """Let a pod name the copies of its ConfigMaps, and refuse a service account."""
+    for key, value in walk("", pod):
+        name = key in CONFIGMAP_REFERENCES and isinstance(value, dict) and value.get("name")
+        if name in copies:
+            value["name"] = copies[name]["metadata"]["name"]
+    if {pod.get(key) for key in SERVICE_ACCOUNTS} - {None, "", "default"}:
+        refuse("The Deployment names a service account. Remove it, and the default is used.")
 
 
 def rendered_service(app: App, written: Object, selector: Mapping[str, str]) -> Object:
