@@ -65,7 +65,7 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from dataclasses import field as dataclass_field
 from datetime import datetime
@@ -3575,9 +3575,9 @@ def rendered_deployment(
 def set_references(pod: Object, copies: Mapping[str, Object]) -> None:
     """Let a pod name the copies of its ConfigMaps, and refuse a service account."""
     for key, value in walk("", pod):
-        name = key in CONFIGMAP_REFERENCES and isinstance(value, dict) and value.get("name")
-        if name in copies:
-            value["name"] = copies[name]["metadata"]["name"]
+        names_one = key in CONFIGMAP_REFERENCES and isinstance(value, dict)
+        if names_one and (copied := copies.get(value.get("name", ""))):
+            value["name"] = copied["metadata"]["name"]
     if {pod.get(key) for key in SERVICE_ACCOUNTS} - {None, "", "default"}:
         refuse("The Deployment names a service account. Remove it, and the default is used.")
 
@@ -4565,6 +4565,15 @@ class Action:
     outcome: Outcome | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How far the manifests of a run are read beside its tests; a deployment reads them anyway."""
+
+    under_way: bool = False
+    done: bool = False
+    refusal: Action | None = None  # how the run ends by them
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
     """Everything observed that decides over one run."""
@@ -4582,6 +4591,7 @@ class Observation:
     queue_timeout: float
     slot: bool = True  # whether one more Job of the run may start
     holdup: PodProblem | None = None  # what its pods wait for
+    reading: Reading = Reading()
 
     @property
     def report(self) -> str:
@@ -4613,8 +4623,59 @@ def fails(reason: Reason, detail: str, stage: str) -> Action:
     return ends(Outcome.FAILED, reason, detail, stage)
 
 
+def refused(faults: Mapping[str, Sequence[Fault]]) -> Action | None:
+    """Return how a run ends by the faults of its manifests in each environment, None without any.
+
+    What is refused in all of them is said once, anything else behind the names of environments.
+    """
+    places: dict[Fault, list[str]] = {}
+    for environment, own in faults.items():
+        for fault in own:
+            places.setdefault(fault, []).append(environment)
+    if not places:
+        return None
+    named = [
+        fault
+        if len(names) == len(faults)
+        else replace(fault, text=f"{', '.join(names)}: {fault.text}")
+        for fault, names in places.items()
+    ]
+    refusal = ManifestError(named)
+    first = next(environment for environment, own in faults.items() if own)
+    return fails(refusal.reason, refusal.detail, first)
+
+
 def decide(observed: Observation) -> Action:
     """Return the next step of a run from what is observed; every call could be the first."""
+    step = decide_step(observed)
+    if not is_undeployed(observed, step):
+        return step
+    if observed.reading.under_way and step.do is Do.DEPLOY:
+        return Action(Do.WAIT, step.stage, detail="for its manifests to be read")
+    return observed.reading.refusal or step
+
+
+def is_undeployed(observed: Observation, step: Action) -> bool:
+    """Whether nothing of a run under way was deployed yet, by the step that it would take."""
+    run = observed.run
+    if step.do in (Do.NOTHING, Do.END):
+        return False
+    services = observed.services.values()
+    begun = any(s.claim.run == run.id or s.entry(run.id, run.received) for s in services)
+    return step.stage in JOB_STAGES or (step.do is Do.DEPLOY and not begun)
+
+
+def reads_manifests(observed: Observation, step: Action) -> bool:
+    """Whether to read the manifests of a run now: beside its tests and its build, or before."""
+    app = observed.app
+    deploys = observed.run.ref == app.deploy_ref and bool(app.deploy.environments)
+    outdated = observed.head == Head.NEWER or (observed.newer and observed.head != Head.SAME)
+    due = step.stage in JOB_STAGES and step.do is not Do.END and observed.reading == Reading()
+    return deploys and due and not outdated
+
+
+def decide_step(observed: Observation) -> Action:
+    """Return the next step of a run whose manifests may be deployed, as far as it is known."""
     test = observed.jobs.get("test")
     build = observed.jobs.get("build")
     if not observed.jobs or has_ended(observed.jobs):
@@ -5180,7 +5241,7 @@ def record_text(record: RunRecord | Rejection) -> str:
     content = {f.name: getattr(record, f.name) for f in fields(record)} | {"v": RECORD_VERSION}
     kept = {k: v for k, v in content.items() if v not in ("", 0) and k != "id"}
     while len(json.dumps(kept, ensure_ascii=False).encode()) > RECORD_BYTES and kept.get("detail"):
-        kept["detail"] = kept["detail"][: len(kept["detail"]) // 2]
+        kept["detail"] = shortened(kept["detail"])
     return json.dumps(kept, ensure_ascii=False)
 
 
@@ -7130,6 +7191,8 @@ class Bake:
 # === deploy =======================================================================================
 # The story of a run in one environment, of a rollback by hand, and of what both leave behind.
 
+UNBUILT = f"image@sha256:{'0' * 64}"  # while it is only asked whether manifests can be rendered
+
 
 class Deployer:
     """Brings runs into environments. Every step looks before it acts."""
@@ -7159,10 +7222,8 @@ class Deployer:
 
     def promote(self, task: Task, pods: Informer[Pod]) -> None:
         """Do everything up to the switch, and switch."""
-        path = task.app.deploy.manifests
-        with self.doors.git.manifests(task.app.repository, task.run.commit, path) as checkout:
-            manifests = read_manifests(checkout, path)
-        objects = check_objects(task.app, task.namespace, manifests)
+        with self.checkout(task.app, task.run.commit) as checkout:
+            objects = self.read_objects(task, checkout)
         if task.run.delivery == NEXT_TRY:
             # what can be seen without it costs no rollback target again
             self.steady.rollout.require_own_preview(task)
@@ -7181,6 +7242,40 @@ class Deployer:
         self.steady.traffic.switch(task, release, claimed)
         more = {"colour": release.colour, "commit": release.commit}
         self.doors.report(task, State.SWITCHED, more)
+
+    def checkout(self, app: App, commit: str) -> AbstractContextManager[Path]:
+        """Return a block in which the manifests of a commit are there, as files."""
+        return self.doors.git.manifests(app.repository, commit, app.deploy.manifests)
+
+    def read_objects(self, task: Task, checkout: Path) -> AppObjects:
+        """Return the objects that a checkout has for an environment.
+
+        Raises ManifestError with everything that is refused of them, also in their rendering.
+        """
+        faults = Faults()
+        manifests = read_manifests(checkout, task.app.deploy.manifests)
+        objects = check_objects(task.app, task.namespace, manifests, faults)
+        with faults.collect():
+            render(task.app, task.run, UNBUILT, Placement(COLOURS[0], 1), objects)
+        faults.require_none()
+        return objects
+
+    def manifest_faults(self, tasks: Sequence[Task]) -> dict[str, Sequence[Fault]]:
+        """Return what is refused of a commit's manifests, by environment; a task for each.
+
+        Raises HookError where that is not known, since git is away, say.
+        """
+        faults: dict[str, Sequence[Fault]] = {task.environment: () for task in tasks}
+        try:
+            with self.checkout(tasks[0].app, tasks[0].run.commit) as checkout:
+                for task in tasks:
+                    try:
+                        self.read_objects(task, checkout)
+                    except ManifestError as refusal:
+                        faults[task.environment] = refusal.faults
+        except ManifestError as refusal:  # of the whole folder
+            faults = dict.fromkeys(faults, refusal.faults)
+        return faults
 
     def verify_and_bake(self, task: Task, pods: Informer[Pod], *, resumed: bool) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
@@ -7931,7 +8026,8 @@ class RunRecorder:
         """
         reason = str(end.reason)
         record = replace(RunRecord.of(run), outcome=str(end.outcome), reason=reason)
-        record = replace(record, stage=end.stage, detail=clip(end.detail), ended=at)
+        detail = "\n".join(clip(line) for line in end.detail.split("\n")[: LISTED_FAULTS + 1])
+        record = replace(record, stage=end.stage, detail=detail, ended=at)
         app = self.context.apps.get(run.app)
         if app is None:
             return record
@@ -8137,6 +8233,10 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
 
 RETRIED = ("Unreachable", "Conflict", "Unknown", "NotFound")  # nobody's fault, or ours
 WORKER_FAILED = "deployment step failed, will be tried again"
+READING_FAILED = "manifests could not be read, will be tried again"
+READING_FAILED = "manifests not read, will be tried again"
+READER = "reader"  # the kind of worker that reads manifests beside the tests
+READ_AT_ONCE = 4  # runs whose manifests are read; a dead server delays only some of them
 
 
 class Controller:
@@ -8216,6 +8316,7 @@ class RunReconciler:
         self.informers = context.informers
         self.catch_up = catch_up
         self.workers = workers
+        self.reader = ManifestReader(context, workers)
         self.cooldown = Cooldown(context.clock)
         self.trackers: dict[str, ProblemTracker] = {}  # of open runs
         self.events: dict[str, list[PodEvent]] = {}  # of their pods, as far as they were read
@@ -8233,6 +8334,7 @@ class RunReconciler:
             self.context.metrics.queue.labels(state).set(states[state])
         active = [job.run for job in jobs if job.state == "active"]
         steps = [Step(observed, decide(observed)) for observed in self.observe_all(open_runs)]
+        self.reader.start_all(steps)
         self.execute_all(self.within_slots(steps, active))
         self.context.attempt("Jobs that never ran", self.delete_unrun_jobs)
         self.delete_old_logs()
@@ -8282,6 +8384,7 @@ class RunReconciler:
             del self.trackers[ended]
             self.events.pop(ended, None)
             self.context.retry.succeeded(ended)
+        self.reader.keep({newest(jobs).id for jobs in open_runs})
         refs = set[tuple[str, str]]()
         for jobs in open_runs:
             run = newest(jobs)
@@ -8322,6 +8425,7 @@ class RunReconciler:
             now=now,
             queue_timeout=self.context.config.limits.queue_timeout,
             holdup=holdup(stuck, events),
+            reading=self.reader.reading(run),
         )
 
     def within_slots(self, steps: Sequence[Step], active: Sequence[Run]) -> Iterator[Step]:
@@ -8514,6 +8618,57 @@ def latest_version(jobs: Mapping[str, Job], pods: Iterable[Pod]) -> int:
     return max([*(job.version for job in jobs.values()), *(pod.version for pod in pods)])
 
 
+class ManifestReader:
+    """Reads the manifests of runs in workers, each once, and remembers how a run ends by them."""
+
+    def __init__(self, context: ControllerContext, workers: Workers) -> None:
+        self.context = context
+        self.workers = workers
+        self._under_way: set[str] = set()
+        self._refusals: dict[str, Action | None] = {}  # by run; None where nothing is refused
+
+    def reading(self, run: Run) -> Reading:
+        """Return how far the manifests of a run are read."""
+        # in this order: a worker writes down what it has read before it ends
+        if run.id in self._under_way:
+            return Reading(under_way=True)
+        return Reading(done=run.id in self._refusals, refusal=self._refusals.get(run.id))
+
+    def keep(self, runs: Set[str]) -> None:
+        """Forget all runs but these."""
+        for run in self._refusals.keys() - runs:
+            self._refusals.pop(run, None)
+
+    def start_all(self, steps: Iterable[Step]) -> None:
+        """Start to read what is to be read, for as many runs at a time as is allowed."""
+        for observed in (s.observed for s in steps if reads_manifests(s.observed, s.action)):
+            if len(self._under_way) < READ_AT_ONCE:
+                start = partial(self.start, observed.app, observed.run)
+                self.context.attempt("reading of manifests", start, **run_words(observed.run))
+
+    def start(self, app: App, run: Run) -> None:
+        """Start to read the manifests of a run, unless those of another run of its app are read."""
+        tasks = [task_of(self.context.config, app, e, run) for e in app.deploy.environments]
+        self._under_way.add(run.id)
+        started = False
+        try:
+            read = partial(self._read, run, tasks)
+            started = self.workers.start(READER, tasks[0], read, run.received)
+        finally:
+            if not started:
+                self._under_way.discard(run.id)
+
+    def _read(self, run: Run, tasks: Sequence[Task]) -> None:
+        """Read the manifests of a run for each of its environments; the step of a worker."""
+        try:
+            app = tasks[0].app
+            before = recorded_end(self.context.state.read(app), app, run)
+            faults = {} if before else self.context.deployer.manifest_faults(tasks)
+            self._refusals[run.id] = before or refused(faults)
+        finally:
+            self._under_way.discard(run.id)
+
+
 class ServiceReconciler:
     """Follows live Services: has drift repaired, reports rollbacks, finishes what claims left."""
 
@@ -8633,8 +8788,9 @@ class Workers:
 
     def _run(self, name: str, task: Task, step: Callable[[], None], news: Any) -> None:
         """Take a step in its thread; the controller looks at the effect at once."""
+        complaint = READING_FAILED if name.startswith(READER) else WORKER_FAILED
         try:
-            with self.retry.contain(name, WORKER_FAILED, news, **task.words):
+            with self.retry.contain(name, complaint, news, **task.words):
                 try:
                     step()
                 except (HookError, OSError):
@@ -8666,11 +8822,9 @@ class Workers:
         try:
             # a run that was rejected before a crash may still look open
             state = self.context.state.read(task.app)
+            if end := recorded_end(state, task.app, task.run):
+                return end
             if state.rejection(task.app, task.run.commit):
-                record = state.runs.get(task.run.id)
-                if record and record.outcome and not newer_than(task.run, state):
-                    why = (Reason(record.reason), record.detail, record.stage)
-                    return ends(Outcome(record.outcome), *why)
                 raise StageError(Reason.REJECTED, "the commit was rejected")
             self.context.deployer.deploy(task)
         except RunError as stopped:
@@ -8683,6 +8837,15 @@ class Workers:
                 raise
             return ends(Outcome.FAILED, reason, refused.said, task.environment)
         return None
+
+
+def recorded_end(state: AppState, app: App, run: Run) -> Action | None:
+    """Return the recorded end of a run whose commit is rejected, where its Jobs lack it yet."""
+    record = state.runs.get(run.id)
+    rejected = state.rejection(app, run.commit) and not newer_than(run, state)
+    if not (rejected and record and record.outcome):
+        return None
+    return ends(Outcome(record.outcome), Reason(record.reason), record.detail, record.stage)
 
 
 def refusal_reason(refused: KubectlError) -> Reason | None:
@@ -9479,7 +9642,7 @@ class RunStatus:
     def cells(self, ids: Mapping[str, str], now: float) -> list[str]:
         """Return its row in the table of `status`, with a short id, and the text below the row."""
         texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now)]
-        detail = clip((self.waits_for or self.detail).partition("\n")[0])
+        detail = self.waits_for or self.detail
         below = "\n".join(filter(None, (detail, self.next_words(now), self.advice)))
         return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts, below]
 
@@ -9787,7 +9950,7 @@ def plan(tools: Tools, args: argparse.Namespace) -> int:
     run = Run(id=run_id(app.name, ref, commit), app=app.name, ref=ref, commit=commit)
     answers = Plan(tools, app, run)
     try:
-        with tools.doors.git.manifests(app.repository, commit, app.deploy.manifests) as checkout:
+        with tools.deployer.checkout(app, commit) as checkout:
             superseded = f", superseded: {app.branch} is at {head}" if commit != head else ""
             print_text(f"run: {run.id}{superseded}")
             answers.print_all(checkout)
@@ -9831,6 +9994,7 @@ class Plan:
             if isinstance(failure, KubectlError) and failure.kind == "Unreachable":
                 raise
             text = printable(self.tools.doors.secrets.mask(f"failed: {failure}"))
+            text = text.replace("\n", "\n  ")
             self.complete = False
         print_text(f"{title}: {text}")
 
@@ -9908,8 +10072,7 @@ class Plan:
     def next_version(self, task: Task, checkout: Path) -> str:
         """Return what would be applied to an environment, and how long its pods would take."""
         kubectl = self.tools.doors.kubectl
-        manifests = read_manifests(checkout, task.app.deploy.manifests)
-        objects = check_objects(task.app, task.namespace, manifests)
+        objects = self.tools.deployer.read_objects(task, checkout)
         placement = self.tools.deployer.steady.claims.idle_colour_and_size(task)
         release = render(task.app, task.run, task.image, placement, objects)
         deployment = release.deployment
