@@ -8662,7 +8662,7 @@ class ManifestReader:
         """Read the manifests of a run for each of its environments; the step of a worker."""
         try:
             app = tasks[0].app
-            before = recorded_end(self.context.state.read(app), app, run)
+            before = recorded_end(self.context.state.recent(app), app, run)
             faults = {} if before else self.context.deployer.manifest_faults(tasks)
             self._refusals[run.id] = before or refused(faults)
         finally:
