@@ -3552,7 +3552,7 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
             if service:
                 set_probes(app, pod, service["spec"]["ports"][0])
     with faults.collect():
-        deployment = rendered_deployment(app, objects.deployment, selector, placement.replicas)
+        deployment = rendered_deployment(app, objects.deployment, selector, placement)
         deployment["metadata"]["annotations"][ANNOTATION_COMMIT] = run.commit
     faults.require_none()
     rendered = (deployment, [*copies.values()], service)
@@ -3564,12 +3564,12 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
 
 
 def rendered_deployment(
-    app: App, written: Object, selector: Mapping[str, str], at_least: int
+    app: App, written: Object, selector: Mapping[str, str], placement: Placement
 ) -> Object:
-    """Return a run's Deployment; its pods are of the size of what is live at least."""
-    name = f"{app.name}-{selector[LABEL_VERSION]}"
+    """Return a run's Deployment in its placement."""
+    name = f"{app.name}-{placement.colour}"
     deployment = new_object("Deployment", name, selector, written["metadata"])
-    return {**deployment, "spec": rendered_spec(app, written["spec"], selector, at_least)}
+    return {**deployment, "spec": rendered_spec(app, written["spec"], selector, placement.replicas)}
 
 
 def set_references(pod: Object, copies: Mapping[str, Object]) -> None:
@@ -7254,7 +7254,7 @@ class Deployer:
         """
         faults = Faults()
         manifests = read_manifests(checkout, task.app.deploy.manifests)
-        objects = check_objects(task.app, task.namespace, manifests, faults)
+        objects = check_objects(task.app, task.namespace, manifests, faults=faults)
         with faults.collect():
             render(task.app, task.run, UNBUILT, Placement(COLOURS[0], 1), objects)
         faults.require_none()

@@ -980,7 +980,9 @@ def test_refusals_in_the_objects_and_in_their_rendering_are_reported_at_once() -
     items[2]["data"]["NUMBER"] = 5
     faults = Faults()
     text = json.dumps({"kind": "List", "items": items})
-    checked = check_objects(app_of(), "production", parse_manifests(text, "app.json"), faults)
+    checked = check_objects(
+        app_of(), "production", parse_manifests(text, "app.json"), faults=faults
+    )
     with faults.collect():
         render(app_of(), RUN, BUILT, Placement("green", 0), checked)
     reason, detail = fault(faults.require_none)
@@ -1004,7 +1006,7 @@ def test_a_fault_is_collected_once_and_incomplete_objects_end_it_at_once() -> No
             {}["missing"]
     assert len(fault(faults.require_none)[1].split("\n")) == 2
     manifests = parse_manifests(SERVICE, "app.yaml")
-    assert "found: none" in fault(lambda: check_objects(app_of(), "x", manifests, faults))[1]
+    assert "found: none" in fault(lambda: check_objects(app_of(), "x", manifests, faults=faults))[1]
 
 
 def test_the_first_of_very_many_refusals_are_listed_and_the_rest_is_counted() -> None:
