@@ -570,6 +570,11 @@ def refuse(detail: str, reason: Reason = Reason.MANIFEST_REFUSED) -> NoReturn:
     raise ManifestError([Fault(detail, reason)])
 
 
+def clip_lines(text: str) -> str:
+    """Return outside text as lines fit for a log, as many as a refusal of manifests has at most."""
+    return "\n".join(clip(line) for line in text.split("\n")[: LISTED_FAULTS + 1])
+
+
 def shortened(detail: str) -> str:
     """Return a detail with one line less, which its last line then counts; of one line the half."""
     lines = detail.split("\n")
@@ -8026,8 +8031,7 @@ class RunRecorder:
         """
         reason = str(end.reason)
         record = replace(RunRecord.of(run), outcome=str(end.outcome), reason=reason)
-        detail = "\n".join(clip(line) for line in end.detail.split("\n")[: LISTED_FAULTS + 1])
-        record = replace(record, stage=end.stage, detail=detail, ended=at)
+        record = replace(record, stage=end.stage, detail=clip_lines(end.detail), ended=at)
         app = self.context.apps.get(run.app)
         if app is None:
             return record
@@ -8234,7 +8238,6 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
 RETRIED = ("Unreachable", "Conflict", "Unknown", "NotFound")  # nobody's fault, or ours
 WORKER_FAILED = "deployment step failed, will be tried again"
 READING_FAILED = "manifests could not be read, will be tried again"
-READING_FAILED = "manifests not read, will be tried again"
 READER = "reader"  # the kind of worker that reads manifests beside the tests
 READ_AT_ONCE = 4  # runs whose manifests are read; a dead server delays only some of them
 
@@ -9642,7 +9645,7 @@ class RunStatus:
     def cells(self, ids: Mapping[str, str], now: float) -> list[str]:
         """Return its row in the table of `status`, with a short id, and the text below the row."""
         texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now)]
-        detail = self.waits_for or self.detail
+        detail = clip_lines(self.waits_for or self.detail)
         below = "\n".join(filter(None, (detail, self.next_words(now), self.advice)))
         return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts, below]
 
