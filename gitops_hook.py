@@ -69,7 +69,7 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from dataclasses import field as dataclass_field
 from datetime import datetime
@@ -212,7 +212,6 @@ RECORD_BYTES = 2048  # of one record
 RECORD_VERSION = 1  # of the format of a record
 STATE_TRIES = 5  # attempts to write records that another process changes at the same time
 ADOPTED = "adopted"  # the outcome of the version that was live before the first run
-DETAIL_LENGTH = 1500  # characters of each line that `explain` prints
 
 # Jobs and logs.
 BATCH = 200  # Jobs that one call creates
@@ -545,9 +544,55 @@ class StageError(RunError):
     outcome = Outcome.FAILED
 
 
+LISTED_FAULTS = 50  # at once; the rest is counted
+FAULT_LENGTH = 500  # characters
+UNLISTED = re.compile(r"([0-9]+) more are not listed\..*")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is refused of an app's manifests, and the reason with which that ends a run."""
+
+    text: str
+    reason: Reason = Reason.MANIFEST_REFUSED
+
+
+class ManifestError(StageError):
+    """Manifests are refused: each fault is a line of the detail.
+
+    The reason is ManifestInvalid only if no setting of the app can allow any of them.
+    """
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(replace(f, text=clip(f.text, FAULT_LENGTH)) for f in faults)
+        reasons = {fault.reason for fault in faults}
+        allowable = Reason.MANIFEST_REFUSED in reasons
+        reason = Reason.MANIFEST_REFUSED if allowable else Reason.MANIFEST_INVALID
+        lines = [fault.text for fault in self.faults[:LISTED_FAULTS]]
+        if (rest := len(faults) - LISTED_FAULTS) > 0:
+            lines.append(f"{rest} more are not listed.")
+        super().__init__(reason, "\n".join(lines))
+
+
 def refuse(detail: str, reason: Reason = Reason.MANIFEST_REFUSED) -> NoReturn:
-    """Raise the StageError that ends a run because of its manifests."""
-    raise StageError(reason, detail)
+    """Raise the ManifestError that ends a run because of its manifests."""
+    raise ManifestError([Fault(detail, reason)])
+
+
+def clip_lines(text: str) -> str:
+    """Return outside text as lines fit for a log, as many as a refusal of manifests has at most."""
+    return "\n".join(clip(line) for line in text.split("\n")[: LISTED_FAULTS + 1])
+
+
+def shortened(detail: str) -> str:
+    """Return a detail with one line less, which its last line then counts; of one line the half."""
+    lines = detail.split("\n")
+    count = UNLISTED.fullmatch(lines[-1])
+    left = lines[:-1] if count else lines
+    rest = int(count[1]) + 1 if count else 1
+    if not left[1:]:
+        return detail[: len(detail) // 2]
+    return "\n".join([*left[:-1], f"{rest} more are not listed. `plan` shows them."])
 
 
 class SupersededError(RunError):
@@ -3489,7 +3534,6 @@ CONFIRMED_FIELDS = ("externalTrafficPolicy", "loadBalancerIP", "loadBalancerSour
 CHOSEN_FIELDS = ("ipFamilies", "ipFamilyPolicy", "healthCheckNodePort", "loadBalancerClass")
 PROBE_LENGTH = 8000  # characters of the path and the headers of a readiness probe
 URL_SAFE = "/%?&=+,;:@!$'()*[]~"
-LISTED_REFUSALS = 10  # at once; the rest is counted
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 CHART = "Chart.yaml"
 RENDER_CHART = "Commit what `helm template` prints of it."
@@ -3624,7 +3668,7 @@ SET_FIELDS = {
         "the built image, by digest, for `build.image` and for the app's name; "
         "for the only container, if nothing names them"
     ),
-    "Pod.spec.containers.readinessProbe": "one of `deploy.health.path`, if that is set and the container has none",
+    "Pod.spec.containers.readinessProbe": "one that asks `deploy.health.path`, if that is set and you say nothing",
     "Pod.spec.containers.lifecycle.preStop": "a sleep of 5 s if you say nothing",
     "Pod.spec.*.configMap*.name": "the name of the ConfigMap's copy",
     "Pod.spec.topologySpreadConstraints.labelSelector.matchLabels": (
@@ -3658,6 +3702,38 @@ class Manifest:
     def version(self) -> str:
         """The version of its API, as much as fits into a text."""
         return clip(str(self.content.get("apiVersion")), 40)
+
+
+class Faults:
+    """Collects what is refused of an app's manifests, each fault once, so that all is said."""
+
+    def __init__(self) -> None:
+        self._faults: dict[Fault, None] = {}
+
+    def add(self, faults: Iterable[Fault]) -> None:
+        """Collect faults."""
+        self._faults |= dict.fromkeys(faults)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Collect the faults for which the block is refused, and go on after it.
+
+        One of them is that what the block reads has another shape.
+        """
+        try:
+            yield
+        except ManifestError as refusal:
+            self.add(refusal.faults)
+        except SHAPE_ERRORS as failure:
+            near = clip(repr(getattr(failure, "obj", None) or failure), 80)
+            fault = f"The Deployment or the Service is not well formed, near {near}."
+            advice = "`kubectl apply --dry-run=server` on them says more."
+            self.add([Fault(f"{fault} {advice}", INVALID)])
+
+    def require_none(self) -> None:
+        """Raise ManifestError where any fault was collected."""
+        if self._faults:
+            raise ManifestError([*self._faults])
 
 
 def read_manifests(root: Path, path: str) -> list[Manifest]:
@@ -3769,9 +3845,7 @@ class ManifestReader:
             refused = in_plain_words(cause, KUSTOMIZE_WORDS)
             refuse(f"{where}: {refused or clip(cause)}", REFUSED if refused else INVALID)
         faults = [*dict.fromkeys(self.file_faults(stderr, where))]
-        rest = len(faults) - LISTED_REFUSALS
-        more = [f"{rest} more are not listed."] if rest > 0 else []
-        refuse(" ".join([*faults[:LISTED_REFUSALS], *more]), INVALID)
+        raise ManifestError([Fault(fault, INVALID) for fault in faults])
 
     def file_faults(self, stderr: str, where: str) -> Iterator[str]:
         """Yield what kubectl complains of in plain files, each with the name of its file."""
@@ -3848,14 +3922,21 @@ class AppObjects:
 
 
 def check_objects(
-    app: App, namespace: str, manifests: Iterable[Manifest], environment: str = ""
+    app: App,
+    namespace: str,
+    manifests: Iterable[Manifest],
+    environment: str = "",
+    faults: Faults | None = None,
 ) -> AppObjects:
-    """Return the objects of an app; raises StageError with everything that is refused."""
+    """Return the objects of an app; raises ManifestError with everything that is refused.
+
+    With `faults` what is refused is only collected there, as long as the objects are complete.
+    """
+    collected = Faults() if faults is None else faults
     chosen = SortedManifests(app, manifests)
-    if refused := [*dict.fromkeys(chosen.refusals(namespace, environment))]:
-        rest = len(refused) - LISTED_REFUSALS
-        more = [f"{rest} more are not listed."] if rest > 0 else []
-        refuse(" ".join([*refused[:LISTED_REFUSALS], *more]))
+    collected.add(map(Fault, chosen.refusals(namespace, environment)))
+    if faults is None or not chosen.is_complete:
+        collected.require_none()
     return chosen.objects()
 
 
@@ -3881,6 +3962,11 @@ class SortedManifests:
     def of_kind(self, kind: str) -> list[Manifest]:
         """Return the manifests of one of our kinds."""
         return [m for m in self.used if (m.kind, m.version) == (kind, KINDS[kind])]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the app has its Service and its Deployment."""
+        return self.front is not None and self.service is not None
 
     def objects(self) -> AppObjects:
         """Return the objects of the app, of which nothing is refused."""
@@ -4111,34 +4197,58 @@ class Release:
 def render(app: App, run: Run, image: str, placement: Placement, objects: AppObjects) -> Release:
     """Return everything that a run puts into a placement, and change nothing.
 
-    Only what is read here must have the right shape; the API server judges the rest.
+    Only what is read here must have the right shape; the API server judges the rest. Raises
+    ManifestError with everything that is refused.
     """
-    colour = placement.colour
-    try:
+    faults = Faults()
+    label = colour_label(objects.deployment)
+    selector = {LABEL_APP: app.name, label: placement.colour, LABEL_RUN: run.id}
+    service: Object = {}
+    deployment: Object = {}
+    copies = dict[str, Object]()
+    with faults.collect():
         objects = copy.deepcopy(objects)
-        meta = objects.deployment["metadata"]
-        spec = objects.deployment["spec"]
-        selector = {LABEL_APP: app.name, colour_label(meta, spec): colour, LABEL_RUN: run.id}
+    with faults.collect():
         service = rendered_service(app, objects.service, selector)
-        copies = {name: configmap_copy(app, item) for name, item in objects.configmaps.items()}
-        pod = spec["template"]["spec"]
-        for key, value in walk("", pod):
-            name = key in CONFIGMAP_REFERENCES and isinstance(value, dict) and value.get("name")
-            if name in copies:
-                value["name"] = copies[name]["metadata"]["name"]
-        set_images(app, pod, image)
-        set_probes(app, pod, service["spec"]["ports"])
-        deployment = new_object("Deployment", f"{app.name}-{colour}", selector, meta)
+    for name, item in objects.configmaps.items():
+        with faults.collect():
+            copies[name] = configmap_copy(app, item)
+    with faults.collect():
+        pod = objects.deployment["spec"]["template"]["spec"]
+        with faults.collect():
+            set_references(pod, copies)
+        with faults.collect():
+            set_images(app, pod, image)
+        with faults.collect():
+            if service:
+                set_probes(app, pod, service["spec"]["ports"])
+    with faults.collect():
+        deployment = rendered_deployment(app, objects.deployment, selector, placement)
         deployment["metadata"]["annotations"][ANNOTATION_COMMIT] = run.commit
-        deployment["spec"] = rendered_spec(app, spec, selector, placement.replicas)
-        rendered = (deployment, [*copies.values()], service)
-        release = Release(run.id, run.commit, image, colour, selector, *rendered)
+    faults.require_none()
+    rendered = (deployment, [*copies.values()], service)
+    release = Release(run.id, run.commit, image, placement.colour, selector, *rendered)
+    with faults.collect():
         release.configmap(app.name)  # refuses what is too large before anything changes
-    except SHAPE_ERRORS as failure:
-        near = clip(repr(getattr(failure, "obj", None) or failure), 80)
-        fault = f"The Deployment or the Service is not well formed, near {near}."
-        refuse(f"{fault} `kubectl apply --dry-run=server` on them says more.", INVALID)
+    faults.require_none()
     return release
+
+
+def rendered_deployment(
+    app: App, written: Object, selector: Mapping[str, str], placement: Placement
+) -> Object:
+    """Return a run's Deployment in its placement."""
+    name = f"{app.name}-{placement.colour}"
+    deployment = new_object("Deployment", name, selector, written["metadata"])
+    return {**deployment, "spec": rendered_spec(app, written["spec"], selector, placement.replicas)}
+
+
+def set_references(pod: Object, copies: Mapping[str, Object]) -> None:
+    """Let a pod name the copies of its ConfigMaps."""
+    for key, value in walk("", pod):
+        names_one = key in CONFIGMAP_REFERENCES and isinstance(value, dict)
+        if names_one and (copied := copies.get(value.get("name", ""))):
+            value["name"] = copied["metadata"]["name"]
 
 
 def rendered_service(app: App, written: Object, selector: Mapping[str, str]) -> Object:
@@ -4446,9 +4556,10 @@ def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], live: int
     }
 
 
-def colour_label(meta: Object, spec: Object) -> str:
+def colour_label(deployment: Object) -> str:
     """Return the key of the label that holds the colour: `version`, unless the app uses that."""
-    labels = {**part_of(meta, "labels"), **part_of(spec, "template", "metadata", "labels")}
+    own = part_of(deployment, "metadata", "labels")
+    labels = {**own, **part_of(deployment, "spec", "template", "metadata", "labels")}
     return LABEL_COLOUR if LABEL_VERSION in labels else LABEL_VERSION
 
 
@@ -5559,6 +5670,15 @@ class Action:
     outcome: Outcome | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How far the manifests of a run are read beside its tests; a deployment reads them anyway."""
+
+    under_way: bool = False
+    done: bool = False
+    refusal: Action | None = None  # how the run ends by them
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
     """Everything observed that decides over one run."""
@@ -5576,6 +5696,7 @@ class Observation:
     queue_timeout: float
     slot: bool = True  # whether one more Job of the run may start
     holdup: PodProblem | None = None  # what its pods wait for
+    reading: Reading = Reading()
 
     @property
     def restarted_services(self) -> str:
@@ -5615,8 +5736,59 @@ def fails(reason: Reason, detail: str, stage: str) -> Action:
     return ends(Outcome.FAILED, reason, detail, stage)
 
 
+def refused(faults: Mapping[str, Sequence[Fault]]) -> Action | None:
+    """Return how a run ends by the faults of its manifests in each environment, None without any.
+
+    What is refused in all of them is said once, anything else behind the names of environments.
+    """
+    places: dict[Fault, list[str]] = {}
+    for environment, own in faults.items():
+        for fault in own:
+            places.setdefault(fault, []).append(environment)
+    if not places:
+        return None
+    named = [
+        fault
+        if len(names) == len(faults)
+        else replace(fault, text=f"{', '.join(names)}: {fault.text}")
+        for fault, names in places.items()
+    ]
+    refusal = ManifestError(named)
+    first = next(environment for environment, own in faults.items() if own)
+    return fails(refusal.reason, refusal.detail, first)
+
+
 def decide(observed: Observation) -> Action:
     """Return the next step of a run from what is observed; every call could be the first."""
+    step = decide_step(observed)
+    if not is_undeployed(observed, step):
+        return step
+    if observed.reading.under_way and step.do is Do.DEPLOY:
+        return Action(Do.WAIT, step.stage, detail="for its manifests to be read")
+    return observed.reading.refusal or step
+
+
+def is_undeployed(observed: Observation, step: Action) -> bool:
+    """Whether nothing of a run under way was deployed yet, by the step that it would take."""
+    run = observed.run
+    if step.do in (Do.NOTHING, Do.END):
+        return False
+    services = observed.services.values()
+    begun = any(s.claim.run == run.id or s.entry(run.id, run.received) for s in services)
+    return step.stage in JOB_STAGES or (step.do is Do.DEPLOY and not begun)
+
+
+def reads_manifests(observed: Observation, step: Action) -> bool:
+    """Whether to read the manifests of a run now: beside its tests and its build, or before."""
+    app = observed.app
+    deploys = observed.run.ref == app.deploy_ref and bool(app.deploy.environments)
+    outdated = observed.head == Head.NEWER or (observed.newer and observed.head != Head.SAME)
+    due = step.stage in JOB_STAGES and step.do is not Do.END and observed.reading == Reading()
+    return deploys and due and not outdated
+
+
+def decide_step(observed: Observation) -> Action:
+    """Return the next step of a run whose manifests may be deployed, as far as it is known."""
     test = observed.jobs.get("test")
     build = observed.jobs.get("build")
     if not observed.jobs or has_ended(observed.jobs):
@@ -6197,7 +6369,7 @@ def record_text(record: RunRecord | Rejection) -> str:
     content = {f.name: getattr(record, f.name) for f in fields(record)} | {"v": RECORD_VERSION}
     kept = {k: v for k, v in content.items() if v not in ("", 0) and k != "id"}
     while len(json.dumps(kept, ensure_ascii=False).encode()) > RECORD_BYTES and kept.get("detail"):
-        kept["detail"] = kept["detail"][: len(kept["detail"]) // 2]
+        kept["detail"] = shortened(kept["detail"])
     return json.dumps(kept, ensure_ascii=False)
 
 
@@ -8326,6 +8498,13 @@ class Bake:
 # === deploy =======================================================================================
 # The story of a run in one environment, of a rollback by hand, and of what both leave behind.
 
+UNBUILT = f"image@sha256:{'0' * 64}"  # while it is only asked whether manifests can be rendered
+
+
+def unbuilt_release(task: Task, objects: AppObjects) -> Release:
+    """Return the release of objects whose image is not built yet; raises ManifestError."""
+    return render(task.app, task.run, UNBUILT, Placement(COLOURS[0], 1), objects)
+
 
 class Deployer:
     """Brings runs into environments. Every step looks before it acts."""
@@ -8355,10 +8534,8 @@ class Deployer:
 
     def promote(self, task: Task, pods: Informer[Pod]) -> None:
         """Do everything up to the switch, and switch."""
-        path = task.app.deploy.manifests
-        with self.doors.git.manifests(task.app.repository, task.run.commit, path) as checkout:
-            manifests = read_manifests(checkout, task.app.deploy.folder(task.environment))
-        objects = check_objects(task.app, task.namespace, manifests, task.environment)
+        with self.checkout(task.app, task.run.commit) as checkout:
+            objects = self.read_objects(task, checkout)
         if task.run.delivery == NEXT_TRY:
             # what can be seen without it costs no rollback target again
             self.steady.rollout.require_own_preview(task)
@@ -8392,6 +8569,43 @@ class Deployer:
         self.steady.rollout.apply(task, release, claimed)
         self.steady.rollout.wait(task, release, pods)
         return release
+
+    def checkout(self, app: App, commit: str) -> AbstractContextManager[Path]:
+        """Return a block in which the manifests of a commit are there, as files."""
+        return self.doors.git.manifests(app.repository, commit, app.deploy.manifests)
+
+    def read_objects(self, task: Task, checkout: Path) -> AppObjects:
+        """Return the objects that a checkout has for an environment.
+
+        Raises ManifestError with everything that is refused of them, also in their rendering.
+        """
+        faults = Faults()
+        manifests = read_manifests(checkout, task.app.deploy.folder(task.environment))
+        objects = check_objects(task.app, task.namespace, manifests, task.environment, faults)
+        with faults.collect():
+            unbuilt_release(task, objects)
+        faults.require_none()
+        return objects
+
+    def manifest_faults(self, tasks: Sequence[Task]) -> dict[str, Sequence[Fault]]:
+        """Return what is refused of a commit's manifests, by environment; a task for each.
+
+        Raises HookError where that is not known, since git is away, say.
+        """
+        faults: dict[str, Sequence[Fault]] = {task.environment: () for task in tasks}
+        releases: dict[str, Release] = {}
+        try:
+            with self.checkout(tasks[0].app, tasks[0].run.commit) as checkout:
+                for task in tasks:
+                    try:
+                        objects = self.read_objects(task, checkout)
+                        releases[task.environment] = unbuilt_release(task, objects)
+                    except ManifestError as refusal:
+                        faults[task.environment] = refusal.faults
+        except ManifestError as refusal:  # of the whole folder
+            faults = dict.fromkeys(faults, refusal.faults)
+        shared = [*map(Fault, shared_node_ports(releases))]
+        return {name: [*faults[name], *shared] for name in faults}
 
     def verify_and_bake(self, task: Task, pods: Informer[Pod], *, resumed: bool) -> None:
         """Verify the switch, bake in the last environment, write the outcome."""
@@ -9147,7 +9361,7 @@ class RunRecorder:
         """
         reason = str(end.reason)
         record = replace(RunRecord.of(run), outcome=str(end.outcome), reason=reason)
-        record = replace(record, stage=end.stage, detail=clip(end.detail), ended=at)
+        record = replace(record, stage=end.stage, detail=clip_lines(end.detail), ended=at)
         app = self.context.apps.get(run.app)
         if app is None:
             return record
@@ -9363,6 +9577,9 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
 
 RETRIED = ("Unreachable", "Conflict", "Unknown", "NotFound")  # nobody's fault, or ours
 WORKER_FAILED = "deployment step failed, will be tried again"
+READING_FAILED = "manifests could not be read, will be tried again"
+READER = "reader"  # the kind of worker that reads manifests beside the tests
+READ_AT_ONCE = 4  # runs whose manifests are read; a dead server delays only some of them
 
 
 class Controller:
@@ -9442,6 +9659,7 @@ class RunReconciler:
         self.informers = context.informers
         self.catch_up = catch_up
         self.workers = workers
+        self.reader = ManifestReader(context, workers)
         self.cooldown = Cooldown(context.clock)
         self.trackers: dict[str, ProblemTracker] = {}  # of open runs
         self.events: dict[str, list[PodEvent]] = {}  # of their pods, as far as they were read
@@ -9459,6 +9677,7 @@ class RunReconciler:
             self.context.metrics.queue.labels(state).set(states[state])
         active = [job.run for job in jobs if job.state == "active"]
         steps = [Step(observed, decide(observed)) for observed in self.observe_all(open_runs)]
+        self.reader.start_all(steps)
         self.execute_all(self.within_slots(steps, active))
         self.context.attempt("Jobs that never ran", self.delete_unrun_jobs)
         self.delete_old_logs()
@@ -9508,6 +9727,7 @@ class RunReconciler:
             del self.trackers[ended]
             self.events.pop(ended, None)
             self.context.retry.succeeded(ended)
+        self.reader.keep({newest(jobs).id for jobs in open_runs})
         refs = set[tuple[str, str]]()
         for jobs in open_runs:
             run = newest(jobs)
@@ -9553,6 +9773,7 @@ class RunReconciler:
             now=now,
             queue_timeout=self.context.config.limits.queue_timeout,
             holdup=holdup(stuck, events) or next(iter(silent), None),
+            reading=self.reader.reading(run),
         )
 
     def within_slots(self, steps: Sequence[Step], active: Sequence[Run]) -> Iterator[Step]:
@@ -9747,6 +9968,57 @@ def latest_version(jobs: Mapping[str, Job], pods: Iterable[Pod]) -> int:
     return max([*(job.version for job in jobs.values()), *(pod.version for pod in pods)])
 
 
+class ManifestReader:
+    """Reads the manifests of runs in workers, each once, and remembers how a run ends by them."""
+
+    def __init__(self, context: ControllerContext, workers: Workers) -> None:
+        self.context = context
+        self.workers = workers
+        self._under_way: set[str] = set()
+        self._refusals: dict[str, Action | None] = {}  # by run; None where nothing is refused
+
+    def reading(self, run: Run) -> Reading:
+        """Return how far the manifests of a run are read."""
+        # in this order: a worker writes down what it has read before it ends
+        if run.id in self._under_way:
+            return Reading(under_way=True)
+        return Reading(done=run.id in self._refusals, refusal=self._refusals.get(run.id))
+
+    def keep(self, runs: Set[str]) -> None:
+        """Forget all runs but these."""
+        for run in self._refusals.keys() - runs:
+            self._refusals.pop(run, None)
+
+    def start_all(self, steps: Iterable[Step]) -> None:
+        """Start to read what is to be read, for as many runs at a time as is allowed."""
+        for observed in (s.observed for s in steps if reads_manifests(s.observed, s.action)):
+            if len(self._under_way) < READ_AT_ONCE:
+                start = partial(self.start, observed.app, observed.run)
+                self.context.attempt("reading of manifests", start, **run_words(observed.run))
+
+    def start(self, app: App, run: Run) -> None:
+        """Start to read the manifests of a run, unless those of another run of its app are read."""
+        tasks = [task_of(self.context.config, app, e, run) for e in app.deploy.environments]
+        self._under_way.add(run.id)
+        started = False
+        try:
+            read = partial(self._read, run, tasks)
+            started = self.workers.start(READER, tasks[0], read, run.received)
+        finally:
+            if not started:
+                self._under_way.discard(run.id)
+
+    def _read(self, run: Run, tasks: Sequence[Task]) -> None:
+        """Read the manifests of a run for each of its environments; the step of a worker."""
+        try:
+            app = tasks[0].app
+            before = recorded_end(self.context.state.recent(app), app, run)
+            faults = {} if before else self.context.deployer.manifest_faults(tasks)
+            self._refusals[run.id] = before or refused(faults)
+        finally:
+            self._under_way.discard(run.id)
+
+
 class ServiceReconciler:
     """Follows live Services: has drift repaired, reports rollbacks, finishes what claims left."""
 
@@ -9867,8 +10139,9 @@ class Workers:
 
     def _run(self, name: str, task: Task, step: Callable[[], None], news: Any) -> None:
         """Take a step in its thread; the controller looks at the effect at once."""
+        complaint = READING_FAILED if name.startswith(READER) else WORKER_FAILED
         try:
-            with self.retry.contain(name, WORKER_FAILED, news, **task.words):
+            with self.retry.contain(name, complaint, news, **task.words):
                 try:
                     step()
                 except (HookError, OSError):
@@ -9900,11 +10173,9 @@ class Workers:
         try:
             # a run that was rejected before a crash may still look open
             state = self.context.state.read(task.app)
+            if end := recorded_end(state, task.app, task.run):
+                return end
             if state.rejection(task.app, task.run.commit):
-                record = state.runs.get(task.run.id)
-                if record and record.outcome and not newer_than(task.run, state):
-                    why = (Reason(record.reason), record.detail, record.stage)
-                    return ends(Outcome(record.outcome), *why)
                 raise StageError(Reason.REJECTED, "the commit was rejected")
             self.context.deployer.deploy(task)
         except RunError as stopped:
@@ -9917,6 +10188,15 @@ class Workers:
                 raise
             return ends(Outcome.FAILED, reason, refused.said, task.environment)
         return None
+
+
+def recorded_end(state: AppState, app: App, run: Run) -> Action | None:
+    """Return the recorded end of a run whose commit is rejected, where its Jobs lack it yet."""
+    record = state.runs.get(run.id)
+    rejected = state.rejection(app, run.commit) and not newer_than(run, state)
+    if not (rejected and record and record.outcome):
+        return None
+    return ends(Outcome(record.outcome), Reason(record.reason), record.detail, record.stage)
 
 
 def refusal_reason(refused: KubectlError) -> Reason | None:
@@ -10759,7 +11039,7 @@ class RunStatus:
     def cells(self, ids: Mapping[str, str], now: float) -> list[str]:
         """Return its row in the table of `status`, with a short id, and the text below the row."""
         texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now)]
-        detail = clip((self.waits_for or self.detail).partition("\n")[0])
+        detail = clip_lines(self.waits_for or self.detail)
         below = "\n".join(filter(None, (detail, self.next_words(now), self.advice)))
         return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts, below]
 
@@ -11070,7 +11350,7 @@ def plan(tools: Tools, args: argparse.Namespace) -> int:
     run = Run(id=run_id(app.name, ref, commit), app=app.name, ref=ref, commit=commit)
     answers = Plan(tools, app, run)
     try:
-        with tools.doors.git.manifests(app.repository, commit, app.deploy.manifests) as checkout:
+        with tools.deployer.checkout(app, commit) as checkout:
             superseded = f", superseded: {app.branch} is at {head}" if commit != head else ""
             print_text(f"run: {run.id}{superseded}")
             answers.print_all(checkout)
@@ -11114,6 +11394,7 @@ class Plan:
             if isinstance(failure, KubectlError) and failure.kind == "Unreachable":
                 raise
             text = printable(self.tools.doors.secrets.mask(f"failed: {failure}"))
+            text = text.replace("\n", "\n  ")
             self.complete = False
         print_text(f"{title}: {text}")
 
@@ -11191,8 +11472,7 @@ class Plan:
     def next_version(self, task: Task, checkout: Path) -> str:
         """Return what would be applied to an environment, and how long its pods would take."""
         kubectl = self.tools.doors.kubectl
-        manifests = read_manifests(checkout, task.app.deploy.folder(task.environment))
-        objects = check_objects(task.app, task.namespace, manifests, task.environment)
+        objects = self.tools.deployer.read_objects(task, checkout)
         placement = self.tools.deployer.steady.claims.idle_colour_and_size(task)
         release = render(task.app, task.run, task.image, placement, objects)
         services = self.tools.deployer.steady.live

@@ -29,6 +29,7 @@ from gitops_hook import (
     App,
     AppObjects,
     ConfigError,
+    Faults,
     Manifest,
     Placement,
     Reason,
@@ -41,6 +42,7 @@ from gitops_hook import (
     ports_like,
     read_manifests,
     recoloured,
+    refuse,
     render,
     repository_of,
     shared_node_ports,
@@ -1000,7 +1002,7 @@ def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
         ),
         (
             [*objects(), {"kind": "Odd", "apiVersion": "", "metadata": {"name": "x"}}],
-            "Odd x of  is not deployed",
+            "Odd x of is not deployed",
         ),
         (
             changed("Deployment.apiVersion", "extensions/v1beta1"),
@@ -1198,11 +1200,50 @@ def test_all_refusals_of_a_folder_are_reported_at_once() -> None:
         assert said in detail
 
 
+def test_refusals_in_the_objects_and_in_their_rendering_are_reported_at_once() -> None:
+    items = changed(f"{POD}.hostNetwork", True)
+    (web,) = items[0]["spec"]["template"]["spec"]["containers"]
+    web["image"] = "registry.example.com/other"
+    items[0]["spec"]["template"]["spec"]["serviceAccountName"] = "admin"
+    items[0]["spec"]["replicas"] = 1001
+    items[1]["spec"]["type"] = "ExternalName"
+    items[2]["data"]["NUMBER"] = 5
+    faults = Faults()
+    text = json.dumps({"kind": "List", "items": items})
+    checked = check_objects(
+        app_of(), "production", parse_manifests(text, "app.json"), faults=faults
+    )
+    with faults.collect():
+        render(app_of(), RUN, BUILT, Placement("green", 0), checked)
+    reason, detail = fault(faults.require_none)
+    assert reason is Reason.MANIFEST_REFUSED
+    assert [line.split(". ")[0] for line in detail.split("\n")] == [
+        "app.json: Deployment web: spec.hostNetwork shares the network of the node",
+        "Service shop is an ExternalName, which selects no pods",
+        "ConfigMap settings: NUMBER is not a text",
+        "The Deployment names a service account",
+        f"No container has the image {IMAGE!r} (or 'shop'), so the build would not be deployed",
+        "1001 replicas are too many",
+    ]
+
+
+def test_a_fault_is_collected_once_and_incomplete_objects_end_it_at_once() -> None:
+    faults = Faults()
+    for _ in range(2):
+        with faults.collect():
+            refuse("one")
+        with faults.collect():
+            {}["missing"]
+    assert len(fault(faults.require_none)[1].split("\n")) == 2
+    manifests = parse_manifests(SERVICE, "app.yaml")
+    assert "found: none" in fault(lambda: check_objects(app_of(), "x", manifests, faults=faults))[1]
+
+
 def test_the_first_of_very_many_refusals_are_listed_and_the_rest_is_counted() -> None:
     labels = {f"gitops-hook/x{i}": "y" for i in range(5000)}
     detail = fault(lambda: released(changed("Service.metadata.labels", labels)))[1]
-    assert detail.endswith(". Remove it. 4990 more are not listed.")
-    assert len(detail) < 2000
+    assert detail.endswith(". Remove it.\n4950 more are not listed.")
+    assert len(detail) < 6000
 
 
 @pytest.mark.parametrize("name", ["web", "settings"])

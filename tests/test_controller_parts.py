@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from tests.idle_controller import (
     delete_job,
     ends,
     idle_controller,
+    last_record,
     live_service,
     recorded,
     refused,
@@ -459,6 +461,122 @@ def test_a_build_counts_as_made_again_only_within_one_try(
     controller.runs.build(observed)
     (job,) = created
     assert (hook.ANNOTATION_REMADE in job["metadata"]["annotations"]) is (ended is None)
+
+
+# Manifests that are read beside the tests
+
+
+def read_by(controller: Any, answers: Sequence[Any]) -> list[str]:
+    """Let the reading of manifests answer in turn, an error by raising it; return what is read."""
+    commits: list[str] = []
+
+    def manifest_faults(tasks: Sequence[hook.Task]) -> Any:
+        commits.append(tasks[0].run.commit)
+        answer = answers[min(len(commits), len(answers)) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    controller.context.deployer.manifest_faults = manifest_faults
+    return commits
+
+
+def look_until_read(controller: Any) -> None:
+    """Look at the runs, and wait until no manifests are read any more."""
+    controller.runs.reconcile()
+    eventually(lambda: not controller.workers._running, what="nothing is read")
+
+
+FAULTS = {"staging": [hook.Fault("one"), hook.Fault("two")], "production": [hook.Fault("two")]}
+
+
+def test_manifests_are_read_once_for_each_run_and_forgotten_with_it(controller: Any) -> None:
+    commits = read_by(controller, [{}])
+    add_job(controller, a_run(NEW))
+    for _ in range(4):
+        look_until_read(controller)
+    assert commits == [NEW]
+    assert recorded(controller) == {}
+    delete_job(controller)
+    controller.runs.jobs.clear()
+    controller.runs.reconcile()
+    assert controller.runs.reader.reading(a_run(NEW)) == hook.Reading()
+
+
+def test_what_is_refused_of_any_environment_ends_the_run_and_rejects_its_commit(
+    controller: Any,
+) -> None:
+    commits = read_by(controller, [FAULTS])
+    add_job(controller, a_run(NEW, received=time.time()))
+    look_until_read(controller)
+    assert recorded(controller) == {}
+    controller.runs.reconcile()
+    record = last_record(controller)
+    assert (record.outcome, record.reason, record.stage) == ("failed", "ManifestRefused", "staging")
+    assert record.detail == "staging: one\ntwo"
+    state = controller.context.state.read(shop(controller))
+    assert state.rejected[NEW].config == hook.config_hash(shop(controller))
+    assert commits == [NEW]
+
+
+@pytest.mark.parametrize(
+    "away", [hook.GitError(["git"], 128, "no route"), refused("connection refused"), OSError("no")]
+)
+def test_while_manifests_cannot_be_read_nothing_is_decided_and_they_are_read_again(
+    controller: Any, away: Exception
+) -> None:
+    commits = read_by(controller, [away, away, FAULTS])
+    add_job(controller, a_run(NEW, received=time.time()))
+    for reads in (1, 2, 3):
+        look_until_read(controller)
+        look_until_read(controller)  # its next try is not due yet
+        assert len(commits) == reads
+        assert bool(recorded(controller)) is (reads > 2)
+        controller.clock.time += 10.0
+
+
+def test_the_end_that_a_killed_process_has_recorded_is_taken_without_reading(
+    controller: Any,
+) -> None:
+    commits = read_by(controller, [{}])
+    run = a_run(NEW, received=time.time())
+    end = hook.fails(Reason.MANIFEST_REFUSED, "one\ntwo", "staging")
+    controller.context.recorder.finish(run, {}, end)
+    before = last_record(controller)
+    add_job(controller, run)
+    look_until_read(controller)
+    assert controller.runs.reader.reading(run) == hook.Reading(done=True, refusal=end)
+    controller.runs.reconcile()
+    assert last_record(controller) == before
+    assert commits == []
+
+
+def test_only_a_few_manifests_are_read_at_a_time(controller: Any) -> None:
+    go = threading.Event()
+    started: list[str] = []
+
+    def manifest_faults(tasks: Sequence[hook.Task]) -> dict[str, Sequence[hook.Fault]]:
+        started.append(tasks[0].app.name)
+        assert go.wait(30)
+        return {}
+
+    controller.context.deployer.manifest_faults = manifest_faults
+    app = shop(controller)
+    names = [f"app-{number}" for number in range(hook.READ_AT_ONCE + 2)]
+    controller.context.apps |= {name: replace(app, name=name) for name in names}
+    steps = []
+    for name in names:
+        observed: Any = SimpleNamespace(app=replace(app, name=name), run=a_run(NEW, app=name))
+        steps.append(hook.Step(observed, hook.Action(Do.WAIT, "test")))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(hook, "reads_manifests", lambda observed, action: True)
+        controller.runs.reader.start_all(steps)
+        eventually(lambda: len(started) == hook.READ_AT_ONCE)
+        controller.runs.reader.start_all(steps)
+        assert len(controller.workers._running) == hook.READ_AT_ONCE
+        go.set()
+        eventually(lambda: not controller.workers._running)
+    assert sorted(started) == names[: hook.READ_AT_ONCE]
 
 
 # Jobs that are gone

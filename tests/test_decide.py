@@ -814,6 +814,115 @@ ACTIONS: dict[str, Case] = {
         Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 1"),
 }  # fmt: skip
 
+REFUSAL = hook.fails(Reason.MANIFEST_REFUSED, "no host ports", "production")
+REFUSED = {"reading": hook.Reading(done=True, refusal=REFUSAL)}
+UNDER_WAY = {"reading": hook.Reading(under_way=True)}
+CLAIMED = {"staging": a_claimed_service(NOW - 5)}
+BY_MANIFESTS = (Outcome.FAILED, Reason.MANIFEST_REFUSED)
+ACTIONS |= {
+    "the manifests of a queued run are refused": (
+        a_view(a_job("test", "suspended"), slot=False, **REFUSED),
+        Do.END, "production", BY_MANIFESTS, "no host ports"),
+    "manifests are refused while git does not answer": (
+        a_view(a_job("test", "suspended"), head="unknown", **REFUSED),
+        Do.END, "production", BY_MANIFESTS, ""),
+    "manifests are refused while the tests run": (
+        a_view(a_job("test"), **REFUSED), Do.END, "production", BY_MANIFESTS, "no host ports"),
+    "manifests are refused that a test branch has": (
+        a_view(a_job("test", "succeeded", run=OTHER, notes=GREEN), **REFUSED),
+        Do.END, "test", (Outcome.TESTED, Reason.OK), ""),
+    "tests failed before the manifests were refused": (
+        a_view(a_job("test", "failed"), pods=ended("test", main=terminated(1)), **REFUSED),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), ""),
+    "manifests are refused before the build": (
+        a_view(DONE, **REFUSED), Do.END, "production", BY_MANIFESTS, ""),
+    "manifests are refused while the build runs": (
+        a_view(DONE, a_job("build"), **REFUSED), Do.END, "production", BY_MANIFESTS, ""),
+    "manifests are refused before anything is deployed": (
+        a_view(DONE, BUILT, **REFUSED), Do.END, "production", BY_MANIFESTS, ""),
+    "a deployment that has begun is not stopped half-way by manifests": (
+        a_view(DONE, BUILT, services=CLAIMED, **REFUSED), Do.DEPLOY, "staging", Reason.OK, ""),
+    "what is live in staging is not stopped by the manifests of production": (
+        a_view(DONE, BUILT, services={"staging": a_service(a_run().id, history_entry("deployed"))},
+            **REFUSED),
+        Do.DEPLOY, "production", Reason.OK, ""),
+    "an environment that a worker changes is left to it": (
+        a_view(DONE, BUILT, busy=frozenset({"staging"}), **REFUSED),
+        Do.WAIT, "staging", Reason.OK, "being changed"),
+    "manifests of a run that has ended are refused": (
+        a_view(a_job("test", notes=ENDED), **REFUSED), Do.NOTHING, "", Reason.OK, ""),
+    "manifests are read while the tests run": (
+        a_view(a_job("test"), **UNDER_WAY), Do.WAIT, "test", Reason.OK, "for its pod"),
+    "manifests are read while the build may start": (
+        a_view(DONE, **UNDER_WAY), Do.BUILD, "build", Reason.OK, ""),
+    "manifests are read when all is ready to be deployed": (
+        a_view(DONE, BUILT, **UNDER_WAY), Do.WAIT, "staging", Reason.OK, "manifests to be read"),
+    "manifests that nothing is refused of": (
+        a_view(DONE, BUILT, reading=hook.Reading(done=True)),
+        Do.DEPLOY, "staging", Reason.OK, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("view", "reads"),
+    [
+        (a_view(a_job("test", "suspended")), True),
+        (a_view(a_job("test", "suspended"), slot=False), True),
+        (a_view(a_job("test"), head="unknown"), True),
+        (a_view(DONE, a_job("build")), True),
+        (a_view(a_job("test"), newer=True), True),
+        (a_view(a_job("test"), newer=True, head="unknown"), False),
+        (a_view(a_job("test"), head="newer"), False),
+        (a_view(a_job("test"), **UNDER_WAY), False),
+        (a_view(a_job("test"), reading=hook.Reading(done=True)), False),
+        (a_view(DONE, BUILT), False),
+        (a_view(a_job("test", run=OTHER)), False),
+        (a_view(a_job("test", run=a_run("tested"))), False),
+        (a_view(a_job("test", "failed"), pods=ended("test", main=terminated(1))), False),
+        (a_view(a_job("test", notes=ENDED)), False),
+        (a_view(), False),
+    ],
+    ids=[
+        "it is queued", "it waits for a slot", "its tests run", "it is built",
+        "git shows it, whatever was pushed", "it was pushed again", "it is outdated",
+        "they are read", "they were read", "it is deployed, which reads them",
+        "it is only tested", "its app is deployed nowhere", "its tests failed", "it has ended",
+        "it has no Job",
+    ],
+)  # fmt: skip
+def test_manifests_are_read_once_beside_the_tests_of_what_may_be_deployed(
+    view: hook.Observation, *, reads: bool
+) -> None:
+    assert hook.reads_manifests(view, hook.decide(view)) is reads
+
+
+def faults(*texts: str, invalid: bool = False) -> list[hook.Fault]:
+    reason = Reason.MANIFEST_INVALID if invalid else Reason.MANIFEST_REFUSED
+    return [hook.Fault(text, reason) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("staging", "production", "stage", "reason", "detail"),
+    [
+        ([], [], "", "", ""),
+        (faults("a", "b"), faults("b", "a"), "staging", "ManifestRefused", "a\nb"),
+        ([], faults("a"), "production", "ManifestRefused", "production: a"),
+        (faults("a", "b"), faults("b", "c"), "staging", "ManifestRefused",
+            "staging: a\nb\nproduction: c"),
+        (faults("a", invalid=True), [], "staging", "ManifestInvalid", "staging: a"),
+        (faults("a", invalid=True), faults("b"), "staging", "ManifestRefused",
+            "staging: a\nproduction: b"),
+    ],
+)  # fmt: skip
+def test_what_all_environments_refuse_is_said_once(
+    staging: list[hook.Fault], production: list[hook.Fault], stage: str, reason: str, detail: str
+) -> None:
+    end = hook.refused({"staging": staging, "production": production})
+    if not detail:
+        assert end is None
+    else:
+        assert end == hook.fails(Reason(reason), detail, stage)
+
 
 @pytest.mark.parametrize("state", ACTIONS)
 def test_each_state_has_its_next_step(state: str) -> None:

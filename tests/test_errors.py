@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 import gitops_hook
 from gitops_hook import (
     ConfigError,
+    Fault,
     GitError,
     KubectlError,
+    ManifestError,
     Outcome,
     Reason,
     StageError,
@@ -55,6 +57,31 @@ def test_a_configuration_error_names_all_faults() -> None:
     wrong = ConfigError(["a: is required", "b: unknown key"])
     assert wrong.faults == ("a: is required", "b: unknown key")
     assert str(wrong) == "a: is required; b: unknown key"
+
+
+def test_a_refusal_of_manifests_has_each_fault_on_a_line_of_its_own() -> None:
+    refusal = ManifestError([Fault("a\nb\x1b[31m"), Fault("c" * 5000)])
+    assert refusal.detail == f"a b [31m\n{'c' * 497}..."
+    assert refusal.outcome is Outcome.FAILED
+
+
+def test_of_very_many_faults_the_first_are_listed_and_the_others_counted() -> None:
+    lines = ManifestError([Fault(str(n)) for n in range(1000)]).detail.split("\n")
+    assert lines == [*map(str, range(50)), "950 more are not listed."]
+
+
+@pytest.mark.parametrize(
+    ("reasons", "reason"),
+    [
+        ([Reason.MANIFEST_REFUSED], Reason.MANIFEST_REFUSED),
+        ([Reason.MANIFEST_INVALID, Reason.MANIFEST_REFUSED], Reason.MANIFEST_REFUSED),
+        ([Reason.MANIFEST_INVALID, Reason.MANIFEST_INVALID], Reason.MANIFEST_INVALID),
+    ],
+)
+def test_a_refusal_that_a_setting_may_lift_gives_the_reason(
+    reasons: list[Reason], reason: Reason
+) -> None:
+    assert ManifestError([Fault("x", each) for each in reasons]).reason is reason
 
 
 def kubectl(stderr: str, code: int | None = 1) -> KubectlError:

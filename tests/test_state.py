@@ -271,6 +271,24 @@ def test_a_record_has_a_bounded_size_and_loses_only_of_its_detail(text: str) -> 
     assert text.startswith(again.detail)
 
 
+@pytest.mark.parametrize("count", [1, 10, 40, 50])
+def test_of_many_lines_of_a_detail_a_record_keeps_whole_ones_and_counts_the_others(
+    count: int,
+) -> None:
+    lines = [f"deploy/app.yaml: Service shop: field {n} is refused. Remove it." for n in range(50)]
+    detail = "\n".join([*lines[:count], *["7 more are not listed."] * (count == 50)])
+    kept = hook.record_text(a_record(1, detail=detail))
+    assert len(kept.encode()) <= hook.RECORD_BYTES
+    *first, last = hook.parse_record(hook.RunRecord, kept, id="x").detail.split("\n")
+    if count <= 10:
+        assert [*first, last] == lines[:count]
+    else:
+        assert first == lines[: len(first)]
+        left = count - len(first) + 7 * (count == 50)
+        assert last == f"{left} more are not listed. `plan` shows them."
+        assert len(kept.encode()) > hook.RECORD_BYTES - 100
+
+
 @pytest.mark.parametrize(("number", "oldest"), [(49, 0), (50, 1), (60, 11)])
 def test_of_too_many_rejected_commits_the_oldest_are_forgotten(
     store: hook.StateStore, number: int, oldest: int

@@ -2,7 +2,7 @@
 
 Everything is measured in one run on the stand-in cluster with the real kubectl: ratios say more
 than seconds. Clients and the server of the baseline are processes of their own. `--short` measures
-only a burst of pushes, red images and rollbacks, and switches a few times.
+only a burst of pushes, red runs and rollbacks, and switches a few times.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from tests.bench.observing import Row
 from tests.bench.pushes import measure_process, measure_pushes
-from tests.bench.switches import measure_deployments, measure_switches
+from tests.bench.switches import measure_deployments, measure_refusals, measure_switches
 from tests.fleet import fleet
 from tests.world import BIN, ROOT, Object
 
@@ -56,8 +56,11 @@ def measure(directory: Path, options: argparse.Namespace) -> Iterator[Row]:
             yield from measure_pushes(world, clients, 1 if options.short else 3)
             if not options.short:
                 yield from measure_process(world, clients)
-        with fleet(directory / "switches", names, speed=1.0) as world:
+        long_tests: Object = {"test": "sleep 600", "environments": ["staging", "production"]}
+        switches = {**{name: {} for name in names}, "red": long_tests}
+        with fleet(directory / "switches", switches, speed=1.0) as world:
             apps = [world[name] for name in names]
+            yield from measure_refusals(world["red"])
             yield from measure_deployments(apps)
             yield from measure_switches(apps, clients, 4 if options.short else 50)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.pool import Pool
 from typing import Any
 
+import gitops_hook as hook
 from tests import services
 from tests.bench.clients import Visit, visit
 from tests.bench.observing import RUN, Recorder, Row, label, timed
@@ -163,6 +164,31 @@ def measure_deployments(apps: Sequence[Member]) -> Iterator[Row]:
     calls = timed(lambda: [apps[0].fleet.kubectl(*get) for _ in range(10)])
     name = "push to live, minus tests, rollout and bake (floor: 10 kubectl calls)"
     yield Row(name, spent, "s", 2.5, None, calls)
+
+
+def take_a_node_port(objects: dict[str, Object]) -> None:
+    """Let a version want what is refused."""
+    (web,) = objects["Deployment"]["spec"]["template"]["spec"]["containers"]
+    web["ports"][0]["hostPort"] = 8080
+
+
+def fetch(app: Member, commit: str) -> None:
+    """Fetch the manifests of a commit, and nothing else."""
+    git = hook.Git(app.fleet.secrets / hook.GIT_CREDENTIALS)
+    with git.manifests(str(app.repository.bare), commit, "deploy"):
+        pass
+
+
+def measure_refusals(app: Member) -> Iterator[Row]:
+    """Push what is refused to an app whose tests take very long."""
+    red = []
+    for number in range(5):
+        end = deploy(app, f"refused-{number}", change=take_a_node_port)
+        red.append(time.monotonic() - end["began"])
+        assert (end["reason"], end["stage"]) == ("ManifestRefused", "staging"), end
+    floor = statistics.median(timed(lambda: fetch(app, end["commit"])) for _ in range(5))
+    name = "refused manifest: push to red while the tests run (floor: git alone)"
+    yield Row(name, statistics.median(red), "s", 5.0, None, floor)
 
 
 # Switches under load.
