@@ -3668,7 +3668,7 @@ SET_FIELDS = {
         "the built image, by digest, for `build.image` and for the app's name; "
         "for the only container, if nothing names them"
     ),
-    "Pod.spec.containers.readinessProbe": "one that asks `deploy.health.path`, if that is set and you say nothing",
+    "Pod.spec.containers.readinessProbe": "`deploy.health.path`, if that is set and you say nothing",
     "Pod.spec.containers.lifecycle.preStop": "a sleep of 5 s if you say nothing",
     "Pod.spec.*.configMap*.name": "the name of the ConfigMap's copy",
     "Pod.spec.topologySpreadConstraints.labelSelector.matchLabels": (
@@ -4205,14 +4205,11 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
     selector = {LABEL_APP: app.name, label: placement.colour, LABEL_RUN: run.id}
     service: Object = {}
     deployment: Object = {}
-    copies = dict[str, Object]()
     with faults.collect():
         objects = copy.deepcopy(objects)
     with faults.collect():
         service = rendered_service(app, objects.service, selector)
-    for name, item in objects.configmaps.items():
-        with faults.collect():
-            copies[name] = configmap_copy(app, item)
+    copies = rendered_copies(app, objects, faults)
     with faults.collect():
         pod = objects.deployment["spec"]["template"]["spec"]
         with faults.collect():
@@ -4228,10 +4225,17 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
     faults.require_none()
     rendered = (deployment, [*copies.values()], service)
     release = Release(run.id, run.commit, image, placement.colour, selector, *rendered)
-    with faults.collect():
-        release.configmap(app.name)  # refuses what is too large before anything changes
-    faults.require_none()
+    release.configmap(app.name)  # refuses what is too large before anything changes
     return release
+
+
+def rendered_copies(app: App, objects: AppObjects, faults: Faults) -> dict[str, Object]:
+    """Return the immutable copies of an app's ConfigMaps, by the names in the manifests."""
+    copies: dict[str, Object] = {}
+    for name, item in objects.configmaps.items():
+        with faults.collect():
+            copies[name] = configmap_copy(app, item)
+    return copies
 
 
 def rendered_deployment(
@@ -9659,7 +9663,7 @@ class RunReconciler:
         self.informers = context.informers
         self.catch_up = catch_up
         self.workers = workers
-        self.reader = ManifestReader(context, workers)
+        self.reader = ManifestChecks(context, workers)
         self.cooldown = Cooldown(context.clock)
         self.trackers: dict[str, ProblemTracker] = {}  # of open runs
         self.events: dict[str, list[PodEvent]] = {}  # of their pods, as far as they were read
@@ -9968,7 +9972,7 @@ def latest_version(jobs: Mapping[str, Job], pods: Iterable[Pod]) -> int:
     return max([*(job.version for job in jobs.values()), *(pod.version for pod in pods)])
 
 
-class ManifestReader:
+class ManifestChecks:
     """Reads the manifests of runs in workers, each once, and remembers how a run ends by them."""
 
     def __init__(self, context: ControllerContext, workers: Workers) -> None:

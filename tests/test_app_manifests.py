@@ -1204,24 +1204,22 @@ def test_refusals_in_the_objects_and_in_their_rendering_are_reported_at_once() -
     items = changed(f"{POD}.hostNetwork", True)
     (web,) = items[0]["spec"]["template"]["spec"]["containers"]
     web["image"] = "registry.example.com/other"
+    items[0]["spec"]["template"]["spec"]["containers"] += [{**web, "name": "second"}]
     items[0]["spec"]["template"]["spec"]["serviceAccountName"] = "admin"
     items[0]["spec"]["replicas"] = 1001
     items[1]["spec"]["type"] = "ExternalName"
     items[2]["data"]["NUMBER"] = 5
     faults = Faults()
-    text = json.dumps({"kind": "List", "items": items})
-    checked = check_objects(
-        app_of(), "production", parse_manifests(text, "app.json"), faults=faults
-    )
+    checked = check_objects(app_of(), "production", manifests_of(items), faults=faults)
     with faults.collect():
         render(app_of(), RUN, BUILT, Placement("green", 0), checked)
     reason, detail = fault(faults.require_none)
     assert reason is Reason.MANIFEST_REFUSED
     assert [line.split(". ")[0] for line in detail.split("\n")] == [
-        "app.json: Deployment web: spec.hostNetwork shares the network of the node",
+        "deploy/app.json: Deployment web: spec.hostNetwork shares the network of the node",
+        "deploy/app.json: Deployment web: spec.serviceAccountName is not in deploy.service_accounts",
         "Service shop is an ExternalName, which selects no pods",
         "ConfigMap settings: NUMBER is not a text",
-        "The Deployment names a service account",
         f"No container has the image {IMAGE!r} (or 'shop'), so the build would not be deployed",
         "1001 replicas are too many",
     ]
@@ -1235,8 +1233,11 @@ def test_a_fault_is_collected_once_and_incomplete_objects_end_it_at_once() -> No
         with faults.collect():
             {}["missing"]
     assert len(fault(faults.require_none)[1].split("\n")) == 2
-    manifests = parse_manifests(SERVICE, "app.yaml")
-    assert "found: none" in fault(lambda: check_objects(app_of(), "x", manifests, faults=faults))[1]
+    manifests = manifests_of([objects()[1]])
+    assert (
+        "There is no Deployment"
+        in fault(lambda: check_objects(app_of(), "x", manifests, faults=faults))[1]
+    )
 
 
 def test_the_first_of_very_many_refusals_are_listed_and_the_rest_is_counted() -> None:
