@@ -3958,6 +3958,9 @@ class SortedManifests:
         self.selected = [d for d in deployments if selects({"matchLabels": selector}, labels_of(d))]
         fronts = self.selected or deployments
         self.front = fronts[0] if len({d.name for d in fronts}) == 1 else None
+        pod = part_of(self.front and self.front.content, "spec", "template", "spec")
+        configmaps = {m.name for m in self.of_kind("ConfigMap")}
+        self.configmaps = configmaps & configmap_names(pod) if pod else configmaps
 
     def of_kind(self, kind: str) -> list[Manifest]:
         """Return the manifests of one of our kinds."""
@@ -4004,8 +4007,7 @@ class SortedManifests:
         if manifest.version != KINDS.get(manifest.kind):
             return False
         if manifest.kind == "ConfigMap":
-            pod = part_of(self.front and self.front.content, "spec", "template", "spec")
-            return not pod or manifest.name in configmap_names(pod)
+            return manifest.name in self.configmaps
         chosen = self.front if manifest.kind == "Deployment" else self.service
         return chosen is None or manifest is chosen
 
@@ -4030,13 +4032,13 @@ class SortedManifests:
             fault = f"Service {self.app.service_name!r} must select the pods of one Deployment"
             yield f"{fault} (selected: {names}). Correct its selector."
 
-    def claims_of_one_node(self) -> list[str]:
+    def claims_of_one_node(self) -> set[str]:
         """Return the names of claims, also ignored ones, whose disk only one node can use."""
         claims = [m for m in self.all if m.kind == "PersistentVolumeClaim"]
         shared = ("ReadWriteMany", "ReadOnlyMany")
         modes = {m.name: part_of(m.content, "spec").get("accessModes") for m in claims}
         lists = {name: m if isinstance(m, list) else [] for name, m in modes.items()}
-        return [name for name, m in lists.items() if not any(mode in m for mode in shared)]
+        return {name for name, m in lists.items() if not any(mode in m for mode in shared)}
 
 
 def part_of(value: Any, *keys: str) -> Object:
@@ -4051,23 +4053,21 @@ def labels_of(deployment: Manifest) -> Object:
     return part_of(deployment.content, "spec", "template", "metadata", "labels")
 
 
-def configmap_names(pod: Object) -> list[Any]:
+def configmap_names(pod: Object) -> set[str]:
     """Return the names of the ConfigMaps that a pod uses."""
-    parts = walk("", pod)
-    return [p.get("name") for k, p in parts if k in CONFIGMAP_REFERENCES and isinstance(p, dict)]
+    parts = [part for key, part in walk("", pod) if key in CONFIGMAP_REFERENCES]
+    names = [part.get("name") for part in parts if isinstance(part, dict)]
+    return {name for name in names if isinstance(name, str)}
 
 
 def selects(selector: Object, labels: Mapping[str, Any]) -> bool:
     """Whether a label selector that asks for anything reaches pods with these labels."""
     wanted = part_of(selector, "matchLabels")
     terms = selector.get("matchExpressions") or []
-    return bool(wanted or terms) and all(
-        [
-            # a text: comparing anything deeper may not end well
-            *(isinstance(v, str) and labels.get(key) == v for key, v in wanted.items()),
-            *(term_holds(term, labels.get(term["key"])) for term in terms),
-        ]
-    )
+    # a text: comparing anything deeper may not end well
+    pairs = (isinstance(v, str) and labels.get(key) == v for key, v in wanted.items())
+    held = (term_holds(term, labels.get(term["key"])) for term in terms)
+    return bool(wanted or terms) and all(pairs) and all(held)
 
 
 def term_holds(term: Object, value: Any) -> bool:
@@ -4087,7 +4087,7 @@ def refusals(
     namespace: str,
     environment: str,
     deploy: DeploySettings,
-    claims: Sequence[str] = (),
+    claims: Set[str],
 ) -> Iterator[str]:
     """Yield what an object of an app may not say, each with what to do about it."""
     shown = {k: "any" if k in CONFIGMAP_DATA else v for k, v in item.items()}
@@ -4109,13 +4109,13 @@ def refusals(
                 yield f"{name} {fault}"
 
 
-def value_fault(name: str, value: Any, deploy: DeploySettings, claims: Sequence[str]) -> str:
+def value_fault(name: str, value: Any, deploy: DeploySettings, claims: Set[str]) -> str:
     """Return why a field may not have its value, and what to do; empty where it may."""
     if name in ACCOUNT_FIELDS and value not in ("default", *deploy.service_accounts):
         return "is not in deploy.service_accounts. Remove it, or add it there."
     if (name, value) == ("strategy.type", "Recreate"):
         return "is Recreate, but two versions run side by side. Use RollingUpdate and shared data."
-    if name == "persistentVolumeClaim.claimName" and value in claims:
+    if name == "persistentVolumeClaim.claimName" and isinstance(value, str) and value in claims:
         return "is a disk of one node, but two versions run side by side. Use ReadWriteMany."
     if name == "spec.progressDeadlineSeconds" and isinstance(value, int):
         return "is more than a day. Use less." if value > LONGEST_DEADLINE else ""

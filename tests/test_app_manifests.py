@@ -1486,6 +1486,23 @@ def test_what_is_no_name_of_a_service_account_is_a_fault_of_the_configuration(na
         app_of(deploy={"service_accounts": [name]})
 
 
+def test_thousands_of_objects_are_sorted_in_time() -> None:
+    items = objects()
+    pod = items[0]["spec"]["template"]["spec"]
+    names = [f"c{i}" for i in range(5000)]
+    pod["containers"][0]["envFrom"] += [{"configMapRef": {"name": name}} for name in names]
+    claims = [{"name": n, "persistentVolumeClaim": {"claimName": n}} for n in names]
+    pod["volumes"] += claims
+    items += [{**other("ConfigMap", name), "apiVersion": "v1"} for name in names]
+    items += [other("PersistentVolumeClaim", name) for name in names]
+    manifests = [Manifest(f"app.json: {item['kind']}", item) for item in items]
+    began = time.monotonic()
+    app = app_of(deploy={"ignore": ["PersistentVolumeClaim"]})
+    detail = fault(lambda: check_objects(app, "production", manifests))[1]
+    assert "claimName is a disk of one node" in detail
+    assert time.monotonic() - began < 30
+
+
 def test_of_two_deployments_the_one_that_the_service_selects_is_the_apps() -> None:
     items = objects(f"{WORKER}---{ALL}")
     ignored = check(items, deploy={"ignore": ["Deployment/shop-worker"]})
