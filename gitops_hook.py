@@ -3500,7 +3500,7 @@ def declared(text: str) -> int:
 
 # === app manifests ================================================================================
 
-MANIFEST_BYTES = 2 * 1024 * 1024  # of all files that are read, or of what kustomize prints
+MANIFEST_BYTES = 2 * 1024 * 1024  # of all plain files that are read
 MANIFEST_SUFFIXES = (".yaml", ".yml", ".json")
 PRINTED_BYTES = 4 * MANIFEST_BYTES  # of what kubectl prints, which is indented
 MANIFEST_LINES = 100_000  # in it, one for each key and value; Python needs some 300 bytes for each
@@ -3853,7 +3853,7 @@ class ManifestReader:
         for line in stderr.removeprefix("error: ").strip().split("\n")[: len(files) + 1000]:
             match = re.search(rf"{re.escape(str(self.home))}/([0-9]+)\.yaml\"?: (.*)", line)
             source = str(files[int(match[1])].relative_to(self.root)) if match else where
-            cause = match[2] if match else line
+            cause = match[2] if match else line.replace(str(self.home), where)
             yield f"{source}: {in_plain_words(cause, FILE_WORDS) or clip(cause)}"
 
 
