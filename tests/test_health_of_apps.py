@@ -55,6 +55,8 @@ APPS: dict[str, Object] = {
     name: {"health": {"successes": 2, "timeout": "3s"}, "bake": "2s"}
     for name in ("host", "managed", "encrypted", "tcp", "exec", "grpc", "none", "paths")
 }
+for name in ("managed", "paths"):
+    APPS[name]["bake"] = "5s"
 APPS["overridden"] = {"health": {"path": "/healthz", "port": 9090, "successes": 2, "timeout": "3s"}}
 ADMIN = {"name": "admin", "containerPort": 9090}
 PATIENCE = 240.0  # seconds: all of them begin at the same time
