@@ -11060,8 +11060,6 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
     task = task_of(tools.config, app, environment)
     operations = tools.deployer.steady
     service = operations.live.read(task) or Service(NO_SERVICE)
-    renamed = app.deploy.service or not service.name
-    left_behind = operations.live.left_behind(task) if renamed else []
     source = service if service.in_order else operations.live.recorded(task, service)
     live = service.live
     if not live and source and service.run:
@@ -11080,7 +11078,7 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
         claim=service.claim,
         bake_until=service.annotation(ANNOTATION_BAKE, 0.0),
         reverted=newest_entry if left else HistoryEntry(),
-        left_behind=tuple(service.name for service in left_behind),
+        left_behind=tuple(other.name for other in operations.live.left_behind(task)),
     )
 
 
