@@ -96,8 +96,8 @@ def unsaid(faults: Sequence[str], text: str) -> list[str]:
 
 def stopped(apps: Fleet, run: str) -> None:
     """Wait until the tests of a run have been stopped."""
-    eventually(lambda: "Failed" in conditions(apps, run), 30, "its Job has failed")
-    eventually(lambda: not running(apps, run), 30, "its pod is gone")
+    eventually(lambda: "Failed" in conditions(apps, run), 90, "its Job has failed")
+    eventually(lambda: not running(apps, run), 90, "its pod is gone")
 
 
 def running(apps: Fleet, run: str) -> bool:
