@@ -3668,7 +3668,7 @@ SET_FIELDS = {
         "the built image, by digest, for `build.image` and for the app's name; "
         "for the only container, if nothing names them"
     ),
-    "Pod.spec.containers.readinessProbe": "`deploy.health.path`, if that is set and you say nothing",
+    "Pod.spec.containers.readinessProbe": "`deploy.health.path`, if set and you say nothing",
     "Pod.spec.containers.lifecycle.preStop": "a sleep of 5 s if you say nothing",
     "Pod.spec.*.configMap*.name": "the name of the ConfigMap's copy",
     "Pod.spec.topologySpreadConstraints.labelSelector.matchLabels": (
@@ -9752,8 +9752,8 @@ class RunReconciler:
         unseen = frozenset(environment for environment, i in informers if i.trouble)
         events = self.events.get(run.id, [])
         problems = [p for pod in pods for p in pod_problems(pod, events)]
-        services = self.context.apps[run.app].test.services
-        silent = [p for pod in pods for p in service_problems(pod, services)]
+        app = self.context.apps[run.app]
+        silent = [p for pod in pods for p in service_problems(pod, app.test.services)]
         stuck = [p for p in pods if p.stays and (p.unschedulable or container_to_start(p))]
         for job in jobs.values():
             refused = job.annotations.get(ANNOTATION_REASON) in CREATION_REASONS
@@ -9761,7 +9761,7 @@ class RunReconciler:
                 detail = job.annotations.get(ANNOTATION_DETAIL, "")
                 problems.append(job_creation_problem(detail, job.name))
         now = self.context.clock.now()
-        app = self.context.apps[run.app]
+        tracker = self.trackers.setdefault(run.id, ProblemTracker())
         return Observation(
             app=app,
             run=run,
@@ -9770,9 +9770,7 @@ class RunReconciler:
             services={e: s for e, i in informers if (s := i.find(app.service_name))},
             head=self.catch_up.head(run),
             newer=newer,
-            fatal_problem=self.trackers.setdefault(run.id, ProblemTracker()).fatal(
-                problems + silent, now
-            ),
+            fatal_problem=tracker.fatal(problems + silent, now),
             busy=busy | unseen,
             now=now,
             queue_timeout=self.context.config.limits.queue_timeout,
@@ -9918,7 +9916,7 @@ class RunReconciler:
         self.cooldown.start("Events", LOOK_SECONDS / 4)
         self.cooldown.start(key, EVENTS_SECONDS)
         has_pod = not lacks_pod(job, observed.pods)
-        problem = observed.holdup if has_pod else self.missing_pod(job)
+        problem = observed.holdup if has_pod else missing_pod(self.context.kubectl, job)
         unexplained = [pod for pod in observed.pods if pod.job == job.uid and is_unexplained(pod)]
         if unexplained:
             with suppress(KubectlError, *SHAPE_ERRORS):
@@ -9933,15 +9931,6 @@ class RunReconciler:
                 self.informers.annotate(job, words)
         elif has_pod and ANNOTATION_REASON in job.annotations:
             self.informers.annotate(job, NO_WAIT)
-
-    def missing_pod(self, job: Job) -> PodProblem | None:
-        """Return why no pod of a Job can be created, as its newest Event says it."""
-        terms = (f"involvedObject.uid={job.uid}", "reason=FailedCreate")
-        events: list[PodEvent] = []
-        with suppress(KubectlError, *SHAPE_ERRORS):
-            events = read_events(self.context.kubectl, job.namespace, *terms)
-        newest = max(events, key=lambda event: event.last, default=None)
-        return job_creation_problem(newest.text, job.name) if newest else None
 
     def delete_unrun_jobs(self) -> None:
         """Delete Jobs of runs that ended without them: those have no time to live."""
@@ -9960,6 +9949,16 @@ class RunReconciler:
             logs = self.context.recorder.logs
             logs.start(partial(logs.delete_expired, app, self.context.config.namespaces))
             self.cooldown.start(f"logs of {app.name}", 3600.0)
+
+
+def missing_pod(kubectl: Kubectl, job: Job) -> PodProblem | None:
+    """Return why no pod of a Job can be created, as its newest Event says it."""
+    terms = (f"involvedObject.uid={job.uid}", "reason=FailedCreate")
+    events: list[PodEvent] = []
+    with suppress(KubectlError, *SHAPE_ERRORS):
+        events = read_events(kubectl, job.namespace, *terms)
+    newest = max(events, key=lambda event: event.last, default=None)
+    return job_creation_problem(newest.text, job.name) if newest else None
 
 
 def lacks_pod(job: Job, pods: Iterable[Pod]) -> bool:
