@@ -10969,7 +10969,7 @@ class EnvironmentStatus:
     claim: Claim
     bake_until: float
     reverted: HistoryEntry  # what the last switch left, and why
-    left_behind: tuple[str, ...]  # live Services of the app under other names
+    left_behind: tuple[str, ...] = ()  # live Services of the app under other names
 
     @property
     def runs(self) -> list[str]:
