@@ -3745,7 +3745,7 @@ def read_manifests(root: Path, path: str) -> list[Manifest]:
     root = root.resolve()
     directory = (root / path).resolve()
     if not directory.is_dir() or not directory.is_relative_to(root):
-        refuse(advice_for_no_folder(root, path), INVALID)
+        refuse(advice_for_no_folder(root, path))
     if (directory / CHART).exists():
         refuse(f"{path} is a Helm chart. {RENDER_CHART}")
     with tempfile.TemporaryDirectory(prefix="gitops-hook-") as home:

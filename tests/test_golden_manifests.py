@@ -43,7 +43,7 @@ def rendering(app: App, checkout: Path, environment: str) -> Object:
     path = app.deploy.manifests.replace("{environment}", environment)
     try:
         manifests = read_manifests(checkout, path)
-        checked = check_objects(app, environment, manifests)
+        checked = check_objects(app, environment, manifests, environment)
         release = render(app, RUN, BUILT, Placement("blue", 0), checked)
     except StageError as refused:
         return {"refused": refused.detail}
