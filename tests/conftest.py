@@ -16,6 +16,7 @@ LINES = 60
 # What takes minutes, because clusters, daemons and pods really run: `make cluster`. The rest is the
 # quick suite, `make test`, but for the tests that are marked `cluster` one by one.
 CLUSTER = {
+    "test_colours",
     "test_commands",
     "test_controller",
     "test_deploy",
@@ -28,7 +29,10 @@ CLUSTER = {
     "test_pains",
     "test_tries",
     "test_rbac",
+    "test_refusals",
     "test_reports_of_tests",
+    "test_services",
+    "test_switched_service",
 }
 STANDIN = Path(__file__).parent / "standin"
 

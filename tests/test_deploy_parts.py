@@ -835,7 +835,7 @@ class Shelf(hook.Kubectl):
         super().__init__(hook.Metrics())
         self.log, self.fails, self.kept = log, fails, dict[str, Object]()
 
-    def logs(self, pod: str, container: str, namespace: str) -> str:
+    def logs(self, pod: str, container: str, namespace: str, *, previous: bool = False) -> str:
         return self.log.format(pod=pod, container=container)
 
     def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:

@@ -93,7 +93,8 @@ def put(target: Any, schema: Object, path: Path) -> None:
     elif not rest:
         target[name] = merged(target.get(name), VALUES.get(name, sample(child)))
     else:
-        empty: Any = [] if rest[0] == LIST else {}
+        needed = "required" in resolved(child)
+        empty: Any = [] if rest[0] == LIST else sample(child) if needed else {}
         put(target.setdefault(name, empty), child, tuple(rest))
 
 
@@ -101,7 +102,9 @@ def folder() -> list[Object]:
     """Manifests in which everything that rendering can set is set."""
     items = objects()
     items[0]["metadata"]["namespace"] = "production"
+    items[0]["spec"].pop("replicas", None)
     pod = items[0]["spec"]["template"]["spec"]
+    pod["containers"][0].pop("readinessProbe", None)
     pod["initContainers"] = [{"name": "init", "image": IMAGE}]
     term = {"topologyKey": "zone", "labelSelector": {"matchLabels": {"app": "shop"}}}
     pod["topologySpreadConstraints"] = [term]
@@ -133,7 +136,7 @@ def entries(path: str) -> set[str]:
 @cache
 def shop() -> App:
     """The app whose manifests these are."""
-    return app_of()
+    return app_of(deploy={"health": {"path": "/ready"}})
 
 
 def changes(items: list[Object]) -> list[str] | None:
