@@ -20,8 +20,8 @@ PRODUCT = ROOT / "gitops_hook.py"
 
 # One person reads one file in an afternoon. What needs more lines than this earns them by removing
 # others, or makes the case for a higher number here.
-# The aim is 5,400. What is promised and tested about safety takes more, and so does one statement a
-# line: this number may only become smaller.
+# The aim is half of it. What is promised and tested about safety takes more, and so does one
+# statement a line.
 MAX_LINES = 11681
 MAX_FUNCTION_LINES = 40
 MEDIAN_FUNCTION_LINES = 8

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 import gitops_hook
@@ -17,7 +18,7 @@ from tests.settings import settings_by_path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-MAX_LINES = 400
+MAX_LINES = 440
 # What a reader meets in `status`, in logs and in metrics.
 WORDS = {
     *("app", "run", "stage", "environment", "colour"),
@@ -126,6 +127,43 @@ def test_its_contents_list_every_heading(readme: str) -> None:
     assert first
     listed = re.findall(r"\[([^]]+)\]\(#([\w-]+)\)", contents)
     assert listed == [(title, prose.anchor(title)) for title in prose.headings(readme)]
+
+
+def test_its_example_of_a_repository_is_deployed_as_it_says(readme: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    files = {m[1]: b for b in blocks if (m := re.match(r"# (deploy/\S+)\n", b))}
+    (settings,) = [block for block in blocks if block.startswith("apps:\n")]
+    for name, text in files.items():
+        for path in (name, name.replace("/production/", "/staging/")):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(text)
+    (app,) = gitops_hook.load_config(settings).apps
+    run = gitops_hook.Run(
+        id="shop-1a2b3c4d-5e6f", app="shop", ref="refs/heads/main", commit="1" * 40
+    )
+    for environment in app.deploy.environments:
+        manifests = gitops_hook.read_manifests(tmp_path, app.deploy.folder(environment))
+        checked = gitops_hook.check_objects(app, environment, manifests, environment)
+        release = gitops_hook.render(
+            app, run, "x@sha256:" + "0" * 64, gitops_hook.Placement("blue", 1), checked
+        )
+        assert release.wanted == 4
+        assert release.configmaps[0]["data"] == {"PUBLIC_HOST": "shop.example.com"}
+
+
+def test_its_examples_of_tests_are_settings(readme: str) -> None:
+    blocks = re.findall(r"```yaml\n(test:.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        test = yaml.safe_load(block)["test"]
+        app = {
+            "name": "shop",
+            "repository": "/shop.git",
+            "build": {"builder": "none"},
+            "test": test,
+        }
+        config = gitops_hook.load_config(yaml.safe_dump({"apps": [app]}))
+        assert [*gitops_hook.quota_warnings(config)] == []
 
 
 def test_its_links_lead_to_headings(readme: str) -> None:
