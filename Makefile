@@ -288,7 +288,7 @@ test: $(INSTALLED) ## Run the tests that take a minute (ARGS='-k webhook -x', SE
 	@$(MEASURED) $(BIN)/python -m pytest -m 'not cluster' -n 2 --dist loadfile $(SHUFFLED) $(ARGS)
 
 cluster: $(INSTALLED) ## Run the tests that take minutes: the daemon on the stand-in cluster, and that itself
-	@$(MEASURED) $(BIN)/python -m pytest -m cluster -n 3 --dist loadfile $(SHUFFLED) $(ARGS)
+	@$(MEASURED) $(BIN)/python -m pytest -m cluster -n 2 --dist loadfile $(SHUFFLED) $(ARGS)
 
 coverage: $(INSTALLED) ## Measure which branches both suites run (SUITES= only reports)
 	@for suite in $(SUITES); do $(MAKE) $$suite COVERAGE=1; done

@@ -1263,7 +1263,7 @@ SERVICE_VARIABLE = re.compile("TERMINATION_LOG")
 VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]{0,99}")
 # Variables that the programs in Job pods get from us, or whose value says what they load and run.
 OWN_VARIABLE = re.compile(
-    r"(?:CLONE_|GIT_|GITOPS_HOOK_|KUBE|LD_|PYTHON)\w*|BASH_ENV|CA_BUNDLE|CA_FILE|CI"
+    r"(?:CLONE_|GIT_|GITOPS_HOOK_|KUBE|LD_|PYTHON)\w*|BASH_ENV|CA_BUNDLE|CA_FILE|CI|COLLECTING"
     r"|CREDENTIALS_FILE|ENV|HOME|IFS|JUNIT_XML|PATH|TERMINATION_LOG|container"
 )
 # What a kubelet sets in a pod beside a Service whose name begins with gitops-hook.
@@ -3079,6 +3079,7 @@ class Cooldown:
 RUN_FIELDS = ("ref", "commit", "before", "title", "delivery")  # each an annotation of the Job
 BUILD_CONTAINER = "kaniko"
 SOURCE = "/workspace/src"
+COLLECTING = "/workspace/.collecting"  # is there once the side-car of the tests listens
 CREDENTIALS_MOUNT = "/var/run/gitops-hook"
 CA_MOUNT = "/var/run/gitops-hook-ca"
 CA_BUNDLE = "/workspace/ca-certificates.crt"  # where the clone writes public and private ones
@@ -3187,9 +3188,11 @@ def test_job(config: Config, app: App, run: Run) -> Object:
     tests |= {"command": ["sh", "-ec", TRUSTING], "workingDir": SOURCE}
     if settings.env_from:
         tests["envFrom"] = [{"secretRef": {"name": name}} for name in settings.env_from]
-    # a side-car first: it listens long before the tests can end
+    # a side-car first, for which the clone waits: it listens before the tests can end
     job = stage_job(config, app, run, "test", {**results, "restartPolicy": "Always"}, tests)
     pod = job["spec"]["template"]["spec"]
+    waiting = {"COLLECTING": COLLECTING}
+    pod["initContainers"] = [with_variables(c, waiting) for c in pod["initContainers"]]
     for service in settings.services:
         pod["initContainers"] += [with_variables(service_container(service), config.job_env)]
         pod["volumes"] += service_volumes(service)
@@ -11566,6 +11569,9 @@ def spec_lines(deployment: Object) -> list[str]:
     return yaml.safe_dump(spec).split("\n")[:-1]
 
 
+COLLECTOR_SECONDS = 60.0
+
+
 def clone(environ: Mapping[str, str]) -> int:
     """Inside a Job pod: check out the pushed commit, or write why not where the daemon reads it."""
     names = ("CLONE_URL", "CLONE_COMMIT", "CLONE_DIRECTORY", "CREDENTIALS_FILE", "TERMINATION_LOG")
@@ -11584,7 +11590,18 @@ def clone(environ: Mapping[str, str]) -> int:
     (directory.parent / "results").mkdir(exist_ok=True)
     if authorities := surroundings.authorities():
         Path(environ["CA_BUNDLE"]).write_bytes(authorities)
+    await_collector(environ.get("COLLECTING", ""))
     return 0
+
+
+def await_collector(path: str) -> None:
+    """Wait until the side-car of the tests listens, for a limited time.
+
+    It would not hear the end of tests that are over before that, and their report would be lost.
+    """
+    until = time.monotonic() + COLLECTOR_SECONDS
+    while path and not Path(path).exists() and time.monotonic() < until:
+        threading.Event().wait(0.05)
 
 
 def clone_settings(environ: Mapping[str, str]) -> CloneSettings:
@@ -11603,6 +11620,8 @@ def collect(environ: Mapping[str, str]) -> int:
     require_variables(environ, "JUNIT_XML", "TERMINATION_LOG")
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    if listening := environ.get("COLLECTING"):
+        Path(listening).touch()
     ended.wait()
     summary = junit_summary(Path(environ["JUNIT_XML"]))
     Path(environ["TERMINATION_LOG"]).write_text(summary, "utf-8")

@@ -273,6 +273,7 @@ def test_status_of_an_empty_cluster_as_json_has_every_key(story: Story) -> None:
         "bake_until": None,
         "reverted": {},
         "drift": "",
+        "left_behind": [],
     }
 
 

@@ -194,7 +194,7 @@ def test_a_run_whose_pod_no_node_takes_says_so_and_goes_on_when_one_does(apps: F
         queued = waiting.go("v3")
         said = f"a free slot: 1 of 1 is taken by {run}"
         eventually(lambda: run_of(apps, queued).get("waits_for") == said, 30, "it says for whom")
-        assert said in apps.command("status").stdout
+        eventually(lambda: said in apps.command("status").stdout, 30, "it says so to people, too")
     finally:
         apps.cluster.cordon(False)
     assert {apps.ended(each, 60)["outcome"] for each in (run, queued)} == {"tested"}

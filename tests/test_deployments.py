@@ -304,7 +304,7 @@ def test_an_existing_service_is_narrowed_and_never_sends_traffic_to_both(apps: F
     assert (ended["outcome"], traffic.failures, traffic.versions) == ("deployed", [], ["v0", "v1"])
     before = adopted.note("previous-selector")
     assert (before["app"], "pod-template-hash" in before) == ("adopted", True)
-    assert len(adopted.pods("v1")) == 2, "as many as served before, though the manifest says one"
+    assert len(adopted.pods("v1")) == 1, "as committed, though two served before"
 
 
 def test_an_adoption_that_failed_leaves_the_service_as_its_owner_had_it(apps: Fleet) -> None:

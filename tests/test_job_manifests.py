@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -872,6 +873,25 @@ def collected(directory: Path) -> Collected:
         finally:
             process.kill()
     return Collected(process.returncode, log.read_text("utf-8"), int(peak) * 1024 / 1e6)
+
+
+def test_the_clone_of_tests_ends_only_when_their_side_car_listens(tmp_path: Path) -> None:
+    job = of_test(config())
+    paths = {values(container(job, name))["COLLECTING"] for name in ("results", "clone")}
+    assert len(paths) == 1
+    assert "COLLECTING" not in values(container(of_build(config()), "clone"))
+    listening = tmp_path / "listening"
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(hook.await_collector, str(listening))
+        assert not waits.done()
+        environ = {"JUNIT_XML": "x", "TERMINATION_LOG": str(tmp_path / "log")}
+        argv = [sys.executable, str(ROOT / "gitops_hook.py"), "collect"]
+        with subprocess.Popen(argv, env={**environ, "COLLECTING": str(listening)}) as process:
+            waits.result(60)
+            assert catches_sigterm(process.pid)
+            process.terminate()
+            assert process.wait(60) == 0
+    hook.await_collector("")
 
 
 def ten_mebibytes(head: bytes, part: Callable[[int], bytes], tail: bytes) -> bytes:

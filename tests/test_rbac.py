@@ -213,6 +213,13 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             ),
             command("a first Service", CREATE, "services: create", listed(service("made"))),
             command(
+                "whether a Service would be taken",
+                "create -f - --dry-run=server",
+                "services: create",
+                listed(service("made")),
+            ),
+            command("Services left behind", f"get services -l {OURS} -o json", "services: list"),
+            command(
                 "a first one that failed", f"delete service/shop {QUIETLY}", "services: delete"
             ),
             *mirror("services", "/api/v1"),

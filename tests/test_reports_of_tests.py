@@ -70,8 +70,8 @@ def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         "gone": writes(RED),
     }
     named: dict[str, Object] = {name: {"test": command} for name, command in commands.items()}
-    named["meshed"] = {"test": "true", "test_timeout": "4s"}
-    named["slow"] = {"test": "sleep 600", "test_timeout": "4s"}
+    named["meshed"] = {"test": "true", "test_timeout": "12s"}
+    named["slow"] = {"test": "sleep 600", "test_timeout": "12s"}
     directory = tmp_path_factory.mktemp("reports")
     images = {"hook": "gitops-hook:dev"}
     with fleet(directory, named, images=images) as running:
@@ -175,5 +175,5 @@ def pods_of(apps: Fleet, run: str) -> list[Object]:
 def test_the_container_that_still_runs_is_named(apps: Fleet, name: str, container: str) -> None:
     ended = apps[name].deployed("v1")
     assert (ended["outcome"], ended["reason"]) == ("failed", "Timeout")
-    assert ended["detail"] == f"container {container} still runs after 4 s"
+    assert ended["detail"] == f"container {container} still runs after 12 s"
     assert not apps[name].leftovers()
