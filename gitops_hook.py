@@ -3573,7 +3573,10 @@ FILE_WORDS = {
 }
 OTHERS_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM)  # as the kernel ends one where memory is short
 MOST_WORDS = 20_000  # characters that are read of what kubectl says
-GO_OUT_OF_MEMORY = re.compile(r"(?m)^fatal error: .*(out of memory|cannot allocate memory)")
+# A Go program that gets no more memory ends by this fatal error, or breaks where it needs it.
+GO_OUT_OF_MEMORY = re.compile(
+    r"(?m)^(fatal error: .*(out of memory|cannot allocate memory)|SIGSEGV: |runtime: )"
+)
 # What a folder may not say, by the key under which it stands: each would let one application's
 # commit move another's traffic, pods or credentials, or reach the nodes. All other fields of a
 # Deployment and a Service are applied as they are, and Pod Security judges them. A field that is
