@@ -98,7 +98,8 @@ class Site:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """The site, upgraded while its visitors come and go, once it has come to rest."""
     directory = tmp_path_factory.mktemp("upgrade")
-    with Cluster(directory / "cluster", speed=2.0) as cluster, ExitStack() as stack:
+    # at a real cluster's speed: a pod that turns sick stays ready for 20 seconds
+    with Cluster(directory / "cluster", speed=1.0) as cluster, ExitStack() as stack:
         fleet = load(directory, cluster)
         stack.callback(fleet.kill)
         made = Site(fleet)
