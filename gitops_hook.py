@@ -5499,6 +5499,11 @@ def pod_problems(
     yield from filter(None, problems)
 
 
+def times(number: int) -> str:
+    """Return how often something has happened, as a sentence has it."""
+    return "once" if number == 1 else f"{number} times"
+
+
 def service_problems(pod: Pod, services: Sequence[ServiceSettings]) -> Iterator[PodProblem]:
     """Yield which services of a test pod do not listen, for which its tests wait.
 
@@ -5514,7 +5519,7 @@ def service_problems(pod: Pod, services: Sequence[ServiceSettings]) -> Iterator[
         text = f"service {service.name} does not listen on port {service.port}"
         if container.exits:
             cause = f"exit code {container.exit_code} ({container.exit_reason})"
-            text += f"; it ended {container.exits} times, last with {cause}"
+            text += f"; it ended {times(container.exits)}, last with {cause}"
         if container.exits >= SERVICE_EXITS:
             grace = 0.0
         key = f"{pod.name}/{service.name}/service"
@@ -5713,7 +5718,7 @@ class Observation:
         """Which services of the tests ended, and were started again, meanwhile."""
         names = [service.name for service in self.app.test.services]
         ours = [c for pod in self.pods if pod.job for c in pod.containers if c.name in names]
-        texts = [f"service {c.name} was restarted {c.restarts} times" for c in ours if c.restarts]
+        texts = [f"service {c.name} was restarted {times(c.restarts)}" for c in ours if c.restarts]
         return "; ".join(texts)
 
     @property
@@ -10851,7 +10856,7 @@ def quota_warnings(config: Config) -> Iterator[str]:
                     where = (
                         f"apps.{app.name}.{stage}: a pod asks for {name} of {asked.normalize():f}"
                     )
-                    advice = f"Raise it in Quota {stage}-quota, or ask for less."
+                    advice = f"Raise it in ResourceQuota {stage}-quota, or ask for less."
                     yield f"{where}, but the shipped quota allows {limit}. {advice}"
 
 

@@ -288,7 +288,7 @@ def test_pods_that_the_shipped_quota_never_allows_are_named_before_the_first_pus
     second = {**large, "name": "other", "port": 1}
     (requests, limits) = hook.quota_warnings(config(test={"services": [large, second]}))
     assert requests.startswith("apps.shop.test: a pod asks for requests.cpu of 2.3, but the ")
-    assert limits.endswith("allows 8Gi. Raise it in Quota test-quota, or ask for less.")
+    assert limits.endswith("allows 8Gi. Raise it in ResourceQuota test-quota, or ask for less.")
 
 
 # === What they may do ===

@@ -155,7 +155,7 @@ def test_a_service_that_never_listens_ends_the_run_after_its_time(apps: Fleet) -
 def test_a_service_that_dies_during_the_tests_is_named_beside_their_result(apps: Fleet) -> None:
     ended = ends(apps["dying"])
     assert (ended["outcome"], ended["reason"]) == ("failed", "TestsFailed")
-    assert ended["detail"] == "exit code 4; service db was restarted 1 times"
+    assert ended["detail"] == "exit code 4; service db was restarted once"
 
 
 def test_the_image_of_a_service_is_judged_like_others(apps: Fleet) -> None:
