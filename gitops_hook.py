@@ -1178,7 +1178,7 @@ def cross_faults(config: Config) -> Iterator[str]:
         for stage, settings in (("test", app.test), ("build", app.build)):
             yield from resource_faults(settings.resources, f"apps[{i}].{stage}")
         yield from variable_faults(app.test.env or {}, f"apps[{i}].test.env", TEST_VARIABLE)
-        yield from test_service_faults(app.test.services or (), f"apps[{i}].test.services")
+        yield from side_car_faults(app.test.services or (), f"apps[{i}].test.services")
     yield from service_faults(apps)
     yield from header_faults(apps)
     yield from variable_faults(config.job_env or {}, "job_env", OWN_VARIABLE)
@@ -1227,7 +1227,7 @@ def variable_faults(
             yield f"{where}.{name}: is set by this program, or would change how it works"
 
 
-def test_service_faults(services: Sequence[ServiceSettings], where: str) -> Iterator[str]:
+def side_car_faults(services: Sequence[ServiceSettings], where: str) -> Iterator[str]:
     """Yield what is wrong with the services of a test pod, which share an address."""
     if len(services) > MOST_SERVICES:
         yield f"{where}: {len(services)} are too many (at most {MOST_SERVICES})"

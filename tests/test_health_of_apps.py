@@ -147,12 +147,17 @@ def tell(app: Member, version: str, port: int, path: str) -> None:
         requests.get(f"http://{pod['status']['podIP']}:{port}{path}", timeout=5)
 
 
+def deployed_first(apps: Fleet, first: dict[str, str], name: str) -> Member:
+    """Return an app once its first version is live and nothing goes on there."""
+    apps.ended(first[name], PATIENCE)
+    apps[name].quiet(PATIENCE)
+    return apps[name]
+
+
 def test_an_app_whose_port_of_management_turns_sick_is_switched_back(
     apps: Fleet, first: dict[str, str]
 ) -> None:
-    managed = apps["managed"]
-    apps.ended(first["managed"], PATIENCE)
-    managed.quiet(PATIENCE)
+    managed = deployed_first(apps, first, "managed")
     run = managed.go("v2", modes="managed", change=MANAGED)
     managed.switched(run, PATIENCE)
     tell(managed, "v2", 9090, "/turn-sick")
@@ -164,9 +169,7 @@ def test_an_app_whose_port_of_management_turns_sick_is_switched_back(
 def test_an_app_that_does_not_listen_where_its_service_leads_fails_its_smoke_test(
     apps: Fleet, first: dict[str, str]
 ) -> None:
-    silent = apps["exec"]
-    apps.ended(first["exec"], PATIENCE)
-    silent.quiet(PATIENCE)
+    silent = deployed_first(apps, first, "exec")
     elsewhere = probed({"exec": {"command": ["true"]}}, targetPort=7070)
     ended = apps.ended(silent.go("v2", modes="deaf", change=elsewhere), PATIENCE)
     assert (ended["outcome"], ended["reason"]) == ("failed", "SmokeFailed")
