@@ -1359,7 +1359,7 @@ def decode_signing_token(token: bytes, line: int) -> bytes:
 
 
 SHORTEST_MASKED = 4  # characters; shorter secrets occur in innocent words
-# Repetitions in these expressions are bounded or possessive, so that searching a log takes time in
+# Repetitions in these expressions are bounded, lazy or possessive, so that searching a log takes time in
 # proportion to its length, whatever is in it.
 TOKEN_PREFIXES = (
     *("glpat-", "glptt-", "gldt-", "glrt-", "glcbt-", "glft-", "glimt-", "glsoat-", "glagent-"),
@@ -1395,7 +1395,7 @@ SECRET = re.compile(
 # where its first line is cut off, from the first character that could be a part of it.
 PEM_WORDS = "[A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
 PEM = re.compile(
-    rf"-----BEGIN {PEM_WORDS}[^-]*+(?:-(?!----)[^-]*+)*+(?:-----END {PEM_WORDS})?"
+    rf"-----BEGIN {PEM_WORDS}[\s\S]*?(?:-----END {PEM_WORDS}|(?=-----)|\Z)"
     rf"|(?<![\w+/=\s\\])[\w+/=\s\\]*+-----END {PEM_WORDS}"
 )
 # Every text that those expressions match contains one of these; this search is ten times as fast.
