@@ -1359,8 +1359,8 @@ def decode_signing_token(token: bytes, line: int) -> bytes:
 
 
 SHORTEST_MASKED = 4  # characters; shorter secrets occur in innocent words
-# Repetitions in these expressions are bounded, lazy or possessive, so that searching a log takes time in
-# proportion to its length, whatever is in it.
+# Repetitions in these expressions are bounded, lazy or possessive, so that searching a log takes
+# time in proportion to its length, whatever is in it.
 TOKEN_PREFIXES = (
     *("glpat-", "glptt-", "gldt-", "glrt-", "glcbt-", "glft-", "glimt-", "glsoat-", "glagent-"),
     *("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "dckr_pat_", "sk_live_", "rk_live_"),
