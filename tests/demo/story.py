@@ -14,7 +14,7 @@ from tests.demo.processes import Broken
 from tests.demo.setting import APP, Daemon, ask, wait_until
 from tests.standin.kubectl import Kubectl
 
-STEP_SECONDS = 60.0
+STEP_SECONDS = 180.0
 SABOTAGED_SECONDS = 15.0
 QUIET_SECONDS = 2.0
 MINIMUM_RATE = 50.0
