@@ -17,10 +17,12 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/venv /opt/venv
 COPY gitops_hook.py LICENSE /app/
-# Files of a checkout with a strict umask are their owner's only.
-RUN chmod -R a+rX /app
+# Compiled once here, not at the start of each container: it saves each of them a third of its start.
+# By no time of the source, which builders change. Files of a checkout with a strict umask are their
+# owner's only.
+RUN python -m compileall -q --invalidation-mode unchecked-hash /app && chmod -R a+rX /app
 # Logs appear when they are written; the root file system is read-only in the cluster.
-ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp
+ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp
 # Numeric, or the kubelet cannot prove runAsNonRoot.
 USER 65532:65532
 ARG REVISION=unknown
@@ -30,5 +32,6 @@ LABEL org.opencontainers.image.title="gitops-hook" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-ENTRYPOINT ["python", "/app/gitops_hook.py"]
+# -P: never a module of the folder in which it happens to be started.
+ENTRYPOINT ["python", "-P", "-m", "gitops_hook"]
 CMD ["serve"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -599,9 +602,33 @@ def test_the_image_is_given_every_file_it_copies_and_no_other() -> None:
 
 def test_the_image_starts_the_daemon_and_takes_its_commands(base: Installed) -> None:
     instructions = dict(dockerfile())
-    assert instructions["ENTRYPOINT"] == '["python", "/app/gitops_hook.py"]'
+    assert json.loads(instructions["ENTRYPOINT"])[0] == "python"
     assert instructions["CMD"] == '["serve"]'
     assert base.container["args"] == ["serve"]
+
+
+def test_the_image_starts_what_was_compiled_in_it_wherever_it_is_started(tmp_path: Path) -> None:
+    app, elsewhere = tmp_path / "app", tmp_path / "elsewhere"
+    app.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "gitops_hook.py").write_text("print('the wrong one')", "utf-8")
+    shutil.copy(ROOT / "gitops_hook.py", app)
+    runs = [rest for what, rest in dockerfile() if what == "RUN" and "compileall" in rest]
+    (compiling,) = [c.strip() for c in runs[0].split("&&") if "compileall" in c]
+    command = shlex.split(compiling.replace("/app", str(app)))
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    # as in an image whose builder sets other times, with a source that would not run
+    source = (app / "gitops_hook.py").read_text("utf-8")
+    (app / "gitops_hook.py").write_text(source + "\nraise SystemExit('compiled again')", "utf-8")
+    _, *arguments = json.loads(dict(dockerfile())["ENTRYPOINT"])
+    (setting,) = [rest for what, rest in dockerfile() if what == "ENV"]
+    (path,) = re.findall(r"PYTHONPATH=(\S+)", setting)
+    environ = {"PYTHONPATH": path.replace("/app", str(app))}
+    done = subprocess.run(
+        [sys.executable, *arguments, "--version"],
+        env=environ, cwd=elsewhere, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, gitops_hook.__version__), done.stderr
 
 
 # === Requirements ===
