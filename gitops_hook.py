@@ -2013,6 +2013,17 @@ class Kubectl:
         printed = self.run(*args, namespace=namespace).strip()
         return dict(json.loads(printed)) if printed else None
 
+    def get_each(self, namespace: str, *references: str) -> Sequence[Object | None]:
+        """Return objects such as "service/shop", read in this order; None where there is none.
+
+        Two or more: they take one call, of which most is kubectl's own start.
+        """
+        args = ("get", *references, "-o", "json", "--ignore-not-found")
+        printed = self.run(*args, namespace=namespace).strip()
+        items = json.loads(printed)["items"] if printed else []
+        by_reference = {f"{o['kind'].lower()}/{o['metadata']['name']}": o for o in items}
+        return [by_reference.get(reference) for reference in references]
+
     def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
         """Return the objects that match, e.g. `-l`, "a=b" or `--field-selector`, "a=b"."""
         args = ("get", resource, *filters, "-o", "json")
@@ -7072,6 +7083,14 @@ class ReportedDrift:
     selector: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class RecordedFields:
+    """What the release that is live, by the name of its record, has of a Service."""
+
+    record: str
+    fields: ServiceFields
+
+
 @dataclass(slots=True)
 class Remembered:
     """What this process remembers of live Services, each by app and environment."""
@@ -7079,6 +7098,7 @@ class Remembered:
     in_order: dict[tuple[str, str], Service] = dataclass_field(default_factory=dict)
     drifts: dict[tuple[str, str], ReportedDrift] = dataclass_field(default_factory=dict)
     removed: set[str] = dataclass_field(default_factory=set)  # uids of Services
+    fields: dict[tuple[str, str], RecordedFields] = dataclass_field(default_factory=dict)
 
 
 class LiveServices:
@@ -7094,6 +7114,10 @@ class LiveServices:
     def read(self, task: Task) -> Service | None:
         """Return the live Service as it is now; where its selector names no run, by its pods."""
         manifest = self.kubectl.get("service", task.app.service_name, task.namespace)
+        return self.service_of(task, manifest)
+
+    def service_of(self, task: Task, manifest: Object | None) -> Service | None:
+        """Return the live Service that was read; where its selector names no run, by its pods."""
         service = Service(manifest) if manifest else None
         if manifest and service and not (service.run or service.live):
             ready = map(Pod, self.workloads.ready(task.namespace, service.selector))
@@ -7250,7 +7274,13 @@ class LiveServices:
         return live.patch_to(wanted.fitted(service.spec))
 
     def recorded_fields(self, task: Task, entry: HistoryEntry) -> ServiceFields | None:
-        """Return what the recorded release of a history entry has of a Service, None for none."""
+        """Return what the recorded release of a history entry has of a Service, None for none.
+
+        A record never changes: that of the last switch need not be read again.
+        """
+        last = self.remembered.fields.get(task.labels)
+        if last and last.record == entry.release:
+            return last.fields
         with suppress(StageError):
             return ServiceFields.of(self.release(task, entry.release).service)
         return None
@@ -7463,7 +7493,13 @@ class Claims:
         The same patch remembers the release that stands in the idle colour if it is a rollback
         target, so that it can be restored, and narrows a foreign selector.
         """
-        service = self.live.read(task)
+        # in this order: who takes the claim after the first look makes the patch a conflict
+        manifest, standing = self.doors.kubectl.get_each(
+            task.namespace,
+            f"service/{task.app.service_name}",
+            f"deployment/{task.app.name}-{release.colour}",
+        )
+        service = self.live.service_of(task, manifest)
         self.live.require_accepted(task, service, release)
         if service is None:
             return None
@@ -7472,7 +7508,7 @@ class Claims:
         source = self.live.recorded(task, service)
         self.guard.require_order(task, service, source)
         self.require_no_rollback(task.app, service.claim)
-        restore = self.release_to_restore(task, service, release.colour)
+        restore = release_to_restore(service, release.colour, standing)
         claim = self.new(task.run.id, release.colour, Phase.PREPARING, restore)
         annotations: Object = {ANNOTATION_CLAIM: claim}
         goal = self.narrowed_entry(task, release, service, source)
@@ -7498,19 +7534,6 @@ class Claims:
         fresh = abs(self.doors.clock.now() - claim.since) < rollback_seconds(app)
         if fresh and claim.phase == Phase.ROLLBACK:
             raise HookError("a rollback is under way")
-
-    def release_to_restore(self, task: Task, service: Service, colour: str) -> str:
-        """Return the release of the rollback target that stands in a colour, "" where none does."""
-        claim = service.claim
-        name = f"{task.app.name}-{colour}"
-        standing = self.doors.kubectl.get("deployment", name, task.namespace)
-        labels = (standing or {"metadata": {}})["metadata"].get("labels") or {}
-        entry = service.entry(labels.get(LABEL_RUN, ""))
-        overwritten = (claim.colour, claim.run) == (colour, entry.run)
-        if overwritten or entry.colour != colour:
-            # no target stands there, but the claim may remember the one that did
-            return claim.restore if claim.colour == colour else ""
-        return entry.release if entry.outcome in (Outcome.DEPLOYED, "") else ""
 
     def narrowed_entry(
         self, task: Task, release: Release, service: Service, source: Service | None
@@ -7606,7 +7629,10 @@ class Claims:
         Live is what today's selector reaches, which may be what a person wrote: the two colours of
         our own pods among it, or neither; and, where there is no Service, what it reached.
         """
-        service = self.live.read(task)
+        names = [f"{task.app.name}-{colour}" for colour in COLOURS]
+        references = (f"service/{task.app.service_name}", *(f"deployment/{n}" for n in names))
+        manifest, *standing = self.doors.kubectl.get_each(task.namespace, *references)
+        service = self.live.service_of(task, manifest)
         source = self.live.recorded(task, service)
         self.guard.require_order(task, service, source)
         selector = service.selector if service else {}
@@ -7619,9 +7645,7 @@ class Claims:
         size = len(labels) if service and not service.ours else 0
         fault = "both colours serve; point the Service at one of them"
         idle = ""
-        for colour in COLOURS:
-            name = f"{task.app.name}-{colour}"
-            deployment = self.doors.kubectl.get("deployment", name, task.namespace)
+        for colour, name, deployment in zip(COLOURS, names, standing, strict=True):
             spec = deployment["spec"] if deployment else {}
             if colour in live:
                 size = max(size, int(spec.get("replicas", 1)) if deployment else 0)
@@ -7632,6 +7656,18 @@ class Claims:
         if not idle:
             raise StageError(Reason.ADOPTION_REFUSED, fault)
         return Placement(idle, size)
+
+
+def release_to_restore(service: Service, colour: str, standing: Object | None) -> str:
+    """Return the release of the rollback target that stands in a colour, "" where none does."""
+    claim = service.claim
+    labels = part_of(standing or {}, "metadata", "labels")
+    entry = service.entry(labels.get(LABEL_RUN, ""))
+    overwritten = (claim.colour, claim.run) == (colour, entry.run)
+    if overwritten or entry.colour != colour:
+        # no target stands there, but the claim may remember the one that did
+        return claim.restore if claim.colour == colour else ""
+    return entry.release if entry.outcome in (Outcome.DEPLOYED, "") else ""
 
 
 def still_claimed(claimed: Service, now: Service) -> bool:
@@ -7673,6 +7709,8 @@ class Traffic:
         if service:
             patch = self.live.patch_to(task, service, release)
             self.live.write(task, service, annotations, entry, patch)
+            carried = RecordedFields(entry.release, ServiceFields.of(release.service))
+            self.live.remembered.fields[task.labels] = carried
             return
         live = copy.deepcopy(release.service)
         live["metadata"]["annotations"] |= {k: annotation_text(v) for k, v in annotations.items()}
@@ -7916,9 +7954,12 @@ class Rollout:
         deployment = copy.deepcopy(release.deployment)
         deployment["metadata"]["annotations"][ANNOTATION_WRITTEN] = str(self.doors.clock.now())
         self.record(task, release)
-        name = deployment["metadata"]["name"]
-        standing = self.kubectl.get("deployment", name, task.namespace)
-        self.claims.check(task, claimed, self.live.read(task))
+        references = (
+            f"deployment/{deployment['metadata']['name']}",
+            f"service/{task.app.service_name}",
+        )
+        standing, manifest = self.kubectl.get_each(task.namespace, *references)
+        self.claims.check(task, claimed, self.live.service_of(task, manifest))
         if standing and standing["spec"]["selector"] != deployment["spec"]["selector"]:
             # the label of the colour is another now, and a selector cannot be changed
             self.kubectl.delete_exactly("apis/apps/v1", "deployments", standing)
@@ -8000,17 +8041,21 @@ class Rollout:
             process.communicate()
         return process.returncode
 
-    def smoke_test(self, task: Task, release: Release, pods: Informer[Pod]) -> None:
-        """Ask the new pods through the preview Service; raises StageError SmokeFailed."""
+    def smoke_test(
+        self, task: Task, release: Release, pods: Informer[Pod], preview: HealthCheck
+    ) -> None:
+        """Ask the new pods, and the preview Service, too; raises StageError SmokeFailed."""
         clock = self.doors.clock
         health = task.app.deploy.health
         check = release.checks(health).pods
-        preview = self.preview(task, release)
         deadline = clock.monotonic() + health.timeout
+        ready: list[Object] = []
         passed = 0
         while passed < health.successes:
             # the pods themselves first: the preview may lead to those before for a moment
-            ready = self.workloads.ready(task.namespace, release.selector)
+            fresh = passed == 0
+            if fresh:
+                ready = self.workloads.ready(task.namespace, release.selector)
             own = at_pods(check, ready)
             refused = refusals_of(own, 2.0) if own else ["no pod is ready"]
             refusal = next(iter(refused), None) or health_refusal(preview)
@@ -8018,13 +8063,15 @@ class Rollout:
             wanted = release.wanted
             if refusal:  # an autoscaler may have changed it
                 wanted = min(wanted, self.workloads.size(task, release.selector))
-            if refusal and len(ready) < wanted:
+            if refusal and fresh and len(ready) < wanted:
                 # pods were taken away; the time until they are replaced does not count
                 began = clock.monotonic()
                 self.wait(task, release, pods)
                 deadline += clock.monotonic() - began
-            elif refusal and clock.monotonic() > deadline:
+            elif refusal and fresh and clock.monotonic() > deadline:
                 raise StageError(Reason.SMOKE_FAILED, f"{check}: {refusal}")
+            if refusal:  # someone may have deleted or changed it
+                preview = self.preview(task, release)
             self.doors.pause(HEALTH_INTERVAL if refusal else 0.05)
 
     @retried
@@ -8521,6 +8568,39 @@ def unbuilt_release(task: Task, objects: AppObjects) -> Release:
     return render(task.app, task.run, UNBUILT, Placement(COLOURS[0], 1), objects)
 
 
+class LastObjects:
+    """Keeps what the manifests of the last commits hold, until these are deployed.
+
+    A commit does not change: what was read while its tests ran need not be read again.
+    """
+
+    KEPT = 16  # environments
+    BYTES = 2**17  # of one environment, so that all together take a few megabytes
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, ...], AppObjects] = {}
+        self._lock = threading.Lock()
+
+    def keep(self, task: Task, objects: AppObjects) -> None:
+        """Keep the objects of a commit in an environment, unless they are large."""
+        size = len(json.dumps([objects.deployment, objects.service, objects.configmaps]))
+        with self._lock:
+            self._kept.pop(self._key(task), None)
+            if size <= self.BYTES:
+                self._kept[self._key(task)] = objects
+            for oldest in [*self._kept][: -self.KEPT]:
+                del self._kept[oldest]
+
+    def get(self, task: Task) -> AppObjects | None:
+        """Return the objects of a commit in an environment, None where they are not kept."""
+        with self._lock:
+            return self._kept.get(self._key(task))
+
+    def _key(self, task: Task) -> tuple[str, ...]:
+        """Return what a commit in an environment is kept by."""
+        return (task.app.name, task.environment, task.run.commit)
+
+
 class Deployer:
     """Brings runs into environments. Every step looks before it acts."""
 
@@ -8528,6 +8608,7 @@ class Deployer:
         self.doors = doors
         self.state = StateStore(doors.kubectl, doors.clock)
         self.remembered = Remembered()
+        self.objects = LastObjects()
         self.steady = Operations(doors, self.state, self.remembered)
         # for what is live: its calls wait for no others
         self.urgent = Operations(doors.urgent(), self.state, self.remembered)
@@ -8543,14 +8624,15 @@ class Deployer:
             if service is None:
                 self.urgent.guard.require_undeleted(task)
             resumed = service is not None and service.run == task.run.id
-            if not resumed:
-                self.promote(task, pods)
-            self.verify_and_bake(task, pods, resumed=resumed)
+            switched = None if resumed else self.promote(task, pods)
+            self.verify_and_bake(task, pods, switched)
 
-    def promote(self, task: Task, pods: Informer[Pod]) -> None:
-        """Do everything up to the switch, and switch."""
-        with self.checkout(task.app, task.run.commit) as checkout:
-            objects = self.read_objects(task, checkout)
+    def promote(self, task: Task, pods: Informer[Pod]) -> Release:
+        """Do everything up to the switch, and switch; return the release that is live then."""
+        objects = self.objects.get(task)
+        if objects is None:
+            with self.checkout(task.app, task.run.commit) as checkout:
+                objects = self.read_objects(task, checkout)
         if task.run.delivery == NEXT_TRY:
             # what can be seen without it costs no rollback target again
             self.steady.rollout.require_own_preview(task)
@@ -8561,16 +8643,20 @@ class Deployer:
         self.doors.report(task, State.CLAIMED, more)
         try:
             self.steady.rollout.apply(task, release, claimed)
+            # before the pods are there, so that the preview's endpoints come with them
+            preview = self.steady.rollout.preview(task, release)
             self.steady.rollout.wait(task, release, pods)
-            self.steady.rollout.smoke_test(task, release, pods)
+            self.steady.rollout.smoke_test(task, release, pods, preview)
             if objects.deployment["spec"].get("replicas") is None:
                 release = self.as_large_as_live(task, release, claimed, pods)
-        finally:
+        except HookError:
             # pods that someone else replaced meanwhile say nothing against this run
             self.steady.claims.check(task, claimed, self.steady.live.read(task))
+            raise
         self.steady.traffic.switch(task, release, claimed)
         more = {"colour": release.colour, "commit": release.commit}
         self.doors.report(task, State.SWITCHED, more)
+        return release
 
     def as_large_as_live(
         self, task: Task, release: Release, claimed: Service | None, pods: Informer[Pod]
@@ -8615,6 +8701,7 @@ class Deployer:
                     try:
                         objects = self.read_objects(task, checkout)
                         releases[task.environment] = unbuilt_release(task, objects)
+                        self.objects.keep(task, objects)
                     except ManifestError as refusal:
                         faults[task.environment] = refusal.faults
         except ManifestError as refusal:  # of the whole folder
@@ -8622,16 +8709,21 @@ class Deployer:
         shared = [*map(Fault, shared_node_ports(releases))]
         return {name: [*faults[name], *shared] for name in faults}
 
-    def verify_and_bake(self, task: Task, pods: Informer[Pod], *, resumed: bool) -> None:
-        """Verify the switch, bake in the last environment, write the outcome."""
+    def verify_and_bake(
+        self, task: Task, pods: Informer[Pod], switched: Release | None = None
+    ) -> None:
+        """Verify the switch, bake in the last environment, write the outcome.
+
+        The release is read where it was not switched to by this process.
+        """
         service = self.read_own(task)
         entry = service.live
         if entry.outcome:
             return
-        release = self.urgent.live.release(task, entry.release)
+        release = switched or self.urgent.live.release(task, entry.release)
         if task.last:
             bake = Bake(self.steady, self.urgent, task, release, pods)
-            bake.run(service, resumed=resumed)
+            bake.run(service, resumed=switched is None)
         else:
             self.steady.traffic.verify(task, release, entry.at)
             self.steady.traffic.confirm(task, release)

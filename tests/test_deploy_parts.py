@@ -77,6 +77,7 @@ case "$*" in
   cat "look$((n > last ? last : n))" ;;
 *configmaps*) echo '{{"items": []}}' ;;
 *pods*) cat pods ;;
+*service/*deployment/*) echo '{{"items": ['; cat service; echo ']}}' ;;
 *deployment*) cat deployment ;;
 *) cat service ;;
 esac
@@ -963,9 +964,9 @@ def ended_pod(name: str, phase: str = "Failed", **meta: str) -> Object:
 
 def test_what_was_adopted_is_as_large_as_its_pods_that_stay(tmp_path: Path) -> None:
     made, foreign = deployer(tmp_path, []), {"app": "shop"}
-    live = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {"selector": foreign}}
+    meta = {"name": "shop", "resourceVersion": "1"}
+    live = {"kind": "Service", "metadata": meta, "spec": {"selector": foreign}}
     (tmp_path / "service").write_text(json.dumps(live))
-    (tmp_path / "deployment").write_text("")
     serving = [ready_pod("a"), ready_pod("b")]
     for pod in serving:
         pod["metadata"]["labels"] = foreign
