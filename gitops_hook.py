@@ -6943,8 +6943,7 @@ class Workloads:
     def size(self, task: Task, selector: Mapping[str, str]) -> int:
         """Return how many pods a colour is to have now: an autoscaler may have changed it."""
         name = f"{task.app.name}-{colour_of(selector)}"
-        deployment = self.kubectl.get("deployment", name, task.namespace) or {}
-        return int(deployment.get("spec", {}).get("replicas", 1))
+        return replicas_of(self.kubectl.get("deployment", name, task.namespace))
 
     def staying(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
         """Return the pods that a selector reaches and that neither have ended nor are to end."""
@@ -6980,6 +6979,11 @@ class Workloads:
         if deployment and deployment["spec"].get("paused"):
             change = {"spec": {"paused": False}}
             self.kubectl.patch("deployment", name, task.namespace, change)
+
+
+def replicas_of(deployment: Object | None) -> int:
+    """Return how many pods a Deployment is to have, 1 where there is none."""
+    return int((deployment or {}).get("spec", {}).get("replicas", 1))
 
 
 def refusals_of(checks: Iterable[HealthCheck], patience: float) -> list[str]:
@@ -8826,7 +8830,7 @@ class Rollback:
         before = service.claim
         restore = before.restore if before.colour == target.colour else ""
         claim = self.claims.new(task.run.id, target.colour, Phase.ROLLBACK, restore)
-        claimed = self.claims.put(task, claim) or service
+        claimed = self.claim(task, service, claim)
         switched = None
         try:
             goal = self.ready_goal(task, service, claimed, target)
@@ -8843,6 +8847,13 @@ class Rollback:
                 self.rollout.restore(task, name, switched)
                 self.claims.put(task, Claim(), switched.claim)
         return goal.entry
+
+    def claim(self, task: Task, service: Service, claim: Claim) -> Service:
+        """Return the live Service, as it was read this very moment, with a claim written on it."""
+        try:
+            return self.live.write(task, service, {ANNOTATION_CLAIM: claim})
+        except KubectlError:
+            return self.claims.put(task, claim) or service
 
     @retried
     def reject(self, task: Task, left: HistoryEntry, live: HistoryEntry, reason: str) -> None:
@@ -8913,9 +8924,16 @@ class Rollback:
             self.doors.kubectl.patch("deployment", name, task.namespace, {"spec": {"paused": True}})
         return carries
 
-    @retried
     def switch(self, task: Task, claimed: Service, goal: Goal, reason: str) -> Service:
         """Point the live Service at a rollback's goal, if nobody else has taken over."""
+        try:
+            return self.move(task, claimed, goal, reason)
+        except KubectlError:  # most likely a Conflict: it has been changed since it was claimed
+            return self.move_what_is_there(task, claimed, goal, reason)
+
+    @retried
+    def move_what_is_there(self, task: Task, claimed: Service, goal: Goal, reason: str) -> Service:
+        """Point the live Service, as it is now, at a rollback's goal."""
         now = self.live.read(task)
         if now is None:
             raise RefusedError("the live Service was deleted meanwhile; look, and try again")
@@ -8923,9 +8941,13 @@ class Rollback:
             return now
         if (now.claim, now.selector) != (claimed.claim, claimed.selector):
             raise RefusedError(f"{now.claim.run or 'someone'} has taken over meanwhile")
+        return self.move(task, now, goal, reason)
+
+    def move(self, task: Task, now: Service, goal: Goal, reason: str) -> Service:
+        """Point a live Service that was read and is in this rollback's hand at its goal."""
         claim = Claim()
         if goal.overwritten:
-            claim = replace(claimed.claim, restore=goal.target.release)
+            claim = replace(now.claim, restore=goal.target.release)
         annotations = {
             ANNOTATION_HISTORY: rolled_back(now.history, goal, reason),
             ANNOTATION_CLAIM: claim,
@@ -11372,13 +11394,15 @@ def scale_up_and_await_endpoints(
     What served alone until now may be larger than the target was in its time.
     """
     workloads = deployer.steady.workloads
-    size = workloads.size(task, left.selector)
-    if workloads.size(task, target.selector) < size:
-        workloads.scale(task, f"{task.app.name}-{target.colour}", size)
+    colours = (colour_of(left.selector), colour_of(target.selector))
+    references = [f"deployment/{task.app.name}-{colour}" for colour in colours]
+    before, now = map(replicas_of, deployer.doors.kubectl.get_each(task.namespace, *references))
+    if now < before:
+        workloads.scale(task, f"{task.app.name}-{target.colour}", before)
     task = replace(task, run=replace(task.run, id=target.run))
-    now = deployer.doors.clock.now()
+    since = deployer.doors.clock.now()
     traffic = deployer.steady.traffic
-    if not traffic.endpoints_converge(task, target.selector, target.replicas, now):
+    if not traffic.endpoints_converge(task, target.selector, target.replicas, since):
         detail = "the Service was switched, but its endpoints did not follow"
         raise StageError(Reason.ENDPOINTS_MISSING, detail)
 

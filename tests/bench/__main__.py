@@ -60,9 +60,10 @@ def measure(directory: Path, options: argparse.Namespace) -> Iterator[Row]:
         switches = {**{name: {} for name in names}, "red": long_tests}
         with fleet(directory / "switches", switches, speed=1.0) as world:
             apps = [world[name] for name in names]
-            yield from measure_refusals(world["red"])
             yield from measure_deployments(apps)
             yield from measure_switches(apps, clients, 4 if options.short else 50)
+            # last, since programs before 0.2 do not refuse before they deploy
+            yield from measure_refusals(world["red"])
 
 
 def interrupt(*_: object) -> NoReturn:
