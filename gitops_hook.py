@@ -8053,13 +8053,10 @@ class Rollout:
         health = task.app.deploy.health
         check = release.checks(health).pods
         deadline = clock.monotonic() + health.timeout
-        ready: list[Object] = []
         passed = 0
         while passed < health.successes:
             # the pods themselves first: the preview may lead to those before for a moment
-            fresh = passed == 0
-            if fresh:
-                ready = self.workloads.ready(task.namespace, release.selector)
+            ready = self.workloads.ready(task.namespace, release.selector)
             own = at_pods(check, ready)
             refused = refusals_of(own, 2.0) if own else ["no pod is ready"]
             refusal = next(iter(refused), None) or health_refusal(preview)
@@ -8067,12 +8064,12 @@ class Rollout:
             wanted = release.wanted
             if refusal:  # an autoscaler may have changed it
                 wanted = min(wanted, self.workloads.size(task, release.selector))
-            if refusal and fresh and len(ready) < wanted:
+            if refusal and len(ready) < wanted:
                 # pods were taken away; the time until they are replaced does not count
                 began = clock.monotonic()
                 self.wait(task, release, pods)
                 deadline += clock.monotonic() - began
-            elif refusal and fresh and clock.monotonic() > deadline:
+            elif refusal and clock.monotonic() > deadline:
                 raise StageError(Reason.SMOKE_FAILED, f"{check}: {refusal}")
             if refusal:  # someone may have deleted or changed it
                 preview = self.preview(task, release)
