@@ -148,7 +148,8 @@ class Observer:
     def _tell_tests(self, job: Object) -> None:
         run, end = run_of(job), finished(job)
         if job.get("status", {}).get("active"):
-            self._once("tests", f"of {self.version(run)} run as Job {_name(job)}", run, "run")
+            text = f"of {self.version(run)} run as Job {_name(job)}, a store beside them"
+            self._once("tests", text, run, "run")
         summary = noted(job, "summary")
         if not end or not (summary or noted(job, "outcome")):
             return

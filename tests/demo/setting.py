@@ -26,6 +26,8 @@ Object = dict[str, Any]
 APP = "shop"
 ACCOUNT = "orchestration/orchestration-sa"
 HOOK_IMAGE = "gitops-hook:dev"
+STORE_IMAGE = "registry.example.com/demo/store:1"
+STORE = Path(__file__).with_name("app") / "store.py"
 BAKE, DRAIN = 8, 3  # seconds
 START_SECONDS = 30.0
 
@@ -38,7 +40,8 @@ def configuration(repository: Path) -> Object:
         # The virtual environment has pytest; without an index nothing is looked up elsewhere.
         "test": {
             "command": "pip install --no-index -r requirements.txt"
-            " && python -m pytest tests/ -v --junitxml=$JUNIT_XML"
+            " && python -m pytest tests/ -v --junitxml=$JUNIT_XML",
+            "services": [{"name": "store", "image": STORE_IMAGE, "port": 7379}],
         },
         "build": {"image": "registry.example.com/demo/shop"},
         "deploy": {
@@ -101,9 +104,10 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = START_SECON
 def start_cluster(directory: Path, stack: ExitStack) -> Kubectl:
     """Start a stand-in cluster, ended with the stack; kubectl as its administrator."""
     place = directory / "cluster"
-    hook = f"{HOOK_IMAGE}={shlex.join([sys.executable, str(PRODUCT)])}"
     argv = [sys.executable, "-m", "tests.standin", "--directory", str(place)]
-    argv += ["--image", hook, "--account", ACCOUNT]
+    for image, program in ((HOOK_IMAGE, PRODUCT), (STORE_IMAGE, STORE)):
+        argv += ["--image", f"{image}={shlex.join([sys.executable, str(program)])}"]
+    argv += ["--account", ACCOUNT]
     program = Program(argv, directory / "standin.log", environment(directory))
     stack.callback(program.stop, 10)
     wait_until(

@@ -16,6 +16,7 @@ from tests.standin.kubectl import Kubectl
 
 STEP_SECONDS = 180.0
 SABOTAGED_SECONDS = 15.0
+ENDED_SECONDS = 30.0
 QUIET_SECONDS = 2.0
 MINIMUM_RATE = 50.0
 LAST = "production"
@@ -138,10 +139,13 @@ class Story:
         self, what: str, true: Callable[[Sight], bool], seconds: float = STEP_SECONDS
     ) -> None:
         until = time.monotonic() + seconds
-        while not true(self.observer.look()):
+        newest = self.commits[max(self.commits)]
+        while not true(sight := self.observer.look()):
             self.daemon.ready()
+            if _outcome(sight, newest) or _reason(sight, newest):  # nothing more will come of it
+                until = min(until, time.monotonic() + ENDED_SECONDS)
             if time.monotonic() > until:
-                raise Broken(f"not within {seconds:.0f} s: {what}")
+                raise Broken(f"not in time: {what}")
 
     def _until_answered(self, version: int) -> None:
         self._until(f"version {version} answers", lambda _: bool(self.visits.of_version(version)))

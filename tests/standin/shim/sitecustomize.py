@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -61,7 +62,11 @@ def _narrow(socket: Any) -> None:
             try:
                 connect(self, (own, *address[1:]))
             except ConnectionRefusedError:
-                # What the test itself serves on this machine is reached as it was.
+                # What a container serves on 127.0.0.1 alone, or a test on this machine. The first
+                # call after a refusal may only say so once more.
+                with suppress(ConnectionAbortedError):
+                    connect(self, address)
+                    return
                 connect(self, address)
         else:
             connect(self, address)

@@ -362,6 +362,22 @@ def test_init_container_and_side_car_work_together_with_the_tests(world: World) 
     assert messages == [None, "summary of cloned\n"]
 
 
+SERVES_ITSELF = """
+import socket
+with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+    socket.create_connection(("127.0.0.1", port)).close()
+    socket.create_connection(("localhost", port), timeout=5).close()
+"""
+
+
+def test_a_container_reaches_what_it_serves_on_its_own_loopback_alone(world: World) -> None:
+    command = ["python", "-c", SERVES_ITSELF]
+    container = {"image": "python:3.12-slim", "command": command, "ports": [{"containerPort": 1}]}
+    world.cluster.load(pod("alone", container))
+    assert world.ended("alone")["status"]["phase"] == "Succeeded"
+
+
 def test_a_termination_message_can_come_from_the_log(world: World) -> None:
     policy = {"terminationMessagePolicy": "FallbackToLogsOnError"}
     world.cluster.load(pod("speaking", shell("echo it broke; exit 4", **policy)))
