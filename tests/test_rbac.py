@@ -226,6 +226,16 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             command(
                 "what stands", "get deployment/blue -o json --ignore-not-found", "deployments: get"
             ),
+            command(
+                "what is live, and what stands",
+                "get service/shop deployment/blue deployment/green -o json --ignore-not-found",
+                "services: get, deployments: get",
+            ),
+            command(
+                "what stands, and then what is live",
+                "get deployment/blue service/shop -o json --ignore-not-found",
+                "services: get, deployments: get",
+            ),
             command("our colours", f"get deployments -l {OURS} -o json", "deployments: list"),
             command(
                 "a colour's first time",
