@@ -7,6 +7,7 @@ a new request makes a second status. A change that is none is refused with "Cann
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,6 +132,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     gitlab: GitLabServer
 
     def do_GET(self) -> None:
@@ -183,12 +185,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def gitlab_server(*projects: str) -> Iterator[GitLabServer]:
-    """A server with these projects, ended with its threads."""
+def gitlab_server(*projects: str, context: ssl.SSLContext | None = None) -> Iterator[GitLabServer]:
+    """A server with these projects, ended with its threads; with a context it is encrypted."""
     gitlab = GitLabServer({*projects})
     handler = type("OneHandler", (Handler,), {"gitlab": gitlab})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
+    if context:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     gitlab.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
