@@ -38,7 +38,7 @@ import difflib
 import errno
 import hashlib
 import hmac
-import http
+import http.cookiejar
 import itertools
 import json
 import logging
@@ -1487,6 +1487,7 @@ def setup_logging(mask: Callable[[Object], Object]) -> None:
     logging.root.handlers = [handler]
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every burst
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # what it warns of is reported here
     LOG.setLevel(logging.INFO)
 
 
@@ -6862,6 +6863,7 @@ EARLY_REASONS = (Reason.MANIFEST_REFUSED, Reason.MANIFEST_INVALID)
 STATUS_LENGTH = 255  # characters of a description, and of the name of a branch
 STATUS_SECONDS = 15.0  # for one request: GitLab itself waits for ten seconds for a lock
 STATUS_DELAYS = (2.0, 5.0, 15.0, 60.0, 300.0)  # before each further try
+REJECTED_DELAYS = (*STATUS_DELAYS, 3600.0)  # the same of one run, where GitLab answers
 REFUSED_DELAYS = (900.0,)  # the same, where no token is good enough
 REFUSED_REPORTS = 96  # tries, of which one is logged: those of a day
 LONGEST_PAUSE = 600.0  # seconds that GitLab may ask for
@@ -7124,21 +7126,22 @@ class GitLab:
         self.secrets = secrets
         self.surroundings = surroundings or Surroundings()
         self.deadline = deadline
-        self._accepted = ""  # the token that was good last
+        self._accepted: dict[Project, str] = {}  # the token that was good last
         self._sessions: list[requests.Session] = []  # whose connections are free
         self._permits = threading.BoundedSemaphore(REQUESTS_OPEN)
 
-    def tokens(self) -> list[str]:
-        """Return the tokens, the one that was good last first; none where GitLab is not told."""
+    def tokens(self, project: Project | None = None) -> list[str]:
+        """Return the tokens, the one first that was good last; none where GitLab is not told."""
         lines = [line.decode("latin-1") for line in self.secrets.lines(GITLAB_TOKENS)]
         tokens = [line for line in lines if TOKEN.fullmatch(line)][:CREDENTIALS_TRIED]
-        return sorted(tokens, key=lambda token: token != self._accepted)
+        accepted = self._accepted.get(project) if project else ""
+        return sorted(tokens, key=lambda token: token != accepted)
 
     def status(self, project: Project, commit: str, name: str, branch: str) -> str:
         """Return the state of the newest status of that name, "" where there is none."""
         url = project.url("repository", "commits", commit, "statuses")
-        fields = {"name": name, "per_page": "100", **({"ref": branch} if branch else {})}
-        answer = self._ask(GitLabRequest("GET", url, fields))
+        fields = {"name": name, "per_page": "100", **branch_field(branch)}
+        answer = self._ask(project, GitLabRequest("GET", url, fields))
         if answer.status != http.HTTPStatus.OK:
             raise answer.error()
         try:
@@ -7152,22 +7155,27 @@ class GitLab:
 
     def set_status(self, project: Project, commit: str, fields: Mapping[str, str]) -> bool:
         """Send a status; return whether that changed what GitLab shows."""
-        answer = self._ask(GitLabRequest("POST", project.url("statuses", commit), fields))
+        request = GitLabRequest("POST", project.url("statuses", commit), fields)
+        answer = self._ask(project, request)
         if answer.status in (http.HTTPStatus.OK, http.HTTPStatus.CREATED):
-            return True
+            with suppress(*SHAPE_ERRORS):
+                if json.loads(answer.body)["status"] == fields["state"]:
+                    return True
+            # a proxy that wants a login, say, may have answered
+            raise GitLabError(Obstacle.AWAY, f"not a status: {answer.text}")
         if answer.status == http.HTTPStatus.BAD_REQUEST and UNCHANGED.search(answer.text):
             return False
         raise answer.error()
 
-    def _ask(self, request: GitLabRequest) -> GitLabAnswer:
+    def _ask(self, project: Project, request: GitLabRequest) -> GitLabAnswer:
         """Return the answer to a request with the first token that is good enough."""
         answer = GitLabAnswer(
             http.HTTPStatus.UNAUTHORIZED, f"file {GITLAB_TOKENS} has no token".encode()
         )
-        for token in self.tokens():
+        for token in self.tokens(project):
             answer = self._answer(request, token)
             if not answer.is_refusal:
-                self._accepted = token
+                self._accepted[project] = token
                 break
         return answer
 
@@ -7201,8 +7209,7 @@ class GitLab:
     def _exchange(self, request: GitLabRequest, token: str) -> GitLabAnswer:
         """Send a request, and read the beginning of its answer."""
         until = time.monotonic() + self.deadline
-        session = self._sessions.pop() if self._sessions else requests.Session()
-        session.trust_env = False  # it would send what somebody's .netrc has
+        session = self._sessions.pop() if self._sessions else new_session()
         is_query = request.method == "GET"
         authorities = self.surroundings.authorities()
         with memory_file(authorities) as bundle:
@@ -7239,6 +7246,14 @@ class GitLab:
         return {scheme: proxy for scheme, proxy in names.items() if proxy}
 
 
+def new_session() -> requests.Session:
+    """Return a session that keeps connections, and nothing that a server or this machine says."""
+    session = requests.Session()
+    session.trust_env = False  # it would send what somebody's .netrc has
+    session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+    return session
+
+
 def first_cause(failure: BaseException) -> str:
     """Return what was wrong at first: that is said without the addresses of Python objects."""
     while failure.__context__:
@@ -7268,8 +7283,10 @@ class CommitStatuses:
         self.clock = state.clock
         self.metrics = state.kubectl.metrics
         self.news = threading.Event()  # set to have the runs looked at
-        self.retry = Retry(self.clock, STATUS_DELAYS)  # by run, and by server
-        self.refused = Retry(self.clock, REFUSED_DELAYS, REFUSED_REPORTS)  # by app and tokens
+        self.ended = threading.Event()  # set to have nothing more sent
+        self.away = Retry(self.clock, STATUS_DELAYS)  # by server
+        self.retry = Retry(self.clock, REJECTED_DELAYS)  # by run
+        self.refused = Retry(self.clock, REFUSED_DELAYS, REFUSED_REPORTS)  # by app and branch
         self.apps = {app.name: app for app in config.apps} if config.gitlab.statuses else {}
         self.projects = {n: Project.of(app, config.gitlab.url) for n, app in self.apps.items()}
         shared = Counter(normalise_url(app.repository) for app in self.apps.values())
@@ -7281,6 +7298,8 @@ class CommitStatuses:
         self._settled: dict[str, tuple[str, float]] = {}  # app and end, by run; not recorded yet
         self._paused: dict[str, float] = {}  # servers that want to be left, and until when
         self._recorded = 0.0  # when settled runs were recorded last
+        self._tokens: set[str] = set()  # at the last look
+        self._changes = 0  # of the tokens, until now: news for what was refused
 
     def take(self, _transition: Transition) -> None:
         """Have the runs looked at, since one of them has changed."""
@@ -7288,9 +7307,12 @@ class CommitStatuses:
 
     def send_all(self) -> float:
         """Send what GitLab does not show yet; return the seconds after which to look again."""
-        if not any(self.projects.values()) or not self.gitlab.tokens():
-            return QUIET_SECONDS
-        runs = self.observe()
+        tokens = {*self.gitlab.tokens()} if any(self.projects.values()) else set()
+        self._changes += tokens != self._tokens
+        self._tokens = tokens
+        waiting = bool(tokens) and (self.away.failing() or self.refused.failing())
+        self.metrics.waiting.labels("GitLab").set(waiting)
+        runs = self.observe() if tokens else []
         if runs is None:
             return LOOK_SECONDS
         runs = [run for run in runs if self.projects.get(run.app.name) and not self.is_done(run)]
@@ -7299,7 +7321,7 @@ class CommitStatuses:
             self.retry.succeeded(gone)
         until = self.clock.monotonic() + STATUS_LOOK
         for run in sorted(runs, key=lambda run: -run.run.received):
-            if self.clock.monotonic() > until:
+            if self.clock.monotonic() > until or self.ended.is_set():
                 return 0.0
             self.send(run)
         self.record_settled()
@@ -7321,15 +7343,14 @@ class CommitStatuses:
         if project is None or (missing and not self.is_due(run, project)):
             return
         try:
-            sent = [self.send_status(run, project, status) for status in missing]
+            for status in missing:
+                if self.ended.is_set():
+                    return
+                self.send_status(run, project, status)
         except GitLabError as failed:
             self.put_off(run, project, failed)
             return
         self.retry.succeeded(run.run.id)
-        if any(sent):
-            self.refused.succeeded(self.permission(run))
-            if self.retry.succeeded(project.server):
-                info("recovered", what="commit statuses")
         if run.end and not run.end.next_try:
             self._settled[run.run.id] = (run.app.name, run.end.ended)
 
@@ -7345,27 +7366,24 @@ class CommitStatuses:
     def is_due(self, run: ReportedRun, project: Project) -> bool:
         """Whether a run may be tried now: it, its server and what the tokens may do."""
         paused = self._paused.get(project.server, 0.0) > self.clock.monotonic()
-        tried = self.retry.due(run.run.id) and self.retry.due(project.server)
-        return tried and not paused and self.refused.due(self.permission(run))
+        tried = self.retry.due(run.run.id) and self.away.due(project.server)
+        return tried and not paused and self.refused.due(self.permission(run), self._changes)
 
     def permission(self, run: ReportedRun) -> str:
         """Return what is refused together: a token that is good for one branch may lack another."""
-        tokens = "\n".join(sorted(self.gitlab.tokens()))
-        digest = hashlib.sha256(tokens.encode()).hexdigest()
         kind = "deploy branch" if run.run.ref == run.app.deploy_ref else "other branches"
-        return f"{run.app.name}, {kind}, {digest}"  # with other tokens it is tried at once
+        return f"{run.app.name}, {kind}"
 
-    def send_status(self, run: ReportedRun, project: Project, status: StageStatus) -> bool:
-        """Bring GitLab to show a status; return whether GitLab was asked."""
+    def send_status(self, run: ReportedRun, project: Project, status: StageStatus) -> None:
+        """Bring GitLab to show a status; raises GitLabError."""
         sent = self._sent.setdefault(run.run.id, {})
         name = self.prefixes[run.app.name] + status.stage
         commit = run.run.commit
         branch = self.branch(run.run)
-        asked = status.is_final and status.stage not in sent
-        if asked:
+        if status.is_final and status.stage not in sent:
             sent[status.stage] = self.gitlab.status(project, commit, name, branch)
         if not status.is_missing(sent.get(status.stage)):
-            return asked
+            return
         text = clip(self.gitlab.secrets.mask(status.text), STATUS_LENGTH)
         fields = {"state": str(status.state), "name": name, "description": text}
         try:
@@ -7376,7 +7394,9 @@ class CommitStatuses:
             raise
         sent[status.stage] = str(status.state)
         self.metrics.statuses.labels("sent" if is_new else "unchanged").inc()
-        return True
+        self.refused.succeeded(self.permission(run))
+        if self.away.succeeded(project.server):
+            info("recovered", what="commit statuses")
 
     def branch(self, run: Run) -> str:
         """Return the branch that GitLab is told, "" where its name is not known or not to be shown.
@@ -7392,14 +7412,14 @@ class CommitStatuses:
         words = {"app": run.app.name, "run": run.run.id, "detail": str(failed)}
         if failed.obstacle is Obstacle.REFUSED:
             self.metrics.errors.labels("statuses").inc()
-            if self.refused.failed(self.permission(run)):
+            if self.refused.failed(self.permission(run), self._changes):
                 needed = "a token with scope api that may push to the branch"
                 error("GitLab refuses commit statuses", needed=needed, **words)
             return
         if failed.obstacle in (Obstacle.AWAY, Obstacle.LIMITED):
             pause = min(failed.pause, LONGEST_PAUSE)
             self._paused[project.server] = self.clock.monotonic() + pause
-            if self.retry.failed(project.server):
+            if self.away.failed(project.server):
                 warn("commit statuses wait for GitLab", **words)
         elif self.retry.failed(run.run.id):
             warn("GitLab does not take a commit status", **words)
@@ -10443,6 +10463,7 @@ class Controller:
         """End every thread, then admit what is spooled; the next process does what is cut off."""
         until = self.clock.monotonic() + seconds
         self.context.stop.set()
+        self.statuses.ended.set()
         for informer in self.informers.all():
             informer.stop()
         wanted = self.context.heads_wanted.values()

@@ -30,6 +30,7 @@ class Trouble:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b"{}"
     done: bool = False  # whether the request has its effect all the same
+    raw: bytes = b""  # what is sent instead of an answer of HTTP
     drips: bool = False  # whether the answer comes byte by byte and never ends
     methods: tuple[str, ...] = ("POST", "GET")
 
@@ -158,6 +159,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(status, {}, json.dumps(answer).encode())
         if trouble.drips:
             return self.drip()
+        if trouble.raw:
+            self.close_connection = True
+            self.wfile.write(trouble.raw)
+            return None
         if trouble.status:
             return self.reply(trouble.status, trouble.headers, trouble.body)
         self.close_connection = True

@@ -610,7 +610,7 @@ def test_its_pauses_grow_and_a_server_may_ask_for_ten_minutes_at_most(
     pauses = []
     for _ in range(4):
         desk.sink.send_all()
-        pauses.append(desk.sink.retry.delay(server.url))
+        pauses.append(desk.sink.away.delay(server.url))
         desk.clock.time += pauses[-1] - 0.01
         count = len(server.requests)
         desk.sink.send_all()
@@ -649,6 +649,15 @@ def test_a_commit_that_gitlab_does_not_have_yet_delays_no_other(
     assert server.shown(COMMIT) == names(test="running")
 
 
+def is_waiting(desk: Desk) -> bool:
+    """Whether the metric says that something waits for GitLab."""
+    value = desk.kubectl.metrics.registry.get_sample_value(
+        "gitops_hook_waiting", {"what": "GitLab"}
+    )
+    assert value is not None
+    return bool(value)
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_token_that_is_not_good_enough_is_one_error_and_is_tried_again_rarely(
     desk: Desk, server: GitLabServer, status: int, caplog: pytest.LogCaptureFixture
@@ -663,6 +672,7 @@ def test_a_token_that_is_not_good_enough_is_one_error_and_is_tried_again_rarely(
     assert 8 <= len(server.requests) <= 25  # in more than three hours
     errors = [line for line in caplog.records if line.levelno >= logging.WARNING]
     assert [line.message for line in errors] == ["GitLab refuses commit statuses"]
+    assert is_waiting(desk)
     fields: Object = errors[0].fields  # type: ignore[attr-defined]
     assert str(status) in fields["detail"]
     assert "scope api" in fields["needed"]
@@ -672,6 +682,8 @@ def test_a_token_that_is_not_good_enough_is_one_error_and_is_tried_again_rarely(
     desk.write_token("glpat-a-better-token")
     desk.sink.send_all()  # at once
     assert server.shown() == names(test="running")
+    desk.sink.send_all()
+    assert not is_waiting(desk)
 
 
 def test_a_branch_that_the_token_may_not_push_to_delays_no_other(
@@ -765,6 +777,35 @@ def test_an_answer_to_a_question_is_read_no_further_than_it_may_be_long(
     assert server.shown() == names(test="success")
 
 
+OK = b"HTTP/1.1 200 OK\r\n"
+GARBAGE = {
+    "no HTTP": b"\x16\x03\x01\x00 hello\r\n\r\n",
+    "a negative length": OK + b"Content-Length: -5\r\n\r\n[]",
+    "less than it promises": OK + b"Content-Length: 500\r\n\r\n[",
+    "a broken chunk": OK + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n[]",
+    "what is no gzip": OK + b"Content-Encoding: gzip\r\n\r\n[]",
+    "an endless line": OK + b"X: " + b"x" * 200_000,
+    "a thousand headers": OK + b"X: y\r\n" * 1000 + b"\r\n[]",
+    "a strange status": b"HTTP/1.1 abc Hm\r\n\r\n",
+    "a status of four digits": b"HTTP/1.1 9999 Hm\r\n\r\n",
+    "a page": OK + b"Content-Length: 23\r\n\r\n<html>Log in!</html>....",
+    "a header without a name": OK + b": x\r\nRetry-After: nan\r\n\r\n{",
+    "cookies": OK + b"Set-Cookie: a=b\r\n" * 90 + b"Content-Length: 2\r\n\r\n[]",
+}
+
+
+@pytest.mark.parametrize("raw", GARBAGE.values(), ids=GARBAGE.keys())
+def test_whatever_comes_as_an_answer_all_is_shown_at_the_end(
+    desk: Desk, server: GitLabServer, raw: bytes
+) -> None:
+    server.troubles = [Trouble(raw=raw, methods=("GET",)), Trouble(raw=raw, methods=("POST",))]
+    run = desk.ended(Outcome.TESTED, stage="test", ref=SIDE)
+    for _ in range(4):
+        desk.show(run)
+    assert server.shown(COMMIT) == names(test="success")
+    assert not any("cookie" in request["headers"] for request in server.requests)
+
+
 def test_a_look_ends_in_time_and_goes_on_at_the_next_one(desk: Desk, server: GitLabServer) -> None:
     desk.runs = [
         desk.looks({"test": "active"}, commit=f"{n:040x}", ref=f"refs/heads/b{n}") for n in range(5)
@@ -788,7 +829,7 @@ def test_a_look_ends_in_time_and_goes_on_at_the_next_one(desk: Desk, server: Git
 
 @responses.activate
 def test_the_api_is_asked_at_the_host_of_the_repository_by_https(tmp_path: Path) -> None:
-    responses.post(API, json={}, status=201)
+    responses.post(API, json={"status": "running"}, status=201)
     desk = Desk(tmp_path)
     desk.show(desk.looks({"test": "active"}))
     (call,) = responses.calls
@@ -924,6 +965,12 @@ def test_a_branch_with_a_strange_name_is_sent_as_it_is_and_a_long_one_is_not(
     assert server.requests[0]["fields"]["ref"] == "<script>/ö&x=1"
     desk.show(desk.looks({"test": "active"}, ref=f"refs/heads/{'x' * 300}", commit=OTHER))
     assert "ref" not in server.requests[-1]["fields"]
+
+
+def test_a_sink_that_has_ended_sends_nothing(desk: Desk, server: GitLabServer) -> None:
+    desk.sink.ended.set()
+    desk.show(desk.looks({"test": "active"}))
+    assert server.requests == []
 
 
 def test_what_is_no_commit_is_not_sent(desk: Desk, server: GitLabServer) -> None:
