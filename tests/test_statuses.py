@@ -973,6 +973,38 @@ def test_a_sink_that_has_ended_sends_nothing(desk: Desk, server: GitLabServer) -
     assert server.requests == []
 
 
+def test_a_sink_that_ends_within_a_run_leaves_the_rest_to_the_next_process(
+    desk: Desk, server: GitLabServer
+) -> None:
+    class EndingGitLab(hook.GitLab):
+        def set_status(self, *args: Any) -> bool:
+            desk.sink.ended.set()
+            return super().set_status(*args)
+
+    last = whole_story(desk)[-1]
+    desk.new_sink(EndingGitLab(desk.secrets))
+    desk.show(last)
+    assert server.shown() == names(test="success")
+    desk.new_sink()
+    desk.show(last)
+    assert server.shown() == names(**ALL_GREEN)
+
+
+def test_that_there_can_be_no_more_threads_is_trouble_like_other(
+    desk: Desk, server: GitLabServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", start)
+        for _ in range(hook.REQUESTS_OPEN + 1):
+            desk.show(desk.looks({"test": "active"}))
+    assert counted(desk, "away") == hook.REQUESTS_OPEN + 1
+    desk.show(desk.looks({"test": "active"}))
+    assert server.shown() == names(test="running")
+
+
 def test_what_is_no_commit_is_not_sent(desk: Desk, server: GitLabServer) -> None:
     desk.show(desk.looks({"test": "active"}, commit="../../users"))
     assert server.requests == []
