@@ -6422,7 +6422,7 @@ class Rejection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatusRecord:
-    """Which end of a run GitLab shows, with all its final statuses: key `statuses-<id>`.
+    """Of which end of a run GitLab shows every final status: key `statuses-<id>`.
 
     It has a key of its own, because another thread writes it than the run's record.
     """
@@ -6868,7 +6868,7 @@ REFUSED_DELAYS = (900.0,)  # the same, where no token is good enough
 REFUSED_REPORTS = 96  # tries, of which one is logged: those of a day
 LONGEST_PAUSE = 600.0  # seconds that GitLab may ask for
 STATUS_AGE = 86400.0  # seconds after its end for which a run is reported
-STATUS_LOOK = 10.0  # seconds in which one look sends, and between two notes of what is sent
+STATUS_LOOK = 10.0  # seconds in which one look sends, and between two records of what was sent
 QUIET_SECONDS = 30.0  # between two looks while nothing is to be sent
 ANSWER_BYTES = 2**18  # of an answer
 REQUESTS_OPEN = 4  # requests that are not answered in time, and still wait
@@ -6907,7 +6907,7 @@ class ReportedRun:
     jobs: Mapping[str, Job]  # by stage
     services: Mapping[str, Service]  # the live Service by environment
     end: RunRecord | None = None  # how it ended, None while it is under way
-    settled: float = 0.0  # when what ended of which GitLab shows all that is final
+    settled: float = 0.0  # when it ended, by the end of which GitLab shows every final status
 
     @classmethod
     def of(
@@ -7031,7 +7031,7 @@ def is_green(job: Job) -> bool:
 
 
 def waiting_words(job: Job) -> str:
-    """Return what a Job waits for, as it was noted on it; "" where nothing was."""
+    """Return what a Job waits for, as its annotations say it; "" where they say nothing."""
     words = (job.annotations.get(key, "") for key in (ANNOTATION_REASON, ANNOTATION_DETAIL))
     return ": ".join(filter(None, words))
 
@@ -7128,7 +7128,7 @@ class GitLab:
         self.deadline = deadline
         self._accepted: dict[Project, str] = {}  # the token that was good last
         self._sessions: list[requests.Session] = []  # whose connections are free
-        self._permits = threading.BoundedSemaphore(REQUESTS_OPEN)
+        self._open: set[str] = set()  # addresses of requests that have no answer yet
 
     def tokens(self, project: Project | None = None) -> list[str]:
         """Return the tokens, the one first that was good last; none where GitLab is not told."""
@@ -7182,26 +7182,29 @@ class GitLab:
     def _answer(self, request: GitLabRequest, token: str) -> GitLabAnswer:
         """Return the answer that comes in time.
 
-        A thread waits for it, since one that drips would outlast every timeout of a socket.
+        A thread waits for it, since one that drips would outlast every timeout of a socket. While
+        it does, the commit is not asked about again: what was sent last may yet have its effect.
         """
-        if not self._permits.acquire(blocking=False):
-            return GitLabAnswer(0, failure=f"{REQUESTS_OPEN} requests have no answer yet")
+        if request.url in self._open or len(self._open) >= REQUESTS_OPEN:
+            return GitLabAnswer(0, failure="an earlier request has no answer yet")
+        self._open.add(request.url)
         answers: queue.SimpleQueue[GitLabAnswer] = queue.SimpleQueue()
 
         def wait() -> None:
             """Put the answer into the queue, or why there is none."""
             try:
-                answers.put(self._exchange(request, token))
+                answer = self._exchange(request, token)
             except (HookError, OSError, *SHAPE_ERRORS) as failure:
-                answers.put(GitLabAnswer(0, failure=first_cause(failure)))
+                answer = GitLabAnswer(0, failure=first_cause(failure))
             finally:
-                self._permits.release()
+                self._open.discard(request.url)  # before the next request may be sent
+            answers.put(answer)
 
         try:
             threading.Thread(target=wait, name="gitlab", daemon=True).start()
             return answers.get(timeout=self.deadline)
         except RuntimeError as full:
-            self._permits.release()
+            self._open.discard(request.url)
             return GitLabAnswer(0, failure=str(full))
         except queue.Empty:
             return GitLabAnswer(0, failure=f"no whole answer within {self.deadline:.0f} s")

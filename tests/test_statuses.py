@@ -743,16 +743,40 @@ def test_an_answer_that_drips_ends_at_the_deadline_and_few_of_them_are_waited_fo
     desk.new_sink()
     server.troubles = [Trouble(drips=True) for _ in range(hook.REQUESTS_OPEN)]
     began = time.monotonic()
-    for _ in range(hook.REQUESTS_OPEN + 3):
-        desk.show(desk.looks({"test": "active"}))
+    for number in range(hook.REQUESTS_OPEN + 3):
+        desk.show(desk.looks({"test": "active"}, commit=f"{number:040x}"))
     assert time.monotonic() - began < 5.0
     assert len(server.requests) == hook.REQUESTS_OPEN
     assert counted(desk, "away") == hook.REQUESTS_OPEN + 3
+    end_of_dripping(server)
+    desk.show(desk.looks({"test": "active"}))
+    assert server.shown() == names(test="running")
+
+
+def end_of_dripping(server: GitLabServer) -> None:
+    """Let answers that drip end, and wait until nobody waits for them."""
     server.ended.set()
     threads = [t for t in threading.enumerate() if t.name == "gitlab"]
     eventually(lambda: not any(thread.is_alive() for thread in threads))
-    desk.show(desk.looks({"test": "active"}))
-    assert server.shown() == names(test="running")
+
+
+def test_while_a_final_status_has_no_answer_it_is_not_sent_again(
+    tmp_path: Path, server: GitLabServer
+) -> None:
+    desk = Desk(tmp_path, url=server.url)
+    desk.deadline = 0.3
+    desk.new_sink()
+    server.troubles = [Trouble(drips=True, done=True, methods=("POST",))]
+    run = desk.ended(Outcome.TESTED, stage="test", ref=SIDE)
+    for _ in range(3):
+        server.statuses, late = [], server.statuses  # as if it had no effect yet
+        desk.show(run)
+        server.statuses = late or server.statuses
+    assert len(server.posts()) == 1
+    end_of_dripping(server)
+    desk.show(run)
+    assert server.shown() == names(test="success")
+    assert len(server.posts()) == 1
 
 
 def test_an_answer_to_a_question_is_read_no_further_than_it_may_be_long(
