@@ -38,7 +38,7 @@ import difflib
 import errno
 import hashlib
 import hmac
-import http
+import http.cookiejar
 import itertools
 import json
 import logging
@@ -519,6 +519,25 @@ def kind_of(line: str, message: str) -> str:
     return reason or "Unknown"
 
 
+class Obstacle(StrEnum):
+    """What keeps GitLab from taking a commit status."""
+
+    AWAY = "away"  # no answer, or a fault of the server: what it has done is not known
+    LIMITED = "limited"  # it had too many requests
+    BUSY = "busy"  # another request changes the same commit
+    REFUSED = "refused"  # no token may do that
+    REJECTED = "rejected"  # it does not take this status, or has no such commit
+
+
+class GitLabError(HookError):
+    """GitLab's API has not done what it was asked; `pause` has the seconds it wants to be left."""
+
+    def __init__(self, obstacle: Obstacle, text: str, pause: float = 0.0) -> None:
+        super().__init__(text)
+        self.obstacle = obstacle
+        self.pause = pause
+
+
 class ReportError(HookError):
     """A test report cannot be read; the text says why, and quotes nothing of it."""
 
@@ -700,6 +719,10 @@ SHELL = matching(r"[^\x00]{0,10000}", "a text")
 REPOSITORY = matching(
     r"(file://)?/[^\s\x00]+|https?://[A-Za-z0-9._:\[\]-]+/[^\s@?#\x00]+",
     "an http(s) URL without user, query and fragment (a user belongs in file git-credentials)",
+)
+GITLAB_ADDRESS = matching(
+    r"|https?://[A-Za-z0-9._:\[\]-]+(/[^\s@?#\x00]*)?",
+    "an http(s) URL without user, query and fragment",
 )
 IMAGE_PATH = r"([a-z0-9][\w.-]*(:[0-9]+)?/)?[a-z0-9._/-]*"  # only its host may have capitals
 IMAGE = matching(rf"(?=[a-z0-9]){IMAGE_PATH}(:[\w.-]+)?(@\w+:[0-9a-f]+)?", "an image reference")
@@ -1029,6 +1052,22 @@ class Webhook:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GitLabSettings:
+    """How GitLab is told what becomes of a push."""
+
+    url: str = setting(
+        parse=GITLAB_ADDRESS,
+        default="''",
+        meaning="address of GitLab, if it is not the host of the repository by https",
+    )
+    statuses: bool = setting(
+        parse=SWITCH,
+        default="true",
+        meaning="whether commits get statuses; they need Secret file `gitlab-token`",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     """Bounds on what the daemon uses."""
 
@@ -1063,6 +1102,7 @@ class Config:
     )
     images: Images
     webhook: Webhook
+    gitlab: GitLabSettings
     job_env: dict[str, str] = setting(
         parse=PLAIN,
         default="{}",
@@ -1297,7 +1337,8 @@ class Process:
 SIGNING_TOKENS = "webhook-signing-tokens"
 PLAIN_TOKENS = "webhook-tokens"
 GIT_CREDENTIALS = "git-credentials"
-SECRET_FILES = (SIGNING_TOKENS, PLAIN_TOKENS, GIT_CREDENTIALS)
+GITLAB_TOKENS = "gitlab-token"
+SECRET_FILES = (SIGNING_TOKENS, PLAIN_TOKENS, GIT_CREDENTIALS, GITLAB_TOKENS)
 SECRET_OF_MODE = {"signature": SIGNING_TOKENS, "token": PLAIN_TOKENS, "hmac": PLAIN_TOKENS}
 KEY_BYTES = 32  # of a decoded signing token
 
@@ -1446,6 +1487,7 @@ def setup_logging(mask: Callable[[Object], Object]) -> None:
     logging.root.handlers = [handler]
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every burst
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # what it warns of is reported here
     LOG.setLevel(logging.INFO)
 
 
@@ -1491,7 +1533,7 @@ def error(msg: str, **values: Any) -> None:
 # The parts of the daemon in which errors are counted.
 ERRORS = (
     *("controller", "heads", "intake", "request", "restore", "secrets", "selector"),
-    *("service", "watch", "worker"),
+    *("service", "statuses", "watch", "worker"),
 )
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)  # seconds
 
@@ -1513,6 +1555,7 @@ class Metrics:
         self.errors = counter("errors", "Errors that a person should look at.", ["where"])
         self.drift = counter("selector_drift", "Live Services changed by someone else.", where)
         self.catch_up = counter("catch_up_runs", "Runs that GitLab did not announce.", ["app"])
+        self.statuses = counter("statuses", "Commit statuses for GitLab.", ["result"])
         self.spool = gauge("spool_files", "Pushes stored on disk that are not in the cluster yet.")
         self.waiting = gauge("waiting", "1 while the daemon waits for it, otherwise 0.", ["what"])
         self.queue = gauge("jobs", "Jobs that have not ended.", ["state"])
@@ -1523,6 +1566,8 @@ class Metrics:
         """Start the counters whose labels are known at 0: the first event shows as an increase."""
         for where in ERRORS:
             self.errors.labels(where)
+        for result in ("sent", "unchanged", *Obstacle):
+            self.statuses.labels(str(result))
         for app in apps:
             self.catch_up.labels(app.name)
             for environment in app.deploy.environments:
@@ -2523,7 +2568,7 @@ def logins_for(credentials: Sequence[Credential], url: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Surroundings:
-    """What git needs to reach its servers: variables, and a private certificate authority."""
+    """What git, and who asks GitLab, need to reach servers: variables, and a private authority."""
 
     variables: Mapping[str, str] = dataclass_field(default_factory=dict)
     ca: Path | None = None
@@ -2539,13 +2584,16 @@ class Surroundings:
             private = b""
         if not private.strip():
             return b""
+        return read_beginning(Path(self.public_authorities()), OUTPUT_BYTES) + b"\n" + private
+
+    def public_authorities(self) -> str:
+        """Return the path of the file with the public authorities."""
         files = (
             os.environ.get("GIT_SSL_CAINFO", ""),
             *PUBLIC_AUTHORITIES,
             requests.utils.DEFAULT_CA_BUNDLE_PATH,
         )
-        public = next((file for file in files if file and Path(file).is_file()), os.devnull)
-        return read_beginning(Path(public), OUTPUT_BYTES) + b"\n" + private
+        return next((file for file in files if file and Path(file).is_file()), os.devnull)
 
 
 def read_beginning(path: Path, size: int) -> bytes:
@@ -6372,8 +6420,25 @@ class Rejection:
         return f"rejected-{self.commit}"
 
 
-Record = TypeVar("Record", RunRecord, Rejection)
-RECORD_TYPES = {kind: get_type_hints(kind) for kind in (RunRecord, Rejection)}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatusRecord:
+    """Of which end of a run GitLab shows every final status: key `statuses-<id>`.
+
+    It has a key of its own, because another thread writes it than the run's record.
+    """
+
+    id: str
+    ended: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """The key of the record in the ConfigMap."""
+        return f"statuses-{self.id}"
+
+
+AnyRecord = RunRecord | Rejection | StatusRecord
+Record = TypeVar("Record", RunRecord, Rejection, StatusRecord)
+RECORD_TYPES = {kind: get_type_hints(kind) for kind in (RunRecord, Rejection, StatusRecord)}
 
 
 def parse_record(kind: type[Record], text: Any, **more: Any) -> Record:
@@ -6390,7 +6455,7 @@ def parse_record(kind: type[Record], text: Any, **more: Any) -> Record:
     return kind(**values)
 
 
-def record_text(record: RunRecord | Rejection) -> str:
+def record_text(record: AnyRecord) -> str:
     """Return a record as it is stored, its detail cut until it has the size of one."""
     content = {f.name: getattr(record, f.name) for f in fields(record)} | {"v": RECORD_VERSION}
     kept = {k: v for k, v in content.items() if v not in ("", 0) and k != "id"}
@@ -6408,6 +6473,7 @@ class AppState:
     live: dict[str, HistoryEntry]  # the history entry of what is live, by environment
     version: str  # the ConfigMap's resourceVersion, empty where there is none
     repairs: dict[str, str | None]  # what is to be written because of what was read
+    statuses: dict[str, StatusRecord] = dataclass_field(default_factory=dict)  # by id of the run
 
     @classmethod
     def from_configmap(cls, app: App, configmap: Object | None) -> AppState:
@@ -6432,6 +6498,8 @@ class AppState:
             self.runs[name] = parse_record(RunRecord, text, id=name)
         elif kind == "rejected":
             self.rejected[name] = parse_record(Rejection, text, commit=name)
+        elif kind == "statuses":
+            self.statuses[name] = parse_record(StatusRecord, text, id=name)
         elif kind == "live":
             if entry := HistoryEntry.from_json(json.loads(text[: 4 * RECORD_BYTES])):
                 self.live[name] = entry
@@ -6457,6 +6525,12 @@ class AppState:
         runs = self.runs.values()
         pushed = (r for r in runs if r.ref == short and r.reason != Reason.NOT_HEAD)
         return max(pushed, key=lambda r: r.received, default=None)
+
+
+def run_of_record(app: App, record: RunRecord) -> Run:
+    """Return the run that a record is of."""
+    copied = ("id", "ref", "commit", "before", "delivery", "received")
+    return Run(app=app.name, **{name: getattr(record, name) for name in copied})
 
 
 def config_hash(app: App) -> str:
@@ -6494,6 +6568,8 @@ def forgotten(state: AppState, deploy_ref: str, with_job: Set[str] | None) -> li
         if spare or size > STATE_BYTES:
             size -= sizes[record.id]
             keys.append(record.key)
+    left = state.runs.keys() - {key.removeprefix("run-") for key in keys}
+    keys += [record.key for id_, record in state.statuses.items() if id_ not in left]
     rejected = sorted(state.rejected.values(), key=lambda r: r.at)
     return keys + [r.key for r in rejected[: max(0, len(rejected) - REJECTED_LENGTH)]]
 
@@ -6524,7 +6600,7 @@ class StateStore:
     def write(
         self,
         app: App,
-        *records: RunRecord | Rejection,
+        *records: AnyRecord,
         forget: Iterable[str] = (),
         with_job: Set[str] | None = None,
         live: Mapping[str, HistoryEntry] | None = None,
@@ -6563,7 +6639,8 @@ class StateStore:
         """Merge a change into the ConfigMap that a state was read from."""
         name = f"{MANAGER}-{app.name}"
         data = {**state.repairs, **change}
-        records: list[RunRecord | Rejection] = [*state.runs.values(), *state.rejected.values()]
+        records: list[AnyRecord] = [*state.runs.values(), *state.rejected.values()]
+        records += state.statuses.values()
         texts = {record.key: record_text(record) for record in records}
         after = {k: v for k, v in {**texts, **data}.items() if v is not None}
         merged = AppState.from_configmap(app, {"data": after})
@@ -6582,7 +6659,7 @@ class StateStore:
 
 # === reports ======================================================================================
 # What becomes known outside: every change of state is one Transition, from which each report is
-# made; and the last log lines of what failed are kept for a day.
+# made; GitLab gets a status of each stage; the last log lines of what failed are kept for a day.
 
 
 class State(StrEnum):
@@ -6628,10 +6705,11 @@ class Transition:
 
 
 class Reports:
-    """Gives each Transition to every sink."""
+    """Gives each Transition to every sink: log and metrics, and those that were added."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
+        self.sinks: list[Callable[[Transition], None]] = []  # that neither wait nor raise
 
     def emit(self, transition: Transition) -> None:
         """Log and count a change of state."""
@@ -6650,6 +6728,8 @@ class Reports:
         elif transition.state is State.ENDED:
             labels = (transition.app, transition.outcome, transition.stage, transition.reason)
             self.metrics.runs.labels(*labels).inc()
+        for sink in self.sinks:
+            sink(transition)
 
 
 class LogTails:
@@ -6757,6 +6837,613 @@ def speakers(pods: Iterable[Pod]) -> list[Speaker]:
 def selector_text(selector: Mapping[str, str]) -> str:
     """Return a selector as `-l` takes it."""
     return ",".join(f"{k}={v}" for k, v in selector.items())
+
+
+class StatusState(StrEnum):
+    """What a commit status says, in GitLab's words."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCESS = "success"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+
+OPEN_STATES = (StatusState.PENDING, StatusState.RUNNING)
+END_STATES: dict[str, StatusState] = {  # of the stage in which a run ended
+    Outcome.TESTED: StatusState.SUCCESS,
+    Outcome.DEPLOYED: StatusState.SUCCESS,
+    Outcome.FAILED: StatusState.FAILED,
+    Outcome.SWITCHED_BACK: StatusState.FAILED,
+    Outcome.ROLLED_BACK: StatusState.FAILED,
+    Outcome.SUPERSEDED: StatusState.CANCELED,
+}
+# By these a run may end in an environment before its tests are over: see ManifestChecks.
+EARLY_REASONS = (Reason.MANIFEST_REFUSED, Reason.MANIFEST_INVALID)
+STATUS_LENGTH = 255  # characters of a description, and of the name of a branch
+STATUS_SECONDS = 15.0  # for one request: GitLab itself waits for ten seconds for a lock
+STATUS_DELAYS = (2.0, 5.0, 15.0, 60.0, 300.0)  # before each further try
+REJECTED_DELAYS = (*STATUS_DELAYS, 3600.0)  # the same of one run, where GitLab answers
+REFUSED_DELAYS = (900.0,)  # the same, where no token is good enough
+REFUSED_REPORTS = 96  # tries, of which one is logged: those of a day
+LONGEST_PAUSE = 600.0  # seconds that GitLab may ask for
+STATUS_AGE = 86400.0  # seconds after its end for which a run is reported
+STATUS_LOOK = 10.0  # seconds in which one look sends, and between two records of what was sent
+QUIET_SECONDS = 30.0  # between two looks while nothing is to be sent
+ANSWER_BYTES = 2**18  # of an answer
+REQUESTS_OPEN = 4  # requests that are not answered in time, and still wait
+TOKEN = re.compile(r"[\x21-\x7e]{1,1000}")
+UNCHANGED = re.compile("Cannot transition status")
+UNKNOWN_PROJECT = re.compile("404 Project Not Found")
+
+
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    """What GitLab is to show of one stage of a run."""
+
+    stage: str
+    state: StatusState
+    text: str = ""
+    closes: bool = False  # whether it only ends what is pending or running there
+
+    @property
+    def is_final(self) -> bool:
+        """Whether GitLab would show another status beside it, if one was sent after it."""
+        return self.state not in OPEN_STATES
+
+    def is_missing(self, shown: str | None) -> bool:
+        """Whether it is to be sent where GitLab shows a state, "" for none, None if unknown."""
+        if self.closes and shown is not None:
+            return shown in OPEN_STATES
+        return shown != self.state
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportedRun:
+    """What is observed of a run, from which its commit statuses follow."""
+
+    app: App
+    run: Run
+    jobs: Mapping[str, Job]  # by stage
+    services: Mapping[str, Service]  # the live Service by environment
+    end: RunRecord | None = None  # how it ended, None while it is under way
+    settled: float = 0.0  # when it ended, by the end of which GitLab shows every final status
+
+    @classmethod
+    def of(
+        cls,
+        app: App,
+        state: AppState,
+        id_: str,
+        jobs: Mapping[str, Job],
+        services: Mapping[str, Service],
+    ) -> ReportedRun:
+        """Return what is observed of a run that has Jobs, or a record, or both."""
+        record = state.runs.get(id_)
+        run = newest(jobs) if jobs or not record else run_of_record(app, record)
+        ended = record and record.outcome and record.ended >= run.received
+        settled = state.statuses.get(id_, StatusRecord(id="")).ended
+        end = record if ended else None
+        return cls(app=app, run=run, jobs=jobs, services=services, end=end, settled=settled)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that it goes through, if all goes well."""
+        environments = self.app.deploy.environments
+        if self.run.ref != self.app.deploy_ref or not environments:
+            return ["test"]
+        build = ["build"] * (self.app.build.builder != "none")
+        return ["test", *build, *environments]
+
+    def statuses(self) -> list[StageStatus]:
+        """Return what GitLab is to show, of the stages that were reached, in their order."""
+        return self._at_end(self.end) if self.end else self._under_way()
+
+    def _under_way(self) -> list[StageStatus]:
+        """Return the stages that are done, and the one that comes next."""
+        statuses: list[StageStatus] = []
+        for stage in self.stages if "test" in self.jobs else ():
+            is_job = stage in JOB_STAGES
+            statuses.append(self._of_job(stage) if is_job else self._of_environment(stage))
+            if statuses[-1].state is not StatusState.SUCCESS:
+                break
+        return statuses
+
+    def _of_job(self, stage: str) -> StageStatus:
+        """Return how a Job stands, of which the run's record says how it ends otherwise."""
+        job = self.jobs.get(stage)
+        if job is None or job.deleting or (stage == "build" and job.outcome):
+            return StageStatus(stage, StatusState.PENDING, "is to begin")
+        if is_green(job):
+            return StageStatus(stage, StatusState.SUCCESS, self._praise(stage))
+        if job.state == "suspended":
+            return StageStatus(stage, StatusState.PENDING, waiting_words(job))
+        return StageStatus(stage, StatusState.RUNNING, waiting_words(job) or "is under way")
+
+    def _of_environment(self, name: str) -> StageStatus:
+        """Return how the deployment to an environment stands; in the last one its end is recorded.
+
+        What is confirmed there may yet be switched back.
+        """
+        service = self.services.get(name)
+        if service is None:
+            return StageStatus(name, StatusState.PENDING, "is to begin")
+        entry = service.entry(self.run.id, self.run.received)
+        live = service.live if service.run == self.run.id else HistoryEntry()
+        is_last = name == self.app.deploy.environments[-1]
+        if Outcome.DEPLOYED in (entry.outcome, live.outcome) and not is_last:
+            return StageStatus(name, StatusState.SUCCESS, "is live")
+        if entry or live:
+            return StageStatus(name, StatusState.RUNNING, "is live, and watched")
+        if service.claim.run == self.run.id:
+            return StageStatus(name, StatusState.RUNNING, "is rolled out")
+        return StageStatus(name, StatusState.PENDING, "is to begin")
+
+    def _at_end(self, end: RunRecord) -> list[StageStatus]:
+        """Return what is to be shown of a run that has ended; before its next try it is pending."""
+        stages = self.stages
+        place = stages.index(end.stage) if end.stage in stages else 0
+        before = [self._before_end(stage, end) for stage in stages[:place]]
+        state = END_STATES.get(end.outcome, StatusState.FAILED)
+        if end.next_try:
+            waits = f"tried again {time.strftime('at %H:%M UTC', time.gmtime(end.next_try))}"
+            text = f"{waits}: {end.reason}: {end.detail}"
+            return [*before, StageStatus(end.stage, StatusState.PENDING, text)]
+        last = StageStatus(end.stage, state, self._last_words(end))
+        # an earlier try may have been further
+        later = [s for s in stages[place:] if s != end.stage]
+        over = [StageStatus(s, StatusState.CANCELED, "did not begin", closes=True) for s in later]
+        return [*before, last, *over]
+
+    def _before_end(self, stage: str, end: RunRecord) -> StageStatus:
+        """Return what is to be shown of a stage before the one in which a run ended."""
+        job = self.jobs.get(stage)
+        if end.reason not in EARLY_REASONS or (job and is_green(job)):
+            return StageStatus(stage, StatusState.SUCCESS, self._praise(stage))
+        text = f"stopped: the manifests for {end.stage} are refused"
+        return StageStatus(stage, StatusState.CANCELED, text, closes=True)
+
+    def _last_words(self, end: RunRecord) -> str:
+        """Return what is said of the stage in which a run ended."""
+        if end.outcome == Outcome.DEPLOYED:
+            return "is live" if end.reason == Reason.OK else f"is live: {end.reason}"
+        if end.outcome == Outcome.TESTED:
+            return end.detail or self._praise("test")
+        if end.reason == Reason.TESTS_FAILED or end.outcome == Outcome.SUPERSEDED:
+            return end.detail or end.reason
+        taken_back = (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK)
+        what = end.outcome.replace("-", " ") if end.outcome in taken_back else end.reason
+        return f"{what}: {end.detail}" if end.detail else what
+
+    def _praise(self, stage: str) -> str:
+        """Return what is said of a stage that went well."""
+        test = self.jobs.get("test")
+        report = test.annotations.get(ANNOTATION_SUMMARY, "") if test else ""
+        if stage == "test":
+            return report if GREEN_REPORT.fullmatch(report) else "passed"
+        return "the image is built" if stage == "build" else "is live"
+
+
+def is_green(job: Job) -> bool:
+    """Whether a Job has succeeded, and what it left is kept and good."""
+    kept = JOB_STAGES[job.stage].annotation in job.annotations
+    return kept and is_reusable(job)
+
+
+def waiting_words(job: Job) -> str:
+    """Return what a Job waits for, as its annotations say it; "" where they say nothing."""
+    words = (job.annotations.get(key, "") for key in (ANNOTATION_REASON, ANNOTATION_DETAIL))
+    return ": ".join(filter(None, words))
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """Where GitLab has the project of an app's repository."""
+
+    server: str  # the address of GitLab
+    path: str
+
+    @classmethod
+    def of(cls, app: App, server: str) -> Project | None:
+        """Return the project of an app; None where its repository is no project of a server.
+
+        Without the address of a server it is the repository's host, always by https.
+        """
+        match = SERVER_URL.match(app.repository)
+        if match is None:
+            return None
+        host = host_of(match[1], match[2])
+        if match[1] == "http":  # whose port is none of https
+            host = re.sub(":[0-9]+$", "", host)
+        path = unquote(match[3]).strip("/").removesuffix(".git").strip("/")
+        if root := urlsplit(server).path.strip("/"):
+            path = path.removeprefix(f"{root}/")
+        return cls(server.rstrip("/") or f"https://{host}", path)
+
+    def url(self, *words: str) -> str:
+        """Return the address of something in the project."""
+        parts = (self.path, *words)
+        return "/".join([f"{self.server}/api/v4/projects", *(quote(p, safe="") for p in parts)])
+
+
+@dataclass(frozen=True, slots=True)
+class GitLabRequest:
+    """One request to GitLab."""
+
+    method: str
+    url: str
+    fields: Mapping[str, str]  # in the query of a GET, else in the body
+
+
+@dataclass(frozen=True, slots=True)
+class GitLabAnswer:
+    """What GitLab answered, its body cut off where it is too long; status 0 if it did not."""
+
+    status: int
+    body: bytes = b""
+    pause: float = 0.0  # seconds that it wants to be left
+    failure: str = ""  # why there is no answer
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether another token may be answered otherwise."""
+        if self.status == http.HTTPStatus.NOT_FOUND:
+            return UNKNOWN_PROJECT.search(self.text) is not None
+        return self.status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
+
+    @property
+    def text(self) -> str:
+        """What it says, fit for a log line."""
+        return clip(self.body.decode(errors="replace"))
+
+    def error(self) -> GitLabError:
+        """Return why a request was not done."""
+        text = self.failure or f"status {self.status}: {self.text}"
+        obstacle = Obstacle.REJECTED
+        if self.is_refusal:
+            obstacle = Obstacle.REFUSED
+        elif self.status == http.HTTPStatus.CONFLICT:
+            obstacle = Obstacle.BUSY
+        elif self.status == http.HTTPStatus.TOO_MANY_REQUESTS:
+            obstacle = Obstacle.LIMITED
+        elif not self.status or self.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
+            obstacle = Obstacle.AWAY
+        return GitLabError(obstacle, text, self.pause)
+
+
+class GitLab:
+    """The only way to GitLab's API, with the tokens in file gitlab-token; raises GitLabError.
+
+    Each request has one deadline for its whole answer. Nothing is followed elsewhere.
+    """
+
+    def __init__(
+        self,
+        secrets: Secrets,
+        surroundings: Surroundings | None = None,
+        deadline: float = STATUS_SECONDS,
+    ) -> None:
+        self.secrets = secrets
+        self.surroundings = surroundings or Surroundings()
+        self.deadline = deadline
+        self._accepted: dict[Project, str] = {}  # the token that was good last
+        self._sessions: list[requests.Session] = []  # whose connections are free
+        self._open: set[str] = set()  # addresses of requests that have no answer yet
+
+    def tokens(self, project: Project | None = None) -> list[str]:
+        """Return the tokens, the one first that was good last; none where GitLab is not told."""
+        lines = [line.decode("latin-1") for line in self.secrets.lines(GITLAB_TOKENS)]
+        tokens = [line for line in lines if TOKEN.fullmatch(line)][:CREDENTIALS_TRIED]
+        accepted = self._accepted.get(project) if project else ""
+        return sorted(tokens, key=lambda token: token != accepted)
+
+    def status(self, project: Project, commit: str, name: str, branch: str) -> str:
+        """Return the state of the newest status of that name, "" where there is none."""
+        url = project.url("repository", "commits", commit, "statuses")
+        fields = {"name": name, "per_page": "100", **branch_field(branch)}
+        answer = self._ask(project, GitLabRequest("GET", url, fields))
+        if answer.status != http.HTTPStatus.OK:
+            raise answer.error()
+        try:
+            entries = [e for e in json.loads(answer.body) if e["name"] == name]
+            entries = [e for e in entries if e.get("ref") == branch or not branch]
+            newest_entry = max(entries, key=lambda entry: int(entry["id"]), default={"status": ""})
+            return str(newest_entry["status"])[:STATUS_LENGTH]
+        except SHAPE_ERRORS as wrong:
+            text = f"not a list of statuses: {type(wrong).__name__}"
+            raise GitLabError(Obstacle.REJECTED, text) from wrong
+
+    def set_status(self, project: Project, commit: str, fields: Mapping[str, str]) -> bool:
+        """Send a status; return whether that changed what GitLab shows."""
+        request = GitLabRequest("POST", project.url("statuses", commit), fields)
+        answer = self._ask(project, request)
+        if answer.status in (http.HTTPStatus.OK, http.HTTPStatus.CREATED):
+            with suppress(*SHAPE_ERRORS):
+                if json.loads(answer.body)["status"] == fields["state"]:
+                    return True
+            # a proxy that wants a login, say, may have answered
+            raise GitLabError(Obstacle.AWAY, f"not a status: {answer.text}")
+        if answer.status == http.HTTPStatus.BAD_REQUEST and UNCHANGED.search(answer.text):
+            return False
+        raise answer.error()
+
+    def _ask(self, project: Project, request: GitLabRequest) -> GitLabAnswer:
+        """Return the answer to a request with the first token that is good enough."""
+        answer = GitLabAnswer(
+            http.HTTPStatus.UNAUTHORIZED, f"file {GITLAB_TOKENS} has no token".encode()
+        )
+        for token in self.tokens(project):
+            answer = self._answer(request, token)
+            if not answer.is_refusal:
+                self._accepted[project] = token
+                break
+        return answer
+
+    def _answer(self, request: GitLabRequest, token: str) -> GitLabAnswer:
+        """Return the answer that comes in time.
+
+        A thread waits for it, since one that drips would outlast every timeout of a socket. While
+        it does, the commit is not asked about again: what was sent last may yet have its effect.
+        """
+        if request.url in self._open or len(self._open) >= REQUESTS_OPEN:
+            return GitLabAnswer(0, failure="an earlier request has no answer yet")
+        self._open.add(request.url)
+        answers: queue.SimpleQueue[GitLabAnswer] = queue.SimpleQueue()
+
+        def wait() -> None:
+            """Put the answer into the queue, or why there is none."""
+            try:
+                answer = self._exchange(request, token)
+            except (HookError, OSError, *SHAPE_ERRORS) as failure:
+                answer = GitLabAnswer(0, failure=first_cause(failure))
+            finally:
+                self._open.discard(request.url)  # before the next request may be sent
+            answers.put(answer)
+
+        try:
+            threading.Thread(target=wait, name="gitlab", daemon=True).start()
+            return answers.get(timeout=self.deadline)
+        except RuntimeError as full:
+            self._open.discard(request.url)
+            return GitLabAnswer(0, failure=str(full))
+        except queue.Empty:
+            return GitLabAnswer(0, failure=f"no whole answer within {self.deadline:.0f} s")
+
+    def _exchange(self, request: GitLabRequest, token: str) -> GitLabAnswer:
+        """Send a request, and read the beginning of its answer."""
+        until = time.monotonic() + self.deadline
+        session = self._sessions.pop() if self._sessions else new_session()
+        is_query = request.method == "GET"
+        authorities = self.surroundings.authorities()
+        with memory_file(authorities) as bundle:
+            trusted = path_of(bundle) if authorities else self.surroundings.public_authorities()
+            with session.request(
+                request.method,
+                request.url,
+                params=request.fields if is_query else None,
+                json=None if is_query else request.fields,
+                headers={"PRIVATE-TOKEN": token, "User-Agent": f"{MANAGER}/{__version__}"},
+                timeout=self.deadline,
+                allow_redirects=False,
+                stream=True,
+                verify=trusted,
+                proxies=self.proxies(request.url),
+            ) as response:
+                body = b""
+                for part in response.iter_content(8192):
+                    body += part
+                    if len(body) > ANSWER_BYTES or time.monotonic() > until:
+                        break
+                pause = seconds_of(response.headers.get("Retry-After"))
+                answer = GitLabAnswer(response.status_code, body[:ANSWER_BYTES], pause)
+        self._sessions.append(session)
+        return answer
+
+    def proxies(self, url: str) -> dict[str, str]:
+        """Return the proxy for a URL, as git would find it in its variables."""
+        environ = {**os.environ, **self.surroundings.variables}
+        lower = {key.lower(): value for key, value in environ.items()}
+        if requests.utils.should_bypass_proxies(url, no_proxy=lower.get("no_proxy", "")):
+            return {}
+        names = {scheme: lower.get(f"{scheme}_proxy", "") for scheme in ("http", "https")}
+        return {scheme: proxy for scheme, proxy in names.items() if proxy}
+
+
+def new_session() -> requests.Session:
+    """Return a session that keeps connections, and nothing that a server or this machine says."""
+    session = requests.Session()
+    session.trust_env = False  # it would send what somebody's .netrc has
+    session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+    return session
+
+
+def first_cause(failure: BaseException) -> str:
+    """Return what was wrong at first: that is said without the addresses of Python objects."""
+    while failure.__context__:
+        failure = failure.__context__
+    return clip(str(failure)) or type(failure).__name__
+
+
+class CommitStatuses:
+    """Keeps the commit statuses in GitLab as the runs are: a sink of Transitions.
+
+    A Transition only says when to look. What is to be sent follows from what is observed of the
+    runs and from what was sent before, so that nothing is lost with the process, and of each stage
+    only the newest state is sent. GitLab adds a second status after a final one: so where this
+    process does not know what it shows, a final one is sent only after reading that.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        gitlab: GitLab,
+        observe: Callable[[], list[ReportedRun] | None],
+        state: StateStore,
+    ) -> None:
+        self.gitlab = gitlab
+        self.observe = observe
+        self.state = state
+        self.clock = state.clock
+        self.metrics = state.kubectl.metrics
+        self.news = threading.Event()  # set to have the runs looked at
+        self.ended = threading.Event()  # set to have nothing more sent
+        self.away = Retry(self.clock, STATUS_DELAYS)  # by server
+        self.retry = Retry(self.clock, REJECTED_DELAYS)  # by run
+        self.refused = Retry(self.clock, REFUSED_DELAYS, REFUSED_REPORTS)  # by app and branch
+        self.apps = {app.name: app for app in config.apps} if config.gitlab.statuses else {}
+        self.projects = {n: Project.of(app, config.gitlab.url) for n, app in self.apps.items()}
+        shared = Counter(normalise_url(app.repository) for app in self.apps.values())
+        self.prefixes = {
+            name: f"{MANAGER}/{name}/" if shared[normalise_url(a.repository)] > 1 else f"{MANAGER}/"
+            for name, a in self.apps.items()
+        }
+        self._sent: dict[str, dict[str, str]] = {}  # by run and stage, as far as it is certain
+        self._settled: dict[str, tuple[str, float]] = {}  # app and end, by run; not recorded yet
+        self._paused: dict[str, float] = {}  # servers that want to be left, and until when
+        self._recorded = 0.0  # when settled runs were recorded last
+        self._tokens: set[str] = set()  # at the last look
+        self._changes = 0  # of the tokens, until now: news for what was refused
+
+    def take(self, _transition: Transition) -> None:
+        """Have the runs looked at, since one of them has changed."""
+        self.news.set()
+
+    def send_all(self) -> float:
+        """Send what GitLab does not show yet; return the seconds after which to look again."""
+        tokens = {*self.gitlab.tokens()} if any(self.projects.values()) else set()
+        self._changes += tokens != self._tokens
+        self._tokens = tokens
+        waiting = bool(tokens) and (self.away.failing() or self.refused.failing())
+        self.metrics.waiting.labels("GitLab").set(waiting)
+        runs = self.observe() if tokens else []
+        if runs is None:
+            return LOOK_SECONDS
+        runs = [run for run in runs if self.projects.get(run.app.name) and not self.is_done(run)]
+        for gone in self._sent.keys() - {run.run.id for run in runs}:
+            del self._sent[gone]
+            self.retry.succeeded(gone)
+        until = self.clock.monotonic() + STATUS_LOOK
+        for run in sorted(runs, key=lambda run: -run.run.received):
+            if self.clock.monotonic() > until or self.ended.is_set():
+                return 0.0
+            self.send(run)
+        self.record_settled()
+        return LOOK_SECONDS if runs or self._settled else QUIET_SECONDS
+
+    def is_done(self, run: ReportedRun) -> bool:
+        """Whether nothing is to be sent of a run any more, or its commit has no id."""
+        if not SHA.fullmatch(run.run.commit):
+            return True
+        if run.end is None:
+            return False
+        _, settled = self._settled.get(run.run.id, ("", run.settled))
+        return settled == run.end.ended or run.end.ended < self.clock.now() - STATUS_AGE
+
+    def send(self, run: ReportedRun) -> None:
+        """Send the statuses of a run that GitLab does not show, unless that is put off."""
+        project = self.projects[run.app.name]
+        missing = self.missing(run)
+        if project is None or (missing and not self.is_due(run, project)):
+            return
+        try:
+            for status in missing:
+                if self.ended.is_set():
+                    return
+                self.send_status(run, project, status)
+        except GitLabError as failed:
+            self.put_off(run, project, failed)
+            return
+        self.retry.succeeded(run.run.id)
+        if run.end and not run.end.next_try:
+            self._settled[run.run.id] = (run.app.name, run.end.ended)
+
+    def missing(self, run: ReportedRun) -> list[StageStatus]:
+        """Return the statuses of a run that GitLab does not show, as far as that is certain.
+
+        What begins comes before what ends: between the two the commit would look done.
+        """
+        sent = self._sent.get(run.run.id, {})
+        statuses = [s for s in run.statuses() if s.is_missing(sent.get(s.stage))]
+        return sorted(statuses, key=lambda status: status.is_final)
+
+    def is_due(self, run: ReportedRun, project: Project) -> bool:
+        """Whether a run may be tried now: it, its server and what the tokens may do."""
+        paused = self._paused.get(project.server, 0.0) > self.clock.monotonic()
+        tried = self.retry.due(run.run.id) and self.away.due(project.server)
+        return tried and not paused and self.refused.due(self.permission(run), self._changes)
+
+    def permission(self, run: ReportedRun) -> str:
+        """Return what is refused together: a token that is good for one branch may lack another."""
+        kind = "deploy branch" if run.run.ref == run.app.deploy_ref else "other branches"
+        return f"{run.app.name}, {kind}"
+
+    def send_status(self, run: ReportedRun, project: Project, status: StageStatus) -> None:
+        """Bring GitLab to show a status; raises GitLabError."""
+        sent = self._sent.setdefault(run.run.id, {})
+        name = self.prefixes[run.app.name] + status.stage
+        commit = run.run.commit
+        branch = self.branch(run.run)
+        if status.is_final and status.stage not in sent:
+            sent[status.stage] = self.gitlab.status(project, commit, name, branch)
+        if not status.is_missing(sent.get(status.stage)):
+            return
+        text = clip(self.gitlab.secrets.mask(status.text), STATUS_LENGTH)
+        fields = {"state": str(status.state), "name": name, "description": text}
+        try:
+            is_new = self.gitlab.set_status(project, commit, {**fields, **branch_field(branch)})
+        except GitLabError as failed:
+            if failed.obstacle is Obstacle.AWAY:
+                sent.pop(status.stage, None)
+            raise
+        sent[status.stage] = str(status.state)
+        self.metrics.statuses.labels("sent" if is_new else "unchanged").inc()
+        self.refused.succeeded(self.permission(run))
+        if self.away.succeeded(project.server):
+            info("recovered", what="commit statuses")
+
+    def branch(self, run: Run) -> str:
+        """Return the branch that GitLab is told, "" where its name is not known or not to be shown.
+
+        Of a very long one only the beginning is recorded. GitLab looks for the branch then.
+        """
+        whole = "~" not in run.branch and len(run.branch) <= STATUS_LENGTH
+        return run.branch if whole and self.gitlab.secrets.mask(run.branch) == run.branch else ""
+
+    def put_off(self, run: ReportedRun, project: Project, failed: GitLabError) -> None:
+        """Have it tried again later: the run, all of its server, or all that is refused alike."""
+        self.metrics.statuses.labels(str(failed.obstacle)).inc()
+        words = {"app": run.app.name, "run": run.run.id, "detail": str(failed)}
+        if failed.obstacle is Obstacle.REFUSED:
+            self.metrics.errors.labels("statuses").inc()
+            if self.refused.failed(self.permission(run), self._changes):
+                needed = "a token with scope api that may push to the branch"
+                error("GitLab refuses commit statuses", needed=needed, **words)
+            return
+        if failed.obstacle in (Obstacle.AWAY, Obstacle.LIMITED):
+            pause = min(failed.pause, LONGEST_PAUSE)
+            self._paused[project.server] = self.clock.monotonic() + pause
+            if self.away.failed(project.server):
+                warn("commit statuses wait for GitLab", **words)
+        elif self.retry.failed(run.run.id):
+            warn("GitLab does not take a commit status", **words)
+
+    def record_settled(self) -> None:
+        """Record, now and then, of which runs GitLab shows all: the next process need not ask."""
+        if not self._settled or self.clock.monotonic() < self._recorded + STATUS_LOOK:
+            return
+        self._recorded = self.clock.monotonic()
+        for name in {app for app, _ in self._settled.values()}:
+            runs = {run: ended for run, (app, ended) in self._settled.items() if app == name}
+            records = [StatusRecord(id=run, ended=ended) for run, ended in runs.items()]
+            with self.retry.contain(f"record of {name}", "sent statuses not recorded", app=name):
+                self.state.write(self.apps[name], *records)
+                for run in runs:
+                    del self._settled[run]
+
+
+def branch_field(branch: str) -> dict[str, str]:
+    """Return the field that names a branch, none where GitLab is to look for it."""
+    return {"ref": branch} if branch else {}
 
 
 # === health =======================================================================================
@@ -9041,6 +9728,26 @@ class ControllerContext:
             with self.retry.contain(item, STEP_FAILED, news, **words):
                 step()
 
+    def reported_runs(self) -> list[ReportedRun] | None:
+        """Return what is observed of every run, None while the informers cannot follow.
+
+        Raises KubectlError where records were never read and the cluster is away.
+        """
+        if any(informer.trouble for informer in self.informers.all()):
+            return None
+        jobs_by_app: dict[str, dict[str, dict[str, Job]]] = {name: {} for name in self.apps}
+        for run, jobs in self.informers.jobs_by_run().items():
+            jobs_by_app.get(newest(jobs).app, {})[run] = jobs
+        services = self.informers.services.items()
+        runs = []
+        for name, app in self.apps.items():
+            state = self.state.recent(app)
+            live = {e: s for e, i in services if (s := i.find(app.service_name))}
+            for id_ in {**state.runs, **jobs_by_app[name]}:
+                jobs = jobs_by_app[name].get(id_, {})
+                runs.append(ReportedRun.of(app, state, id_, jobs, live))
+        return runs
+
     def is_deployed(self, run: Run) -> bool:
         """Whether a run is of its app's deploy branch."""
         app = self.apps.get(run.app)
@@ -9629,12 +10336,6 @@ def task_of(config: Config, app: App, environment: str, run: Run | None = None) 
     return Task(app=app, environment=environment, namespace=namespace, run=run)
 
 
-def run_of_record(app: App, record: RunRecord) -> Run:
-    """Return the run that a record is of."""
-    copied = ("id", "ref", "commit", "before", "delivery", "received")
-    return Run(app=app.name, **{name: getattr(record, name) for name in copied})
-
-
 def run_key(run: Run) -> tuple[str, str, str]:
     """Return what identifies a push: app, ref and commit."""
     return run.app, run.ref, run.commit
@@ -9711,7 +10412,9 @@ READ_AT_ONCE = 4  # runs whose manifests are read; a dead server delays only som
 class Controller:
     """Puts the parts together, starts their threads and ends them."""
 
-    def __init__(self, config: Config, deployer: Deployer, spool: Spool) -> None:
+    def __init__(
+        self, config: Config, deployer: Deployer, spool: Spool, gitlab: GitLab | None = None
+    ) -> None:
         context = ControllerContext(config, deployer, spool)
         self.context = context
         self.clock = context.clock
@@ -9725,6 +10428,9 @@ class Controller:
         self.workers = Workers(context, self.supervisor)
         self.runs = RunReconciler(context, self.catch_up, self.workers)
         self.services = ServiceReconciler(context, self.workers)
+        gitlab = gitlab or GitLab(context.doors.secrets)
+        self.statuses = CommitStatuses(config, gitlab, context.reported_runs, context.state)
+        context.doors.reports.sinks.append(self.statuses.take)
         self.metrics.spool.set_function(lambda: len(spool))
         self.metrics.begin(config.apps)
 
@@ -9738,6 +10444,7 @@ class Controller:
         repeat = self.supervisor.repeat
         repeat("intake", "intake waits for the cluster", self.intake.admit_all, self.spooled)
         repeat("controller", STEP_FAILED, self.reconcile, wake)
+        repeat("statuses", "commit statuses wait", self.statuses.send_all, self.statuses.news)
         for app in self.context.config.apps:
             read = partial(self.catch_up.read_heads, app)
             wanted = self.context.heads_wanted[app.name]
@@ -9759,9 +10466,11 @@ class Controller:
         """End every thread, then admit what is spooled; the next process does what is cut off."""
         until = self.clock.monotonic() + seconds
         self.context.stop.set()
+        self.statuses.ended.set()
         for informer in self.informers.all():
             informer.stop()
-        for event in (self.context.wake, self.spooled, *self.context.heads_wanted.values()):
+        wanted = self.context.heads_wanted.values()
+        for event in (self.context.wake, self.spooled, self.statuses.news, *wanted):
             event.set()
         self.supervisor.join(until)
         if self.clock.monotonic() < until - seconds / 2:  # else an API that hangs would take it all
@@ -10929,7 +11638,8 @@ def serve(tools: Tools, args: argparse.Namespace) -> int:
     spool = Spool(process.spool, config.limits.spool_files)
     spool.prepare()
     tempfile.tempdir = str(spool.scratch)
-    controller = Controller(config, tools.deployer, spool)
+    gitlab = GitLab(secrets, tools.doors.git.surroundings)
+    controller = Controller(config, tools.deployer, spool, gitlab)
     app = WebhookApp(config, secrets, spool, controller)
     beat = partial(controller.heartbeats.beat, "first port", LOOP_SECONDS)
     server = Server(app, process.listen, config.webhook.max_body, beat)
@@ -11014,10 +11724,7 @@ def push(tools: Tools, args: argparse.Namespace) -> int:
     try:
         answer = requests.post(args.url, body, headers=headers, timeout=10, allow_redirects=False)
     except requests.RequestException as failure:
-        cause: BaseException = failure
-        while cause.__context__:  # the first one says it without the addresses of Python objects
-            cause = cause.__context__
-        raise HookError(f"no answer from {args.url}: {clip(str(cause))}") from failure
+        raise HookError(f"no answer from {args.url}: {first_cause(failure)}") from failure
     print_text(f"{answer.status_code} {clip(answer.text, 2000)}")
     return 0 if answer.status_code in (http.HTTPStatus.OK, http.HTTPStatus.ACCEPTED) else 1
 

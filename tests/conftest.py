@@ -18,6 +18,7 @@ LINES = 60
 CLUSTER = {
     "test_colours",
     "test_commands",
+    "test_commit_statuses",
     "test_controller",
     "test_deploy",
     "test_deployments",

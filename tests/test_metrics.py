@@ -38,7 +38,7 @@ def test_every_metric_is_ours_by_name_and_says_what_it_means() -> None:
     assert {f.name for f in families} == {
         f"gitops_hook_{name}" for name in (
             "deliveries", "runs", "switches", "kubectl_calls", "errors", "selector_drift",
-            "catch_up_runs", "spool_files", "waiting", "jobs", "stage_seconds",
+            "catch_up_runs", "statuses", "spool_files", "waiting", "jobs", "stage_seconds",
         )
     }  # fmt: skip
     assert all(f.documentation.endswith(".") for f in families)

@@ -1,0 +1,116 @@
+"""What a GitLab shows of pushes that the real daemon brings through a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.fleet import Fleet, Gate
+from tests.git_server import serving
+from tests.gitlab_server import TOKEN, GitLabServer, Trouble, gitlab_server
+from tests.standin.cluster import Cluster
+from tests.world import eventually, install
+
+SETTINGS = {"bake": "1s", "environments": ["staging", "production"]}
+GREEN = ("test", "staging", "production")
+
+
+@dataclass
+class Place:
+    """Applications whose repositories a server has, and the GitLab that is told about them."""
+
+    apps: Fleet
+    gitlab: GitLabServer
+    gate: Gate
+    git: str  # the address of the git server
+
+    def push(self, name: str, commit: str, ref: str = "main") -> str:
+        """Announce a commit by the URL of its repository; return the run's id."""
+        where: Any = f"{self.git}/{name}/shop.git"
+        answer = self.apps.deliver(where, f"refs/heads/{ref}", commit)
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["runs"][0])
+
+    def shows(self, commit: str, **states: str) -> None:
+        """Wait until exactly these stages have a status of a commit, one each and in this state."""
+        wanted = {f"gitops-hook/{stage}": [state] for stage, state in states.items()}
+        what = f"GitLab shows {wanted}"
+        eventually(lambda: self.gitlab.shown(commit) == wanted, 60, what)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    directory = tmp_path_factory.mktemp("statuses")
+    gate = Gate(tmp_path_factory.mktemp("gates") / "gated")
+    apps = {"shop": SETTINGS, "red": {**SETTINGS, "test": "false"}}
+    apps["gated"] = {**SETTINGS, "test": gate.command}
+    projects = [f"{name}/shop" for name in apps]
+    with (
+        gitlab_server(*projects) as gitlab,
+        serving(directory / "repositories") as git,
+        Cluster(directory / "cluster", speed=2.0) as cluster,
+    ):
+        install(cluster)
+        fleet = Fleet(directory, cluster, apps, gitlab={"url": gitlab.url})
+        for entry in fleet.config["apps"]:
+            entry["repository"] = f"{git.url}/{entry['name']}/shop.git"
+        (fleet.secrets / "gitlab-token").write_text(f"{TOKEN}\n")
+        fleet.start()
+        try:
+            yield Place(fleet, gitlab, gate, git.url)
+        finally:
+            fleet.end()
+
+
+def test_a_push_that_goes_live_has_a_green_status_of_each_stage(place: Place) -> None:
+    commit = place.apps["shop"].release("v1")
+    run = place.push("shop", commit)
+    assert place.apps.ended(run, 90)["outcome"] == "deployed"
+    place.shows(commit, **dict.fromkeys(GREEN, "success"))
+    assert place.gitlab.description("gitops-hook/production") == "is live"
+    assert TOKEN not in place.apps.log.read_text()
+
+
+def test_a_push_with_red_tests_has_one_red_status(place: Place) -> None:
+    commit = place.apps["red"].release("v1")
+    place.push("red", commit)
+    place.shows(commit, test="failed")
+    branch = place.apps["red"].release("v2", branch="feature/<script>")
+    place.push("red", branch, "feature/<script>")
+    place.shows(branch, test="failed")
+
+
+def test_a_push_that_a_newer_one_overtakes_is_canceled(place: Place) -> None:
+    gated = place.apps["gated"]
+    older = gated.release("v1")
+    place.push("gated", older)
+    place.shows(older, test="running")
+    newer = gated.release("v2")
+    run = place.push("gated", newer)
+    place.shows(newer, test="running")  # by now the daemon knows the new head
+    place.gate.open()
+    place.gate.open()
+    assert place.apps.ended(run, 90)["outcome"] == "deployed"
+    place.shows(older, test="success", staging="canceled")
+    place.shows(newer, **dict.fromkeys(GREEN, "success"))
+
+
+def test_killed_while_gitlab_is_away_it_sends_what_is_missing_after_its_start(
+    place: Place,
+) -> None:
+    gated = place.apps["gated"]
+    commit = gated.release("v3")
+    run = place.push("gated", commit)
+    place.shows(commit, test="running")
+    away = [Trouble(503) for _ in range(100)]
+    place.gitlab.troubles = away
+    place.gate.open()
+    assert place.apps.ended(run, 90)["outcome"] == "deployed"
+    place.apps.kill()
+    assert place.gitlab.shown(commit) == {"gitops-hook/test": ["running"]}
+    place.gitlab.troubles = []
+    place.apps.start()
+    place.shows(commit, **dict.fromkeys(GREEN, "success"))
