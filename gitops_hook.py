@@ -2127,8 +2127,8 @@ class Kubectl:
 
     def plural(self, api: str, kind: str) -> str:
         """Return the resource of a kind as addresses name it; raises HookError where it is not."""
-        if known := PLURALS.get((api, kind)):
-            return known
+        if plural := PLURALS.get((api, kind)):
+            return plural
         answer = json.loads(self.run("get", "--raw", f"/{api}"))
         names = [r["name"] for r in answer["resources"] if r.get("kind") == kind]
         if not names:
@@ -3772,14 +3772,6 @@ SET_FIELDS = {
     "Service.spec.selector": "`gitops-hook/app`, `gitops-hook/run` and the colour",
     "ConfigMap.metadata.name": "yours with a hash of the content",
     "ConfigMap.immutable": "`true`",
-}
-# The same for what stands beside an app.
-COMPANION_FIELDS = {
-    f"{AUTOSCALER}.spec.scaleTargetRef": "the live `APP-blue` or `APP-green`",
-    f"{BUDGET}.metadata.name": "yours with the colour: each colour has its own",
-    f"{BUDGET}.spec.selector.matchLabels": "yours, `gitops-hook/app` and the colour",
-    "Service.spec.selector": "that of the live Service",
-    "CronJob.spec.*.containers.image": "the built image, for `build.image` and the app's name",
 }
 
 
@@ -8671,9 +8663,9 @@ class Companions:
         wanted = release.beside(task.app.name)
         if not wanted:
             return
-        known = self.records(task)
+        recorded = self.records(task)
         records = [CompanionRecord.of(task.environment, item) for item in wanted]
-        if new := [record for record in records if record.identity not in known]:
+        if new := [record for record in records if record.identity not in recorded]:
             self.state.write(task.app, *new)
         name = release.configmap(task.app.name)["metadata"]["name"]
         self.live.remembered.beside[task.labels] = RecordedCompanions(name, wanted)
@@ -8891,16 +8883,16 @@ class Companions:
 
         It is written only where that is news, and before an object is made.
         """
-        known = self.records(task)
+        recorded = self.records(task)
         news = []
         for identity, item in wanted.items():
             current = seen.objects.get(identity)
-            made = current is not None and is_ours(current, task.app.name)
-            record = CompanionRecord.of(task.environment, current if current and made else item)
-            if known.get(identity) != record and (made or identity not in known):
+            ours = current is not None and is_ours(current, task.app.name)
+            record = CompanionRecord.of(task.environment, current if current and ours else item)
+            if recorded.get(identity) != record and (ours or identity not in recorded):
                 news.append(record)
         there = wanted.keys() | seen.objects.keys() | seen.unread
-        old = [record.key for identity, record in known.items() if identity not in there]
+        old = [record.key for identity, record in recorded.items() if identity not in there]
         if news or (forget and old):
             self.state.write(task.app, *news, forget=old if forget else ())
 
@@ -8983,9 +8975,8 @@ def replacement(current: Object, wanted: Object) -> Object:
     if is_companion(item, "Service"):
         spec = item["spec"]
         external = spec.get("type") in EXTERNAL_TYPES
-        ports = ports_like(
-            spec.get("ports") or (), current["spec"].get("ports") or (), external=external
-        )
+        live = current["spec"].get("ports") or () if external else ()
+        ports = ports_like(spec.get("ports") or (), live, external=external)
         asked = part_of(wanted, "spec")
         dropped = () if external else [k for k in EXTERNAL_FIELDS if k not in asked]
         item["spec"] = {k: v for k, v in spec.items() if k not in dropped} | {"ports": ports}
