@@ -8701,13 +8701,14 @@ class Companions:
         with suppress(InterruptedError):
             self.follow(task)
 
-    def follow(self, task: Task, *, drained: bool = False) -> None:
+    def follow(self, task: Task, *, drained: bool = False, expected: bool = False) -> None:
         """Bring what stands beside an app to where the live version is, as far as it can be.
 
         What does not work is reported and counted: the step that comes next tries it again, and
-        traffic stays where it is. Budgets of the idle colour go when that is drained.
+        traffic stays where it is. Budgets of the idle colour go when that is drained. Where nothing
+        is recorded, and nothing expected beside the live version, no call is made.
         """
-        if not self.records(task):
+        if not (expected or self.records(task)):
             return
         try:
             self.settle(task, drained=drained)
@@ -9492,7 +9493,7 @@ class Deployer:
         service = self.steady.live.read(task)
         if service is None or service.claim != claim:
             return
-        self.steady.companions.follow(task, drained=True)
+        self.steady.companions.follow(task, drained=True, expected=service.live.beside)
         name = f"{task.app.name}-{claim.colour}"
         workloads = self.steady.workloads
         retain = task.app.deploy.retain
@@ -9594,7 +9595,7 @@ class Rollback:
                     self.workloads.unpause(task, name)
                     self.claims.put(task, service.claim, claim)
         self.reject(task, service.live, goal.entry, reason)
-        self.companions.follow(task)
+        self.companions.follow(task, expected=goal.entry.beside)
         if switched.claim.restore:
             # what does not work now the daemon does, by the claim that is left then
             with suppress(HookError):

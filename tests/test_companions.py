@@ -21,12 +21,12 @@ APPS: dict[str, Object] = {
     "refused": {"bake": "1s", "drain": "1s", "companions": ["ServiceMonitor"]},
     **{name: {"bake": "1s", "drain": "1s"} for name in ("failed", "killed", "later", "old")},
 }
-RESOURCES = {
-    "horizontalpodautoscalers": "web",
-    "services": "web-peers",
-    "cronjobs": "web-night",
-    "configmaps": "web-dashboard",
-    "ingresses": "web",
+ENDINGS = {  # of the names of what stands beside an app
+    "horizontalpodautoscalers": "",
+    "services": "-peers",
+    "cronjobs": "-night",
+    "configmaps": "-dashboard",
+    "ingresses": "",
 }
 
 
@@ -49,7 +49,7 @@ def autoscaler(app: str, **spec: Any) -> Object:
     return named(
         "autoscaling/v2",
         "HorizontalPodAutoscaler",
-        "web",
+        app,
         spec={**limits, **spec, "scaleTargetRef": target},
     )
 
@@ -58,16 +58,19 @@ def budget(app: str) -> Object:
     """Return a disruption budget of an app's pods."""
     selector = {"matchLabels": {"app": app}}
     spec = {"minAvailable": 1, "selector": selector}
-    return named("policy/v1", "PodDisruptionBudget", "web", spec=spec)
+    return named("policy/v1", "PodDisruptionBudget", app, spec=spec)
 
 
-def night(image: str, schedule: str = "0 3 * * *", **pod: Any) -> Object:
+def night(app: Member, schedule: str = "0 3 * * *", **pod: Any) -> Object:
     """Return a CronJob."""
-    container = {"name": "night", "image": image}
+    container = {"name": "night", "image": app.fleet.image}
     spec = {"restartPolicy": "Never", "containers": [container], **pod}
     template = {"spec": {"template": {"spec": spec}}}
     return named(
-        "batch/v1", "CronJob", "web-night", spec={"schedule": schedule, "jobTemplate": template}
+        "batch/v1",
+        "CronJob",
+        f"{app.name}-night",
+        spec={"schedule": schedule, "jobTemplate": template},
     )
 
 
@@ -75,7 +78,7 @@ def peers(app: str) -> Object:
     """Return a headless Service of an app's pods."""
     port = {"name": "peers", "port": 7000}
     spec = {"clusterIP": "None", "selector": {"app": app}, "ports": [port]}
-    return named("v1", "Service", "web-peers", spec=spec)
+    return named("v1", "Service", f"{app}-peers", spec=spec)
 
 
 def beside(app: Member, text: str = "a", *leave_out: str, **more: Object) -> Change:
@@ -85,9 +88,9 @@ def beside(app: Member, text: str = "a", *leave_out: str, **more: Object) -> Cha
         "scaler": autoscaler(app.name),
         "budget": budget(app.name),
         "peers": peers(app.name),
-        "night": night(app.fleet.image, f"{len(text)} 3 * * *"),
-        "dashboard": named("v1", "ConfigMap", "web-dashboard", data={"text": text}),
-        "ingress": named("networking.k8s.io/v1", "Ingress", "web", spec={"rules": [rule]}),
+        "night": night(app, f"{len(text)} 3 * * *"),
+        "dashboard": named("v1", "ConfigMap", f"{app.name}-dashboard", data={"text": text}),
+        "ingress": named("networking.k8s.io/v1", "Ingress", app.name, spec={"rules": [rule]}),
         **more,
     }
 
@@ -107,9 +110,11 @@ def state(app: Member) -> Object:
     find = app.fleet.cluster.store.find
 
     def spec(resource: str) -> Object:
-        return (find(resource, app.namespace, RESOURCES[resource]) or {}).get("spec") or {}
+        return (find(resource, app.namespace, f"{app.name}{ENDINGS[resource]}") or {}).get(
+            "spec"
+        ) or {}
 
-    dashboard = find("configmaps", app.namespace, "web-dashboard") or {}
+    dashboard = find("configmaps", app.namespace, f"{app.name}-dashboard") or {}
     budgets = app.objects("poddisruptionbudgets")
     return {
         "scales": spec("horizontalpodautoscalers").get("scaleTargetRef", {}).get("name"),
@@ -130,7 +135,7 @@ def follows(app: Member, text: str | None = "a") -> Object:
         "schedule": f"{len(text or '')} 3 * * *",
         "text": text,
         "ingress": True,
-        "budgets": [f"web-{colour}"],
+        "budgets": [f"{app.name}-{colour}"],
     }
 
 
@@ -161,7 +166,11 @@ def watched(app: Member) -> Iterator[list[str]]:
         while not over.wait(0.01):
             colour = app.selector.get("version", "")
             budgets = app.objects("poddisruptionbudgets")
-            if colour and f"web-{colour}" not in budgets and colour == app.selector["version"]:
+            if (
+                colour
+                and f"{app.name}-{colour}" not in budgets
+                and colour == app.selector["version"]
+            ):
                 gaps.append(f"{colour} is live, but there is {[*budgets]}")
 
     thread = threading.Thread(target=watch)
@@ -175,15 +184,19 @@ def watched(app: Member) -> Iterator[list[str]]:
 
 def running_job(app: Member) -> str:
     """Let the CronJob have started a Job that runs; return its name."""
-    owner = app.fleet.cluster.store.find("cronjobs", app.namespace, "web-night")
+    owner = app.fleet.cluster.store.find("cronjobs", app.namespace, f"{app.name}-night")
     assert owner is not None
-    reference = {"apiVersion": "batch/v1", "kind": "CronJob", "name": "web-night"}
+    reference = {"apiVersion": "batch/v1", "kind": "CronJob", "name": f"{app.name}-night"}
     reference |= {"uid": owner["metadata"]["uid"], "controller": True}
     pod = owner["spec"]["jobTemplate"]["spec"]
-    meta = {"name": "web-night-1", "namespace": app.namespace, "ownerReferences": [reference]}
+    meta = {
+        "name": f"{app.name}-night-1",
+        "namespace": app.namespace,
+        "ownerReferences": [reference],
+    }
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta}
     app.fleet.cluster.store.create("jobs", {**job, "spec": {**pod, "suspend": True}})
-    return "web-night-1"
+    return f"{app.name}-night-1"
 
 
 def is_allowed_first(shop: Member) -> None:
@@ -216,7 +229,7 @@ def loses_everything_and_gets_it_back(shop: Member) -> None:
     """Deploy a version that has nothing beside it, and roll it back."""
     job = running_job(shop)
     planned = shop.fleet.command("plan", "shop", shop.release("v4")).stdout
-    assert "CronJob/web-night: deleted when it is confirmed" in planned
+    assert "CronJob/shop-night: deleted when it is confirmed" in planned
     assert shop.deployed("v4")["outcome"] == "deployed"
     shop.quiet()
     nothing = {"scales": None, "peers": None, "schedule": None, "text": None, "ingress": False}
@@ -237,14 +250,14 @@ def test_it_follows_through_switches_a_switch_back_and_rollbacks(apps: Fleet) ->
     comes(shop)
     shop.quiet()
     shown = " ".join(apps.command("status", "shop").stdout.split())
-    assert "beside it: ConfigMap/web-dashboard, CronJob/web-night, Horiz" in shown
+    assert "beside it: ConfigMap/shop-dashboard, CronJob/shop-night, Horiz" in shown
     loses_everything_and_gets_it_back(shop)
     assert apps.said("what stands beside the app did not follow", app="shop") == []
 
 
 def nonsense(app: Member) -> Object:
     """Return a CronJob with a schedule that is none."""
-    return night(app.fleet.image, "nonsense")
+    return night(app, "nonsense")
 
 
 def test_what_the_cluster_refuses_or_others_have_ends_a_run_before_anything_changes(
@@ -252,13 +265,13 @@ def test_what_the_cluster_refuses_or_others_have_ends_a_run_before_anything_chan
 ) -> None:
     refused = apps["refused"]
     monitor = named("monitoring.coreos.com/v1", "ServiceMonitor", "web", spec={})
-    foreign = {**budget("refused"), "metadata": {"name": "web-blue", "namespace": "production"}}
+    foreign = {**budget("refused"), "metadata": {"name": "refused-blue", "namespace": "production"}}
     apps.cluster.store.create("poddisruptionbudgets", foreign)
-    before = apps.cluster.store.find("poddisruptionbudgets", "production", "web-blue")
+    before = apps.cluster.store.find("poddisruptionbudgets", "production", "refused-blue")
     faults = {
-        'The CronJob "web-night" is invalid: spec.schedule': {"night": nonsense(refused)},
+        'The CronJob "refused-night" is invalid: spec.schedule': {"night": nonsense(refused)},
         "The cluster has no ServiceMonitor of monitoring.coreos.com/v1": {"monitor": monitor},
-        "PodDisruptionBudget/web-blue is there without our labels": {},
+        "PodDisruptionBudget/refused-blue is there without our labels": {},
     }
     for number, (said, more) in enumerate(faults.items()):
         leave = ("ingress", "budget") if more else ("ingress",)
@@ -268,10 +281,10 @@ def test_what_the_cluster_refuses_or_others_have_ends_a_run_before_anything_chan
         assert said in line["detail"], line
         assert (refused.leftovers(), refused.objects("cronjobs")) == ([], {})
     find = apps.cluster.store.find
-    after = find("poddisruptionbudgets", "production", "web-blue")
+    after = find("poddisruptionbudgets", "production", "refused-blue")
     assert (after or {})["spec"] == (before or {})["spec"]
     assert "labels" not in (after or {})["metadata"]
-    apps.cluster.store.remove("poddisruptionbudgets", "production", "web-blue")
+    apps.cluster.store.remove("poddisruptionbudgets", "production", "refused-blue")
 
 
 def test_what_a_first_version_made_goes_with_it_when_it_fails(apps: Fleet) -> None:
@@ -299,7 +312,7 @@ def test_a_daemon_that_dies_after_the_switch_lets_the_next_one_follow(apps: Flee
     eventually(lambda: state(killed)["scales"] == expected, 30, "the autoscaler follows")
     apps.ended(run, 60)
     killed.quiet()
-    assert state(killed)["budgets"] == [f"web-{killed.selector['version']}"]
+    assert state(killed)["budgets"] == [f"killed-{killed.selector['version']}"]
 
 
 def test_what_fails_after_the_switch_is_reported_and_takes_no_traffic_back(apps: Fleet) -> None:
