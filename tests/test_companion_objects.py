@@ -172,6 +172,12 @@ def test_no_setting_lets_such_a_kind_be_applied(kind: str) -> None:
         app_of(deploy={"companions": [kind]})
 
 
+@pytest.mark.parametrize("entry", ["", "ingress", "Ingress/web", "networking.k8s.io/Ingress", 5])
+def test_what_is_no_kind_is_a_fault_of_the_configuration(entry: Any) -> None:
+    with pytest.raises(ConfigError, match=r"deploy.companions\[0\]"):
+        app_of(deploy={"companions": [entry]})
+
+
 def test_a_configmap_that_a_cronjob_names_keeps_its_name_also_if_the_app_names_it() -> None:
     volumes = [{"name": "v", "configMap": {"name": "settings"}}]
     sorted_ones = checked(cronjob(volumes=volumes))
