@@ -8826,7 +8826,10 @@ class Companions:
     def deletable(
         self, task: Task, seen: Beside, gone: Iterable[Identity], *, drained: bool
     ) -> list[Object]:
-        """Return what may be deleted: what we have made, as it is recorded, and labelled."""
+        """Return what may be deleted: what we have made, as it is recorded, and labelled.
+
+        What the settings leave to others stays, and so does a claim, whatever it holds.
+        """
         records = self.records(task)
         items = []
         for identity in gone:
@@ -8835,8 +8838,9 @@ class Companions:
             meta = item["metadata"]
             same = record is not None and record.uid == meta.get("uid")
             waits = is_companion(item, BUDGET) and not drained
-            claim = item["kind"] == "PersistentVolumeClaim"
-            if meta.get("deletionTimestamp") or waits or claim:
+            ignored = task.app.deploy.ignores(item["kind"], plain_name(item))
+            left = ignored or item["kind"] == "PersistentVolumeClaim"
+            if meta.get("deletionTimestamp") or waits or left:
                 continue
             if same and is_ours(item, task.app.name):
                 items.append(item)
@@ -8901,6 +8905,14 @@ class Companions:
 def is_following(item: Object) -> bool:
     """Whether an object goes with traffic, and not when a version is confirmed."""
     return any(is_companion(item, kind) for kind in FOLLOWING_KINDS)
+
+
+def plain_name(item: Object) -> str:
+    """Return the name that an object has in the manifests, without the colour of a budget."""
+    name = str(item["metadata"]["name"])
+    colour = name.rpartition("-")[2]
+    coloured_one = is_companion(item, BUDGET) and colour in COLOURS
+    return name.removesuffix(f"-{colour}") if coloured_one else name
 
 
 def is_ours(item: Object, app: str) -> bool:
@@ -9595,7 +9607,8 @@ class Rollback:
                     self.workloads.unpause(task, name)
                     self.claims.put(task, service.claim, claim)
         self.reject(task, service.live, goal.entry, reason)
-        self.companions.follow(task, expected=goal.entry.beside)
+        if goal.entry.beside or service.live.beside:
+            self.companions.follow(task, expected=True)
         if switched.claim.restore:
             # what does not work now the daemon does, by the claim that is left then
             with suppress(HookError):

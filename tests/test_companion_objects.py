@@ -362,9 +362,9 @@ def companions_of(
     return Companions(cast(hook.LiveServices, Live()))
 
 
-def task() -> Task:
+def task(**deploy: Any) -> Task:
     """The task of the run."""
-    app = app_of()
+    app = app_of(deploy=deploy)
     return Task(app=app, environment="production", namespace="production", run=RUN)
 
 
@@ -450,6 +450,14 @@ def test_what_follows_is_done_again_without_harm_and_goes_when_a_version_lacks_i
     companions_of(cluster, state, released(cronjob())).follow(task(), drained=True)
     companions_of(cluster, state, None).follow(task(), drained=True)
     assert (cluster.objects, state.state.companions) == ({}, {})
+
+
+def test_what_the_settings_leave_to_others_from_now_on_stays() -> None:
+    cluster, state = MemoryKubectl([]), MemoryState([RECORD])
+    companions_of(cluster, state, released(budget(), cronjob())).follow(task())
+    left = task(ignore=["PodDisruptionBudget/x", "CronJob"])
+    companions_of(cluster, state, released()).follow(left, drained=True)
+    assert sorted(kind for kind, _ in cluster.objects) == ["CronJob", "PodDisruptionBudget"]
 
 
 def test_until_a_version_is_confirmed_only_what_goes_with_traffic_changes() -> None:
