@@ -460,6 +460,23 @@ def test_what_the_settings_leave_to_others_from_now_on_stays() -> None:
     assert sorted(kind for kind, _ in cluster.objects) == ["CronJob", "PodDisruptionBudget"]
 
 
+class NoCalls(MemoryKubectl):
+    """A cluster of which nothing may be asked."""
+
+    def read(self, references: Sequence[Object], namespace: str) -> list[Object]:
+        """Fail."""
+        raise AssertionError((references, namespace))
+
+
+def test_an_app_that_has_nothing_beside_it_costs_no_call() -> None:
+    plain = released()
+    companions = companions_of(NoCalls([]), MemoryState([]), plain)
+    companions.require_accepted(task(), plain)
+    companions.prepare(task(), plain)
+    assert companions.follow_beside(task(), plain) is None
+    companions.follow(task(), drained=True)
+
+
 def test_until_a_version_is_confirmed_only_what_goes_with_traffic_changes() -> None:
     cluster, state = MemoryKubectl([]), MemoryState([RECORD])
     live = released(*everything())
