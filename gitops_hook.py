@@ -194,6 +194,7 @@ ANNOTATION_HISTORY = "gitops-hook/history"
 ANNOTATION_CLAIM = "gitops-hook/deploying"
 ANNOTATION_BAKE = "gitops-hook/bake-until"
 ANNOTATION_WRITTEN = "gitops-hook/written-at"
+ANNOTATION_APPLIED = "gitops-hook/applied"
 ANNOTATION_PUT_BACK = "gitops-hook/put-back-at"
 
 # Deliveries.
@@ -209,9 +210,11 @@ REJECTED_LENGTH = 50  # rejected commits that are recorded of an app
 RUNS_LENGTH = 100  # the newest runs of an app that are recorded, besides those that have a Job
 STATE_BYTES = 600 * 1024  # of all records of an app: a ConfigMap holds 1 MiB
 RECORD_BYTES = 2048  # of one record
+COMPANION_RECORDS = 500  # of an app in all environments
 RECORD_VERSION = 1  # of the format of a record
 STATE_TRIES = 5  # attempts to write records that another process changes at the same time
 ADOPTED = "adopted"  # the outcome of the version that was live before the first run
+COMPANION = "companion"  # the value of LABEL_STAGE on what stands beside an app
 
 # Jobs and logs.
 BATCH = 200  # Jobs that one call creates
@@ -736,6 +739,13 @@ SWITCH = matching("True|False", "true or false", bool, (bool,))
 IGNORED = matching(
     r"[A-Za-z]\w{0,99}(/[a-z0-9][a-z0-9.-]{0,252})?", "Kind or Kind/name (e.g. CronJob/night)"
 )
+# What no app may have applied: it gives rights, holds data, or concerns the whole cluster.
+NEVER_COMPANIONS = {
+    *("Secret", "Job", "Pod", "Deployment", "ReplicaSet", "DaemonSet", "PersistentVolumeClaim"),
+    *("Role", "RoleBinding", "ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Namespace"),
+    *("CustomResourceDefinition", "PersistentVolume", "ResourceQuota", "LimitRange", "Endpoints"),
+}
+KIND = matching(r"[A-Z]\w{0,99}", "a Kind (e.g. Ingress)")
 CHOICE = matching("|[Tt]rue|[Ff]alse", "true, false or empty", parse_choice, (str, bool))
 COUNT = matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int, (int,))
 PORT_NUMBER = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
@@ -943,6 +953,12 @@ class DeploySettings:
         parse=SERVICE,
         default="''",
         meaning="name of the live Service in that folder; empty: the name of the app",
+    )
+    companions: tuple[str, ...] = setting(
+        parse=KIND,
+        default="[]",
+        meaning="further kinds that are applied beside the app, as `Ingress`; the Role must "
+        "allow get, create, update and delete",
     )
     ignore_kinds: tuple[str, ...] = setting(
         default="[]", meaning="an older name of `ignore`; both are heeded"
@@ -1217,6 +1233,8 @@ def cross_faults(config: Config) -> Iterator[str]:
             yield f"apps[{i}].build.image: is required with builder kaniko"
         for stage, settings in (("test", app.test), ("build", app.build)):
             yield from resource_faults(settings.resources, f"apps[{i}].{stage}")
+        for kind in sorted({*(app.deploy.companions or ())} & NEVER_COMPANIONS):
+            yield f"apps[{i}].deploy.companions: {kind} is never applied beside an app"
         yield from variable_faults(app.test.env or {}, f"apps[{i}].test.env", TEST_VARIABLE)
         yield from side_car_faults(app.test.services or (), f"apps[{i}].test.services")
     yield from service_faults(apps)
@@ -1532,8 +1550,8 @@ def error(msg: str, **values: Any) -> None:
 
 # The parts of the daemon in which errors are counted.
 ERRORS = (
-    *("controller", "heads", "intake", "request", "restore", "secrets", "selector"),
-    *("service", "statuses", "watch", "worker"),
+    *("companions", "controller", "heads", "intake", "request", "restore", "secrets"),
+    *("selector", "service", "statuses", "watch", "worker"),
 )
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)  # seconds
 
@@ -1998,6 +2016,13 @@ def parse_run(content: bytes) -> Run:
 OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; Python needs several times that
 STDERR_BYTES = 2**20
 API_PATHS = {"jobs": "/apis/batch/v1", "pods": "/api/v1", "services": "/api/v1"}
+PLURALS = {
+    ("api/v1", "ConfigMap"): "configmaps",
+    ("api/v1", "Service"): "services",
+    ("apis/autoscaling/v2", "HorizontalPodAutoscaler"): "horizontalpodautoscalers",
+    ("apis/batch/v1", "CronJob"): "cronjobs",
+    ("apis/policy/v1", "PodDisruptionBudget"): "poddisruptionbudgets",
+}
 PAGE_SIZE = 100  # objects in one answer: a thousand Jobs at once are 50 MB of Python
 LOG_READ = 500 * 16 * 1024  # all of 500 lines, since container runtimes cut lines at 16 KiB
 MEMORY_BYTES = 160 * 2**20  # of a program: the largest kustomization that is read takes 130 MB
@@ -2124,6 +2149,37 @@ class Kubectl:
             return refusals
         return {}
 
+    def read(self, objects: Sequence[Object], namespace: str) -> Sequence[Object]:
+        """Return those of some objects of any kinds that are there, read in this order.
+
+        What is given is their apiVersion, kind and name. They take one call.
+        """
+        stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+        args = ("get", "-f", "-", "-o", "json", "--ignore-not-found")
+        printed = self.run(*args, namespace=namespace, stdin=stdin).strip()
+        answer = json.loads(printed) if printed else {"items": []}
+        return [*answer["items"]] if answer.get("kind", "List") == "List" else [answer]
+
+    def write(self, verb: str, objects: Sequence[Object], namespace: str, *options: str) -> None:
+        """Create or replace whole objects of any kinds in one call, as many as can be.
+
+        Those with a resourceVersion are replaced only as they were read. Raises KubectlError that
+        names the refused ones.
+        """
+        stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+        args = (verb, "-f", "-", "-o", "name", *options)
+        self.run(*args, namespace=namespace, stdin=stdin, timeout=2 * KUBECTL_TIMEOUT)
+
+    def plural(self, api: str, kind: str) -> str:
+        """Return the resource of a kind as addresses name it; raises HookError where it is not."""
+        if plural := PLURALS.get((api, kind)):
+            return plural
+        answer = json.loads(self.run("get", "--raw", f"/{api}"))
+        names = [r["name"] for r in answer["resources"] if r.get("kind") == kind]
+        if not names:
+            raise HookError(f"the cluster has no {kind} in {api}")
+        return str(min(names, key=len))  # the others are its parts, as in `ingresses/status`
+
     def put(self, wanted: Object, current: Object | None, namespace: str, *options: str) -> str:
         """Write a whole object in the place of exactly the one that was read, or of none.
 
@@ -2149,11 +2205,16 @@ class Kubectl:
         if listed := [f"{resource}/{n}" for n in sorted(names)]:
             self.run("delete", *listed, "--wait=false", "--ignore-not-found", namespace=namespace)
 
-    def delete_exactly(self, api: str, resource: str, current: Object) -> None:
-        """Delete an object, and what it owns, if nobody has changed it since it was read."""
+    def delete_exactly(
+        self, api: str, resource: str, current: Object, policy: str = "Background"
+    ) -> None:
+        """Delete an object if nobody has changed it since it was read.
+
+        What it owns goes, too, or stays by the policy Orphan.
+        """
         meta = current["metadata"]
         exactly = {key: meta[key] for key in ("uid", "resourceVersion")}
-        options = {"propagationPolicy": "Background", "preconditions": exactly}
+        options = {"propagationPolicy": policy, "preconditions": exactly}
         address = f"/{api}/namespaces/{meta['namespace']}/{resource}/{meta['name']}"
         args = ("delete", "--raw", address, "-f", "-")
         self.run(*args, namespace=meta["namespace"], stdin=json.dumps(options))
@@ -3573,6 +3634,19 @@ REQUEST_BYTES = 3 * 1024 * 1024 - 65_536  # of JSON: the same, the rest of the o
 INVALID = Reason.MANIFEST_INVALID
 REFUSED = Reason.MANIFEST_REFUSED
 KINDS = {"Deployment": "apps/v1", "Service": "v1", "ConfigMap": "v1"}
+AUTOSCALER = "HorizontalPodAutoscaler"
+BUDGET = "PodDisruptionBudget"
+# What may stand beside an app without a setting, and by which API it is read.
+COMPANION_KINDS = {
+    AUTOSCALER: "autoscaling/v2",
+    BUDGET: "policy/v1",
+    "CronJob": "batch/v1",
+    "Service": "v1",
+    "ConfigMap": "v1",
+}
+FOLLOWING_KINDS = (AUTOSCALER, BUDGET, "Service")  # that go with traffic
+MOST_COMPANIONS = 50  # of an app in an environment
+COMPANION_BYTES = 128 * 1024  # of one: what was written last is an annotation, of 256 KiB at most
 OLD_APIS = ("extensions/v1beta1", "apps/v1beta1", "apps/v1beta2")
 CONFIGMAP_DATA = ("data", "binaryData")
 ACCOUNT_FIELDS = ("spec.serviceAccountName", "spec.serviceAccount")
@@ -3666,7 +3740,7 @@ REFUSED_FIELDS = {
     "tcpSocket.host": ASKS,
     "annotations.kubectl.kubernetes.io/last-applied-configuration": WRITTEN,
     "annotations.deployment.kubernetes.io/revision": WRITTEN,
-    **{f"{kind}.*": WRITTEN for kind in KINDS},
+    **{f"{kind}.*": WRITTEN for kind in (*KINDS, AUTOSCALER, BUDGET, "CronJob")},
     "metadata.*": "is set by the cluster, or ties the object to others. Remove it.",
     "volumes.*": "reaches the node or a disk past the cluster. Use a persistentVolumeClaim.",
     "sources.*": "gives the pod credentials of the cluster. Mount a Secret of this namespace.",
@@ -3677,6 +3751,7 @@ ALLOWED_FIELDS = {
     "Deployment": {*OBJECT_FIELDS, "spec"},
     "Service": {*OBJECT_FIELDS, "spec"},
     "ConfigMap": {*OBJECT_FIELDS, *CONFIGMAP_DATA, "immutable"},
+    **{kind: {*OBJECT_FIELDS, "spec"} for kind in (AUTOSCALER, BUDGET, "CronJob")},
     "metadata": {"name", "namespace", "labels", "annotations"},
     "volumes": {
         *("name", "configMap", "secret", "emptyDir", "projected", "downwardAPI", "csi"),
@@ -3687,16 +3762,18 @@ ALLOWED_FIELDS = {
 }
 # What to do about an object of a kind that is not deployed. The default is for all other kinds.
 BY_HAND = "List {entry} in deploy.ignore and apply it by hand"
+BY_OTHERS = "list {entry} in deploy.ignore and apply it by hand"
+LISTED = "List {kind} in deploy.companions to have it applied, or {entry} in deploy.ignore."
 ADMINISTRATOR = f"It concerns the whole cluster. {BY_HAND}."
 KIND_ADVICE = {
+    **dict.fromkeys(sorted(NEVER_COMPANIONS), f"{BY_HAND}."),
     "Secret": "Create it by hand in each namespace, and remove it from git.",
     "Job": "Use an init container of the Deployment: it ends before a version gets traffic.",
-    "CronJob": f"{BY_HAND}; its image does not follow the versions.",
-    "HorizontalPodAutoscaler": f"{BY_HAND}, one for each of {{app}}-blue and {{app}}-green.",
-    "PodDisruptionBudget": f"{BY_HAND}; it counts the pods of both colours.",
+    AUTOSCALER: f"Its scaleTargetRef must name the app's Deployment. Correct it, or {BY_OTHERS}.",
+    BUDGET: f"Its selector must reach the app's pods. Correct it, or {BY_OTHERS}.",
     "Deployment": f"{BY_HAND}; it gets neither colours nor the built image.",
-    "Service": f"{BY_HAND}; its selector must not reach the pods of both colours.",
-    "StatefulSet": f"{BY_HAND}; its image does not follow the versions.",
+    "Service": f"Its selector must reach the app's pods. Correct it, or {BY_OTHERS}.",
+    "StatefulSet": LISTED,
     "PersistentVolumeClaim": f"{BY_HAND}; the pods of both colours use it at once.",
     "ServiceAccount": f"{BY_HAND}; deploy.service_accounts lets pods run as it.",
     **dict.fromkeys(
@@ -3707,7 +3784,7 @@ KIND_ADVICE = {
         ("PersistentVolume", "StorageClass", "PriorityClass", "IngressClass", "RuntimeClass"),
         ADMINISTRATOR,
     ),
-    "": f"{BY_HAND}.",
+    "": LISTED,
 }
 # What rendering sets, by field: `Pod` stands for the template, and `*` for anything in between.
 # Every other field is as the commit has it. The README has this table.
@@ -3984,6 +4061,44 @@ class AppObjects:
     service: Object
     configmaps: dict[str, Object]  # by name
     ignored: list[str]  # what was left out, by the app's `ignore`
+    companions: list[Object] = dataclass_field(default_factory=list)  # what stands beside it
+
+    @property
+    def follows_size(self) -> bool:
+        """Whether a version is to be as large as the live one, and not as the commit says."""
+        spec = part_of(self.deployment, "spec")
+        return spec.get("replicas") is None or self.size_limits is not None
+
+    @property
+    def size_limits(self) -> SizeLimits | None:
+        """Between which sizes an autoscaler keeps the app, None where there is none."""
+        scalers = [part_of(c, "spec") for c in self.companions if is_companion(c, AUTOSCALER)]
+        if not scalers:
+            return None
+        return SizeLimits.of(scalers[0])
+
+
+@dataclass(frozen=True, slots=True)
+class SizeLimits:
+    """How many pods an autoscaler keeps at least and at most."""
+
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, spec: Object) -> SizeLimits:
+        """Return those of an autoscaler; raises ManifestError where they are no sizes."""
+        least = spec.get("minReplicas")
+        least = 1 if least is None else least
+        most = spec.get("maxReplicas")
+        if type(least) is not int or type(most) is not int or most < max(least, 1):
+            refuse(f"{AUTOSCALER}: minReplicas and maxReplicas must be sizes of the app.", INVALID)
+        return cls(max(least, 1), most)
+
+
+def is_companion(item: Object, kind: str) -> bool:
+    """Whether an object is of a kind that stands beside an app, and of the API that we read."""
+    return (item.get("kind"), item.get("apiVersion")) == (kind, COMPANION_KINDS[kind])
 
 
 def check_objects(
@@ -4018,6 +4133,8 @@ class SortedManifests:
         self.used = [m for m in self.all if not app.deploy.ignores(m.kind, m.name)]
         services = [m for m in self.of_kind("Service") if m.name == app.service_name]
         self.service = services[0] if services else None
+        jobs = [m.content for m in self.used if m.kind not in KINDS]
+        self.named_beside = configmap_names([pod_of(job) for job in jobs])
         selector = part_of(self.service and self.service.content, "spec", "selector")
         deployments = self.of_kind("Deployment")
         self.selected = [d for d in deployments if selects({"matchLabels": selector}, labels_of(d))]
@@ -4026,6 +4143,7 @@ class SortedManifests:
         pod = part_of(self.front and self.front.content, "spec", "template", "spec")
         configmaps = {m.name for m in self.of_kind("ConfigMap")}
         self.configmaps = configmaps & configmap_names(pod) if pod else configmaps
+        self.companions = [m for m in self.used if self.is_beside(m)]
 
     def of_kind(self, kind: str) -> list[Manifest]:
         """Return the manifests of one of our kinds."""
@@ -4042,24 +4160,56 @@ class SortedManifests:
             raise AssertionError("what is refused has no objects")
         configmaps = {m.name: m.content for m in self.of_kind("ConfigMap")}
         ignored = [m.where for m in self.all if self.app.deploy.ignores(m.kind, m.name)]
-        return AppObjects(self.front.content, self.service.content, configmaps, ignored)
+        copied = {name: item for name, item in configmaps.items() if name in self.configmaps}
+        beside = [m.content for m in self.companions]
+        return AppObjects(self.front.content, self.service.content, copied, ignored, beside)
+
+    def is_beside(self, manifest: Manifest) -> bool:
+        """Whether an object is a companion: it stands beside the app, and follows its versions.
+
+        A ConfigMap is one if no pod of the Deployment names it, or if a companion does.
+        """
+        content = manifest.content
+        if COMPANION_KINDS.get(manifest.kind) != manifest.version:
+            return manifest.kind in self.app.deploy.companions and manifest.kind not in KINDS
+        if manifest.kind == "ConfigMap":
+            return self.front is not None and (
+                manifest.name not in self.configmaps or manifest.name in self.named_beside
+            )
+        if self.front is None or manifest.kind == "CronJob":
+            return manifest.kind != "Service"
+        spec = part_of(content, "spec")
+        if manifest.kind == AUTOSCALER:
+            target = part_of(spec, "scaleTargetRef")
+            return (target.get("kind"), target.get("name")) == ("Deployment", self.front.name)
+        selector = part_of(spec, "selector")
+        if manifest.kind == "Service":
+            selector = {"matchLabels": selector}
+        is_live = manifest.name == self.app.service_name and manifest.kind == "Service"
+        with suppress(*SHAPE_ERRORS):
+            return not is_live and selects(selector, labels_of(self.front))
+        return False
 
     def refusals(self, namespace: str, environment: str) -> Iterator[str]:
         """Yield everything that is refused, each with what to do about it."""
         seen = set()
         claims = self.claims_of_one_node()
+        beside = {id(manifest) for manifest in self.companions}
         for manifest in self.used:
             name = (manifest.kind, manifest.version, manifest.name)
             if name in seen:
                 yield f"{manifest.where} occurs twice. Remove one of the two."
-            elif self.is_deployed(manifest):
+            elif self.is_deployed(manifest) or id(manifest) in beside:
+                # two versions of what stands beside never run at once
+                disks = claims if self.is_deployed(manifest) else set[str]()
                 for fault in refusals(
-                    manifest.content, namespace, environment, self.app.deploy, claims
+                    manifest.content, namespace, environment, self.app.deploy, disks
                 ):
                     yield f"{manifest.where}: {fault}"
             else:
                 yield f"{manifest.where}{self.kind_fault(manifest)}"
             seen.add(name)
+        yield from self.companion_faults()
         if self.service is None:
             names = clip(", ".join(m.name for m in self.of_kind("Service")) or "none")
             fault = f"There is no Service named {self.app.service_name!r} (there are: {names})"
@@ -4079,14 +4229,29 @@ class SortedManifests:
     def kind_fault(self, manifest: Manifest) -> str:
         """Return why an object is not deployed, and what to do."""
         entry = f"{manifest.kind}/{manifest.name}"
-        values = {"entry": clip(entry, 100), "app": self.app.name}
+        values = {"entry": clip(entry, 100), "kind": clip(manifest.kind, 60)}
         if manifest.kind == "Deployment" and manifest.version in OLD_APIS:
             return f" is of the old {manifest.version}. Write apiVersion: apps/v1."
-        if (manifest.kind, manifest.version) == ("ConfigMap", "v1"):
-            return f" is used by no pod of the app. {KIND_ADVICE['']}".format(**values)
-        ours = manifest.version == KINDS.get(manifest.kind, manifest.version)
+        wanted = COMPANION_KINDS.get(manifest.kind, manifest.version)
+        group = manifest.version.rpartition("/")[0]
+        if manifest.version != wanted and group == wanted.rpartition("/")[0]:
+            return f" is of {manifest.version}. Write apiVersion: {wanted}."
+        ours = manifest.version == KINDS.get(manifest.kind, wanted)
         advice = KIND_ADVICE.get(manifest.kind if ours else "", KIND_ADVICE[""])
         return f" of {manifest.version} is not deployed. {advice.format(**values)}"
+
+    def companion_faults(self) -> Iterator[str]:
+        """Yield what is refused of the companions together."""
+        if len(self.companions) > MOST_COMPANIONS:
+            count = len(self.companions)
+            advice = "List some of them in deploy.ignore."
+            yield f"{count} objects stand beside the app, but {MOST_COMPANIONS} may. {advice}"
+        scalers = [m.name for m in self.companions if is_companion(m.content, AUTOSCALER)]
+        if len(scalers) > 1:
+            yield f"{clip(', '.join(scalers))} scale the same Deployment. Keep one of them."
+        for manifest in self.companions:
+            if (manifest.kind, manifest.name) == ("Service", f"{self.app.name}-preview"):
+                yield f"{manifest.where} has the name of the preview Service. Rename it."
 
     def front_faults(self) -> Iterator[str]:
         """Yield why it is not clear which Deployment gets the traffic."""
@@ -4118,7 +4283,15 @@ def labels_of(deployment: Manifest) -> Object:
     return part_of(deployment.content, "spec", "template", "metadata", "labels")
 
 
-def configmap_names(pod: Object) -> set[str]:
+def pod_of(item: Object) -> Object:
+    """Return the spec of the pods that an object beside an app makes; empty where it makes none."""
+    spec = part_of(item, "spec")
+    template = part_of(spec, "jobTemplate", "spec", "template") or part_of(spec, "template")
+    pod = part_of(template, "spec")
+    return pod if pod.get("containers") else {}
+
+
+def configmap_names(pod: Any) -> set[str]:
     """Return the names of the ConfigMaps that a pod uses."""
     parts = [part for key, part in walk("", pod) if key in CONFIGMAP_REFERENCES]
     names = [part.get("name") for part in parts if isinstance(part, dict)]
@@ -4219,6 +4392,13 @@ class Release:
     deployment: Object
     configmaps: list[Object]
     service: Object
+    # What stands beside the app, before it is given a colour; None where nobody recorded it, as
+    # before version 0.2: then nothing is known of it, and nothing is touched.
+    companions: list[Object] | None = None
+
+    def beside(self, app: str) -> list[Object]:
+        """Return what stands beside an app as it is while this release is live."""
+        return [coloured(item, app, self.selector) for item in self.companions or ()]
 
     @property
     def ports(self) -> list[Object]:
@@ -4243,6 +4423,8 @@ class Release:
     def configmap(self, app: str) -> Object:
         """Return the immutable ConfigMap that records the release."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.companions is None:
+            del content["companions"]
         packed = zlib.compress(json.dumps(content, sort_keys=True).encode())
         if len(packed) > CONFIGMAP_BYTES:
             size = f"{len(packed)} bytes when compressed, but {CONFIGMAP_BYTES} are possible"
@@ -4254,7 +4436,9 @@ class Release:
         """Return the release that a ConfigMap records; raises StageError when it cannot be read."""
         try:
             packed = base64.b64decode(record["binaryData"]["release"])
-            return cls(**json.loads(zlib.decompress(packed)))
+            content = json.loads(zlib.decompress(packed))
+            names = [f.name for f in fields(cls) if f.name in content]
+            return cls(**{name: content[name] for name in names})
         except (KeyError, TypeError, ValueError, zlib.error):
             refuse("The release record cannot be read.", INVALID)
 
@@ -4275,6 +4459,7 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
     with faults.collect():
         service = rendered_service(app, objects.service, selector)
     copies = rendered_copies(app, objects, faults)
+    companions = rendered_companions(app, objects, image, faults)
     with faults.collect():
         pod = objects.deployment["spec"]["template"]["spec"]
         with faults.collect():
@@ -4285,10 +4470,11 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
             if service:
                 set_probes(app, pod, service["spec"]["ports"])
     with faults.collect():
-        deployment = rendered_deployment(app, objects.deployment, selector, placement)
+        limits = objects.size_limits
+        deployment = rendered_deployment(app, objects.deployment, selector, placement, limits)
         deployment["metadata"]["annotations"][ANNOTATION_COMMIT] = run.commit
     faults.require_none()
-    rendered = (deployment, [*copies.values()], service)
+    rendered = (deployment, [*copies.values()], service, companions)
     release = Release(run.id, run.commit, image, placement.colour, selector, *rendered)
     release.configmap(app.name)  # refuses what is too large before anything changes
     return release
@@ -4304,12 +4490,65 @@ def rendered_copies(app: App, objects: AppObjects, faults: Faults) -> dict[str, 
 
 
 def rendered_deployment(
-    app: App, written: Object, selector: Mapping[str, str], placement: Placement
+    app: App,
+    written: Object,
+    selector: Mapping[str, str],
+    placement: Placement,
+    limits: SizeLimits | None = None,
 ) -> Object:
-    """Return a run's Deployment in its placement."""
+    """Return a run's Deployment in its placement, as large as it is to be."""
     name = f"{app.name}-{placement.colour}"
     deployment = new_object("Deployment", name, selector, written["metadata"])
-    return {**deployment, "spec": rendered_spec(app, written["spec"], selector, placement.replicas)}
+    committed = None if limits else written["spec"].get("replicas")
+    replicas = wanted_size(committed, placement.replicas, limits)
+    return {**deployment, "spec": rendered_spec(app, written["spec"], selector, replicas)}
+
+
+def rendered_companions(app: App, objects: AppObjects, image: str, faults: Faults) -> list[Object]:
+    """Return what stands beside an app, with our labels and the built image, in no colour yet."""
+    rendered: list[Object] = []
+    for item in objects.companions:
+        with faults.collect():
+            rendered.append(rendered_companion(app, item, image))
+    return rendered
+
+
+def rendered_companion(app: App, written: Object, image: str) -> Object:
+    """Return one of them; raises StageError where it cannot be applied."""
+    item = copy.deepcopy(written)
+    meta = item["metadata"]
+    where = f"{clip(item['kind'], 60)} {clip(meta['name'], 60)}"
+    ours = {LABEL_APP: app.name, LABEL_STAGE: COMPANION, LABEL_MANAGED: MANAGER}
+    item["metadata"] = {"name": meta["name"], "labels": {**(meta.get("labels") or {}), **ours}}
+    if meta.get("annotations"):
+        item["metadata"]["annotations"] = meta["annotations"]
+    data = item.get("data") or {} if is_companion(item, "ConfigMap") else {}
+    if loose := [key for key, value in data.items() if not isinstance(value, str | None)]:
+        refuse(f"{where}: {clip(loose[0], 60)} is not a text. Put it in quotes.", INVALID)
+    if pod := pod_of(item):
+        set_beside_images(app, pod, image)
+    if len(json.dumps(item)) > COMPANION_BYTES:
+        advice = "Make it smaller, or list it in deploy.ignore."
+        refuse(f"{where} has more than {COMPANION_BYTES >> 10} KiB. {advice}")
+    return item
+
+
+def coloured(item: Object, app: str, selector: Mapping[str, str]) -> Object:
+    """Return a companion as it is while the live Service selects a version so."""
+    colour = colour_of(selector)
+    own = {key: value for key, value in selector.items() if key != LABEL_RUN}
+    spec = part_of(item, "spec")
+    if is_companion(item, AUTOSCALER):
+        target = {"apiVersion": KINDS["Deployment"], "kind": "Deployment"}
+        return {**item, "spec": {**spec, "scaleTargetRef": {**target, "name": f"{app}-{colour}"}}}
+    if is_companion(item, "Service"):
+        return {**item, "spec": {**spec, "selector": {**selector}}}
+    if is_companion(item, BUDGET):
+        labels = {**part_of(spec, "selector", "matchLabels"), **own}
+        selected = {**part_of(spec, "selector"), "matchLabels": labels}
+        meta = {**item["metadata"], "name": f"{item['metadata']['name']}-{colour}"}
+        return {**item, "metadata": meta, "spec": {**spec, "selector": selected}}
+    return item
 
 
 def set_references(pod: Object, copies: Mapping[str, Object]) -> None:
@@ -4359,16 +4598,31 @@ def set_images(app: App, pod: Object, image: str) -> None:
     With builder none every image must already be named by digest.
     """
     if app.build.builder == "none":
-        images = [c["image"] for c in all_containers(pod)]
-        if loose := [i for i in images if not DIGEST.fullmatch(i.partition("@")[2])]:
-            why = "build.builder is none, so every image must be"
-            refuse(f"The image {clip(loose[0], 120)!r} is not named by digest. {why}.")
+        require_digests(pod)
         return
     if not (ours := built_containers(app, pod)):
         needed = f"No container has the image {app.build.image!r} (or {app.name!r})"
         refuse(f"{needed}, so the build would not be deployed. Name it in the Deployment.")
     for container in ours:
         container["image"] = image
+
+
+def set_beside_images(app: App, pod: Object, image: str) -> None:
+    """Put the built image, by digest, wherever a pod beside the app's own names it."""
+    if app.build.builder == "none":
+        require_digests(pod)
+        return
+    for container in all_containers(pod):
+        if repository_of(container["image"]) in (app.build.image, app.name):
+            container["image"] = image
+
+
+def require_digests(pod: Object) -> None:
+    """Raise StageError for an image that is not named by digest."""
+    images = [c["image"] for c in all_containers(pod)]
+    if loose := [i for i in images if not DIGEST.fullmatch(i.partition("@")[2])]:
+        why = "build.builder is none, so every image must be"
+        refuse(f"The image {clip(loose[0], 120)!r} is not named by digest. {why}.")
 
 
 def all_containers(pod: Object) -> list[Object]:
@@ -4598,7 +4852,7 @@ def port_number(containers: Iterable[Object], port: int | str) -> int | None:
     return next((int(p["containerPort"]) for p in declared if p.get("name") == port), None)
 
 
-def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], live: int) -> Object:
+def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], replicas: int) -> Object:
     """Return the spec of a run's Deployment. What the app says stays, but for labels and size."""
     meta = spec["template"].get("metadata") or {}
     labels = {**(meta.get("labels") or {}), LABEL_MANAGED: MANAGER, **selector}
@@ -4607,7 +4861,6 @@ def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], live: int
         if selects(separate, labels):  # so that pods of the other colour do not count
             colour = {k: v for k, v in own.items() if k != LABEL_APP}
             separate["matchLabels"] = {**(separate.get("matchLabels") or {}), **colour}
-    replicas = wanted_size(spec.get("replicas"), live)
     min_ready = spec.get("minReadySeconds", 10)
     longest = max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, min_ready + 10))
     return {
@@ -4644,8 +4897,13 @@ def spread_selectors(pod: Object) -> list[Object]:
     return [part for key, part in parts if key == "labelSelector" and isinstance(part, dict)]
 
 
-def wanted_size(committed: int | None, live: int) -> int:
-    """Return how many pods a version is to have: as committed, else as many as the live one."""
+def wanted_size(committed: int | None, live: int, limits: SizeLimits | None = None) -> int:
+    """Return how many pods a version is to have: as committed, else as many as the live one.
+
+    An autoscaler's limits are kept to.
+    """
+    if committed is None and limits:
+        return min(max(live, limits.least), limits.most, MOST_REPLICAS)
     if committed is None:
         return max(live, 1)
     if committed < 1:
@@ -4686,7 +4944,9 @@ def shared_node_ports(releases: Mapping[str, Release]) -> Iterator[str]:
     """
     owners: dict[int, str] = {}
     for environment, release in releases.items():
-        for port in release.ports:
+        beside = [c for c in release.companions or () if is_companion(c, "Service")]
+        further = [port for c in beside for port in part_of(c, "spec").get("ports") or ()]
+        for port in [*release.ports, *further]:
             number = port.get("nodePort")
             owner = owners.setdefault(number, environment) if number else environment
             if owner != environment:
@@ -4953,6 +5213,7 @@ class HistoryEntry:
     detail: ProseField = ""
     was: Selector = dataclass_field(default_factory=dict)  # what was narrowed to adopt it
     unjudged: Annotated[bool, lambda v: v is True] = False  # its bake could not tell its health
+    beside: Annotated[bool, lambda v: v is True] = False  # whether its release has companions
     v: int = 1
 
     def __bool__(self) -> bool:
@@ -6436,9 +6697,47 @@ class StatusRecord:
         return f"statuses-{self.id}"
 
 
-AnyRecord = RunRecord | Rejection | StatusRecord
-Record = TypeVar("Record", RunRecord, Rejection, StatusRecord)
-RECORD_TYPES = {kind: get_type_hints(kind) for kind in (RunRecord, Rejection, StatusRecord)}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompanionRecord:
+    """An object that stands beside an app, or is to: key `companion-<environment>.<hash>`."""
+
+    environment: str
+    api: str  # its apiVersion
+    kind: str
+    name: str
+    uid: str = ""  # of what was made; only that may be deleted
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What tells it from other objects of its namespace, in whichever version it is read."""
+        return (self.api.rpartition("/")[0], self.kind, self.name)
+
+    @property
+    def key(self) -> str:
+        """The key of the record in the ConfigMap."""
+        digits = hashlib.sha256("/".join(self.identity).encode()).hexdigest()[:16]
+        return f"companion-{self.environment}.{digits}"
+
+    @property
+    def reference(self) -> Object:
+        """What is given to read it."""
+        return {"apiVersion": self.api, "kind": self.kind, "metadata": {"name": self.name}}
+
+    @classmethod
+    def of(cls, environment: str, item: Object) -> CompanionRecord:
+        """Return the record of an object, or of one that is to be made."""
+        meta = item["metadata"]
+        parts = {"api": str(item["apiVersion"]), "kind": str(item["kind"])}
+        uid = str(meta.get("uid") or "")
+        return cls(environment=environment, **parts, name=str(meta["name"]), uid=uid)
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+
+AnyRecord = RunRecord | Rejection | StatusRecord | CompanionRecord
+Record = TypeVar("Record", RunRecord, Rejection, StatusRecord, CompanionRecord)
+RECORD_TYPES = {kind: get_type_hints(kind) for kind in typing.get_args(AnyRecord)}
 
 
 def parse_record(kind: type[Record], text: Any, **more: Any) -> Record:
@@ -6474,6 +6773,7 @@ class AppState:
     version: str  # the ConfigMap's resourceVersion, empty where there is none
     repairs: dict[str, str | None]  # what is to be written because of what was read
     statuses: dict[str, StatusRecord] = dataclass_field(default_factory=dict)  # by id of the run
+    companions: dict[str, CompanionRecord] = dataclass_field(default_factory=dict)  # by key
 
     @classmethod
     def from_configmap(cls, app: App, configmap: Object | None) -> AppState:
@@ -6496,6 +6796,11 @@ class AppState:
         kind, _, name = key.partition("-")
         if kind == "run":
             self.runs[name] = parse_record(RunRecord, text, id=name)
+        elif kind == "companion":
+            record = parse_record(CompanionRecord, text, environment=name.partition(".")[0])
+            if record.key != key or len(self.companions) >= COMPANION_RECORDS:
+                raise ValueError("not the record of a companion")
+            self.companions[key] = record
         elif kind == "rejected":
             self.rejected[name] = parse_record(Rejection, text, commit=name)
         elif kind == "statuses":
@@ -6505,9 +6810,14 @@ class AppState:
                 self.live[name] = entry
         elif kind == "ref":  # of version 0.1: the last push of each ref, by a hash of its name
             self.repairs[key] = None
-            record = migrated(app, text)
-            if record and self.runs.setdefault(record.id, record) is record:
-                self.repairs[record.key] = record_text(record)
+            old = migrated(app, text)
+            if old and self.runs.setdefault(old.id, old) is old:
+                self.repairs[old.key] = record_text(old)
+
+    def beside(self, environment: str) -> dict[tuple[str, str, str], CompanionRecord]:
+        """Return what stands beside the app in an environment, or may, by its identity."""
+        records = self.companions.values()
+        return {r.identity: r for r in records if r.environment == environment}
 
     def rejection(self, app: App, commit: str) -> Rejection | None:
         """Return why a commit is not deployed again, unless the app is configured anew since."""
@@ -7782,6 +8092,14 @@ class RecordedFields:
     fields: ServiceFields
 
 
+@dataclass(frozen=True, slots=True)
+class RecordedCompanions:
+    """What the release that is live, by the name of its record, has beside it; None: unknown."""
+
+    record: str
+    objects: list[Object] | None
+
+
 @dataclass(slots=True)
 class Remembered:
     """What this process remembers of live Services, each by app and environment."""
@@ -7790,6 +8108,7 @@ class Remembered:
     drifts: dict[tuple[str, str], ReportedDrift] = dataclass_field(default_factory=dict)
     removed: set[str] = dataclass_field(default_factory=set)  # uids of Services
     fields: dict[tuple[str, str], RecordedFields] = dataclass_field(default_factory=dict)
+    beside: dict[tuple[str, str], RecordedCompanions] = dataclass_field(default_factory=dict)
 
 
 class LiveServices:
@@ -8041,6 +8360,7 @@ def entry_of(release: Release, app: str, now: float) -> HistoryEntry:
         replicas=release.wanted,
         at=round(now, 3),
         by=MANAGER,
+        beside=bool(release.companions),
     )
 
 
@@ -8557,11 +8877,12 @@ class Traffic:
         live = service.live
         old = service.switch_back_target.colour
         confirmed = replace(live, outcome=str(Outcome.DEPLOYED), unjudged=live.unjudged or unjudged)
-        drain = replace(self.claims.new(task.run.id, old, Phase.DRAINING), since=live.at)
+        drained = old if old in COLOURS else ""
+        drain = replace(self.claims.new(task.run.id, drained, Phase.DRAINING), since=live.at)
         annotations = {
             ANNOTATION_HISTORY: replaced(service.history, live, confirmed),
             ANNOTATION_BAKE: None,
-            ANNOTATION_CLAIM: drain if old in COLOURS else None,
+            ANNOTATION_CLAIM: drain if drain.colour or live.beside else None,
         }
         changes = confirmed_changes(service.spec, release.service["spec"])
         try:
@@ -8946,6 +9267,431 @@ class RolloutWatch:
             pass  # what git does not answer is asked again
 
 
+NO_KIND = re.compile(r'no matches for kind "([^"]+)" in version "([^"]+)"')
+NO_VERB = re.compile(
+    r'cannot ([a-z]+) resource "([^"]+)" in API group "([^"]*)" in the namespace "([^"]+)"'
+)
+SAID = re.compile(r"(?m)^(?:Error from server|The .* is invalid|error: ).*$")
+SETTLE_ROUNDS = 5  # in which what stands beside an app must come to what is wanted
+# What is made when a version is confirmed, or, of an autoscaler, when it is switched to: before
+# that it would start Jobs of a version that is not live, or scale one.
+NEVER_EARLY = (AUTOSCALER, "CronJob")
+EXTERNAL_FIELDS = (*CONFIRMED_FIELDS, "healthCheckNodePort", "allocateLoadBalancerNodePorts")
+Identity = tuple[str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What stands beside an app, by identity, and the live Service as it was read after that."""
+
+    objects: dict[Identity, Object]
+    service: Service | None
+    unread: frozenset[Identity] = frozenset()  # what could not be read, so that nobody knows of it
+
+
+@dataclass(slots=True)
+class Steps:
+    """What is to be done to what stands beside an app."""
+
+    created: list[Object] = dataclass_field(default_factory=list)
+    replaced: list[Object] = dataclass_field(default_factory=list)
+    deleted: list[Object] = dataclass_field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.created or self.replaced or self.deleted)
+
+
+class Companions:
+    """Brings what stands beside an app to where its live version is; never what is not ours.
+
+    What is to be is told by the live Service alone: its run, and whether that is confirmed. So each
+    step can be taken again by anyone. An object is replaced only as it was read, and it was read
+    before the Service: who has moved traffic since has changed it, or will.
+    """
+
+    def __init__(self, live: LiveServices) -> None:
+        self.live = live
+        self.doors = live.doors
+        self.kubectl = live.doors.kubectl
+        self.state = live.state
+
+    # Before the switch.
+
+    @partial(retried, while_head=True)
+    def require_accepted(self, task: Task, release: Release) -> None:
+        """Raise unless the API server would take all that stands beside a release.
+
+        Raises StageError for what is not ours, and ManifestError for what it refuses, or what it
+        does not let this account do.
+        """
+        wanted = release.beside(task.app.name)
+        if not wanted:
+            return
+        # one budget of both colours would be in the way of every eviction
+        plain = [item for item in release.companions or () if is_companion(item, BUDGET)]
+        records = [CompanionRecord.of(task.environment, item) for item in [*wanted, *plain]]
+        try:
+            seen = self.look(task, records)
+            require_no_plain_budget(task, plain, seen)
+            steps = self.steps_to(task, wanted, seen)
+            self.carry_out(task, steps, "--dry-run=server")
+        except KubectlError as refused:
+            if refused.kind in UNCERTAIN:
+                raise
+            raise ManifestError(companion_faults(task, refused)) from refused
+
+    @partial(retried, while_head=True)
+    def prepare(self, task: Task, release: Release) -> None:
+        """Write down what is to stand beside a release, and make what may be there before it.
+
+        A budget of its colour is one, so that none of its pods ever serves without. What leads to
+        pods leads to those of today until traffic is switched.
+        """
+        wanted = release.beside(task.app.name)
+        if not wanted:
+            return
+        recorded = self.records(task)
+        records = [CompanionRecord.of(task.environment, item) for item in wanted]
+        if new := [record for record in records if record.identity not in recorded]:
+            self.state.write(task.app, *new)
+        name = release.configmap(task.app.name)["metadata"]["name"]
+        self.live.remembered.beside[task.labels] = RecordedCompanions(name, wanted)
+        seen = self.look(task, records)
+        selector = seen.service.selector if seen.service else release.selector
+        early = [
+            coloured(item, task.app.name, selector) if is_companion(item, "Service") else item
+            for item in wanted
+            if item["kind"] not in NEVER_EARLY
+        ]
+        steps = self.steps_to(task, early, seen)
+        budgets = [item for item in steps.replaced if is_companion(item, BUDGET)]
+        steps = replace(steps, replaced=budgets)
+        if steps:
+            self.carry_out(task, steps)
+            objects = {record.identity: o for record, o in zip(records, wanted, strict=True)}
+            self.record(task, self.look(task, records), objects)
+
+    # After it.
+
+    def follow_beside(self, task: Task, release: Release) -> threading.Thread | None:
+        """Start to follow in a thread, since nothing may hold up the judgement of a version."""
+        if not (release.companions or self.records(task)):
+            return None
+        thread = threading.Thread(target=self.follow_in_thread, args=(task,), daemon=True)
+        with suppress(RuntimeError):  # no more threads: it is done when the version is confirmed
+            thread.start()
+            return thread
+        return None
+
+    def follow_in_thread(self, task: Task) -> None:
+        """Follow, until the program is to stop."""
+        with suppress(InterruptedError):
+            self.follow(task)
+
+    def follow(self, task: Task, *, drained: bool = False, expected: bool = False) -> None:
+        """Bring what stands beside an app to where the live version is, as far as it can be.
+
+        What does not work is reported and counted: the step that comes next tries it again, and
+        traffic stays where it is. Budgets of the idle colour go when that is drained. Where nothing
+        is recorded, and nothing expected beside the live version, no call is made.
+        """
+        if not (expected or self.records(task)):
+            return
+        try:
+            self.settle(task, drained=drained)
+        except (HookError, *SHAPE_ERRORS) as failed:
+            self.complain(task, clip(str(failed)))
+
+    @retried
+    def settle(self, task: Task, *, drained: bool) -> None:
+        """Write what is wanted until nothing is left to do; raises HookError."""
+        for _ in range(SETTLE_ROUNDS):
+            records = self.records(task)
+            seen = self.look(task, records.values(), strict=False)
+            objects = self.recorded_objects(task, seen.service)
+            if objects is None:
+                return
+            confirmed = seen.service is None or seen.service.live.proven
+            by_identity = {CompanionRecord.of(task.environment, o).identity: o for o in objects}
+            kept = by_identity.keys()
+            read = [o for i, o in by_identity.items() if i not in seen.unread]
+            wanted = [o for o in read if confirmed or is_following(o)]
+            self.record(task, seen, by_identity, forget=confirmed)
+            if kept - records.keys():
+                continue  # they are read, too, before they are written
+            steps = self.steps_to(task, wanted, seen, strict=False)
+            if confirmed:
+                gone = [i for i in seen.objects if i not in kept]
+                steps.deleted += self.deletable(task, seen, gone, drained=drained)
+            if not steps:
+                return
+            self.carry_out(task, steps)
+        raise HookError("what stands beside the app is changed by someone else all the time")
+
+    def recorded_objects(self, task: Task, service: Service | None) -> list[Object] | None:
+        """Return what is to stand beside the live version; None where that is not recorded.
+
+        Without any version it is nothing.
+        """
+        if service is None:
+            return None if self.live.recorded(task, None) else []
+        name = service.live.release
+        last = self.live.remembered.beside.get(task.labels)
+        if last is None or last.record != name:
+            if not name:
+                return None
+            release = self.live.release(task, name)
+            objects = None if release.companions is None else release.beside(task.app.name)
+            last = self.live.remembered.beside[task.labels] = RecordedCompanions(name, objects)
+        return last.objects
+
+    # What both use.
+
+    def records(self, task: Task) -> dict[Identity, CompanionRecord]:
+        """Return what stands beside an app, or may, as it is recorded."""
+        return self.state.recent(task.app).beside(task.environment)
+
+    def look(
+        self, task: Task, records: Iterable[CompanionRecord], *, strict: bool = True
+    ) -> Beside:
+        """Read what stands beside an app, then its live Service, in one call.
+
+        If not strict, a kind that is gone from the cluster, or may not be read any more, does not
+        keep the others from being read: then it is only kinds that need no setting.
+        """
+        listed = [*records]
+        own = [record for record in listed if COMPANION_KINDS.get(record.kind) == record.api]
+        name = task.app.service_name
+        live = CompanionRecord(environment="", api="v1", kind="Service", name=name)
+        unread = frozenset[Identity]()
+        try:
+            items = self.kubectl.read([r.reference for r in (*listed, live)], task.namespace)
+        except KubectlError as failed:
+            if strict or failed.kind in UNCERTAIN or len(own) == len(listed):
+                raise
+            self.complain(task, failed.said)
+            unread = frozenset(r.identity for r in listed) - {r.identity for r in own}
+            items = self.kubectl.read([r.reference for r in (*own, live)], task.namespace)
+        by_identity = {CompanionRecord.of(task.environment, i).identity: i for i in items}
+        service = by_identity.pop(live.identity, None)
+        return Beside(by_identity, self.live.service_of(task, service), unread)
+
+    def complain(self, task: Task, detail: str) -> None:
+        """Report and count what does not follow; the step that comes next tries it again."""
+        error("what stands beside the app did not follow", detail=detail, **task.words)
+        self.kubectl.metrics.errors.labels("companions").inc()
+
+    def steps_to(
+        self, task: Task, wanted: Iterable[Object], seen: Beside, *, strict: bool = True
+    ) -> Steps:
+        """Return what is to be created and replaced; raises StageError for what is not ours.
+
+        If not strict, that is reported, and the rest goes on.
+        """
+        steps = Steps()
+        for item in wanted:
+            record = CompanionRecord.of(task.environment, item)
+            current = seen.objects.get(record.identity)
+            if current is None:
+                steps.created.append(with_applied(item, item))
+            elif fault := self.fault_of(task, record, current):
+                if strict:
+                    raise fault
+                self.complain(task, str(fault))
+            elif applied_last(current) != item:
+                steps.replaced.append(replacement(current, item))
+        return steps
+
+    def fault_of(self, task: Task, record: CompanionRecord, current: Object) -> HookError | None:
+        """Return why an object that is there may not be changed, None where it may."""
+        if not is_ours(current, task.app.name):
+            return StageError(Reason.ADOPTION_REFUSED, foreign_words(task, record, current))
+        if current["metadata"].get("deletionTimestamp"):
+            return HookError(f"{record} is still being deleted")
+        return None
+
+    def deletable(
+        self, task: Task, seen: Beside, gone: Iterable[Identity], *, drained: bool
+    ) -> list[Object]:
+        """Return what may be deleted: what we have made, as it is recorded, and labelled.
+
+        What the settings leave to others stays, and so does a claim, whatever it holds.
+        """
+        records = self.records(task)
+        items = []
+        for identity in gone:
+            item = seen.objects[identity]
+            record = records.get(identity)
+            meta = item["metadata"]
+            same = record is not None and record.uid == meta.get("uid")
+            waits = is_companion(item, BUDGET) and not drained
+            ignored = task.app.deploy.ignores(item["kind"], plain_name(item))
+            left = ignored or item["kind"] == "PersistentVolumeClaim"
+            if meta.get("deletionTimestamp") or waits or left:
+                continue
+            if same and is_ours(item, task.app.name):
+                items.append(item)
+            else:
+                detail = f"{identity[1]}/{identity[2]} stays: it is not what was made here"
+                warn("what stands beside the app stays", detail=detail, **task.words)
+        return items
+
+    def carry_out(self, task: Task, steps: Steps, *options: str) -> None:
+        """Take steps, as many as can be; raises the first KubectlError after all were tried."""
+        failures: list[KubectlError] = []
+
+        def attempt(step: Callable[[], None]) -> None:
+            """Take one step."""
+            try:
+                step()
+            except KubectlError as failed:
+                failures.append(failed)
+
+        for verb, objects in (("replace", steps.replaced), ("create", steps.created)):
+            if objects:
+                attempt(partial(self.kubectl.write, verb, objects, task.namespace, *options))
+        for item in steps.deleted:
+            attempt(partial(self.delete, item))
+        # one that passes by itself makes the caller look again
+        for failed in sorted(failures, key=lambda failure: failure.kind not in UNCERTAIN):
+            raise failed
+
+    def delete(self, item: Object) -> None:
+        """Delete exactly what was read; the Jobs of a CronJob run to their end."""
+        version = str(item["apiVersion"])
+        api = f"apis/{version}" if "/" in version else f"api/{version}"
+        policy = "Orphan" if is_companion(item, "CronJob") else "Background"
+        try:
+            resource = self.kubectl.plural(api, item["kind"])
+            self.kubectl.delete_exactly(api, resource, item, policy)
+        except KubectlError as failed:
+            if failed.kind != "NotFound":
+                raise
+
+    def record(
+        self, task: Task, seen: Beside, wanted: Mapping[Identity, Object], *, forget: bool = False
+    ) -> None:
+        """Record what is wanted, with its uid once it is there, and forget what is neither.
+
+        It is written only where that is news, and before an object is made.
+        """
+        recorded = self.records(task)
+        news = []
+        for identity, item in wanted.items():
+            current = seen.objects.get(identity)
+            ours = current is not None and is_ours(current, task.app.name)
+            record = CompanionRecord.of(task.environment, current if current and ours else item)
+            if recorded.get(identity) != record and (ours or identity not in recorded):
+                news.append(record)
+        there = wanted.keys() | seen.objects.keys() | seen.unread
+        old = [record.key for identity, record in recorded.items() if identity not in there]
+        if news or (forget and old):
+            self.state.write(task.app, *news, forget=old if forget else ())
+
+
+def is_following(item: Object) -> bool:
+    """Whether an object goes with traffic, and not when a version is confirmed."""
+    return any(is_companion(item, kind) for kind in FOLLOWING_KINDS)
+
+
+def plain_name(item: Object) -> str:
+    """Return the name that an object has in the manifests, without the colour of a budget."""
+    name = str(item["metadata"]["name"])
+    colour = name.rpartition("-")[2]
+    coloured_one = is_companion(item, BUDGET) and colour in COLOURS
+    return name.removesuffix(f"-{colour}") if coloured_one else name
+
+
+def is_ours(item: Object, app: str) -> bool:
+    """Whether an object carries our labels, as what stands beside this app."""
+    labels = part_of(item, "metadata", "labels")
+    ours = {LABEL_APP: app, LABEL_STAGE: COMPANION, LABEL_MANAGED: MANAGER}
+    return ours.items() <= labels.items()
+
+
+def foreign_words(task: Task, record: CompanionRecord, current: Object) -> str:
+    """Return why an object is not changed, and how its owner can hand it over."""
+    labels = part_of(current, "metadata", "labels")
+    owner = labels.get(LABEL_APP)
+    if owner and owner != task.app.name:
+        return f"{record} belongs to app {clip(str(owner), 40)}; rename one of the two"
+    labels = {LABEL_MANAGED: MANAGER, LABEL_APP: task.app.name, LABEL_STAGE: COMPANION}
+    terms = " ".join(f"{key}={value}" for key, value in labels.items())
+    command = f"kubectl -n {task.namespace} label --overwrite {record} {terms}"
+    return f"{record} is there without our labels; delete or rename it, or hand it over: {command}"
+
+
+def require_no_plain_budget(task: Task, plain: Iterable[Object], seen: Beside) -> None:
+    """Raise StageError where a budget stands that counts the pods of both colours."""
+    for item in plain:
+        record = CompanionRecord.of(task.environment, item)
+        if record.identity in seen.objects:
+            each = " and ".join(f"{record.name}-{colour}" for colour in COLOURS)
+            detail = f"{record} would count the pods of both colours; delete it: {each} replace it"
+            raise StageError(Reason.ADOPTION_REFUSED, detail)
+
+
+def companion_faults(task: Task, refused: KubectlError) -> list[Fault]:
+    """Return what the API server says against what stands beside an app, with what to do."""
+    text = refused.stderr
+    faults = [
+        Fault(f"The cluster has no {kind} of {version}. Install its definition, or ignore it.")
+        for kind, version in NO_KIND.findall(text)
+    ]
+    for verb, plural, group, namespace in NO_VERB.findall(text):
+        where = f"{plural}{'.' if group else ''}{group}"
+        role = f"Role {task.environment}-deployer of namespace {namespace}"
+        faults.append(Fault(f"{role} lacks the verb {verb} for {where}. Add it, and use `rerun`."))
+    if not faults:
+        faults = [Fault(line, INVALID) for line in SAID.findall(text)]
+    return [*dict.fromkeys(faults)] or [Fault(refused.said, INVALID)]
+
+
+def applied_last(current: Object) -> Object:
+    """Return what was written last of an object."""
+    with suppress(ValueError, RecursionError):
+        text = part_of(current, "metadata", "annotations").get(ANNOTATION_APPLIED)
+        value = json.loads(text) if isinstance(text, str) else {}
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def with_applied(item: Object, wanted: Object) -> Object:
+    """Return an object on which it is written down what of it is ours.
+
+    `kubectl replace` would change the annotation that `kubectl apply` has for that.
+    """
+    meta = item["metadata"]
+    annotations = {**(meta.get("annotations") or {}), ANNOTATION_APPLIED: json.dumps(wanted)}
+    return {**item, "metadata": {**meta, "annotations": annotations}}
+
+
+def replacement(current: Object, wanted: Object) -> Object:
+    """Return an object as replacing it writes it.
+
+    What others have written stays; what was applied last and is not wanted any more goes.
+    """
+    item = with_applied(three_way(current, applied_last(current), wanted), wanted)
+    if is_companion(item, "Service"):
+        spec = item["spec"]
+        external = spec.get("type") in EXTERNAL_TYPES
+        live = current["spec"].get("ports") or () if external else ()
+        ports = ports_like(spec.get("ports") or (), live, external=external)
+        asked = part_of(wanted, "spec")
+        dropped = () if external else [k for k in EXTERNAL_FIELDS if k not in asked]
+        item["spec"] = {k: v for k, v in spec.items() if k not in dropped} | {"ports": ports}
+    return item
+
+
+def three_way(current: Object, before: Object, wanted: Object) -> Object:
+    """Return a mapping with what is wanted, and without what only was wanted before."""
+    merged = {k: v for k, v in current.items() if k in wanted or k not in before}
+    for key, value in wanted.items():
+        parts = (part_of(current, key), part_of(before, key))
+        merged[key] = three_way(*parts, value) if isinstance(value, dict) else value
+    return merged
+
+
 class Operations:
     """Everything that reads and changes environments, through one set of doors."""
 
@@ -8957,6 +9703,7 @@ class Operations:
         self.claims = Claims(self.live, self.guard)
         self.traffic = Traffic(self.guard, self.claims)
         self.rollout = Rollout(self.claims, LogTails(doors.kubectl, doors.secrets, doors.clock))
+        self.companions = Companions(self.live)
 
 
 # === bake =========================================================================================
@@ -9271,7 +10018,8 @@ class LastObjects:
 
     def keep(self, task: Task, objects: AppObjects) -> None:
         """Keep the objects of a commit in an environment, unless they are large."""
-        size = len(json.dumps([objects.deployment, objects.service, objects.configmaps]))
+        parts = [objects.deployment, objects.service, objects.configmaps, objects.companions]
+        size = len(json.dumps(parts))
         with self._lock:
             self._kept.pop(self._key(task), None)
             if size <= self.BYTES:
@@ -9313,7 +10061,12 @@ class Deployer:
                 self.urgent.guard.require_undeleted(task)
             resumed = service is not None and service.run == task.run.id
             switched = None if resumed else self.promote(task, pods)
-            self.verify_and_bake(task, pods, switched)
+            try:
+                self.verify_and_bake(task, pods, switched)
+            except StageError:
+                # traffic has moved back, and what stands beside the app follows it
+                self.steady.companions.follow(task)
+                raise
 
     def promote(self, task: Task, pods: Informer[Pod]) -> Release:
         """Do everything up to the switch, and switch; return the release that is live then."""
@@ -9326,17 +10079,19 @@ class Deployer:
             self.steady.rollout.require_own_preview(task)
         placement = self.steady.claims.idle_colour_and_size(task)
         release = render(task.app, task.run, task.image, placement, objects)
+        self.steady.companions.require_accepted(task, release)
         claimed = self.steady.claims.take(task, release)
         more = {"colour": release.colour, "ignored": objects.ignored or None}
         self.doors.report(task, State.CLAIMED, more)
         try:
+            self.steady.companions.prepare(task, release)
             self.steady.rollout.apply(task, release, claimed)
             # before the pods are there, so that the preview's endpoints come with them
             preview = self.steady.rollout.preview(task, release)
             self.steady.rollout.wait(task, release, pods)
             self.steady.rollout.smoke_test(task, release, pods, preview)
-            if objects.deployment["spec"].get("replicas") is None:
-                release = self.as_large_as_live(task, release, claimed, pods)
+            if objects.follows_size:
+                release = self.as_large_as_live(task, release, claimed, pods, objects.size_limits)
         except HookError:
             # pods that someone else replaced meanwhile say nothing against this run
             self.steady.claims.check(task, claimed, self.steady.live.read(task))
@@ -9347,11 +10102,16 @@ class Deployer:
         return release
 
     def as_large_as_live(
-        self, task: Task, release: Release, claimed: Service | None, pods: Informer[Pod]
+        self,
+        task: Task,
+        release: Release,
+        claimed: Service | None,
+        pods: Informer[Pod],
+        limits: SizeLimits | None,
     ) -> Release:
         """Return a release, its pods ready, that is as large as the live one is by now."""
         live = self.steady.claims.idle_colour_and_size(task).replicas
-        size = wanted_size(None, live)
+        size = wanted_size(None, live, limits)
         if size == release.wanted:
             return release
         release = recoloured(release, task.app, release.colour, size)
@@ -9409,12 +10169,16 @@ class Deployer:
         if entry.outcome:
             return
         release = switched or self.urgent.live.release(task, entry.release)
+        beside = self.steady.companions.follow_beside(task, release)
         if task.last:
             bake = Bake(self.steady, self.urgent, task, release, pods)
             bake.run(service, resumed=switched is None)
         else:
             self.steady.traffic.verify(task, release, entry.at)
             self.steady.traffic.confirm(task, release)
+        if beside:
+            beside.join(KUBECTL_TIMEOUT)
+        self.steady.companions.follow(task)
 
     @retried
     def read_own(self, task: Task) -> Service:
@@ -9428,6 +10192,7 @@ class Deployer:
         service = self.steady.live.read(task)
         if service is None or service.claim != claim:
             return
+        self.steady.companions.follow(task, drained=True, expected=service.live.beside)
         name = f"{task.app.name}-{claim.colour}"
         workloads = self.steady.workloads
         retain = task.app.deploy.retain
@@ -9470,8 +10235,11 @@ class Deployer:
             labels = preview["metadata"].get("labels") or {} if preview else {}
             if labels.get(LABEL_MANAGED) == MANAGER:
                 kubectl.delete("service", [f"{app}-preview"], namespace)
+            self.steady.companions.follow(task, drained=True)
         # logs go by their age and number
-        names = kubectl.names("configmaps", namespace, f"{ours},{LABEL_STAGE}!=log")
+        names = kubectl.names(
+            "configmaps", namespace, f"{ours},{LABEL_STAGE} notin (log,{COMPANION})"
+        )
         now = self.steady.live.read(task)
         # whoever made one of them after the first look has claimed the Service by now
         if (now.version if now else 0) == (service.version if service else 0):
@@ -9499,6 +10267,7 @@ class Rollback:
         self.live = operations.live
         self.claims = operations.claims
         self.rollout = operations.rollout
+        self.companions = operations.companions
         self.workloads = operations.workloads
 
     def run(self, task: Task, service: Service, target: HistoryEntry, reason: str) -> HistoryEntry:
@@ -9525,6 +10294,8 @@ class Rollback:
                     self.workloads.unpause(task, name)
                     self.claims.put(task, service.claim, claim)
         self.reject(task, service.live, goal.entry, reason)
+        if goal.entry.beside or service.live.beside:
+            self.companions.follow(task, expected=True)
         if switched.claim.restore:
             # what does not work now the daemon does, by the claim that is left then
             with suppress(HookError):
@@ -9632,6 +10403,9 @@ class Rollback:
         claim = Claim()
         if goal.overwritten:
             claim = replace(now.claim, restore=goal.target.release)
+        elif goal.target.beside or now.live.beside:
+            # the daemon looks again at what stands beside the app
+            claim = self.claims.new(task.run.id, "", Phase.DRAINING)
         annotations = {
             ANNOTATION_HISTORY: rolled_back(now.history, goal, reason),
             ANNOTATION_CLAIM: claim,
@@ -11525,9 +12299,11 @@ EVERY = "get list watch create patch delete"
 PODS = {"/pods": "get list watch", "/pods/log": "get"}
 STATE_RIGHTS = {"/configmaps": "get create patch"}
 JOB_RIGHTS = {"batch/jobs": EVERY, **PODS, "/events": "list", "/configmaps": "list create delete"}
-APP_RIGHTS = {"apps/deployments": f"{EVERY} update", "/services": EVERY, **PODS}
+APP_RIGHTS = {"apps/deployments": f"{EVERY} update", "/services": f"{EVERY} update", **PODS}
 APP_RIGHTS |= {"apps/replicasets": "list", "discovery.k8s.io/endpointslices": "list"}
-APP_RIGHTS |= {"/configmaps": "get list create delete", "/events": "list"}
+APP_RIGHTS |= {"/configmaps": "get list create update delete", "/events": "list"}
+BESIDE = ("autoscaling/horizontalpodautoscalers", "policy/poddisruptionbudgets", "batch/cronjobs")
+APP_RIGHTS |= dict.fromkeys(BESIDE, "get create update delete")
 
 
 @dataclass(frozen=True, slots=True)
@@ -11799,6 +12575,7 @@ class EnvironmentStatus:
     bake_until: float
     reverted: HistoryEntry  # what the last switch left, and why
     left_behind: tuple[str, ...] = ()  # live Services of the app under other names
+    companions: tuple[str, ...] = ()  # what stands beside the app
 
     @property
     def runs(self) -> list[str]:
@@ -11817,6 +12594,8 @@ class EnvironmentStatus:
         if self.left_behind:
             names = clip(", ".join(self.left_behind))
             below.append(f"Service {names} is not switched any more; delete it when it is unused.")
+        if self.companions:
+            below.append(clip(f"beside it: {', '.join(self.companions)}"))
         live = [self.app, self.environment, ids[self.live.run], self.live.colour]
         return [*live, *rollback_cells, under_way, "\n".join(below)]
 
@@ -11833,6 +12612,7 @@ class EnvironmentStatus:
             "bake_until": self.bake_until or None,
             "reverted": {key: getattr(self.reverted, key) for key in end if self.reverted},
             "left_behind": [*self.left_behind],
+            "companions": [*self.companions],
         }
 
 
@@ -11907,6 +12687,9 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
         bake_until=service.annotation(ANNOTATION_BAKE, 0.0),
         reverted=newest_entry if left else HistoryEntry(),
         left_behind=tuple(other.name for other in operations.live.left_behind(task)),
+        companions=tuple(
+            sorted(str(record) for record in operations.companions.records(task).values())
+        ),
     )
 
 
@@ -12309,6 +13092,8 @@ class Plan:
         release = render(task.app, task.run, task.image, placement, objects)
         services = self.tools.deployer.steady.live
         services.require_accepted(task, services.read(task), release)
+        beside = self.tools.deployer.steady.companions
+        beside.require_accepted(task, release)
         deployment = release.deployment
         names = [c["metadata"]["name"] for c in release.configmaps]
         new = [n for n in names if not kubectl.get("configmap", n, task.namespace)]
@@ -12323,6 +13108,7 @@ class Plan:
         warning = probe_warning(task.app.deploy.health, release) + shutdown_warning(release.pod)
         pod = objects.deployment["spec"]["template"]["spec"]
         warning += "".join(f"\n  {remark}" for remark in image_remarks(task.app, pod))
+        warning += "".join(f"\n  {line}" for line in companion_lines(beside, task, release))
         return forecast + warning + self.changes(task.namespace, deployment)
 
     def changes(self, namespace: str, wanted: Object) -> str:
@@ -12353,6 +13139,30 @@ def access_review(namespace: str, path: str, verb: str) -> Object:
     right |= {"namespace": namespace, "verb": verb}
     kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
     return {**kind, "spec": {"resourceAttributes": right}}
+
+
+def companion_lines(companions: Companions, task: Task, release: Release) -> list[str]:
+    """Return what deploying a release would do to each object beside an app, a line for each."""
+    wanted = release.beside(task.app.name)
+    ours = {CompanionRecord.of(task.environment, item): item for item in wanted}
+    by_identity = {record.identity: item for record, item in ours.items()}
+    listed = {**companions.records(task), **{record.identity: record for record in ours}}
+    seen = companions.look(task, listed.values()).objects if listed else {}
+    lines = []
+    for identity, record in sorted(listed.items()):
+        item = by_identity.get(identity)
+        current = seen.get(identity)
+        when = "after the drain" if record.kind == BUDGET else "when it is confirmed"
+        if item and current and applied_last(current) == item:
+            lines.append(f"{record}: unchanged")
+        elif item:
+            early = current is None and item["kind"] not in NEVER_EARLY
+            when = "with the switch" if is_following(item) else "when it is confirmed"
+            when = "before the rollout" if early else when
+            lines.append(f"{record}: {'changed' if current else 'created'} {when}")
+        elif current:
+            lines.append(f"{record}: deleted {when}")
+    return lines
 
 
 def probe_warning(health: Health, release: Release) -> str:

@@ -17,6 +17,7 @@ LINES = 60
 # quick suite, `make test`, but for the tests that are marked `cluster` one by one.
 CLUSTER = {
     "test_colours",
+    "test_companions",
     "test_commands",
     "test_commit_statuses",
     "test_controller",

@@ -988,7 +988,7 @@ def test_a_namespace_may_be_named_if_it_is_the_one(tmp_path: Path) -> None:
                     "metadata": {"name": "x"},
                 },
             ],
-            "Ingress x of networking.k8s.io/v1 is not deployed. List Ingress/x in deploy.ignore",
+            "Ingress x of networking.k8s.io/v1 is not deployed. List Ingress in deploy.companions",
         ),
         (
             [*objects(), {"kind": "Secret", "apiVersion": "v1", "metadata": {"name": "x"}}],
@@ -1432,18 +1432,24 @@ spec:
 ADVICE = {
     "Secret": "Create it by hand in each namespace, and remove it from git.",
     "Job": "Use an init container of the Deployment: it ends before a version gets traffic.",
-    "CronJob": "List CronJob/x in deploy.ignore and apply it by hand; its image does not follow",
-    "HorizontalPodAutoscaler": "by hand, one for each of shop-blue and shop-green.",
-    "PodDisruptionBudget": "apply it by hand; it counts the pods of both colours.",
-    "Service": "by hand; its selector must not reach the pods of both colours.",
-    "StatefulSet": "apply it by hand; its image does not follow the versions.",
+    "HorizontalPodAutoscaler": "Its scaleTargetRef must name the app's Deployment. Correct it, or",
+    "PodDisruptionBudget": "Its selector must reach the app's pods. Correct it, or list",
+    "Service": "Its selector must reach the app's pods. Correct it, or list Service/x in deploy",
+    "StatefulSet": "List StatefulSet in deploy.companions to have it applied, or StatefulSet/x in",
+    "Deployment": "by hand; it gets neither colours nor the built image.",
     "PersistentVolumeClaim": "by hand; the pods of both colours use it at once.",
     "ServiceAccount": "apply it by hand; deploy.service_accounts lets pods run as it.",
     "ClusterRole": "It concerns the whole cluster. List ClusterRole/x in deploy.ignore and apply",
     "Namespace": "It concerns the whole cluster. List Namespace/x in deploy.ignore and apply it",
-    "NetworkPolicy": "is not deployed. List NetworkPolicy/x in deploy.ignore and apply it by hand.",
+    "Role": "List Role/x in deploy.ignore and apply it by hand.",
+    "NetworkPolicy": "is not deployed. List NetworkPolicy in deploy.companions to have it applied",
 }
-OWN_APIS = {"Service": "v1"}
+OWN_APIS = {
+    "Deployment": "apps/v1",
+    "Service": "v1",
+    "HorizontalPodAutoscaler": "autoscaling/v2",
+    "PodDisruptionBudget": "policy/v1",
+}
 
 
 def other(kind: str, name: str = "x", **more: Any) -> Object:
@@ -1461,18 +1467,18 @@ def test_each_kind_that_is_not_deployed_has_its_own_advice(kind: str) -> None:
 
 @pytest.mark.parametrize("setting", ["ignore", "ignore_kinds"])
 def test_an_object_is_ignored_by_its_kind_or_by_its_kind_and_name(setting: str) -> None:
-    items = [*objects(f"{ALL}---{WORKER}"), other("CronJob", "night"), other("CronJob", "day")]
-    names = ("CronJob night of", "CronJob day of", "Deployment shop-worker of")
+    items = [*objects(f"{ALL}---{WORKER}"), other("Secret", "night"), other("Secret", "day")]
+    names = ("Secret night of", "Secret day of", "Deployment shop-worker of")
 
     def refused(*entries: str) -> list[str]:
         detail = refusal(lambda: check(items, deploy={setting: [*entries]})) or ""
         return [name for name in names if name in detail]
 
     assert refused() == [*names]
-    assert refused("CronJob/night", "Deployment/shop") == [*names[1:]]
-    assert refused("CronJob") == [*names[2:]]
-    assert refused("CronJob", "Deployment/shop-worker") == []
-    checked = check(items, deploy={setting: ["CronJob", "Deployment/shop-worker"]})
+    assert refused("Secret/night", "Deployment/shop") == [*names[1:]]
+    assert refused("Secret") == [*names[2:]]
+    assert refused("Secret", "Deployment/shop-worker") == []
+    checked = check(items, deploy={setting: ["Secret", "Deployment/shop-worker"]})
     assert len(checked.ignored) == 3
 
 
@@ -1523,15 +1529,13 @@ def test_of_two_deployments_the_one_that_the_service_selects_is_the_apps() -> No
     )
 
 
-def test_a_configmap_that_no_pod_of_the_app_uses_is_refused() -> None:
+def test_a_configmap_that_no_pod_of_the_app_uses_stands_beside_it() -> None:
     items = [*objects(), other("ConfigMap", "dashboard", data={"a": "b"})]
     items[-1]["apiVersion"] = "v1"
-    assert fault(lambda: check(items))[1] == (
-        "deploy/app.json: ConfigMap dashboard is used by no pod of the app. "
-        "List ConfigMap/dashboard in deploy.ignore and apply it by hand."
-    )
+    checked = check(items)
+    assert ([*checked.configmaps], checked.companions) == (["settings"], [items[-1]])
     checked = check(items, deploy={"ignore": ["ConfigMap/dashboard"]})
-    assert [*checked.configmaps] == ["settings"]
+    assert ([*checked.configmaps], checked.companions) == (["settings"], [])
 
 
 @pytest.mark.parametrize("field", ["serviceAccountName", "serviceAccount"])

@@ -274,6 +274,7 @@ def test_status_of_an_empty_cluster_as_json_has_every_key(story: Story) -> None:
         "reverted": {},
         "drift": "",
         "left_behind": [],
+        "companions": [],
     }
 
 

@@ -148,7 +148,9 @@ def changes(items: list[Object]) -> list[str] | None:
         release = render(app, RUN, BUILT, Placement("green", 3), checked)
     except StageError as failed:
         return [failed.detail] if SHAPELESS in failed.detail else None
-    rendered = (release.deployment, release.service, *release.configmaps)
+    # a ConfigMap with a name that no pod has stands beside the app
+    beside = release.beside(app.name)
+    rendered = (release.deployment, release.service, *release.configmaps, *beside)
     pairs = zip(items, rendered, strict=True)
     return [d for one, other in pairs for d in differences(one, other, one["kind"])]
 

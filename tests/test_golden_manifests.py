@@ -49,11 +49,13 @@ def rendering(app: App, checkout: Path, environment: str) -> Object:
         return {"refused": refused.detail}
     remarks = [*image_remarks(app, checked.deployment["spec"]["template"]["spec"])]
     rendered = [release.deployment, release.service, *release.configmaps]
+    beside = release.beside(app.name)
     written = [checked.deployment, checked.service, *checked.configmaps.values()]
     pairs = zip(written, rendered, strict=True)
     lost = [d for one, other in pairs for d in differences(one, other, one["kind"])]
     assert [path for path in lost if not entries(path)] == [], "the table of the README says so"
-    return {"ignored": checked.ignored, "plan": remarks, "objects": rendered}
+    answer = {"ignored": checked.ignored, "plan": remarks, "objects": rendered}
+    return {**answer, **({"beside": beside} if beside else {})}
 
 
 def golden(folder: Path) -> str:

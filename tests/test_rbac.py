@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -139,6 +139,35 @@ def configmap(name: str) -> Object:
     return labelled("v1", "ConfigMap", name, data={"key": "value"})
 
 
+def autoscaler(name: str) -> Object:
+    """Return an autoscaler."""
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "blue"}
+    spec = {"maxReplicas": 2, "scaleTargetRef": target}
+    return labelled("autoscaling/v2", "HorizontalPodAutoscaler", name, spec=spec)
+
+
+def budget(name: str) -> Object:
+    """Return a disruption budget."""
+    spec = {"minAvailable": 1, "selector": {"matchLabels": {"app": "shop"}}}
+    return labelled("policy/v1", "PodDisruptionBudget", name, spec=spec)
+
+
+def cronjob(name: str) -> Object:
+    """Return a CronJob."""
+    spec = {"schedule": "0 3 * * *", "jobTemplate": {"spec": job("x")["spec"]}}
+    return labelled("batch/v1", "CronJob", name, spec=spec)
+
+
+# What may stand beside an app: by the address of its resource.
+BESIDE = {
+    "apis/autoscaling/v2/horizontalpodautoscalers": autoscaler,
+    "apis/policy/v1/poddisruptionbudgets": budget,
+    "apis/batch/v1/cronjobs": cronjob,
+    "api/v1/services": service,
+    "api/v1/configmaps": configmap,
+}
+
+
 def pod() -> Object:
     """Return a pod that runs, as far as its status says."""
     started = {"name": "web", "state": {"running": {}}, "lastState": {}}
@@ -149,10 +178,16 @@ def pod() -> Object:
 # What stands in a namespace before each command, and what no command finds there.
 STANDING: dict[str, tuple[Object, ...]] = {
     **dict.fromkeys(RUNS, (job("one"), job("two"), configmap("copy"), pod())),
-    **dict.fromkeys(LIVE, (deployment("blue"), service("shop"), configmap("copy"), pod())),
+    **dict.fromkeys(
+        LIVE,
+        (
+            *(deployment("blue"), service("shop"), configmap("copy"), pod()),
+            *(make("beside") for make in BESIDE.values()),
+        ),
+    ),
     **dict.fromkeys(STATE, (configmap("gitops-hook-shop"),)),
 }
-MADE = ("jobs", "deployments", "services", "configmaps")
+MADE = ("jobs", "deployments", *(address.rpartition("/")[2] for address in BESIDE))
 
 # === The commands, as the program runs them ===
 
@@ -180,6 +215,32 @@ KEPT = (
     command("which there are", f"get configmaps -l {OURS} -o json", "configmaps: list"),
     command("what goes", f"delete configmap/copy {QUIETLY}", "configmaps: delete"),
 )
+
+
+def companion(address: str, make: Callable[[str], Object]) -> tuple[Command, ...]:
+    """Return the commands that work on what stands beside an app."""
+    api, _, resource = address.rpartition("/")
+    changed = make("beside")
+    changed["metadata"]["labels"]["changed"] = "yes"
+    gone = {"propagationPolicy": "Orphan"}
+    path = f"/{api}/namespaces/{{namespace}}/{resource}/beside"
+    what = f"beside, {resource}"
+    made = listed(make("made"))
+    again = listed(changed)
+    return (
+        command(f"{what}: look", "get -f - -o json --ignore-not-found", f"{resource}: get", again),
+        command(f"{what}: make", "create -f - -o name", f"{resource}: create", made),
+        command(
+            f"{what}: ask whether it would be taken",
+            "create -f - -o name --dry-run=server",
+            f"{resource}: create",
+            made,
+        ),
+        command(f"{what}: change", "replace -f - -o name", f"{resource}: get update", again),
+        command(f"{what}: end", f"delete --raw {path} -f -", f"{resource}: delete", gone),
+    )
+
+
 COMMANDS: dict[str, tuple[Command, ...]] = {
     **dict.fromkeys(
         RUNS,
@@ -282,6 +343,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             command(
                 "copies there are", f"get configmaps -l {OURS} --no-headers", "configmaps: list"
             ),
+            *(c for address, make in BESIDE.items() for c in companion(address, make)),
             *PODS,
         ),
     ),
@@ -526,6 +588,7 @@ CALLS = (
     r'\bWatch\(\s*(?:self\.)?(kubectl),\s*"(\w+)"()',
 )
 METHODS = {"list": "get", "kubectl": "get", "create_each": "create", "put": "replace"}
+METHODS |= {"read": "get -f", "delete_exactly": "delete --raw"}
 SINGULAR = re.compile(r"s$")
 
 
@@ -535,7 +598,7 @@ def calls_in(source: str) -> set[str]:
     for method, first, second in (m for call in CALLS for m in re.findall(call, source)):
         words = (first, second) if method in ("run", "stream") else (method, first)
         found.add(" ".join((METHODS.get(words[0], words[0]), SINGULAR.sub("", words[1]))))
-    alone = re.findall(r"kubectl\.(create|create_each|put|logs)\(", source)
+    alone = re.findall(r"kubectl\.(create|create_each|put|logs|read|delete_exactly)\(", source)
     return found | {METHODS.get(verb, verb) for verb in alone}
 
 
@@ -543,6 +606,8 @@ def call_of(argv: Sequence[str]) -> str:
     """Return the same of a command line."""
     if argv[0] in ("create", "replace", "logs"):
         return argv[0]
+    if argv[1] == "-f" or argv[:2] == ("delete", "--raw"):
+        return " ".join(argv[:2])
     if argv[1] == "--raw":
         argv = (argv[0], argv[2].partition("?")[0].rpartition("/")[2])
     resource = argv[1].partition("/")[0]
@@ -598,6 +663,13 @@ RARE: dict[tuple[str, Grant], str] = {
     ("staging", ("services", "delete")): "a first deployment that failed after its preview",
     ("production", ("pods", "get")): "the log of pods that failed only here",
     ("production", ("pods/log", "get")): "the log of pods that failed only here",
+    **{
+        (namespace, (address.rpartition("/")[2], verb)): "an app that has one beside it"
+        for namespace in LIVE
+        for address in BESIDE
+        for verb in ("get", "create", "update", "delete")
+        if address.startswith("apis/") or verb == "update"
+    },
 }
 
 

@@ -1,0 +1,582 @@
+"""What stands beside an app: how it is sorted, rendered, recorded, and told from that of others."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import gitops_hook as hook
+from gitops_hook import (
+    AppObjects,
+    AppState,
+    CompanionRecord,
+    Companions,
+    ConfigError,
+    Manifest,
+    Placement,
+    Reason,
+    Release,
+    Task,
+    check_objects,
+    recoloured,
+    render,
+)
+from tests.test_app_manifests import BUILT, IMAGE, RUN, Object, app_of, fault, objects
+
+LABELS = {
+    "app.kubernetes.io/managed-by": "gitops-hook",
+    "gitops-hook/app": "shop",
+    "gitops-hook/stage": "companion",
+}
+APIS = {
+    "HorizontalPodAutoscaler": "autoscaling/v2",
+    "PodDisruptionBudget": "policy/v1",
+    "CronJob": "batch/v1",
+}
+
+
+def item(kind: str, name: str = "x", api: str = "", **content: Any) -> Object:
+    """An object as a commit has it."""
+    version = api or APIS.get(kind, "v1")
+    return {"apiVersion": version, "kind": kind, "metadata": {"name": name}, **content}
+
+
+def scaler(name: str = "x", target: str = "web", **spec: Any) -> Object:
+    """An autoscaler."""
+    reference = {"apiVersion": "apps/v1", "kind": "Deployment", "name": target}
+    limits = {"minReplicas": 3, "maxReplicas": 5}
+    return item(
+        "HorizontalPodAutoscaler", name, spec={**limits, **spec, "scaleTargetRef": reference}
+    )
+
+
+def budget(**selector: Any) -> Object:
+    """A disruption budget."""
+    chosen = selector or {"matchLabels": {"app": "shop"}}
+    return item("PodDisruptionBudget", spec={"minAvailable": 1, "selector": chosen})
+
+
+def cronjob(image: str = f"{IMAGE}:dev", **pod: Any) -> Object:
+    """A CronJob."""
+    spec = {"restartPolicy": "Never", "containers": [{"name": "c", "image": image}], **pod}
+    template = {"spec": {"template": {"spec": spec}}}
+    return item("CronJob", spec={"schedule": "0 3 * * *", "jobTemplate": template})
+
+
+def peers(name: str = "peers", **spec: Any) -> Object:
+    """A headless Service."""
+    chosen = {"clusterIP": "None", "selector": {"app": "shop"}, "ports": [{"port": 7000}]}
+    return item("Service", name, spec={**chosen, **spec})
+
+
+def checked(*beside: Object, **deploy: Any) -> AppObjects:
+    """The objects of an app that has something beside it."""
+    items = [*objects(), *beside]
+    manifests = [Manifest(f"app.json: {i['kind']} {i['metadata']['name']}", i) for i in items]
+    return check_objects(app_of(deploy=deploy), "production", manifests)
+
+
+def released(*beside: Object, live: int = 0, **deploy: Any) -> Release:
+    """The release of such an app."""
+    app = app_of(deploy=deploy)
+    return render(app, RUN, BUILT, Placement("green", live), checked(*beside, **deploy))
+
+
+def beside(*items: Object, **deploy: Any) -> list[Object]:
+    """What stands beside the app while its release is live."""
+    return released(*items, **deploy).beside("shop")
+
+
+# === What stands beside an app, and what is refused ===
+
+
+@pytest.mark.parametrize(
+    "companion",
+    [
+        scaler(),
+        budget(),
+        budget(matchExpressions=[{"key": "app", "operator": "In", "values": ["shop"]}]),
+        cronjob(),
+        peers(),
+        item("ConfigMap", data={"a": "b"}),
+    ],
+    ids=["autoscaler", "budget", "expressions", "cronjob", "service", "configmap"],
+)
+def test_what_is_the_apps_stands_beside_it_as_it_is(companion: Object) -> None:
+    assert checked(companion).companions == [companion]
+
+
+def test_a_kind_stands_beside_it_only_if_a_setting_lists_it() -> None:
+    ingress = item("Ingress", api="networking.k8s.io/v1", spec={"rules": []})
+    said = fault(lambda: checked(ingress))[1]
+    assert "List Ingress in deploy.companions to have it applied, or Ingress/x in deploy." in said
+    assert checked(ingress, companions=["Ingress"]).companions == [ingress]
+    assert checked(ingress, companions=["Ingress"], ignore=["Ingress"]).companions == []
+
+
+@pytest.mark.parametrize(
+    ("companion", "said"),
+    [
+        (scaler(target="worker"), "Its scaleTargetRef must name the app's Deployment."),
+        (budget(matchLabels={"app": "other"}), "Its selector must reach the app's pods."),
+        (budget(matchLabels={}), "Its selector must reach the app's pods."),
+        (budget(matchExpressions=5), "Its selector must reach the app's pods."),
+        (peers(selector={"app": "other"}), "Its selector must reach the app's pods."),
+        (peers(selector=None), "Its selector must reach the app's pods."),
+        (peers("shop-preview"), "has the name of the preview Service. Rename it."),
+        (peers(externalIPs=["10.0.0.1"]), "spec.externalIPs takes traffic of other addresses"),
+        (cronjob(hostNetwork=True), "spec.hostNetwork shares the network of the node"),
+        (
+            cronjob(volumes=[{"name": "v", "hostPath": {"path": "/"}}]),
+            "volumes.hostPath reaches the node",
+        ),
+        (cronjob(serviceAccountName="root"), "spec.serviceAccountName is not in deploy.service_"),
+        ({**cronjob(), "status": {"active": 5}}, "CronJob.status is written by a tool"),
+        (
+            {**cronjob(), "apiVersion": "batch/v1beta1"},
+            "is of batch/v1beta1. Write apiVersion: batch/v1.",
+        ),
+        (item("PersistentVolumeClaim"), "the pods of both colours use it at once."),
+        (item("StatefulSet", api="apps/v1"), "List StatefulSet in deploy.companions"),
+        (item("ConfigMap", data={"n": 5}), "ConfigMap x: n is not a text. Put it in quotes."),
+        (item("ConfigMap", data={"n": "x" * 200_000}), "ConfigMap x has more than 128 KiB."),
+        (scaler(maxReplicas="many"), "minReplicas and maxReplicas must be sizes of the app."),
+        (scaler(maxReplicas=2), "minReplicas and maxReplicas must be sizes of the app."),
+    ],
+)
+def test_what_cannot_follow_or_harms_others_is_refused_with_advice(
+    companion: Object, said: str
+) -> None:
+    assert said in fault(lambda: released(companion))[1]
+
+
+def test_two_autoscalers_and_more_objects_than_are_possible_are_refused() -> None:
+    said = fault(lambda: checked(scaler("a"), scaler("b")))[1]
+    assert said == "a, b scale the same Deployment. Keep one of them."
+    many = [item("ConfigMap", f"c{i}") for i in range(51)]
+    assert fault(lambda: checked(*many))[1].startswith("51 objects stand beside the app, but 50 ")
+
+
+@pytest.mark.parametrize("kind", ["Secret", "Job", "RoleBinding", "PersistentVolumeClaim", "Pod"])
+def test_no_setting_lets_such_a_kind_be_applied(kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"deploy.companions: {kind} is never applied"):
+        app_of(deploy={"companions": [kind]})
+
+
+@pytest.mark.parametrize("entry", ["", "ingress", "Ingress/web", "networking.k8s.io/Ingress", 5])
+def test_what_is_no_kind_is_a_fault_of_the_configuration(entry: Any) -> None:
+    with pytest.raises(ConfigError, match=r"deploy.companions\[0\]"):
+        app_of(deploy={"companions": [entry]})
+
+
+def test_a_configmap_that_a_cronjob_names_keeps_its_name_also_if_the_app_names_it() -> None:
+    volumes = [{"name": "v", "configMap": {"name": "settings"}}]
+    sorted_ones = checked(cronjob(volumes=volumes))
+    assert [*sorted_ones.configmaps] == ["settings"]
+    assert [c["kind"] for c in sorted_ones.companions] == ["ConfigMap", "CronJob"]
+
+
+# === What a release makes of it ===
+
+
+def test_each_companion_has_our_labels_and_follows_the_colour() -> None:
+    rendered = {i["kind"]: i for i in beside(scaler(), budget(), cronjob(), peers())}
+    assert all(i["metadata"]["labels"] == LABELS for i in rendered.values())
+    own = {"gitops-hook/app": "shop", "version": "green"}
+    target = rendered["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert target == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "shop-green"}
+    assert rendered["PodDisruptionBudget"]["metadata"]["name"] == "x-green"
+    chosen = rendered["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"]
+    assert chosen == {"app": "shop", **own}
+    assert rendered["Service"]["spec"]["selector"] == {**own, "gitops-hook/run": RUN.id}
+    pod = rendered["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == BUILT
+
+
+def test_a_release_in_another_colour_has_its_companions_in_that_colour() -> None:
+    release = recoloured(released(scaler(), budget()), app_of(), "blue", 2)
+    names = [i["metadata"]["name"] for i in release.beside("shop")]
+    assert names == ["x", "x-blue"]
+    assert release.beside("shop")[0]["spec"]["scaleTargetRef"]["name"] == "shop-blue"
+
+
+def test_a_foreign_image_of_a_cronjob_stays_unless_nothing_is_built() -> None:
+    pod = beside(cronjob("busybox:1"))[0]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == "busybox:1"
+    app = app_of(build={"builder": "none"})
+    objects_ = checked(cronjob("busybox:1"))
+    objects_.deployment["spec"]["template"]["spec"]["containers"][0]["image"] = BUILT
+    said = fault(lambda: render(app, RUN, BUILT, Placement("green", 0), objects_))[1]
+    assert "The image 'busybox:1' is not named by digest" in said
+
+
+@pytest.mark.parametrize(("live", "size"), [(0, 3), (2, 3), (4, 4), (9, 5)])
+def test_with_an_autoscaler_a_version_is_as_large_as_the_live_one_within_its_limits(
+    live: int, size: int
+) -> None:
+    assert released(scaler(), live=live).wanted == size
+    assert checked(scaler()).follows_size
+
+
+def test_a_release_keeps_its_companions_and_one_of_before_has_none_to_touch() -> None:
+    release = released(scaler(), cronjob())
+    assert Release.from_configmap(release.configmap("shop")) == release
+    assert released().companions == []
+    old = Release.from_configmap(replace(release, companions=None).configmap("shop"))
+    assert (old.companions, old.beside("shop")) == (None, [])
+
+
+def test_a_record_of_a_later_version_with_unknown_fields_can_be_read() -> None:
+    record = released(cronjob()).configmap("shop")
+    content = json.loads(zlib.decompress(base64.b64decode(record["binaryData"]["release"])))
+    packed = zlib.compress(json.dumps({**content, "later": 5}).encode())
+    record["binaryData"]["release"] = base64.b64encode(packed).decode()
+    assert Release.from_configmap(record) == released(cronjob())
+
+
+# === What is recorded of what was made ===
+
+RECORD = CompanionRecord(environment="production", api="batch/v1", kind="CronJob", name="x")
+
+
+def state_of(*records: CompanionRecord, **more: str) -> AppState:
+    """The state of an app with these records."""
+    data = {r.key: hook.record_text(r) for r in records}
+    return AppState.from_configmap(app_of(), {"data": {**data, **more}})
+
+
+def test_a_record_is_read_again_for_its_environment_alone() -> None:
+    record = replace(RECORD, uid="1-2")
+    state = state_of(record, replace(record, environment="staging", uid=""))
+    assert state.beside("production") == {record.identity: record}
+    assert [r.uid for r in state.beside("staging").values()] == [""]
+    assert replace(RECORD, api="batch/v2").key == RECORD.key
+
+
+@pytest.mark.parametrize("text", ["5", "{}", '{"api": 5}', '{"kind": "Pod"}', "x" * 9000])
+def test_a_record_that_is_not_one_of_its_key_is_dropped(text: str) -> None:
+    assert state_of(**{RECORD.key: text}).companions == {}
+
+
+# === Whose it is ===
+
+
+class MemoryKubectl:
+    """A cluster of objects in a mapping, which knows what was written."""
+
+    def __init__(self, standing: Sequence[Object]) -> None:
+        self.objects = {self.key(i): copy.deepcopy(i) for i in standing}
+        self.metrics = hook.Metrics()
+        self.dry: list[str] = []
+
+    @staticmethod
+    def key(item: Object) -> tuple[str, str]:
+        """What an object is known by."""
+        return (item["kind"], item["metadata"]["name"])
+
+    def read(self, references: Sequence[Object], _namespace: str) -> list[Object]:
+        """Return those that are there."""
+        keys = map(self.key, references)
+        return [copy.deepcopy(self.objects[key]) for key in keys if key in self.objects]
+
+    def write(self, verb: str, items: Sequence[Object], _namespace: str, *options: str) -> None:
+        """Create or replace objects."""
+        for wanted in items:
+            there = self.objects.get(self.key(wanted))
+            assert (there is not None) == (verb == "replace")
+            meta = {"uid": f"uid-{len(self.objects)}", "resourceVersion": "1"}
+            if there:
+                meta = {k: there["metadata"][k] for k in ("uid", "resourceVersion")}
+                assert wanted["metadata"]["uid"] == meta["uid"]
+            if not options:
+                changed = {**wanted, "metadata": {**wanted["metadata"], **meta}}
+                self.objects[self.key(wanted)] = changed
+
+    def plural(self, _api: str, kind: str) -> str:
+        """Return the resource of a kind."""
+        return f"{kind.lower()}s"
+
+    def delete_exactly(self, _api: str, _resource: str, current: Object, _policy: str) -> None:
+        """Delete an object as it was read."""
+        there = self.objects.pop(self.key(current))
+        assert there["metadata"]["uid"] == current["metadata"]["uid"]
+
+
+class MemoryState:
+    """Records in memory."""
+
+    def __init__(self, records: Sequence[CompanionRecord]) -> None:
+        self.state = state_of(*records)
+
+    def recent(self, _app: hook.App) -> AppState:
+        """Return them."""
+        return self.state
+
+    def write(self, _app: hook.App, *records: CompanionRecord, forget: Sequence[str] = ()) -> None:
+        """Write and forget some."""
+        self.state.companions.update({r.key: r for r in records})
+        for key in forget:
+            self.state.companions.pop(key, None)
+
+
+def companions_of(
+    cluster: MemoryKubectl, state: MemoryState, live: Release | None, *, confirmed: bool = True
+) -> Companions:
+    """Companions of an app whose live version is a release."""
+
+    class Live:
+        """Reads a live Service that never changes."""
+
+        kubectl = cluster
+        doors = cast(hook.Doors, type("D", (), {"kubectl": cluster, "clock": hook.Clock()}))
+        remembered = hook.Remembered()
+
+        def __init__(self) -> None:
+            self.state = state
+
+        def service_of(self, _task: Task, _manifest: Object | None) -> hook.Service | None:
+            """Return the Service, None where there is no version."""
+            if live is None:
+                return None
+            entry = hook.entry_of(live, "shop", 1.0)
+            entry = replace(entry, outcome="deployed" if confirmed else "")
+            return hook.Service.recorded("shop", entry)
+
+        def recorded(self, _task: Task, _service: hook.Service | None) -> None:
+            """Return that nothing is recorded."""
+
+        def release(self, _task: Task, _name: str) -> Release:
+            """Return the live release."""
+            assert live is not None
+            return live
+
+    return Companions(cast(hook.LiveServices, Live()))
+
+
+def task(**deploy: Any) -> Task:
+    """The task of the run."""
+    app = app_of(deploy=deploy)
+    return Task(app=app, environment="production", namespace="production", run=RUN)
+
+
+TEXT = st.sampled_from(["gitops-hook", "shop", "other", "companion", "live", "release", "helm"])
+FOREIGN = st.fixed_dictionaries({}, optional=dict.fromkeys(LABELS, TEXT)).filter(
+    lambda labels: not LABELS.items() <= labels.items()
+)
+NAMES = st.sampled_from(["x", "x-blue", "x-green", "peers", "night"])
+KINDS = st.sampled_from([*APIS, "Service", "ConfigMap", "PersistentVolumeClaim"])
+
+
+@st.composite
+def standing_objects(draw: st.DrawFn, labels: st.SearchStrategy[Any]) -> list[Object]:
+    """Some objects of a namespace."""
+    chosen = draw(st.lists(st.tuples(KINDS, NAMES), unique=True, max_size=12))
+    made = []
+    for number, (kind, name) in enumerate(chosen):
+        one = item(kind, name, spec={})
+        meta = {"uid": f"old-{number}", "resourceVersion": "7", "labels": draw(labels)}
+        one["metadata"] |= meta
+        made.append(one)
+    return made
+
+
+def everything() -> list[Object]:
+    """One companion of each kind."""
+    return [scaler(), budget(), cronjob(), peers(), item("ConfigMap", data={"a": "b"})]
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(standing=standing_objects(FOREIGN), drained=st.booleans(), confirmed=st.booleans())
+def test_an_object_of_another_app_or_without_our_labels_is_never_changed_or_deleted(
+    standing: list[Object], *, drained: bool, confirmed: bool
+) -> None:
+    # as if all of it had been made here before
+    records = [CompanionRecord.of("production", one) for one in standing]
+    for live in (released(*everything()), released(), None):
+        cluster, state = MemoryKubectl(standing), MemoryState(records)
+        companions = companions_of(cluster, state, live, confirmed=confirmed)
+        companions.follow(task(), drained=drained)
+        for one in standing:
+            assert cluster.objects[cluster.key(one)] == one
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(standing=standing_objects(st.just(LABELS)), uids=st.lists(st.booleans(), min_size=12))
+def test_what_was_not_made_here_is_never_deleted_and_a_claim_never(
+    standing: list[Object], uids: list[bool]
+) -> None:
+    made = zip(standing, uids, strict=False)
+    records = [
+        CompanionRecord.of("production", one) if same else replace(
+            CompanionRecord.of("production", one), uid="of another"
+        )
+        for one, same in made
+    ]  # fmt: skip
+    cluster = MemoryKubectl(standing)
+    companions_of(cluster, MemoryState(records), released()).follow(task(), drained=True)
+    for one, same in zip(standing, uids, strict=False):
+        stays = not same or one["kind"] == "PersistentVolumeClaim"
+        assert (cluster.key(one) in cluster.objects) == stays
+
+
+def test_a_release_of_before_touches_nothing() -> None:
+    made = released(*everything())
+    cluster, state = MemoryKubectl([]), MemoryState([RECORD])
+    companions_of(cluster, state, made).follow(task())
+    before = copy.deepcopy(cluster.objects)
+    assert len(before) == len(everything())
+    companions_of(cluster, state, replace(released(), companions=None)).follow(task(), drained=True)
+    assert cluster.objects == before
+
+
+def test_what_follows_is_done_again_without_harm_and_goes_when_a_version_lacks_it() -> None:
+    cluster, state = MemoryKubectl([]), MemoryState([RECORD])
+    for _ in range(2):
+        companions_of(cluster, state, released(*everything())).follow(task())
+        assert len(cluster.objects) == len(everything())
+        assert all(r.uid for r in state.state.companions.values())
+    companions_of(cluster, state, released(cronjob())).follow(task())
+    kinds = [kind for kind, _ in cluster.objects]
+    assert kinds == ["PodDisruptionBudget", "CronJob"]
+    companions_of(cluster, state, released(cronjob())).follow(task(), drained=True)
+    companions_of(cluster, state, None).follow(task(), drained=True)
+    assert (cluster.objects, state.state.companions) == ({}, {})
+
+
+def test_what_the_settings_leave_to_others_from_now_on_stays() -> None:
+    cluster, state = MemoryKubectl([]), MemoryState([RECORD])
+    companions_of(cluster, state, released(budget(), cronjob())).follow(task())
+    left = task(ignore=["PodDisruptionBudget/x", "CronJob"])
+    companions_of(cluster, state, released()).follow(left, drained=True)
+    assert sorted(kind for kind, _ in cluster.objects) == ["CronJob", "PodDisruptionBudget"]
+
+
+class NoCalls(MemoryKubectl):
+    """A cluster of which nothing may be asked."""
+
+    def read(self, references: Sequence[Object], namespace: str) -> list[Object]:
+        """Fail."""
+        raise AssertionError((references, namespace))
+
+
+def test_an_app_that_has_nothing_beside_it_costs_no_call() -> None:
+    plain = released()
+    companions = companions_of(NoCalls([]), MemoryState([]), plain)
+    companions.require_accepted(task(), plain)
+    companions.prepare(task(), plain)
+    assert companions.follow_beside(task(), plain) is None
+    companions.follow(task(), drained=True)
+
+
+def test_until_a_version_is_confirmed_only_what_goes_with_traffic_changes() -> None:
+    cluster, state = MemoryKubectl([]), MemoryState([RECORD])
+    live = released(*everything())
+    companions_of(cluster, state, live, confirmed=False).follow(task())
+    assert sorted(kind for kind, _ in cluster.objects) == [
+        "HorizontalPodAutoscaler",
+        "PodDisruptionBudget",
+        "Service",
+    ]
+
+
+def test_before_the_rollout_is_made_what_scales_nothing_and_starts_nothing() -> None:
+    cluster, state = MemoryKubectl([]), MemoryState([])
+    companions_of(cluster, state, None).prepare(task(), released(*everything()))
+    kinds = sorted(kind for kind, _ in cluster.objects)
+    assert kinds == ["ConfigMap", "PodDisruptionBudget", "Service"]
+    recorded = {r.kind: bool(r.uid) for r in state.state.companions.values()}
+    assert recorded == {
+        "ConfigMap": True,
+        "PodDisruptionBudget": True,
+        "Service": True,
+        "CronJob": False,
+        "HorizontalPodAutoscaler": False,
+    }
+
+
+def test_what_is_there_already_is_refused_with_the_way_to_hand_it_over() -> None:
+    mine = {**cronjob(), "metadata": {"name": "x", "uid": "1", "resourceVersion": "1"}}
+    cluster = MemoryKubectl([mine])
+    check = companions_of(cluster, MemoryState([]), None)
+    reason, said = fault(lambda: check.require_accepted(task(), released(cronjob())))
+    assert reason is Reason.ADOPTION_REFUSED
+    assert "kubectl -n production label --overwrite CronJob/x app.kubernetes.io/" in said
+    other = copy.deepcopy(mine)
+    other["metadata"]["labels"] = {"gitops-hook/app": "cart"}
+    check = companions_of(MemoryKubectl([other]), MemoryState([]), None)
+    said = fault(lambda: check.require_accepted(task(), released(cronjob())))[1]
+    assert said == "CronJob/x belongs to app cart; rename one of the two"
+
+
+def test_a_budget_of_both_colours_is_refused() -> None:
+    plain = {**budget(), "metadata": {"name": "x", "uid": "1", "resourceVersion": "1"}}
+    check = companions_of(MemoryKubectl([plain]), MemoryState([]), None)
+    said = fault(lambda: check.require_accepted(task(), released(budget())))[1]
+    assert said.startswith("PodDisruptionBudget/x would count the pods of both colours; delete it")
+
+
+# === What the API server says, and what is written ===
+
+
+NO_KIND = """error: resource mapping not found for name: "m" namespace: "" from "STDIN": \
+no matches for kind "ServiceMonitor" in version "monitoring.coreos.com/v1"
+ensure CRDs are installed first
+"""
+NO_VERB = """Error from server (Forbidden): ingresses.networking.k8s.io "web" is forbidden: \
+User "u" cannot get resource "ingresses" in API group "networking.k8s.io" in the namespace "prod"
+"""
+NONSENSE = """The CronJob "night" is invalid: spec.schedule: Invalid value: "nonsense": \
+expected exactly 5 fields, found 1: [nonsense]
+"""
+
+
+@pytest.mark.parametrize(
+    ("stderr", "said"),
+    [
+        (NO_KIND, "The cluster has no ServiceMonitor of monitoring.coreos.com/v1."),
+        (NO_VERB, "Role production-deployer of namespace prod lacks the verb get for ingresses.n"),
+        (NONSENSE, 'The CronJob "night" is invalid: spec.schedule'),
+        ("something else\n", "something else"),
+    ],
+    ids=["kind", "verb", "value", "other"],
+)
+def test_a_refusal_of_the_cluster_says_what_is_missing(stderr: str, said: str) -> None:
+    refused = hook.KubectlError(["kubectl", "create"], 1, stderr)
+    (only,) = hook.companion_faults(task(), refused)
+    assert only.text.startswith(said)
+
+
+def test_replacing_keeps_what_others_wrote_and_removes_what_is_not_wanted_any_more() -> None:
+    before = item("CronJob", spec={"schedule": "1 * * * *", "timeZone": "UTC"})
+    current = hook.with_applied(before, before)
+    current["metadata"] |= {"finalizers": ["theirs"], "resourceVersion": "7"}
+    current["metadata"]["annotations"]["theirs"] = "1"
+    current["spec"] = {**before["spec"], "suspend": True}
+    wanted = item("CronJob", spec={"schedule": "2 * * * *"})
+    written = hook.replacement(current, wanted)
+    assert written["spec"] == {"schedule": "2 * * * *", "suspend": True}
+    assert written["metadata"]["finalizers"] == ["theirs"]
+    assert written["metadata"]["resourceVersion"] == "7"
+    assert written["metadata"]["annotations"]["theirs"] == "1"
+    assert hook.applied_last(written) == wanted
+
+
+def test_a_service_keeps_its_node_ports_and_loses_them_with_its_type() -> None:
+    port = {"name": "http", "port": 80}
+    before = item("Service", spec={"type": "NodePort", "ports": [port]})
+    current = hook.with_applied(before, before)
+    live = {"externalTrafficPolicy": "Cluster", "clusterIP": "10.0.0.1"}
+    current["spec"] = {**before["spec"], **live, "ports": [{**port, "nodePort": 30000}]}
+    same = hook.replacement(current, item("Service", spec={**before["spec"], "a": 1}))
+    assert same["spec"]["ports"] == [{"nodePort": 30000, **port}]
+    plain = hook.replacement(current, item("Service", spec={"ports": [port]}))
+    assert plain["spec"] == {"clusterIP": "10.0.0.1", "ports": [port]}
