@@ -3794,7 +3794,9 @@ SET_FIELDS = {
     "*.metadata.labels": "yours, `gitops-hook/*`, `app.kubernetes.io/managed-by` and the colour",
     "*.metadata.annotations": "yours and `gitops-hook/*`",
     "Deployment.spec.selector": "`gitops-hook/app` and the colour",
-    "Deployment.spec.replicas": "as many as the live version has, if you say nothing",
+    "Deployment.spec.replicas": (
+        "as many as the live version has, if you say nothing or have an autoscaler"
+    ),
     "Deployment.spec.progressDeadlineSeconds": (
         "the longest of yours, `deploy.rollout_timeout` and 20 s for each replica"
     ),
@@ -4521,7 +4523,9 @@ def rendered_companion(app: App, written: Object, image: str) -> Object:
     ours = {LABEL_APP: app.name, LABEL_STAGE: COMPANION, LABEL_MANAGED: MANAGER}
     item["metadata"] = {"name": meta["name"], "labels": {**(meta.get("labels") or {}), **ours}}
     if meta.get("annotations"):
-        item["metadata"]["annotations"] = meta["annotations"]
+        item["metadata"]["annotations"] = {**meta["annotations"]}
+    if is_companion(item, "Service"):
+        ports_like(item["spec"].get("ports") or ())  # must have the shape that is read later
     data = item.get("data") or {} if is_companion(item, "ConfigMap") else {}
     if loose := [key for key, value in data.items() if not isinstance(value, str | None)]:
         refuse(f"{where}: {clip(loose[0], 60)} is not a text. Put it in quotes.", INVALID)

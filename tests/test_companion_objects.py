@@ -7,6 +7,7 @@ import copy
 import json
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -157,6 +158,29 @@ def test_what_cannot_follow_or_harms_others_is_refused_with_advice(
     companion: Object, said: str
 ) -> None:
     assert said in fault(lambda: released(companion))[1]
+
+
+@pytest.mark.parametrize(
+    "companion",
+    [
+        *(peers(ports=ports) for ports in (5, ["x"], [{"nodePort": []}], {"a": 1})),
+        {**cronjob(), "metadata": {"name": "x", "labels": 5}},
+        {**cronjob(), "metadata": {"name": "x", "annotations": [5]}},
+        cronjob(containers=[{"name": "c"}]),
+        cronjob(containers=5),
+    ],
+)
+def test_what_has_no_shape_is_refused_while_the_tests_run(companion: Object) -> None:
+    assert fault(lambda: released(companion))[1]
+
+
+@pytest.mark.parametrize("kind", [*APIS, "Service", "ConfigMap"])
+@pytest.mark.parametrize("spec", [5, [], {}, "x", None, {"selector": 5}, {"jobTemplate": [1]}])
+def test_an_object_of_any_shape_ends_in_a_release_or_a_refusal(kind: str, spec: Any) -> None:
+    with suppress(hook.StageError):
+        made = released(item(kind, spec=spec), live=2)
+        assert len(made.beside("shop")) == 1
+        assert [*hook.shared_node_ports({"staging": made, "production": made})] == []
 
 
 def test_two_autoscalers_and_more_objects_than_are_possible_are_refused() -> None:
