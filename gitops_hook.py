@@ -13150,7 +13150,13 @@ def companion_lines(companions: Companions, task: Task, release: Release) -> lis
     wanted = release.beside(task.app.name)
     ours = {CompanionRecord.of(task.environment, item): item for item in wanted}
     by_identity = {record.identity: item for record, item in ours.items()}
-    listed = {**companions.records(task), **{record.identity: record for record in ours}}
+    recorded: Mapping[Identity, CompanionRecord] = {}
+    try:
+        recorded = companions.records(task)
+    except KubectlError as refused:
+        if refused.kind not in UNREADABLE_KINDS:  # the caller's account may be a reader's
+            raise
+    listed = {**recorded, **{record.identity: record for record in ours}}
     seen = companions.look(task, listed.values()).objects if listed else {}
     lines = []
     for identity, record in sorted(listed.items()):

@@ -501,6 +501,23 @@ def test_an_app_that_has_nothing_beside_it_costs_no_call() -> None:
     companions.follow(task(), drained=True)
 
 
+class Unreadable(MemoryState):
+    """Records that an account may not read."""
+
+    def recent(self, _app: hook.App) -> AppState:
+        """Fail as the API server refuses a reader."""
+        said = 'Error from server (Forbidden): configmaps "gitops-hook-shop" is forbidden'
+        raise hook.KubectlError(["kubectl", "get"], 1, said)
+
+
+def test_a_plan_goes_on_without_the_records_that_its_caller_may_not_read() -> None:
+    companions = companions_of(NoCalls([]), Unreadable([]), released())
+    assert hook.companion_lines(companions, task(), released()) == []
+    companions = companions_of(MemoryKubectl([]), Unreadable([]), released(cronjob()))
+    lines = hook.companion_lines(companions, task(), released(cronjob()))
+    assert lines == ["CronJob/x: created when it is confirmed"]
+
+
 def test_until_a_version_is_confirmed_only_what_goes_with_traffic_changes() -> None:
     cluster, state = MemoryKubectl([]), MemoryState([RECORD])
     live = released(*everything())
