@@ -298,7 +298,7 @@ coverage: $(INSTALLED) ## Measure which branches both suites run (SUITES= only r
 E2E := $(patsubst %,tests/e2e/test_%.py,demo intake switches upgrade memory)
 
 e2e: $(INSTALLED) ## Run the demo as its users do; kill the intake; upgrade from 0.1.0; measure the memory
-	@$(BIN)/python -m pytest $(E2E) -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest $(E2E) $(ARGS)
 
 faults: $(INSTALLED) ## Every step of a deployment with every kind of trouble (ARGS='-m short': one of each)
 	@$(BIN)/python -m pytest tests/e2e/test_faults.py tests/e2e/test_pairs.py $(ARGS)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 240
+SECONDS = 600
 LAST_LINE = re.compile(r"(?m)^(\d+) requests, (\d+) failed$")
 
 Start = Callable[..., subprocess.Popen[str]]
