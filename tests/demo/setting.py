@@ -29,7 +29,7 @@ HOOK_IMAGE = "gitops-hook:dev"
 STORE_IMAGE = "registry.example.com/demo/store:1"
 STORE = Path(__file__).with_name("app") / "store.py"
 BAKE, DRAIN = 8, 3  # seconds
-START_SECONDS = 30.0
+START_SECONDS = 90.0
 
 
 def configuration(repository: Path) -> Object:
