@@ -11411,12 +11411,13 @@ class RunReconciler:
         return Slot(run=run.id, app=run.app, deploys=deploys, received=run.received)
 
     def execute_all(self, steps: Iterable[Step]) -> None:
-        """Execute steps; ends of test-only runs, of which there may be many, come last.
+        """Execute steps: first those of environments, since a version may be live and unhealthy.
 
-        Those that do not fit into this look are left to the next ones, after what came meanwhile.
+        Ends of test-only runs, of which there may be many, come last. Those that do not fit into
+        this look are left to the next ones, after what came meanwhile.
         """
         until = self.context.clock.monotonic() + LOOK_SECONDS
-        for step in sorted(steps, key=self.can_wait):
+        for step in sorted(steps, key=lambda s: (self.can_wait(s), s.action.do is not Do.DEPLOY)):
             if self.can_wait(step) and self.context.clock.monotonic() > until:
                 self.context.wake.set()
                 break
