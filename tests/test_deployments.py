@@ -43,11 +43,11 @@ APPS: dict[str, Object] = {
     "twin": {},
     "twin-that-fails": {},
 }
-HPA = """
-apiVersion: autoscaling/v2
-kind: HorizontalPodAutoscaler
+POLICY = """
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
 metadata: {name: kinds}
-spec: {maxReplicas: 3, scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: kinds}}
+spec: {podSelector: {}}
 """
 INGRESS = """
 apiVersion: networking.k8s.io/v1
@@ -136,16 +136,17 @@ def test_an_object_of_another_namespace_is_refused_with_the_setting_to_change(ap
 @pytest.mark.usefixtures("slow")
 def test_a_kind_that_is_not_deployed_is_refused_by_name_with_what_to_do(apps: Fleet) -> None:
     kinds = apps["kinds"]
-    ended = kinds.push(kinds.release("v1", files={"deploy/hpa.yaml": HPA}))
+    ended = kinds.push(kinds.release("v1", files={"deploy/policy.yaml": POLICY}))
     line = apps.ended(ended)
     assert (line["outcome"], line["reason"]) == ("failed", "ManifestRefused")
-    assert re.search(r"HorizontalPodAutoscaler/kinds in deploy\.ignore", line["detail"])
+    advice = r"NetworkPolicy in deploy\.companions .* NetworkPolicy/kinds in deploy\.ignore"
+    assert re.search(advice, line["detail"])
     assert not kinds.leftovers()
 
 
 def test_a_kind_that_is_to_be_ignored_is_reported_and_not_applied(apps: Fleet) -> None:
     kinds = apps["kinds"]
-    kinds.repository.git("rm", "-q", "deploy/hpa.yaml")
+    kinds.repository.git("rm", "-q", "deploy/policy.yaml")
     run = kinds.push(kinds.release("v2", files={"deploy/ingress.yaml": INGRESS}))
     assert apps.ended(run)["outcome"] == "deployed"
     assert apps.said("claimed", run=run)[0]["ignored"] == ["deploy/ingress.yaml: Ingress kinds"]
