@@ -164,7 +164,7 @@ WHOLE: Object = {
     "selector": OURS, "run": "r2", "commit": "a" * 40, "image": f"shop@sha256:{'0' * 64}",
     "colour": "blue", "ports": [{"port": 80}], "release": "shop-release-01234567", "replicas": 3,
     "at": 12.5, "by": "gitops-hook", "outcome": "deployed", "reason": "Ok", "detail": "a\nb",
-    "was": {"app": "shop"}, "unjudged": True, "v": 1,
+    "was": {"app": "shop"}, "unjudged": True, "beside": True, "v": 1,
 }  # fmt: skip
 
 
@@ -188,6 +188,7 @@ WHOLE: Object = {
         ("at", 1e300, 0.0),
         ("at", float("nan"), 0.0),
         ("outcome", {"deployed": 1}, ""),
+        ("beside", "yes", False),
         ("unknown", "x", None),
     ],
 )
