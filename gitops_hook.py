@@ -7175,7 +7175,7 @@ END_STATES: dict[str, StatusState] = {  # of the stage in which a run ended
 # By these a run may end in an environment before its tests are over: see ManifestChecks.
 EARLY_REASONS = (Reason.MANIFEST_REFUSED, Reason.MANIFEST_INVALID)
 STATUS_LENGTH = 255  # characters of a description, and of the name of a branch
-STATUS_SECONDS = 15.0  # for one request: GitLab itself waits for ten seconds for a lock
+GITLAB_SECONDS = 15.0  # for one request: GitLab itself waits for ten seconds for a lock
 STATUS_DELAYS = (2.0, 5.0, 15.0, 60.0, 300.0)  # before each further try
 REJECTED_DELAYS = (*STATUS_DELAYS, 3600.0)  # the same of one run, where GitLab answers
 REFUSED_DELAYS = (900.0,)  # the same, where no token is good enough
@@ -7183,7 +7183,7 @@ REFUSED_REPORTS = 96  # tries, of which one is logged: those of a day
 LONGEST_PAUSE = 600.0  # seconds that GitLab may ask for
 STATUS_AGE = 86400.0  # seconds after its end for which a run is reported
 STATUS_LOOK = 10.0  # seconds in which one look sends, and between two records of what was sent
-QUIET_SECONDS = 30.0  # between two looks while nothing is to be sent
+UNCHANGED_SECONDS = 30.0  # between two looks while nothing is to be sent
 ANSWER_BYTES = 2**18  # of an answer
 REQUESTS_OPEN = 4  # requests that are not answered in time, and still wait
 TOKEN = re.compile(r"[\x21-\x7e]{1,1000}")
@@ -7435,7 +7435,7 @@ class GitLab:
         self,
         secrets: Secrets,
         surroundings: Surroundings | None = None,
-        deadline: float = STATUS_SECONDS,
+        deadline: float = GITLAB_SECONDS,
     ) -> None:
         self.secrets = secrets
         self.surroundings = surroundings or Surroundings()
@@ -7642,7 +7642,7 @@ class CommitStatuses:
                 return 0.0
             self.send(run)
         self.record_settled()
-        return LOOK_SECONDS if runs or self._settled else QUIET_SECONDS
+        return LOOK_SECONDS if runs or self._settled else UNCHANGED_SECONDS
 
     def is_done(self, run: ReportedRun) -> bool:
         """Whether nothing is to be sent of a run any more, or its commit has no id."""
@@ -8525,24 +8525,31 @@ class Claims:
         self.require_no_rollback(task.app, service.claim)
         restore = release_to_restore(service, release.colour, standing)
         claim = self.new(task.run.id, release.colour, Phase.PREPARING, restore)
-        annotations: Object = {ANNOTATION_CLAIM: claim}
         goal = self.narrowed_entry(task, release, service, source)
-        older = [e for e in service.history if e.outcome != ADOPTED]
-        if source and source.recorded_live.run and not service.history:
-            # the Service has lost its history: it is written again
-            annotations[ANNOTATION_HISTORY] = source.history
-        elif goal and not service.run and (service.live or not older):
-            # what stands there is adopted: it is the first entry, and the rollback target
-            adopted = replace(
-                goal,
-                outcome=ADOPTED,
-                was=service.live.was or service.selector,
-                ports=service.ports,
-                at=self.doors.clock.now(),
-            )
-            annotations[ANNOTATION_HISTORY] = [adopted, *older]
-            annotations[ANNOTATION_PREVIOUS] = goal.selector
+        annotations = {ANNOTATION_CLAIM: claim, **self.history_at_claim(service, source, goal)}
         return self.live.write(task, service, annotations, goal)
+
+    def history_at_claim(
+        self, service: Service, source: Service | None, goal: HistoryEntry | None
+    ) -> Object:
+        """Return the annotations about the history that a claim writes; most often there are none.
+
+        A Service that has lost its history gets it again. What stands there and was not made here
+        is adopted: it is the first entry, and the rollback target.
+        """
+        if source and source.recorded_live.run and not service.history:
+            return {ANNOTATION_HISTORY: source.history}
+        older = [e for e in service.history if e.outcome != ADOPTED]
+        if not goal or service.run or (older and not service.live):
+            return {}
+        adopted = replace(
+            goal,
+            outcome=ADOPTED,
+            was=service.live.was or service.selector,
+            ports=service.ports,
+            at=self.doors.clock.now(),
+        )
+        return {ANNOTATION_HISTORY: [adopted, *older], ANNOTATION_PREVIOUS: goal.selector}
 
     def require_no_rollback(self, app: App, claim: Claim) -> None:
         """Raise while a person rolls the environment back; such a claim is not for ever."""
@@ -8870,9 +8877,7 @@ class Traffic:
         """Record that a version stays, and leave a claim by which the old one is drained.
 
         Each try of it asks for the proof that the version is healthy, after it has read what it is
-        going to change; without it nothing is written, and the answer is False. The same patch
-        changes what was not to be switched. Where the API server refuses that, it is reported: the
-        version is healthy, and stays.
+        going to change; without it nothing is written, and the answer is False.
         """
         service = self.guard.read_selected(task)
         self.claims.require_no_rollback(task.app, service.claim)
@@ -8888,6 +8893,16 @@ class Traffic:
             ANNOTATION_BAKE: None,
             ANNOTATION_CLAIM: drain if drain.colour or live.beside else None,
         }
+        self.write_confirmed(task, service, release, annotations)
+        return True
+
+    def write_confirmed(
+        self, task: Task, service: Service, release: Release, annotations: Object
+    ) -> None:
+        """Write that a version stays, and with it the fields that were not to be switched.
+
+        Where the API server refuses these, it is reported: the version is healthy, and stays.
+        """
         changes = confirmed_changes(service.spec, release.service["spec"])
         try:
             self.live.write(task, service, annotations, patch=ServiceFields(spec=changes))
@@ -8899,7 +8914,6 @@ class Traffic:
             error("the live Service was not changed", **words)
             self.doors.kubectl.metrics.errors.labels("service").inc()
             self.live.write(task, service, annotations)
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -9275,6 +9289,7 @@ NO_KIND = re.compile(r'no matches for kind "([^"]+)" in version "([^"]+)"')
 NO_VERB = re.compile(
     r'cannot ([a-z]+) resource "([^"]+)" in API group "([^"]*)" in the namespace "([^"]+)"'
 )
+NO_KIND_ADVICE = "Install its definition, or list it in deploy.ignore."
 SAID = re.compile(r"(?m)^(?:Error from server|The .* is invalid|error: ).*$")
 SETTLE_ROUNDS = 5  # in which what stands beside an app must come to what is wanted
 # What is made when a version is confirmed, or, of an autoscaler, when it is switched to: before
@@ -9639,7 +9654,7 @@ def companion_faults(task: Task, refused: KubectlError) -> list[Fault]:
     """Return what the API server says against what stands beside an app, with what to do."""
     text = refused.stderr
     faults = [
-        Fault(f"The cluster has no {kind} of {version}. Install its definition, or ignore it.")
+        Fault(f"The cluster has no {kind} of {version}. {NO_KIND_ADVICE}")
         for kind, version in NO_KIND.findall(text)
     ]
     for verb, plural, group, namespace in NO_VERB.findall(text):

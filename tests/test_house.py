@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ PRODUCT = ROOT / "gitops_hook.py"
 # others, or makes the case for a higher number here.
 # The aim is half of it. What is promised and tested about safety takes more, and so does one
 # statement a line.
-MAX_LINES = 13349
+MAX_LINES = 13364
 MAX_FUNCTION_LINES = 40
 MEDIAN_FUNCTION_LINES = 8
 MAX_ARGUMENTS = 5
@@ -88,6 +89,21 @@ def class_lengths(source: str) -> dict[str, int]:
         for node in nodes(source)
         if isinstance(node, ast.ClassDef) and node.end_lineno is not None
     }
+
+
+def declared_twice(source: str) -> set[str]:
+    """Return the names that a module gives to two things: the later one is meant everywhere."""
+    names = Counter(name for node in ast.parse(source).body for name in declared(node))
+    return {name for name, count in names.items() if count > 1}
+
+
+def declared(node: ast.stmt) -> list[str]:
+    """Return the names of a function, a class or values."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def argument_count(function: Function) -> int:
@@ -326,6 +342,14 @@ def test_its_sections_are_those_of_the_design_in_that_order(source: str) -> None
 
 def test_each_section_uses_only_those_above_it(source: str) -> None:
     assert not used_before_its_section(source)
+
+
+def test_no_name_is_declared_twice(source: str) -> None:
+    assert not declared_twice(source)
+
+
+def test_a_name_that_is_declared_twice_is_noticed() -> None:
+    assert declared_twice("A = 1\nB: int = 2\ndef f(): ...\nA = 3\nclass B: ...\n") == {"A", "B"}
 
 
 def test_functions_are_short(source: str) -> None:

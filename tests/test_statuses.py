@@ -240,7 +240,7 @@ def test_a_run_of_which_all_is_shown_is_not_asked_about_again(
     desk.show(last)
     count = len(server.requests)
     desk.new_sink()
-    assert desk.show(last) == hook.QUIET_SECONDS
+    assert desk.show(last) == hook.UNCHANGED_SECONDS
     assert len(server.requests) == count
     assert json.loads(desk.kubectl.objects["configmap", "gitops-hook-shop"]["data"][
         f"statuses-{last.run.id}"
@@ -561,7 +561,7 @@ def test_a_final_status_whose_answer_was_lost_is_not_sent_twice(
 def test_what_ended_more_than_a_day_ago_is_not_sent(desk: Desk, server: GitLabServer) -> None:
     run = desk.ended(Outcome.TESTED, stage="test", ref=SIDE)
     desk.clock.now = lambda: STARTED + 51 + hook.STATUS_AGE  # type: ignore[assignment]
-    assert desk.show(run) == hook.QUIET_SECONDS
+    assert desk.show(run) == hook.UNCHANGED_SECONDS
     assert server.requests == []
 
 
@@ -711,7 +711,7 @@ def test_without_a_token_nothing_is_sent_and_nothing_complains(
 ) -> None:
     caplog.set_level("INFO")
     desk = Desk(tmp_path, url=server.url, token="")
-    assert desk.show(desk.looks({"test": "active"})) == hook.QUIET_SECONDS
+    assert desk.show(desk.looks({"test": "active"})) == hook.UNCHANGED_SECONDS
     assert (server.requests, caplog.records) == ([], [])
     desk.write_token(TOKEN)
     desk.show(desk.looks({"test": "active"}))
