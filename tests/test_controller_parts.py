@@ -805,6 +805,23 @@ def test_a_run_that_ends_while_it_waits_for_its_next_try_is_shown_no_longer(
     assert not controller.context.retry.failing()
 
 
+def a_step(run: hook.Run, action: hook.Action) -> hook.Step:
+    jobs = {"test": SimpleNamespace(version=1)}
+    observed: Any = SimpleNamespace(run=run, jobs=jobs, pods=())
+    return hook.Step(observed, action)
+
+
+def test_environments_are_taken_up_before_all_other_steps(
+    controller: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Do] = []
+    monkeypatch.setattr(controller.runs, "execute", lambda step: done.append(step.action.do))
+    actions = [hook.Action(do, "test") for do in (Do.UNSUSPEND, Do.DEPLOY, Do.ANNOTATE, Do.DEPLOY)]
+    runs = [a_run(f"{number:040x}") for number in range(len(actions))]
+    controller.runs.execute_all(map(a_step, runs, actions))
+    assert done == [Do.DEPLOY, Do.DEPLOY, Do.UNSUSPEND, Do.ANNOTATE]
+
+
 def test_the_ends_of_very_many_tests_hold_back_nothing_that_is_deployed(
     controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -813,11 +830,6 @@ def test_the_ends_of_very_many_tests_hold_back_nothing_that_is_deployed(
     def execute(step: hook.Step) -> None:
         commits.append(step.observed.run.commit)
         controller.clock.time += 0.3
-
-    def a_step(run: hook.Run, action: hook.Action) -> hook.Step:
-        jobs = {"test": SimpleNamespace(version=1)}
-        observed: Any = SimpleNamespace(run=run, jobs=jobs, pods=())
-        return hook.Step(observed, action)
 
     monkeypatch.setattr(controller.runs, "execute", execute)
     runs = [a_run(f"{number:040x}", f"refs/heads/b{number}") for number in range(100)]

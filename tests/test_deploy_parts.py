@@ -1159,3 +1159,27 @@ def test_a_drained_colour_retains_no_more_pods_than_it_has(
     monkeypatch.setattr(made, "collect_garbage", lambda _: None)
     made.finish_claim(replace(task(), app=kept), claim)
     assert sizes == [after]
+
+
+def objects_of(text: str) -> hook.AppObjects:
+    configmaps = {"settings": {"data": {"text": text}}}
+    return hook.AppObjects(deployment={}, service={}, configmaps=configmaps, ignored=[])
+
+
+def test_what_was_read_of_the_last_commits_is_kept_by_app_environment_and_commit() -> None:
+    last = hook.LastObjects()
+    commits = [replace(task(), run=replace(task().run, commit=f"{n:040x}")) for n in range(20)]
+    for number, each in enumerate(commits):
+        last.keep(each, objects_of(f"{number}"))
+    kept = [last.get(each) for each in commits]
+    assert kept[: -last.KEPT] == [None] * (len(commits) - last.KEPT)
+    assert kept[-1] == objects_of("19")
+    assert last.get(replace(commits[-1], environment="staging")) is None
+
+
+def test_large_objects_are_read_again_and_not_kept() -> None:
+    last = hook.LastObjects()
+    last.keep(task(), objects_of("small"))
+    assert last.get(task()) == objects_of("small")
+    last.keep(task(), objects_of("x" * last.BYTES))
+    assert last.get(task()) is None

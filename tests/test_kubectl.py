@@ -381,6 +381,19 @@ def test_an_object_is_read_or_it_is_none(kubectl: Kubectl) -> None:
     assert kubectl.get("configmap", "nowhere", SPACE) is None
 
 
+def test_several_objects_are_read_in_their_order_in_one_call(
+    kubectl: Kubectl, cluster: Cluster
+) -> None:
+    kubectl.create([configmap("first", a="1"), configmap("third", a="3")], SPACE)
+    asked = len(cluster.faults.log)
+    names = ("third", "nowhere", "first")
+    objects = kubectl.get_each(SPACE, *(f"configmap/{name}" for name in names))
+    assert [o and o["data"] for o in objects] == [{"a": "3"}, None, {"a": "1"}]
+    paths = [r.path.rpartition("/")[2] for r in [*cluster.faults.log][asked:]]
+    assert [name for name in paths if name in names] == [*names]
+    assert kubectl.get_each(SPACE, "configmap/nowhere", "configmap/neither") == [None, None]
+
+
 @pytest.mark.parametrize("name", ["-h", "--kubeconfig=nowhere", "--all", "--raw=version"])
 def test_a_name_that_looks_like_an_option_is_a_name(kubectl: Kubectl, name: str) -> None:
     kubectl.create([configmap("bystander")], SPACE)
