@@ -892,9 +892,9 @@ def test_a_server_that_packs_for_long_is_waited_for_as_long_as_it_says_that_it_d
 ) -> None:
     commit = repository.commit(app="1")
     # whatever slowness git is told to give up at, it is reached here
-    monkeypatch.setitem(GIT_ENVIRONMENT, "GIT_HTTP_LOW_SPEED_TIME", "3")
-    git = Git(tmp_path / "none", timeout=3.0)
-    with slow_server(tmp_path, 8, keep_alive=True) as url:
+    monkeypatch.setitem(GIT_ENVIRONMENT, "GIT_HTTP_LOW_SPEED_TIME", "6")
+    git = Git(tmp_path / "none", timeout=6.0)
+    with slow_server(tmp_path, 13, keep_alive=True) as url:
         git.checkout(f"{url}/shop.git", commit, tmp_path / "out", symlinks=True)
     assert (tmp_path / "out" / "app").read_text() == "1"
 
