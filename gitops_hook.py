@@ -6973,7 +6973,7 @@ class StateStore:
 
 # === reports ======================================================================================
 # What becomes known outside: every change of state is one Transition, from which each report is
-# made; GitLab gets a status of each stage; the last log lines of what failed are kept for a day.
+# made; and the last log lines of what failed are kept for a day.
 
 
 class State(StrEnum):
@@ -7151,6 +7151,10 @@ def speakers(pods: Iterable[Pod]) -> list[Speaker]:
 def selector_text(selector: Mapping[str, str]) -> str:
     """Return a selector as `-l` takes it."""
     return ",".join(f"{k}={v}" for k, v in selector.items())
+
+
+# === statuses =====================================================================================
+# What GitLab shows beside a commit: a status of each stage, of what is observed of its runs.
 
 
 class StatusState(StrEnum):
@@ -9284,6 +9288,9 @@ class RolloutWatch:
         except HookError:
             pass  # what git does not answer is asked again
 
+
+# === companions ===================================================================================
+# What stands beside an app in an environment, and follows its live version.
 
 NO_KIND = re.compile(r'no matches for kind "([^"]+)" in version "([^"]+)"')
 NO_VERB = re.compile(

@@ -23,7 +23,7 @@ PRODUCT = ROOT / "gitops_hook.py"
 # others, or makes the case for a higher number here.
 # The aim is half of it. What is promised and tested about safety takes more, and so does one
 # statement a line.
-MAX_LINES = 13364
+MAX_LINES = 13371
 MAX_FUNCTION_LINES = 40
 MEDIAN_FUNCTION_LINES = 8
 MAX_ARGUMENTS = 5
@@ -41,8 +41,8 @@ SECTIONS = [
     "command line",
     "constants", "errors", "configuration", "logging", "metrics", "signatures", "pushes", "spool",
     "kubectl", "git", "retry", "job manifests", "app manifests", "objects", "informers", "decide",
-    "state", "reports", "health", "live service", "rollout", "bake", "deploy", "intake",
-    "controller", "http", "commands", "main",
+    "state", "reports", "statuses", "health", "live service", "rollout", "companions", "bake",
+    "deploy", "intake", "controller", "http", "commands", "main",
 ]  # fmt: skip
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
