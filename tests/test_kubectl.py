@@ -384,9 +384,9 @@ def test_an_object_is_read_or_it_is_none(kubectl: Kubectl) -> None:
 def test_several_objects_are_read_in_their_order_in_one_call(
     kubectl: Kubectl, cluster: Cluster
 ) -> None:
-    kubectl.create([configmap("first", a="1"), configmap("third", a="3")], SPACE)
+    kubectl.create([configmap("each-1", a="1"), configmap("each-3", a="3")], SPACE)
     asked = len(cluster.faults.log)
-    names = ("third", "nowhere", "first")
+    names = ("each-3", "nowhere", "each-1")
     objects = kubectl.get_each(SPACE, *(f"configmap/{name}" for name in names))
     assert [o and o["data"] for o in objects] == [{"a": "3"}, None, {"a": "1"}]
     paths = [r.path.rpartition("/")[2] for r in [*cluster.faults.log][asked:]]
