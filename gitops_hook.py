@@ -174,6 +174,7 @@ LABEL_MANAGED = "app.kubernetes.io/managed-by"
 LABEL_APP = "gitops-hook/app"
 LABEL_RUN = "gitops-hook/run"
 LABEL_STAGE = "gitops-hook/stage"
+LABEL_WORKER = "gitops-hook/worker"  # on a worker's pods: a hash of their template
 LABEL_VERSION = "version"  # the colour of a pod
 LABEL_COLOUR = "gitops-hook/colour"  # the same, where the app uses the label `version` itself
 
@@ -287,6 +288,7 @@ class Reason(StrEnum):
     CONTAINER_CONFIG = "ContainerConfigError"
     VOLUME_UNAVAILABLE = "VolumeUnavailable"
     SERVICE_FAILED = "ServiceFailed"
+    WORKER_FAILED = "WorkerFailed"
     CRASH_LOOP = "CrashLoop"
     OUT_OF_MEMORY = "OutOfMemory"
     OUT_OF_DISK = "OutOfDisk"
@@ -354,6 +356,7 @@ VERDICTS = {
     Reason.MANIFEST_REFUSED: "Change the manifest or the configuration as the text says.",
     Reason.SMOKE_FAILED: "See why its pods do not answer as its probe or deploy.health asks.",
     Reason.UNHEALTHY_AFTER_SWITCH: "Read the log of the version with `explain RUN --log`.",
+    Reason.WORKER_FAILED: "Read the log of the worker with `explain RUN --log`, and push again.",
     Reason.REJECTED: "Push a commit that mends it, or use `rerun`.",
     Reason.ROLLED_BACK: "Push a commit that mends it, or use `rerun`.",
 }
@@ -2086,11 +2089,10 @@ class Kubectl:
     def get_each(self, namespace: str, *references: str) -> Sequence[Object | None]:
         """Return objects such as "service/shop", read in this order; None where there is none.
 
-        Two or more: they take one call, of which most is kubectl's own start.
+        They take one call, of which most is kubectl's own start.
         """
         args = ("get", *references, "-o", "json", "--ignore-not-found")
-        printed = self.run(*args, namespace=namespace).strip()
-        items = json.loads(printed)["items"] if printed else []
+        items = listed(self.run(*args, namespace=namespace))
         by_reference = {f"{o['kind'].lower()}/{o['metadata']['name']}": o for o in items}
         return [by_reference.get(reference) for reference in references]
 
@@ -2156,9 +2158,7 @@ class Kubectl:
         """
         stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
         args = ("get", "-f", "-", "-o", "json", "--ignore-not-found")
-        printed = self.run(*args, namespace=namespace, stdin=stdin).strip()
-        answer = json.loads(printed) if printed else {"items": []}
-        return [*answer["items"]] if answer.get("kind", "List") == "List" else [answer]
+        return listed(self.run(*args, namespace=namespace, stdin=stdin))
 
     def write(self, verb: str, objects: Sequence[Object], namespace: str, *options: str) -> None:
         """Create or replace whole objects of any kinds in one call, as many as can be.
@@ -2283,6 +2283,12 @@ class UrgentKubectl(Kubectl):
         finally:
             answered.set()
         raise KubectlError([self.program, *args], None, "")
+
+
+def listed(printed: str) -> list[Object]:
+    """Return the objects that kubectl has printed as JSON: a list, one alone, or nothing."""
+    answer = json.loads(printed) if printed.strip() else {"items": []}
+    return [*answer["items"]] if answer.get("kind", "List") == "List" else [answer]
 
 
 def list_address(resource: str, namespace: str, labels: str) -> str:
@@ -3638,13 +3644,14 @@ AUTOSCALER = "HorizontalPodAutoscaler"
 BUDGET = "PodDisruptionBudget"
 # What may stand beside an app without a setting, and by which API it is read.
 COMPANION_KINDS = {
+    "Deployment": "apps/v1",
     AUTOSCALER: "autoscaling/v2",
     BUDGET: "policy/v1",
     "CronJob": "batch/v1",
     "Service": "v1",
     "ConfigMap": "v1",
 }
-FOLLOWING_KINDS = (AUTOSCALER, BUDGET, "Service")  # that go with traffic
+FOLLOWING_KINDS = ("Deployment", AUTOSCALER, BUDGET, "Service")  # that go with traffic
 MOST_COMPANIONS = 50  # of an app in an environment
 COMPANION_BYTES = 128 * 1024  # of one: what was written last is an annotation, of 256 KiB at most
 OLD_APIS = ("extensions/v1beta1", "apps/v1beta1", "apps/v1beta2")
@@ -3769,10 +3776,9 @@ KIND_ADVICE = {
     **dict.fromkeys(sorted(NEVER_COMPANIONS), f"{BY_HAND}."),
     "Secret": "Create it by hand in each namespace, and remove it from git.",
     "Job": "Use an init container of the Deployment: it ends before a version gets traffic.",
-    AUTOSCALER: f"Its scaleTargetRef must name the app's Deployment. Correct it, or {BY_OTHERS}.",
-    BUDGET: f"Its selector must reach the app's pods. Correct it, or {BY_OTHERS}.",
-    "Deployment": f"{BY_HAND}; it gets neither colours nor the built image.",
-    "Service": f"Its selector must reach the app's pods. Correct it, or {BY_OTHERS}.",
+    AUTOSCALER: f"Its scaleTargetRef must name a Deployment here. Correct it, or {BY_OTHERS}.",
+    BUDGET: f"Its selector must reach pods of a Deployment here. Correct it, or {BY_OTHERS}.",
+    "Service": f"Its selector must reach pods of a Deployment here. Correct it, or {BY_OTHERS}.",
     "StatefulSet": LISTED,
     "PersistentVolumeClaim": f"{BY_HAND}; the pods of both colours use it at once.",
     "ServiceAccount": f"{BY_HAND}; deploy.service_accounts lets pods run as it.",
@@ -4074,10 +4080,9 @@ class AppObjects:
     @property
     def size_limits(self) -> SizeLimits | None:
         """Between which sizes an autoscaler keeps the app, None where there is none."""
-        scalers = [part_of(c, "spec") for c in self.companions if is_companion(c, AUTOSCALER)]
-        if not scalers:
-            return None
-        return SizeLimits.of(scalers[0])
+        front = self.deployment["metadata"]["name"]
+        scalers = [c for c in self.companions if scaled_by(c) == front]
+        return SizeLimits.of(part_of(scalers[0], "spec")) if scalers else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -4101,6 +4106,28 @@ class SizeLimits:
 def is_companion(item: Object, kind: str) -> bool:
     """Whether an object is of a kind that stands beside an app, and of the API that we read."""
     return (item.get("kind"), item.get("apiVersion")) == (kind, COMPANION_KINDS[kind])
+
+
+def scaled_by(item: Object) -> str:
+    """Return the name of the Deployment that an autoscaler scales; empty for anything else."""
+    target = part_of(item, "spec", "scaleTargetRef")
+    scales = is_companion(item, AUTOSCALER) and target.get("kind") == "Deployment"
+    return str(target.get("name")) if scales else ""
+
+
+def is_aimed_at(item: Object, deployment: Object) -> bool:
+    """Whether an autoscaler, a budget or a Service is for the pods of a Deployment."""
+    if is_companion(item, AUTOSCALER):
+        return scaled_by(item) == str(deployment["metadata"]["name"])
+    selector = part_of(item, "spec", "selector")
+    if is_companion(item, "Service"):
+        selector = {"matchLabels": selector}
+    elif not is_companion(item, BUDGET):
+        return False
+    labels = part_of(deployment, "spec", "template", "metadata", "labels")
+    with suppress(*SHAPE_ERRORS):
+        return selects(selector, labels)
+    return False
 
 
 def check_objects(
@@ -4142,9 +4169,10 @@ class SortedManifests:
         self.selected = [d for d in deployments if selects({"matchLabels": selector}, labels_of(d))]
         fronts = self.selected or deployments
         self.front = fronts[0] if len({d.name for d in fronts}) == 1 else None
-        pod = part_of(self.front and self.front.content, "spec", "template", "spec")
+        self.workers = [d for d in deployments if self.front and d is not self.front]
+        pods = [pod_of(d.content) for d in (self.front, *self.workers) if d]
         configmaps = {m.name for m in self.of_kind("ConfigMap")}
-        self.configmaps = configmaps & configmap_names(pod) if pod else configmaps
+        self.configmaps = configmaps & configmap_names(pods) if any(pods) else configmaps
         self.companions = [m for m in self.used if self.is_beside(m)]
 
     def of_kind(self, kind: str) -> list[Manifest]:
@@ -4171,7 +4199,6 @@ class SortedManifests:
 
         A ConfigMap is one if no pod of the Deployment names it, or if a companion does.
         """
-        content = manifest.content
         if COMPANION_KINDS.get(manifest.kind) != manifest.version:
             return manifest.kind in self.app.deploy.companions and manifest.kind not in KINDS
         if manifest.kind == "ConfigMap":
@@ -4179,18 +4206,16 @@ class SortedManifests:
                 manifest.name not in self.configmaps or manifest.name in self.named_beside
             )
         if self.front is None or manifest.kind == "CronJob":
-            return manifest.kind != "Service"
-        spec = part_of(content, "spec")
-        if manifest.kind == AUTOSCALER:
-            target = part_of(spec, "scaleTargetRef")
-            return (target.get("kind"), target.get("name")) == ("Deployment", self.front.name)
-        selector = part_of(spec, "selector")
-        if manifest.kind == "Service":
-            selector = {"matchLabels": selector}
+            return manifest.kind not in ("Service", "Deployment")
+        if manifest.kind == "Deployment":
+            return manifest in self.workers
         is_live = manifest.name == self.app.service_name and manifest.kind == "Service"
-        with suppress(*SHAPE_ERRORS):
-            return not is_live and selects(selector, labels_of(self.front))
-        return False
+        return not is_live and bool(self.aims(manifest))
+
+    def aims(self, manifest: Manifest) -> list[Manifest]:
+        """Return the Deployments that an autoscaler, a budget or a Service is for."""
+        deployments = [d for d in (self.front, *self.workers) if d]
+        return [d for d in deployments if is_aimed_at(manifest.content, d.content)]
 
     def refusals(self, namespace: str, environment: str) -> Iterator[str]:
         """Yield everything that is refused, each with what to do about it."""
@@ -4202,8 +4227,7 @@ class SortedManifests:
             if name in seen:
                 yield f"{manifest.where} occurs twice. Remove one of the two."
             elif self.is_deployed(manifest) or id(manifest) in beside:
-                # two versions of what stands beside never run at once
-                disks = claims if self.is_deployed(manifest) else set[str]()
+                disks = claims if self.is_deployed(manifest) else None
                 for fault in refusals(
                     manifest.content, namespace, environment, self.app.deploy, disks
                 ):
@@ -4248,12 +4272,23 @@ class SortedManifests:
             count = len(self.companions)
             advice = "List some of them in deploy.ignore."
             yield f"{count} objects stand beside the app, but {MOST_COMPANIONS} may. {advice}"
-        scalers = [m.name for m in self.companions if is_companion(m.content, AUTOSCALER)]
-        if len(scalers) > 1:
-            yield f"{clip(', '.join(scalers))} scale the same Deployment. Keep one of them."
+        taken = [f"{self.app.name}-{colour}" for colour in COLOURS]
+        scalers: dict[str, str] = {}
         for manifest in self.companions:
             if (manifest.kind, manifest.name) == ("Service", f"{self.app.name}-preview"):
                 yield f"{manifest.where} has the name of the preview Service. Rename it."
+            if manifest.kind == "Deployment" and manifest.name in taken:
+                yield f"{manifest.where} has the name of a colour of the app. Rename it."
+            aims = self.aims(manifest)
+            if self.front in aims and len(aims) > 1:
+                names = clip(", ".join(d.name for d in aims))
+                advice = "Write one for each, and tell their pods apart by a label."
+                yield f"{manifest.where} selects the pods of {names}. {advice}"
+            if target := scaled_by(manifest.content):
+                if target in scalers:
+                    both = clip(f"{scalers[target]}, {manifest.name}")
+                    yield f"{both} scale the same Deployment. Keep one of them."
+                scalers[target] = manifest.name
 
     def front_faults(self) -> Iterator[str]:
         """Yield why it is not clear which Deployment gets the traffic."""
@@ -4327,9 +4362,13 @@ def refusals(
     namespace: str,
     environment: str,
     deploy: DeploySettings,
-    claims: Set[str],
+    claims: Set[str] | None,
 ) -> Iterator[str]:
-    """Yield what an object of an app may not say, each with what to do about it."""
+    """Yield what an object of an app may not say, each with what to do about it.
+
+    `claims` are those of one node; None for what stands beside an app, of which two versions never
+    run at once.
+    """
     shown = {k: "any" if k in CONFIGMAP_DATA else v for k, v in item.items()}
     for key, part in walk(item["kind"], shown):
         for field, value in part.items() if isinstance(part, dict) else ():
@@ -4349,13 +4388,14 @@ def refusals(
                 yield f"{name} {fault}"
 
 
-def value_fault(name: str, value: Any, deploy: DeploySettings, claims: Set[str]) -> str:
+def value_fault(name: str, value: Any, deploy: DeploySettings, claims: Set[str] | None) -> str:
     """Return why a field may not have its value, and what to do; empty where it may."""
     if name in ACCOUNT_FIELDS and value not in ("default", *deploy.service_accounts):
         return "is not in deploy.service_accounts. Remove it, or add it there."
-    if (name, value) == ("strategy.type", "Recreate"):
+    if claims is not None and (name, value) == ("strategy.type", "Recreate"):
         return "is Recreate, but two versions run side by side. Use RollingUpdate and shared data."
-    if name == "persistentVolumeClaim.claimName" and isinstance(value, str) and value in claims:
+    claimed = name == "persistentVolumeClaim.claimName" and isinstance(value, str)
+    if claimed and value in (claims or ()):
         return "is a disk of one node, but two versions run side by side. Use ReadWriteMany."
     if name == "spec.progressDeadlineSeconds" and isinstance(value, int):
         return "is more than a day. Use less." if value > LONGEST_DEADLINE else ""
@@ -4398,9 +4438,25 @@ class Release:
     # before version 0.2: then nothing is known of it, and nothing is touched.
     companions: list[Object] | None = None
 
-    def beside(self, app: str) -> list[Object]:
-        """Return what stands beside an app as it is while this release is live."""
-        return [coloured(item, app, self.selector) for item in self.companions or ()]
+    def beside(self, app: str, selector: Mapping[str, str] | None = None) -> list[Object]:
+        """Return what stands beside an app as it is while this release is live, or a selector."""
+        live = selector or self.selector
+        workers = self.workers
+        return [
+            item if any(is_aimed_at(item, w) for w in workers) else coloured(item, app, live)
+            for item in self.companions or ()
+        ]
+
+    @property
+    def workers(self) -> list[Object]:
+        """The other Deployments, which follow traffic."""
+        return [item for item in self.companions or () if is_companion(item, "Deployment")]
+
+    @property
+    def worker_configmaps(self) -> list[Object]:
+        """The copies of ConfigMaps that workers name."""
+        names = configmap_names([pod_of(worker) for worker in self.workers])
+        return [copied for copied in self.configmaps if copied["metadata"]["name"] in names]
 
     @property
     def ports(self) -> list[Object]:
@@ -4461,7 +4517,7 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
     with faults.collect():
         service = rendered_service(app, objects.service, selector)
     copies = rendered_copies(app, objects, faults)
-    companions = rendered_companions(app, objects, image, faults)
+    companions = rendered_companions(app, objects, image, copies, faults)
     with faults.collect():
         pod = objects.deployment["spec"]["template"]["spec"]
         with faults.collect():
@@ -4506,11 +4562,18 @@ def rendered_deployment(
     return {**deployment, "spec": rendered_spec(app, written["spec"], selector, replicas)}
 
 
-def rendered_companions(app: App, objects: AppObjects, image: str, faults: Faults) -> list[Object]:
+def rendered_companions(
+    app: App, objects: AppObjects, image: str, copies: Mapping[str, Object], faults: Faults
+) -> list[Object]:
     """Return what stands beside an app, with our labels and the built image, in no colour yet."""
     rendered: list[Object] = []
+    scaled = {scaled_by(item) for item in objects.companions}
     for item in objects.companions:
         with faults.collect():
+            if is_companion(item, "Deployment"):
+                set_references(pod_of(item), copies)
+                if item["metadata"]["name"] in scaled:  # an autoscaler says how many there are
+                    item["spec"].pop("replicas", None)
             rendered.append(rendered_companion(app, item, image))
     return rendered
 
@@ -4531,10 +4594,21 @@ def rendered_companion(app: App, written: Object, image: str) -> Object:
         refuse(f"{where}: {clip(loose[0], 60)} is not a text. Put it in quotes.", INVALID)
     if pod := pod_of(item):
         set_beside_images(app, pod, image)
+    if is_companion(item, "Deployment"):
+        label_worker(app, item)
     if len(json.dumps(item)) > COMPANION_BYTES:
         advice = "Make it smaller, or list it in deploy.ignore."
         refuse(f"{where} has more than {COMPANION_BYTES >> 10} KiB. {advice}")
     return item
+
+
+def label_worker(app: App, worker: Object) -> None:
+    """Label the pods of a worker by their template, so that they are known from those before."""
+    template = worker["spec"]["template"]
+    text = json.dumps([app.name, worker["metadata"]["name"], template], sort_keys=True)
+    meta = template.get("metadata") or {}
+    digits = hashlib.sha256(text.encode()).hexdigest()[:16]
+    template["metadata"] = {**meta, "labels": {**(meta.get("labels") or {}), LABEL_WORKER: digits}}
 
 
 def coloured(item: Object, app: str, selector: Mapping[str, str]) -> Object:
@@ -5738,7 +5812,7 @@ class PodProblem:
 
 
 def container_problem(
-    container: Container, pod: Pod, events: Sequence[PodEvent] = (), crashes: int = 2
+    container: Container, pod: Pod, events: Sequence[PodEvent], crashes: int, *, ready_counts: bool
 ) -> PodProblem | None:
     """Return what is wrong with a container, by the texts a real cluster gives."""
     key = f"{pod.name}/{container.name}"
@@ -5752,7 +5826,8 @@ def container_problem(
         return pull_problem(container, f"{key}/pull", text, own)
     if START.fullmatch(waiting) and not START.fullmatch(container.exit_reason):
         return PodProblem(f"{key}/start", Reason.CONTAINER_CONFIG, text, NEVER)
-    return exit_problem(container, pod, f"{key}/exit", crashes)
+    worked = ready_counts and (container.ready or pod.seen_ready)
+    return exit_problem(container, pod, crashes, worked=worked)
 
 
 def pull_problem(
@@ -5785,10 +5860,12 @@ def refusal_of(text: str) -> str:
     return refusal[0].lower() if refusal else ""
 
 
-def exit_problem(container: Container, pod: Pod, key: str, crashes: int) -> PodProblem | None:
+def exit_problem(
+    container: Container, pod: Pod, crashes: int, *, worked: bool
+) -> PodProblem | None:
     """Return what is wrong with a container that ended, unless it may or has worked before."""
+    key = f"{pod.name}/{container.name}/exit"
     code = container.exit_code
-    worked = container.ready or pod.seen_ready
     out_of_memory = container.exit_reason == "OOMKilled"
     done = code is None or (code == 0 and container.kind != "app")
     if done or (worked and not out_of_memory) or (pod.job and container.kind == "sidecar"):
@@ -5806,9 +5883,12 @@ def exit_problem(container: Container, pod: Pod, key: str, crashes: int) -> PodP
 
 
 def pod_problems(
-    pod: Pod, events: Sequence[PodEvent] = (), crashes: int = 2
+    pod: Pod, events: Sequence[PodEvent] = (), crashes: int = 2, *, ready_counts: bool = True
 ) -> Iterator[PodProblem]:
-    """Yield what is wrong with a pod; one that the cluster takes away is replaced, not sick."""
+    """Yield what is wrong with a pod; one that the cluster takes away is replaced, not sick.
+
+    Where `ready_counts`, a container that was ready has worked, and may end afterwards.
+    """
     if pod.leaving:
         return
     if pod.overfull:
@@ -5819,8 +5899,8 @@ def pod_problems(
             reason = Reason.VOLUME_UNAVAILABLE
         text = clip(pod.unschedulable, WORDS_LENGTH)
         yield PodProblem(f"{pod.name}/schedule", reason, text, NEVER)
-    problems = (container_problem(c, pod, events, crashes) for c in pod.containers)
-    yield from filter(None, problems)
+    check = partial(container_problem, ready_counts=ready_counts)
+    yield from filter(None, (check(c, pod, events, crashes) for c in pod.containers))
 
 
 def times(number: int) -> str:
@@ -8106,6 +8186,13 @@ class RecordedCompanions:
 
     record: str
     objects: list[Object] | None
+    configmaps: Sequence[Object] = ()  # that its workers name
+
+    @classmethod
+    def of(cls, record: str, release: Release, app: str) -> RecordedCompanions:
+        """Return what a release has beside it."""
+        objects = None if release.companions is None else release.beside(app)
+        return cls(record, objects, release.worker_configmaps)
 
 
 @dataclass(slots=True)
@@ -8341,6 +8428,23 @@ class LiveServices:
             spec = [m for m in managers if "f:selector" in json.dumps(m.get("fieldsV1"))]
             return dict(max(spec or managers, key=lambda m: str(m.get("time", ""))))
         return {}
+
+
+def create_immutable(kubectl: Kubectl, configmaps: Sequence[Object], namespace: str) -> None:
+    """Create immutable ConfigMaps; raises StageError where others of their names are there.
+
+    What cannot be changed any more is used only if it is exactly what was to be written.
+    """
+    wanted = {configmap["metadata"]["name"]: configmap for configmap in configmaps}
+    for name, refused in kubectl.create_each(configmaps, namespace).items():
+        if refused.kind != "AlreadyExists":
+            raise refused
+        standing = kubectl.get("configmap", name, namespace)
+        if standing is None:
+            raise HookError(f"ConfigMap {name} was deleted this very moment")
+        if not same_configmap(standing, wanted[name]):
+            detail = f"ConfigMap {name} is there with another content or other labels"
+            raise StageError(Reason.ADOPTION_REFUSED, f"{detail}; delete or rename it")
 
 
 def replaced(
@@ -8641,7 +8745,7 @@ class Claims:
         if service.live.outcome != ADOPTED or not was or was == service.selector:
             return None
         ours = {LABEL_APP: task.app.name}
-        terms = selector_text(ours)
+        terms = f"{selector_text(ours)},{LABEL_STAGE}!={COMPANION}"
         deployments = self.doors.kubectl.list("deployments", task.namespace, "-l", terms)
         if any(d["spec"].get("replicas", 1) for d in deployments):
             return None
@@ -8802,6 +8906,17 @@ class Traffic:
         if health is None and versions.target and versions.live.ready:
             return  # as many of its own pods answer
         other = "the version before is no better" if versions.target else "there is none before"
+        raise StageError(Reason.BOTH_UNHEALTHY, f"{why}; {other}")
+
+    def switch_back_for_worker(self, task: Task, why: str) -> NoReturn:
+        """Switch back from a version whose worker failed, where the version before has pods."""
+        versions = self.compare_versions(task, ask=False)
+        if versions.previous.ready:
+            self.switch_back(task, Outcome.SWITCHED_BACK, Reason.WORKER_FAILED, why)
+            raise StageError(Reason.WORKER_FAILED, why)
+        other = (
+            "the version before has no ready pods" if versions.target else "there is none before"
+        )
         raise StageError(Reason.BOTH_UNHEALTHY, f"{why}; {other}")
 
     @retried
@@ -8965,8 +9080,9 @@ class Rollout:
         thread.start()
         try:
             yield informer
-        except StageError:
-            self.keep_logs(task, [p for p in informer.items() if p.run == task.run.id])
+        except StageError as ended:
+            if ended.reason is not Reason.WORKER_FAILED:  # then they are those of the worker
+                self.keep_logs(task, [p for p in informer.items() if p.run == task.run.id])
             raise
         finally:
             informer.stop()
@@ -9001,21 +9117,9 @@ class Rollout:
         self.kubectl.put(deployment, standing, task.namespace)
 
     def record(self, task: Task, release: Release) -> None:
-        """Write a release and its copies of ConfigMaps; raises StageError where others are there.
-
-        What cannot be changed any more is used only if it is exactly what was to be written.
-        """
+        """Write a release and its copies of ConfigMaps; raises StageError for another's."""
         records = [*release.configmaps, release.configmap(task.app.name)]
-        wanted = {record["metadata"]["name"]: record for record in records}
-        for name, refused in self.kubectl.create_each(records, task.namespace).items():
-            if refused.kind != "AlreadyExists":
-                raise refused
-            standing = self.kubectl.get("configmap", name, task.namespace)
-            if standing is None:
-                raise HookError(f"ConfigMap {name} was deleted this very moment")
-            if not same_configmap(standing, wanted[name]):
-                detail = f"ConfigMap {name} is there with another content or other labels"
-                raise StageError(Reason.ADOPTION_REFUSED, f"{detail}; delete or rename it")
+        create_immutable(self.kubectl, records, task.namespace)
 
     def wait(self, task: Task, release: Release, pods: Informer[Pod]) -> None:
         """Wait for the pods of a release; raises StageError as soon as it is proven hopeless."""
@@ -9163,6 +9267,42 @@ def require_own(service: Object) -> None:
         raise StageError(Reason.ADOPTION_REFUSED, f"Service {meta['name']} belongs to someone else")
 
 
+def creation_failure(deployment: Object) -> PodProblem | None:
+    """Return why the pods of a Deployment cannot be created, as it says itself."""
+    status = deployment.get("status") or {}
+    failure = true_condition(status, "ReplicaFailure")
+    # before that it speaks of what stood there
+    generation = deployment["metadata"].get("generation", 0)
+    if not failure or status.get("observedGeneration", 0) < generation:
+        return None
+    return creation_problem(str(failure.get("message")), deployment["metadata"]["name"])
+
+
+class PodEvents:
+    """Reads the Events of pods that are not ready, now and then."""
+
+    def __init__(self, doors: Doors, namespace: str) -> None:
+        self.kubectl = doors.kubectl
+        self.namespace = namespace
+        self.cooldown = Cooldown(doors.clock)
+        # a rollout that takes no longer than usual costs no calls for this
+        self.cooldown.start("events", LOOK_SECONDS)
+        self.events: list[PodEvent] = []
+
+    def of(self, pods: Iterable[Pod]) -> list[PodEvent]:
+        """Return the Events of a pod that is not ready; an account may lack the right.
+
+        One pod stands for all: those of one release wait for the same.
+        """
+        unexplained = sorted(pod.name for pod in pods if is_unexplained(pod))
+        if unexplained and self.cooldown.allows("events"):
+            self.cooldown.start("events", EVENTS_SECONDS)
+            with suppress(KubectlError, *SHAPE_ERRORS):
+                terms = (f"involvedObject.name={unexplained[0]}", "involvedObject.kind=Pod")
+                self.events = read_events(self.kubectl, self.namespace, *terms)
+        return self.events
+
+
 class RolloutWatch:
     """Looks at the pods of a rollout: whether it is hopeless, and what it waits for meanwhile."""
 
@@ -9173,12 +9313,11 @@ class RolloutWatch:
         self.release = release
         self.informer = pods
         self.tracker = ProblemTracker()
+        self.events = PodEvents(doors, task.namespace)
         self.cooldown = Cooldown(doors.clock)
-        # a rollout that takes no longer than usual costs no calls for this
-        self.cooldown.start("events", LOOK_SECONDS)
+        # a rollout that takes no longer than usual costs no calls for these
         self.cooldown.start("show", EVENTS_SECONDS)
         self.cooldown.start("head", HEAD_FRESH)
-        self.events: list[PodEvent] = []
         self.holdup: PodProblem | None = None
         self.shown = ""
         self.asking: threading.Thread | None = None
@@ -9220,36 +9359,20 @@ class RolloutWatch:
     def observe(self) -> list[PodProblem]:
         """Return what is wrong with the pods, also with those that cannot be created."""
         pods = self.own_pods()
-        self.refresh_events(pods)
+        events = self.events.of(pods)
         crashes = self.task.app.deploy.crashes
         problems: list[PodProblem] = []
         with suppress(KubectlError):
             problems += self.creation_problems()
-        self.holdup = next(iter(problems), None) or holdup(pods, self.events, crashes)
-        return problems + [q for pod in pods for q in pod_problems(pod, self.events, crashes)]
+        self.holdup = next(iter(problems), None) or holdup(pods, events, crashes)
+        return problems + [q for pod in pods for q in pod_problems(pod, events, crashes)]
 
-    def refresh_events(self, pods: Iterable[Pod]) -> None:
-        """Read now and then the Events of a pod that is not ready; an account may lack the right.
-
-        One pod stands for all: those of one release wait for the same.
-        """
-        unexplained = sorted(pod.name for pod in pods if is_unexplained(pod))
-        if unexplained and self.cooldown.allows("events"):
-            self.cooldown.start("events", EVENTS_SECONDS)
-            with suppress(KubectlError, *SHAPE_ERRORS):
-                terms = (f"involvedObject.name={unexplained[0]}", "involvedObject.kind=Pod")
-                self.events = read_events(self.kubectl, self.task.namespace, *terms)
-
-    def creation_problems(self) -> Iterator[PodProblem]:
-        """Yield why pods cannot be created, as the Deployment says it; raises KubectlError."""
+    def creation_problems(self) -> list[PodProblem]:
+        """Return why pods cannot be created, as the Deployment says it; raises KubectlError."""
         name = self.release.deployment["metadata"]["name"]
-        deployment = self.kubectl.get("deployment", name, self.task.namespace) or {"metadata": {}}
-        status = deployment.get("status") or {}
-        failure = true_condition(status, "ReplicaFailure")
-        # before that it speaks of what stood there
-        generation = deployment["metadata"].get("generation", 0)
-        if failure and status.get("observedGeneration", 0) >= generation:
-            yield creation_problem(str(failure.get("message")), name)
+        deployment = self.kubectl.get("deployment", name, self.task.namespace)
+        failure = creation_failure(deployment) if deployment else None
+        return [failure] if failure else []
 
     def show(self, problem: PodProblem | None) -> None:
         """Show what is waited for where `status` reads it, if the words have changed."""
@@ -9300,8 +9423,8 @@ NO_KIND_ADVICE = "Install its definition, or list it in deploy.ignore."
 SAID = re.compile(r"(?m)^(?:Error from server|The .* is invalid|error: ).*$")
 SETTLE_ROUNDS = 5  # in which what stands beside an app must come to what is wanted
 # What is made when a version is confirmed, or, of an autoscaler, when it is switched to: before
-# that it would start Jobs of a version that is not live, or scale one.
-NEVER_EARLY = (AUTOSCALER, "CronJob")
+# that it would start work of a version that is not live, or scale one.
+NEVER_EARLY = ("Deployment", AUTOSCALER, "CronJob")
 EXTERNAL_FIELDS = (*CONFIRMED_FIELDS, "healthCheckNodePort", "allocateLoadBalancerNodePorts")
 Identity = tuple[str, str, str]
 
@@ -9381,12 +9504,13 @@ class Companions:
         if new := [record for record in records if record.identity not in recorded]:
             self.state.write(task.app, *new)
         name = release.configmap(task.app.name)["metadata"]["name"]
-        self.live.remembered.beside[task.labels] = RecordedCompanions(name, wanted)
+        last = RecordedCompanions.of(name, release, task.app.name)
+        self.live.remembered.beside[task.labels] = last
         seen = self.look(task, records)
         selector = seen.service.selector if seen.service else release.selector
         early = [
-            coloured(item, task.app.name, selector) if is_companion(item, "Service") else item
-            for item in wanted
+            leading if is_companion(item, "Service") else item
+            for item, leading in zip(wanted, release.beside(task.app.name, selector), strict=True)
             if item["kind"] not in NEVER_EARLY
         ]
         steps = self.steps_to(task, early, seen)
@@ -9451,8 +9575,16 @@ class Companions:
                 steps.deleted += self.deletable(task, seen, gone, drained=drained)
             if not steps:
                 return
+            self.create_configmaps(task, steps)
             self.carry_out(task, steps)
         raise HookError("what stands beside the app is changed by someone else all the time")
+
+    def create_configmaps(self, task: Task, steps: Steps) -> None:
+        """Create what the pods of workers name, which may have been deleted since they ran last."""
+        last = self.live.remembered.beside.get(task.labels)
+        written = [*steps.created, *steps.replaced]
+        if last and last.configmaps and any(is_companion(o, "Deployment") for o in written):
+            create_immutable(self.kubectl, last.configmaps, task.namespace)
 
     def recorded_objects(self, task: Task, service: Service | None) -> list[Object] | None:
         """Return what is to stand beside the live version; None where that is not recorded.
@@ -9467,8 +9599,8 @@ class Companions:
             if not name:
                 return None
             release = self.live.release(task, name)
-            objects = None if release.companions is None else release.beside(task.app.name)
-            last = self.live.remembered.beside[task.labels] = RecordedCompanions(name, objects)
+            last = RecordedCompanions.of(name, release, task.app.name)
+            self.live.remembered.beside[task.labels] = last
         return last.objects
 
     # What both use.
@@ -9613,6 +9745,89 @@ class Companions:
         old = [record.key for identity, record in recorded.items() if identity not in there]
         if news or (forget and old):
             self.state.write(task.app, *news, forget=old if forget else ())
+
+
+# A worker's own faults, beside those that are verdicts: an image that cannot be pulled.
+WORKER_FAULTS = (Reason.IMAGE_NOT_FOUND, Reason.IMAGE_PULL_FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersSeen:
+    """How the workers of a version are: what they wait for, and which of them has failed, or ""."""
+
+    waits: str = ""
+    failed: str = ""
+
+
+class WorkerWatch:
+    """Looks at the workers of a version that has the traffic.
+
+    Only their pods that were created since the switch count: what a version has left as it was is
+    no reason to switch back from it.
+    """
+
+    def __init__(self, doors: Doors, task: Task, release: Release) -> None:
+        self.kubectl = doors.kubectl
+        self.clock = doors.clock
+        self.task = task
+        self.workers = release.workers
+        self.tracker = ProblemTracker()
+        self.events = PodEvents(doors, task.namespace)
+        self.pods: list[Pod] = []
+
+    def look(self, since: float) -> WorkersSeen:
+        """Return how they are since a switch; raises KubectlError."""
+        if not self.workers:
+            return WorkersSeen()
+        crashes = self.task.app.deploy.crashes
+        deployments = self.read_deployments()
+        self.pods = self.read_pods(since)
+        events = self.events.of(self.pods)
+        created = [d for d in deployments if d]
+        problems = [*filter(None, map(creation_failure, created))]
+        # a worker has no readiness probe as a rule: it is ready as soon as it runs
+        look = partial(pod_problems, events=events, crashes=crashes, ready_counts=False)
+        problems += [problem for pod in self.pods for problem in look(pod)]
+        own = [q for q in problems if q.reason.is_verdict or q.reason in WORKER_FAULTS]
+        fatal = self.tracker.fatal(own, self.clock.monotonic())
+        late = [
+            worker["metadata"]["name"]
+            for worker, deployment in zip(self.workers, deployments, strict=True)
+            if not is_worker_ready(worker, deployment)
+        ]
+        holding = next(iter(problems), None) or holdup(self.pods, events, crashes)
+        waits = f"workers are not ready: {', '.join(late)}" if late else ""
+        waits += f"; {holding.detail}" if waits and holding else ""
+        return WorkersSeen(waits, f"worker: {fatal.reason}: {fatal.detail}" if fatal else "")
+
+    def read_deployments(self) -> Sequence[Object | None]:
+        """Return the Deployments of the workers, None for those that are not there."""
+        names = (f"deployment/{worker['metadata']['name']}" for worker in self.workers)
+        return self.kubectl.get_each(self.task.namespace, *names)
+
+    def read_pods(self, since: float) -> list[Pod]:
+        """Return the pods of the workers as they are now, of those created since some time."""
+        labels = ",".join(worker_label(worker) for worker in self.workers)
+        terms = f"{LABEL_WORKER} in ({labels})"
+        pods = map(Pod, self.kubectl.list("pods", self.task.namespace, "-l", terms))
+        return [pod for pod in pods if pod.created >= int(since)]
+
+
+def worker_label(worker: Object) -> str:
+    """Return the label by which the pods of a worker are known, "" where it has none."""
+    labels = part_of(worker, "spec", "template", "metadata", "labels")
+    return str(labels.get(LABEL_WORKER, ""))
+
+
+def is_worker_ready(worker: Object, deployment: Object | None) -> bool:
+    """Whether the Deployment of a worker has only pods of this template, and all are ready."""
+    if deployment is None or worker_label(deployment) != worker_label(worker):
+        return False
+    status = deployment.get("status") or {}
+    wanted = replicas_of(deployment)
+    counts = ("updatedReplicas", "availableReplicas", "replicas")
+    current = status.get("observedGeneration", 0) >= deployment["metadata"].get("generation", 0)
+    return bool(current and {status.get(key) or 0 for key in counts} == {wanted})
 
 
 def is_following(item: Object) -> bool:
@@ -9775,8 +9990,8 @@ class Bake:
 
     The checker asks for health and does nothing else, so that nothing holds it up. The observer
     asks the API server, and confirms. The worker itself judges what they have seen, and switches
-    back. Each attribute has one writer: `checks` and `turn` the checker; `last_look`, `preview`,
-    `confirmed` and `end` the observer; `tracker` and `unjudged` the worker.
+    back. Each attribute has one writer: `checks` and `turn` the checker; `last_look`, `workers`,
+    `preview`, `confirmed` and `end` the observer; `tracker` and `unjudged` the worker.
     """
 
     def __init__(
@@ -9796,7 +10011,7 @@ class Bake:
         self.health = task.app.deploy.health
         self.checks = HealthChecks()
         self.tracker = ProblemTracker()
-        self.required = task.app.deploy.bake  # seconds of judged time
+        self.required = task.app.deploy.bake if task.last else 0.0  # seconds of judged time
         self.began = self.clock.monotonic()
         self.switched_at = 0.0  # when traffic was switched
         self.preview: HealthCheck | None = None  # whom to ask for health
@@ -9808,6 +10023,8 @@ class Bake:
         self.confirmed = False
         at = -NEVER if pods.trouble else self.clock.monotonic()
         self.last_look = PodsSeen(at=at, pods=tuple(self.informed()), wanted=release.wanted)
+        self.watch = WorkerWatch(urgent.doors, task, release)
+        self.workers = WorkersSeen(waits="nobody has looked yet" if release.workers else "")
 
     def run(self, service: Service, *, resumed: bool) -> None:
         """Return when the version is confirmed; raises RunError when it is not going to be."""
@@ -9897,10 +10114,13 @@ class Bake:
         checks = at_pods(self.release.checks(self.health).pods, served)
         pods = tuple(map(Pod, manifests))
         self.last_look = PodsSeen(at=began, pods=pods, wanted=wanted, checks=tuple(checks))
+        with self.tolerate_lost_answers():
+            self.workers = self.watch.look(self.switched_at)
 
     def confirm_when_due(self) -> None:
         """Confirm the version once it was judged for long enough, or may be without."""
-        due = self.unjudged or self.checks.judged >= self.required
+        judged = self.checks.judged >= self.required and not self.workers.waits
+        due = self.unjudged or judged
         if due and self.healthy():
             confirm = self.steady.traffic.confirm
             self.confirmed = confirm(self.task, self.release, self.proof, unjudged=self.unjudged)
@@ -9917,6 +10137,9 @@ class Bake:
 
     def judge(self) -> None:
         """Switch back from a version that is unhealthy, or that nobody can judge."""
+        if failed_worker := self.workers.failed:
+            self.steady.rollout.keep_logs(self.task, self.watch.pods)
+            self.urgent.traffic.switch_back_for_worker(self.task, failed_worker)
         seen = self.last_look
         informed = self.informed()
         fresh = self.heard_lately()
@@ -9955,7 +10178,7 @@ class Bake:
 
     def failures_are_its_own(self) -> bool:
         """Whether failed checks count: not while they may be those of a pod that is taken away."""
-        if self.judgeable() or not self.heard_lately():
+        if self.pods_complete() or not self.heard_lately():
             return True
         return bool(refusals_of(self.last_look.checks, 1.0))
 
@@ -9973,6 +10196,7 @@ class Bake:
             f"health could not be judged for {spent:.0f} s; now {live.ready} of {live.wanted} pods"
             f" are healthy, {previous.ready} of {previous.wanted} of the version before"
         )
+        detail += f"; {self.workers.waits}" if self.workers.waits else ""
         if previous.better_than(live):
             self.urgent.traffic.switch_back(self.task, Outcome.FAILED, Reason.UNJUDGED, detail)
             raise StageError(Reason.UNJUDGED, detail)
@@ -9992,7 +10216,11 @@ class Bake:
         return self.clock.monotonic() - self.last_look.at <= FRESH_SECONDS
 
     def judgeable(self) -> bool:
-        """Whether health can be judged: no pod is missing, as far as a moment ago."""
+        """Whether health can be judged: no pod is missing, and all workers are ready."""
+        return self.pods_complete() and not self.workers.waits
+
+    def pods_complete(self) -> bool:
+        """Whether no pod was missing a moment ago."""
         return self.heard_lately() and not pods_taken_away(
             self.last_look.pods, self.last_look.wanted
         )
@@ -10196,7 +10424,7 @@ class Deployer:
             return
         release = switched or self.urgent.live.release(task, entry.release)
         beside = self.steady.companions.follow_beside(task, release)
-        if task.last:
+        if task.last or release.workers:
             bake = Bake(self.steady, self.urgent, task, release, pods)
             bake.run(service, resumed=switched is None)
         else:
@@ -10251,6 +10479,8 @@ class Deployer:
         in_use = ""
         if service:
             sets = kubectl.list("replicasets", namespace, "-l", f"{LABEL_APP}={app}")
+            if any(is_ours(d, app) for d in deployments):
+                sets += kubectl.list("replicasets", namespace, "-l", LABEL_WORKER)
             history = [entry.to_json() for entry in service.history]
             in_use = json.dumps([history, deployments, sets])
         else:
@@ -10484,6 +10714,7 @@ STEP_FAILED = "controller step failed, will be tried again"
 OUTCOMES = {  # of deployments that end otherwise than failed or superseded
     Reason.ROLLED_BACK: Outcome.ROLLED_BACK,
     Reason.UNHEALTHY_AFTER_SWITCH: Outcome.SWITCHED_BACK,
+    Reason.WORKER_FAILED: Outcome.SWITCHED_BACK,
 }
 # After these nothing is tried again by itself: someone has taken over, or traffic was switched.
 FINAL_REASONS = (

@@ -1432,11 +1432,10 @@ spec:
 ADVICE = {
     "Secret": "Create it by hand in each namespace, and remove it from git.",
     "Job": "Use an init container of the Deployment: it ends before a version gets traffic.",
-    "HorizontalPodAutoscaler": "Its scaleTargetRef must name the app's Deployment. Correct it, or",
-    "PodDisruptionBudget": "Its selector must reach the app's pods. Correct it, or list",
-    "Service": "Its selector must reach the app's pods. Correct it, or list Service/x in deploy",
+    "HorizontalPodAutoscaler": "Its scaleTargetRef must name a Deployment here. Correct it, or",
+    "PodDisruptionBudget": "Its selector must reach pods of a Deployment here. Correct it, or list",
+    "Service": "Its selector must reach pods of a Deployment here. Correct it, or list Service/",
     "StatefulSet": "List StatefulSet in deploy.companions to have it applied, or StatefulSet/x in",
-    "Deployment": "by hand; it gets neither colours nor the built image.",
     "PersistentVolumeClaim": "by hand; the pods of both colours use it at once.",
     "ServiceAccount": "apply it by hand; deploy.service_accounts lets pods run as it.",
     "ClusterRole": "It concerns the whole cluster. List ClusterRole/x in deploy.ignore and apply",
@@ -1467,18 +1466,19 @@ def test_each_kind_that_is_not_deployed_has_its_own_advice(kind: str) -> None:
 
 @pytest.mark.parametrize("setting", ["ignore", "ignore_kinds"])
 def test_an_object_is_ignored_by_its_kind_or_by_its_kind_and_name(setting: str) -> None:
-    items = [*objects(f"{ALL}---{WORKER}"), other("Secret", "night"), other("Secret", "day")]
-    names = ("Secret night of", "Secret day of", "Deployment shop-worker of")
+    role = other("Role", "shop-role")
+    items = [*objects(ALL), other("Secret", "night"), other("Secret", "day"), role]
+    names = ("Secret night of", "Secret day of", "Role shop-role of")
 
     def refused(*entries: str) -> list[str]:
         detail = refusal(lambda: check(items, deploy={setting: [*entries]})) or ""
         return [name for name in names if name in detail]
 
     assert refused() == [*names]
-    assert refused("Secret/night", "Deployment/shop") == [*names[1:]]
+    assert refused("Secret/night", "Role/shop") == [*names[1:]]
     assert refused("Secret") == [*names[2:]]
-    assert refused("Secret", "Deployment/shop-worker") == []
-    checked = check(items, deploy={setting: ["Secret", "Deployment/shop-worker"]})
+    assert refused("Secret", "Role/shop-role") == []
+    checked = check(items, deploy={setting: ["Secret", "Role/shop-role"]})
     assert len(checked.ignored) == 3
 
 
@@ -1520,13 +1520,10 @@ def test_thousands_of_objects_are_sorted_in_time() -> None:
 def test_of_two_deployments_the_one_that_the_service_selects_is_the_apps() -> None:
     items = objects(f"{WORKER}---{ALL}")
     ignored = check(items, deploy={"ignore": ["Deployment/shop-worker"]})
-    assert ignored.deployment["metadata"]["name"] == "web"
-    detail = fault(lambda: check(items))[1]
-    assert detail == (
-        "deploy/app.json: Deployment shop-worker of apps/v1 is not deployed. "
-        "List Deployment/shop-worker in deploy.ignore and apply it by hand; "
-        "it gets neither colours nor the built image."
-    )
+    assert (ignored.deployment["metadata"]["name"], ignored.companions) == ("web", [])
+    sorted_ = check(items)
+    assert sorted_.deployment["metadata"]["name"] == "web"
+    assert [c["metadata"]["name"] for c in sorted_.companions] == ["shop-worker"]
 
 
 def test_a_configmap_that_no_pod_of_the_app_uses_stands_beside_it() -> None:

@@ -127,12 +127,15 @@ def test_a_kind_stands_beside_it_only_if_a_setting_lists_it() -> None:
 @pytest.mark.parametrize(
     ("companion", "said"),
     [
-        (scaler(target="worker"), "Its scaleTargetRef must name the app's Deployment."),
-        (budget(matchLabels={"app": "other"}), "Its selector must reach the app's pods."),
-        (budget(matchLabels={}), "Its selector must reach the app's pods."),
-        (budget(matchExpressions=5), "Its selector must reach the app's pods."),
-        (peers(selector={"app": "other"}), "Its selector must reach the app's pods."),
-        (peers(selector=None), "Its selector must reach the app's pods."),
+        (scaler(target="worker"), "Its scaleTargetRef must name a Deployment here."),
+        (
+            budget(matchLabels={"app": "other"}),
+            "Its selector must reach pods of a Deployment here.",
+        ),
+        (budget(matchLabels={}), "Its selector must reach pods of a Deployment here."),
+        (budget(matchExpressions=5), "Its selector must reach pods of a Deployment here."),
+        (peers(selector={"app": "other"}), "Its selector must reach pods of a Deployment here."),
+        (peers(selector=None), "Its selector must reach pods of a Deployment here."),
         (peers("shop-preview"), "has the name of the preview Service. Rename it."),
         (peers(externalIPs=["10.0.0.1"]), "spec.externalIPs takes traffic of other addresses"),
         (cronjob(hostNetwork=True), "spec.hostNetwork shares the network of the node"),

@@ -392,6 +392,9 @@ def test_several_objects_are_read_in_their_order_in_one_call(
     paths = [r.path.rpartition("/")[2] for r in [*cluster.faults.log][asked:]]
     assert [name for name in paths if name in names] == [*names]
     assert kubectl.get_each(SPACE, "configmap/nowhere", "configmap/neither") == [None, None]
+    assert kubectl.get_each(SPACE, "configmap/nowhere") == [None]
+    (alone,) = kubectl.get_each(SPACE, "configmap/each-1")
+    assert (alone or {})["data"] == {"a": "1"}
 
 
 @pytest.mark.parametrize("name", ["-h", "--kubeconfig=nowhere", "--all", "--raw=version"])

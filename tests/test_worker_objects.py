@@ -1,0 +1,152 @@
+"""Workers as objects: how they are sorted and rendered, and when they are ready."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import gitops_hook as hook
+from gitops_hook import Placement, Release, is_worker_ready, render
+from tests.test_app_manifests import BUILT, IMAGE, RUN, Object, app_of, fault
+from tests.test_companion_objects import LABELS, budget, checked, item, peers, scaler
+
+SELECTOR = {"app": "shop-worker"}
+
+
+def worker(name: str = "work", image: str = f"{IMAGE}:dev", **spec: Any) -> Object:
+    """A Deployment beside the app's own."""
+    pod = {"containers": [{"name": "c", "image": image}], **spec.pop("pod", {})}
+    template = {"metadata": {"labels": SELECTOR}, "spec": pod}
+    content = {"replicas": 2, "selector": {"matchLabels": SELECTOR}, "template": template}
+    return item("Deployment", name, "apps/v1", spec={**content, **spec})
+
+
+def released(*beside: Object, image: str = BUILT, run: str = "") -> Release:
+    """The release of an app that has something beside it."""
+    objects = checked(*beside)
+    return render(app_of(), replace(RUN, id=run or RUN.id), image, Placement("green", 0), objects)
+
+
+def named(release: Release, kind: str, name: str) -> Object:
+    """What stands beside an app while a release is live, by kind and name."""
+    (one,) = [
+        o for o in release.beside("shop") if (o["kind"], o["metadata"]["name"]) == (kind, name)
+    ]
+    return one
+
+
+def test_another_deployment_is_a_worker_with_the_built_image_and_our_labels() -> None:
+    work = named(released(worker()), "Deployment", "work")
+    assert work["metadata"]["labels"] == LABELS
+    pod = work["spec"]["template"]["spec"]
+    assert [c["image"] for c in pod["containers"]] == [BUILT]
+    assert work["spec"]["replicas"] == 2
+    assert work["spec"]["selector"] == {"matchLabels": SELECTOR}
+    labels = work["spec"]["template"]["metadata"]["labels"]
+    assert {k: v for k, v in labels.items() if k != "gitops-hook/worker"} == SELECTOR
+
+
+def test_the_pods_of_a_worker_are_known_by_their_template_alone() -> None:
+    def label(release: Release, name: str = "work") -> str:
+        return hook.worker_label(named(release, "Deployment", name))
+
+    first = released(worker(), worker("store", "redis:7"))
+    again = released(worker(), worker("store", "redis:7"), run="shop-2")
+    other = released(worker(), worker("store", "redis:7"), image=BUILT.replace("0", "1"))
+    assert label(first) == label(again)
+    assert label(first) != label(other)
+    assert label(first, "store") == label(other, "store"), "it is not restarted"
+    assert label(first, "store") != label(first)
+
+
+def test_a_worker_names_the_immutable_copies_of_its_configmaps() -> None:
+    settings = item("ConfigMap", "queue", data={"a": "b"})
+    pod = {"volumes": [{"name": "v", "configMap": {"name": "queue"}}]}
+    release = released(worker(pod=pod), settings)
+    (copied,) = release.worker_configmaps
+    assert copied["metadata"]["name"].startswith("queue-")
+    assert copied["immutable"]
+    work = named(release, "Deployment", "work")
+    (volume,) = work["spec"]["template"]["spec"]["volumes"]
+    assert volume["configMap"]["name"] == copied["metadata"]["name"]
+    assert [c["kind"] for c in release.companions or ()] == ["Deployment"]
+
+
+def test_what_is_for_a_worker_gets_no_colour() -> None:
+    selector = {"matchLabels": SELECTOR}
+    beside = (
+        worker(),
+        scaler(target="work"),
+        budget(**selector),
+        peers("work-peers", selector=SELECTOR),
+    )
+    release = released(*beside)
+    kept = named(release, "HorizontalPodAutoscaler", "x")
+    assert kept["spec"]["scaleTargetRef"]["name"] == "work"
+    assert named(release, "PodDisruptionBudget", "x")["spec"]["selector"] == selector
+    assert named(release, "Service", "work-peers")["spec"]["selector"] == SELECTOR
+    assert release.wanted == 2, "the app's own size is as its Deployment has it"
+
+
+def test_an_autoscaler_says_how_many_workers_there_are() -> None:
+    work = named(released(worker(), scaler(target="work")), "Deployment", "work")
+    assert "replicas" not in work["spec"]
+
+
+def test_a_worker_may_be_replaced_at_once_and_use_a_disk_of_one_node() -> None:
+    pod = {"volumes": [{"name": "d", "persistentVolumeClaim": {"claimName": "disk"}}]}
+    recreated = worker(pod=pod, strategy={"type": "Recreate"})
+    assert checked(recreated).companions == [recreated]
+
+
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        ([worker("shop-blue")], "has the name of a colour of the app. Rename it."),
+        ([worker(), budget(matchExpressions=[{"key": "app", "operator": "Exists"}])],
+         "selects the pods of web, work. Write one for each"),
+        ([worker(), scaler("a", "work"), scaler("b", "work")], "a, b scale the same Deployment."),
+        ([worker(pod={"hostNetwork": True})], "spec.hostNetwork shares the network of the node"),
+        ([worker(paused=True)], "spec.paused keeps a version from starting"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_worker_is_refused_with_advice(beside: list[Object], said: str) -> None:
+    assert said in fault(lambda: checked(*beside))[1]
+
+
+def status(**more: int) -> Object:
+    """The status of a Deployment with two pods, all of them ready."""
+    counts = {"updatedReplicas": 2, "availableReplicas": 2, "replicas": 2, "observedGeneration": 3}
+    return {**counts, **more}
+
+
+@pytest.mark.parametrize(
+    ("reported", "ready"),
+    [
+        (status(), True),
+        (status(availableReplicas=1), False),
+        (status(updatedReplicas=1), False),
+        (status(replicas=3), False),
+        (status(observedGeneration=2), False),
+        ({}, False),
+    ],
+)
+def test_a_worker_is_ready_once_all_its_pods_are_those_that_were_wanted(
+    reported: Object, ready: bool
+) -> None:
+    work = named(released(worker()), "Deployment", "work")
+    standing = {**work, "metadata": {**work["metadata"], "generation": 3}, "status": reported}
+    assert is_worker_ready(work, standing) is ready
+    assert not is_worker_ready(work, None)
+    older = named(released(worker(), image=BUILT.replace("0", "1")), "Deployment", "work")
+    assert not is_worker_ready(older, standing)
+
+
+def test_a_worker_with_no_pods_is_ready() -> None:
+    work = named(released(worker(replicas=0)), "Deployment", "work")
+    none = {"observedGeneration": 1}
+    assert is_worker_ready(
+        work, {**work, "metadata": {**work["metadata"], "generation": 1}, "status": none}
+    )
