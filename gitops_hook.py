@@ -9523,34 +9523,41 @@ class Companions:
 
     # After it.
 
-    def follow_beside(self, task: Task, release: Release) -> threading.Thread | None:
-        """Start to follow in a thread, since nothing may hold up the judgement of a version."""
-        if not (release.companions or self.records(task)):
-            return None
-        thread = threading.Thread(target=self.follow_in_thread, args=(task,), daemon=True)
-        with suppress(RuntimeError):  # no more threads: it is done when the version is confirmed
-            thread.start()
-            return thread
-        return None
+    @contextmanager
+    def following(self, task: Task, release: Release) -> Iterator[None]:
+        """Follow in a thread during the block: nothing may hold up the judgement of a version."""
+        over = threading.Event()
+        thread = threading.Thread(target=self.follow_until, args=(task, over), daemon=True)
+        try:
+            if release.companions or self.records(task):
+                with suppress(RuntimeError):  # no more threads: it is done after the block
+                    thread.start()
+            yield
+        finally:
+            over.set()
+            if thread.is_alive():
+                thread.join(KUBECTL_TIMEOUT)
 
-    def follow_in_thread(self, task: Task) -> None:
-        """Follow, until the program is to stop."""
+    def follow_until(self, task: Task, over: threading.Event) -> None:
+        """Follow, and try again what does not work, until that is over or the program stops."""
         with suppress(InterruptedError):
-            self.follow(task)
+            while not (self.follow(task) or over.wait(AGAIN_SECONDS)):
+                self.doors.pause(0)
 
-    def follow(self, task: Task, *, drained: bool = False, expected: bool = False) -> None:
-        """Bring what stands beside an app to where the live version is, as far as it can be.
+    def follow(self, task: Task, *, drained: bool = False, expected: bool = False) -> bool:
+        """Bring what stands beside an app to where the live version is; return whether it is there.
 
         What does not work is reported and counted: the step that comes next tries it again, and
         traffic stays where it is. Budgets of the idle colour go when that is drained. Where nothing
         is recorded, and nothing expected beside the live version, no call is made.
         """
-        if not (expected or self.records(task)):
-            return
         try:
-            self.settle(task, drained=drained)
+            if expected or self.records(task):
+                self.settle(task, drained=drained)
         except (HookError, *SHAPE_ERRORS) as failed:
             self.complain(task, clip(str(failed)))
+            return False
+        return True
 
     @retried
     def settle(self, task: Task, *, drained: bool) -> None:
@@ -10423,15 +10430,13 @@ class Deployer:
         if entry.outcome:
             return
         release = switched or self.urgent.live.release(task, entry.release)
-        beside = self.steady.companions.follow_beside(task, release)
-        if task.last or release.workers:
-            bake = Bake(self.steady, self.urgent, task, release, pods)
-            bake.run(service, resumed=switched is None)
-        else:
-            self.steady.traffic.verify(task, release, entry.at)
-            self.steady.traffic.confirm(task, release)
-        if beside:
-            beside.join(KUBECTL_TIMEOUT)
+        with self.steady.companions.following(task, release):
+            if task.last or release.workers:
+                bake = Bake(self.steady, self.urgent, task, release, pods)
+                bake.run(service, resumed=switched is None)
+            else:
+                self.steady.traffic.verify(task, release, entry.at)
+                self.steady.traffic.confirm(task, release)
         self.steady.companions.follow(task)
 
     @retried

@@ -500,8 +500,9 @@ def test_an_app_that_has_nothing_beside_it_costs_no_call() -> None:
     companions = companions_of(NoCalls([]), MemoryState([]), plain)
     companions.require_accepted(task(), plain)
     companions.prepare(task(), plain)
-    assert companions.follow_beside(task(), plain) is None
-    companions.follow(task(), drained=True)
+    with companions.following(task(), plain):
+        pass
+    assert companions.follow(task(), drained=True)
 
 
 class Unreadable(MemoryState):

@@ -519,6 +519,25 @@ def test_the_example_configures_one_application_and_the_base_none() -> None:
     assert [app["name"] for app in example["apps"]] == ["shop"]
 
 
+def test_the_example_lets_further_kinds_be_applied_once_its_lines_are_used(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "manifests", tmp_path / "manifests")
+    overlay = tmp_path / "manifests" / "example"
+    file = overlay / "kustomization.yaml"
+    text = file.read_text("utf-8")
+    lines = re.sub(r"(?m)^  # (- path: companions-patch.yaml|  target: )", r"  \1", text)
+    assert lines.count("\n") == text.count("\n")
+    file.write_text(lines, "utf-8")
+    granted = Installed(rendered(overlay))
+    plain = Installed(rendered(EXAMPLE))
+    kinds = {"ingresses", "networkpolicies", "servicemonitors"}
+    for environment in ("staging", "production"):
+        role = (f"{environment}-deployer", environment)
+        rules = granted.one("Role", *role)["rules"]
+        new = [rule for rule in rules if rule not in plain.one("Role", *role)["rules"]]
+        assert {resource for rule in new for resource in rule["resources"]} == kinds
+        assert all(rule["verbs"] == ["get", "create", "update", "delete"] for rule in new)
+
+
 SIGNING_TOKEN = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 
 

@@ -7,6 +7,7 @@ is over. A cell finds an `old` version live, and the one `before` it standing be
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import queue
@@ -21,40 +22,45 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.fleet import Fleet, Member, Traffic, apply_service, fleet, is_ready, variable
+from tests.services import Change
 from tests.standin.faults import Fault
 from tests.standin.images import not_found_text
 from tests.world import eventually
 
 RUN = "gitops-hook/run"
 LANES = 8  # applications side by side
+WORKING = "works"  # how the names of those begin that have a worker
+WORKING_LANES = 2
 # Seconds without an answer where there is only one pod, and it is lost.
 GAP = 20.0
 
 TABLE = """
-             read   claim  record apply  wait   preview switch verify bake   conclude after
-refuse       new    new    new    new    new    new     new    new    new    new      new
-conflict     (a)    new    new    new    (a)    new     new    (a)    (a)    new      (a)
-error        new    new    new    new    new    new     new    new    new    new      new
-hang         new    new    new    new    new    new     new    new    new    new      new
-hang-after   (b)    new    new    new    (b)    new     new    (b)    (b)    new      (b)
-pod-dies     (c)    (c)    (c)    (c)    new    new     back   back   back   back     new
-eviction     (c)    (c)    (c)    (c)    new    new     new    new    new    new      new
-old-dies     new    new    new    new    new    new     new    new    new    new      new
-old-sick     new    new    new    new    new    new     new    new    new    new      new
-new-sick     (c)    (c)    (c)    (c)    (d)    smoke   back   back   back   (e)      (e)
-slow-health  (c)    (c)    (c)    (c)    (d)    smoke   back   back   back   (e)      (e)
-smoke-fails  (f)    (f)    (f)    (f)    (f)    smoke   (f)    (f)    (f)    (f)      (f)
-evict-smoke  (f)    (f)    (f)    (f)    (f)    new     (f)    (f)    (f)    (f)      (f)
-edit         new    new    edited edited edited edited  edited left   left   left     kept
-apply        new    new    new    new    new    new     new    new    new    new      new
-recreate     new    new    new    new    new    new     new    new    new    new      new
-rollback     before before before before before before  before undone undone undone   undone-later
-killed       new    new    new    new    new    new     new    new    new    new      new
-away         new    new    new    new    new    new     new    new    new    new      new
-git-behind   new    new    new    new    new    new     new    new    new    new      new
-pull-refused (g)    (g)    (g)    (g)    new    (g)     (g)    (g)    (g)    (g)      (g)
-pull-hangs   (g)    (g)    (g)    (g)    new    (g)     (g)    (g)    (g)    (g)      (g)
-quota-full   new    new    new    new    new    new     new    new    new    new      new
+            read   claim  record apply  wait   preview switch companions verify bake   confirm after
+refuse      new    new    new    new    new    new     new    new        new    new    new     new
+conflict    (a)    new    new    new    (a)    new     new    new        (a)    (a)    new     (a)
+error       new    new    new    new    new    new     new    new        new    new    new     new
+hang        new    new    new    new    new    new     new    new        new    new    new     new
+hang-after  (b)    new    new    new    (b)    new     new    new        (b)    (b)    new     (b)
+pod-dies    (c)    (c)    (c)    (c)    new    new     back   back       back   back   back    new
+eviction    (c)    (c)    (c)    (c)    new    new     new    new        new    new    new     new
+old-dies    new    new    new    new    new    new     new    new        new    new    new     new
+old-sick    new    new    new    new    new    new     new    new        new    new    new     new
+new-sick    (c)    (c)    (c)    (c)    (d)    smoke   back   back       back   back   (e)     (e)
+slow-health (c)    (c)    (c)    (c)    (d)    smoke   back   back       back   back   (e)     (e)
+smoke-fails (f)    (f)    (f)    (f)    (f)    smoke   (f)    (f)        (f)    (f)    (f)     (f)
+evict-smoke (f)    (f)    (f)    (f)    (f)    new     (f)    (f)        (f)    (f)    (f)     (f)
+edit        new    new    edited edited edited edited  edited left       left   left   left    kept
+apply       new    new    new    new    new    new     new    new        new    new    new     new
+recreate    new    new    new    new    new    new     new    new        new    new    new     new
+rollback    before before before before before before  before undone     undone undone undone  later
+killed      new    new    new    new    new    new     new    new        new    new    new     new
+away        new    new    new    new    new    new     new    new        new    new    new     new
+git-behind  new    new    new    new    new    new     new    new        new    new    new     new
+pull-denied (g)    (g)    (g)    (g)    new    (g)     (g)    (g)        (g)    (g)    (g)     (g)
+pull-hangs  (g)    (g)    (g)    (g)    new    (g)     (g)    (g)        (g)    (g)    (g)     (g)
+quota-full  new    new    new    new    new    new     new    new        new    new    new     new
+worker-dies (h)    (h)    (h)    (h)    (h)    (h)     (h)    worker     (h)    (h)    (h)     (h)
+invalid     (h)    (h)    (h)    (h)    (h)    (h)     (h)    refused    (h)    (h)    (h)     (h)
 """
 LEFT_OUT = {
     "(a)": "reading does not conflict",
@@ -63,6 +69,7 @@ LEFT_OUT = {
     "(d)": "a version that was never ready fails its rollout; it cannot turn",
     "(e)": "the bake is over: nobody watches any more, and people have `rollback`",
     "(g)": "images are pulled while the rollout is waited for",
+    "(h)": "workers change after the switch, and what is refused is refused in one place",
     "(f)": "the smoke test is in the preview; elsewhere that is new-sick, or eviction",
 }
 
@@ -88,13 +95,15 @@ class End(NamedTuple):
 ENDS = {
     "new": End("deployed", "Ok", "deployed", "old new", "old"),
     "back": End("switched-back", "UnhealthyAfterSwitch", "switched-back", "old new old", "nothing"),
+    "worker": End("switched-back", "WorkerFailed", "switched-back", "old new old", "nothing"),
+    "refused": End("failed", "ManifestInvalid", "none", "old", "before"),
     "smoke": End("failed", "SmokeFailed", "none", "old", "before"),
     "edited": End("failed", "SelectorChanged", "none", "old", "before"),
     "left": End("superseded", "SelectorChanged", "", "old new old", "new"),
     "kept": End("deployed", "Ok", "deployed", "old new old", "new"),
     "before": End("superseded", "ClaimLost", "none", "old before", "old"),
     "undone": End("rolled-back", "RolledBack", "rolled-back", "old new old", "new"),
-    "undone-later": End("deployed", "Ok", "rolled-back", "old new old", "new"),
+    "later": End("deployed", "Ok", "rolled-back", "old new old", "new"),
 }
 
 
@@ -107,6 +116,11 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.trouble}-in-{self.step}"
+
+    @property
+    def has_worker(self) -> bool:
+        """Whether the application has a worker, which most have not."""
+        return self.step == "companions"
 
 
 def cells() -> Iterator[Cell]:
@@ -145,9 +159,10 @@ STEPS = {
     "wait": Step("watch", "deployments", path="metadata.name%3D{app}-{idle}"),
     "preview": Step("patch", "services", "{app}-preview"),
     "switch": Step("patch", "services", "{app}", body="baking"),
+    "companions": Step("update", "deployments", "{app}-worker", since="claimed"),
     "verify": Step("list", "endpointslices", path="service-name%3D{app}&"),
     "bake": Step("get", "services", "{app}-preview", since="switched"),
-    "conclude": Step("patch", "services", "{app}", body="draining"),
+    "confirm": Step("patch", "services", "{app}", body="draining"),
     "after": Step("list", "replicasets", path="{app}&", since="run ended"),
 }
 
@@ -169,6 +184,7 @@ class Trouble:
     everyone: Callable[[Fleet, Sequence[Attempt]], None] | None = None
     later: Callable[[Attempt], object] | None = None  # what happens once the call goes on
     modes: str = ""
+    worker: str = ""  # the modes of the new version's worker; "refused": a companion is invalid
     registry: str = ""  # what it does at first with the image of the new version
     hits: str = ""  # the version whose only pod is lost
     flickers: bool = False  # for a moment there is no Service, or one that reaches all versions
@@ -393,13 +409,15 @@ TROUBLES = {
         one=show_old_head,
         later=show_head_again,
     ),
-    "pull-refused": Trouble(
+    "pull-denied": Trouble(
         "the registry refuses the image once", "", one=refuse_pull_once, registry="refuses"
     ),
     "pull-hangs": Trouble(
         f"the registry says nothing for {HANG:.0f} s", "", one=hang_pull, registry="hangs"
     ),
     "quota-full": Trouble("the quota is full for a while", everyone=fill_quota),
+    "worker-dies": Trouble("the new worker crashes", "", worker="crash-at-start"),
+    "invalid": Trouble("what stands beside the app is invalid", "", worker="refused"),
 }
 
 # What comes of a cell.
@@ -419,6 +437,7 @@ class Seen:
     claim: Any = None
     tested: int = 0
     entry: str = "none"
+    working: str = ""  # the version of the worker, where there is one
     log: list[str] = field(default_factory=list)
 
     def differences(self, cell: Cell) -> list[str]:
@@ -427,6 +446,7 @@ class Seen:
         names = ("outcome", "reason", "serves", "beside")
         pairs = {name: (getattr(end, name), getattr(self, name)) for name in names}
         pairs["claim"] = (None, self.claim)
+        pairs["version of the worker"] = (end.serves * cell.has_worker, self.working)
         pairs["test Jobs made"] = (1, self.tested)
         pairs["outcome in the history"] = (end.entry, self.entry)
         told = [f"{k}: expected {e}, seen {s}" for k, (e, s) in pairs.items() if e != s]
@@ -482,7 +502,9 @@ class Attempt:
         if not self.step.since:
             self.arm(call)
         image = self.image() if self.trouble.registry else ""
-        commit = app.release(self.versions.new, modes=self.trouble.modes, image=image)
+        change = with_worker(app, self.versions.new, self.trouble.worker)
+        more = {"modes": self.trouble.modes, "image": image, "change": change}
+        commit = app.release(self.versions.new, **more)
         before = app.repository.git("rev-parse", f"{commit}~1")
         self.run = app.push(commit, before=before)
         if self.step.since:
@@ -534,6 +556,10 @@ class Attempt:
         with suppress(AssertionError):
             eventually(lambda: word(beside(app)) == wanted, 60)
         seen.beside, seen.serves = word(beside(app)), word(self.traffic.versions[-1])
+        if self.cell.has_worker:
+            with suppress(AssertionError):
+                eventually(lambda: word(working(app)) == ENDS[self.cell.end].serves, 60)
+            seen.working = word(working(app))
         seen.way = " ".join(word(version) for version in self.traffic.versions)
         seen.failures, seen.claim = self.traffic.failures, app.note("deploying")
         times = [at for at, _ in self.traffic.seen]
@@ -560,10 +586,46 @@ def prepared(app: Member) -> tuple[str, str]:
                 live, idle = (app.standing(colour) for colour in proven(app))
                 return idle, live
         version = f"fresh-{len(app.fleet.said('run ended'))}"
-        ended = app.deployed(version, 120)
+        ended = app.deployed(version, 120, change=with_worker(app, version))
         assert ended["outcome"] == "deployed", ended
         app.quiet(60)
     raise AssertionError(f"{app.name}: two versions do not stand; history: {app.note('history')}")
+
+
+def with_worker(app: Member, version: str, modes: str = "") -> Change | None:
+    """Return what gives a version a worker, where its application has one."""
+    if not app.name.startswith(WORKING):
+        return None
+
+    def change(objects: dict[str, Any]) -> None:
+        worker = copy.deepcopy(objects["Deployment"])
+        worker["metadata"]["name"] = f"{app.name}-worker"
+        labels = {"app": f"{app.name}-worker"}
+        worker["spec"]["selector"] = {"matchLabels": labels}
+        template = worker["spec"]["template"]
+        template["metadata"]["labels"] = labels
+        template["spec"]["terminationGracePeriodSeconds"] = 1
+        (container,) = template["spec"]["containers"]
+        container["env"] = [
+            {"name": "VERSION", "value": version},
+            {"name": "MODES", "value": modes.replace("refused", "")},
+        ]
+        objects["worker"] = worker
+        if modes == "refused":
+            meta = {"name": f"{app.name}-beside"}
+            spec = {"minAvailable": "many", "selector": {"matchLabels": labels}}
+            budget = {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget"}
+            objects["budget"] = {**budget, "metadata": meta, "spec": spec}
+
+    return change
+
+
+def working(app: Member) -> str:
+    """Return the versions of a worker's ready pods."""
+    pods = app.fleet.cluster.store.list("pods", app.namespace)
+    own = [p for p in pods if p["metadata"]["labels"].get("app") == f"{app.name}-worker"]
+    stays = [p for p in own if "deletionTimestamp" not in p["metadata"] and is_ready(p)]
+    return " ".join(sorted({variable(p, "VERSION") for p in stays}))
 
 
 def proven(app: Member) -> list[str]:
@@ -644,26 +706,40 @@ def go_through_all(directory: Path, wanted: Sequence[Cell]) -> Results:
     lanes = min(LANES, -(-len(wanted) // 3))
     patient = {"bake": "3s", "rollout_timeout": "120s"}
     names = {f"lane-{n}x": patient for n in range(lanes)}
-    limits = {"max_running": 2 * lanes, "kubectl": 40}
+    names |= {f"{WORKING}-{n}x": patient for n in range(WORKING_LANES)}
+    limits = {"max_running": 2 * len(names), "kubectl": 40}
+    with (
+        fleet(directory, names, limits=limits) as made,
+        ThreadPoolExecutor(len(names)) as pool,
+    ):
+        results: Results = {}
+        for has_worker in (True, False):
+            apps = [a for a in made.apps.values() if a.name.startswith(WORKING) == has_worker]
+            own = [cell for cell in wanted if cell.has_worker == has_worker]
+            results |= go_through_in(apps, own, pool)
+    return results
+
+
+def go_through_in(
+    apps: Sequence[Member], wanted: Sequence[Cell], pool: ThreadPoolExecutor
+) -> Results:
+    """Go through cells in some applications."""
     results: Results = {}
-    with fleet(directory, names, limits=limits) as made, ThreadPoolExecutor(lanes) as pool:
-        apps = list(made.apps.values())
-        for trouble in (name for name, each in TROUBLES.items() if each.everyone):
-            row = [cell for cell in wanted if cell.trouble == trouble]
-            for start in range(0, len(row), lanes):
-                results |= go_together(row[start : start + lanes], apps, pool)
-        free: queue.SimpleQueue[Member] = queue.SimpleQueue()
-        for app in apps:
+    for trouble in (name for name, each in TROUBLES.items() if each.everyone):
+        row = [cell for cell in wanted if cell.trouble == trouble]
+        for start in range(0, len(row), len(apps)):
+            results |= go_together(row[start : start + len(apps)], apps, pool)
+    free: queue.SimpleQueue[Member] = queue.SimpleQueue()
+    for app in apps:
+        free.put(app)
+
+    def next_one(cell: Cell) -> Seen | str:
+        app = free.get()
+        try:
+            return go_through(cell, app)
+        finally:
             free.put(app)
 
-        def next_one(cell: Cell) -> Seen | str:
-            app = free.get()
-            try:
-                return go_through(cell, app)
-            finally:
-                free.put(app)
-
-        rest = [cell for cell in wanted if cell not in results]
-        rest.sort(key=lambda cell: not cell.trouble.startswith("hang"))  # what waits longest first
-        results |= dict(zip(rest, pool.map(next_one, rest), strict=True))
-    return results
+    rest = [cell for cell in wanted if cell not in results]
+    rest.sort(key=lambda cell: not cell.trouble.startswith("hang"))  # what waits longest first
+    return results | dict(zip(rest, pool.map(next_one, rest), strict=True))

@@ -23,7 +23,7 @@ SHORT = {
     "hang-after": "switch",
     "pod-dies": "bake",
     "eviction": "verify",
-    "old-dies": "conclude",
+    "old-dies": "confirm",
     "old-sick": "switch",
     "new-sick": "bake",
     "slow-health": "bake",
@@ -36,9 +36,11 @@ SHORT = {
     "killed": "apply",
     "away": "preview",
     "git-behind": "claim",
-    "pull-refused": "wait",
+    "pull-denied": "wait",
     "pull-hangs": "wait",
     "quota-full": "apply",
+    "worker-dies": "companions",
+    "invalid": "companions",
 }
 MARKED = [
     pytest.param(c, id=str(c), marks=[pytest.mark.short] if SHORT[c.trouble] == c.step else [])
