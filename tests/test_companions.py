@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 
 from gitops_hook import Release
-from tests.fleet import Fleet, Member, fleet
+from tests.fleet import Fleet, Member, fleet, is_ready, variable
 from tests.services import Change
 from tests.world import Object, eventually
 
 APPS: dict[str, Object] = {
     "shop": {"bake": "1s", "drain": "1s", "companions": ["Ingress"]},
     "refused": {"bake": "1s", "drain": "1s", "companions": ["ServiceMonitor"]},
-    **{name: {"bake": "1s", "drain": "1s"} for name in ("failed", "killed", "later", "old")},
+    **{
+        name: {"bake": "1s", "drain": "1s"}
+        for name in ("failed", "killed", "later", "old", "whole")
+    },
 }
 ENDINGS = {  # of the names of what stands beside an app
     "horizontalpodautoscalers": "",
@@ -253,6 +256,61 @@ def test_it_follows_through_switches_a_switch_back_and_rollbacks(apps: Fleet) ->
     assert "beside it: ConfigMap/shop-dashboard, CronJob/shop-night, Horiz" in shown
     loses_everything_and_gets_it_back(shop)
     assert apps.said("what stands beside the app did not follow", app="shop") == []
+
+
+def workers(app: Member) -> list[str]:
+    """Return the versions of the ready pods of an app's worker."""
+    pods = app.fleet.cluster.store.list("pods", app.namespace)
+    own = [p for p in pods if p["metadata"]["labels"].get("app") == f"{app.name}-worker"]
+    stays = [p for p in own if "deletionTimestamp" not in p["metadata"]]
+    return [variable(p, "VERSION") for p in stays if is_ready(p)]
+
+
+def with_worker(app: Member, version: str) -> Change:
+    """Return a change that puts one object of each kind beside an app, and a worker."""
+    labels = {"app": f"{app.name}-worker"}
+    container = {"name": "worker", "image": app.fleet.image}
+    container["env"] = [{"name": "VERSION", "value": version}, {"name": "MODES", "value": ""}]
+    pod = {"terminationGracePeriodSeconds": 1, "containers": [container]}
+    spec = {"replicas": 1, "selector": {"matchLabels": labels}}
+    spec["template"] = {"metadata": {"labels": labels}, "spec": pod}
+    worker = named("apps/v1", "Deployment", f"{app.name}-worker", spec=spec)
+    return beside(app, version, "ingress", worker=worker)
+
+
+def stands_whole(app: Member, version: str) -> None:
+    """Wait until a version is live, and everything beside it is of that version."""
+    app.quiet()
+    assert app.answer()["version"] == version
+    expected = {**follows(app, version), "ingress": False}
+    eventually(lambda: state(app) == expected, 30, f"{state(app)} is {expected}")
+    eventually(lambda: workers(app) == [version], 30, f"{workers(app)} is {version}")
+
+
+def test_five_switches_two_switch_backs_and_a_rollback_leave_nothing_behind_or_unprotected(
+    apps: Fleet,
+) -> None:
+    whole = apps["whole"]
+    assert whole.deployed("v0", change=with_worker(whole, "v0"))["outcome"] == "deployed"
+    stands_whole(whole, "v0")
+    job = running_job(whole)
+    with watched(whole) as gaps, whole.traffic() as traffic:
+        for number in range(1, 6):
+            version = f"v{number}"
+            line = whole.deployed(version, change=with_worker(whole, version))
+            assert line["outcome"] == "deployed", line
+            stands_whole(whole, version)
+            if number in (2, 4):
+                run = whole.go(f"sick{number}", change=with_worker(whole, f"sick{number}"))
+                whole.switched(run)
+                whole.tell(f"sick{number}", "/turn-sick")
+                assert apps.ended(run)["outcome"] == "switched-back"
+                stands_whole(whole, version)
+        assert apps.command("rollback", "whole").returncode == 0
+        stands_whole(whole, "v4")
+    assert gaps == [], "the live pods had a budget at every moment"
+    assert traffic.failures == []
+    assert apps.cluster.store.find("jobs", "production", job), "its running Job goes on"
 
 
 def nonsense(app: Member) -> Object:

@@ -7,10 +7,12 @@ everything running after the story. Exit status 0 only if everything expected wa
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -36,24 +38,41 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST_LINES = 15
 
 
-class Teller:
-    """Prints what happens with the seconds since the beginning."""
+COLUMNS = 100
+RED, GREEN, AMBER = 31, 32, 33
+TONES = {  # of what is told, the first that fits
+    r"switched back|TestsFailed|BuildFailed|not built|^broken|FAILED": RED,
+    r"bakes for|^watch": AMBER,
+    r"is live|to stay|green: |(is|are) available|^ok": GREEN,
+}
 
-    def __init__(self) -> None:
+
+class Teller:
+    """Prints what happens with the seconds since the beginning, in colour on a terminal."""
+
+    def __init__(self, *, colourful: bool) -> None:
         self._began = time.monotonic()
+        self.colourful = colourful
 
     def say(self, who: str, text: str) -> None:
-        """Print one line at once."""
-        print(f"{time.monotonic() - self._began:6.1f}  {who:<10}  {text}", flush=True)
+        """Print one message at once, on as many lines as it takes."""
+        head = f"{time.monotonic() - self._began:6.1f}  {who:<10}  "
+        lines = textwrap.wrap(text, COLUMNS - len(head), break_long_words=False) or [""]
+        tone = next((t for words, t in TONES.items() if re.search(words, f"{who} {text}")), 0)
+        for number, line in enumerate(lines):
+            print(f"{' ' * len(head) if number else head}{self.paint(line, tone)}", flush=True)
+
+    def paint(self, text: str, tone: int) -> str:
+        """Return a text in a colour, where there are any."""
+        return f"\033[{tone}m{text}\033[0m" if tone and self.colourful else text
 
 
 def introduce(teller: Teller) -> None:
-    """What is not as it would be on a cluster."""
-    teller.say(
-        "demo",
-        "the cluster is a stand-in, its pods are local processes;"
-        f" shortened: bake {BAKE} s, drain {DRAIN} s, minReadySeconds 1, probe period 1 s",
-    )
+    """What is going to happen, and what is not as it would be on a cluster."""
+    print("Four versions of a small shop are pushed; gitops-hook tests, builds and deploys them.")
+    print("Visitors ask the shop all the time. No request may fail, whatever a version does.")
+    print("The cluster is a stand-in, and its pods are local processes; kubectl and git are real.")
+    print(f"Times are shortened: bake {BAKE} s, drain {DRAIN} s, minReadySeconds 1.\n", flush=True)
 
 
 def perform(directory: Path, stack: ExitStack, say: Say, sabotage: bool) -> Story:
@@ -81,7 +100,15 @@ def show_end(log: Path) -> None:
     print("\n".join(log.read_text("utf-8").splitlines()[-LAST_LINES:]))
 
 
-def report(story: Story) -> bool:
+NEXT = """
+Try next:
+  KEEP=1 make demo                 leave it running, with a page to look at and commands to paste
+  BREAK=no-switch-back make demo   forbid the daemon to switch back, and see the demo fail
+  make apply OVERLAY=DIRECTORY     install it on a cluster of yours, as the README says
+"""
+
+
+def report(story: Story, teller: Teller) -> bool:
     """Print every verdict and, last, how the visitors fared; whether all is as expected."""
     verdicts = story.judge()
     good = all(verdict.met for verdict in verdicts)
@@ -89,7 +116,10 @@ def report(story: Story) -> bool:
         show_end(story.daemon.program.log)
     print()
     for verdict in verdicts:
-        print(f"{'ok' if verdict.met else 'FAILED':<8}{verdict.text}")
+        word = "ok" if verdict.met else "FAILED"
+        tone = GREEN if verdict.met else RED
+        print(f"{teller.paint(f'{word:<8}', tone)}{verdict.text}")
+    print(NEXT)
     answers = story.load.answers() if story.load else []
     failed = sum(bool(answer.failure) for answer in answers)
     print(f"{len(answers)} requests, {failed} failed", flush=True)
@@ -107,9 +137,12 @@ def keep(story: Story) -> None:
             f"shop        http://{service['spec']['clusterIP']}:{service['spec']['ports'][0]['port']}/"
         )
     print(f"webhook     {daemon.webhook}")
+    print(f"page        {daemon.page}")
     print(f"metrics     {daemon.metrics}")
     print(f"log         {daemon.program.log}")
     print(f"repository  git clone {story.owner.repository}")
+    print(f"look        {settings} {sys.executable} {PRODUCT} status")
+    print(f"go back     {settings} {sys.executable} {PRODUCT} rollback {APP}")
     print(f"deliver     {settings} {sys.executable} {PRODUCT} push --app {APP} --ref main \\")
     print(f"              --url {daemon.webhook} --sha COMMIT")
     print("Ctrl-C ends it all.", flush=True)
@@ -145,10 +178,11 @@ def main(environ: Mapping[str, str]) -> int:
         with ExitStack() as stack:
             stack.callback(lambda: clean(directory, keep_logs=code == 1))
             try:
-                teller = Teller()
+                colourful = sys.stdout.isatty() and not environ.get("NO_COLOR")
+                teller = Teller(colourful=colourful)
                 introduce(teller)
                 story = perform(directory, stack, teller.say, bool(environ.get("BREAK")))
-                code = 0 if report(story) else 1
+                code = 0 if report(story, teller) else 1
                 if environ.get("KEEP"):
                     keep(story)
             except Broken as broken:

@@ -93,6 +93,13 @@ class Sight:
         wanted = (entry for entry in history if entry.get("commit") == commit.sha)
         return next(wanted, {})
 
+    def working(self, environment: str) -> str:
+        """The run whose image all pods of the worker have; empty while they change."""
+        deployments = self.all("Deployment", environment)
+        images = {_image(d): run_of(d) for d in deployments if run_of(d)}
+        workers = [d for d in deployments if not run_of(d)]
+        return images.get(_image(workers[0]), "") if workers and is_complete(workers[0]) else ""
+
     def ready(self, environment: str) -> int:
         """How many endpoints of the live Service are ready."""
         return sum(
@@ -111,6 +118,7 @@ class Observer:
         self._say = say
         self._told: set[tuple[str, ...]] = set()
         self._live: dict[str, tuple[str, str]] = {}
+        self._working: dict[str, str] = {}
         self.versions: dict[str, int] = {}
         self.sight = Sight()
 
@@ -129,8 +137,10 @@ class Observer:
             self._tell_build(job)
         for environment in ENVIRONMENTS:
             for deployment in self.sight.all("Deployment", environment):
-                self._tell_rollout(environment, deployment)
+                if run_of(deployment):
+                    self._tell_rollout(environment, deployment)
             self._tell_service(environment)
+            self._tell_worker(environment)
         time.sleep(max(0.0, LOOK_SECONDS - (time.monotonic() - began)))
         return self.sight
 
@@ -169,13 +179,20 @@ class Observer:
         run, name = run_of(deployment), _name(deployment)
         wanted = deployment["spec"]["replicas"]
         status = deployment.get("status", {})
-        text = f"{name}: {wanted} pods of {self.version(run)}"
+        one = wanted == 1
+        text = f"{name}: {wanted} {'pod' if one else 'pods'} of {self.version(run)}"
         if wanted and status.get("updatedReplicas"):
-            self._once(environment, f"{text} start", name, run, "start")
-        current = status.get("observedGeneration") == deployment["metadata"]["generation"]
-        counts = {status.get(key) for key in ("replicas", "updatedReplicas", "availableReplicas")}
-        if wanted and current and counts == {wanted}:
-            self._once(environment, f"{text} are available", name, run, "available")
+            self._once(environment, f"{text} {'starts' if one else 'start'}", name, run, "start")
+        if wanted and is_complete(deployment):
+            self._once(
+                environment, f"{text} {'is' if one else 'are'} available", name, run, "available"
+            )
+
+    def _tell_worker(self, environment: str) -> None:
+        working = self.sight.working(environment)
+        if working and self._working.get(environment) != working:
+            self._working[environment] = working
+            self._say(environment, f"the worker is of {self.version(working)}, too")
 
     def _tell_service(self, environment: str) -> None:
         service = self.sight.live(environment)
@@ -199,6 +216,18 @@ class Observer:
             if entry.get("outcome") == "deployed":
                 run = str(entry["run"])
                 self._once(environment, f"{self.version(run)} is there to stay", run, "deployed")
+
+
+def is_complete(deployment: Object) -> bool:
+    """Whether all pods of a Deployment are available and as it wants them."""
+    status = deployment.get("status", {})
+    current = status.get("observedGeneration") == deployment["metadata"]["generation"]
+    counts = {status.get(key) for key in ("replicas", "updatedReplicas", "availableReplicas")}
+    return current and counts == {deployment["spec"]["replicas"]}
+
+
+def _image(deployment: Object) -> str:
+    return str(deployment["spec"]["template"]["spec"]["containers"][0]["image"])
 
 
 def _name(thing: Object) -> str:

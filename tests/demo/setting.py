@@ -69,6 +69,11 @@ class Daemon:
         return f"http://{self.host}:8080/webhook"
 
     @property
+    def page(self) -> str:
+        """Where people look."""
+        return f"http://{self.host}:8081/"
+
+    @property
     def metrics(self) -> str:
         """What a Prometheus would read."""
         return f"http://{self.host}:8081/metrics"

@@ -19,6 +19,12 @@ SABOTAGED_SECONDS = 15.0
 ENDED_SECONDS = 30.0
 QUIET_SECONDS = 2.0
 MINIMUM_RATE = 50.0
+WATCH = {  # what to watch for, by version
+    1: "a first push: tests, image, staging, production, all by themselves",
+    2: "a good version: visitors move to it without one failed request, and the worker follows",
+    3: "it is green, but its health path fails once visitors come: traffic goes back by itself",
+    4: "its tests are red: it is neither built nor deployed",
+}
 LAST = "production"
 
 
@@ -66,6 +72,7 @@ class Story:
 
     def _push(self, commit: Commit) -> None:
         self.commits[commit.version] = commit
+        self.say("watch", WATCH[commit.version])
         self.observer.expect(commit)
         code, _, body = self.daemon.push(commit.sha).partition(" ")
         what = f"version {commit.version}, {commit.sha[:8]} “{commit.title}”"
@@ -101,8 +108,11 @@ class Story:
             seconds,
         )
         self._until("nobody gets version 3 any more", lambda _: self._quiet(3))
-        gone = self.visits.of_version(3)[-1].at - self.visits.of_version(3)[0].at
-        self.say("load", f"version 3 answered for {gone:.1f} s, and nobody since")
+        unhealthy = self.visits.of_version(3)
+        gone = unhealthy[-1].at - unhealthy[0].at
+        share = f"{len(unhealthy)} of {len(self.visits.answers())} requests"
+        self.say("load", f"version 3 answered {share}, for {gone:.1f} s, and none since")
+        self._until("the worker is of version 2 again", lambda sight: self._works(sight, 2))
 
     def _untested_version(self) -> None:
         commit = self.commits[4]
@@ -156,6 +166,11 @@ class Story:
         last = found[-1].at if found else self.visits.began
         return time.monotonic() - last > QUIET_SECONDS
 
+    def _works(self, sight: Sight, version: int) -> bool:
+        commit = self.commits.get(version)
+        wanted = f"{APP}-{commit.sha[:8]}-" if commit else "-"
+        return sight.working(LAST).startswith(wanted)
+
     # Verdicts
 
     def judge(self) -> list[Verdict]:
@@ -180,6 +195,7 @@ class Story:
             Verdict(
                 "version 2 is live", 2 in self.commits and sight.is_live(LAST, self.commits[2])
             ),
+            Verdict("the worker is of version 2 as well", self._works(sight, 2)),
         ]
 
     def _red_verdicts(self, sight: Sight) -> list[Verdict]:

@@ -72,9 +72,12 @@ def read_until(process: subprocess.Popen[str], wanted: str) -> str:
 
 def check_story(output: str) -> None:
     """All was as expected, by what was printed."""
-    first = output.splitlines()[0]
-    assert "stand-in" in first
-    assert "shortened: bake" in first
+    introduction = "\n".join(output.splitlines()[:4])
+    assert "stand-in" in introduction
+    assert "shortened: bake" in introduction
+    assert "\033" not in output, "there are no colours in a pipe"
+    assert max(map(len, output.partition("\n\n")[2].partition("\n\n")[0].splitlines())) <= 100
+    assert "ok      the worker is of version 2 as well" in output
     assert re.search(r"production +blue → green: version 2 is live", output)
     assert re.search(r"production +blue → green: .*switched back: UnhealthyAfterSwitch", output)
     assert "FAILED" not in output
