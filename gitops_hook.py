@@ -9521,6 +9521,19 @@ class Companions:
             objects = {record.identity: o for record, o in zip(records, wanted, strict=True)}
             self.record(task, self.look(task, records), objects)
 
+    def protect(self, task: Task, entry: HistoryEntry) -> None:
+        """Make the budgets of a version that gets the traffic back, before it does.
+
+        That this fails is reported, and holds nothing up.
+        """
+        try:
+            release = self.live.release(task, entry.release)
+            wanted = release.beside(task.app.name)
+            if budgets := [with_applied(o, o) for o in wanted if is_companion(o, BUDGET)]:
+                self.kubectl.create(budgets, task.namespace)
+        except (HookError, *SHAPE_ERRORS) as failed:
+            self.complain(task, clip(str(failed)))
+
     # After it.
 
     @contextmanager
@@ -10548,6 +10561,8 @@ class Rollback:
         switched = None
         try:
             goal = self.ready_goal(task, service, claimed, target)
+            if goal.entry.beside:
+                self.companions.protect(task, goal.entry)
             switched = self.switch(task, claimed, goal, reason)
         finally:
             if switched is None:

@@ -30,7 +30,7 @@ from tests.world import eventually
 RUN = "gitops-hook/run"
 LANES = 8  # applications side by side
 WORKING = "works"  # how the names of those begin that have a worker
-WORKING_LANES = 2
+WORKING_LANES = 4
 # Seconds without an answer where there is only one pod, and it is lost.
 GAP = 20.0
 
