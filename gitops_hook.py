@@ -9483,7 +9483,7 @@ class Companions:
             seen = self.look(task, records)
             require_no_plain_budget(task, plain, seen)
             steps = self.steps_to(task, wanted, seen)
-            self.carry_out(task, steps, "--dry-run=server")
+            carry_out(self.kubectl, task.namespace, steps, "--dry-run=server")
         except KubectlError as refused:
             if refused.kind in UNCERTAIN:
                 raise
@@ -9517,7 +9517,7 @@ class Companions:
         budgets = [item for item in steps.replaced if is_companion(item, BUDGET)]
         steps = replace(steps, replaced=budgets)
         if steps:
-            self.carry_out(task, steps)
+            carry_out(self.kubectl, task.namespace, steps)
             objects = {record.identity: o for record, o in zip(records, wanted, strict=True)}
             self.record(task, self.look(task, records), objects)
 
@@ -9596,7 +9596,7 @@ class Companions:
             if not steps:
                 return
             self.create_configmaps(task, steps)
-            self.carry_out(task, steps)
+            carry_out(self.kubectl, task.namespace, steps)
         raise HookError("what stands beside the app is changed by someone else all the time")
 
     def create_configmaps(self, task: Task, steps: Steps) -> None:
@@ -9714,38 +9714,6 @@ class Companions:
                 warn("what stands beside the app stays", detail=detail, **task.words)
         return items
 
-    def carry_out(self, task: Task, steps: Steps, *options: str) -> None:
-        """Take steps, as many as can be; raises the first KubectlError after all were tried."""
-        failures: list[KubectlError] = []
-
-        def attempt(step: Callable[[], None]) -> None:
-            """Take one step."""
-            try:
-                step()
-            except KubectlError as failed:
-                failures.append(failed)
-
-        for verb, objects in (("replace", steps.replaced), ("create", steps.created)):
-            if objects:
-                attempt(partial(self.kubectl.write, verb, objects, task.namespace, *options))
-        for item in steps.deleted:
-            attempt(partial(self.delete, item))
-        # one that passes by itself makes the caller look again
-        for failed in sorted(failures, key=lambda failure: failure.kind not in UNCERTAIN):
-            raise failed
-
-    def delete(self, item: Object) -> None:
-        """Delete exactly what was read; the Jobs of a CronJob run to their end."""
-        version = str(item["apiVersion"])
-        api = f"apis/{version}" if "/" in version else f"api/{version}"
-        policy = "Orphan" if is_companion(item, "CronJob") else "Background"
-        try:
-            resource = self.kubectl.plural(api, item["kind"])
-            self.kubectl.delete_exactly(api, resource, item, policy)
-        except KubectlError as failed:
-            if failed.kind != "NotFound":
-                raise
-
     def record(
         self, task: Task, seen: Beside, wanted: Mapping[Identity, Object], *, forget: bool = False
     ) -> None:
@@ -9765,6 +9733,40 @@ class Companions:
         old = [record.key for identity, record in recorded.items() if identity not in there]
         if news or (forget and old):
             self.state.write(task.app, *news, forget=old if forget else ())
+
+
+def carry_out(kubectl: Kubectl, namespace: str, steps: Steps, *options: str) -> None:
+    """Take steps, as many as can be; raises the first KubectlError after all were tried."""
+    failures: list[KubectlError] = []
+
+    def attempt(step: Callable[[], None]) -> None:
+        """Take one step."""
+        try:
+            step()
+        except KubectlError as failed:
+            failures.append(failed)
+
+    for verb, objects in (("replace", steps.replaced), ("create", steps.created)):
+        if objects:
+            attempt(partial(kubectl.write, verb, objects, namespace, *options))
+    for item in steps.deleted:
+        attempt(partial(delete_companion, kubectl, item))
+    # one that passes by itself makes the caller look again
+    for failed in sorted(failures, key=lambda failure: failure.kind not in UNCERTAIN):
+        raise failed
+
+
+def delete_companion(kubectl: Kubectl, item: Object) -> None:
+    """Delete exactly what was read; the Jobs of a CronJob run to their end."""
+    version = str(item["apiVersion"])
+    api = f"apis/{version}" if "/" in version else f"api/{version}"
+    policy = "Orphan" if is_companion(item, "CronJob") else "Background"
+    try:
+        resource = kubectl.plural(api, item["kind"])
+        kubectl.delete_exactly(api, resource, item, policy)
+    except KubectlError as failed:
+        if failed.kind != "NotFound":
+            raise
 
 
 # A worker's own faults, beside those that are verdicts: an image that cannot be pulled.
