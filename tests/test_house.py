@@ -42,7 +42,7 @@ SECTIONS = [
     "constants", "errors", "configuration", "logging", "metrics", "signatures", "pushes", "spool",
     "kubectl", "git", "retry", "job manifests", "app manifests", "objects", "informers", "decide",
     "state", "reports", "statuses", "health", "live service", "rollout", "companions", "bake",
-    "deploy", "intake", "controller", "http", "commands", "main",
+    "deploy", "intake", "controller", "page", "http", "commands", "main",
 ]  # fmt: skip
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
