@@ -11960,8 +11960,8 @@ SHOWN_LENGTH = 500  # characters of one text
 REFRESH_SECONDS = 5  # after which a browser loads a page again on which something is under way
 LOG_SECONDS = 2.0  # in which the log of a run must be read
 NOT_BEGUN = "not begun"
-PLACE_TITLES = ("Live version", "Since", "A rollback goes to", "Under way")
-RUN_TITLES = ("Run", "Stages", "State", "Pushed", "What there is to say")
+PLACE_TITLES = ("Live version", "Since", "Rollback to", "Under way")
+RUN_TITLES = ("Run", "Stages", "State", "What there is to say")
 STAGE_TITLES = ("Stage", "State", "Began", "Ended", "Took", "What it says")
 SWITCH_TITLES = ("When", "Version", "Outcome", "By", "Why")
 STAGE_WORDS = {
@@ -11997,7 +11997,8 @@ nav ol { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem .5rem; mar
 nav li + li::before { content: "/"; color: var(--soft); margin-right: .5rem; }
 code, pre, .id { font-size: .93em;
   font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.soft { color: var(--soft); }
+.soft { color: var(--soft); font-weight: 400; }
+time { white-space: nowrap; }
 .notice { margin: .8rem 0; padding: .6rem .9rem; border-radius: 6px; background: var(--on-wait);
   color: var(--wait); }
 table { width: 100%; border-collapse: collapse; border: 1px solid var(--line); }
@@ -12016,9 +12017,9 @@ pre { margin: 0; padding: .8rem 1rem; max-height: 32rem; overflow: auto; white-s
   overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 6px;
   background: var(--card); }
 .bar { display: flex; flex-wrap: wrap; gap: 3px; list-style: none; margin: 0; padding: 0; }
-.bar li { flex: 1 1 auto; font-size: .87em; border-radius: 4px; padding: .1rem .5rem;
-  white-space: nowrap; }
-.bar b { font-weight: 600; }
+.bar li { flex: 0 0 6.9rem; font-size: .87em; line-height: 1.35; border-radius: 4px;
+  padding: .15rem .5rem; }
+.bar b { display: block; font-weight: 600; }
 .state { border-radius: 4px; padding: .1rem .5rem; white-space: nowrap; font-weight: 600; }
 .off { background: var(--on-off); color: var(--soft); }
 .success { background: var(--on-good); color: var(--good); }
@@ -12026,11 +12027,13 @@ pre { margin: 0; padding: .8rem 1rem; max-height: 32rem; overflow: auto; white-s
 .running { background: var(--on-busy); color: var(--busy); }
 .pending { background: var(--on-wait); color: var(--wait); }
 .canceled { background: var(--on-off); color: var(--text); }
-.success::before { content: "\\2713  " / ""; }
-.failed::before { content: "\\2717  " / ""; }
-.running::before { content: "\\25CF  " / ""; }
-.pending::before { content: "\\25CB  " / ""; }
-.canceled::before { content: "\\2013  " / ""; }
+.success > i::before { content: "\\2713  " / ""; }
+.failed > i::before { content: "\\2717  " / ""; }
+.running > i::before { content: "\\25CF  " / ""; }
+.pending > i::before { content: "\\25CB  " / ""; }
+.canceled > i::before { content: "\\2013  " / ""; }
+i { font-style: normal; }
+@media (min-width: 70rem) { .bar { min-width: 28.2rem; } tbody th { min-width: 9.5rem; } }
 @media (max-width: 50rem) {
   header, main, footer { padding-left: .9rem; padding-right: .9rem; }
   table, tbody, tr, th, td { display: block; }
@@ -12043,6 +12046,7 @@ pre { margin: 0; padding: .8rem 1rem; max-height: 32rem; overflow: auto; white-s
   tbody th::before, tbody td::before { content: attr(data-title); color: var(--soft);
     font-weight: 400; font-size: .87em; }
   tbody td:empty { display: none; }
+  .bar li { flex-basis: 6.4rem; }
 }
 @media (max-width: 30rem) {
   dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
@@ -12134,11 +12138,11 @@ class PageWriter:
         runs = [seen for seen in self.look.runs if seen.app is app]
         rows = [[place.environment, *self.place_cells(place)] for place in places]
         content = [
-            self.tag("p", "Branch ", self.tag("code", app.branch), " of ", app.repository),
+            self.terms({"Repository": app.repository, "Branch": app.branch}),
             self.tag("h2", "Environments"),
             self.table(("Environment", *PLACE_TITLES), rows)
             if rows
-            else self.tag("p", "It is only tested and built."),
+            else self.tag("p", "It has no environments."),
             self.tag("h2", "Runs"),
             self.runs(runs[:APP_RUNS], len(runs)),
             self.tag("h2", "Switches") if places else Html(),
@@ -12199,14 +12203,14 @@ class PageWriter:
         """Return what happens in an environment, or is wrong there."""
         lines = []
         if place.claim:
-            phase = self.tag("span", place.claim.phase, class_="state running")
+            phase = self.badge(place.claim.phase, "running")
             lines.append(self.tag("div", phase, Html(" "), self.run_link(place.claim.run)))
         if place.drift:
             lines.append(self.tag("div", f"Someone changed the selector: {place.drift}"))
         if place.reverted:
             why = f": {place.reverted.reason}: {place.reverted.detail}"
-            left = (self.version(place.reverted), place.reverted.outcome or "left", why)
-            lines.append(self.tag("div", *left))
+            left = f"{place.reverted.outcome or 'left'}{why}"
+            lines.append(self.tag("div", self.version(place.reverted), Html(" "), left))
         return Html("".join(lines))
 
     def version(self, entry: HistoryEntry) -> Html:
@@ -12231,51 +12235,60 @@ class PageWriter:
         status = self.look.status(seen)
         branch = self.tag("div", seen.run.branch, class_="soft")
         name = Html(f"{self.run_link(seen.run.id)}{branch}")
-        state = self.run_state(status)
+        state = Html(self.run_state(status) + self.tag("div", self.moment(seen.run.received)))
         reason = self.tag("b", status.reason) if status.reason not in ("", Reason.OK) else ""
         texts = [status.waits_for or status.detail, status.next_words(self.look.now), status.advice]
         said = Html(reason + "".join(map(self.lines, texts)))
-        return [name, self.bar(seen), state, self.moment(seen.run.received), said]
+        return [name, self.bar(seen), state, said]
 
     def run_state(self, status: RunStatus) -> Html:
         """Return how a run stands, in the words of `status`."""
         kind = END_STATES.get(status.outcome, StatusState.RUNNING)
+        words = status.outcome or f"{status.stage} {status.state}"
+        if status.next_try:
+            words = f"{status.outcome} for now"
         if status.next_try or status.state in ("suspended", "lost", "unknown"):
             kind = StatusState.PENDING
-        words = status.outcome or f"{status.stage} {status.state}".strip()
-        return self.tag("span", words, class_=f"state {kind}")
+        return self.badge(words, str(kind))
+
+    def badge(self, words: str, kind: str) -> Html:
+        """Return the words of a state, with a sign and in colours of their own."""
+        return self.tag("span", self.tag("i", words), class_=f"state {kind}")
 
     def bar(self, seen: ReportedRun) -> Html:
         """Return the stages of a run side by side, each with its state as a word."""
         items = []
         for stage, state in self.look.stages(seen).items():
-            word = STAGE_WORDS[state.state] if state else NOT_BEGUN
-            parts = (self.tag("b", stage), Html(" "), word)
-            items.append(self.tag("li", *parts, class_=str(state.state) if state else "off"))
+            kind = str(state.state) if state else "off"
+            word = self.tag("i", STAGE_WORDS[state.state] if state else NOT_BEGUN)
+            items.append(self.tag("li", self.tag("b", stage), Html(" "), word, class_=kind))
         return self.tag("ol", *items, class_="bar", aria_label="Stages")
 
     def facts(self, seen: ReportedRun, status: RunStatus) -> Html:
         """Return what there is to say of a run, as a list of terms."""
         run = seen.run
         waits = "" if status.waits_for == status.detail else status.waits_for
-        texts: dict[str, str] = {
-            "Id": self.tag("span", run.id, class_="id"),
-            "App": self.app_link(seen.app.name),
-            "Branch": run.branch,
-            "Commit": self.markup.commit(seen.app, run.commit),
-            "Title": run.title,
-            "Pushed": self.moment(run.received),
-            "State": self.run_state(status),
-            "Reason": status.reason,
-            "Details": self.lines(status.detail),
-            "Waits for": waits,
-            "Advice": status.advice,
-            "Next try": status.next_words(self.look.now),
-        }
-        terms = [
-            (self.tag("dt", term), self.tag("dd", text)) for term, text in texts.items() if text
-        ]
-        return self.tag("dl", *itertools.chain(*terms))
+        return self.terms(
+            {
+                "Id": self.tag("span", run.id, class_="id"),
+                "App": self.app_link(seen.app.name),
+                "Branch": run.branch,
+                "Commit": self.markup.commit(seen.app, run.commit),
+                "Title": run.title,
+                "Pushed": self.whole_moment(run.received),
+                "State": self.run_state(status),
+                "Reason": status.reason,
+                "Details": self.lines(status.detail),
+                "Waits for": waits,
+                "Advice": status.advice,
+                "Next try": status.next_words(self.look.now),
+            }
+        )
+
+    def terms(self, texts: Mapping[str, str]) -> Html:
+        """Return a list of terms and what is said of each, without those of which nothing is."""
+        pairs = [(self.tag("dt", term), self.tag("dd", t)) for term, t in texts.items() if t]
+        return self.tag("dl", *itertools.chain(*pairs))
 
     def stages(self, seen: ReportedRun) -> Html:
         """Return the table of a run's stages."""
@@ -12284,9 +12297,10 @@ class PageWriter:
             times = self.look.times(seen, stage)
             kind = str(state.state) if state else "off"
             word = STAGE_WORDS[state.state] if state else NOT_BEGUN
-            shown = self.tag("span", word, class_=f"state {kind}")
-            took = age(times.began, times.ended) if times.began and times.ended else ""
-            moments = (self.moment(times.began), self.moment(times.ended), took)
+            shown = self.badge(word, kind)
+            ended = times.ended if state and state.is_final else 0.0
+            took = age(times.began, ended) if times.began and ended else ""
+            moments = (self.whole_moment(times.began), self.whole_moment(ended), took)
             rows.append([stage, shown, *moments, self.lines(state.text if state else "")])
         return self.table(STAGE_TITLES, rows)
 
@@ -12299,7 +12313,7 @@ class PageWriter:
         for entry in place.history:
             why = ": ".join(filter(None, (entry.reason, entry.detail)))
             words = (entry.outcome or "not confirmed", entry.by or MANAGER, why)
-            rows.append([self.moment(entry.at), self.version(entry), *words])
+            rows.append([self.whole_moment(entry.at), self.version(entry), *words])
         return Html(head + self.table(SWITCH_TITLES, rows))
 
     def log(self, status: RunStatus, app: App, logs: KeptLogs) -> Html:
@@ -12346,8 +12360,14 @@ class PageWriter:
             return self.tag("span", words, class_="id")
         return self.tag("span", self.markup.link(words, "runs", run), class_="id")
 
+    def whole_moment(self, at: float) -> Html:
+        """Return how long ago something was, and below it when; nothing for no time."""
+        shown = self.moment(at)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at)) if shown else ""
+        return Html(shown + self.tag("div", stamp, class_="soft")) if shown else shown
+
     def moment(self, at: float) -> Html:
-        """Return how long ago something was, with the time itself; nothing for no time."""
+        """Return how long ago something was, with the time itself as its title."""
         if not 0 < at < FAR_FUTURE:
             return Html()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
@@ -12830,6 +12850,7 @@ class WebhookApp(Site):
         self.secrets = secrets
         self.spool = spool
         self.controller = controller
+        self.pages = Pages(controller.context, secrets)
         self.stopping = threading.Event()
         self._parsing = threading.Lock()  # one at a time: a parsed body is up to 40 times as large
         self.probes = {"/healthz": Route("GET", self.healthz), "/readyz": Route("GET", self.readyz)}
@@ -12839,7 +12860,7 @@ class WebhookApp(Site):
         """Return the site of the second port, which strangers do not reach: all but the webhook."""
         site = Site(self.metrics)
         latest = partial(prometheus_client.generate_latest, self.metrics.registry)
-        pages = Pages(self.controller.context, self.secrets)
+        pages = self.pages
 
         def page(write: Callable[[str], Html | None]) -> Route:
             """Return the route of a page, which is of what the last word of the path names."""

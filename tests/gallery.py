@@ -86,6 +86,11 @@ class Gallery:
         config_of = self.context.config
         app = hook.WebhookApp(config_of, self.secrets, self.context.spool, self.controller)
         self.site = app.admin()
+        self.pages = app.pages
+
+    def states(self) -> dict[str, hook.AppState]:
+        """What is recorded of each app."""
+        return {name: self.context.state.last(app) for name, app in self.context.apps.items()}
 
     def get(self, path: str, method: str = "GET") -> tuple[str, dict[str, str], str]:
         """Status, headers and body of the answer to a request."""
