@@ -12326,7 +12326,7 @@ class PageWriter:
         for title, text in texts.items():
             block = self.markup.block(text)
             blocks.append(self.tag("h3", title))
-            blocks.append(self.tag("pre", block, tabindex="0", role="region", aria_label=title))
+            blocks.append(self.tag("pre", block, tabindex="0", role="region", aria_label="Log"))
         none = "No log is kept: logs are kept for a day, and only of what failed."
         return Html("".join(blocks)) if blocks else self.tag("p", none)
 
@@ -12381,12 +12381,15 @@ class Markup:
     def __init__(self, secrets: Sequence[str], home: str) -> None:
         self.secrets = secrets
         self.home = home  # a relative link to the first page: behind a proxy it may be anywhere
+        self._texts: dict[str, Html] = {}  # many occur often
 
     def text(self, value: str) -> Html:
         """Return outside text as HTML: lines in which blanks stand for what is not printable."""
-        masked = str(mask_value(value, self.secrets))
-        lines = masked[: 20 * SHOWN_LENGTH].split("\n")[: LISTED_FAULTS + 1]
-        return Html(html.escape("\n".join(clip(line, SHOWN_LENGTH) for line in lines)))
+        if value not in self._texts:
+            masked = str(mask_value(value, self.secrets))[: 20 * SHOWN_LENGTH]
+            lines = (clip(line, SHOWN_LENGTH) for line in masked.split("\n")[: LISTED_FAULTS + 1])
+            self._texts[value] = Html(html.escape("\n".join(lines)))
+        return self._texts[value]
 
     def block(self, value: str) -> Html:
         """Return a log as HTML, its end at most, with control characters spelled out."""
@@ -12394,10 +12397,15 @@ class Markup:
         return Html(html.escape(printable(masked[-LOG_BYTES:])))
 
     def tag(self, name: str, *content: str, **attributes: str) -> Html:
-        """Return an element; names of attributes may end in _, and have _ in the place of -."""
+        """Return an element; names of attributes may end in _, and have _ in the place of -.
+
+        Attributes are our own words. They are escaped, and nothing is hidden in them.
+        """
         inner = "".join(c if isinstance(c, Html) else self.text(c) for c in content)
-        words = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()}
-        more = "".join(f' {key}="{self.text(value)}"' for key, value in words.items())
+        more = "".join(
+            f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
+            for key, value in attributes.items()
+        )
         return Html(f"<{name}{more}>{inner}</{name}>")
 
     def link(self, words: str, *path: str) -> Html:
