@@ -11999,6 +11999,7 @@ code, pre, .id { font-size: .93em;
   font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .soft { color: var(--soft); font-weight: 400; }
 time { white-space: nowrap; }
+time.soft { display: block; }
 .notice { margin: .8rem 0; padding: .6rem .9rem; border-radius: 6px; background: var(--on-wait);
   color: var(--wait); }
 table { width: 100%; border-collapse: collapse; border: 1px solid var(--line); }
@@ -12364,7 +12365,7 @@ class PageWriter:
         """Return how long ago something was, and below it when; nothing for no time."""
         shown = self.moment(at)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at)) if shown else ""
-        return Html(shown + self.tag("div", stamp, class_="soft")) if shown else shown
+        return Html(shown + self.tag("time", stamp, class_="soft")) if shown else shown
 
     def moment(self, at: float) -> Html:
         """Return how long ago something was, with the time itself as its title."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -108,7 +109,7 @@ class Gallery:
     def run(self, commit: str, ago: float, app: str = "shop", **more: Any) -> hook.Run:
         """A push that was received so many seconds ago."""
         ref = more.pop("ref", MAIN)
-        commit = commit * (40 // len(commit))
+        commit = (commit + hashlib.sha256(commit.encode()).hexdigest())[:40]
         id_ = hook.run_id(app, ref, commit)
         return hook.Run(id=id_, app=app, ref=ref, commit=commit, received=NOW - ago, **more)
 
@@ -178,7 +179,7 @@ def full_gallery(folder: Path) -> Gallery:
     sick = gallery.run("c93a5f77", 7200.0, title="Cache the prices")
     baking = gallery.run("e2a81b64", 300.0, title="Cache the prices, and expire them")
     red = gallery.run("0d5c7e18", 900.0, ref="refs/heads/vouchers", title="Vouchers")
-    queued = gallery.run("9a9b1c2d", 20.0, ref="refs/heads/fix/<script>alert(1)</script>")
+    queued = gallery.run("9a9b1c2d", 20.0, ref="refs/heads/fix/rounding")
     for run in (first, second):
         gallery.end(run, Outcome.DEPLOYED, stage="production", ended=run.received + 210)
     gallery.end(
