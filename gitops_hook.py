@@ -12259,7 +12259,7 @@ class PageWriter:
     def bar(self, seen: ReportedRun) -> Html:
         """Return the stages of a run side by side, each with its state as a word."""
         items = []
-        for stage, state in self.look.stages(seen).items():
+        for stage, state in stages_of(seen).items():
             kind = str(state.state) if state else "off"
             word = self.tag("i", STAGE_WORDS[state.state] if state else NOT_BEGUN)
             items.append(self.tag("li", self.tag("b", stage), Html(" "), word, class_=kind))
@@ -12294,14 +12294,11 @@ class PageWriter:
     def stages(self, seen: ReportedRun) -> Html:
         """Return the table of a run's stages."""
         rows = []
-        for stage, state in self.look.stages(seen).items():
-            times = self.look.times(seen, stage)
-            kind = str(state.state) if state else "off"
+        for stage, state in stages_of(seen).items():
+            times = times_of(seen, stage)
             word = STAGE_WORDS[state.state] if state else NOT_BEGUN
-            shown = self.badge(word, kind)
-            ended = times.ended if state and state.is_final else 0.0
-            took = age(times.began, ended) if times.began and ended else ""
-            moments = (self.whole_moment(times.began), self.whole_moment(ended), took)
+            shown = self.badge(word, str(state.state) if state else "off")
+            moments = (self.whole_moment(times.began), self.whole_moment(times.ended), times.took)
             rows.append([stage, shown, *moments, self.lines(state.text if state else "")])
         return self.table(STAGE_TITLES, rows)
 
@@ -12424,14 +12421,6 @@ class Markup:
         return Html(f'<a href="{address}" rel="noreferrer noopener">{shown}</a>')
 
 
-@dataclass(frozen=True, slots=True)
-class StageTimes:
-    """When a stage of a run began and ended, 0 where that is not known."""
-
-    began: float = 0.0
-    ended: float = 0.0
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look:
     """What one look at what is in memory has shown; nothing changes it."""
@@ -12463,21 +12452,6 @@ class Look:
         claimed = any(place.claim for place in self.places if app in ("", place.app))
         own = (seen for seen in self.runs if app in ("", seen.app.name) and seen.end is None)
         return claimed or any(map(self.is_open, own))
-
-    def stages(self, seen: ReportedRun) -> dict[str, StageStatus | None]:
-        """Return how each stage of a run stands, None for what it has not reached."""
-        reached = {status.stage: status for status in seen.statuses()}
-        return {stage: reached.get(stage) for stage in (*seen.stages, *reached)}
-
-    def times(self, seen: ReportedRun, stage: str) -> StageTimes:
-        """Return when a stage began and ended: a Job, or a deployment up to its switch."""
-        end = seen.end.ended if seen.end and seen.end.stage == stage else 0.0
-        if job := seen.jobs.get(stage):
-            return StageTimes(job.unsuspended, job.finished or end)
-        if service := seen.services.get(stage):
-            claimed = service.claim.since if service.claim.run == seen.run.id else 0.0
-            return StageTimes(claimed, service.entry(seen.run.id, seen.run.received).at or end)
-        return StageTimes(0.0, end)
 
 
 def look_at(context: ControllerContext) -> Look:
@@ -12524,6 +12498,39 @@ def place_of(
     if reported is None or reported.selector != service.selector:
         return place
     return replace(place, drift=reported.drift)
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """When a stage of a run began and ended, 0 where that is not known or not yet so."""
+
+    began: float
+    ended: float
+
+    @property
+    def took(self) -> str:
+        """How long it took; "" where that is not known."""
+        return age(self.began, self.ended) if self.began and self.ended else ""
+
+
+def stages_of(seen: ReportedRun) -> dict[str, StageStatus | None]:
+    """Return how each stage of a run stands, None for what it has not reached."""
+    reached = {status.stage: status for status in seen.statuses()}
+    return {stage: reached.get(stage) for stage in (*seen.stages, *reached)}
+
+
+def times_of(seen: ReportedRun, stage: str) -> StageTimes:
+    """Return when a stage began and ended: a Job, or a deployment up to its switch."""
+    status = stages_of(seen)[stage]
+    end = seen.end.ended if seen.end and seen.end.stage == stage else 0.0
+    began = 0.0
+    if job := seen.jobs.get(stage):
+        began = job.unsuspended
+        end = job.finished or end
+    elif service := seen.services.get(stage):
+        began = service.claim.since if service.claim.run == seen.run.id else 0.0
+        end = service.entry(seen.run.id, seen.run.received).at or end
+    return StageTimes(began, end if status and status.is_final else 0.0)
 
 
 class KeptLogs:
@@ -12580,7 +12587,7 @@ class EnvironmentStatus:
     claim: Claim
     bake_until: float
     reverted: HistoryEntry  # what the last switch left, and why
-    history: Sequence[HistoryEntry]  # the switches, newest first
+    history: Sequence[HistoryEntry] = ()  # the switches, newest first
     rollback_ready: bool = False  # whether enough pods of the target are ready
     drift: Drift = Drift.NONE
     left_behind: tuple[str, ...] = ()  # live Services of the app under other names
@@ -13520,7 +13527,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def explain(tools: Tools, args: argparse.Namespace) -> int:
-    """Print how a run stands, and with --log the last lines that its failed containers printed."""
+    """Print how a run and its stages stand, and with --log what its failed containers printed."""
     app = tools.app_of(args.run)
     runs = {run.run: run for run in read_runs(tools, [app])}
     name = completed(args.run, runs) or args.run
@@ -13537,6 +13544,8 @@ def explain(tools: Tools, args: argparse.Namespace) -> int:
             lines = printable(values[key]).split("\n")
             title = key.removesuffix("_for")
             print_text(f"{title + ':':10}" + f"\n{'':10}".join(lines))
+        for line in timeline(tools, app, name):
+            print_text(line)
     elif not logs:
         raise HookError(f"{name} is unknown: no Job, no record and no log of it is left")
     if args.log and not logs:
@@ -13544,6 +13553,35 @@ def explain(tools: Tools, args: argparse.Namespace) -> int:
     for text in logs:
         print_text(f"\n{text}")
     return 0
+
+
+def timeline(tools: Tools, app: App, name: str) -> Iterator[str]:
+    """Yield a line for each stage of a run that has Jobs or a record, as far as one may look."""
+    state = tools.deployer.state.recent(app)
+    unreadable: list[str] = []
+    jobs: dict[str, Job] = {}
+    services: dict[str, Service] = {}
+    with noting_unreadable("its Jobs", unreadable):
+        listed = jobs_of(tools.doors.kubectl, tools.config, [name])[name]
+        jobs = {job.stage: job for job in listed}
+    for environment in app.deploy.environments:
+        task = task_of(tools.config, app, environment)
+        with noting_unreadable(task.namespace, unreadable):
+            if service := tools.deployer.steady.live.read(task):
+                services[environment] = service
+    if jobs or name in state.runs:
+        seen = ReportedRun.of(app, state, name, jobs, services)
+        for stage, status in stages_of(seen).items():
+            times = times_of(seen, stage)
+            began = age(times.began, tools.doors.clock.now())
+            words = [STAGE_WORDS[status.state] if status else NOT_BEGUN]
+            words += [f"began {began} ago"] * bool(began) + [f"took {times.took}"] * bool(
+                times.took
+            )
+            said = f": {status.text}" if status and status.text else ""
+            yield printable(f"{stage + ':':10}{', '.join(words)}{said}")
+    for namespace in unreadable:
+        yield f"{namespace}: {UNREADABLE}"
 
 
 def kept_logs(tools: Tools, app: App, run: str) -> Iterator[str]:
