@@ -10,6 +10,7 @@ The way of a push, and the sections of this file that have it:
     bake        watch the new version; switch back if unhealthy      live service, bake
     records     how each run ended, in one bounded ConfigMap an app  state
     reports     each change of state is one Transition               reports, logging, metrics
+    page        what is live, what happens and why, for people       page, HTTP
     catch-up    `git ls-remote` finds what GitLab did not deliver    git, intake
 
 The cluster's own objects are the state: a Job's conditions, a Deployment's status, a Service's
