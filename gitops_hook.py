@@ -12205,7 +12205,9 @@ class PageWriter:
         """Return what happens in an environment, or is wrong there."""
         lines = []
         if place.claim:
-            phase = self.badge(place.claim.phase, "running")
+            bakes = place.bake_until > self.look.now and place.claim.phase == Phase.BAKING
+            more = f", {age(self.look.now, place.bake_until)} left" if bakes else ""
+            phase = self.badge(f"{place.claim.phase}{more}", "running")
             lines.append(self.tag("div", phase, Html(" "), self.run_link(place.claim.run)))
         if place.drift:
             lines.append(self.tag("div", f"Someone changed the selector: {place.drift}"))

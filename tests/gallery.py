@@ -146,12 +146,14 @@ class Gallery:
         words = {"run": run.id, "commit": run.commit, "colour": colour, "selector": selector}
         return {**words, "at": NOW - ago, "outcome": "deployed", **more}
 
-    def live(
-        self, app: str, environment: str, history: Sequence[Object], claim: Object | None = None
-    ) -> None:
-        """Let an environment have a live Service with this history, newest first."""
+    def live(self, app: str, environment: str, history: Sequence[Object], **more: Any) -> None:
+        """Let an environment have a live Service with this history, newest first.
+
+        `claim` and `bake_until` may say more of it.
+        """
         selector = next(e["selector"] for e in history if e["outcome"] in ("", "deployed"))
-        texts = {"history": json.dumps(history), "deploying": json.dumps(claim or {})}
+        texts = {"history": json.dumps(history), "deploying": json.dumps(more.get("claim", {}))}
+        texts["bake-until"] = json.dumps(more.get("bake_until", 0.0))
         annotations = {f"gitops-hook/{key}": text for key, text in texts.items()}
         meta = {"name": app, "resourceVersion": "1", "annotations": annotations}
         manifest = {"metadata": meta, "spec": {"selector": selector}}
@@ -210,7 +212,8 @@ def full_gallery(folder: Path) -> Gallery:
     claim = {"phase": "baking", "run": baking.id, "colour": "green", "since": NOW - 120}
     new = gallery.entry(baking, "green", 40, outcome="")
     gallery.live("shop", "staging", [gallery.entry(baking, "green", 150), live, old])
-    gallery.live("shop", "production", [new, shown, live, old], claim)
+    ends = NOW + 20
+    gallery.live("shop", "production", [new, shown, live, old], claim=claim, bake_until=ends)
     hang_blog(gallery)
     return gallery
 

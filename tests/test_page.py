@@ -82,7 +82,7 @@ def test_the_first_page_has_each_environment_with_its_version_and_rollback(full:
     page = outline(full, "/")
     for words in (
         "shop staging e2a81b64 green 2m ago 7be4d013 blue",
-        "shop production e2a81b64 green 40s ago 7be4d013 blue baking shop-e2a81b64",
+        "shop production e2a81b64 green 40s ago 7be4d013 blue baking, 20s left shop-e2a81b64",
         "blog production 44d1a9b0 blue 8d ago none b7720e5c green rolled-back: RolledBack",
     ):
         assert words in page.text
