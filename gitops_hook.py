@@ -13582,7 +13582,7 @@ def timeline(tools: Tools, app: App, name: str) -> Iterator[str]:
                 times.took
             )
             said = f": {status.text}" if status and status.text else ""
-            yield printable(f"{stage + ':':10}{', '.join(words)}{said}")
+            yield printable(f"{stage + ':':9} {', '.join(words)}{said}")
     for namespace in unreadable:
         yield f"{namespace}: {UNREADABLE}"
 
