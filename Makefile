@@ -255,7 +255,7 @@ done <<<"$$there"
 }
 endef
 
-.PHONY: help venv demo test cluster coverage e2e faults soak format lint types check bench fuzz image apply delete kind lock clean
+.PHONY: help venv demo test cluster coverage e2e faults soak format lint types check bench screenshots fuzz image apply delete kind lock clean
 
 # With COVERAGE=1, each Python that the tests start says what it ran when it ends (`coverage` put a
 # hook for that into the environment).
@@ -264,7 +264,7 @@ MEASURED = $(if $(COVERAGE),COVERAGE_PROCESS_START='$(CURDIR)/pyproject.toml' CO
 SHUFFLED = $(if $(SEED),--random-order-seed $(SEED))
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(INSTALLED) ## Make the virtual environment from the hash-locked requirements
 
@@ -295,9 +295,9 @@ coverage: $(INSTALLED) ## Measure which branches both suites run (SUITES= only r
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-E2E := $(patsubst %,tests/e2e/test_%.py,demo intake switches upgrade memory)
+E2E := $(patsubst %,tests/e2e/test_%.py,demo intake page switches upgrade memory)
 
-e2e: $(INSTALLED) ## Run the demo as its users do; kill the intake; upgrade from 0.1.0; measure the memory
+e2e: $(INSTALLED) ## Run the demo as users do; try the page in chromium; kill the intake; upgrade; measure memory
 	@$(BIN)/python -m pytest $(E2E) $(ARGS)
 
 faults: $(INSTALLED) ## Every step of a deployment with every kind of trouble (ARGS='-m short': one of each)
@@ -323,6 +323,9 @@ check: lint types test cluster ## Everything that must pass before a commit
 
 bench: $(INSTALLED) ## Measure, print a table, write bench.json
 	@$(BIN)/python -m tests.bench $(ARGS)
+
+screenshots: $(INSTALLED) ## Take the pictures of the page in docs/, with chromium
+	@$(BIN)/python -m tests.screenshots
 
 fuzz: $(INSTALLED) ## Feed the parsers what nobody would send
 	@$(BIN)/python -m tests.fuzz $(ARGS)

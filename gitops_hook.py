@@ -10,6 +10,7 @@ The way of a push, and the sections of this file that have it:
     bake        watch the new version; switch back if unhealthy      live service, bake
     records     how each run ended, in one bounded ConfigMap an app  state
     reports     each change of state is one Transition               reports, logging, metrics
+    page        what is live, what happens and why, for people       page, HTTP
     catch-up    `git ls-remote` finds what GitLab did not deliver    git, intake
 
 The cluster's own objects are the state: a Job's conditions, a Deployment's status, a Service's
@@ -38,6 +39,7 @@ import difflib
 import errno
 import hashlib
 import hmac
+import html
 import http.cookiejar
 import itertools
 import json
@@ -726,7 +728,7 @@ REPOSITORY = matching(
     r"(file://)?/[^\s\x00]+|https?://[A-Za-z0-9._:\[\]-]+/[^\s@?#\x00]+",
     "an http(s) URL without user, query and fragment (a user belongs in file git-credentials)",
 )
-GITLAB_ADDRESS = matching(
+WEB_ADDRESS = matching(
     r"|https?://[A-Za-z0-9._:\[\]-]+(/[^\s@?#\x00]*)?",
     "an http(s) URL without user, query and fragment",
 )
@@ -1075,7 +1077,7 @@ class GitLabSettings:
     """How GitLab is told what becomes of a push."""
 
     url: str = setting(
-        parse=GITLAB_ADDRESS,
+        parse=WEB_ADDRESS,
         default="''",
         meaning="address of GitLab, if it is not the host of the repository by https",
     )
@@ -1122,6 +1124,11 @@ class Config:
     images: Images
     webhook: Webhook
     gitlab: GitLabSettings
+    external_url: str = setting(
+        parse=WEB_ADDRESS,
+        default="''",
+        meaning="where people reach the page; commit statuses link to it",
+    )
     job_env: dict[str, str] = setting(
         parse=PLAIN,
         default="{}",
@@ -1385,13 +1392,17 @@ class Secrets:
 
     def mask(self, value: T) -> T:
         """Return a text, or all texts within a value, without what is or looks like a secret."""
+        masked: T = mask_value(value, self.words())
+        return masked
+
+    def words(self) -> list[str]:
+        """Return what `mask_value` is not to show: every secret, and the passwords in URLs."""
         lines = tuple(line for name in SECRET_FILES for line in self.lines(name))
         words = self._words.get(lines)
         if words is None:
             words = secret_words(line.decode("utf-8", "replace") for line in lines)
             self._words = {lines: words}
-        masked: T = mask_value(value, words)
-        return masked
+        return words
 
     def lines(self, name: str) -> list[bytes]:
         """Return the secrets in a file, without white space around them; none if it is absent."""
@@ -2096,10 +2107,12 @@ class Kubectl:
         by_reference = {f"{o['kind'].lower()}/{o['metadata']['name']}": o for o in items}
         return [by_reference.get(reference) for reference in references]
 
-    def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
+    def list(
+        self, resource: str, namespace: str, *filters: str, timeout: float = KUBECTL_TIMEOUT
+    ) -> list[Object]:
         """Return the objects that match, e.g. `-l`, "a=b" or `--field-selector`, "a=b"."""
         args = ("get", resource, *filters, "-o", "json")
-        return [*json.loads(self.run(*args, namespace=namespace))["items"]]
+        return [*json.loads(self.run(*args, namespace=namespace, timeout=timeout))["items"]]
 
     def pages(self, address: str, namespace: str) -> Iterator[Object]:
         """Yield the lists of which a long list consists, as the API server sends them."""
@@ -6860,6 +6873,11 @@ class AppState:
     companions: dict[str, CompanionRecord] = dataclass_field(default_factory=dict)  # by key
 
     @classmethod
+    def empty(cls) -> AppState:
+        """Return what is recorded of an app of which nothing is."""
+        return cls({}, {}, {}, "", {})
+
+    @classmethod
     def from_configmap(cls, app: App, configmap: Object | None) -> AppState:
         """Return what a ConfigMap records; what cannot be read is dropped, with an error."""
         meta = (configmap or {}).get("metadata") or {}
@@ -6975,6 +6993,7 @@ class StateStore:
         self.kubectl = kubectl
         self.clock = clock
         self._seen: dict[str, AppState] = {}
+        self._last: dict[str, AppState] = {}  # the same, and what may be old
         self._locks: dict[str, threading.RLock] = {}
 
     def lock(self, app: App) -> threading.RLock:
@@ -6984,12 +7003,22 @@ class StateStore:
     def read(self, app: App) -> AppState:
         """Return what is recorded of an app now."""
         configmap = self.kubectl.get("configmap", f"{MANAGER}-{app.name}", ORCHESTRATION)
-        state = self._seen[app.name] = AppState.from_configmap(app, configmap)
-        return state
+        return self._keep(app, configmap)
 
     def recent(self, app: App) -> AppState:
         """Return what is recorded of an app, as this process has read or written it last."""
         return self._seen.get(app.name) or self.read(app)
+
+    def last(self, app: App) -> AppState | None:
+        """Return what this process saw last of an app's records, asking nobody; None: nothing."""
+        return self._last.get(app.name)
+
+    def _keep(self, app: App, configmap: Object | None) -> AppState:
+        """Return what a ConfigMap records, which is what this process has seen last."""
+        state = AppState.from_configmap(app, configmap)
+        self._seen[app.name] = state
+        self._last[app.name] = state
+        return state
 
     def write(
         self,
@@ -7044,7 +7073,7 @@ class StateStore:
         meta = {"resourceVersion": state.version} if state.version else {}
         body = {"metadata": meta, "data": data}
         patched = self.kubectl.patch("configmap", name, ORCHESTRATION, body)
-        self._seen[app.name] = AppState.from_configmap(app, patched)
+        self._keep(app, patched)
 
     def reject(self, app: App, commit: str, reason: str) -> None:
         """Reject a commit until `rerun`."""
@@ -7258,7 +7287,7 @@ END_STATES: dict[str, StatusState] = {  # of the stage in which a run ended
 }
 # By these a run may end in an environment before its tests are over: see ManifestChecks.
 EARLY_REASONS = (Reason.MANIFEST_REFUSED, Reason.MANIFEST_INVALID)
-STATUS_LENGTH = 255  # characters of a description, and of the name of a branch
+STATUS_LENGTH = 255  # characters of a description, of an address, and of the name of a branch
 GITLAB_SECONDS = 15.0  # for one request: GitLab itself waits for ten seconds for a lock
 STATUS_DELAYS = (2.0, 5.0, 15.0, 60.0, 300.0)  # before each further try
 REJECTED_DELAYS = (*STATUS_DELAYS, 3600.0)  # the same of one run, where GitLab answers
@@ -7689,6 +7718,7 @@ class CommitStatuses:
         self.retry = Retry(self.clock, REJECTED_DELAYS)  # by run
         self.refused = Retry(self.clock, REFUSED_DELAYS, REFUSED_REPORTS)  # by app and branch
         self.apps = {app.name: app for app in config.apps} if config.gitlab.statuses else {}
+        self.page = config.external_url.rstrip("/")
         self.projects = {n: Project.of(app, config.gitlab.url) for n, app in self.apps.items()}
         shared = Counter(normalise_url(app.repository) for app in self.apps.values())
         self.prefixes = {
@@ -7787,6 +7817,9 @@ class CommitStatuses:
             return
         text = clip(self.gitlab.secrets.mask(status.text), STATUS_LENGTH)
         fields = {"state": str(status.state), "name": name, "description": text}
+        address = f"{self.page}/runs/{quote(run.run.id)}"
+        if self.page and len(address) <= STATUS_LENGTH:
+            fields["target_url"] = address
         try:
             is_new = self.gitlab.set_status(project, commit, {**fields, **branch_field(branch)})
         except GitLabError as failed:
@@ -10788,17 +10821,20 @@ class ControllerContext:
         """
         if any(informer.trouble for informer in self.informers.all()):
             return None
+        return self.observed_runs({n: self.state.recent(app) for n, app in self.apps.items()})
+
+    def observed_runs(self, states: Mapping[str, AppState]) -> list[ReportedRun]:
+        """Return what is in memory of every run, by what is recorded of each app."""
         jobs_by_app: dict[str, dict[str, dict[str, Job]]] = {name: {} for name in self.apps}
         for run, jobs in self.informers.jobs_by_run().items():
             jobs_by_app.get(newest(jobs).app, {})[run] = jobs
         services = self.informers.services.items()
         runs = []
         for name, app in self.apps.items():
-            state = self.state.recent(app)
             live = {e: s for e, i in services if (s := i.find(app.service_name))}
-            for id_ in {**state.runs, **jobs_by_app[name]}:
+            for id_ in {**states[name].runs, **jobs_by_app[name]}:
                 jobs = jobs_by_app[name].get(id_, {})
-                runs.append(ReportedRun.of(app, state, id_, jobs, live))
+                runs.append(ReportedRun.of(app, states[name], id_, jobs, live))
         return runs
 
     def is_deployed(self, run: Run) -> bool:
@@ -12166,6 +12202,817 @@ class Supervisor:
             thread.join(max(0.0, until - self.context.clock.monotonic()))
 
 
+# === page =========================================================================================
+# How environments and runs stand, as commands and the page show it; and the page itself: HTML
+# without scripts, made of what is in memory, and of nothing from outside that is not escaped.
+
+NAMED_RUNS = 3  # of those that take the slots, in what another one waits for
+AGE_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+NEWEST_RUNS = 30  # that the first page lists
+APP_RUNS = 200  # that the page of an app lists
+SHOWN_LENGTH = 500  # characters of one text
+REFRESH_SECONDS = 5  # after which a browser loads a page again on which something is under way
+LOG_SECONDS = 2.0  # in which the log of a run must be read
+NOT_BEGUN = "not begun"
+PLACE_TITLES = ("Live version", "Since", "Rollback to", "Under way")
+RUN_TITLES = ("Run", "Stages", "State", "What there is to say")
+STAGE_TITLES = ("Stage", "State", "Began", "Ended", "Took", "What it says")
+SWITCH_TITLES = ("When", "Version", "Outcome", "By", "Why")
+STAGE_WORDS = {
+    StatusState.PENDING: "waiting",
+    StatusState.RUNNING: "running",
+    StatusState.SUCCESS: "passed",
+    StatusState.FAILED: "failed",
+    StatusState.CANCELED: "stopped",
+}
+STYLE = """
+:root { color-scheme: light dark; --back: #fff; --card: #f6f8fa; --text: #1b1f24; --soft: #57606a;
+  --line: #d0d7de; --link: #0550ae; --good: #0c5a26; --on-good: #d8f5df; --bad: #9a0d22;
+  --on-bad: #ffe6e4; --busy: #0a4a94; --on-busy: #dcebff; --wait: #6a4a00; --on-wait: #fdf0c8;
+  --on-off: #eaeef2; }
+@media (prefers-color-scheme: dark) { :root { --back: #0d1117; --card: #161b22; --text: #e6edf3;
+  --soft: #9aa5b1; --line: #30363d; --link: #79b8ff; --good: #7ee29a; --on-good: #12331d;
+  --bad: #ffa198; --on-bad: #47191c; --busy: #a5d0ff; --on-busy: #12305a; --wait: #f0cf7a;
+  --on-wait: #3b2f0b; --on-off: #262c36; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--text);
+  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+header, main, footer { max-width: 76rem; margin: 0 auto; padding: 0 1.25rem; }
+header { padding-top: 1rem; }
+footer { padding-top: 1.5rem; padding-bottom: 2rem; color: var(--soft); font-size: .87em; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .6rem 0 .8rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
+a { color: var(--link); text-underline-offset: .15em; }
+a:focus-visible, pre:focus-visible { outline: 3px solid var(--link); outline-offset: 2px;
+  border-radius: 3px; }
+nav ol { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem .5rem; margin: 0;
+  padding: 0; }
+nav li + li::before { content: "/"; color: var(--soft); margin-right: .5rem; }
+code, pre, .id { font-size: .93em;
+  font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.soft { color: var(--soft); font-weight: 400; }
+time { white-space: nowrap; }
+time.soft { display: block; }
+.notice { margin: .8rem 0; padding: .6rem .9rem; border-radius: 6px; background: var(--on-wait);
+  color: var(--wait); }
+table { width: 100%; border-collapse: collapse; border: 1px solid var(--line); }
+th, td { padding: .5rem .7rem; text-align: left; vertical-align: top; overflow-wrap: anywhere;
+  border-top: 1px solid var(--line); }
+thead th { background: var(--card); color: var(--soft); font-size: .87em; font-weight: 600;
+  border-top: 0; white-space: nowrap; }
+tbody th { font-weight: 600; }
+dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr);
+  gap: .4rem 1.2rem; margin: 0; padding: .9rem 1rem; border: 1px solid var(--line);
+  border-radius: 6px; background: var(--card); }
+dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
+.lines { white-space: pre-line; }
+pre { margin: 0; padding: .8rem 1rem; max-height: 32rem; overflow: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--card); }
+.bar { display: flex; flex-wrap: wrap; gap: 3px; list-style: none; margin: 0; padding: 0; }
+.bar li { flex: 0 0 6.9rem; font-size: .87em; line-height: 1.35; border-radius: 4px;
+  padding: .15rem .5rem; }
+.bar b { display: block; font-weight: 600; }
+.state { border-radius: 4px; padding: .1rem .5rem; white-space: nowrap; font-weight: 600; }
+.off { background: var(--on-off); color: var(--soft); }
+.success { background: var(--on-good); color: var(--good); }
+.failed { background: var(--on-bad); color: var(--bad); }
+.running { background: var(--on-busy); color: var(--busy); }
+.pending { background: var(--on-wait); color: var(--wait); }
+.canceled { background: var(--on-off); color: var(--text); }
+.success > i::before { content: "\\2713  " / ""; }
+.failed > i::before { content: "\\2717  " / ""; }
+.running > i::before { content: "\\25CF  " / ""; }
+.pending > i::before { content: "\\25CB  " / ""; }
+.canceled > i::before { content: "\\2013  " / ""; }
+i { font-style: normal; }
+@media (min-width: 70rem) { .bar { min-width: 28.2rem; } tbody th { min-width: 9.5rem; } }
+@media (max-width: 50rem) {
+  header, main, footer { padding-left: .9rem; padding-right: .9rem; }
+  table, tbody, tr, th, td { display: block; }
+  table { border: 0; }
+  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  tbody tr { border: 1px solid var(--line); border-radius: 6px; margin-bottom: .7rem;
+    padding: .3rem 0; }
+  tbody th, tbody td { border: 0; padding: .25rem .8rem; display: grid; gap: .6rem;
+    grid-template-columns: 6.5rem minmax(0, 1fr); }
+  tbody th::before, tbody td::before { content: attr(data-title); color: var(--soft);
+    font-weight: 400; font-size: .87em; }
+  tbody td:empty { display: none; }
+  .bar li { flex-basis: 6.4rem; }
+}
+@media (max-width: 30rem) {
+  dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
+  dd { margin-bottom: .5rem; }
+}
+"""
+STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+CONTENT_POLICY = f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; base-uri 'none'; "
+CONTENT_POLICY += "form-action 'none'; frame-ancestors 'none'"
+PAGE_HEADERS = (
+    ("Content-Type", "text/html; charset=utf-8"),
+    ("Content-Security-Policy", CONTENT_POLICY),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-store"),
+)
+
+
+class Html(str):
+    """Text that is HTML already: what Markup makes, and constants."""
+
+    __slots__ = ()
+
+
+class Pages:
+    """The page of all apps, of one, and of one run, each from one look at what is in memory.
+
+    Only the log of a run is read from the cluster, on the page of that run.
+    """
+
+    def __init__(self, context: ControllerContext, secrets: Secrets) -> None:
+        self.context = context
+        self.secrets = secrets
+        self.logs = KeptLogs(context.config, context.kubectl)
+
+    def overview(self, _name: str = "") -> Html | None:
+        """Return the page of all apps."""
+        return self.writer("").overview()
+
+    def app(self, name: str) -> Html | None:
+        """Return the page of an app, None if there is no such app."""
+        app = self.context.apps.get(name)
+        return self.writer("../").app(app) if app else None
+
+    def run(self, name: str) -> Html | None:
+        """Return the page of a run, None if nothing is left of it."""
+        writer = self.writer("../")
+        seen = writer.look.run(name)
+        return writer.run(seen, self.logs) if seen else None
+
+    def missing(self) -> Html:
+        """Return the page that says that there is no such page."""
+        return self.writer("../").missing()
+
+    def writer(self, home: str) -> PageWriter:
+        """Return what writes a page from where a relative link leads to the first one."""
+        return PageWriter(look_at(self.context), Markup(self.secrets.words(), home))
+
+
+class PageWriter:
+    """Writes one page of what one look has shown."""
+
+    def __init__(self, look: Look, markup: Markup) -> None:
+        self.look = look
+        self.markup = markup
+        self.tag = markup.tag
+        self.ids = short_ids([seen.run.id for seen in look.runs])
+
+    def overview(self) -> Html:
+        """Return the page of all apps."""
+        places = [self.place_cells(place) for place in self.look.places]
+        titles = ("App", "Environment", *PLACE_TITLES)
+        rows = [
+            [self.app_link(place.app), place.environment, *cells]
+            for place, cells in zip(self.look.places, places, strict=True)
+        ]
+        newest_runs = self.look.runs[:NEWEST_RUNS]
+        content = [
+            self.tag("h2", "Environments"),
+            self.table(titles, rows) if rows else self.tag("p", "No app has an environment."),
+            self.tag("h2", "Newest runs"),
+            self.runs(newest_runs, len(self.look.runs)),
+        ]
+        return self.page("Apps and runs", [], content, self.look.is_busy())
+
+    def app(self, app: App) -> Html:
+        """Return the page of an app."""
+        places = [place for place in self.look.places if place.app == app.name]
+        runs = [seen for seen in self.look.runs if seen.app is app]
+        rows = [[place.environment, *self.place_cells(place)] for place in places]
+        content = [
+            self.terms({"Repository": app.repository, "Branch": app.branch}),
+            self.tag("h2", "Environments"),
+            self.table(("Environment", *PLACE_TITLES), rows)
+            if rows
+            else self.tag("p", "It has no environments."),
+            self.tag("h2", "Runs"),
+            self.runs(runs[:APP_RUNS], len(runs)),
+            self.tag("h2", "Switches") if places else Html(),
+            *(self.switches(place) for place in places),
+        ]
+        return self.page(app.name, [], content, self.look.is_busy(app.name))
+
+    def run(self, seen: ReportedRun, logs: KeptLogs) -> Html:
+        """Return the page of a run."""
+        status = self.look.status(seen)
+        title = self.ids[seen.run.id]
+        log = self.log(status, seen.app, logs)
+        content = [
+            self.facts(seen, status),
+            self.tag("h2", "Stages"),
+            self.stages(seen),
+            self.tag("h2", "Log"),
+            log,
+        ]
+        trail = [self.app_link(seen.app.name)]
+        return self.page(f"Run {title}", trail, content, self.look.is_open(seen))
+
+    def missing(self) -> Html:
+        """Return the page that says that there is no such page."""
+        text = "No app has this name, or nothing is left of this run: no Job and no record."
+        return self.page("Not found", [], [self.tag("p", text)], busy=False)
+
+    def page(self, title: str, trail: Sequence[Html], content: Sequence[Html], busy: bool) -> Html:
+        """Return a whole document."""
+        home = self.markup.link("gitops-hook")
+        trail = [home, *trail, self.tag("span", title, aria_current="page")]
+        steps = [self.tag("li", step) for step in trail]
+        refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if busy else ""
+        again = f"It is loaded again every {REFRESH_SECONDS} seconds while something is under way."
+        shown_at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.look.now))
+        footer = f"As it was at {shown_at}. {again if busy else 'Nothing here is under way.'}"
+        body = [
+            self.tag("header", self.tag("nav", self.tag("ol", *steps), aria_label="Where you are")),
+            self.tag("main", self.tag("h1", title), *self.notices(), *content),
+            self.tag("footer", footer),
+        ]
+        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        named = self.tag("title", f"{title} - gitops-hook")
+        start = f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}{refresh}{named}'
+        style = f"<style>{STYLE}</style></head>"
+        return Html("\n".join([start, style, "<body>", *body, "</body>\n</html>\n"]))
+
+    def notices(self) -> list[Html]:
+        """Return what a reader must know of the whole page."""
+        return [self.tag("p", text, class_="notice", role="status") for text in self.look.notices]
+
+    def place_cells(self, place: EnvironmentStatus) -> list[Html]:
+        """Return what is live in an environment, since when, and the rest of PLACE_TITLES."""
+        versions = (self.version(place.live), self.version(place.target))
+        return [versions[0], self.moment(place.live.at), versions[1], self.doings(place)]
+
+    def doings(self, place: EnvironmentStatus) -> Html:
+        """Return what happens in an environment, or is wrong there."""
+        lines = []
+        if place.claim:
+            bakes = place.bake_until > self.look.now and place.claim.phase == Phase.BAKING
+            more = f", {age(self.look.now, place.bake_until)} left" if bakes else ""
+            phase = self.badge(f"{place.claim.phase}{more}", "running")
+            lines.append(self.tag("div", phase, Html(" "), self.run_link(place.claim.run)))
+        if place.drift:
+            lines.append(self.tag("div", f"Someone changed the selector: {place.drift}"))
+        if place.reverted:
+            why = f": {place.reverted.reason}: {place.reverted.detail}"
+            left = f"{place.reverted.outcome or 'left'}{why}"
+            lines.append(self.tag("div", self.version(place.reverted), Html(" "), left))
+        return Html("".join(lines))
+
+    def version(self, entry: HistoryEntry) -> Html:
+        """Return a version: its commit, as a link to its run if that is there, and its colour."""
+        if not (entry or entry.run):
+            return self.tag("span", "none", class_="soft")
+        shown = self.run_link(entry.run, entry.commit[:8]) if entry.run else "adopted"
+        return Html(f"{shown} {self.tag('span', entry.colour, class_='soft')}")
+
+    def runs(self, runs: Sequence[ReportedRun], total: int) -> Html:
+        """Return the table of runs, newest first, and how many more there are."""
+        if not runs:
+            return self.tag("p", "There is no run yet.")
+        shown = self.table(RUN_TITLES, [self.run_cells(seen) for seen in runs])
+        if len(runs) == total:
+            return shown
+        more = self.tag("p", f"These are the newest {len(runs)} of {total} runs.", class_="soft")
+        return Html(shown + more)
+
+    def run_cells(self, seen: ReportedRun) -> list[Html]:
+        """Return the row of a run."""
+        status = self.look.status(seen)
+        branch = self.tag("div", seen.run.branch, class_="soft")
+        name = Html(f"{self.run_link(seen.run.id)}{branch}")
+        state = Html(self.run_state(status) + self.tag("div", self.moment(seen.run.received)))
+        reason = self.tag("b", status.reason) if status.reason not in ("", Reason.OK) else ""
+        texts = [status.waits_for or status.detail, status.next_words(self.look.now), status.advice]
+        said = Html(reason + "".join(map(self.lines, texts)))
+        return [name, self.bar(seen), state, said]
+
+    def run_state(self, status: RunStatus) -> Html:
+        """Return how a run stands, in the words of `status`."""
+        kind = END_STATES.get(status.outcome, StatusState.RUNNING)
+        words = status.outcome or f"{status.stage} {status.state}"
+        if status.next_try:
+            words = f"{status.outcome} for now"
+        if status.next_try or status.state in ("suspended", "lost", "unknown"):
+            kind = StatusState.PENDING
+        return self.badge(words, str(kind))
+
+    def badge(self, words: str, kind: str) -> Html:
+        """Return the words of a state, with a sign and in colours of their own."""
+        return self.tag("span", self.tag("i", words), class_=f"state {kind}")
+
+    def bar(self, seen: ReportedRun) -> Html:
+        """Return the stages of a run side by side, each with its state as a word."""
+        items = []
+        for stage, state in stages_of(seen).items():
+            kind = str(state.state) if state else "off"
+            word = self.tag("i", STAGE_WORDS[state.state] if state else NOT_BEGUN)
+            items.append(self.tag("li", self.tag("b", stage), Html(" "), word, class_=kind))
+        return self.tag("ol", *items, class_="bar", aria_label="Stages")
+
+    def facts(self, seen: ReportedRun, status: RunStatus) -> Html:
+        """Return what there is to say of a run, as a list of terms."""
+        run = seen.run
+        waits = "" if status.waits_for == status.detail else status.waits_for
+        return self.terms(
+            {
+                "Id": self.tag("span", run.id, class_="id"),
+                "App": self.app_link(seen.app.name),
+                "Branch": run.branch,
+                "Commit": self.markup.commit(seen.app, run.commit),
+                "Title": run.title,
+                "Pushed": self.whole_moment(run.received),
+                "State": self.run_state(status),
+                "Reason": status.reason,
+                "Details": self.lines(status.detail),
+                "Waits for": waits,
+                "Advice": status.advice,
+                "Next try": status.next_words(self.look.now),
+            }
+        )
+
+    def terms(self, texts: Mapping[str, str]) -> Html:
+        """Return a list of terms and what is said of each, without those of which nothing is."""
+        pairs = [(self.tag("dt", term), self.tag("dd", t)) for term, t in texts.items() if t]
+        return self.tag("dl", *itertools.chain(*pairs))
+
+    def stages(self, seen: ReportedRun) -> Html:
+        """Return the table of a run's stages."""
+        rows = []
+        for stage, state in stages_of(seen).items():
+            times = times_of(seen, stage)
+            word = STAGE_WORDS[state.state] if state else NOT_BEGUN
+            shown = self.badge(word, str(state.state) if state else "off")
+            moments = (self.whole_moment(times.began), self.whole_moment(times.ended), times.took)
+            rows.append([stage, shown, *moments, self.lines(state.text if state else "")])
+        return self.table(STAGE_TITLES, rows)
+
+    def switches(self, place: EnvironmentStatus) -> Html:
+        """Return the history of an environment: its switches, newest first."""
+        head = self.tag("h3", place.environment)
+        if not place.history:
+            return Html(head + self.tag("p", "Nothing was switched yet."))
+        rows = []
+        for entry in place.history:
+            why = ": ".join(filter(None, (entry.reason, entry.detail)))
+            words = (entry.outcome or "not confirmed", entry.by or MANAGER, why)
+            rows.append([self.whole_moment(entry.at), self.version(entry), *words])
+        return Html(head + self.table(SWITCH_TITLES, rows))
+
+    def log(self, status: RunStatus, app: App, logs: KeptLogs) -> Html:
+        """Return the kept log of a run, or why there is none."""
+        try:
+            texts = logs.read(app, status)
+        except HookError as failed:
+            return self.tag("p", f"The log cannot be read now: {failed}", class_="notice")
+        blocks = []
+        for title, text in texts.items():
+            block = self.markup.block(text)
+            blocks.append(self.tag("h3", title))
+            blocks.append(self.tag("pre", block, tabindex="0", role="region", aria_label="Log"))
+        none = "No log is kept: logs are kept for a day, and only of what failed."
+        return Html("".join(blocks)) if blocks else self.tag("p", none)
+
+    def table(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
+        """Return a table whose first cell of each row is its head; each cell knows its title."""
+        heads = [self.tag("th", title, scope="col", role="columnheader") for title in titles]
+        body = []
+        for row in rows:
+            cells = [
+                self.tag("td", self.tag("div", cell) if cell else cell, role="cell", data_title=t)
+                for t, cell in zip(titles[1:], row[1:], strict=True)
+            ]
+            first = self.tag("div", row[0])
+            words = {"scope": "row", "role": "rowheader", "data_title": titles[0]}
+            body.append(self.tag("tr", self.tag("th", first, **words), *cells, role="row"))
+        head = self.tag("thead", self.tag("tr", *heads, role="row"), role="rowgroup")
+        return self.tag("table", head, self.tag("tbody", *body, role="rowgroup"), role="table")
+
+    def lines(self, text: str) -> Html:
+        """Return a text of several lines; nothing where there is none."""
+        return self.tag("div", text, class_="lines") if text else Html()
+
+    def app_link(self, name: str) -> Html:
+        """Return a link to the page of an app."""
+        return self.markup.link(name, "apps", name)
+
+    def run_link(self, run: str, words: str = "") -> Html:
+        """Return a link to the page of a run; only its id if nothing is left of it."""
+        words = words or self.ids.get(run, run)
+        if run not in self.ids:
+            return self.tag("span", words, class_="id")
+        return self.tag("span", self.markup.link(words, "runs", run), class_="id")
+
+    def whole_moment(self, at: float) -> Html:
+        """Return how long ago something was, and below it when; nothing for no time."""
+        shown = self.moment(at)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at)) if shown else ""
+        return Html(shown + self.tag("time", stamp, class_="soft")) if shown else shown
+
+    def moment(self, at: float) -> Html:
+        """Return how long ago something was, with the time itself as its title."""
+        if not 0 < at < FAR_FUTURE:
+            return Html()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+        words = f"{age(at, self.look.now)} ago"
+        return self.tag("time", words, datetime=stamp, title=stamp)
+
+
+class Markup:
+    """Makes HTML: whatever is put into it, and is not Html, is masked, bounded and escaped."""
+
+    def __init__(self, secrets: Sequence[str], home: str) -> None:
+        self.secrets = secrets
+        self.home = home  # a relative link to the first page: behind a proxy it may be anywhere
+        self._texts: dict[str, Html] = {}  # many occur often
+
+    def text(self, value: str) -> Html:
+        """Return outside text as HTML: lines in which blanks stand for what is not printable."""
+        if value not in self._texts:
+            masked = str(mask_value(value, self.secrets))[: 20 * SHOWN_LENGTH]
+            lines = (clip(line, SHOWN_LENGTH) for line in masked.split("\n")[: LISTED_FAULTS + 1])
+            self._texts[value] = Html(html.escape("\n".join(lines)))
+        return self._texts[value]
+
+    def block(self, value: str) -> Html:
+        """Return a log as HTML, its end at most, with control characters spelled out."""
+        masked = str(mask_value(value, self.secrets))
+        return Html(html.escape(printable(masked[-LOG_BYTES:])))
+
+    def tag(self, name: str, *content: str, **attributes: str) -> Html:
+        """Return an element; names of attributes may end in _, and have _ in the place of -.
+
+        Attributes are our own words. They are escaped, and nothing is hidden in them.
+        """
+        inner = "".join(c if isinstance(c, Html) else self.text(c) for c in content)
+        more = "".join(
+            f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
+            for key, value in attributes.items()
+        )
+        return Html(f"<{name}{more}>{inner}</{name}>")
+
+    def link(self, words: str, *path: str) -> Html:
+        """Return a link to another page of ours, to the first one without a path."""
+        address = self.home + "/".join(quote(part, safe="") for part in path)
+        return Html(f'<a href="{html.escape(address or "./")}">{self.text(words)}</a>')
+
+    def commit(self, app: App, commit: str) -> Html:
+        """Return a commit, as a link to GitLab where the repository has a web address."""
+        base = app.repository.removesuffix(".git")
+        if not (re.match("https?://", base) and SHA.fullmatch(commit)):
+            return self.tag("span", commit, class_="id")
+        address = html.escape(f"{base}/-/commit/{commit}")
+        shown = self.tag("span", commit, class_="id")
+        return Html(f'<a href="{address}" rel="noreferrer noopener">{shown}</a>')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """What one look at what is in memory has shown; nothing changes it."""
+
+    now: float
+    runs: Sequence[ReportedRun]  # newest first
+    places: Sequence[EnvironmentStatus]
+    states: Mapping[str, AppState]  # by app
+    slots: str  # who takes the slots
+    notices: Sequence[str]
+
+    def run(self, name: str) -> ReportedRun | None:
+        """Return a run by its id."""
+        return next((seen for seen in self.runs if seen.run.id == name), None)
+
+    def status(self, seen: ReportedRun) -> RunStatus:
+        """Return how a run stands, as `status` says it."""
+        state = self.states[seen.app.name]
+        status = run_status(seen.app, state, seen.run.id, seen.jobs).waiting(self.slots)
+        return status.as_claimed([p for p in self.places if p.app == seen.app.name])
+
+    def is_open(self, seen: ReportedRun) -> bool:
+        """Whether a run is under way."""
+        claimed = any(place.claim.run == seen.run.id for place in self.places)
+        return claimed or (seen.end is None and bool(seen.jobs) and not has_ended(seen.jobs))
+
+    def is_busy(self, app: str = "") -> bool:
+        """Whether anything is under way, of one app or of all."""
+        claimed = any(place.claim for place in self.places if app in ("", place.app))
+        own = (seen for seen in self.runs if app in ("", seen.app.name) and seen.end is None)
+        return claimed or any(map(self.is_open, own))
+
+
+def look_at(context: ControllerContext) -> Look:
+    """Return what is in memory now, whatever other threads change; the cluster is not asked."""
+    seen_states = {name: context.state.last(app) for name, app in context.apps.items()}
+    states = {name: state or AppState.empty() for name, state in seen_states.items()}
+    runs = context.observed_runs(states)
+    runs.sort(key=lambda seen: (-seen.run.received, seen.run.id))
+    notices = []
+    if trouble := next((i.trouble for i in context.informers.all() if i.trouble), ""):
+        notices.append(f"The cluster cannot be followed, so this may be old: {trouble}")
+    if unread := [name for name, state in seen_states.items() if state is None]:
+        notices.append(f"Records are not read yet of: {', '.join(unread)}.")
+    if stored := len(context.spool):
+        notices.append(f"Pushes that are stored, and not in the cluster yet: {stored}.")
+    places = (
+        place_of(context, app, environment, states[app.name])
+        for app in context.config.apps
+        for environment in app.deploy.environments
+    )
+    groups = (seen.jobs for seen in runs if seen.jobs)
+    return Look(
+        now=context.clock.now(),
+        runs=runs,
+        places=tuple(places),
+        states=states,
+        slots=slot_words(groups, context.config.limits.max_running),
+        notices=notices,
+    )
+
+
+def place_of(
+    context: ControllerContext, app: App, environment: str, state: AppState
+) -> EnvironmentStatus:
+    """Return what is live in an environment, as far as it is in memory."""
+    informer = context.informers.services.get(environment)
+    service = informer.find(app.service_name) if informer else None
+    entry = state.live.get(environment)
+    recorded = Service.recorded(app.service_name, entry) if entry else None
+    service = service or Service(NO_SERVICE)
+    source = service if service.history else recorded
+    place = EnvironmentStatus.of(app, environment, service, source)
+    reported = context.deployer.steady.live.remembered.drifts.get((app.name, environment))
+    if reported is None or reported.selector != service.selector:
+        return place
+    return replace(place, drift=reported.drift)
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """When a stage of a run began and ended, 0 where that is not known or not yet so."""
+
+    began: float
+    ended: float
+
+    @property
+    def took(self) -> str:
+        """How long it took; "" where that is not known."""
+        return age(self.began, self.ended) if self.began and self.ended else ""
+
+
+def stages_of(seen: ReportedRun) -> dict[str, StageStatus | None]:
+    """Return how each stage of a run stands, None for what it has not reached."""
+    reached = {status.stage: status for status in seen.statuses()}
+    return {stage: reached.get(stage) for stage in (*seen.stages, *reached)}
+
+
+def times_of(seen: ReportedRun, stage: str) -> StageTimes:
+    """Return when a stage began and ended: a Job, or a deployment up to its switch."""
+    status = stages_of(seen)[stage]
+    end = seen.end.ended if seen.end and seen.end.stage == stage else 0.0
+    began = 0.0
+    if job := seen.jobs.get(stage):
+        began = job.unsuspended
+        end = job.finished or end
+    elif service := seen.services.get(stage):
+        began = service.claim.since if service.claim.run == seen.run.id else 0.0
+        end = service.entry(seen.run.id, seen.run.received).at or end
+    return StageTimes(began, end if status and status.is_final else 0.0)
+
+
+class KeptLogs:
+    """Reads the kept logs of runs, one at a time: whoever else wants one is not kept waiting."""
+
+    def __init__(self, config: Config, kubectl: Kubectl) -> None:
+        self.namespaces = config.namespaces
+        self.kubectl = kubectl.with_own_slot()
+        self._reading = threading.Lock()
+
+    def read(self, app: App, status: RunStatus) -> dict[str, str]:
+        """Return the last lines of what failed of a run, by where they were printed.
+
+        Raises HookError, after LOG_SECONDS at the latest.
+        """
+        good = (Outcome.TESTED, Outcome.DEPLOYED)
+        failed = status.state == "ended" and status.outcome not in good
+        kept = status.stage in JOB_STAGES or app.deploy.log_tails
+        namespace = self.namespaces.get(status.stage, "")
+        if not (failed and kept and namespace):
+            return {}
+        if not self._reading.acquire(blocking=False):
+            raise HookError("another page is reading one; load this page again")
+        try:
+            configmaps = logs_of(self.kubectl, status.run, namespace, LOG_SECONDS)
+            return {
+                f"{namespace}: {key}": str(text)
+                for configmap in configmaps
+                for key, text in sorted((configmap.get("data") or {}).items())
+            }
+        except SHAPE_ERRORS as wrong:
+            raise HookError("the cluster's answer has no logs") from wrong
+        finally:
+            self._reading.release()
+
+
+def logs_of(kubectl: Kubectl, run: str, namespace: str, timeout: float) -> list[Object]:
+    """Return the ConfigMaps with the kept logs of a run in a namespace; raises KubectlError."""
+    terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_STAGE: "log", LABEL_RUN: run})
+    return kubectl.list("configmaps", namespace, "-l", terms, timeout=timeout)
+
+
+NO_SERVICE: Object = {"metadata": {"name": "", "resourceVersion": "0"}, "spec": {}}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnvironmentStatus:
+    """What is live of an app in an environment, and what else stands there."""
+
+    app: str
+    environment: str
+    live: HistoryEntry  # with the run that today's traffic reaches
+    target: HistoryEntry  # where a rollback would go
+    claim: Claim
+    bake_until: float
+    reverted: HistoryEntry  # what the last switch left, and why
+    history: Sequence[HistoryEntry] = ()  # the switches, newest first
+    rollback_ready: bool = False  # whether enough pods of the target are ready
+    drift: Drift = Drift.NONE
+    left_behind: tuple[str, ...] = ()  # live Services of the app under other names
+    companions: tuple[str, ...] = ()  # what stands beside the app
+
+    @classmethod
+    def of(
+        cls, app: App, environment: str, service: Service, source: Service | None
+    ) -> EnvironmentStatus:
+        """Return what a live Service says, and where it was recorded last: `source`."""
+        live = service.live
+        if not live and source and service.run:
+            live = source.entry(service.run)
+        newest_entry = next(iter(service.history), HistoryEntry())
+        left = newest_entry.reason and newest_entry != service.live
+        return cls(
+            app=app.name,
+            environment=environment,
+            live=replace(live, run=service.run or live.run),
+            target=service.rollback_target(),
+            claim=service.claim,
+            bake_until=service.annotation(ANNOTATION_BAKE, 0.0),
+            reverted=newest_entry if left else HistoryEntry(),
+            history=tuple(service.history),
+        )
+
+    @property
+    def runs(self) -> list[str]:
+        """The ids of all runs in it."""
+        return [self.live.run, self.target.run, self.claim.run, self.reverted.run]
+
+    def cells(self, ids: Mapping[str, str]) -> list[str]:
+        """Return its row in the table of `status`, with short ids, and the text below the row."""
+        rollback_cells = ["", "impossible"]
+        if self.target:
+            how = "at once" if self.rollback_ready else "by a rollout"
+            rollback_cells = [ids[self.target.run] or "adopted", how]
+        under_way = f"{self.claim.phase} {ids[self.claim.run]} {self.drift}"
+        reverted = ["reverted", ids[self.reverted.run], self.reverted.reason, self.reverted.detail]
+        below = [clip(": ".join(filter(None, reverted)))] if self.reverted else []
+        if self.left_behind:
+            names = clip(", ".join(self.left_behind))
+            below.append(f"Service {names} is not switched any more; delete it when it is unused.")
+        if self.companions:
+            below.append(clip(f"beside it: {', '.join(self.companions)}"))
+        live = [self.app, self.environment, ids[self.live.run], self.live.colour]
+        return [*live, *rollback_cells, under_way, "\n".join(below)]
+
+    def to_json(self) -> Object:
+        """Return it as `status --output json` prints it."""
+        version = ("colour", "run", "commit", "image")
+        end = ("run", "reason", "detail")
+        return {
+            **{key: getattr(self.live, key) for key in version},
+            "drift": str(self.drift),
+            "previous": {key: getattr(self.target, key) for key in version if self.target},
+            "rollback_ready": self.rollback_ready,
+            "deploying": self.claim.to_json() if self.claim else None,
+            "bake_until": self.bake_until or None,
+            "reverted": {key: getattr(self.reverted, key) for key in end if self.reverted},
+            "left_behind": [*self.left_behind],
+            "companions": [*self.companions],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """How a run stands; the fields are the keys of `status --output json`."""
+
+    run: str
+    app: str
+    ref: str
+    commit: str
+    received: float
+    stage: str = ""
+    state: str = "lost"  # where nothing is left that says more
+    outcome: str = ""
+    reason: str = ""
+    detail: str = ""
+    waits_for: str = ""
+    advice: str = ""  # what helps
+    tries: int = 0  # that ended by a circumstance
+    next_try: float | None = None  # when it is tried again by itself
+
+    def as_claimed(self, places: Sequence[EnvironmentStatus]) -> RunStatus:
+        """Return it as far as the claims of environments, in their order, say that it has come."""
+        for place in reversed(places):
+            if place.claim.run == self.run and self.state != "ended":
+                return replace(self, stage=place.environment, state=place.claim.phase)
+        return self
+
+    def waiting(self, slots: str) -> RunStatus:
+        """Return it with what it waits for, if it does; `slots` says who takes the slots."""
+        if self.state == "ended":
+            return self
+        return replace(self, waits_for=self.detail or slots * (self.state == "suspended"))
+
+    def cells(self, ids: Mapping[str, str], now: float) -> list[str]:
+        """Return its row in the table of `status`, with a short id, and the text below the row."""
+        texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now)]
+        detail = clip_lines(self.waits_for or self.detail)
+        below = "\n".join(filter(None, (detail, self.next_words(now), self.advice)))
+        return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts, below]
+
+    def next_words(self, now: float) -> str:
+        """Return when it is tried again, in words; "" for never."""
+        if self.next_try is None:
+            return ""
+        when = f"in {age(now, self.next_try)}" if self.next_try > now else "now"
+        return f"Try {self.tries + 1} {when}, if it is still the head."
+
+
+def slot_words(groups: Iterable[Mapping[str, Job]], limit: int) -> str:
+    """Return what a suspended Job waits for: a slot; and who takes how many of so many."""
+    going = [jobs for jobs in groups if not has_ended(jobs)]
+    takers = [job.run.id for jobs in going for job in jobs.values() if job.state == "active"]
+    names = sorted(takers)[:NAMED_RUNS]
+    if more := len(takers) - len(names):
+        names.append(f"and {more} more")
+    by = f" by {', '.join(names)}" if names else ""
+    verb = "is" if len(takers) == 1 else "are"
+    return f"a free slot: {len(takers)} of {limit} {verb} taken{by}"
+
+
+def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) -> RunStatus:
+    """Return how a run stands by its record and its Jobs by stage; one of them is there."""
+    record = state.runs.get(name)
+    run = newest(jobs) if jobs else run_of_record(app, state.runs[name])
+    status = RunStatus(run.id, run.app, run.ref, run.commit, run.received)
+    if record and record.outcome and record.ended >= run.received:
+        copied = ("stage", "outcome", "reason", "detail", "tries")
+        end = {key: getattr(record, key) for key in copied}
+        helps = record.reason if record.reason in set(Reason) else Reason.OK
+        advice = "" if helps == Reason.OK else Reason(helps).advice
+        status = replace(status, state="ended", advice=advice, **end)
+        status = replace(status, next_try=record.next_try or None)
+    elif jobs:
+        last = jobs.get("build") or jobs["test"]
+        reason = last.annotations.get(ANNOTATION_REASON, "")
+        detail = last.annotations.get(ANNOTATION_DETAIL, "")
+        end = {"outcome": last.outcome, "reason": reason, "detail": detail}
+        now = "ended" if has_ended(jobs) else last.state
+        status = replace(status, stage=last.stage, state=now, **end)
+    rejection = state.rejected.get(run.commit)
+    if status.outcome != Outcome.DEPLOYED or not rejection:
+        return status
+    detail = "" if rejection.reason == Reason.ROLLED_BACK else rejection.reason
+    return replace(status, outcome=Outcome.ROLLED_BACK, reason=Reason.ROLLED_BACK, detail=detail)
+
+
+def short_ids(ids: Iterable[str]) -> dict[str, str]:
+    """Return each run's id without its last part, where that is still the id of only one run."""
+    short = {run: re.sub("(-[0-9a-f]{8})-[0-9a-f]+$", r"\1", run) for run in ids}
+    uses = Counter(short.values())
+    return {run: text if uses[text] == 1 else run for run, text in short.items()}
+
+
+def age(then: float, now: float) -> str:
+    """Return how long ago a time was, in the largest unit of which that is two; "" for none."""
+    past = max(0.0, now - then)
+    unit = next((u for u, seconds in AGE_UNITS.items() if past >= 2 * seconds), "s")
+    return f"{past // AGE_UNITS[unit]:.0f}{unit}" if then else ""
+
+
+def printable(text: str) -> str:
+    """Return anyone's text fit for a terminal: control characters and the like are spelled out."""
+    return "".join(c if c.isprintable() or c in "\t\n" else repr(c)[1:-1] for c in text)
+
+
 # === HTTP =========================================================================================
 
 OPEN_CONNECTIONS = 256  # of each port; no more than a quarter of the files that may be open
@@ -12196,17 +13043,17 @@ SERVER: Object = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a request is answered with: JSON, or metrics as Prometheus reads them."""
+    """What a request is answered with: JSON, metrics as Prometheus reads them, or a page."""
 
     status: int
-    body: Object | bytes
+    body: Object | bytes | Html
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The only method that a path takes, and what answers it."""
+    """The methods that a path takes, and what answers it."""
 
-    method: str
+    methods: str
     handler: Callable[[WSGIEnvironment], Answer]
 
 
@@ -12220,21 +13067,27 @@ class Site:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
         """Answer one request; whatever it holds, there is an answer and the process lives."""
         path = environ.get("PATH_INFO", "")
-        route = self.routes.get(path)
+        # the last word of a path may be a name
+        route = self.routes.get(path) or self.routes.get(f"{path.rpartition('/')[0]}/*")
         answer = self.answer(environ, route)
+        line = f"{answer.status} {http.HTTPStatus(answer.status).phrase}"
         if isinstance(answer.body, bytes):
-            start_response("200 OK", [("Content-Type", prometheus_client.CONTENT_TYPE_LATEST)])
+            start_response(line, [("Content-Type", prometheus_client.CONTENT_TYPE_LATEST)])
             return [answer.body]
+        if isinstance(answer.body, Html):
+            page = answer.body.encode()
+            start_response(line, [*PAGE_HEADERS, ("Content-Length", str(len(page)))])
+            return [page] * (environ["REQUEST_METHOD"] != "HEAD")
         headers = [("Content-Type", "application/json")]
         if route and answer.status == http.HTTPStatus.METHOD_NOT_ALLOWED:
-            headers.append(("Allow", route.method))
+            headers.append(("Allow", route.methods))
         if route and path == "/webhook":
             result = answer.body.get("reason", answer.body["status"])
             self.metrics.deliveries.labels(result).inc()
             details = {"delivery": delivery_id(environ), "status": answer.status, "result": result}
             details |= {key: answer.body.get(key) for key in ("runs", "text")}
             (info if answer.status < http.HTTPStatus.BAD_REQUEST else warn)("delivery", **details)
-        start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", headers)
+        start_response(line, headers)
         return [json.dumps(answer.body).encode() + b"\n"]
 
     def answer(self, environ: WSGIEnvironment, route: Route | None) -> Answer:
@@ -12242,8 +13095,8 @@ class Site:
         try:
             if route is None:
                 deny(404, "NotFound", "no such path")
-            if environ["REQUEST_METHOD"] != route.method:
-                deny(405, "MethodNotAllowed", f"only {route.method}")
+            if environ["REQUEST_METHOD"] not in route.methods.split(", "):
+                deny(405, "MethodNotAllowed", f"only {route.methods}")
             return route.handler(environ)
         except DeliveryError as early:
             word = "ignored" if early.status < http.HTTPStatus.BAD_REQUEST else "refused"
@@ -12269,17 +13122,35 @@ class WebhookApp(Site):
         self.secrets = secrets
         self.spool = spool
         self.controller = controller
+        self.pages = Pages(controller.context, secrets)
         self.stopping = threading.Event()
         self._parsing = threading.Lock()  # one at a time: a parsed body is up to 40 times as large
         self.probes = {"/healthz": Route("GET", self.healthz), "/readyz": Route("GET", self.readyz)}
         self.routes = {"/webhook": Route("POST", self.webhook), **self.probes}
 
     def admin(self) -> Site:
-        """Return the site of the second port, which strangers do not reach: metrics and probes."""
+        """Return the site of the second port, which strangers do not reach: all but the webhook."""
         site = Site(self.metrics)
         latest = partial(prometheus_client.generate_latest, self.metrics.registry)
-        metrics = Route("GET", lambda _: Answer(200, latest()))
-        site.routes = {"/metrics": metrics, **self.probes}
+        pages = self.pages
+
+        def page(write: Callable[[str], Html | None]) -> Route:
+            """Return the route of a page, which is of what the last word of the path names."""
+
+            def show(environ: WSGIEnvironment) -> Answer:
+                """Answer with the page, or with one that says that it is not there."""
+                body = write(environ["PATH_INFO"].rpartition("/")[2])
+                return Answer(200, body) if body else Answer(404, pages.missing())
+
+            return Route("GET, HEAD", show)
+
+        site.routes = {
+            "/metrics": Route("GET", lambda _: Answer(200, latest())),
+            **self.probes,
+            "/": page(pages.overview),
+            "/apps/*": page(pages.app),
+            "/runs/*": page(pages.run),
+        }
         return site
 
     def reads_body(self, request: Any) -> bool:
@@ -12560,17 +13431,14 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitr
 # === commands =====================================================================================
 
 OPEN_FILES = 4096  # for two ports' connections, their bodies, kubectl and git
-NO_SERVICE: Object = {"metadata": {"name": "", "resourceVersion": "0"}, "spec": {}}
 LINGER_SECONDS = 2.0  # in which a stopping daemon still answers, until its endpoint is gone
 SHUTDOWN_SECONDS = 40.0  # for the threads and the last intake; the grace period allows for it
 REOPEN_SECONDS = 30.0  # in which a deleted Job must be gone
 TABLE_COLUMNS = 100  # characters
 APP_TITLES = ("APP", "ENVIRONMENT", "LIVE", "COLOUR", "BEFORE", "ROLLBACK", "UNDER WAY")
-RUN_TITLES = ("RUN", "REF", "STAGE", "STATE", "OUTCOME", "REASON", "AGE")
-AGE_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+STATUS_TITLES = ("RUN", "REF", "STAGE", "STATE", "OUTCOME", "REASON", "AGE")
 UNREADABLE = "not readable with this account"
 UNREADABLE_KINDS = ("Forbidden", "NotFound")  # of the errors of one namespace, not of the cluster
-NAMED_RUNS = 3  # of those that take the slots, in what another one waits for
 START_SECONDS = 5.0  # from a pod's creation until it is ready, by and large
 LEAST_GRACE = 2  # seconds between SIGTERM and SIGKILL, in which a pod can finish requests at all
 RESTARTED = "kubectl.kubernetes.io/restartedAt"
@@ -12824,7 +13692,7 @@ def status(tools: Tools, args: argparse.Namespace) -> int:
     ids = short_ids([run.run for run in runs] + [name for place in places for name in place.runs])
     print_text(table(APP_TITLES, [place.cells(ids) for place in places]))
     rows = [run.cells(ids, now) for run in runs]
-    print_text(f"\n{table(RUN_TITLES, rows)}" if rows else "\nno runs")
+    print_text(f"\n{table(STATUS_TITLES, rows)}" if rows else "\nno runs")
     if unreadable:
         print_text(f"\n{UNREADABLE}: {', '.join(unreadable)}")
     return 0
@@ -12841,131 +13709,19 @@ def noting_unreadable(namespace: str, unreadable: list[str]) -> Iterator[None]:
         unreadable.append(namespace)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EnvironmentStatus:
-    """What is live of an app in an environment, and what else stands there."""
-
-    app: str
-    environment: str
-    live: HistoryEntry  # with the run that today's traffic reaches
-    target: HistoryEntry  # where a rollback would go
-    rollback_ready: bool  # whether enough pods of the target are ready
-    drift: Drift
-    claim: Claim
-    bake_until: float
-    reverted: HistoryEntry  # what the last switch left, and why
-    left_behind: tuple[str, ...] = ()  # live Services of the app under other names
-    companions: tuple[str, ...] = ()  # what stands beside the app
-
-    @property
-    def runs(self) -> list[str]:
-        """The ids of all runs in it."""
-        return [self.live.run, self.target.run, self.claim.run, self.reverted.run]
-
-    def cells(self, ids: Mapping[str, str]) -> list[str]:
-        """Return its row in the table of `status`, with short ids, and the text below the row."""
-        rollback_cells = ["", "impossible"]
-        if self.target:
-            how = "at once" if self.rollback_ready else "by a rollout"
-            rollback_cells = [ids[self.target.run] or "adopted", how]
-        under_way = f"{self.claim.phase} {ids[self.claim.run]} {self.drift}"
-        reverted = ["reverted", ids[self.reverted.run], self.reverted.reason, self.reverted.detail]
-        below = [clip(": ".join(filter(None, reverted)))] if self.reverted else []
-        if self.left_behind:
-            names = clip(", ".join(self.left_behind))
-            below.append(f"Service {names} is not switched any more; delete it when it is unused.")
-        if self.companions:
-            below.append(clip(f"beside it: {', '.join(self.companions)}"))
-        live = [self.app, self.environment, ids[self.live.run], self.live.colour]
-        return [*live, *rollback_cells, under_way, "\n".join(below)]
-
-    def to_json(self) -> Object:
-        """Return it as `status --output json` prints it."""
-        version = ("colour", "run", "commit", "image")
-        end = ("run", "reason", "detail")
-        return {
-            **{key: getattr(self.live, key) for key in version},
-            "drift": str(self.drift),
-            "previous": {key: getattr(self.target, key) for key in version if self.target},
-            "rollback_ready": self.rollback_ready,
-            "deploying": self.claim.to_json() if self.claim else None,
-            "bake_until": self.bake_until or None,
-            "reverted": {key: getattr(self.reverted, key) for key in end if self.reverted},
-            "left_behind": [*self.left_behind],
-            "companions": [*self.companions],
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class RunStatus:
-    """How a run stands; the fields are the keys of `status --output json`."""
-
-    run: str
-    app: str
-    ref: str
-    commit: str
-    received: float
-    stage: str = ""
-    state: str = "lost"  # where nothing is left that says more
-    outcome: str = ""
-    reason: str = ""
-    detail: str = ""
-    waits_for: str = ""
-    advice: str = ""  # what helps
-    tries: int = 0  # that ended by a circumstance
-    next_try: float | None = None  # when it is tried again by itself
-
-    def as_claimed(self, places: Sequence[EnvironmentStatus]) -> RunStatus:
-        """Return it as far as the claims of environments, in their order, say that it has come."""
-        for place in reversed(places):
-            if place.claim.run == self.run and self.state != "ended":
-                return replace(self, stage=place.environment, state=place.claim.phase)
-        return self
-
-    def waiting(self, slots: str) -> RunStatus:
-        """Return it with what it waits for, if it does; `slots` says who takes the slots."""
-        if self.state == "ended":
-            return self
-        return replace(self, waits_for=self.detail or slots * (self.state == "suspended"))
-
-    def cells(self, ids: Mapping[str, str], now: float) -> list[str]:
-        """Return its row in the table of `status`, with a short id, and the text below the row."""
-        texts = [self.stage, self.state, self.outcome, self.reason, age(self.received, now)]
-        detail = clip_lines(self.waits_for or self.detail)
-        below = "\n".join(filter(None, (detail, self.next_words(now), self.advice)))
-        return [ids[self.run], self.ref.removeprefix("refs/heads/"), *texts, below]
-
-    def next_words(self, now: float) -> str:
-        """Return when it is tried again, in words; "" for never."""
-        if self.next_try is None:
-            return ""
-        when = f"in {age(now, self.next_try)}" if self.next_try > now else "now"
-        return f"Try {self.tries + 1} {when}, if it is still the head."
-
-
 def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentStatus:
     """Return what is live of an app in one of its environments."""
     task = task_of(tools.config, app, environment)
     operations = tools.deployer.steady
     service = operations.live.read(task) or Service(NO_SERVICE)
     source = service if service.in_order else operations.live.recorded(task, service)
-    live = service.live
-    if not live and source and service.run:
-        live = source.entry(service.run)
-    target = service.rollback_target()
+    place = EnvironmentStatus.of(app, environment, service, source)
+    target = place.target
     ready = operations.workloads.ready(task.namespace, target.selector) if target else []
-    newest_entry = next(iter(service.history), HistoryEntry())
-    left = newest_entry.reason and newest_entry != service.live
-    return EnvironmentStatus(
-        app=app.name,
-        environment=environment,
-        live=replace(live, run=service.run or live.run),
-        target=target,
+    return replace(
+        place,
         rollback_ready=bool(target) and len(ready) >= target.replicas,
         drift=operations.guard.drift(task, service, source),
-        claim=service.claim,
-        bake_until=service.annotation(ANNOTATION_BAKE, 0.0),
-        reverted=newest_entry if left else HistoryEntry(),
         left_behind=tuple(other.name for other in operations.live.left_behind(task)),
         companions=tuple(
             sorted(str(record) for record in operations.companions.records(task).values())
@@ -13002,51 +13758,6 @@ def read_runs(
     return sorted(runs, key=lambda run: (-run.received, run.run))
 
 
-def slot_words(groups: Iterable[Mapping[str, Job]], limit: int) -> str:
-    """Return what a suspended Job waits for: a slot; and who takes how many of so many."""
-    going = [jobs for jobs in groups if not has_ended(jobs)]
-    takers = [job.run.id for jobs in going for job in jobs.values() if job.state == "active"]
-    names = sorted(takers)[:NAMED_RUNS]
-    if more := len(takers) - len(names):
-        names.append(f"and {more} more")
-    by = f" by {', '.join(names)}" if names else ""
-    verb = "is" if len(takers) == 1 else "are"
-    return f"a free slot: {len(takers)} of {limit} {verb} taken{by}"
-
-
-def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) -> RunStatus:
-    """Return how a run stands by its record and its Jobs by stage; one of them is there."""
-    record = state.runs.get(name)
-    run = newest(jobs) if jobs else run_of_record(app, state.runs[name])
-    status = RunStatus(run.id, run.app, run.ref, run.commit, run.received)
-    if record and record.outcome and record.ended >= run.received:
-        copied = ("stage", "outcome", "reason", "detail", "tries")
-        end = {key: getattr(record, key) for key in copied}
-        helps = record.reason if record.reason in set(Reason) else Reason.OK
-        advice = "" if helps == Reason.OK else Reason(helps).advice
-        status = replace(status, state="ended", advice=advice, **end)
-        status = replace(status, next_try=record.next_try or None)
-    elif jobs:
-        last = jobs.get("build") or jobs["test"]
-        reason = last.annotations.get(ANNOTATION_REASON, "")
-        detail = last.annotations.get(ANNOTATION_DETAIL, "")
-        end = {"outcome": last.outcome, "reason": reason, "detail": detail}
-        now = "ended" if has_ended(jobs) else last.state
-        status = replace(status, stage=last.stage, state=now, **end)
-    rejection = state.rejected.get(run.commit)
-    if status.outcome != Outcome.DEPLOYED or not rejection:
-        return status
-    detail = "" if rejection.reason == Reason.ROLLED_BACK else rejection.reason
-    return replace(status, outcome=Outcome.ROLLED_BACK, reason=Reason.ROLLED_BACK, detail=detail)
-
-
-def short_ids(ids: Iterable[str]) -> dict[str, str]:
-    """Return each run's id without its last part, where that is still the id of only one run."""
-    short = {run: re.sub("(-[0-9a-f]{8})-[0-9a-f]+$", r"\1", run) for run in ids}
-    uses = Counter(short.values())
-    return {run: text if uses[text] == 1 else run for run, text in short.items()}
-
-
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows as lines of at most TABLE_COLUMNS; the last text of a row stands below it.
 
@@ -13071,15 +13782,8 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def age(then: float, now: float) -> str:
-    """Return how long ago a time was, in the largest unit of which that is two; "" for none."""
-    past = max(0.0, now - then)
-    unit = next((u for u, seconds in AGE_UNITS.items() if past >= 2 * seconds), "s")
-    return f"{past // AGE_UNITS[unit]:.0f}{unit}" if then else ""
-
-
 def explain(tools: Tools, args: argparse.Namespace) -> int:
-    """Print how a run stands, and with --log the last lines that its failed containers printed."""
+    """Print how a run and its stages stand, and with --log what its failed containers printed."""
     app = tools.app_of(args.run)
     runs = {run.run: run for run in read_runs(tools, [app])}
     name = completed(args.run, runs) or args.run
@@ -13096,6 +13800,8 @@ def explain(tools: Tools, args: argparse.Namespace) -> int:
             lines = printable(values[key]).split("\n")
             title = key.removesuffix("_for")
             print_text(f"{title + ':':10}" + f"\n{'':10}".join(lines))
+        for line in timeline(tools, app, name):
+            print_text(line)
     elif not logs:
         raise HookError(f"{name} is unknown: no Job, no record and no log of it is left")
     if args.log and not logs:
@@ -13105,13 +13811,41 @@ def explain(tools: Tools, args: argparse.Namespace) -> int:
     return 0
 
 
+def timeline(tools: Tools, app: App, name: str) -> Iterator[str]:
+    """Yield a line for each stage of a run that has Jobs or a record, as far as one may look."""
+    state = tools.deployer.state.recent(app)
+    unreadable: list[str] = []
+    jobs: dict[str, Job] = {}
+    services: dict[str, Service] = {}
+    with noting_unreadable("its Jobs", unreadable):
+        listed = jobs_of(tools.doors.kubectl, tools.config, [name])[name]
+        jobs = {job.stage: job for job in listed}
+    for environment in app.deploy.environments:
+        task = task_of(tools.config, app, environment)
+        with noting_unreadable(task.namespace, unreadable):
+            if service := tools.deployer.steady.live.read(task):
+                services[environment] = service
+    if jobs or name in state.runs:
+        seen = ReportedRun.of(app, state, name, jobs, services)
+        for stage, status in stages_of(seen).items():
+            times = times_of(seen, stage)
+            began = age(times.began, tools.doors.clock.now())
+            words = [STAGE_WORDS[status.state] if status else NOT_BEGUN]
+            words += [f"began {began} ago"] * bool(began) + [f"took {times.took}"] * bool(
+                times.took
+            )
+            said = f": {status.text}" if status and status.text else ""
+            yield printable(f"{stage + ':':9} {', '.join(words)}{said}")
+    for namespace in unreadable:
+        yield f"{namespace}: {UNREADABLE}"
+
+
 def kept_logs(tools: Tools, app: App, run: str) -> Iterator[str]:
     """Yield the kept logs of a run as they are printed, each below where and when that was."""
     shown = app.deploy.environments if app.deploy.log_tails else ()
-    terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_STAGE: "log", LABEL_RUN: run})
     for namespace in (tools.config.namespaces[name] for name in (*JOB_STAGES, *shown)):
         try:
-            configmaps = tools.doors.kubectl.list("configmaps", namespace, "-l", terms)
+            configmaps = logs_of(tools.doors.kubectl, run, namespace, KUBECTL_TIMEOUT)
         except KubectlError as refusal:
             if refusal.kind != "Forbidden":
                 raise
@@ -13568,11 +14302,6 @@ def completed(text: str, ids: Iterable[str]) -> str:
         some = f"{len(matches)} ids begin with it, such as {', '.join(matches[:5])}"
         raise ConfigError([f"{text} is ambiguous: {some}"])
     return text if text in matches else "".join(matches)
-
-
-def printable(text: str) -> str:
-    """Return anyone's text fit for a terminal: control characters and the like are spelled out."""
-    return "".join(c if c.isprintable() or c in "\t\n" else repr(c)[1:-1] for c in text)
 
 
 def print_text(text: str) -> None:

@@ -88,13 +88,14 @@ class Receiver:
         self.now = NOW
         self.late: list[str] = []
         self.metrics = hook.Metrics()
+        self.config = settings or config()
         self.controller = SimpleNamespace(
+            context=SimpleNamespace(config=self.config, kubectl=hook.Kubectl(self.metrics)),
             metrics=self.metrics,
             clock=SimpleNamespace(now=lambda: self.now),
             spooled=threading.Event(),
             heartbeats=SimpleNamespace(late=lambda: self.late),
         )
-        self.config = settings or config()
         self.directory, self.secrets = folder / "spool", folder / "secrets"
         self.secrets.mkdir()
         (self.secrets / "webhook-signing-tokens").write_text(f"{TOKEN}\n", "utf-8")

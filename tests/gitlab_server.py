@@ -69,6 +69,12 @@ class GitLabServer:
         with self.lock:
             return str([e for e in self.statuses if e["name"] == name][-1]["description"])
 
+    def link(self, name: str) -> str | None:
+        """Where the newest status of a name leads."""
+        with self.lock:
+            target: str | None = [e for e in self.statuses if e["name"] == name][-1]["target_url"]
+        return target
+
     def posts(self) -> list[tuple[str, str]]:
         """Names and states that were sent, in order."""
         with self.lock:
@@ -101,7 +107,8 @@ class GitLabServer:
             return 404, {"message": "404 Commit Not Found"}
         if state not in STATES:
             return 400, {"error": "state does not have a valid value"}
-        if max(len(fields.get("description", "")), len(ref)) > 255:
+        texts = (ref, *(fields.get(key, "") for key in ("description", "target_url")))
+        if max(map(len, texts)) > 255:
             return 400, {"error": "a field is too long (maximum is 255)"}
         key = {"sha": commit, "ref": ref, "name": fields["name"], "user": user}
         open_ones = [
@@ -116,6 +123,7 @@ class GitLabServer:
             why = f'(Reason(s): Status cannot transition via "{EVENTS[state]}")'
             return 400, {"message": f"Cannot transition status via {via} {why}"}
         entry |= {"status": state, "description": fields.get("description")}
+        entry["target_url"] = fields.get("target_url")
         if not open_ones:
             self.statuses.append(entry)
         return 201, entry

@@ -45,7 +45,9 @@ class FakeKubectl(hook.Kubectl):
     def get(self, resource: str, name: str, namespace: str) -> Object | None:
         return self.objects.get((resource, name))
 
-    def list(self, resource: str, namespace: str, *filters: str) -> list[Object]:
+    def list(
+        self, resource: str, namespace: str, *filters: str, timeout: float = 30.0
+    ) -> list[Object]:
         self.filters += filters[1:]
         jobs = [o for o in self.objects.values() if o.get("kind") == "Job"]
         return [o for o in jobs if resource == "jobs" and o["metadata"]["namespace"] == namespace]

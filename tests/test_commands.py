@@ -520,6 +520,13 @@ def test_explain_shows_how_a_run_stands(story: Story) -> None:
     )
     assert re.fullmatch(r"\d+s ago", lines["received"])
     assert "broken\n" not in page.stdout.partition("detail")[2], "no log unless it is asked for"
+    assert re.fullmatch(r"failed, began \d+s ago, took \d+s: exit code 1", lines["test"])
+
+
+def test_explain_shows_the_stages_of_a_run_in_their_order(story: Story) -> None:
+    lines = re.findall(r"(?m)^(\w+): +(passed.*)$", story.pages["v3, log"].stdout)
+    assert [stage for stage, _ in lines] == ["test", "production"]
+    assert lines[-1][1].endswith(": is live")
 
 
 def test_explain_takes_the_short_id_that_status_prints(story: Story) -> None:
@@ -579,6 +586,7 @@ def test_explain_goes_on_where_an_account_may_not_look(story: Story) -> None:
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     assert "\n--- production\nnot readable with this account\n" in done.stdout, done
     assert "token=***" in done.stdout
+    assert "\nproduction: not readable with this account\n" in done.stdout
 
 
 def test_status_shows_what_it_can_read_and_names_the_rest(story: Story) -> None:

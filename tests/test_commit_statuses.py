@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import requests
 
 from tests.fleet import Fleet, Gate
 from tests.git_server import serving
@@ -16,6 +17,7 @@ from tests.world import eventually, install
 
 SETTINGS = {"bake": "1s", "environments": ["staging", "production"]}
 GREEN = ("test", "staging", "production")
+PAGE = "https://gitops.example.com/hooks"
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("statuses")
     gate = Gate(tmp_path_factory.mktemp("gates") / "gated")
-    apps = {"shop": SETTINGS, "red": {**SETTINGS, "test": "false"}}
+    apps = {"shop": SETTINGS, "red": {**SETTINGS, "test": "echo 'no <database>'; false"}}
     apps["gated"] = {**SETTINGS, "test": gate.command}
     projects = [f"{name}/shop" for name in apps]
     with (
@@ -54,7 +56,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         Cluster(directory / "cluster", speed=2.0) as cluster,
     ):
         install(cluster)
-        fleet = Fleet(directory, cluster, apps, gitlab={"url": gitlab.url})
+        more = {"gitlab": {"url": gitlab.url}, "external_url": f"{PAGE}/"}
+        fleet = Fleet(directory, cluster, apps, **more)
         for entry in fleet.config["apps"]:
             entry["repository"] = f"{git.url}/{entry['name']}/shop.git"
         (fleet.secrets / "gitlab-token").write_text(f"{TOKEN}\n")
@@ -71,7 +74,31 @@ def test_a_push_that_goes_live_has_a_green_status_of_each_stage(place: Place) ->
     assert place.apps.ended(run, 90)["outcome"] == "deployed"
     place.shows(commit, **dict.fromkeys(GREEN, "success"))
     assert place.gitlab.description("gitops-hook/production") == "is live"
+    assert place.gitlab.link("gitops-hook/production") == f"{PAGE}/runs/{run}"
     assert TOKEN not in place.apps.log.read_text()
+
+
+def test_the_page_that_a_status_leads_to_says_what_became_of_the_push(place: Place) -> None:
+    commit = place.apps["red"].release("v0")
+    run = place.push("red", commit)
+    assert place.apps.ended(run, 90)["reason"] == "TestsFailed"
+    place.shows(commit, test="failed")
+    link = place.gitlab.link("gitops-hook/test")
+    assert link == f"{PAGE}/runs/{run}"
+    path = link.removeprefix(PAGE)
+    page = requests.get(f"{place.apps.admin_url}{path}", timeout=30)
+    assert page.status_code == 200
+    assert "TestsFailed" in page.text
+
+    def log() -> bool:
+        """Whether the page has what the tests printed, as text."""
+        text = requests.get(f"{place.apps.admin_url}{path}", timeout=30).text
+        return "no &lt;database&gt;" in text
+
+    eventually(log, what="the log of the tests is kept, and on the page")
+    overview = requests.get(f"{place.apps.admin_url}/", timeout=30).text
+    assert f'<a href="runs/{run}">' in overview
+    assert "The cluster cannot be followed" not in overview
 
 
 def test_a_push_with_red_tests_has_one_red_status(place: Place) -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,6 @@ from urllib.parse import urlencode
 
 import pytest
 import requests
-from waitress import wasyncore
 
 import gitops_hook as hook
 from tests.deliveries import (
@@ -42,6 +41,7 @@ from tests.deliveries import (
     recorded,
     signed,
 )  # fmt: skip
+from tests.served import Served, serving
 
 
 @pytest.fixture
@@ -598,61 +598,6 @@ def test_each_delivery_is_one_log_line_with_its_id_and_result(
 # === Through a real server ===
 
 
-class Served:
-    """A real server in front of a receiver, with short times."""
-
-    def __init__(self, app: Any, max_body: int = 4096, **more: Any) -> None:
-        self.server = hook.Server(app, "127.0.0.1:0", max_body, **more)
-        self.port = int(self.server.effective_port)
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-
-    def hurry(self, **more: float) -> None:
-        """Give a request less time than the daemon does."""
-        self.server.arrival = {"headers": 0.5, "body": 0.5, "more": 0.5, **more}
-        self.server.adj.asyncore_loop_timeout = 0.1
-
-    def quiet(self) -> None:
-        """Wait until no connection has done anything for a moment."""
-        until = time.monotonic() + 10
-        while any(
-            c.requests or c.last_activity > time.time() - 0.05
-            for c in [*self.server.active_channels.values()]
-        ):
-            assert time.monotonic() < until
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
-
-    def post(self, delivery: Delivery, **more: Any) -> requests.Response:
-        return requests.post(
-            f"{self.url}/webhook", data=delivery.body, headers=delivery.headers, timeout=10, **more
-        )
-
-    def close(self) -> None:
-        pulled = threading.Event()
-
-        def end() -> None:
-            pulled.wait(10)  # the loop may be awake already: the trigger is not yet done with
-            self.server.task_dispatcher.shutdown()
-            wasyncore.close_all(self.server._map)
-
-        self.server.trigger.pull_trigger(end)
-        pulled.set()
-        self.thread.join(10)
-        assert not self.thread.is_alive()
-
-
-@contextmanager
-def serving(app: Any, **more: Any) -> Iterator[Served]:
-    served = Served(app, **more)
-    try:
-        yield served
-    finally:
-        served.close()
-
-
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
     receiver = Receiver(tmp_path, config(max_body="4KiB"))
@@ -1023,7 +968,7 @@ def test_fifty_senders_at_once_are_all_answered_and_all_stored(served: Served) -
 # === The second port ===
 
 
-def test_the_second_port_has_metrics_and_probes_and_nothing_else(receiver: Receiver) -> None:
+def test_the_second_port_has_metrics_and_probes_and_takes_no_deliveries(receiver: Receiver) -> None:
     receiver.metrics.errors.labels("request").inc()
     with serving(receiver.app.admin(), max_body=0) as served:
         answer = requests.get(f"{served.url}/metrics", timeout=30)
@@ -1032,7 +977,7 @@ def test_the_second_port_has_metrics_and_probes_and_nothing_else(receiver: Recei
         for path in ("/healthz", "/readyz"):
             answer = requests.get(f"{served.url}{path}", timeout=30)
             assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
-        for path in ("/", "/webhook", "/metrics/", "/favicon.ico", "/apps/shop"):
+        for path in ("/webhook", "/metrics/", "/favicon.ico", "/apps", "/apps/shop/x", "/x/shop"):
             assert requests.get(f"{served.url}{path}", timeout=30).status_code == 404
         assert served.post(recorded("gitlab-push-branch")).status_code == 404
         assert requests.post(f"{served.url}/metrics", timeout=30).status_code == 405

@@ -391,6 +391,26 @@ def test_the_ingress_routes_exactly_the_webhook_with_tls(installed: Installed) -
     assert "defaultBackend" not in spec
 
 
+def test_the_page_is_routed_only_behind_a_proxy_that_authenticates(installed: Installed) -> None:
+    documents = [*yaml.safe_load_all((EXAMPLE / "page.yaml").read_text("utf-8"))]
+    for document in documents:
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    page = next(d for d in documents if d["kind"] == "Ingress")
+    assert "nginx.ingress.kubernetes.io/auth-url" in page["metadata"]["annotations"]
+    assert page["spec"]["ingressClassName"] == "nginx"
+    (rule,) = page["spec"]["rules"]
+    routed = {path["path"]: path["pathType"] for path in rule["http"]["paths"]}
+    assert routed == {"/": "Exact", "/apps": "Prefix", "/runs": "Prefix"}
+    assert [tls["hosts"] for tls in page["spec"]["tls"]] == [[rule["host"]]]
+    ports = {path["backend"]["service"]["port"]["name"] for path in rule["http"]["paths"]}
+    service = installed.one("Service", "gitops-hook", "orchestration")["spec"]
+    assert [p["port"] for p in service["ports"] if p["name"] in ports] == [8081]
+    # and it is not installed unless someone lists it
+    assert [thing["metadata"]["name"] for thing in installed.all("Ingress")] == ["gitops-hook"]
+    listed = (EXAMPLE / "kustomization.yaml").read_text("utf-8")
+    assert "  # - page.yaml" in listed
+
+
 # === Network policies ===
 
 
@@ -680,7 +700,8 @@ def test_what_is_tested_is_what_is_shipped() -> None:
 
 TARGETS = {
     "help", "venv", "demo", "test", "cluster", "coverage", "e2e", "faults", "soak", "format",
-    "lint", "types", "check", "bench", "fuzz", "image", "apply", "delete", "kind", "lock", "clean",
+    "lint", "types", "check", "bench", "screenshots", "fuzz", "image", "apply", "delete", "kind",
+    "lock", "clean",
 }  # fmt: skip
 
 

@@ -982,6 +982,25 @@ def test_a_description_fits_and_is_one_line_whatever_is_in_it(
     assert "\n" not in said
 
 
+def test_a_status_leads_to_the_page_of_its_run_where_that_can_be_reached(
+    tmp_path: Path, server: GitLabServer
+) -> None:
+    desk = Desk(tmp_path, f"{CONFIG}external_url: https://gitops.example.com/hooks/", server.url)
+    desk.show(desk.looks({"test": "active"}))
+    run = hook.run_id("shop", MAIN, COMMIT)
+    assert server.link("gitops-hook/test") == f"https://gitops.example.com/hooks/runs/{run}"
+    long = Desk(tmp_path, f"{CONFIG}external_url: https://example.com/{'x' * 230}", server.url)
+    long.show(desk.looks({"test": "active"}, commit=OTHER))
+    assert server.link("gitops-hook/test") is None
+
+
+def test_without_an_address_of_the_page_a_status_leads_nowhere(
+    desk: Desk, server: GitLabServer
+) -> None:
+    desk.show(desk.looks({"test": "active"}))
+    assert "target_url" not in server.requests[-1]["fields"]
+
+
 def test_a_branch_with_a_strange_name_is_sent_as_it_is_and_a_long_one_is_not(
     desk: Desk, server: GitLabServer
 ) -> None:
