@@ -175,6 +175,7 @@ LABEL_APP = "gitops-hook/app"
 LABEL_RUN = "gitops-hook/run"
 LABEL_STAGE = "gitops-hook/stage"
 LABEL_VERSION = "version"  # the colour of a pod
+LABEL_SERVICE = "kubernetes.io/service-name"  # of an EndpointSlice
 LABEL_COLOUR = "gitops-hook/colour"  # the same, where the app uses the label `version` itself
 
 ANNOTATION_REPOSITORY = "gitops-hook/repository"
@@ -1550,9 +1551,10 @@ def error(msg: str, **values: Any) -> None:
 
 # The parts of the daemon in which errors are counted.
 ERRORS = (
-    *("companions", "controller", "heads", "intake", "request", "restore", "secrets"),
-    *("selector", "service", "statuses", "watch", "worker"),
+    *("companions", "controller", "heads", "intake", "measurements", "request", "restore"),
+    *("secrets", "selector", "service", "statuses", "watch", "worker"),
 )
+SINKS = ("logs", "statuses")  # where reports go that may fail
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)  # seconds
 
 
@@ -1577,6 +1579,17 @@ class Metrics:
         self.spool = gauge("spool_files", "Pushes stored on disk that are not in the cluster yet.")
         self.waiting = gauge("waiting", "1 while the daemon waits for it, otherwise 0.", ["what"])
         self.queue = gauge("jobs", "Jobs that have not ended.", ["state"])
+        self.queue_wait = gauge(
+            "queue_wait_seconds", "For how long the run waits that waits longest.", ["reason"]
+        )
+        self.endpoints = gauge("live_endpoints", "Ready endpoints of the live Service.", where)
+        self.rollback_ready = gauge(
+            "rollback_ready", "1 if all pods kept of the rollback's target are ready, or 0.", where
+        )
+        self.last_success = gauge(
+            "last_success_timestamp_seconds", "When the newest confirmed version went live.", where
+        )
+        self.reports_failed = counter("reports_failed", "Reports that failed.", ["sink"])
         stage = ("app", "stage", "result")
         self.stage_seconds = histogram("stage_seconds", "Seconds that stages took.", stage)
 
@@ -1586,6 +1599,8 @@ class Metrics:
             self.errors.labels(where)
         for result in ("sent", "unchanged", *Obstacle):
             self.statuses.labels(str(result))
+        for sink in SINKS:
+            self.reports_failed.labels(sink)
         for app in apps:
             self.catch_up.labels(app.name)
             for environment in app.deploy.environments:
@@ -5715,6 +5730,7 @@ JOB_STAGES = {
     "test": JobStage(TEST_CONTAINER, RESULTS_CONTAINER, ANNOTATION_SUMMARY, Reason.TESTS_FAILED),
     "build": JobStage(BUILD_CONTAINER, BUILD_CONTAINER, ANNOTATION_DIGEST, Reason.BUILD_FAILED),
 }
+FREE_SLOT = "FreeSlot"  # beside the reasons: what a run waits for while others have all slots
 Do = StrEnum("Do", "NOTHING WAIT UNSUSPEND BUILD ANNOTATE DEPLOY END")
 
 
@@ -6141,6 +6157,29 @@ def decide_step(observed: Observation) -> Action:
     if not build or build.outcome:  # it belongs to an earlier try of this run
         return decide_start(observed, Do.BUILD, "build")
     return decide_job(observed, build) or decide_deploy(observed)
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What a run waits for before the work of its stage begins, a word of ours, and since when."""
+
+    reason: str
+    since: float
+
+
+def wait_of(observed: Observation, action: Action) -> Wait | None:
+    """Return what keeps the Job of a run from its work, None where nothing does."""
+    if action.do is not Do.WAIT or action.stage not in JOB_STAGES:
+        return None
+    job = observed.jobs.get(action.stage)
+    if job and job.state == "active":
+        reason = job.annotations.get(ANNOTATION_REASON, "")  # which anyone may write
+        return Wait(reason, job.unsuspended) if reason in CIRCUMSTANCES else None
+    reason = str(action.reason) if observed.slot else FREE_SLOT
+    if reason == Reason.OK:
+        return None
+    since = job.created if job else observed.jobs["test"].finished
+    return Wait(reason, max(since, observed.run.received))
 
 
 def outdated(observed: Observation, stage: str) -> Action | None:
@@ -7073,6 +7112,7 @@ class LogTails:
                 work()
             except (HookError, *SHAPE_ERRORS) as failed:
                 warn("logs not kept", detail=str(failed))
+                self.kubectl.metrics.reports_failed.labels("logs").inc()
             finally:
                 self._permits.release()
 
@@ -7730,6 +7770,7 @@ class CommitStatuses:
     def put_off(self, run: ReportedRun, project: Project, failed: GitLabError) -> None:
         """Have it tried again later: the run, all of its server, or all that is refused alike."""
         self.metrics.statuses.labels(str(failed.obstacle)).inc()
+        self.metrics.reports_failed.labels("statuses").inc()
         words = {"app": run.app.name, "run": run.run.id, "detail": str(failed)}
         if failed.obstacle is Obstacle.REFUSED:
             self.metrics.errors.labels("statuses").inc()
@@ -7936,7 +7977,7 @@ class Workloads:
 
         Pods that the cluster took away or replaced since a time are not waited for.
         """
-        terms = f"kubernetes.io/service-name={task.app.service_name}"
+        terms = f"{LABEL_SERVICE}={task.app.service_name}"
         slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
         ready = ready_endpoints(slices)
         pods = [Pod(p) for p in self.pods(task.namespace, selector)]
@@ -11206,6 +11247,7 @@ RETRIED = ("Unreachable", "Conflict", "Unknown", "NotFound")  # nobody's fault, 
 WORKER_FAILED = "deployment step failed, will be tried again"
 READING_FAILED = "manifests could not be read, will be tried again"
 READER = "reader"  # the kind of worker that reads manifests beside the tests
+MEASURE_SECONDS = 30.0  # between two measurements of what serves the environments
 READ_AT_ONCE = 4  # runs whose manifests are read; a dead server delays only some of them
 
 
@@ -11228,6 +11270,7 @@ class Controller:
         self.workers = Workers(context, self.supervisor)
         self.runs = RunReconciler(context, self.catch_up, self.workers)
         self.services = ServiceReconciler(context, self.workers)
+        self.measurements = Measurements(context)
         gitlab = gitlab or GitLab(context.doors.secrets)
         self.statuses = CommitStatuses(config, gitlab, context.reported_runs, context.state)
         context.doors.reports.sinks.append(self.statuses.take)
@@ -11245,6 +11288,8 @@ class Controller:
         repeat("intake", "intake waits for the cluster", self.intake.admit_all, self.spooled)
         repeat("controller", STEP_FAILED, self.reconcile, wake)
         repeat("statuses", "commit statuses wait", self.statuses.send_all, self.statuses.news)
+        measure = self.measurements.measure_all
+        repeat("measurements", "environments not measured", measure, self.measurements.wanted)
         for app in self.context.config.apps:
             read = partial(self.catch_up.read_heads, app)
             wanted = self.context.heads_wanted[app.name]
@@ -11270,7 +11315,8 @@ class Controller:
         for informer in self.informers.all():
             informer.stop()
         wanted = self.context.heads_wanted.values()
-        for event in (self.context.wake, self.spooled, self.statuses.news, *wanted):
+        waiting = (self.measurements.wanted, self.statuses.news)
+        for event in (self.context.wake, self.spooled, *waiting, *wanted):
             event.set()
         self.supervisor.join(until)
         if self.clock.monotonic() < until - seconds / 2:  # else an API that hangs would take it all
@@ -11295,6 +11341,7 @@ class RunReconciler:
         self.catch_up = catch_up
         self.workers = workers
         self.reader = ManifestChecks(context, workers)
+        self.waits = QueueWaits(context.metrics)
         self.cooldown = Cooldown(context.clock)
         self.trackers: dict[str, ProblemTracker] = {}  # of open runs
         self.events: dict[str, list[PodEvent]] = {}  # of their pods, as far as they were read
@@ -11313,7 +11360,9 @@ class RunReconciler:
         active = [job.run for job in jobs if job.state == "active"]
         steps = [Step(observed, decide(observed)) for observed in self.observe_all(open_runs)]
         self.reader.start_all(steps)
-        self.execute_all(self.within_slots(steps, active))
+        steps = [*self.within_slots(steps, active)]
+        self.waits.show(steps)
+        self.execute_all(steps)
         self.context.attempt("Jobs that never ran", self.delete_unrun_jobs)
         self.delete_old_logs()
         return [newest(jobs) for jobs in open_runs]
@@ -11603,6 +11652,25 @@ def latest_version(jobs: Mapping[str, Job], pods: Iterable[Pod]) -> int:
     return max([*(job.version for job in jobs.values()), *(pod.version for pod in pods)])
 
 
+class QueueWaits:
+    """Shows in the metrics what the Jobs of runs wait for, and for how long."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.reasons: set[str] = set()  # since the start
+
+    def show(self, steps: Iterable[Step]) -> None:
+        """Show for how long each thing has been waited for, 0 where nothing waits for it now."""
+        longest = dict.fromkeys(self.reasons, 0.0)
+        for step in steps:
+            if wait := wait_of(step.observed, step.action):
+                seconds = max(0.0, step.observed.now - wait.since)
+                longest[wait.reason] = max(longest.get(wait.reason, 0.0), seconds)
+        for reason, seconds in longest.items():
+            self.metrics.queue_wait.labels(reason).set(seconds)
+        self.reasons = {*longest}
+
+
 class ManifestChecks:
     """Reads the manifests of runs in workers, each once, and remembers how a run ends by them."""
 
@@ -11730,6 +11798,85 @@ class ServiceReconciler:
         if claim.phase == Phase.DRAINING and not task.last:
             return True
         return all(run.id != task.run.id for run in runs)
+
+
+class Measurements:
+    """Measures what serves each environment, for the metrics alone: nothing is decided by it."""
+
+    def __init__(self, context: ControllerContext) -> None:
+        self.context = context
+        self.kubectl = context.kubectl.with_own_slot()
+        self.wanted = threading.Event()  # set to have it measured at once
+
+    def measure_all(self) -> float:
+        """Measure every environment; return the seconds after which to do so again.
+
+        Raises the last HookError; what could not be measured stays as it was.
+        """
+        failed: HookError | None = None
+        pause = MEASURE_SECONDS
+        for environment, informer in self.context.informers.services.items():
+            self.context.heartbeats.beat("measurements", STEP_SECONDS)
+            if informer.trouble:
+                pause = LOOK_SECONDS
+                continue
+            try:
+                self.measure(environment, informer.items())
+            except HookError as failure:
+                failed = failure
+        if failed:
+            raise failed
+        return pause
+
+    def measure(self, environment: str, services: Iterable[Service]) -> None:
+        """Measure the apps of an environment, in two calls; an app without a Service has no values.
+
+        Raises KubectlError.
+        """
+        apps = self.context.informers.apps_in(environment)
+        namespace = self.context.config.namespaces[environment]
+        terms = f"{LABEL_SERVICE} in ({','.join(apps)})"
+        slices_by_service: dict[str, list[Object]] = {}
+        for item in self.kubectl.list("endpointslices", namespace, "-l", terms):
+            name = item["metadata"]["labels"][LABEL_SERVICE]
+            slices_by_service.setdefault(name, []).append(item)
+        ours = f"{LABEL_MANAGED}={MANAGER}"
+        listed = self.kubectl.list("deployments", namespace, "-l", ours)
+        deployments = {d["metadata"]["name"]: d for d in listed}
+        recorded = {service.name: service for service in services if service.history}
+        metrics = self.context.metrics
+        for name, app in apps.items():
+            where = (app.name, environment)
+            service = recorded.get(name)
+            ready = len(ready_endpoints(slices_by_service.get(name, []))) if service else None
+            show(metrics.endpoints, where, ready)
+            target = service.rollback_target() if service else HistoryEntry()
+            deployment = deployments.get(f"{app.name}-{target.colour}")
+            is_kept = is_ready_for_rollback(deployment, target) if target.colour else None
+            show(metrics.rollback_ready, where, is_kept)
+            show(metrics.last_success, where, last_success(service) if service else None)
+
+
+def show(gauge: Any, where: Sequence[str], value: float | None) -> None:
+    """Set a gauge, or take its value away where there is nothing to measure."""
+    if value is None:
+        gauge.remove(*where)
+    else:
+        gauge.labels(*where).set(value)
+
+
+def is_ready_for_rollback(deployment: Object | None, target: HistoryEntry) -> bool:
+    """Whether the Deployment of a rollback's target is there, and all pods that it keeps ready."""
+    if part_of(deployment or {}, "metadata", "labels").get(LABEL_RUN) != target.run:
+        return False  # a newer version stands in its colour, or nothing does
+    ready = part_of(deployment or {}, "status").get("readyReplicas", 0)
+    return bool(ready >= replicas_of(deployment))
+
+
+def last_success(service: Service) -> float | None:
+    """Return when the newest version went live that was deployed and confirmed, None for never."""
+    times = [entry.at for entry in service.history if entry.outcome == Outcome.DEPLOYED]
+    return max(times, default=None)
 
 
 class Workers:
