@@ -66,7 +66,7 @@ import traceback
 import typing
 import uuid
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -1551,10 +1551,10 @@ def error(msg: str, **values: Any) -> None:
 
 # The parts of the daemon in which errors are counted.
 ERRORS = (
-    *("companions", "controller", "heads", "intake", "measurements", "request", "restore"),
-    *("secrets", "selector", "service", "statuses", "watch", "worker"),
+    *("companions", "controller", "events", "heads", "intake", "measurements", "request"),
+    *("restore", "secrets", "selector", "service", "statuses", "watch", "worker"),
 )
-SINKS = ("logs", "statuses")  # where reports go that may fail
+SINKS = ("events", "logs", "statuses")  # where reports go that may fail
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)  # seconds
 
 
@@ -7019,6 +7019,7 @@ class State(StrEnum):
     """What happened to a run or an environment, as the log says it."""
 
     QUEUED = "run queued"
+    WAITS = "waits"
     CLAIMED = "claimed"
     SWITCHED = "switched"
     SWITCHED_BACK = "switched back"
@@ -7033,6 +7034,7 @@ class State(StrEnum):
 BAD_OUTCOMES = (Outcome.FAILED, Outcome.SWITCHED_BACK)
 ALARMING_STATES = (State.SWITCHED_BACK, State.REMOVED, State.DRIFTED)
 NOTABLE_STATES = (State.ROLLED_BACK, State.UNJUDGED)
+UNLOGGED_STATES = (State.WAITS,)  # which come and go, and which `status` shows
 DIRECTIONS = {  # of the traffic, by the state that follows
     State.SWITCHED: "forward",
     State.SWITCHED_BACK: "back",
@@ -7072,7 +7074,8 @@ class Reports:
         log = warn if transition.state in NOTABLE_STATES else info
         if transition.state in ALARMING_STATES or transition.outcome in BAD_OUTCOMES:
             log = error
-        log(str(values.pop("state")), **values)
+        if transition.state not in UNLOGGED_STATES:
+            log(str(values.pop("state")), **values)
         place = (transition.app, transition.environment)
         if direction := DIRECTIONS.get(transition.state):
             self.metrics.switches.labels(*place, direction).inc()
@@ -7083,6 +7086,212 @@ class Reports:
             self.metrics.runs.labels(*labels).inc()
         for sink in self.sinks:
             sink(transition)
+
+
+STATUS_LOOK = 10.0  # seconds in which one look sends, and between two records of what was sent
+UNCHANGED_SECONDS = 30.0  # between two looks while nothing is to be sent
+EVENTS_QUEUED = 1000  # Transitions that wait for their Events; the oldest give way
+EVENTS_AT_ONCE = 100  # Transitions of which Events are made in one go
+EVENT_BYTES = 1000  # of a message, of which an API server takes 1024
+REPEATED_SECONDS = 300.0  # in which it is not said again that a run waits for the same
+
+
+@dataclass(frozen=True, slots=True)
+class EventKind:
+    """What an Event says of a state: its reason, in CamelCase, and a sentence."""
+
+    reason: str
+    text: str  # with the run, why, and who
+    is_warning: bool = False
+
+
+EVENT_KINDS = {
+    State.WAITS: EventKind("Waiting", "Run {run} waits: {why}"),
+    State.CLAIMED: EventKind("Claimed", "Run {run} is being deployed."),
+    State.SWITCHED: EventKind("Switched", "The traffic goes to run {run}."),
+    State.SWITCHED_BACK: EventKind(
+        "SwitchedBack", "The traffic went back from run {run}: {why}", is_warning=True
+    ),
+    State.REMOVED: EventKind(
+        "Removed", "Run {run} was taken away, and none was before it: {why}", is_warning=True
+    ),
+    State.ROLLED_BACK: EventKind("RolledBack", "Somebody rolled back from run {run}: {why}"),
+    State.RESTORED: EventKind("Restored", "What run {run} overwrote is ready for a rollback."),
+    State.UNJUDGED: EventKind(
+        "Unjudged", "Run {run} stays, though its health was not known: {why}", is_warning=True
+    ),
+    State.DRIFTED: EventKind("SelectorChanged", "The selector was {by}.", is_warning=True),
+}
+
+
+def event_kind(transition: Transition) -> EventKind | None:
+    """Return what an Event says of a Transition, None where there is to be none."""
+    if transition.state is not State.ENDED:
+        return EVENT_KINDS.get(transition.state)
+    if transition.outcome == Outcome.DEPLOYED:
+        return EventKind("Deployed", "Run {run} is live, and stays.")
+    if transition.outcome == Outcome.FAILED:
+        reason = transition.reason if transition.reason in {*Reason} else "Failed"
+        return EventKind(reason, "Run {run} has failed: {why}", is_warning=True)
+    return None
+
+
+class Events:
+    """Tells in the cluster what happens: a sink of Transitions that `kubectl describe` shows.
+
+    Their Events are on the live Service, on the Deployment of the run and on its Job. Nothing waits
+    for them, and what was not told when the process ends is not told any more. A name follows from
+    the content, so that an Event that is created again exists already.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        kubectl: Kubectl,
+        secrets: Secrets,
+        clock: Clock,
+        jobs_by_run: Callable[[], Mapping[str, Mapping[str, Job]]],
+    ) -> None:
+        self.apps = {app.name: app for app in config.apps}
+        self.namespaces = config.namespaces
+        self.kubectl = kubectl.with_own_slot()
+        self.secrets = secrets
+        self.clock = clock
+        self.jobs_by_run = jobs_by_run
+        self.news = threading.Event()  # set to have Events created
+        self.ended = threading.Event()  # set to have none created any more
+        self.failing = False
+        self._queue: deque[Transition] = deque(maxlen=EVENTS_QUEUED)
+        self._taken: list[Transition] = []  # from the queue, and not told yet
+        self._waits = Cooldown(clock)
+
+    def take(self, transition: Transition) -> None:
+        """Have the Events of a Transition created, in the place of the oldest where many wait."""
+        if event_kind(transition):
+            if len(self._queue) == EVENTS_QUEUED:
+                self.kubectl.metrics.reports_failed.labels("events").inc()
+            self._queue.append(transition)
+            self.news.set()
+
+    def send_all(self) -> float:
+        """Create what is to be created; return the seconds after which to go on."""
+        until = self.clock.monotonic() + STATUS_LOOK
+        while self._taken or self._queue:
+            if self.ended.is_set() or self.clock.monotonic() > until:
+                return 0.0
+            while self._queue and len(self._taken) < EVENTS_AT_ONCE:
+                self._taken += filter(self.is_news, [self._queue.popleft()])
+            if not self._taken:
+                break
+            place = self.place(self._taken[0])
+            here = [t for t in self._taken if self.place(t) == place]
+            try:
+                self.create(place, here)
+            except HookError as failed:
+                self.count_failure(failed)
+                if isinstance(failed, KubectlError) and failed.kind == "Unreachable":
+                    return AGAIN_SECONDS
+            else:
+                self.failing = False
+            self._taken = [t for t in self._taken if self.place(t) != place]
+        return UNCHANGED_SECONDS
+
+    def count_failure(self, failed: HookError) -> None:
+        """Count that Events were not created, and log the first of such failures in a row."""
+        self.kubectl.metrics.reports_failed.labels("events").inc()
+        if not self.failing:
+            warn("Events not created", detail=str(failed))
+        self.failing = True
+
+    def place(self, transition: Transition) -> tuple[str, str]:
+        """Return the app of a Transition and its environment, "" for none."""
+        app = self.apps.get(transition.app)
+        stage = transition.environment or transition.stage
+        return transition.app, stage if app and stage in app.deploy.environments else ""
+
+    def create(self, place: tuple[str, str], transitions: Iterable[Transition]) -> None:
+        """Create the Events of Transitions of one place.
+
+        Raises the last HookError, after what could be created was.
+        """
+        name, environment = place
+        standing = self.standing(name, environment) if environment else []
+        jobs_by_run = self.jobs_by_run()
+        events: dict[str, dict[str, Object]] = {}  # by namespace and name
+        for transition in transitions:
+            jobs = jobs_by_run.get(transition.run, {})
+            job = jobs.get(transition.stage) or jobs.get("build") or jobs.get("test")
+            objects = [*standing, *([job_reference(job)] if job else [])]
+            for item in objects:
+                run = part_of(item, "metadata", "labels").get(LABEL_RUN)
+                if item["kind"] != "Deployment" or run == transition.run:
+                    event = self.event(transition, item)
+                    here = events.setdefault(item["metadata"]["namespace"], {})
+                    here[event["metadata"]["name"]] = event
+        failed: HookError | None = None
+        for namespace, by_name in events.items():
+            try:
+                refusals = self.kubectl.create_each([*by_name.values()], namespace).values()
+                failed = next((r for r in refusals if r.kind != "AlreadyExists"), failed)
+            except HookError as failure:
+                failed = failure
+        if failed:
+            raise failed
+
+    def standing(self, name: str, environment: str) -> list[Object]:
+        """Return the live Service of an app and its Deployments; raises KubectlError."""
+        references = (
+            f"service/{self.apps[name].service_name}",
+            *(f"deployment/{name}-{colour}" for colour in COLOURS),
+        )
+        return [*filter(None, self.kubectl.get_each(self.namespaces[environment], *references))]
+
+    def is_news(self, transition: Transition) -> bool:
+        """Whether it was not said just now that a run waits for the same."""
+        if transition.state is not State.WAITS:
+            return True
+        key = f"{transition.run} {transition.reason}"
+        is_news = self._waits.allows(key)
+        if is_news:
+            self._waits.start(key, REPEATED_SECONDS)
+        return is_news
+
+    def event(self, transition: Transition, item: Object) -> Object:
+        """Return the Event of a Transition on an object."""
+        kind = event_kind(transition) or EventKind("", "")
+        why = ": ".join(filter(None, (transition.reason, transition.detail)))
+        if kind.reason == transition.reason:
+            why = transition.detail
+        text = kind.text.format(run=transition.run, why=why, by=transition.by)
+        text = clip(self.secrets.mask(text), EVENT_BYTES)
+        meta = item["metadata"]
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(transition.at))
+        content = json.dumps([meta["uid"], kind.reason, text, transition.at])
+        name = f"{meta['name']}.{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        return {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": name, "namespace": meta["namespace"]},
+            "involvedObject": {
+                "apiVersion": item["apiVersion"],
+                "kind": item["kind"],
+                **{key: meta[key] for key in ("name", "namespace", "uid")},
+            },
+            "type": "Warning" if kind.is_warning else "Normal",
+            "reason": kind.reason,
+            "message": text.encode()[:EVENT_BYTES].decode(errors="ignore"),
+            "source": {"component": MANAGER},
+            "reportingComponent": MANAGER,
+            "firstTimestamp": stamp,
+            "lastTimestamp": stamp,
+            "count": 1,
+        }
+
+
+def job_reference(job: Job) -> Object:
+    """Return of a Job what an Event names."""
+    meta = {"name": job.name, "namespace": job.namespace, "uid": job.uid}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta}
 
 
 class LogTails:
@@ -7226,8 +7435,6 @@ REFUSED_DELAYS = (900.0,)  # the same, where no token is good enough
 REFUSED_REPORTS = 96  # tries, of which one is logged: those of a day
 LONGEST_PAUSE = 600.0  # seconds that GitLab may ask for
 STATUS_AGE = 86400.0  # seconds after its end for which a run is reported
-STATUS_LOOK = 10.0  # seconds in which one look sends, and between two records of what was sent
-UNCHANGED_SECONDS = 30.0  # between two looks while nothing is to be sent
 ANSWER_BYTES = 2**18  # of an answer
 REQUESTS_OPEN = 4  # requests that are not answered in time, and still wait
 TOKEN = re.compile(r"[\x21-\x7e]{1,1000}")
@@ -11271,9 +11478,12 @@ class Controller:
         self.runs = RunReconciler(context, self.catch_up, self.workers)
         self.services = ServiceReconciler(context, self.workers)
         self.measurements = Measurements(context)
+        words = (context.doors.secrets, context.clock)
+        jobs_by_run = self.informers.jobs_by_run
+        self.events = Events(config, context.kubectl, *words, jobs_by_run)
         gitlab = gitlab or GitLab(context.doors.secrets)
         self.statuses = CommitStatuses(config, gitlab, context.reported_runs, context.state)
-        context.doors.reports.sinks.append(self.statuses.take)
+        context.doors.reports.sinks += [self.statuses.take, self.events.take]
         self.metrics.spool.set_function(lambda: len(spool))
         self.metrics.begin(config.apps)
 
@@ -11288,6 +11498,7 @@ class Controller:
         repeat("intake", "intake waits for the cluster", self.intake.admit_all, self.spooled)
         repeat("controller", STEP_FAILED, self.reconcile, wake)
         repeat("statuses", "commit statuses wait", self.statuses.send_all, self.statuses.news)
+        repeat("events", "Events wait", self.events.send_all, self.events.news)
         measure = self.measurements.measure_all
         repeat("measurements", "environments not measured", measure, self.measurements.wanted)
         for app in self.context.config.apps:
@@ -11312,10 +11523,11 @@ class Controller:
         until = self.clock.monotonic() + seconds
         self.context.stop.set()
         self.statuses.ended.set()
+        self.events.ended.set()
         for informer in self.informers.all():
             informer.stop()
         wanted = self.context.heads_wanted.values()
-        waiting = (self.measurements.wanted, self.statuses.news)
+        waiting = (self.measurements.wanted, self.statuses.news, self.events.news)
         for event in (self.context.wake, self.spooled, *waiting, *wanted):
             event.set()
         self.supervisor.join(until)
@@ -11341,7 +11553,7 @@ class RunReconciler:
         self.catch_up = catch_up
         self.workers = workers
         self.reader = ManifestChecks(context, workers)
-        self.waits = QueueWaits(context.metrics)
+        self.waits = Waits(context)
         self.cooldown = Cooldown(context.clock)
         self.trackers: dict[str, ProblemTracker] = {}  # of open runs
         self.events: dict[str, list[PodEvent]] = {}  # of their pods, as far as they were read
@@ -11362,6 +11574,7 @@ class RunReconciler:
         self.reader.start_all(steps)
         steps = [*self.within_slots(steps, active)]
         self.waits.show(steps)
+        self.waits.report(jobs)
         self.execute_all(steps)
         self.context.attempt("Jobs that never ran", self.delete_unrun_jobs)
         self.delete_old_logs()
@@ -11652,12 +11865,13 @@ def latest_version(jobs: Mapping[str, Job], pods: Iterable[Pod]) -> int:
     return max([*(job.version for job in jobs.values()), *(pod.version for pod in pods)])
 
 
-class QueueWaits:
-    """Shows in the metrics what the Jobs of runs wait for, and for how long."""
+class Waits:
+    """Shows in metrics and reports what the Jobs of runs wait for."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
+    def __init__(self, context: ControllerContext) -> None:
+        self.context = context
         self.reasons: set[str] = set()  # since the start
+        self.words: dict[str, str] = {}  # of what was reported, by run
 
     def show(self, steps: Iterable[Step]) -> None:
         """Show for how long each thing has been waited for, 0 where nothing waits for it now."""
@@ -11667,8 +11881,26 @@ class QueueWaits:
                 seconds = max(0.0, step.observed.now - wait.since)
                 longest[wait.reason] = max(longest.get(wait.reason, 0.0), seconds)
         for reason, seconds in longest.items():
-            self.metrics.queue_wait.labels(reason).set(seconds)
+            self.context.metrics.queue_wait.labels(reason).set(seconds)
         self.reasons = {*longest}
+
+    def report(self, jobs: Iterable[Job]) -> None:
+        """Report what open runs have begun to wait for, as it is written on their Jobs."""
+        waiting = {job.run.id: job for job in jobs if ANNOTATION_REASON in job.annotations}
+        words = {run: waiting_words(job) for run, job in waiting.items()}
+        for run in [run for run, text in words.items() if text != self.words.get(run)]:
+            job = waiting[run]
+            transition = Transition(
+                state=State.WAITS,
+                run=run,
+                app=job.run.app,
+                stage=job.stage,
+                reason=clip(job.annotations[ANNOTATION_REASON], 40),
+                detail=job.annotations.get(ANNOTATION_DETAIL, ""),
+                at=self.context.clock.now(),
+            )
+            self.context.doors.reports.emit(transition)
+        self.words = words
 
 
 class ManifestChecks:
@@ -12472,10 +12704,11 @@ RESTARTED = "kubectl.kubernetes.io/restartedAt"
 EVERY = "get list watch create patch delete"
 PODS = {"/pods": "get list watch", "/pods/log": "get"}
 STATE_RIGHTS = {"/configmaps": "get create patch"}
-JOB_RIGHTS = {"batch/jobs": EVERY, **PODS, "/events": "list", "/configmaps": "list create delete"}
+JOB_RIGHTS = {"batch/jobs": EVERY, **PODS, "/configmaps": "list create delete"}
+JOB_RIGHTS |= {"/events": "list create"}
 APP_RIGHTS = {"apps/deployments": f"{EVERY} update", "/services": f"{EVERY} update", **PODS}
 APP_RIGHTS |= {"apps/replicasets": "list", "discovery.k8s.io/endpointslices": "list"}
-APP_RIGHTS |= {"/configmaps": "get list create update delete", "/events": "list"}
+APP_RIGHTS |= {"/configmaps": "get list create update delete", "/events": "list create"}
 BESIDE = ("autoscaling/horizontalpodautoscalers", "policy/poddisruptionbudgets", "batch/cronjobs")
 APP_RIGHTS |= dict.fromkeys(BESIDE, "get create update delete")
 

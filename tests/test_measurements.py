@@ -65,7 +65,7 @@ def test_a_reason_that_somebody_else_wrote_is_no_label() -> None:
 
 def test_of_each_reason_the_longest_wait_is_shown_and_0_when_it_is_over() -> None:
     metrics = hook.Metrics()
-    shown = hook.QueueWaits(metrics)
+    shown = hook.Waits(SimpleNamespace(metrics=metrics))  # type: ignore[arg-type]
     queued = [a_view(a_job("test", "suspended", since=s), slot=False) for s in (10, 30, 20)]
     stuck = a_view(a_job("test", since=5, notes=QUOTA))
     shown.show([hook.Step(o, hook.decide(o)) for o in (*queued, stuck)])
