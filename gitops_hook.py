@@ -7115,7 +7115,7 @@ EVENT_KINDS = {
     State.REMOVED: EventKind(
         "Removed", "Run {run} was taken away, and none was before it: {why}", is_warning=True
     ),
-    State.ROLLED_BACK: EventKind("RolledBack", "Somebody rolled back from run {run}: {why}"),
+    State.ROLLED_BACK: EventKind("RolledBack", "{by} rolled back from run {run}: {why}"),
     State.RESTORED: EventKind("Restored", "What run {run} overwrote is ready for a rollback."),
     State.UNJUDGED: EventKind(
         "Unjudged", "Run {run} stays, though its health was not known: {why}", is_warning=True
@@ -7262,7 +7262,8 @@ class Events:
         why = ": ".join(filter(None, (transition.reason, transition.detail)))
         if kind.reason == transition.reason:
             why = transition.detail
-        text = kind.text.format(run=transition.run, why=why, by=transition.by)
+        by = transition.by or "Somebody"
+        text = kind.text.format(run=transition.run, why=why, by=by).rstrip(": ")
         text = clip(self.secrets.mask(text), EVENT_BYTES)
         meta = item["metadata"]
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(transition.at))
@@ -12009,6 +12010,7 @@ class ServiceReconciler:
                 **{**task.words, "run": left.run},
                 detail=clip(left.detail),
                 at=self.context.clock.now(),
+                by="" if service.live.by == MANAGER else clip(service.live.by, 100),
                 more={"live": service.live.run},
             )
             self.context.doors.reports.emit(transition)
@@ -12997,6 +12999,8 @@ class EnvironmentStatus:
             rollback_cells = [ids[self.target.run] or "adopted", how]
         under_way = f"{self.claim.phase} {ids[self.claim.run]} {self.drift}"
         reverted = ["reverted", ids[self.reverted.run], self.reverted.reason, self.reverted.detail]
+        if self.reverted.outcome == Outcome.ROLLED_BACK and self.live.by not in ("", MANAGER):
+            reverted.append(f"by {self.live.by}")
         below = [clip(": ".join(filter(None, reverted)))] if self.reverted else []
         if self.left_behind:
             names = clip(", ".join(self.left_behind))
@@ -13012,6 +13016,7 @@ class EnvironmentStatus:
         end = ("run", "reason", "detail")
         return {
             **{key: getattr(self.live, key) for key in version},
+            "by": self.live.by,
             "drift": str(self.drift),
             "previous": {key: getattr(self.target, key) for key in version if self.target},
             "rollback_ready": self.rollback_ready,
@@ -13261,12 +13266,14 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
         wrong = f"{app.name} is not deployed to {environment!r}, only to: {', '.join(names)}"
         raise ConfigError([wrong])
     task = task_of(tools.config, app, environment)
-    service = tools.deployer.steady.live.read(task) or Service(NO_SERVICE)
+    with ThreadPoolExecutor(1) as beside:
+        by = beside.submit(caller, tools)
+        service = tools.deployer.steady.live.read(task) or Service(NO_SERVICE)
     to = args.to
     if isinstance(to, str):
         to = completed(to, [entry.run for entry in service.history]) or to
     try:
-        target = chosen(service, to)
+        target = replace(chosen(service, to), by=by.result())
     except RefusedError as refusal:
         raise RefusedError(f"{app.name} in {environment}: {refusal}") from refusal
     left = service.live
@@ -13278,6 +13285,16 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
         print_text(f"{left.run} is rejected until `rerun {left.run}`")
     scale_up_and_await_endpoints(tools.deployer, task, left, target)
     return 0
+
+
+def caller(tools: Tools) -> str:
+    """Return who runs this command: the user that the cluster knows, else that of this machine."""
+    with suppress(HookError, *SHAPE_ERRORS):
+        args = ("auth", "whoami", "-o", "json")
+        answer = tools.doors.kubectl.run(*args, namespace=ORCHESTRATION, timeout=LOOK_SECONDS)
+        return clip(str(json.loads(answer)["status"]["userInfo"]["username"]), 100)
+    user = os.environ.get("USER") or f"user {os.getuid()}"
+    return clip(f"{user}@{socket.gethostname()}", 100)
 
 
 def scale_up_and_await_endpoints(
@@ -13342,7 +13359,8 @@ def head_to_rerun(tools: Tools, app: App, text: str) -> Run:
         record = tools.deployer.state.read(app).find(ref, commit)
         name = record.id if record else text if text in ids else ids[0]
         now = tools.doors.clock.now()
-        return Run(id=name, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
+        by = f"rerun by {caller(tools)}"
+        return Run(id=name, app=app.name, ref=ref, commit=commit, delivery=by, received=now)
     if run := completed(text, [entry.run for entry in read_runs(tools, [app])]):
         raise RefusedError(f"{run} is not the head of a branch; only that can run again")
     raise RefusedError(f"{text} is unknown: neither a recorded run nor a branch's head has this id")

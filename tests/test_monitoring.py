@@ -340,7 +340,7 @@ def test_every_alert_has_a_case_and_a_paragraph() -> None:
 
 def test_the_paragraphs_name_every_sink_and_what_the_daemon_may_wait_for() -> None:
     _, _, text = PAGE.partition("### GitopsHookReportsFail")
-    assert {*re.findall(r"`(\w+)`", text)} == {*hook.SINKS}
+    assert {*re.findall(r"`(\w+s)`", text)} == {*hook.SINKS}
     text = PAGE.partition("### GitopsHookWaits")[2].partition("###")[0]
     source = Path(hook.__file__).read_text("utf-8")
     waits = re.findall(r'(?:repeat\(|waiting\.labels\()f?"([\w ]+?)(?: \{\w|[")])', source)
