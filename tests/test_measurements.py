@@ -79,6 +79,26 @@ def seconds(metrics: hook.Metrics) -> dict[str, float]:
     return {s.labels["reason"]: s.value for s in family.samples}
 
 
+def test_what_a_run_waits_for_is_reported_when_it_begins_and_when_it_changes(
+    controller: Any,
+) -> None:
+    reported: list[hook.Transition] = []
+    controller.context.doors.reports.sinks = [reported.append]
+
+    def look(*jobs: hook.Job) -> list[tuple[str, str]]:
+        reported.clear()
+        controller.runs.waits.report(jobs)
+        return [(str(t.state), t.reason) for t in reported]
+
+    waits = a_job("test", notes={**QUOTA, hook.ANNOTATION_DETAIL: "used: 1"})
+    later = a_job("test", notes={**QUOTA, hook.ANNOTATION_DETAIL: "used: 2"})
+    told = [("waits", "QuotaExceeded")]
+    assert [look(waits), look(waits), look(later)] == [told, [], told]
+    assert [look(a_job("test")), look(later)] == [[], told]
+    assert (reported[0].run, reported[0].stage) == (a_run().id, "test")
+    assert reported[0].detail == "used: 2"
+
+
 def test_every_look_of_the_controller_shows_what_is_waited_for(
     controller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
