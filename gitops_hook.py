@@ -68,7 +68,7 @@ import traceback
 import typing
 import uuid
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -178,6 +178,7 @@ LABEL_RUN = "gitops-hook/run"
 LABEL_STAGE = "gitops-hook/stage"
 LABEL_WORKER = "gitops-hook/worker"  # on a worker's pods: a hash of their template
 LABEL_VERSION = "version"  # the colour of a pod
+LABEL_SERVICE = "kubernetes.io/service-name"  # of an EndpointSlice
 LABEL_COLOUR = "gitops-hook/colour"  # the same, where the app uses the label `version` itself
 
 ANNOTATION_REPOSITORY = "gitops-hook/repository"
@@ -1564,9 +1565,10 @@ def error(msg: str, **values: Any) -> None:
 
 # The parts of the daemon in which errors are counted.
 ERRORS = (
-    *("companions", "controller", "heads", "intake", "request", "restore", "secrets"),
-    *("selector", "service", "statuses", "watch", "worker"),
+    *("companions", "controller", "events", "heads", "intake", "measurements", "request"),
+    *("restore", "secrets", "selector", "service", "statuses", "watch", "worker"),
 )
+SINKS = ("events", "logs", "statuses")  # where reports go that may fail
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)  # seconds
 
 
@@ -1591,6 +1593,17 @@ class Metrics:
         self.spool = gauge("spool_files", "Pushes stored on disk that are not in the cluster yet.")
         self.waiting = gauge("waiting", "1 while the daemon waits for it, otherwise 0.", ["what"])
         self.queue = gauge("jobs", "Jobs that have not ended.", ["state"])
+        self.queue_wait = gauge(
+            "queue_wait_seconds", "For how long the run waits that waits longest.", ["reason"]
+        )
+        self.endpoints = gauge("live_endpoints", "Ready endpoints of the live Service.", where)
+        self.rollback_ready = gauge(
+            "rollback_ready", "1 if all pods kept of the rollback's target are ready, or 0.", where
+        )
+        self.last_success = gauge(
+            "last_success_timestamp_seconds", "When the newest confirmed version went live.", where
+        )
+        self.reports_failed = counter("reports_failed", "Reports that failed.", ["sink"])
         stage = ("app", "stage", "result")
         self.stage_seconds = histogram("stage_seconds", "Seconds that stages took.", stage)
 
@@ -1600,6 +1613,8 @@ class Metrics:
             self.errors.labels(where)
         for result in ("sent", "unchanged", *Obstacle):
             self.statuses.labels(str(result))
+        for sink in SINKS:
+            self.reports_failed.labels(sink)
         for app in apps:
             self.catch_up.labels(app.name)
             for environment in app.deploy.environments:
@@ -5802,6 +5817,7 @@ JOB_STAGES = {
     "test": JobStage(TEST_CONTAINER, RESULTS_CONTAINER, ANNOTATION_SUMMARY, Reason.TESTS_FAILED),
     "build": JobStage(BUILD_CONTAINER, BUILD_CONTAINER, ANNOTATION_DIGEST, Reason.BUILD_FAILED),
 }
+FREE_SLOT = "FreeSlot"  # beside the reasons: what a run waits for while others have all slots
 Do = StrEnum("Do", "NOTHING WAIT UNSUSPEND BUILD ANNOTATE DEPLOY END")
 
 
@@ -6234,6 +6250,29 @@ def decide_step(observed: Observation) -> Action:
     if not build or build.outcome:  # it belongs to an earlier try of this run
         return decide_start(observed, Do.BUILD, "build")
     return decide_job(observed, build) or decide_deploy(observed)
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What a run waits for before the work of its stage begins, a word of ours, and since when."""
+
+    reason: str
+    since: float
+
+
+def wait_of(observed: Observation, action: Action) -> Wait | None:
+    """Return what keeps the Job of a run from its work, None where nothing does."""
+    if action.do is not Do.WAIT or action.stage not in JOB_STAGES:
+        return None
+    job = observed.jobs.get(action.stage)
+    if job and job.state == "active":
+        reason = job.annotations.get(ANNOTATION_REASON, "")  # which anyone may write
+        return Wait(reason, job.unsuspended) if reason in CIRCUMSTANCES else None
+    reason = str(action.reason) if observed.slot else FREE_SLOT
+    if reason == Reason.OK:
+        return None
+    since = job.created if job else observed.jobs["test"].finished
+    return Wait(reason, max(since, observed.run.received))
 
 
 def outdated(observed: Observation, stage: str) -> Action | None:
@@ -7089,6 +7128,7 @@ class State(StrEnum):
     """What happened to a run or an environment, as the log says it."""
 
     QUEUED = "run queued"
+    WAITS = "waits"
     CLAIMED = "claimed"
     SWITCHED = "switched"
     SWITCHED_BACK = "switched back"
@@ -7103,6 +7143,7 @@ class State(StrEnum):
 BAD_OUTCOMES = (Outcome.FAILED, Outcome.SWITCHED_BACK)
 ALARMING_STATES = (State.SWITCHED_BACK, State.REMOVED, State.DRIFTED)
 NOTABLE_STATES = (State.ROLLED_BACK, State.UNJUDGED)
+UNLOGGED_STATES = (State.WAITS,)  # which come and go, and which `status` shows
 DIRECTIONS = {  # of the traffic, by the state that follows
     State.SWITCHED: "forward",
     State.SWITCHED_BACK: "back",
@@ -7142,7 +7183,8 @@ class Reports:
         log = warn if transition.state in NOTABLE_STATES else info
         if transition.state in ALARMING_STATES or transition.outcome in BAD_OUTCOMES:
             log = error
-        log(str(values.pop("state")), **values)
+        if transition.state not in UNLOGGED_STATES:
+            log(str(values.pop("state")), **values)
         place = (transition.app, transition.environment)
         if direction := DIRECTIONS.get(transition.state):
             self.metrics.switches.labels(*place, direction).inc()
@@ -7153,6 +7195,213 @@ class Reports:
             self.metrics.runs.labels(*labels).inc()
         for sink in self.sinks:
             sink(transition)
+
+
+STATUS_LOOK = 10.0  # seconds in which one look sends, and between two records of what was sent
+UNCHANGED_SECONDS = 30.0  # between two looks while nothing is to be sent
+EVENTS_QUEUED = 1000  # Transitions that wait for their Events; the oldest give way
+EVENTS_AT_ONCE = 100  # Transitions of which Events are made in one go
+EVENT_BYTES = 1000  # of a message, of which an API server takes 1024
+REPEATED_SECONDS = 300.0  # in which it is not said again that a run waits for the same
+
+
+@dataclass(frozen=True, slots=True)
+class EventKind:
+    """What an Event says of a state: its reason, in CamelCase, and a sentence."""
+
+    reason: str
+    text: str  # with the run, why, and who
+    is_warning: bool = False
+
+
+EVENT_KINDS = {
+    State.WAITS: EventKind("Waiting", "Run {run} waits: {why}"),
+    State.CLAIMED: EventKind("Claimed", "Run {run} is being deployed."),
+    State.SWITCHED: EventKind("Switched", "The traffic goes to run {run}."),
+    State.SWITCHED_BACK: EventKind(
+        "SwitchedBack", "The traffic went back from run {run}: {why}", is_warning=True
+    ),
+    State.REMOVED: EventKind(
+        "Removed", "Run {run} was taken away, and none was before it: {why}", is_warning=True
+    ),
+    State.ROLLED_BACK: EventKind("RolledBack", "{by} rolled back from run {run}: {why}"),
+    State.RESTORED: EventKind("Restored", "What run {run} overwrote is ready for a rollback."),
+    State.UNJUDGED: EventKind(
+        "Unjudged", "Run {run} stays, though its health was not known: {why}", is_warning=True
+    ),
+    State.DRIFTED: EventKind("SelectorChanged", "The selector was {by}.", is_warning=True),
+}
+
+
+def event_kind(transition: Transition) -> EventKind | None:
+    """Return what an Event says of a Transition, None where there is to be none."""
+    if transition.state is not State.ENDED:
+        return EVENT_KINDS.get(transition.state)
+    if transition.outcome == Outcome.DEPLOYED:
+        return EventKind("Deployed", "Run {run} is live, and stays.")
+    if transition.outcome == Outcome.FAILED:
+        reason = transition.reason if transition.reason in {*Reason} else "Failed"
+        return EventKind(reason, "Run {run} has failed: {why}", is_warning=True)
+    return None
+
+
+class Events:
+    """Tells in the cluster what happens: a sink of Transitions that `kubectl describe` shows.
+
+    Their Events are on the live Service, on the Deployment of the run and on its Job. Nothing waits
+    for them, and what was not told when the process ends is not told any more. A name follows from
+    the content, so that an Event that is created again exists already.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        kubectl: Kubectl,
+        secrets: Secrets,
+        clock: Clock,
+        jobs_by_run: Callable[[], Mapping[str, Mapping[str, Job]]],
+    ) -> None:
+        self.apps = {app.name: app for app in config.apps}
+        self.namespaces = config.namespaces
+        self.kubectl = kubectl.with_own_slot()
+        self.secrets = secrets
+        self.clock = clock
+        self.jobs_by_run = jobs_by_run
+        self.news = threading.Event()  # set to have Events created
+        self.ended = threading.Event()  # set to have none created any more
+        self.failing = False
+        self._queue: deque[Transition] = deque(maxlen=EVENTS_QUEUED)
+        self._taken: list[Transition] = []  # from the queue, and not told yet
+        self._waits = Cooldown(clock)
+
+    def take(self, transition: Transition) -> None:
+        """Have the Events of a Transition created, in the place of the oldest where many wait."""
+        if event_kind(transition):
+            if len(self._queue) == EVENTS_QUEUED:
+                self.kubectl.metrics.reports_failed.labels("events").inc()
+            self._queue.append(transition)
+            self.news.set()
+
+    def send_all(self) -> float:
+        """Create what is to be created; return the seconds after which to go on."""
+        until = self.clock.monotonic() + STATUS_LOOK
+        while self._taken or self._queue:
+            if self.ended.is_set() or self.clock.monotonic() > until:
+                return 0.0
+            while self._queue and len(self._taken) < EVENTS_AT_ONCE:
+                self._taken += filter(self.is_news, [self._queue.popleft()])
+            if not self._taken:
+                break
+            place = self.place(self._taken[0])
+            here = [t for t in self._taken if self.place(t) == place]
+            try:
+                self.create(place, here)
+            except HookError as failed:
+                self.count_failure(failed)
+                if isinstance(failed, KubectlError) and failed.kind == "Unreachable":
+                    return AGAIN_SECONDS
+            else:
+                self.failing = False
+            self._taken = [t for t in self._taken if self.place(t) != place]
+        return UNCHANGED_SECONDS
+
+    def count_failure(self, failed: HookError) -> None:
+        """Count that Events were not created, and log the first of such failures in a row."""
+        self.kubectl.metrics.reports_failed.labels("events").inc()
+        if not self.failing:
+            warn("Events not created", detail=str(failed))
+        self.failing = True
+
+    def place(self, transition: Transition) -> tuple[str, str]:
+        """Return the app of a Transition and its environment, "" for none."""
+        app = self.apps.get(transition.app)
+        stage = transition.environment or transition.stage
+        return transition.app, stage if app and stage in app.deploy.environments else ""
+
+    def create(self, place: tuple[str, str], transitions: Iterable[Transition]) -> None:
+        """Create the Events of Transitions of one place.
+
+        Raises the last HookError, after what could be created was.
+        """
+        name, environment = place
+        standing = self.standing(name, environment) if environment else []
+        jobs_by_run = self.jobs_by_run()
+        events: dict[str, dict[str, Object]] = {}  # by namespace and name
+        for transition in transitions:
+            jobs = jobs_by_run.get(transition.run, {})
+            job = jobs.get(transition.stage) or jobs.get("build") or jobs.get("test")
+            objects = [*standing, *([job_reference(job)] if job else [])]
+            for item in objects:
+                run = part_of(item, "metadata", "labels").get(LABEL_RUN)
+                if item["kind"] != "Deployment" or run == transition.run:
+                    event = self.event(transition, item)
+                    here = events.setdefault(item["metadata"]["namespace"], {})
+                    here[event["metadata"]["name"]] = event
+        failed: HookError | None = None
+        for namespace, by_name in events.items():
+            try:
+                refusals = self.kubectl.create_each([*by_name.values()], namespace).values()
+                failed = next((r for r in refusals if r.kind != "AlreadyExists"), failed)
+            except HookError as failure:
+                failed = failure
+        if failed:
+            raise failed
+
+    def standing(self, name: str, environment: str) -> list[Object]:
+        """Return the live Service of an app and its Deployments; raises KubectlError."""
+        references = (
+            f"service/{self.apps[name].service_name}",
+            *(f"deployment/{name}-{colour}" for colour in COLOURS),
+        )
+        return [*filter(None, self.kubectl.get_each(self.namespaces[environment], *references))]
+
+    def is_news(self, transition: Transition) -> bool:
+        """Whether it was not said just now that a run waits for the same."""
+        if transition.state is not State.WAITS:
+            return True
+        key = f"{transition.run} {transition.reason}"
+        is_news = self._waits.allows(key)
+        if is_news:
+            self._waits.start(key, REPEATED_SECONDS)
+        return is_news
+
+    def event(self, transition: Transition, item: Object) -> Object:
+        """Return the Event of a Transition on an object."""
+        kind = event_kind(transition) or EventKind("", "")
+        why = ": ".join(filter(None, (transition.reason, transition.detail)))
+        if kind.reason == transition.reason:
+            why = transition.detail
+        by = transition.by or "Somebody"
+        text = kind.text.format(run=transition.run, why=why, by=by).rstrip(": ")
+        text = clip(self.secrets.mask(text), EVENT_BYTES)
+        meta = item["metadata"]
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(transition.at))
+        content = json.dumps([meta["uid"], kind.reason, text, transition.at])
+        name = f"{meta['name']}.{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        return {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": name, "namespace": meta["namespace"]},
+            "involvedObject": {
+                "apiVersion": item["apiVersion"],
+                "kind": item["kind"],
+                **{key: meta[key] for key in ("name", "namespace", "uid")},
+            },
+            "type": "Warning" if kind.is_warning else "Normal",
+            "reason": kind.reason,
+            "message": text.encode()[:EVENT_BYTES].decode(errors="ignore"),
+            "source": {"component": MANAGER},
+            "reportingComponent": MANAGER,
+            "firstTimestamp": stamp,
+            "lastTimestamp": stamp,
+            "count": 1,
+        }
+
+
+def job_reference(job: Job) -> Object:
+    """Return of a Job what an Event names."""
+    meta = {"name": job.name, "namespace": job.namespace, "uid": job.uid}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta}
 
 
 class LogTails:
@@ -7182,6 +7431,7 @@ class LogTails:
                 work()
             except (HookError, *SHAPE_ERRORS) as failed:
                 warn("logs not kept", detail=str(failed))
+                self.kubectl.metrics.reports_failed.labels("logs").inc()
             finally:
                 self._permits.release()
 
@@ -7295,8 +7545,6 @@ REFUSED_DELAYS = (900.0,)  # the same, where no token is good enough
 REFUSED_REPORTS = 96  # tries, of which one is logged: those of a day
 LONGEST_PAUSE = 600.0  # seconds that GitLab may ask for
 STATUS_AGE = 86400.0  # seconds after its end for which a run is reported
-STATUS_LOOK = 10.0  # seconds in which one look sends, and between two records of what was sent
-UNCHANGED_SECONDS = 30.0  # between two looks while nothing is to be sent
 ANSWER_BYTES = 2**18  # of an answer
 REQUESTS_OPEN = 4  # requests that are not answered in time, and still wait
 TOKEN = re.compile(r"[\x21-\x7e]{1,1000}")
@@ -7843,6 +8091,7 @@ class CommitStatuses:
     def put_off(self, run: ReportedRun, project: Project, failed: GitLabError) -> None:
         """Have it tried again later: the run, all of its server, or all that is refused alike."""
         self.metrics.statuses.labels(str(failed.obstacle)).inc()
+        self.metrics.reports_failed.labels("statuses").inc()
         words = {"app": run.app.name, "run": run.run.id, "detail": str(failed)}
         if failed.obstacle is Obstacle.REFUSED:
             self.metrics.errors.labels("statuses").inc()
@@ -8049,7 +8298,7 @@ class Workloads:
 
         Pods that the cluster took away or replaced since a time are not waited for.
         """
-        terms = f"kubernetes.io/service-name={task.app.service_name}"
+        terms = f"{LABEL_SERVICE}={task.app.service_name}"
         slices = self.kubectl.list("endpointslices", task.namespace, "-l", terms)
         ready = ready_endpoints(slices)
         pods = [Pod(p) for p in self.pods(task.namespace, selector)]
@@ -11495,6 +11744,7 @@ RETRIED = ("Unreachable", "Conflict", "Unknown", "NotFound")  # nobody's fault, 
 WORKER_FAILED = "deployment step failed, will be tried again"
 READING_FAILED = "manifests could not be read, will be tried again"
 READER = "reader"  # the kind of worker that reads manifests beside the tests
+MEASURE_SECONDS = 30.0  # between two measurements of what serves the environments
 READ_AT_ONCE = 4  # runs whose manifests are read; a dead server delays only some of them
 
 
@@ -11517,9 +11767,13 @@ class Controller:
         self.workers = Workers(context, self.supervisor)
         self.runs = RunReconciler(context, self.catch_up, self.workers)
         self.services = ServiceReconciler(context, self.workers)
+        self.measurements = Measurements(context)
+        words = (context.doors.secrets, context.clock)
+        jobs_by_run = self.informers.jobs_by_run
+        self.events = Events(config, context.kubectl, *words, jobs_by_run)
         gitlab = gitlab or GitLab(context.doors.secrets)
         self.statuses = CommitStatuses(config, gitlab, context.reported_runs, context.state)
-        context.doors.reports.sinks.append(self.statuses.take)
+        context.doors.reports.sinks += [self.statuses.take, self.events.take]
         self.metrics.spool.set_function(lambda: len(spool))
         self.metrics.begin(config.apps)
 
@@ -11534,6 +11788,9 @@ class Controller:
         repeat("intake", "intake waits for the cluster", self.intake.admit_all, self.spooled)
         repeat("controller", STEP_FAILED, self.reconcile, wake)
         repeat("statuses", "commit statuses wait", self.statuses.send_all, self.statuses.news)
+        repeat("events", "Events wait", self.events.send_all, self.events.news)
+        measure = self.measurements.measure_all
+        repeat("measurements", "environments not measured", measure, self.measurements.wanted)
         for app in self.context.config.apps:
             read = partial(self.catch_up.read_heads, app)
             wanted = self.context.heads_wanted[app.name]
@@ -11556,10 +11813,12 @@ class Controller:
         until = self.clock.monotonic() + seconds
         self.context.stop.set()
         self.statuses.ended.set()
+        self.events.ended.set()
         for informer in self.informers.all():
             informer.stop()
         wanted = self.context.heads_wanted.values()
-        for event in (self.context.wake, self.spooled, self.statuses.news, *wanted):
+        waiting = (self.measurements.wanted, self.statuses.news, self.events.news)
+        for event in (self.context.wake, self.spooled, *waiting, *wanted):
             event.set()
         self.supervisor.join(until)
         if self.clock.monotonic() < until - seconds / 2:  # else an API that hangs would take it all
@@ -11584,6 +11843,7 @@ class RunReconciler:
         self.catch_up = catch_up
         self.workers = workers
         self.reader = ManifestChecks(context, workers)
+        self.waits = Waits(context)
         self.cooldown = Cooldown(context.clock)
         self.trackers: dict[str, ProblemTracker] = {}  # of open runs
         self.events: dict[str, list[PodEvent]] = {}  # of their pods, as far as they were read
@@ -11602,7 +11862,10 @@ class RunReconciler:
         active = [job.run for job in jobs if job.state == "active"]
         steps = [Step(observed, decide(observed)) for observed in self.observe_all(open_runs)]
         self.reader.start_all(steps)
-        self.execute_all(self.within_slots(steps, active))
+        steps = [*self.within_slots(steps, active)]
+        self.waits.show(steps)
+        self.waits.report(jobs)
+        self.execute_all(steps)
         self.context.attempt("Jobs that never ran", self.delete_unrun_jobs)
         self.delete_old_logs()
         return [newest(jobs) for jobs in open_runs]
@@ -11892,6 +12155,44 @@ def latest_version(jobs: Mapping[str, Job], pods: Iterable[Pod]) -> int:
     return max([*(job.version for job in jobs.values()), *(pod.version for pod in pods)])
 
 
+class Waits:
+    """Shows in metrics and reports what the Jobs of runs wait for."""
+
+    def __init__(self, context: ControllerContext) -> None:
+        self.context = context
+        self.reasons: set[str] = set()  # since the start
+        self.words: dict[str, str] = {}  # of what was reported, by run
+
+    def show(self, steps: Iterable[Step]) -> None:
+        """Show for how long each thing has been waited for, 0 where nothing waits for it now."""
+        longest = dict.fromkeys(self.reasons, 0.0)
+        for step in steps:
+            if wait := wait_of(step.observed, step.action):
+                seconds = max(0.0, step.observed.now - wait.since)
+                longest[wait.reason] = max(longest.get(wait.reason, 0.0), seconds)
+        for reason, seconds in longest.items():
+            self.context.metrics.queue_wait.labels(reason).set(seconds)
+        self.reasons = {*longest}
+
+    def report(self, jobs: Iterable[Job]) -> None:
+        """Report what open runs have begun to wait for, as it is written on their Jobs."""
+        waiting = {job.run.id: job for job in jobs if ANNOTATION_REASON in job.annotations}
+        words = {run: waiting_words(job) for run, job in waiting.items()}
+        for run in [run for run, text in words.items() if text != self.words.get(run)]:
+            job = waiting[run]
+            transition = Transition(
+                state=State.WAITS,
+                run=run,
+                app=job.run.app,
+                stage=job.stage,
+                reason=clip(job.annotations[ANNOTATION_REASON], 40),
+                detail=job.annotations.get(ANNOTATION_DETAIL, ""),
+                at=self.context.clock.now(),
+            )
+            self.context.doors.reports.emit(transition)
+        self.words = words
+
+
 class ManifestChecks:
     """Reads the manifests of runs in workers, each once, and remembers how a run ends by them."""
 
@@ -11998,6 +12299,7 @@ class ServiceReconciler:
                 **{**task.words, "run": left.run},
                 detail=clip(left.detail),
                 at=self.context.clock.now(),
+                by="" if service.live.by == MANAGER else clip(service.live.by, 100),
                 more={"live": service.live.run},
             )
             self.context.doors.reports.emit(transition)
@@ -12019,6 +12321,85 @@ class ServiceReconciler:
         if claim.phase == Phase.DRAINING and not task.last:
             return True
         return all(run.id != task.run.id for run in runs)
+
+
+class Measurements:
+    """Measures what serves each environment, for the metrics alone: nothing is decided by it."""
+
+    def __init__(self, context: ControllerContext) -> None:
+        self.context = context
+        self.kubectl = context.kubectl.with_own_slot()
+        self.wanted = threading.Event()  # set to have it measured at once
+
+    def measure_all(self) -> float:
+        """Measure every environment; return the seconds after which to do so again.
+
+        Raises the last HookError; what could not be measured stays as it was.
+        """
+        failed: HookError | None = None
+        pause = MEASURE_SECONDS
+        for environment, informer in self.context.informers.services.items():
+            self.context.heartbeats.beat("measurements", STEP_SECONDS)
+            if informer.trouble:
+                pause = LOOK_SECONDS
+                continue
+            try:
+                self.measure(environment, informer.items())
+            except HookError as failure:
+                failed = failure
+        if failed:
+            raise failed
+        return pause
+
+    def measure(self, environment: str, services: Iterable[Service]) -> None:
+        """Measure the apps of an environment, in two calls; an app without a Service has no values.
+
+        Raises KubectlError.
+        """
+        apps = self.context.informers.apps_in(environment)
+        namespace = self.context.config.namespaces[environment]
+        terms = f"{LABEL_SERVICE} in ({','.join(apps)})"
+        slices_by_service: dict[str, list[Object]] = {}
+        for item in self.kubectl.list("endpointslices", namespace, "-l", terms):
+            name = item["metadata"]["labels"][LABEL_SERVICE]
+            slices_by_service.setdefault(name, []).append(item)
+        ours = f"{LABEL_MANAGED}={MANAGER}"
+        listed = self.kubectl.list("deployments", namespace, "-l", ours)
+        deployments = {d["metadata"]["name"]: d for d in listed}
+        recorded = {service.name: service for service in services if service.history}
+        metrics = self.context.metrics
+        for name, app in apps.items():
+            where = (app.name, environment)
+            service = recorded.get(name)
+            ready = len(ready_endpoints(slices_by_service.get(name, []))) if service else None
+            show(metrics.endpoints, where, ready)
+            target = service.rollback_target() if service else HistoryEntry()
+            deployment = deployments.get(f"{app.name}-{target.colour}")
+            is_kept = is_ready_for_rollback(deployment, target) if target.colour else None
+            show(metrics.rollback_ready, where, is_kept)
+            show(metrics.last_success, where, last_success(service) if service else None)
+
+
+def show(gauge: Any, where: Sequence[str], value: float | None) -> None:
+    """Set a gauge, or take its value away where there is nothing to measure."""
+    if value is None:
+        gauge.remove(*where)
+    else:
+        gauge.labels(*where).set(value)
+
+
+def is_ready_for_rollback(deployment: Object | None, target: HistoryEntry) -> bool:
+    """Whether the Deployment of a rollback's target is there, and all pods that it keeps ready."""
+    if part_of(deployment or {}, "metadata", "labels").get(LABEL_RUN) != target.run:
+        return False  # a newer version stands in its colour, or nothing does
+    ready = part_of(deployment or {}, "status").get("readyReplicas", 0)
+    return bool(ready >= replicas_of(deployment))
+
+
+def last_success(service: Service) -> float | None:
+    """Return when the newest version went live that was deployed and confirmed, None for never."""
+    times = [entry.at for entry in service.history if entry.outcome == Outcome.DEPLOYED]
+    return max(times, default=None)
 
 
 class Workers:
@@ -12883,6 +13264,8 @@ class EnvironmentStatus:
             rollback_cells = [ids[self.target.run] or "adopted", how]
         under_way = f"{self.claim.phase} {ids[self.claim.run]} {self.drift}"
         reverted = ["reverted", ids[self.reverted.run], self.reverted.reason, self.reverted.detail]
+        if self.reverted.outcome == Outcome.ROLLED_BACK and self.live.by not in ("", MANAGER):
+            reverted.append(f"by {self.live.by}")
         below = [clip(": ".join(filter(None, reverted)))] if self.reverted else []
         if self.left_behind:
             names = clip(", ".join(self.left_behind))
@@ -12898,6 +13281,7 @@ class EnvironmentStatus:
         end = ("run", "reason", "detail")
         return {
             **{key: getattr(self.live, key) for key in version},
+            "by": self.live.by,
             "drift": str(self.drift),
             "previous": {key: getattr(self.target, key) for key in version if self.target},
             "rollback_ready": self.rollback_ready,
@@ -13446,10 +13830,11 @@ RESTARTED = "kubectl.kubernetes.io/restartedAt"
 EVERY = "get list watch create patch delete"
 PODS = {"/pods": "get list watch", "/pods/log": "get"}
 STATE_RIGHTS = {"/configmaps": "get create patch"}
-JOB_RIGHTS = {"batch/jobs": EVERY, **PODS, "/events": "list", "/configmaps": "list create delete"}
+JOB_RIGHTS = {"batch/jobs": EVERY, **PODS, "/configmaps": "list create delete"}
+JOB_RIGHTS |= {"/events": "list create"}
 APP_RIGHTS = {"apps/deployments": f"{EVERY} update", "/services": f"{EVERY} update", **PODS}
 APP_RIGHTS |= {"apps/replicasets": "list", "discovery.k8s.io/endpointslices": "list"}
-APP_RIGHTS |= {"/configmaps": "get list create update delete", "/events": "list"}
+APP_RIGHTS |= {"/configmaps": "get list create update delete", "/events": "list create"}
 BESIDE = ("autoscaling/horizontalpodautoscalers", "policy/poddisruptionbudgets", "batch/cronjobs")
 APP_RIGHTS |= dict.fromkeys(BESIDE, "get create update delete")
 
@@ -13868,12 +14253,14 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
         wrong = f"{app.name} is not deployed to {environment!r}, only to: {', '.join(names)}"
         raise ConfigError([wrong])
     task = task_of(tools.config, app, environment)
-    service = tools.deployer.steady.live.read(task) or Service(NO_SERVICE)
+    with ThreadPoolExecutor(1) as beside:
+        by = beside.submit(caller, tools)
+        service = tools.deployer.steady.live.read(task) or Service(NO_SERVICE)
     to = args.to
     if isinstance(to, str):
         to = completed(to, [entry.run for entry in service.history]) or to
     try:
-        target = chosen(service, to)
+        target = replace(chosen(service, to), by=by.result())
     except RefusedError as refusal:
         raise RefusedError(f"{app.name} in {environment}: {refusal}") from refusal
     left = service.live
@@ -13885,6 +14272,16 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
         print_text(f"{left.run} is rejected until `rerun {left.run}`")
     scale_up_and_await_endpoints(tools.deployer, task, left, target)
     return 0
+
+
+def caller(tools: Tools) -> str:
+    """Return who runs this command: the user that the cluster knows, else that of this machine."""
+    with suppress(HookError, *SHAPE_ERRORS):
+        args = ("auth", "whoami", "-o", "json")
+        answer = tools.doors.kubectl.run(*args, namespace=ORCHESTRATION, timeout=LOOK_SECONDS)
+        return clip(str(json.loads(answer)["status"]["userInfo"]["username"]), 100)
+    user = os.environ.get("USER") or f"user {os.getuid()}"
+    return clip(f"{user}@{socket.gethostname()}", 100)
 
 
 def scale_up_and_await_endpoints(
@@ -13949,7 +14346,8 @@ def head_to_rerun(tools: Tools, app: App, text: str) -> Run:
         record = tools.deployer.state.read(app).find(ref, commit)
         name = record.id if record else text if text in ids else ids[0]
         now = tools.doors.clock.now()
-        return Run(id=name, app=app.name, ref=ref, commit=commit, delivery="rerun", received=now)
+        by = f"rerun by {caller(tools)}"
+        return Run(id=name, app=app.name, ref=ref, commit=commit, delivery=by, received=now)
     if run := completed(text, [entry.run for entry in read_runs(tools, [app])]):
         raise RefusedError(f"{run} is not the head of a branch; only that can run again")
     raise RefusedError(f"{text} is unknown: neither a recorded run nor a branch's head has this id")

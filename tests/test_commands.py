@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -266,7 +268,7 @@ def test_status_of_an_empty_cluster_as_json_has_every_key(story: Story) -> None:
     production = story.pages["empty, json"].production
     assert story.pages["empty, json"].json["runs"] == []
     assert production == {
-        **dict.fromkeys(("colour", "run", "commit", "image"), ""),
+        **dict.fromkeys(("colour", "run", "commit", "image", "by"), ""),
         "previous": {},
         "rollback_ready": False,
         "deploying": None,
@@ -484,6 +486,36 @@ def test_status_says_that_a_deployed_run_was_rolled_back_and_why(story: Story) -
     assert end == {"outcome": "rolled-back", "reason": "RolledBack", "detail": "it is ugly"}
 
 
+@pytest.mark.parametrize(
+    ("answer", "by"),
+    [
+        ('{"status": {"userInfo": {"username": "alice\\n@example.com"}}}', "alice @example.com"),
+        ('{"status": {}}', f"bob@{socket.gethostname()}"),
+        ("not JSON", f"bob@{socket.gethostname()}"),
+        (hook.KubectlError(["kubectl"], None, ""), f"bob@{socket.gethostname()}"),
+    ],
+)
+def test_who_runs_a_command_is_the_user_of_the_cluster_or_else_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, answer: str | hook.KubectlError, by: str
+) -> None:
+    asked: list[Any] = []
+
+    def run(*args: str, **how: Any) -> str:
+        asked.append((args, how["timeout"]))
+        if isinstance(answer, str):
+            return answer
+        raise answer
+
+    monkeypatch.setenv("USER", "bob")
+    doors = SimpleNamespace(kubectl=SimpleNamespace(run=run))
+    assert hook.caller(SimpleNamespace(doors=doors)) == by  # type: ignore[arg-type]
+    assert asked == [(("auth", "whoami", "-o", "json"), 2.0)]
+    monkeypatch.delenv("USER")
+    if "bob" in by:
+        name = hook.caller(SimpleNamespace(doors=doors))  # type: ignore[arg-type]
+        assert name.startswith(f"user {os.getuid()}@")
+
+
 def test_status_does_not_repeat_the_reason_of_a_rollback_without_one(story: Story) -> None:
     run = story.pages["the end"].runs()[story.run["v3"]]
     assert (run["outcome"], run["reason"], run["detail"]) == ("rolled-back", "RolledBack", "")
@@ -493,8 +525,13 @@ def test_status_shows_of_each_environment_what_was_reverted_last_and_why(story: 
     assert story.pages["two versions"].production["reverted"] == {}
     reverted = {"run": story.run["v3"], "reason": "RolledBack", "detail": "it is ugly"}
     assert story.pages["after the first rollback"].production["reverted"] == reverted
-    below = story.pages["after the first rollback, text"].stdout.splitlines()[2]
-    assert below == f"    reverted: {short(story.run['v3'])}: RolledBack: it is ugly"
+    lines = story.pages["after the first rollback, text"].stdout.splitlines()[2:4]
+    below = " ".join(map(str.strip, lines))
+    by = "system:serviceaccount:orchestration:orchestration-sa"  # whose the command was
+    reverted_by = f"RolledBack: it is ugly: by {by}"
+    assert below == f"reverted: {short(story.run['v3'])}: {reverted_by}"
+    assert story.pages["after the first rollback"].production["by"] == by
+    assert story.pages["two versions"].production["by"] == "gitops-hook"
     assert story.pages["after the rerun"].production["reverted"] == {}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -11,6 +13,7 @@ from datetime import datetime
 import pytest
 
 from tests.fleet import MISSING_IMAGE, STAGE, Fleet, Member, fleet
+from tests.standin.kubectl import find_kubectl
 from tests.world import Object, eventually
 
 APPS: dict[str, Object] = {
@@ -24,6 +27,7 @@ APPS: dict[str, Object] = {
     "edited": {"bake": "3s"},
 }
 RUN = "gitops-hook/run"
+USER = "system:serviceaccount:orchestration:orchestration-sa"  # of whom the commands are
 LIVE = ("shop", "sick", "both", "edited")
 
 
@@ -205,10 +209,38 @@ def test_rollback_then_serves_the_version_before_and_never_the_failed_one(live: 
 
 def test_the_daemon_tells_of_a_rollback_that_a_command_made(live: Fleet) -> None:
     old, new = (e["run"] for e in live["shop"].note("history")[::-1])
-    told = {"run": new, "live": old, "detail": "too slow", "level": "warning"}
+    told = {"run": new, "live": old, "detail": "too slow", "by": USER, "level": "warning"}
     eventually(lambda: live.said("rolled back", app="shop", **told), 10, "the daemon has seen it")
     labels = {"app": "shop", "environment": "production", "direction": "rollback"}
     assert live.metric("gitops_hook_switches_total", **labels) == 1
+
+
+def test_kubectl_describe_reads_like_the_story(live: Fleet) -> None:
+    old, new = (e["run"] for e in live["shop"].note("history")[::-1])
+    went_live = [
+        f"Switched: The traffic goes to run {new}.",
+        f"Deployed: Run {new} is live, and stays.",
+    ]
+    second = [f"Claimed: Run {new} is being deployed.", *went_live]
+    left = f"RolledBack: {USER} rolled back from run {new}: too slow"
+    eventually(lambda: left in described(live, "service", "shop"), 10, "it is told")
+    story = described(live, "service", "shop")
+    assert story[:5] == [*(line.replace(new, old) for line in went_live), *second]
+    failed = [line.partition(":")[0] for line in story[5:-1]]
+    assert failed == ["Claimed", "CrashLoop", "Restored"]
+    assert story[-1] == left
+    # a Deployment carries its run a moment after the claim
+    story = described(live, "deployment", "shop-green")
+    assert [line for line in story if not line.startswith("Claimed")] == [*went_live, left]
+
+
+def described(apps: Fleet, kind: str, name: str) -> list[str]:
+    """What `kubectl describe` shows of our Events in production: reason and message of each."""
+    argv = [find_kubectl(), "describe", kind, name, "-n", "production"]
+    environ = {**os.environ, "KUBECONFIG": str(apps.cluster.kubeconfig())}
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, env=environ)
+    rows = re.findall(r"(?m)^ +\w+ +(\w+) +\S+ +gitops-hook +(.*)$", done.stdout)
+    return [f"{reason}: {message}" for reason, message in rows]
 
 
 # After the switch.

@@ -39,6 +39,8 @@ def test_every_metric_is_ours_by_name_and_says_what_it_means() -> None:
         f"gitops_hook_{name}" for name in (
             "deliveries", "runs", "switches", "kubectl_calls", "errors", "selector_drift",
             "catch_up_runs", "statuses", "spool_files", "waiting", "jobs", "stage_seconds",
+            "queue_wait_seconds", "live_endpoints", "rollback_ready", "reports_failed",
+            "last_success_timestamp_seconds",
         )
     }  # fmt: skip
     assert all(f.documentation.endswith(".") for f in families)

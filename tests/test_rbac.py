@@ -39,6 +39,8 @@ Grant = tuple[str, str]  # resource, verb
 
 # What is asked for and not granted, and why the command works all the same.
 HARMLESS = {("namespaces", "get"): "kubectl get looks for the namespace where it found nothing"}
+# What every account may ask.
+ALLOWED = {("discovery", "get"), ("selfsubjectreviews", "create")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,12 @@ def service(name: str) -> Object:
     return labelled("v1", "Service", name, spec=spec)
 
 
+def an_event(name: str) -> Object:
+    """Return an Event about something, which need not be there."""
+    about = {"apiVersion": "v1", "kind": "Service", "name": "shop", "uid": "one"}
+    return labelled("v1", "Event", name, involvedObject=about, reason="Switched", type="Normal")
+
+
 def configmap(name: str) -> Object:
     """Return a ConfigMap."""
     return labelled("v1", "ConfigMap", name, data={"key": "value"})
@@ -187,7 +195,7 @@ STANDING: dict[str, tuple[Object, ...]] = {
     ),
     **dict.fromkeys(STATE, (configmap("gitops-hook-shop"),)),
 }
-MADE = ("jobs", "deployments", *(address.rpartition("/")[2] for address in BESIDE))
+MADE = ("jobs", "deployments", "events", *(address.rpartition("/")[2] for address in BESIDE))
 
 # === The commands, as the program runs them ===
 
@@ -215,6 +223,9 @@ KEPT = (
     command("which there are", f"get configmaps -l {OURS} -o json", "configmaps: list"),
     command("what goes", f"delete configmap/copy {QUIETLY}", "configmaps: delete"),
 )
+
+
+TOLD = command("what happened", CREATE, "events: create", listed(an_event("made")))
 
 
 def companion(address: str, make: Callable[[str], Object]) -> tuple[Command, ...]:
@@ -258,6 +269,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "events: list",
             ),
             command("why a pod does not start", EVENTS_OF_POD, "events: list"),
+            TOLD,
             *KEPT,
             *PODS,
         ),
@@ -336,6 +348,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             ),
             command("ready pods", "get pods -l app=shop,version=blue -o json", "pods: list"),
             command("why a pod does not start", EVENTS_OF_POD, "events: list"),
+            TOLD,
             command(
                 "a release", "get configmap/copy -o json --ignore-not-found", "configmaps: get"
             ),
@@ -350,6 +363,11 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     **dict.fromkeys(
         STATE,
         (
+            command(
+                "who runs a command: nobody needs a right to ask that",
+                "auth whoami -o json",
+                "",
+            ),
             command(
                 "an app's state",
                 "get configmap/gitops-hook-shop -o json --ignore-not-found",
@@ -652,6 +670,7 @@ RARE: dict[tuple[str, Grant], str] = {
     ("build", ("events", "list")): "a released Job that has no pod after seconds: quota",
     ("staging", ("events", "list")): "a pod that is not ready after seconds",
     ("production", ("events", "list")): "a pod that is not ready after seconds",
+    ("build", ("events", "create")): "a build that fails, or waits for something",
     ("build", ("jobs", "delete")): "a rerun after a failed build, or one whose digest is lost",
     ("build", ("configmaps", "create")): "the log of a failed build",
     ("build", ("configmaps", "delete")): "the log of a build that failed a day ago, or again",
@@ -757,7 +776,7 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
 def test_nothing_that_a_deployment_needs_is_forbidden(lived: Recorded) -> None:
     log = lived.cluster.faults.log
     assert not forbidden(log)
-    assert not (asked(log, "") - set(HARMLESS) - {("discovery", "get")})
+    assert not (asked(log, "") - set(HARMLESS) - ALLOWED)
     for namespace in NAMESPACES:
         assert asked(log, namespace) <= GRANTED[namespace], namespace
     assert {r.namespace for r in log if r.user == USER} == {"", *NAMESPACES}
