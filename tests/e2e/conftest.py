@@ -22,7 +22,7 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
         shown = {"passed": cell.end, "failed": "FAILED"}.get(went.get(str(cell), ""), "-")
         rows.setdefault(cell.trouble, []).append(cell.end if cell.end in LEFT_OUT else shown)
     for name, row in rows.items():
-        terminalreporter.write_line(f"{name:12}" + "".join(f"{word:9}" for word in row).rstrip())
+        terminalreporter.write_line(f"{name:12}" + "".join(f"{word:11}" for word in row).rstrip())
     for mark, why in LEFT_OUT.items():
         terminalreporter.write_line(f"{mark} left out: {why}")
     for word, end in ENDS.items():

@@ -612,10 +612,15 @@ def with_worker(app: Member, version: str, modes: str = "") -> Change | None:
         ]
         objects["worker"] = worker
         if modes == "refused":
-            meta = {"name": f"{app.name}-beside"}
-            spec = {"minAvailable": "many", "selector": {"matchLabels": labels}}
-            budget = {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget"}
-            objects["budget"] = {**budget, "metadata": meta, "spec": spec}
+            one = {"name": "night", "image": app.fleet.image}
+            pod = {"restartPolicy": "Never", "containers": [one]}
+            job = {"spec": {"template": {"spec": pod}}}
+            objects["night"] = {
+                "apiVersion": "batch/v1",
+                "kind": "CronJob",
+                "metadata": {"name": f"{app.name}-night"},
+                "spec": {"schedule": "nonsense", "jobTemplate": job},
+            }
 
     return change
 
