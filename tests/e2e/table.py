@@ -507,7 +507,7 @@ class Attempt:
         commit = app.release(self.versions.new, **more)
         before = app.repository.git("rev-parse", f"{commit}~1")
         self.run = app.push(commit, before=before)
-        if self.step.since:
+        if self.step.since and self.trouble.call:
             said = app.fleet.said
             eventually(lambda: said(self.step.since, run=self.run), 60, f"{self.step.since!r}")
             self.arm(call)
