@@ -562,7 +562,7 @@ def test_explain_shows_how_a_run_stands(story: Story) -> None:
 
 def test_explain_shows_the_stages_of_a_run_in_their_order(story: Story) -> None:
     lines = re.findall(r"(?m)^(\w+): +(passed.*)$", story.pages["v3, log"].stdout)
-    assert [stage for stage, _ in lines] == ["test", "production"]
+    assert [stage for stage, _ in lines] == ["test", "build", "production"]
     assert lines[-1][1].endswith(": is live")
 
 
