@@ -8864,8 +8864,10 @@ class SelectorGuard:
         """Return the live Service while it selects the run; raises when it was switched away."""
         if service and service.run == task.run.id:
             return service
-        if service and service.entry(task.run.id).outcome:
-            raise SupersededError(Reason.ROLLED_BACK, "rolled back by hand")
+        left = service.entry(task.run.id) if service else HistoryEntry()
+        if left.outcome:
+            why = f": {clip(left.detail)}" if left.detail else ""
+            raise SupersededError(Reason.ROLLED_BACK, f"rolled back by hand{why}")
         source = self.live.recorded(task, service)
         recorded_live = source is not None and source.recorded_live.run == task.run.id
         if service is None and recorded_live:

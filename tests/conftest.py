@@ -35,6 +35,7 @@ CLUSTER = {
     "test_reports_of_tests",
     "test_services",
     "test_switched_service",
+    "test_ways_to_end",
     "test_workers",
 }
 STANDIN = Path(__file__).parent / "standin"

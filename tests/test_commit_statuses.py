@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.fleet import Fleet, Gate
 from tests.git_server import serving
 from tests.gitlab_server import TOKEN, GitLabServer, Trouble, gitlab_server
 from tests.standin.cluster import Cluster
-from tests.world import eventually, install
+from tests.world import Object, eventually, install
 
 SETTINGS = {"bake": "1s", "environments": ["staging", "production"]}
 GREEN = ("test", "staging", "production")
@@ -43,15 +44,14 @@ class Place:
         eventually(lambda: self.gitlab.shown(commit) == wanted, 60, what)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+@contextmanager
+def gitlab_place(
+    tmp_path_factory: pytest.TempPathFactory, apps: dict[str, Object], gate: Gate | None = None
+) -> Iterator[Place]:
+    """A place with these applications, and a started daemon that tells GitLab of them."""
     directory = tmp_path_factory.mktemp("statuses")
-    gate = Gate(tmp_path_factory.mktemp("gates") / "gated")
-    apps = {"shop": SETTINGS, "red": {**SETTINGS, "test": "echo 'no <database>'; false"}}
-    apps["gated"] = {**SETTINGS, "test": gate.command}
-    projects = [f"{name}/shop" for name in apps]
     with (
-        gitlab_server(*projects) as gitlab,
+        gitlab_server(*(f"{name}/shop" for name in apps)) as gitlab,
         serving(directory / "repositories") as git,
         Cluster(directory / "cluster", speed=2.0) as cluster,
     ):
@@ -63,9 +63,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         (fleet.secrets / "gitlab-token").write_text(f"{TOKEN}\n")
         fleet.start()
         try:
-            yield Place(fleet, gitlab, gate, git.url)
+            yield Place(fleet, gitlab, gate or Gate(directory / "gate"), git.url)
         finally:
             fleet.end()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Three applications, of which the tests of one wait at a gate."""
+    gate = Gate(tmp_path_factory.mktemp("gates") / "gated")
+    apps: dict[str, Object] = {
+        "shop": SETTINGS,
+        "red": {**SETTINGS, "test": "echo 'no <database>'; false"},
+        "gated": {**SETTINGS, "test": gate.command},
+    }
+    with gitlab_place(tmp_path_factory, apps, gate) as made:
+        yield made
 
 
 def test_a_push_that_goes_live_has_a_green_status_of_each_stage(place: Place) -> None:
