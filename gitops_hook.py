@@ -5928,8 +5928,9 @@ def pod_problems(
             reason = Reason.VOLUME_UNAVAILABLE
         text = clip(pod.unschedulable, WORDS_LENGTH)
         yield PodProblem(f"{pod.name}/schedule", reason, text, NEVER)
-    check = partial(container_problem, ready_counts=ready_counts)
-    yield from filter(None, (check(c, pod, events, crashes) for c in pod.containers))
+    for container in pod.containers:
+        if problem := container_problem(container, pod, events, crashes, ready_counts=ready_counts):
+            yield problem
 
 
 def times(number: int) -> str:
