@@ -10056,6 +10056,7 @@ def delete_companion(kubectl: Kubectl, item: Object) -> None:
 
 # A worker's own faults, beside those that are verdicts: an image that cannot be pulled.
 WORKER_FAULTS = (Reason.IMAGE_NOT_FOUND, Reason.IMAGE_PULL_FAILED)
+CLOCK_SECONDS = 30.0  # by which the clock of the cluster may be behind ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -10117,7 +10118,7 @@ class WorkerWatch:
         labels = ",".join(worker_label(worker) for worker in self.workers)
         terms = f"{LABEL_WORKER} in ({labels})"
         pods = map(Pod, self.kubectl.list("pods", self.task.namespace, "-l", terms))
-        return [pod for pod in pods if pod.created >= int(since)]
+        return [pod for pod in pods if pod.created >= since - CLOCK_SECONDS]
 
 
 def worker_label(worker: Object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,3 +151,72 @@ def test_a_worker_with_no_pods_is_ready() -> None:
     assert is_worker_ready(
         work, {**work, "metadata": {**work["metadata"], "generation": 1}, "status": none}
     )
+
+
+class Listed(hook.Kubectl):
+    """A cluster that has one worker, and pods of it."""
+
+    def __init__(self, worker_: Object, pods: list[Object]) -> None:
+        super().__init__(hook.Metrics())
+        self.worker = worker_
+        self.pods = pods
+
+    def get_each(self, namespace: str, *references: str) -> list[Object | None]:
+        """Return the worker."""
+        assert (namespace, references) == ("production", ("deployment/work",))
+        return [self.worker]
+
+    def list(
+        self, resource: str, namespace: str, *filters: str, timeout: float = 30.0
+    ) -> list[Object]:
+        """Return the pods, or no Events."""
+        return self.pods if resource == "pods" else []
+
+
+class Standing(hook.Clock):
+    """A clock that a test moves on."""
+
+    at = 1000.0
+
+    def monotonic(self) -> float:
+        """Return when it is."""
+        return self.at
+
+
+def crashed(created: str, exits: int, code: int = 7) -> Object:
+    """A pod whose container has exited and waits."""
+    ended = {"exitCode": code, "reason": "Error", "finishedAt": created}
+    state = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off"}}
+    container = {"name": "c", "ready": False, "restartCount": exits, "state": state}
+    container["lastState"] = {"terminated": ended}
+    meta = {"name": "work-1", "resourceVersion": "1", "creationTimestamp": created}
+    return {
+        "metadata": meta,
+        "spec": {"containers": [{"name": "c"}]},
+        "status": {"phase": "Running", "containerStatuses": [container], "startTime": created},
+    }
+
+
+@pytest.mark.parametrize(
+    ("created", "failed"),
+    [
+        ("2026-01-01T00:00:05Z", True),
+        ("2025-12-31T23:59:50Z", True),  # the clock of the cluster is behind
+        ("2025-12-31T23:00:00Z", False),  # it was there before, and is as it was
+    ],
+)
+def test_only_pods_of_since_the_switch_show_that_a_worker_fails(created: str, failed: bool) -> None:
+    switched_at = hook.epoch("2026-01-01T00:00:00Z")
+    release = released(worker())
+    work = named(release, "Deployment", "work")
+    standing = {**work, "metadata": {**work["metadata"], "generation": 1}, "status": {}}
+    clock = Standing()
+    doors: Any = SimpleNamespace(kubectl=Listed(standing, [crashed(created, 2)]), clock=clock)
+    task: Any = SimpleNamespace(app=app_of(), namespace="production")
+    watch = hook.WorkerWatch(doors, task, release)
+    assert watch.look(switched_at).failed == "", "nothing is proven yet"
+    clock.at += 11
+    doors.kubectl.pods = [crashed(created, 3)]
+    seen = watch.look(switched_at)
+    assert ("CrashLoop" in seen.failed) is failed
+    assert "workers are not ready: work" in seen.waits
