@@ -9762,7 +9762,8 @@ class Companions:
         if not wanted:
             return
         # one budget of both colours would be in the way of every eviction
-        plain = [item for item in release.companions or () if is_companion(item, BUDGET)]
+        budgets = [item for item in release.companions or () if is_companion(item, BUDGET)]
+        plain = [item for item in budgets if item not in wanted]  # not those of workers
         records = [CompanionRecord.of(task.environment, item) for item in [*wanted, *plain]]
         try:
             seen = self.look(task, records)
@@ -9800,7 +9801,8 @@ class Companions:
         ]
         steps = self.steps_to(task, early, seen)
         budgets = [item for item in steps.replaced if is_companion(item, BUDGET)]
-        steps = replace(steps, replaced=budgets)
+        own = [item for item in budgets if plain_name(item) != item["metadata"]["name"]]
+        steps = replace(steps, replaced=own)
         if steps:
             carry_out(self.kubectl, task.namespace, steps)
             objects = {record.identity: o for record, o in zip(records, wanted, strict=True)}

@@ -11,7 +11,18 @@ import pytest
 import gitops_hook as hook
 from gitops_hook import Placement, Release, is_worker_ready, render
 from tests.test_app_manifests import BUILT, IMAGE, RUN, Object, app_of, fault
-from tests.test_companion_objects import LABELS, budget, checked, item, peers, scaler
+from tests.test_companion_objects import (
+    LABELS,
+    MemoryKubectl,
+    MemoryState,
+    budget,
+    checked,
+    companions_of,
+    item,
+    peers,
+    scaler,
+    task,
+)
 
 SELECTOR = {"app": "shop-worker"}
 
@@ -212,11 +223,34 @@ def test_only_pods_of_since_the_switch_show_that_a_worker_fails(created: str, fa
     standing = {**work, "metadata": {**work["metadata"], "generation": 1}, "status": {}}
     clock = Standing()
     doors: Any = SimpleNamespace(kubectl=Listed(standing, [crashed(created, 2)]), clock=clock)
-    task: Any = SimpleNamespace(app=app_of(), namespace="production")
-    watch = hook.WorkerWatch(doors, task, release)
+    place: Any = SimpleNamespace(app=app_of(), namespace="production")
+    watch = hook.WorkerWatch(doors, place, release)
     assert watch.look(switched_at).failed == "", "nothing is proven yet"
     clock.at += 11
     doors.kubectl.pods = [crashed(created, 3)]
     seen = watch.look(switched_at)
     assert ("CrashLoop" in seen.failed) is failed
     assert "workers are not ready: work" in seen.waits
+
+
+def test_the_budget_of_a_worker_stays_one_and_changes_after_the_switch() -> None:
+    def release(least: int, run: str) -> Release:
+        kept = budget(matchLabels=SELECTOR)
+        return released(
+            worker(), {**kept, "spec": {**kept["spec"], "minAvailable": least}}, run=run
+        )
+
+    first = release(1, "shop-1")
+    cluster = MemoryKubectl([])
+    state = MemoryState([])
+    companions = companions_of(cluster, state, first)
+    companions.prepare(task(), first)
+    assert companions.follow(task(), expected=True)
+    key = ("PodDisruptionBudget", "x")
+    assert cluster.objects[key]["spec"]["selector"] == {"matchLabels": SELECTOR}
+    second = release(2, "shop-2")
+    companions.require_accepted(task(), second)
+    companions.prepare(task(), second)
+    assert cluster.objects[key]["spec"]["minAvailable"] == 1
+    assert companions_of(cluster, state, second).follow(task(), expected=True)
+    assert cluster.objects[key]["spec"]["minAvailable"] == 2
