@@ -10067,6 +10067,7 @@ class WorkersSeen:
 
     waits: str = ""
     failed: str = ""
+    never_ready: bool = False  # whether they run, and are not ready of their own accord
 
 
 class WorkerWatch:
@@ -10108,7 +10109,9 @@ class WorkerWatch:
         holding = next(iter(problems), None) or holdup(self.pods, events, crashes)
         waits = f"workers are not ready: {', '.join(late)}" if late else ""
         waits += f"; {holding.detail}" if waits and holding else ""
-        return WorkersSeen(waits, f"worker: {fatal.reason}: {fatal.detail}" if fatal else "")
+        failed = f"worker: {fatal.reason}: {fatal.detail}" if fatal else ""
+        never_ready = bool(late and holding and holding.reason is Reason.NEVER_READY)
+        return WorkersSeen(waits, failed, never_ready)
 
     def read_deployments(self) -> Sequence[Object | None]:
         """Return the Deployments of the workers, None for those that are not there."""
@@ -10447,9 +10450,8 @@ class Bake:
 
     def judge(self) -> None:
         """Switch back from a version that is unhealthy, or that nobody can judge."""
-        if failed_worker := self.workers.failed:
-            self.steady.rollout.keep_logs(self.task, self.watch.pods)
-            self.urgent.traffic.switch_back_for_worker(self.task, failed_worker)
+        if self.workers.failed:
+            self.switch_back_for_worker(self.workers.failed)
         seen = self.last_look
         informed = self.informed()
         fresh = self.heard_lately()
@@ -10469,6 +10471,11 @@ class Bake:
         elif not self.unjudged:
             waited = self.clock.monotonic() - self.began
             self.end_unjudged(waited - min(self.checks.judged, self.required))
+
+    def switch_back_for_worker(self, why: str) -> NoReturn:
+        """Switch back for the fault of a worker, whose log is kept."""
+        self.steady.rollout.keep_logs(self.task, self.watch.pods)
+        self.urgent.traffic.switch_back_for_worker(self.task, why)
 
     def newest_pods(self, seen: PodsSeen, informed: Sequence[Pod]) -> list[Pod]:
         """Return the pods last read, each as the informer has it where that is newer."""
@@ -10499,6 +10506,8 @@ class Bake:
         """
         if spent <= self.task.app.deploy.rollout_timeout:
             return
+        if self.workers.never_ready:
+            self.switch_back_for_worker(self.workers.waits)
         versions = self.urgent.traffic.compare_versions(self.task, ask=True)
         live = versions.live if self.healthy() else PodHealth(0, versions.live.wanted)
         previous = versions.previous

@@ -17,6 +17,7 @@ APPS: dict[str, Object] = {
     "sick": QUICK,
     "first": QUICK,
     "waits": {**QUICK, "rollout_timeout": "6s"},
+    "unready": {**QUICK, "rollout_timeout": "6s"},
     "killed": QUICK,
     "staged": {**QUICK, "environments": ["staging", "production"]},
 }
@@ -166,6 +167,26 @@ def test_a_worker_that_waits_for_a_secret_is_no_reason_to_switch_back(apps: Flee
     assert "workers are not ready: waits-worker" in unjudged["detail"]
     assert "missing" in unjudged["detail"]
     assert waits.answer()["version"] == "v2"
+
+
+def test_a_worker_that_runs_but_is_never_ready_takes_the_traffic_back(apps: Fleet) -> None:
+    unready = apps["unready"]
+    assert deploy(unready, "v1")["outcome"] == "deployed"
+    unready.quiet()
+
+    def change(objects: dict[str, Object]) -> None:
+        worker(unready, "v2", "never-ready")(objects)
+        (container,) = objects["worker"]["spec"]["template"]["spec"]["containers"]
+        container["readinessProbe"] = {
+            "httpGet": {"path": "/ready", "port": 8080},
+            "periodSeconds": 1,
+        }
+
+    line = unready.deployed("v2", 90, change=change)
+    assert (line["outcome"], line["reason"]) == ("switched-back", "WorkerFailed"), line
+    assert "unready-worker" in line["detail"]
+    assert unready.answer()["version"] == "v1"
+    works(unready, "v1")
 
 
 def test_what_a_version_leaves_as_it_is_is_not_restarted(apps: Fleet) -> None:
