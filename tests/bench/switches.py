@@ -19,7 +19,7 @@ from tests import services
 from tests.bench.clients import Visit, visit
 from tests.bench.observing import RUN, Recorder, Row, label, timed
 from tests.fleet import MISSING_IMAGE, Member, is_ready
-from tests.services import NARROW, WIDE, with_service
+from tests.services import NARROW, WIDE, Change, with_service
 from tests.world import PROGRAM, Object, eventually
 
 # What clients on kept connections lose on a busy machine, because the application ends at once when
@@ -253,13 +253,30 @@ class Turn:
     wrong: bool
 
 
-def take_turns(app: Member, ways: Sequence[str]) -> list[Turn]:
+# What gives a version of an app something beside it.
+Beside = Callable[[Member, str], Change]
+
+
+def both(one: Change, other: Change | None) -> Change:
+    """Return a change that makes both, if there is another."""
+
+    def change(objects: dict[str, Object]) -> None:
+        one(objects)
+        if other:
+            other(objects)
+
+    return change
+
+
+def take_turns(app: Member, ways: Sequence[str], beside: Beside | None) -> list[Turn]:
     """Switch to version after version, each with the other Service; the sick ones go back."""
     turns = []
     live, other = WIDE, NARROW
     for number, sick in enumerate(ways):
         before = services.seen(app)
-        back = switch(app, f"load-{number}", sick, change=with_service(other))
+        version = f"load-{number}"
+        change = both(with_service(other), beside(app, version) if beside else None)
+        back = switch(app, version, sick, change=change)
         restored = services.seen(app) == before
         turns.append(Turn(back, wrong=not (restored if sick else services.holds(app, other))))
         if not sick:
@@ -268,13 +285,16 @@ def take_turns(app: Member, ways: Sequence[str]) -> list[Turn]:
     return turns
 
 
-def measure_load(apps: Sequence[Member], clients: Pool, count: int) -> Iterator[Row]:
+def measure_load(
+    apps: Sequence[Member], clients: Pool, count: int, beside: Beside | None = None
+) -> Iterator[Row]:
     """Switch under load, every second time with a version that turns sick."""
     each = -(-count // len(apps))
     ways = ("", "/turn-sick")
 
     def go(app: Member) -> list[Turn]:
-        return take_turns(app, [ways[(n + apps.index(app)) % 2] for n in range(each)])
+        turns = [ways[(n + apps.index(app)) % 2] for n in range(each)]
+        return take_turns(app, turns, beside)
 
     with visited(apps, clients) as seen:
         turns = [turn for some in together(go, apps) for turn in some]
