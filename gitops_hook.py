@@ -3688,6 +3688,7 @@ ACCOUNT_FIELDS = ("spec.serviceAccountName", "spec.serviceAccount")
 CONFIGMAP_REFERENCES = ("configMap", "configMapRef", "configMapKeyRef")
 ONE_BY_ONE = {"maxSurge": 1, "maxUnavailable": 0}
 MOST_REPLICAS = 1000
+MIN_READY_SECONDS = 10  # that a pod must have been ready for, if the app does not say it
 LONGEST_DEADLINE = 86_400  # seconds that a rollout may take, whatever the app says
 EXTERNAL_TYPES = ("NodePort", "LoadBalancer")
 SERVICE_METADATA_BYTES = 32 * 1024  # beside the history, and what undoes a switch, in 256 KiB
@@ -3835,7 +3836,7 @@ SET_FIELDS = {
         "the longest of yours, `deploy.rollout_timeout` and 20 s for each replica"
     ),
     "Deployment.spec.paused": "`false`",
-    "Deployment.spec.minReadySeconds": "10 if you say nothing",
+    "Deployment.spec.minReadySeconds": f"{MIN_READY_SECONDS} if you say nothing",
     "Deployment.spec.revisionHistoryLimit": "3 if you say nothing",
     "Deployment.spec.strategy": "`maxSurge: 1` and `maxUnavailable: 0` if you say nothing",
     "Pod.metadata.labels": (
@@ -4600,6 +4601,8 @@ def rendered_companions(
         with faults.collect():
             if is_companion(item, "Deployment"):
                 set_references(pod_of(item), copies)
+                # without a probe a worker is ready at once, even one that ends at once
+                item["spec"].setdefault("minReadySeconds", MIN_READY_SECONDS)
                 if item["metadata"]["name"] in scaled:  # an autoscaler says how many there are
                     item["spec"].pop("replicas", None)
             rendered.append(rendered_companion(app, item, image))
@@ -4967,10 +4970,10 @@ def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], replicas:
         if selects(separate, labels):  # so that pods of the other colour do not count
             colour = {k: v for k, v in own.items() if k != LABEL_APP}
             separate["matchLabels"] = {**(separate.get("matchLabels") or {}), **colour}
-    min_ready = spec.get("minReadySeconds", 10)
+    min_ready = spec.get("minReadySeconds", MIN_READY_SECONDS)
     longest = max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, min_ready + 10))
     return {
-        "minReadySeconds": 10,
+        "minReadySeconds": MIN_READY_SECONDS,
         "revisionHistoryLimit": 3,
         "strategy": {"type": "RollingUpdate", "rollingUpdate": ONE_BY_ONE},
         **spec,

@@ -272,7 +272,7 @@ def with_worker(app: Member, version: str) -> Change:
     container = {"name": "worker", "image": app.fleet.image}
     container["env"] = [{"name": "VERSION", "value": version}, {"name": "MODES", "value": ""}]
     pod = {"terminationGracePeriodSeconds": 1, "containers": [container]}
-    spec = {"replicas": 1, "selector": {"matchLabels": labels}}
+    spec = {"replicas": 1, "minReadySeconds": 1, "selector": {"matchLabels": labels}}
     spec["template"] = {"metadata": {"labels": labels}, "spec": pod}
     worker = named("apps/v1", "Deployment", f"{app.name}-worker", spec=spec)
     return beside(app, version, "ingress", worker=worker)

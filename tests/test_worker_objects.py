@@ -55,6 +55,9 @@ def test_another_deployment_is_a_worker_with_the_built_image_and_our_labels() ->
     pod = work["spec"]["template"]["spec"]
     assert [c["image"] for c in pod["containers"]] == [BUILT]
     assert work["spec"]["replicas"] == 2
+    assert work["spec"]["minReadySeconds"] == 10
+    own = named(released(worker(minReadySeconds=0)), "Deployment", "work")
+    assert own["spec"]["minReadySeconds"] == 0
     assert work["spec"]["selector"] == {"matchLabels": SELECTOR}
     labels = work["spec"]["template"]["metadata"]["labels"]
     assert {k: v for k, v in labels.items() if k != "gitops-hook/worker"} == SELECTOR

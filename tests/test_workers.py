@@ -42,6 +42,7 @@ def deployment(app: Member, name: str, version: str, modes: str = "", **pod: Any
         "kind": "Deployment",
         "metadata": {"name": f"{app.name}-{name}"},
         "spec": {
+            "minReadySeconds": 2,
             "selector": {"matchLabels": labels},
             "template": {"metadata": {"labels": labels}, "spec": spec},
         },
