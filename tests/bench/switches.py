@@ -18,7 +18,7 @@ import gitops_hook as hook
 from tests import services
 from tests.bench.clients import Visit, visit
 from tests.bench.observing import RUN, Recorder, Row, label, timed
-from tests.fleet import MISSING_IMAGE, Member, is_ready
+from tests.fleet import MISSING_IMAGE, STAGE, Member, is_ready
 from tests.services import NARROW, WIDE, Change, with_service
 from tests.world import PROGRAM, Object, eventually
 
@@ -212,7 +212,10 @@ def switch(app: Member, version: str, sick: str, **release: Any) -> float:
 def settled(app: Member) -> bool:
     """Whether no pod of an app comes or goes."""
     pods = app.objects("pods").values()
-    wanted = sum(one["spec"]["replicas"] for one in app.objects("deployments").values())
+    deployments = app.objects("deployments").values()
+    # a worker's pods do not carry the label of the app
+    own = [one for one in deployments if STAGE not in one["metadata"]["labels"]]
+    wanted = sum(one["spec"]["replicas"] for one in own)
     return len(pods) == wanted == sum(is_ready(pod) for pod in pods)
 
 
