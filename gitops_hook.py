@@ -4602,7 +4602,8 @@ def rendered_companions(
             if is_companion(item, "Deployment"):
                 set_references(pod_of(item), copies)
                 # without a probe a worker is ready at once, even one that ends at once
-                item["spec"].setdefault("minReadySeconds", MIN_READY_SECONDS)
+                if item["spec"].get("minReadySeconds") is None:
+                    item["spec"]["minReadySeconds"] = MIN_READY_SECONDS
                 if item["metadata"]["name"] in scaled:  # an autoscaler says how many there are
                     item["spec"].pop("replicas", None)
             rendered.append(rendered_companion(app, item, image))

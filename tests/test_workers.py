@@ -65,6 +65,17 @@ def worker(app: Member, version: str, modes: str = "", **pod: Any) -> Change:
     return change
 
 
+def worker_with(app: Member, version: str, modes: str = "", **fields: Any) -> Change:
+    """Return a change that adds a worker whose container has these fields."""
+
+    def change(objects: dict[str, Object]) -> None:
+        worker(app, version, modes)(objects)
+        (container,) = objects["worker"]["spec"]["template"]["spec"]["containers"]
+        container |= fields
+
+    return change
+
+
 def store(app: Member, version: str = "1") -> Object:
     """Return a Deployment that no version of the app changes, such as a store of sessions."""
     kept = deployment(app, "store", version)
@@ -157,12 +168,8 @@ def test_a_worker_that_waits_for_a_secret_is_no_reason_to_switch_back(apps: Flee
     assert deploy(waits, "v1")["outcome"] == "deployed"
     waits.quiet()
 
-    def change(objects: dict[str, Object]) -> None:
-        worker(waits, "v2")(objects)
-        (container,) = objects["worker"]["spec"]["template"]["spec"]["containers"]
-        container["envFrom"] += [{"secretRef": {"name": "missing"}}]
-
-    run = waits.go("v2", change=change)
+    missing = [{"configMapRef": {"name": "worker"}}, {"secretRef": {"name": "missing"}}]
+    run = waits.go("v2", change=worker_with(waits, "v2", envFrom=missing))
     assert apps.ended(run, 90)["outcome"] == "deployed"
     (unjudged,) = apps.said("confirmed unjudged", run=run)
     assert "workers are not ready: waits-worker" in unjudged["detail"]
@@ -175,14 +182,8 @@ def test_a_worker_that_runs_but_is_never_ready_takes_the_traffic_back(apps: Flee
     assert deploy(unready, "v1")["outcome"] == "deployed"
     unready.quiet()
 
-    def change(objects: dict[str, Object]) -> None:
-        worker(unready, "v2", "never-ready")(objects)
-        (container,) = objects["worker"]["spec"]["template"]["spec"]["containers"]
-        container["readinessProbe"] = {
-            "httpGet": {"path": "/ready", "port": 8080},
-            "periodSeconds": 1,
-        }
-
+    probe = {"httpGet": {"path": "/ready", "port": 8080}, "periodSeconds": 1}
+    change = worker_with(unready, "v2", "never-ready", readinessProbe=probe)
     line = unready.deployed("v2", 90, change=change)
     assert (line["outcome"], line["reason"]) == ("switched-back", "WorkerFailed"), line
     assert "unready-worker" in line["detail"]
