@@ -184,6 +184,7 @@ LABEL_COLOUR = "gitops-hook/colour"  # the same, where the app uses the label `v
 ANNOTATION_REPOSITORY = "gitops-hook/repository"
 ANNOTATION_COMMIT = "gitops-hook/commit"
 ANNOTATION_DELIVERY = "gitops-hook/delivery"
+ANNOTATION_BY = "gitops-hook/by"
 ANNOTATION_RECEIVED = "gitops-hook/received-at"
 ANNOTATION_OUTCOME = "gitops-hook/outcome"
 ANNOTATION_REASON = "gitops-hook/reason"
@@ -209,6 +210,8 @@ DEDUPE_ENTRIES = 20_000  # deliveries that are remembered at most
 # Runs and their records.
 CATCH_UP = "catch-up"  # in the place of a delivery's id: a head that nobody announced
 NEXT_TRY = "next-try"  # the same: a run that ended by a circumstance is tried again
+RERUN = "rerun"  # the same: a person lets a run that has ended run again
+UNANNOUNCED = ("", CATCH_UP, NEXT_TRY, RERUN)  # of which there may be several for one push
 HISTORY_LENGTH = 10  # entries in the history of a live Service
 REJECTED_LENGTH = 50  # rejected commits that are recorded of an app
 RUNS_LENGTH = 100  # the newest runs of an app that are recorded, besides those that have a Job
@@ -418,6 +421,11 @@ def clip(text: str, limit: int = 300) -> str:
     # only the beginning of megabytes is read, since the rest is cut off anyway
     flat = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * limit]).split())
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """Return anyone's text fit for a terminal: control characters and the like are spelled out."""
+    return "".join(c if c.isprintable() or c in "\t\n" else repr(c)[1:-1] for c in text)
 
 
 # What Python raises where a value from outside does not have the expected shape.
@@ -1697,6 +1705,7 @@ class Run:
     commit: str
     before: str = ""  # the commit that the ref had before the push
     title: str = ""
+    by: str = ""  # who pushed it, or let it run again
     delivery: str = ""
     received: float = 0.0  # seconds since the epoch
 
@@ -1722,6 +1731,7 @@ def parse_delivery(config: Config, body: bytes, **details: Any) -> list[Run]:
     if isinstance(before, str) and SHA.fullmatch(before):
         details["before"] = before
     details["title"] = commit_title(data.get("commits"), commit)
+    details["by"] = pusher(data)
     addresses = project_addresses(data)
     apps = [app for app in config.apps if normalise_url(app.repository) in addresses]
     if not apps:
@@ -1761,6 +1771,12 @@ def commit_title(commits: Any, commit: str) -> str:
     listed = (c for c in commits if isinstance(c, dict)) if isinstance(commits, list) else ()
     message = next((c.get("message") for c in listed if c.get("id") == commit), "")
     return clip(message.lstrip()[:1000].partition("\n")[0], 120) if isinstance(message, str) else ""
+
+
+def pusher(data: Mapping[str, Any]) -> str:
+    """Return who pushed, by the name of the account; "" where the payload does not say it."""
+    names = (data.get(key) for key in ("user_username", "user_name"))
+    return next((clip(name[:1000], 100) for name in names if isinstance(name, str) and name), "")
 
 
 def project_addresses(data: Mapping[str, Any]) -> set[str]:
@@ -3230,7 +3246,7 @@ class Cooldown:
 
 # === job manifests ================================================================================
 
-RUN_FIELDS = ("ref", "commit", "before", "title", "delivery")  # each an annotation of the Job
+RUN_FIELDS = ("ref", "commit", "before", "title", "by", "delivery")  # each an annotation of the Job
 BUILD_CONTAINER = "kaniko"
 SOURCE = "/workspace/src"
 COLLECTING = "/workspace/.collecting"  # is there once the side-car of the tests listens
@@ -3310,6 +3326,10 @@ REPORT_DEPTH = 100  # elements within each other
 REPORT_ELEMENTS = 500_000  # in all: the kubelet waits five seconds for the sum
 REPORT_NAMES = 5  # of what failed, that are listed
 NAME_READ = 2000  # characters of each name that are looked at
+REPORT_EXPLAINED = 10  # of what failed, that are printed with the report's reasons
+REASON_READ = 8000  # characters of each reason that are looked at
+REASON_LINES = 12  # of each, that are printed
+REPORT_REASONS = ("failure", "error")  # elements that say why a testcase or a suite failed
 REPORT_SUITES = ("testsuites", "testsuite")
 REPORT_COUNTS = ("failures", "errors")  # attributes of suites
 NO_REPORT = "no test report"
@@ -3497,10 +3517,21 @@ def seconds_of(value: Any) -> float:
     return 0.0
 
 
-def junit_summary(report: Path) -> str:
-    """Return what a JUnit report says, as one sentence: never "", and never more than 3 KB.
+@dataclass(frozen=True, slots=True)
+class ReportSummary:
+    """What a JUnit report says.
 
-    It is "N passed, M failed" with the first failures, NO_REPORT, or why it cannot be read.
+    The sentence is "N passed, M failed" with the first failures, NO_REPORT, or why the report
+    cannot be read: never "", and never more than 3 KB. The failures say why the first ones failed.
+    """
+
+    sentence: str
+    failures: str = ""
+
+
+def junit_summary(report: Path) -> ReportSummary:
+    """Return what a JUnit report says.
+
     Pushed code writes the report and whatever stands in its place, so it is read without a tree.
     """
     counts = ReportCounts()
@@ -3508,14 +3539,14 @@ def junit_summary(report: Path) -> str:
         with open_report(report) as stream:
             read_report(stream, counts)
     except FileNotFoundError:
-        return NO_REPORT
+        return ReportSummary(NO_REPORT)
     except OversizedError as fault:
-        return f"the test report {fault}"
+        return ReportSummary(f"the test report {fault}")
     except (OSError, ReportError) as fault:
         why = fault.strerror if isinstance(fault, OSError) else str(fault)
         before = f", after {counts.sentence}" if counts.passed or counts.red else ""
-        return f"the test report cannot be read: {why}{before}"
-    return counts.sentence
+        return ReportSummary(f"the test report cannot be read: {why}{before}", counts.failures)
+    return ReportSummary(counts.sentence, counts.failures)
 
 
 def open_report(report: Path) -> IO[bytes]:
@@ -3547,9 +3578,11 @@ def read_report(stream: IO[bytes], counts: ReportCounts) -> None:
     begun, pieces are too short to declare an entity and use it.
     """
     parser = expat.ParserCreate(intern=None)
+    parser.buffer_text = True  # fewer pieces of text, however they are escaped
     parser.StartDoctypeDeclHandler = refuse_document_type
     parser.StartElementHandler = counts.begin
     parser.EndElementHandler = counts.end
+    parser.CharacterDataHandler = counts.read_text
     # a newer expat collects the pieces of what is long, and then takes them at once
     put_off = getattr(parser, "SetReparseDeferralEnabled", lambda _: None)
     size = 0
@@ -3582,6 +3615,8 @@ class ReportElement:
 
     tag: str
     name: str = ""
+    message: str = ""  # why it failed, in few words
+    text: str = ""  # the beginning of the rest that is said of that
     declared: int = 0  # failures and errors, by its attributes
     red_before: int = 0  # all that was red when it began
     is_red: bool = False
@@ -3601,6 +3636,7 @@ class ReportCounts:
         self.is_report = False
         self.elements = 0
         self._names: list[str] = []
+        self._explained: list[str] = []
         self._open: list[ReportElement] = []
 
     @property
@@ -3608,6 +3644,11 @@ class ReportCounts:
         """How many passed and failed, and the names of the first that failed."""
         names = f": {', '.join(self._names)}" if self._names else ""
         return f"{self.passed} passed, {self.red} failed{names}"
+
+    @property
+    def failures(self) -> str:
+        """Why the first ones failed: each name, and below it the report's words."""
+        return "\n".join(self._explained)
 
     def begin(self, tag: str, attributes: Mapping[str, str]) -> None:
         """Take the beginning of an element; raises ReportError where there are too many."""
@@ -3628,26 +3669,49 @@ class ReportCounts:
             element.declared = sum(declared(attributes.get(key, "")) for key in REPORT_COUNTS)
         elif self._open:
             parent = self._open[-1]
-            parent.is_red |= element.tag in ("failure", "error")
             parent.is_skipped |= element.tag == "skipped"
+            if element.tag in REPORT_REASONS:
+                parent.is_red = True
+                parent.message = parent.message or attributes.get("message", "")[:REASON_READ]
         self._open.append(element)
+
+    def read_text(self, text: str) -> None:
+        """Take a piece of text: of what says why something failed, the beginning is kept."""
+        if self._open and self._open[-1].tag in REPORT_REASONS and self._open[1:]:
+            parent = self._open[-2]
+            parent.text += text[: REASON_READ - len(parent.text)]
 
     def end(self, _tag: str) -> None:
         """Take the end of the element that began last."""
         element = self._open.pop()
         if element.tag == "testcase":
             if element.is_red:
-                self._add_red(element.name, 1)
+                self._add_red(element, 1)
             elif not element.is_skipped:
                 self.passed += 1
         elif element.tag in REPORT_SUITES and element.red_before == self.red:
-            self._add_red(element.name, max(element.declared, element.is_red))
+            self._add_red(element, max(element.declared, element.is_red))
 
-    def _add_red(self, name: str, count: int) -> None:
-        """Count what failed, and keep its name if it is one of the first."""
+    def _add_red(self, element: ReportElement, count: int) -> None:
+        """Count what failed, and keep its name and its reason if it is one of the first."""
         self.red += count
         if count and len(self._names) < REPORT_NAMES:
-            self._names.append(clip(name, 120))
+            self._names.append(clip(element.name, 120))
+        if count and len(self._explained) < REPORT_EXPLAINED:
+            self._explained.append(explained(element))
+
+
+def explained(element: ReportElement) -> str:
+    """Return what failed, and below it the first lines of its message and of its traceback.
+
+    A message that the traceback repeats is left out.
+    """
+    lines = [line.rstrip() for line in element.text.split("\n") if line.strip()][:REASON_LINES]
+    message = [line.rstrip() for line in element.message.split("\n") if line.strip()][:3]
+    if message and not any(message[0] in line for line in lines):
+        lines = [*message, *lines]
+    shown = (f"    {printable(line)[:300]}" for line in lines)
+    return "\n".join([clip(element.name, 200), *shown])
 
 
 def declared(text: str) -> int:
@@ -6766,6 +6830,7 @@ class RunRecord:
     ref: str
     commit: str
     before: str = ""
+    by: str = ""
     delivery: str = ""
     received: float = 0.0
     outcome: str = ""  # empty while it is under way
@@ -6786,7 +6851,7 @@ class RunRecord:
     @classmethod
     def of(cls, run: Run) -> RunRecord:
         """Return the record of a run that has just begun."""
-        copied = ("id", "commit", "before", "delivery", "received")
+        copied = ("id", "commit", "before", "by", "delivery", "received")
         return cls(ref=recorded_ref(run.ref), **{name: getattr(run, name) for name in copied})
 
     def started_again(self, run: Run) -> RunRecord:
@@ -6985,7 +7050,7 @@ class AppState:
 
 def run_of_record(app: App, record: RunRecord) -> Run:
     """Return the run that a record is of."""
-    copied = ("id", "ref", "commit", "before", "delivery", "received")
+    copied = ("id", "ref", "commit", "before", "by", "delivery", "received")
     return Run(app=app.name, **{name: getattr(record, name) for name in copied})
 
 
@@ -7133,6 +7198,7 @@ class State(StrEnum):
     """What happened to a run or an environment, as the log says it."""
 
     QUEUED = "run queued"
+    RERUN = "run again"
     WAITS = "waits"
     CLAIMED = "claimed"
     SWITCHED = "switched"
@@ -7221,6 +7287,7 @@ class EventKind:
 
 EVENT_KINDS = {
     State.WAITS: EventKind("Waiting", "Run {run} waits: {why}"),
+    State.RERUN: EventKind("Rerun", "{by} lets run {run} run again."),
     State.CLAIMED: EventKind("Claimed", "Run {run} is being deployed."),
     State.SWITCHED: EventKind("Switched", "The traffic goes to run {run}."),
     State.SWITCHED_BACK: EventKind(
@@ -7509,7 +7576,14 @@ def speakers(pods: Iterable[Pod]) -> list[Speaker]:
     ran = [s for s in ran if s.container.kind != "sidecar" or s.is_failed_service]
     failed = [s for s in ran if s.container.exit_code or not s.container.ready]
     chosen = failed or [s for s in ran if s.container.kind == "app"]
-    return [s for s in chosen if s.pod is chosen[0].pod][:4]
+    said = [s for s in chosen if s.pod is chosen[0].pod][:4]
+    return [*said, *(reporters(said[0].pod) if said else ())]
+
+
+def reporters(pod: Pod) -> list[Speaker]:
+    """Return the container of a pod that has read the report of its tests, if it has one."""
+    collectors = (c for c in pod.containers if pod.job and c.name == RESULTS_CONTAINER)
+    return [Speaker(pod, c) for c in collectors if c.words not in ("", NO_REPORT)]
 
 
 def selector_text(selector: Mapping[str, str]) -> str:
@@ -8746,8 +8820,8 @@ def annotation_text(value: Any) -> str | None:
     return json.dumps(value, default=lambda record: record.to_json()) if value else None
 
 
-def entry_of(release: Release, app: str, now: float) -> HistoryEntry:
-    """Return the history entry of a switch to a release."""
+def entry_of(release: Release, app: str, now: float, by: str = "") -> HistoryEntry:
+    """Return the history entry of a switch to a release, by this program if by nobody else."""
     return HistoryEntry(
         run=release.run,
         commit=release.commit,
@@ -8758,7 +8832,7 @@ def entry_of(release: Release, app: str, now: float) -> HistoryEntry:
         release=release.configmap(app)["metadata"]["name"],
         replicas=release.wanted,
         at=round(now, 3),
-        by=MANAGER,
+        by=by or MANAGER,
         beside=bool(release.companions),
     )
 
@@ -9119,7 +9193,8 @@ class Traffic:
         self.claims.check(task, claimed, service)
         source = self.live.recorded(task, service)
         now = self.doors.clock.now()
-        entry = entry_of(release, task.app.name, now)
+        by = task.run.by if task.run.delivery == RERUN else ""
+        entry = entry_of(release, task.app.name, now, by)
         history = [entry, *(source.history if source else ())][:HISTORY_LENGTH]
         claim = self.claims.new(release.run, release.colour, Phase.BAKING)
         annotations: Object = {ANNOTATION_HISTORY: history, ANNOTATION_CLAIM: claim}
@@ -11202,7 +11277,7 @@ class Intake:
         for run, id_ in self.ids_of(app, state, pushes).items():
             reason = needless.get(run.commit, "") if run.ref == app.deploy_ref else ""
             record = state.runs.get(id_)
-            if record and record.delivery == run.delivery not in ("", CATCH_UP, NEXT_TRY):
+            if record and record.delivery == run.delivery not in UNANNOUNCED:
                 recent = record.received > run.received - DEDUPE_SECONDS
                 reason = "Replayed" if recent else reason
             if reason:
@@ -11307,7 +11382,7 @@ class Intake:
             return reopened
         if not refusal:
             now = self.context.clock.now()
-            self.context.recorder.report(run, {}, state=State.QUEUED, at=now)
+            self.context.recorder.report(run, {}, state=State.QUEUED, at=now, by=run.by)
         return not refusal
 
 
@@ -11747,6 +11822,7 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
         **NO_WAIT,
         ANNOTATION_RECEIVED: f"{run.received:.3f}",
         ANNOTATION_DELIVERY: run.delivery,
+        ANNOTATION_BY: run.by,
     }
     change = {"metadata": {"annotations": annotations}, "spec": {"ttlSecondsAfterFinished": None}}
     for job in reversed(jobs):  # the last one says whether the run has ended
@@ -11863,6 +11939,7 @@ class RunReconciler:
         self.workers = workers
         self.reader = ManifestChecks(context, workers)
         self.waits = Waits(context)
+        self.reruns = Reruns(context)
         self.cooldown = Cooldown(context.clock)
         self.trackers: dict[str, ProblemTracker] = {}  # of open runs
         self.events: dict[str, list[PodEvent]] = {}  # of their pods, as far as they were read
@@ -11878,6 +11955,7 @@ class RunReconciler:
         states = Counter(job.state for job in jobs)
         for state in ("suspended", "active"):
             self.context.metrics.queue.labels(state).set(states[state])
+        self.reruns.report(map(newest, open_runs))
         active = [job.run for job in jobs if job.state == "active"]
         steps = [Step(observed, decide(observed)) for observed in self.observe_all(open_runs)]
         self.reader.start_all(steps)
@@ -12112,9 +12190,8 @@ class RunReconciler:
         """Annotate a Job whose pod is not there or does not start with what is waited for."""
         key = f"Events of {job.name}"
         late = job.state == "active" and observed.now - job.unsuspended >= LOOK_SECONDS
-        if not late or not self.cooldown.allows(key):
-            return
-        if not self.cooldown.allows("Events"):  # one reading a look holds up no other run
+        # one reading a look holds up no other run
+        if not (late and self.cooldown.allows(key) and self.cooldown.allows("Events")):
             return
         self.cooldown.start("Events", LOOK_SECONDS / 4)
         self.cooldown.start(key, EVENTS_SECONDS)
@@ -12210,6 +12287,26 @@ class Waits:
             )
             self.context.doors.reports.emit(transition)
         self.words = words
+
+
+class Reruns:
+    """Reports which runs a person lets run again.
+
+    After a start of the process, those that are still under way are reported once more.
+    """
+
+    def __init__(self, context: ControllerContext) -> None:
+        self.context = context
+        self.reported: dict[str, float] = {}  # when runs were let run again
+
+    def report(self, runs: Iterable[Run]) -> None:
+        """Report the reruns among open runs that were not reported yet."""
+        reruns = {run.id: run for run in runs if run.delivery == RERUN}
+        for run in reruns.values():
+            if self.reported.get(run.id) != run.received:
+                values = {"stage": "test", "by": run.by, "at": run.received}
+                self.context.recorder.report(run, {}, state=State.RERUN, **values)
+        self.reported = {run.id: run.received for run in reruns.values()}
 
 
 class ManifestChecks:
@@ -12932,6 +13029,7 @@ class PageWriter:
                 "Branch": run.branch,
                 "Commit": self.markup.commit(seen.app, run.commit),
                 "Title": run.title,
+                "Run again by" if run.delivery == RERUN else "Pushed by": run.by,
                 "Pushed": self.whole_moment(run.received),
                 "State": self.run_state(status),
                 "Reason": status.reason,
@@ -13213,9 +13311,9 @@ class KeptLogs:
         try:
             configmaps = logs_of(self.kubectl, status.run, namespace, LOG_SECONDS)
             return {
-                f"{namespace}: {key}": str(text)
+                "Failing tests" if is_of_report(key) else f"{namespace}: {key}": str(text)
                 for configmap in configmaps
-                for key, text in sorted((configmap.get("data") or {}).items())
+                for key, text in ordered_logs(configmap)
             }
         except SHAPE_ERRORS as wrong:
             raise HookError("the cluster's answer has no logs") from wrong
@@ -13227,6 +13325,17 @@ def logs_of(kubectl: Kubectl, run: str, namespace: str, timeout: float) -> list[
     """Return the ConfigMaps with the kept logs of a run in a namespace; raises KubectlError."""
     terms = selector_text({LABEL_MANAGED: MANAGER, LABEL_STAGE: "log", LABEL_RUN: run})
     return kubectl.list("configmaps", namespace, "-l", terms, timeout=timeout)
+
+
+def ordered_logs(configmap: Object) -> list[tuple[str, str]]:
+    """Return the texts of a kept log with their keys: first why tests failed."""
+    texts = (configmap.get("data") or {}).items()
+    return sorted(texts, key=lambda item: (not is_of_report(item[0]), item[0]))
+
+
+def is_of_report(key: str) -> bool:
+    """Whether a text in a kept log says why tests failed, by their report."""
+    return key.endswith(f".{RESULTS_CONTAINER}")
 
 
 NO_SERVICE: Object = {"metadata": {"name": "", "resourceVersion": "0"}, "spec": {}}
@@ -13321,6 +13430,7 @@ class RunStatus:
     ref: str
     commit: str
     received: float
+    by: str = ""  # who pushed it, or let it run again
     stage: str = ""
     state: str = "lost"  # where nothing is left that says more
     outcome: str = ""
@@ -13375,7 +13485,7 @@ def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) ->
     """Return how a run stands by its record and its Jobs by stage; one of them is there."""
     record = state.runs.get(name)
     run = newest(jobs) if jobs else run_of_record(app, state.runs[name])
-    status = RunStatus(run.id, run.app, run.ref, run.commit, run.received)
+    status = RunStatus(run.id, run.app, run.ref, run.commit, run.received, run.by)
     if record and record.outcome and record.ended >= run.received:
         copied = ("stage", "outcome", "reason", "detail", "tries")
         end = {key: getattr(record, key) for key in copied}
@@ -13409,11 +13519,6 @@ def age(then: float, now: float) -> str:
     past = max(0.0, now - then)
     unit = next((u for u, seconds in AGE_UNITS.items() if past >= 2 * seconds), "s")
     return f"{past // AGE_UNITS[unit]:.0f}{unit}" if then else ""
-
-
-def printable(text: str) -> str:
-    """Return anyone's text fit for a terminal: control characters and the like are spelled out."""
-    return "".join(c if c.isprintable() or c in "\t\n" else repr(c)[1:-1] for c in text)
 
 
 # === HTTP =========================================================================================
@@ -14047,6 +14152,7 @@ def push(tools: Tools, args: argparse.Namespace) -> int:
     commit = tools.full_commit(app, args.sha, recorded=False)
     project = {"git_http_url": app.repository}
     payload = {"object_kind": "push", "ref": ref, "after": commit, "project": project}
+    payload["user_username"] = local_user()
     body = json.dumps(payload).encode()
     headers = delivery_headers(tools, body)
     try:
@@ -14206,6 +14312,8 @@ def explain(tools: Tools, args: argparse.Namespace) -> int:
             print_text(f"{title + ':':10}" + f"\n{'':10}".join(lines))
         for line in timeline(tools, app, name):
             print_text(line)
+        for text in failing_tests(tools, runs[name]) if not args.log else ():
+            print_text(f"\n{text}")
     elif not logs:
         raise HookError(f"{name} is unknown: no Job, no record and no log of it is left")
     if args.log and not logs:
@@ -14257,8 +14365,19 @@ def kept_logs(tools: Tools, app: App, run: str) -> Iterator[str]:
             continue
         for configmap in configmaps:
             at = printable(configmap["metadata"].get("creationTimestamp", ""))
-            for key, text in sorted((configmap.get("data") or {}).items()):
+            for key, text in ordered_logs(configmap):
                 yield f"--- {namespace} {key}, kept {at}\n{printable(text)}"
+
+
+def failing_tests(tools: Tools, run: RunStatus) -> Iterator[str]:
+    """Yield why the tests of a run failed, as far as that is kept and may be read."""
+    if run.reason != Reason.TESTS_FAILED:
+        return
+    with suppress(KubectlError):  # a failure to read is told with --log
+        namespace = tools.config.namespaces["test"]
+        for configmap in logs_of(tools.doors.kubectl, run.run, namespace, LOG_SECONDS):
+            texts = (text for key, text in ordered_logs(configmap) if is_of_report(key))
+            yield from map(printable, texts)
 
 
 def rollback(tools: Tools, args: argparse.Namespace) -> int:
@@ -14299,6 +14418,11 @@ def caller(tools: Tools) -> str:
         args = ("auth", "whoami", "-o", "json")
         answer = tools.doors.kubectl.run(*args, namespace=ORCHESTRATION, timeout=LOOK_SECONDS)
         return clip(str(json.loads(answer)["status"]["userInfo"]["username"]), 100)
+    return local_user()
+
+
+def local_user() -> str:
+    """Return who runs this command, as this machine names them."""
     user = os.environ.get("USER") or f"user {os.getuid()}"
     return clip(f"{user}@{socket.gethostname()}", 100)
 
@@ -14365,8 +14489,8 @@ def head_to_rerun(tools: Tools, app: App, text: str) -> Run:
         record = tools.deployer.state.read(app).find(ref, commit)
         name = record.id if record else text if text in ids else ids[0]
         now = tools.doors.clock.now()
-        by = f"rerun by {caller(tools)}"
-        return Run(id=name, app=app.name, ref=ref, commit=commit, delivery=by, received=now)
+        push = {"ref": ref, "commit": commit, "by": caller(tools), "delivery": RERUN}
+        return Run(id=name, app=app.name, **push, received=now)
     if run := completed(text, [entry.run for entry in read_runs(tools, [app])]):
         raise RefusedError(f"{run} is not the head of a branch; only that can run again")
     raise RefusedError(f"{text} is unknown: neither a recorded run nor a branch's head has this id")
@@ -14691,7 +14815,10 @@ def clone_settings(environ: Mapping[str, str]) -> CloneSettings:
 
 
 def collect(environ: Mapping[str, str]) -> int:
-    """Inside a test pod: wait until the tests have ended, then write a summary of their report."""
+    """Inside a test pod: wait until the tests have ended, then write a summary of their report.
+
+    Why tests failed is printed: the container's log is kept, as that of the tests is.
+    """
     require_variables(environ, "JUNIT_XML", "TERMINATION_LOG")
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
@@ -14699,7 +14826,9 @@ def collect(environ: Mapping[str, str]) -> int:
         Path(listening).touch()
     ended.wait()
     summary = junit_summary(Path(environ["JUNIT_XML"]))
-    Path(environ["TERMINATION_LOG"]).write_text(summary, "utf-8")
+    Path(environ["TERMINATION_LOG"]).write_text(summary.sentence, "utf-8")
+    if summary.failures:
+        print_text(f"{summary.sentence}\n\n{summary.failures}")
     return 0
 
 

@@ -307,6 +307,7 @@ def test_a_run_that_is_pushed_again_goes_on_where_it_failed(
             hook.ANNOTATION_DETAIL: None,
             hook.ANNOTATION_RECEIVED: "30.000",
             hook.ANNOTATION_DELIVERY: "again",
+            hook.ANNOTATION_BY: "lena",
         }
         assert change["spec"] == {"ttlSecondsAfterFinished": None}
 
@@ -317,7 +318,7 @@ def test_a_run_that_is_pushed_again_goes_on_where_it_failed(
         return job
 
     kubectl: Any = SimpleNamespace(delete=delete, patch=patch)
-    run = a_run(OLD, received=30.0, delivery="again")
+    run = a_run(OLD, received=30.0, delivery="again", by="lena")
     assert hook.reopen(kubectl, run, [a_job_with_report(*each) for each in jobs]) is done
     assert (deletions, patches) == (deleted, reopened)
 

@@ -649,7 +649,7 @@ def summary_of(directory: Path, content: bytes) -> str:
     """What is said of a report."""
     path = directory / "junit.xml"
     path.write_bytes(content)
-    return junit_summary(path)
+    return junit_summary(path).sentence
 
 
 @pytest.mark.parametrize(
@@ -712,9 +712,68 @@ def test_a_report_is_read_in_any_namespace_and_encoding(tmp_path: Path, content:
     assert summary_of(tmp_path, content) == "0 passed, 1 failed: a.b"
 
 
+PYTEST = """def test_total():
+>       assert total([1, 2]) == 4
+E       assert 3 == 4
+
+test_shop.py:5: AssertionError"""
+
+
+@pytest.mark.parametrize(
+    ("content", "failures"),
+    [
+        (report(CASE.format("a", "b", "")), ""),
+        (
+            report(
+                CASE.format("a", "b", f'<failure message="assert 3 == 4">{PYTEST}</failure>'),
+                CASE.format("a", "c", '<error message="no such table: carts">x.py:3</error>'),
+            ),
+            (
+                "a.b\n    def test_total():\n    >       assert total([1, 2]) == 4\n"
+                "    E       assert 3 == 4\n    test_shop.py:5: AssertionError\n"
+                "a.c\n    no such table: carts\n    x.py:3"
+            ),
+        ),
+        (
+            report(CASE.format("a", "b", "<failure>one</failure><failure>two</failure>")),
+            "a.b\n    onetwo",
+        ),
+        (
+            report(CASE.format("a", "b", "<failure>1 &lt; 2 <![CDATA[<b>]]></failure>")),
+            "a.b\n    1 &lt; 2 <b>".replace("&lt;", "<"),
+        ),
+        (
+            suite('errors="1" name="s"', '<error message="cannot import"/>'),
+            "suite s\n    cannot import",
+        ),
+        (report(CASE.format("a", "b", "<system-out>x</system-out>")), ""),
+    ],
+    ids=["green", "message-and-traceback", "two", "escaped", "whole-suite", "output"],
+)
+def test_a_report_explains_why_tests_failed(tmp_path: Path, content: bytes, failures: str) -> None:
+    path = tmp_path / "junit.xml"
+    path.write_bytes(content)
+    assert junit_summary(path).failures == failures
+
+
+def test_explanations_are_few_short_and_fit_for_a_terminal(tmp_path: Path) -> None:
+    text = "\n".join([f"line {i} \u202e" + "x" * 1000 for i in range(100)])
+    failure = f'<failure message="{"m" * 100_000}">{text}</failure>'
+    path = tmp_path / "junit.xml"
+    path.write_bytes(report(*(CASE.format("a", f"t{i}", failure) for i in range(30))))
+    failures = junit_summary(path).failures
+    assert [line for line in failures.split("\n") if line.startswith("a.")] == [
+        f"a.t{i}" for i in range(10)
+    ]
+    assert len(failures) < hook.LOG_BYTES
+    assert max(map(len, failures.split("\n"))) == 304
+    assert "line 6 \\u202exxx" in failures
+    assert "\u202e" not in failures
+
+
 def test_where_no_report_is_that_is_said(tmp_path: Path) -> None:
-    assert junit_summary(tmp_path / "junit.xml") == hook.NO_REPORT
-    assert junit_summary(tmp_path / "missing" / "junit.xml") == hook.NO_REPORT
+    assert junit_summary(tmp_path / "junit.xml").sentence == hook.NO_REPORT
+    assert junit_summary(tmp_path / "missing" / "junit.xml").sentence == hook.NO_REPORT
 
 
 LAUGH = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><testsuites name="&b;"/>'
@@ -796,17 +855,17 @@ def test_what_stands_in_the_place_of_a_report_is_neither_followed_nor_waited_for
 ) -> None:
     path = tmp_path / "junit.xml"
     put(path)
-    assert junit_summary(path) == f"the test report cannot be read: {why}"
+    assert junit_summary(path).sentence == f"the test report cannot be read: {why}"
 
 
 def test_a_report_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "junit.xml"
     with path.open("wb") as file:
         file.truncate(100 * 2**20)
-    assert junit_summary(path) == "the test report has 100 MiB; at most 10 MiB are read"
+    assert junit_summary(path).sentence == "the test report has 100 MiB; at most 10 MiB are read"
     with path.open("wb") as file:
         file.truncate(10 * 2**20 + 1)
-    assert junit_summary(path) == "the test report has 11 MiB; at most 10 MiB are read"
+    assert junit_summary(path).sentence == "the test report has 11 MiB; at most 10 MiB are read"
 
 
 def test_a_report_that_grows_while_it_is_read_is_too_large() -> None:

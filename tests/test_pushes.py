@@ -84,6 +84,7 @@ def test_a_push_tells_its_commit_the_one_before_and_the_title_of_the_head() -> N
     body = json.loads(recorded("gitlab-push-branch").body)
     assert (run.commit, run.before) == (body["after"], body["before"])
     assert run.title == body["commits"][-1]["title"]
+    assert run.by == body["user_username"]
     assert (run.delivery, run.received) == ("id", NOW)
 
 
@@ -181,6 +182,22 @@ def test_a_message_of_megabytes_costs_no_more_than_its_beginning() -> None:
 def test_fields_that_nothing_depends_on_may_have_any_type(wrong: Any) -> None:
     run = push(commits=wrong, before=wrong, repository=wrong)
     assert (run.title, run.before) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("account", "name", "by"),
+    [
+        ("lena", "Lena Müller", "lena"),
+        (None, "Lena Müller", "Lena Müller"),
+        ("", "Lena", "Lena"),
+        (["lena"], {"name": "Lena"}, ""),
+        ("le\nna\x1b[31m \u202e", "", "le na [31m"),
+        ("x" * 5_000_000, "", "x" * 97 + "..."),
+    ],
+    ids=["account", "no-account", "empty-account", "other-types", "control-codes", "megabytes"],
+)
+def test_a_push_names_who_pushed_on_one_short_line(account: Any, name: Any, by: str) -> None:
+    assert push(user_username=account, user_name=name).by == by
 
 
 @pytest.mark.parametrize("message", [None, 5, {"a": {}}, "", " \n ", ["x"]], ids=repr)

@@ -5,9 +5,11 @@ The Jobs' pods run the program's own `clone` and `collect`.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
 
 import pytest
+import requests
 
 from tests.fleet import Fleet, Member, fleet
 from tests.standin.store import Hooks, Store
@@ -17,6 +19,8 @@ UNREAD = "exit code 0, but the test report cannot be read: "
 RED = "<testsuite><testcase classname='t' name='good'/><testcase classname='t' name='bad'>"
 RED += "<failure/></testcase></testsuite>"
 GREEN = "<testsuite><testcase classname='t' name='good'/></testsuite>"
+WHY = "<failure message='assert 3 == 4'>def test_total(): &lt;x&gt; password=hunter22</failure>"
+EXPLAINED = RED.replace("<failure/>", WHY)
 
 
 def writes(report: str, status: int = 0) -> str:
@@ -68,6 +72,7 @@ def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         "again": writes(RED),
         "killed": writes(RED),
         "gone": writes(RED),
+        "explained": writes(EXPLAINED, 1),
     }
     named: dict[str, Object] = {name: {"test": command} for name, command in commands.items()}
     named["meshed"] = {"test": "true", "test_timeout": "12s"}
@@ -116,6 +121,21 @@ def test_why_a_report_is_red_that_has_no_failure_is_said(
     is_red(apps[name], apps[name].deployed("v1"), detail)
 
 
+def test_explain_and_page_show_why_tests_failed_without_a_secret(apps: Fleet) -> None:
+    ended = apps["explained"].deployed("v1")
+    is_red(apps["explained"], ended, "1 passed, 1 failed: t.bad")
+    run = ended["run"]
+    why = "t.bad\n    assert 3 == 4\n    def test_total(): <x> password=***\n"
+    printed = eventually(lambda: why in apps.command("explain", run).stdout, 30, "it is kept")
+    assert printed
+    whole = apps.command("explain", run, "--log").stdout
+    assert whole.count(why) == 1
+    page = requests.get(f"{apps.admin_url}/runs/{run}", timeout=30).text
+    assert "<h3>Failing tests</h3>" in page
+    assert html.escape(why.rstrip("\n")) in page
+    assert "hunter22" not in page + whole + apps.log.read_text()
+
+
 def test_a_rerun_of_a_red_report_runs_the_tests_again(apps: Fleet) -> None:
     again = apps["again"]
     first = again.deployed("v1")
@@ -124,9 +144,17 @@ def test_a_rerun_of_a_red_report_runs_the_tests_again(apps: Fleet) -> None:
     assert apps.created(name) == 1
     done = apps.command("rerun", first["run"])
     assert done.returncode == 0, done
+    again_by = eventually(lambda: apps.said("run again", run=first["run"]), 30, "it is reported")
     ends = eventually(lambda: apps.said("run ended", run=first["run"])[1:], 60, "it ends again")
     is_red(again, ends[0], first["detail"])
     assert apps.created(name) == 2
+    (by,) = [line["by"] for line in again_by]
+    events = apps.cluster.store.list("events", "test")
+    texts = [event["message"] for event in events if event["reason"] == "Rerun"]
+    assert texts == [f"{by} lets run {first['run']} run again."]
+    page = requests.get(f"{apps.admin_url}/runs/{first['run']}", timeout=30).text
+    assert f"<dt>Run again by</dt><dd>{by}</dd>" in page
+    assert f"by:       {by}\n" in apps.command("explain", first["run"]).stdout
 
 
 @pytest.mark.parametrize("name", ["killed", "gone"])
