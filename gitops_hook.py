@@ -7314,6 +7314,8 @@ def event_kind(transition: Transition) -> EventKind | None:
     if transition.outcome == Outcome.FAILED:
         reason = transition.reason if transition.reason in {*Reason} else "Failed"
         return EventKind(reason, "Run {run} has failed: {why}", is_warning=True)
+    if transition.outcome == Outcome.SUPERSEDED:
+        return EventKind("Superseded", "Run {run} is not deployed: {why}")
     return None
 
 

@@ -426,6 +426,7 @@ def app_entry(name: str, repository: Path, settings: Object) -> Object:
         test["timeout"] = settings.pop("test_timeout")
     test |= settings.pop("test_settings", {})
     branches = settings.pop("test_branches", ["*"])
+    build = settings.pop("build", {"builder": "none"})
     health = {"path": "/ready", "successes": 2, "timeout": "3s"}
     deploy = {
         "environments": ["production"],
@@ -439,7 +440,7 @@ def app_entry(name: str, repository: Path, settings: Object) -> Object:
         "repository": str(repository),
         "test_branches": branches,
         "test": test,
-        "build": {"builder": "none"},
+        "build": build,
         "deploy": {**deploy, **settings},
     }
 

@@ -64,10 +64,11 @@ class GitLabServer:
                     names.setdefault(entry["name"], []).append(entry["status"])
         return names
 
-    def description(self, name: str) -> str:
-        """What the newest status of a name says."""
+    def description(self, name: str, commit: str = "") -> str:
+        """What the newest status of a name says, of one commit or of any."""
         with self.lock:
-            return str([e for e in self.statuses if e["name"] == name][-1]["description"])
+            entries = [e for e in self.statuses if e["name"] == name]
+            return str([e for e in entries if commit in ("", e["sha"])][-1]["description"])
 
     def link(self, name: str) -> str | None:
         """Where the newest status of a name leads."""

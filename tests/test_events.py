@@ -164,7 +164,7 @@ def test_every_state_of_an_environment_is_told_or_has_no_event(
         ("failed", "Odd words", ("Failed", "Warning")),
         ("deployed", "Ok", ("Deployed", "Normal")),
         ("switched-back", "UnhealthyAfterSwitch", None),  # which was told already
-        ("superseded", "NotHead", None),
+        ("superseded", "NotHead", ("Superseded", "Normal")),
         ("tested", "Ok", None),
     ],
 )
