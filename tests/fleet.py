@@ -151,6 +151,7 @@ class Member:
         self.fleet, self.name, self.namespace = fleet, name, namespace
         directory.mkdir(parents=True)
         self.repository = Repository(directory)
+        self.address = str(self.repository.bare)  # by which pushes name it
 
     # What its owner does.
 
@@ -187,7 +188,7 @@ class Member:
 
     def push(self, commit: str, ref: str = "main", **more: Any) -> str:
         """Announce a commit by a signed delivery; return the run's id."""
-        answer = self.fleet.deliver(self.repository.bare, f"refs/heads/{ref}", commit, **more)
+        answer = self.fleet.deliver(self.address, f"refs/heads/{ref}", commit, **more)
         assert answer.status_code == 202, answer.text
         return str(answer.json()["runs"][0])
 
@@ -352,7 +353,7 @@ class Fleet(World):
         return self.apps[name]
 
     def deliver(
-        self, repository: Path, ref: str, commit: str, *, ident: str = "", **more: Any
+        self, repository: Path | str, ref: str, commit: str, *, ident: str = "", **more: Any
     ) -> requests.Response:
         """Post a push as GitLab would, signed; with an id it may be a delivery that comes again."""
         payload = {"object_kind": "push", "ref": ref, "after": commit, **more}

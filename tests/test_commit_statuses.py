@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import pytest
 import requests
@@ -28,14 +28,10 @@ class Place:
     apps: Fleet
     gitlab: GitLabServer
     gate: Gate
-    git: str  # the address of the git server
 
     def push(self, name: str, commit: str, ref: str = "main") -> str:
         """Announce a commit by the URL of its repository; return the run's id."""
-        where: Any = f"{self.git}/{name}/shop.git"
-        answer = self.apps.deliver(where, f"refs/heads/{ref}", commit)
-        assert answer.status_code == 202, answer.text
-        return str(answer.json()["runs"][0])
+        return self.apps[name].push(commit, ref)
 
     def shows(self, commit: str, **states: str) -> None:
         """Wait until exactly these stages have a status of a commit, one each and in this state."""
@@ -46,10 +42,9 @@ class Place:
 
 @contextmanager
 def gitlab_place(
-    tmp_path_factory: pytest.TempPathFactory, apps: dict[str, Object], gate: Gate | None = None
+    directory: Path, apps: dict[str, Object], gate: Gate | None = None
 ) -> Iterator[Place]:
     """A place with these applications, and a started daemon that tells GitLab of them."""
-    directory = tmp_path_factory.mktemp("statuses")
     with (
         gitlab_server(*(f"{name}/shop" for name in apps)) as gitlab,
         serving(directory / "repositories") as git,
@@ -60,10 +55,11 @@ def gitlab_place(
         fleet = Fleet(directory, cluster, apps, **more)
         for entry in fleet.config["apps"]:
             entry["repository"] = f"{git.url}/{entry['name']}/shop.git"
+            fleet[entry["name"]].address = entry["repository"]
         (fleet.secrets / "gitlab-token").write_text(f"{TOKEN}\n")
         fleet.start()
         try:
-            yield Place(fleet, gitlab, gate or Gate(directory / "gate"), git.url)
+            yield Place(fleet, gitlab, gate or Gate(directory / "gate"))
         finally:
             fleet.end()
 
@@ -77,7 +73,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         "red": {**SETTINGS, "test": "echo 'no <database>'; false"},
         "gated": {**SETTINGS, "test": gate.command},
     }
-    with gitlab_place(tmp_path_factory, apps, gate) as made:
+    with gitlab_place(tmp_path_factory.mktemp("statuses"), apps, gate) as made:
         yield made
 
 

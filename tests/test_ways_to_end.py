@@ -102,7 +102,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     gate = Gate(tmp_path_factory.mktemp("gates") / "gated")
     apps = {name: {**QUICK, **(way.settings or {})} for name, way in WAYS.items()}
     apps["superseded"]["test"] = gate.command
-    with gitlab_place(tmp_path_factory, apps, gate) as made:
+    with gitlab_place(tmp_path_factory.mktemp("statuses"), apps, gate) as made:
         yield made
 
 

@@ -23,6 +23,7 @@ from typing import NoReturn
 
 from tests.bench.observing import Row
 from tests.bench.pushes import measure_process, measure_pushes
+from tests.bench.reports import measure_reports
 from tests.bench.switches import measure_deployments, measure_refusals, measure_switches
 from tests.fleet import fleet
 from tests.world import BIN, ROOT, Object
@@ -64,6 +65,7 @@ def measure(directory: Path, options: argparse.Namespace) -> Iterator[Row]:
             yield from measure_switches(apps, clients, 4 if options.short else 50)
             # last, since programs before 0.2 do not refuse before they deploy
             yield from measure_refusals(world["red"])
+        yield from measure_reports(directory / "reports", 2 if options.short else 5)
 
 
 def interrupt(*_: object) -> NoReturn:
