@@ -4576,18 +4576,17 @@ class Release:
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.companions is None:
             del content["companions"]
-        packed = zlib.compress(json.dumps(content, sort_keys=True).encode())
-        if len(packed) > CONFIGMAP_BYTES:
-            size = f"{len(packed)} bytes when compressed, but {CONFIGMAP_BYTES} are possible"
+        packed = packed_json(content)
+        if (count := content_bytes(binaryData={"release": packed})) > CONFIGMAP_BYTES:
+            size = f"{count} bytes when compressed, but {CONFIGMAP_BYTES} are possible"
             refuse(f"The manifests have {size}. Make the ConfigMaps smaller.")
-        return release_record(app, base64.b64encode(packed).decode())
+        return release_record(app, packed)
 
     @classmethod
     def from_configmap(cls, record: Object) -> Release:
         """Return the release that a ConfigMap records; raises StageError when it cannot be read."""
         try:
-            packed = base64.b64decode(record["binaryData"]["release"])
-            content = json.loads(zlib.decompress(packed))
+            content = unpacked_json(record["binaryData"]["release"])
             names = [f.name for f in fields(cls) if f.name in content]
             return cls(**{name: content[name] for name in names})
         except (KeyError, TypeError, ValueError, zlib.error):
@@ -4674,13 +4673,18 @@ def rendered_companions(
     return rendered
 
 
+def companion_labels(app: str) -> dict[str, str]:
+    """Return the labels by which something that stands beside an app is ours."""
+    return {LABEL_MANAGED: MANAGER, LABEL_APP: app, LABEL_STAGE: COMPANION}
+
+
 def rendered_companion(app: App, written: Object, image: str) -> Object:
     """Return one of them; raises StageError where it cannot be applied."""
     item = copy.deepcopy(written)
     meta = item["metadata"]
     where = f"{clip(item['kind'], 60)} {clip(meta['name'], 60)}"
-    ours = {LABEL_APP: app.name, LABEL_STAGE: COMPANION, LABEL_MANAGED: MANAGER}
-    item["metadata"] = {"name": meta["name"], "labels": {**(meta.get("labels") or {}), **ours}}
+    labels = {**(meta.get("labels") or {}), **companion_labels(app.name)}
+    item["metadata"] = {"name": meta["name"], "labels": labels}
     if meta.get("annotations"):
         item["metadata"]["annotations"] = {**meta["annotations"]}
     if is_companion(item, "Service"):
@@ -5131,6 +5135,16 @@ def shared_node_ports(releases: Mapping[str, Release]) -> Iterator[str]:
 def port_key(port: Object) -> Any:
     """Return what tells the ports of a Service apart, besides their names."""
     return port["port"], port.get("protocol") or "TCP"
+
+
+def packed_json(content: Any) -> str:
+    """Return JSON as `binaryData` of a ConfigMap holds it, compressed."""
+    return base64.b64encode(zlib.compress(json.dumps(content, sort_keys=True).encode())).decode()
+
+
+def unpacked_json(packed: str) -> Any:
+    """Return what was packed; raises TypeError, ValueError or zlib.error for anything else."""
+    return json.loads(zlib.decompress(base64.b64decode(packed)))
 
 
 def release_record(app: str, packed: str) -> Object:
@@ -7206,6 +7220,7 @@ class State(StrEnum):
     REMOVED = "nothing to switch back to"
     ROLLED_BACK = "rolled back"
     RESTORED = "restored"
+    ADOPTED = "taken over"
     UNJUDGED = "confirmed unjudged"
     DRIFTED = "selector drift"
     ENDED = "run ended"
@@ -7298,6 +7313,7 @@ EVENT_KINDS = {
     ),
     State.ROLLED_BACK: EventKind("RolledBack", "{by} rolled back from run {run}: {why}"),
     State.RESTORED: EventKind("Restored", "What run {run} overwrote is ready for a rollback."),
+    State.ADOPTED: EventKind("Adopted", "Run {run} takes over what is beside the app: {why}"),
     State.UNJUDGED: EventKind(
         "Unjudged", "Run {run} stays, though its health was not known: {why}", is_warning=True
     ),
@@ -9092,8 +9108,21 @@ class Claims:
         service = self.live.read(task)
         if service is None or (expected and service.claim != expected):
             return service
-        annotations: Object = {ANNOTATION_CLAIM: claim}
         goal = None if claim else self.widened_entry(task, service)
+        return self.rewrite(task, service, claim, goal)
+
+    @retried
+    def widen(self, task: Task, expected: Claim) -> None:
+        """Give a Service the selector again that it had before it was adopted, under its claim."""
+        service = self.live.read(task)
+        if service and service.claim == expected and (goal := self.widened_entry(task, service)):
+            self.rewrite(task, service, expected, goal)
+
+    def rewrite(
+        self, task: Task, service: Service, claim: Claim, goal: HistoryEntry | None
+    ) -> Service:
+        """Write a claim on the live Service, and where it points if that is another place."""
+        annotations: Object = {ANNOTATION_CLAIM: claim}
         if goal:
             annotations[ANNOTATION_PREVIOUS] = None
             widened = replace(service.live, selector=goal.selector)
@@ -9791,6 +9820,10 @@ SETTLE_ROUNDS = 5  # in which what stands beside an app must come to what is wan
 # What is made when a version is confirmed, or, of an autoscaler, when it is switched to: before
 # that it would start work of a version that is not live, or scale one.
 NEVER_EARLY = ("Deployment", AUTOSCALER, "CronJob")
+# What an object may say that manages it, and still be nobody's but its owner's.
+FREE_HANDS = ("", MANAGER, "kubectl", "kustomize")
+LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+REVISION = "deployment.kubernetes.io/revision"
 EXTERNAL_FIELDS = (*CONFIRMED_FIELDS, "healthCheckNodePort", "allocateLoadBalancerNodePorts")
 Identity = tuple[str, str, str]
 
@@ -9829,6 +9862,7 @@ class Companions:
         self.doors = live.doors
         self.kubectl = live.doors.kubectl
         self.state = live.state
+        self.adoption = Adoption(live)
 
     # Before the switch.
 
@@ -9842,13 +9876,19 @@ class Companions:
         wanted = release.beside(task.app.name)
         if not wanted:
             return
-        # one budget of both colours would be in the way of every eviction
-        budgets = [item for item in release.companions or () if is_companion(item, BUDGET)]
-        plain = [item for item in budgets if item not in wanted]  # not those of workers
+        plain = plain_budgets(release, wanted)
         records = [CompanionRecord.of(task.environment, item) for item in [*wanted, *plain]]
         try:
             seen = self.look(task, records)
-            require_no_plain_budget(task, plain, seen)
+            recorded = self.records(task)
+            taken = self.adoption.takeable(task, seen, recorded)
+            ours = {
+                identity
+                for identity, item in seen.objects.items()
+                if is_recorded(recorded.get(identity), item) and is_ours(item, task.app.name)
+            }
+            require_no_plain_budget(task, plain, seen.objects.keys() - taken.keys() - ours)
+            seen = replace(seen, objects={**seen.objects, **taken})
             steps = self.steps_to(task, wanted, seen)
             carry_out(self.kubectl, task.namespace, steps, "--dry-run=server")
         except KubectlError as refused:
@@ -9866,14 +9906,18 @@ class Companions:
         wanted = release.beside(task.app.name)
         if not wanted:
             return
-        recorded = self.records(task)
         records = [CompanionRecord.of(task.environment, item) for item in wanted]
+        budgets = plain_budgets(release, wanted)
+        plain = [CompanionRecord.of(task.environment, item) for item in budgets]
+        seen = self.look(task, [*records, *plain])
+        if self.adoption.take(task, seen, self.records(task)):
+            seen = self.look(task, records)
+        recorded = self.records(task)
         if new := [record for record in records if record.identity not in recorded]:
             self.state.write(task.app, *new)
         name = release.configmap(task.app.name)["metadata"]["name"]
         last = RecordedCompanions.of(name, release, task.app.name)
         self.live.remembered.beside[task.labels] = last
-        seen = self.look(task, records)
         selector = seen.service.selector if seen.service else release.selector
         early = [
             leading if is_companion(item, "Service") else item
@@ -9895,8 +9939,9 @@ class Companions:
         That this fails is reported, and holds nothing up.
         """
         try:
-            release = self.live.release(task, entry.release)
-            wanted = release.beside(task.app.name)
+            wanted = self.adoption.objects(task, entry) or ()
+            if entry.release:
+                wanted = self.live.release(task, entry.release).beside(task.app.name)
             if budgets := [with_applied(o, o) for o in wanted if is_companion(o, BUDGET)]:
                 self.kubectl.create(budgets, task.namespace)
         except (HookError, *SHAPE_ERRORS) as failed:
@@ -9982,6 +10027,8 @@ class Companions:
         if service is None:
             return None if self.live.recorded(task, None) else []
         name = service.live.release
+        if service.live.outcome == ADOPTED:
+            return self.adoption.objects(task, service.live)
         last = self.live.remembered.beside.get(task.labels)
         if last is None or last.record != name:
             if not name:
@@ -10067,9 +10114,8 @@ class Companions:
         items = []
         for identity in gone:
             item = seen.objects[identity]
-            record = records.get(identity)
             meta = item["metadata"]
-            same = record is not None and record.uid == meta.get("uid")
+            same = is_recorded(records.get(identity), item)
             waits = is_companion(item, BUDGET) and not drained
             ignored = task.app.deploy.ignores(item["kind"], plain_name(item))
             left = ignored or item["kind"] == "PersistentVolumeClaim"
@@ -10101,6 +10147,159 @@ class Companions:
         old = [record.key for identity, record in recorded.items() if identity not in there]
         if news or (forget and old):
             self.state.write(task.app, *news, forget=old if forget else ())
+
+
+class Adoption:
+    """Takes over what stands beside an app that ran here before its first deployment.
+
+    What it was is kept in a ConfigMap, so that going back to that version restores it. Only what
+    the commit names is taken over, and only while nothing says that somebody else has it.
+    """
+
+    def __init__(self, live: LiveServices) -> None:
+        self.live = live
+        self.doors = live.doors
+        self.kubectl = live.doors.kubectl
+
+    def takeable(
+        self, task: Task, seen: Beside, recorded: Mapping[Identity, CompanionRecord]
+    ) -> dict[Identity, Object]:
+        """Return what is to be taken over, as it will be then; most often it is nothing.
+
+        What is recorded by its uid was made here, or was taken over before.
+        """
+        new = {
+            identity: handed_over(item, task.app.name)
+            for identity, item in seen.objects.items()
+            if is_free(item, task.app.name) and not is_recorded(recorded.get(identity), item)
+        }
+        return new if new and self.is_due(task, seen.service) else {}
+
+    def is_due(self, task: Task, service: Service | None) -> bool:
+        """Whether what is live is what ran here before the first deployment."""
+        if service is None:
+            return False
+        source = self.live.recorded(task, service)
+        return source is None or source.recorded_live.outcome == ADOPTED
+
+    def take(self, task: Task, seen: Beside, recorded: Mapping[Identity, CompanionRecord]) -> bool:
+        """Take over what may be, after writing down what it was; return whether that was anything.
+
+        Raises HookError.
+        """
+        taken = self.takeable(task, seen, recorded)
+        if not taken:
+            return False
+        self.keep(task, [seen.objects[identity] for identity in taken])
+        records = [CompanionRecord.of(task.environment, item) for item in taken.values()]
+        self.live.state.write(task.app, *records)
+        carry_out(self.kubectl, task.namespace, Steps(replaced=[*taken.values()]))
+        detail = clip(", ".join(sorted(map(str, records))))
+        self.doors.report(task, State.ADOPTED, detail=detail)
+        return True
+
+    def keep(self, task: Task, items: Iterable[Object]) -> None:
+        """Write down what objects were, beside what is written down already."""
+        current = self.kept(task)
+        before = unpacked_objects(current) if current else []
+        as_they_were = [as_it_was(item, task.app.name) for item in items]
+        by_identity = {
+            CompanionRecord.of(task.environment, item).identity: item
+            for item in (*before, *as_they_were)
+        }
+        labels = {LABEL_APP: task.app.name, LABEL_STAGE: ADOPTED}
+        wanted = new_object("ConfigMap", adopted_name(task.app.name), labels, {})
+        wanted["binaryData"] = {"objects": packed_json([*by_identity.values()])}
+        if content_bytes(binaryData=wanted["binaryData"]) > CONFIGMAP_BYTES:
+            refuse("What stands beside the app is too large to be taken over. Delete some of it.")
+        self.kubectl.put(wanted, current, task.namespace)
+
+    def kept(self, task: Task) -> Object | None:
+        """Return the ConfigMap with what objects were; raises StageError if it is not ours."""
+        name = adopted_name(task.app.name)
+        configmap = self.kubectl.get("configmap", name, task.namespace)
+        labels = part_of(configmap or {}, "metadata", "labels")
+        if configmap is None or labels.get(LABEL_STAGE) == ADOPTED:
+            return configmap
+        detail = f"ConfigMap {name} is there and was not made here; delete or rename it"
+        raise StageError(Reason.ADOPTION_REFUSED, detail)
+
+    def objects(self, task: Task, entry: HistoryEntry) -> list[Object] | None:
+        """Return what stood beside the app then; None where nothing was taken over.
+
+        While the live Service has a narrower selector than it had, so have the others of its pods.
+        """
+        configmap = self.kept(task) if entry.outcome == ADOPTED else None
+        if configmap is None:
+            return None
+        items = unpacked_objects(configmap)
+        workers = [item for item in items if is_companion(item, "Deployment")]
+        apart = {k: v for k, v in entry.selector.items() if entry.was and entry.was.get(k) != v}
+        for item in items:
+            if is_companion(item, "Service") and not any(is_aimed_at(item, w) for w in workers):
+                item["spec"]["selector"] = {**part_of(item, "spec", "selector"), **apart}
+        return items
+
+
+def adopted_name(app: str) -> str:
+    """Return the name of the ConfigMap with what stood beside an app before it was adopted."""
+    return f"{app}-adopted"
+
+
+def unpacked_objects(configmap: Object) -> list[Object]:
+    """Return the objects that a ConfigMap keeps; raises StageError where they cannot be read."""
+    try:
+        return [dict(item) for item in unpacked_json(configmap["binaryData"]["objects"])]
+    except (KeyError, TypeError, ValueError, zlib.error):
+        refuse(f"ConfigMap {configmap['metadata']['name']} cannot be read.", INVALID)
+
+
+def is_recorded(record: CompanionRecord | None, item: Object) -> bool:
+    """Whether exactly this object is recorded, as made here or taken over."""
+    return record is not None and record.uid == item["metadata"].get("uid")
+
+
+def is_free(item: Object, app: str) -> bool:
+    """Whether an object belongs to an app already, or to nobody: no app, no owner, no tool."""
+    if is_ours(item, app):
+        return True
+    meta = item["metadata"]
+    labels = part_of(item, "metadata", "labels")
+    by_hand = labels.get(LABEL_MANAGED, "") in FREE_HANDS
+    taken = LABEL_APP in labels or meta.get("ownerReferences") or meta.get("deletionTimestamp")
+    return by_hand and not taken
+
+
+def handed_over(item: Object, app: str) -> Object:
+    """Return an object with our labels; what kubectl applied to it last counts as ours."""
+    labels = {**part_of(item, "metadata", "labels"), **companion_labels(app)}
+    annotations = part_of(item, "metadata", "annotations")
+    before = annotations.get(ANNOTATION_APPLIED) or annotations.get(LAST_APPLIED)
+    if before:
+        annotations = {**annotations, ANNOTATION_APPLIED: before}
+    meta = {**item["metadata"], "labels": labels}
+    return {**item, "metadata": {**meta, "annotations": annotations} if before else meta}
+
+
+def as_it_was(item: Object, app: str) -> Object:
+    """Return an object as it can be written again, with our labels: it stays handed over."""
+    annotations = {
+        key: value
+        for key, value in part_of(item, "metadata", "annotations").items()
+        if key not in (LAST_APPLIED, ANNOTATION_APPLIED, REVISION)
+    }
+    meta = {
+        "name": item["metadata"]["name"],
+        "labels": {**part_of(item, "metadata", "labels"), **companion_labels(app)},
+        **({"annotations": annotations} if annotations else {}),
+    }
+    return {**{key: value for key, value in item.items() if key != "status"}, "metadata": meta}
+
+
+def plain_budgets(release: Release, wanted: Sequence[Object]) -> list[Object]:
+    """Return the budgets of an app without a colour, as they would count the pods of both."""
+    budgets = [item for item in release.companions or () if is_companion(item, BUDGET)]
+    return [item for item in budgets if item not in wanted]  # not those of workers
 
 
 def carry_out(kubectl: Kubectl, namespace: str, steps: Steps, *options: str) -> None:
@@ -10239,9 +10438,7 @@ def plain_name(item: Object) -> str:
 
 def is_ours(item: Object, app: str) -> bool:
     """Whether an object carries our labels, as what stands beside this app."""
-    labels = part_of(item, "metadata", "labels")
-    ours = {LABEL_APP: app, LABEL_STAGE: COMPANION, LABEL_MANAGED: MANAGER}
-    return ours.items() <= labels.items()
+    return companion_labels(app).items() <= part_of(item, "metadata", "labels").items()
 
 
 def foreign_words(task: Task, record: CompanionRecord, current: Object) -> str:
@@ -10250,17 +10447,19 @@ def foreign_words(task: Task, record: CompanionRecord, current: Object) -> str:
     owner = labels.get(LABEL_APP)
     if owner and owner != task.app.name:
         return f"{record} belongs to app {clip(str(owner), 40)}; rename one of the two"
-    labels = {LABEL_MANAGED: MANAGER, LABEL_APP: task.app.name, LABEL_STAGE: COMPANION}
-    terms = " ".join(f"{key}={value}" for key, value in labels.items())
+    terms = " ".join(f"{k}={v}" for k, v in companion_labels(task.app.name).items())
     command = f"kubectl -n {task.namespace} label --overwrite {record} {terms}"
     return f"{record} is there without our labels; delete or rename it, or hand it over: {command}"
 
 
-def require_no_plain_budget(task: Task, plain: Iterable[Object], seen: Beside) -> None:
-    """Raise StageError where a budget stands that counts the pods of both colours."""
+def require_no_plain_budget(task: Task, plain: Iterable[Object], standing: Set[Identity]) -> None:
+    """Raise StageError where a budget stands that counts the pods of both colours.
+
+    It would be in the way of every eviction.
+    """
     for item in plain:
         record = CompanionRecord.of(task.environment, item)
-        if record.identity in seen.objects:
+        if record.identity in standing:
             each = " and ".join(f"{record.name}-{colour}" for colour in COLOURS)
             detail = f"{record} would count the pods of both colours; delete it: {each} replace it"
             raise StageError(Reason.ADOPTION_REFUSED, detail)
@@ -10859,6 +11058,10 @@ class Deployer:
             workloads.scale(task, name, min(retain, size))
         elif idle and claim.phase == Phase.DRAINING:
             workloads.restart(task, name)
+        if service.live.outcome == ADOPTED:
+            # what its owner changes next may not fit narrowed Services
+            self.steady.claims.widen(task, claim)
+            self.steady.companions.follow(task, drained=True)
         self.steady.claims.put(task, Claim(), claim)
         self.collect_garbage(task)
 
@@ -10880,7 +11083,8 @@ class Deployer:
             if any(is_ours(d, app) for d in deployments):
                 sets += kubectl.list("replicasets", namespace, "-l", LABEL_WORKER)
             history = [entry.to_json() for entry in service.history]
-            in_use = json.dumps([history, deployments, sets])
+            adopted = adopted_name(app) * any(e.outcome == ADOPTED for e in service.history)
+            in_use = json.dumps([history, deployments, sets, adopted])
         else:
             metas = [d["metadata"] for d in deployments]
             left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
@@ -10941,7 +11145,7 @@ class Rollback:
         switched = None
         try:
             goal = self.ready_goal(task, service, claimed, target)
-            if goal.entry.beside:
+            if goal.entry.beside or goal.entry.outcome == ADOPTED:
                 self.companions.protect(task, goal.entry)
             switched = self.switch(task, claimed, goal, reason)
         finally:
@@ -14701,31 +14905,44 @@ def access_review(namespace: str, path: str, verb: str) -> Object:
 def companion_lines(companions: Companions, task: Task, release: Release) -> list[str]:
     """Return what deploying a release would do to each object beside an app, a line for each."""
     wanted = release.beside(task.app.name)
-    ours = {CompanionRecord.of(task.environment, item): item for item in wanted}
-    by_identity = {record.identity: item for record, item in ours.items()}
+    of = partial(CompanionRecord.of, task.environment)
+    by_identity = {of(item).identity: item for item in wanted}
     recorded: Mapping[Identity, CompanionRecord] = {}
     try:
         recorded = companions.records(task)
     except KubectlError as refused:
         if refused.kind not in UNREADABLE_KINDS:  # the caller's account may be a reader's
             raise
-    listed = {**recorded, **{record.identity: record for record in ours}}
-    seen = companions.look(task, listed.values()).objects if listed else {}
-    lines = []
-    for identity, record in sorted(listed.items()):
-        item = by_identity.get(identity)
-        current = seen.get(identity)
-        when = "after the drain" if record.kind == BUDGET else "when it is confirmed"
-        if item and current and applied_last(current) == item:
-            lines.append(f"{record}: unchanged")
-        elif item:
-            early = current is None and item["kind"] not in NEVER_EARLY
-            when = "with the switch" if is_following(item) else "when it is confirmed"
-            when = "before the rollout" if early else when
-            lines.append(f"{record}: {'changed' if current else 'created'} {when}")
-        elif current:
-            lines.append(f"{record}: deleted {when}")
-    return lines
+    plain = {of(item).identity: of(item) for item in plain_budgets(release, wanted)}
+    listed = {**recorded, **{identity: of(item) for identity, item in by_identity.items()}}
+    seen = Beside({}, None)
+    if listed:
+        seen = companions.look(task, {**plain, **listed}.values())
+    taken = companions.adoption.takeable(task, seen, recorded)
+    listed |= {identity: record for identity, record in plain.items() if identity in taken}
+    return [
+        line
+        for identity, record in sorted(listed.items())
+        if (line := companion_line(record, by_identity.get(identity), seen, identity in taken))
+    ]
+
+
+def companion_line(record: CompanionRecord, item: Object | None, seen: Beside, taken: bool) -> str:
+    """Return what becomes of an object that is to be `item`, "" where there is none to be deleted.
+
+    `taken`: whether it is taken over from its owner.
+    """
+    current = seen.objects.get(record.identity)
+    if item and current and applied_last(current) == item:
+        return f"{record}: unchanged"
+    when = "after the drain" if record.kind == BUDGET else "when it is confirmed"
+    what = "deleted" if current else ""
+    if item:
+        early = current is None and item["kind"] not in NEVER_EARLY
+        when = "with the switch" if is_following(item) else "when it is confirmed"
+        when = "before the rollout" if early else when
+        what = "changed" if current else "created"
+    return f"{record}: {'taken over, ' * taken}{what} {when}" if what else ""
 
 
 def probe_warning(health: Health, release: Release) -> str:

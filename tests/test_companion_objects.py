@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import threading
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -328,6 +329,16 @@ class MemoryKubectl:
                 changed = {**wanted, "metadata": {**wanted["metadata"], **meta}}
                 self.objects[self.key(wanted)] = changed
 
+    def get(self, _resource: str, name: str, _namespace: str) -> Object | None:
+        """Return a ConfigMap."""
+        return copy.deepcopy(self.objects.get(("ConfigMap", name)))
+
+    def put(self, wanted: Object, current: Object | None, namespace: str) -> None:
+        """Create or replace one object."""
+        meta = {**wanted["metadata"], **({"uid": current["metadata"]["uid"]} if current else {})}
+        verb = "replace" if current else "create"
+        self.write(verb, [{**wanted, "metadata": meta}], namespace)
+
     def plural(self, _api: str, kind: str) -> str:
         """Return the resource of a kind."""
         return f"{kind.lower()}s"
@@ -355,8 +366,16 @@ class MemoryState:
             self.state.companions.pop(key, None)
 
 
+RUNNING = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {"selector": {"app": "x"}}}
+
+
 def companions_of(
-    cluster: MemoryKubectl, state: MemoryState, live: Release | None, *, confirmed: bool = True
+    cluster: MemoryKubectl,
+    state: MemoryState,
+    live: Release | None,
+    *,
+    confirmed: bool = True,
+    service: Object | None = None,
 ) -> Companions:
     """Companions of an app whose live version is a release."""
 
@@ -364,7 +383,14 @@ def companions_of(
         """Reads a live Service that never changes."""
 
         kubectl = cluster
-        doors = cast(hook.Doors, type("D", (), {"kubectl": cluster, "clock": hook.Clock()}))
+        doors = hook.Doors(
+            kubectl=cast(hook.Kubectl, cluster),
+            git=cast(hook.Git, None),
+            secrets=cast(hook.Secrets, None),
+            clock=hook.Clock(),
+            reports=hook.Reports(cluster.metrics),
+            stop=threading.Event(),
+        )
         remembered = hook.Remembered()
 
         def __init__(self) -> None:
@@ -373,13 +399,14 @@ def companions_of(
         def service_of(self, _task: Task, _manifest: Object | None) -> hook.Service | None:
             """Return the Service, None where there is no version."""
             if live is None:
-                return None
+                return hook.Service(service) if service else None
             entry = hook.entry_of(live, "shop", 1.0)
             entry = replace(entry, outcome="deployed" if confirmed else "")
             return hook.Service.recorded("shop", entry)
 
-        def recorded(self, _task: Task, _service: hook.Service | None) -> None:
-            """Return that nothing is recorded."""
+        def recorded(self, _task: Task, service: hook.Service | None) -> hook.Service | None:
+            """Return the Service where it has a history, as nothing is recorded elsewhere."""
+            return service if service and service.history else None
 
         def release(self, _task: Task, _name: str) -> Release:
             """Return the live release."""
@@ -434,6 +461,60 @@ def test_an_object_of_another_app_or_without_our_labels_is_never_changed_or_dele
         companions.follow(task(), drained=drained)
         for one in standing:
             assert cluster.objects[cluster.key(one)] == one
+
+
+def is_somebodys(one: Object) -> bool:
+    """Whether another app, an owner or a tool has an object, as its labels say."""
+    labels = one["metadata"]["labels"]
+    others = "gitops-hook/app" in labels and not labels.items() >= LABELS.items()
+    tool = labels.get("app.kubernetes.io/managed-by", "") not in ("", "gitops-hook")
+    return others or tool or bool(one["metadata"].get("ownerReferences"))
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(standing=standing_objects(FOREIGN), owned=st.booleans())
+def test_an_app_that_is_adopted_takes_over_nothing_that_somebody_else_has(
+    standing: list[Object], *, owned: bool
+) -> None:
+    for one in standing:
+        one["metadata"] |= {"ownerReferences": [{"kind": "ScaledObject"}]} if owned else {}
+    cluster, state = MemoryKubectl(standing), MemoryState([])
+    companions = companions_of(cluster, state, None, service=RUNNING)
+    version = released(*everything())
+    with suppress(hook.StageError):
+        companions.require_accepted(task(), version)
+        companions.prepare(task(), version)
+    for one in filter(is_somebodys, standing):
+        assert cluster.objects[cluster.key(one)] == one
+
+
+def test_only_an_app_that_ran_before_takes_over_what_stands_beside_it() -> None:
+    mine = {**cronjob(), "metadata": {"name": "x", "uid": "1", "resourceVersion": "1"}}
+    version = released(cronjob())
+    for service, accepted in ((RUNNING, True), (None, False)):
+        companions = companions_of(MemoryKubectl([mine]), MemoryState([]), None, service=service)
+        if accepted:
+            companions.require_accepted(task(), version)
+        else:
+            said = fault(lambda c=companions: c.require_accepted(task(), version))
+            assert said[0] is Reason.ADOPTION_REFUSED
+    live = companions_of(MemoryKubectl([mine]), MemoryState([]), released())
+    assert fault(lambda: live.require_accepted(task(), version))[0] is Reason.ADOPTION_REFUSED
+
+
+def test_what_is_taken_over_is_kept_as_it_was_through_every_further_try() -> None:
+    mine = {**cronjob(), "metadata": {"name": "x", "uid": "1", "resourceVersion": "1"}}
+    cluster, state = MemoryKubectl([mine]), MemoryState([])
+    companions = companions_of(cluster, state, None, service=RUNNING)
+    for schedule in ("1 1 * * *", "2 2 * * *"):
+        other = cronjob()
+        other["spec"]["schedule"] = schedule
+        companions.prepare(task(), released(other))
+    entry = hook.HistoryEntry(selector={"app": "x"}, outcome="adopted")
+    (kept,) = companions.adoption.objects(task(), entry) or ()
+    assert kept["spec"] == mine["spec"]
+    assert kept["metadata"] == {"name": "x", "labels": LABELS}
+    assert {r.kind: r.uid for r in state.state.companions.values()} == {"CronJob": "1"}
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])

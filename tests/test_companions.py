@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
+import yaml
 
 from gitops_hook import Release
-from tests.fleet import Fleet, Member, fleet, is_ready, variable
+from tests.fleet import Fleet, Member, app_objects, fleet, is_ready, variable
 from tests.services import Change
+from tests.test_deployments import answers
 from tests.world import Object, eventually
 
 APPS: dict[str, Object] = {
@@ -21,7 +25,7 @@ APPS: dict[str, Object] = {
     "refused": {"bake": "1s", "drain": "1s", "companions": ["ServiceMonitor"]},
     **{
         name: {"bake": "1s", "drain": "1s"}
-        for name in ("failed", "killed", "later", "old", "whole")
+        for name in ("failed", "killed", "later", "old", "taken", "told", "whole")
     },
 }
 ENDINGS = {  # of the names of what stands beside an app
@@ -160,20 +164,21 @@ def allow_ingresses(apps: Fleet) -> None:
 
 
 @contextmanager
-def watched(app: Member) -> Iterator[list[str]]:
-    """Note, while the block runs, each moment at which the live pods have no budget."""
+def watched(app: Member, before: str = "") -> Iterator[list[str]]:
+    """Note, while the block runs, each moment at which the live pods have no budget.
+
+    What ran before the app was adopted has one without a colour.
+    """
     gaps: list[str] = []
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.01):
             colour = app.selector.get("version", "")
-            budgets = app.objects("poddisruptionbudgets")
-            if (
-                colour
-                and f"{app.name}-{colour}" not in budgets
-                and colour == app.selector["version"]
-            ):
+            budget = f"{app.name}-{colour}" if colour else before
+            find = partial(app.fleet.cluster.store.find, "poddisruptionbudgets", app.namespace)
+            if budget and not find(budget) and colour == app.selector.get("version", ""):
+                budgets = app.objects("poddisruptionbudgets")
                 gaps.append(f"{colour} is live, but there is {[*budgets]}")
 
     thread = threading.Thread(target=watch)
@@ -311,6 +316,88 @@ def test_five_switches_two_switch_backs_and_a_rollback_leave_nothing_behind_or_u
     assert gaps == [], "the live pods had a budget at every moment"
     assert traffic.failures == []
     assert apps.cluster.store.find("jobs", "production", job), "its running Job goes on"
+
+
+def ran_before(app: Member, version: str) -> None:
+    """Let a version run with all that stands beside it, as its owner has applied it."""
+    objects = app_objects(app.name, version, "", app.fleet.image)
+    template = objects["Deployment"]["spec"]["template"]
+    template["metadata"]["labels"] = {"app": app.name}
+    with_worker(app, version)(objects)
+    stream = yaml.safe_dump_all(copy.deepcopy([*objects.values()]))
+    done = app.fleet.kubectl("apply", "-n", app.namespace, "-f", "-", stdin=stream)
+    assert done.code == 0, done
+    eventually(lambda: app.service() and answers(app) == version, 60, f"{version} answers")
+    eventually(lambda: workers(app) == [version], 60, f"the worker of {version} is ready")
+
+
+def stands_as_before(app: Member, version: str, *, whole: bool = True) -> None:
+    """Wait until all is again as its owner had it; after a rollback, Services are narrower."""
+    app.quiet()
+    assert app.answer()["version"] == version
+    expected = {
+        "scales": app.name,
+        "peers": {"app": app.name},
+        "schedule": f"{len(version)} 3 * * *",
+        "text": version,
+        "ingress": False,
+        "budgets": [app.name],
+    }
+    if whole:
+        eventually(lambda: state(app) == expected, 30, f"{state(app)} is {expected}")
+    else:  # a version of ours can be gone to again, whose pods the wider selector would reach
+        eventually(lambda: state(app) == {**expected, "peers": app.selector}, 30, "it is back")
+    eventually(lambda: workers(app) == [version], 30, f"{workers(app)} is {version}")
+
+
+def turns_sick(app: Member, version: str) -> None:
+    """Switch to a version, have all of it follow, and be switched back from it."""
+    run = app.go(version, change=with_worker(app, version))
+    app.switched(run)
+    eventually(lambda: state(app)["scales"] == f"{app.name}-{app.selector['version']}", 20)
+    app.tell(version, "/turn-sick")
+    assert app.fleet.ended(run)["outcome"] == "switched-back"
+
+
+def is_live_whole(app: Member, version: str) -> None:
+    """Deploy a version, and have all of it follow."""
+    assert app.deployed(version, change=with_worker(app, version))["outcome"] == "deployed"
+    stands_whole(app, version)
+
+
+def test_what_stood_beside_a_running_app_is_taken_over_and_given_back(apps: Fleet) -> None:
+    taken = apps["taken"]
+    ran_before(taken, "v0")
+    commit = taken.release("planned", change=with_worker(taken, "planned"))
+    planned = apps.command("plan", "taken", commit).stdout
+    assert "HorizontalPodAutoscaler/taken: taken over, changed with the switch" in planned
+    assert "PodDisruptionBudget/taken: taken over, deleted after the drain" in planned
+    with watched(taken, "taken") as gaps, taken.traffic() as traffic:
+        turns_sick(taken, "sick1")
+        stands_as_before(taken, "v0")
+        is_live_whole(taken, "v11")
+        assert apps.command("rollback", "taken").returncode == 0
+        stands_as_before(taken, "v0", whole=False)
+        is_live_whole(taken, "v222")
+    assert (traffic.failures, gaps) == ([], [])
+    assert apps.said("what stands beside the app did not follow", app="taken") == []
+
+
+def test_what_was_taken_over_is_told(apps: Fleet) -> None:
+    told = apps["told"]
+    ran_before(told, "v0")
+    is_live_whole(told, "v1")
+    (line,) = apps.said("taken over", app="told")
+    for name in ("CronJob/told-night", "Deployment/told-worker", "PodDisruptionBudget/told"):
+        assert name in line["detail"]
+
+    def events() -> list[Object]:
+        """Return the Events of it."""
+        listed = apps.cluster.store.list("events", "production")
+        return [e for e in listed if (e["reason"], "told" in e["message"]) == ("Adopted", True)]
+
+    eventually(lambda: [e for e in events() if e["involvedObject"]["kind"] == "Service"], 30)
+    assert line["detail"] in events()[0]["message"]
 
 
 def nonsense(app: Member) -> Object:
