@@ -3707,6 +3707,20 @@ CHOSEN_FIELDS = ("ipFamilies", "ipFamilyPolicy", "healthCheckNodePort", "loadBal
 PROBE_LENGTH = 8000  # characters of the path and the headers of a readiness probe
 URL_SAFE = "/%?&=+,;:@!$'()*[]~"
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
+# How kustomize annotates an object with the file in which it is written, or its generator. It is
+# asked for that by a kustomization of ours, beside this link to the folder.
+ORIGIN = "config.kubernetes.io/origin"
+ORIGIN_FILE = re.compile(
+    r"path: (.+)\n|configuredIn: (.+)\nconfiguredBy:\n(?:  .+\n)*  kind: \w+Generator\n"
+)
+WRAPPED = f"{MANAGER}-folder"
+# What only the outermost kustomization is asked, and what may depend on annotations of objects.
+OUTERMOST = re.compile(rb"(?i)buildMetadata|sortOptions|kind[\"']?\s*:\s*[\"']?component\b")
+ANNOTATIONS = re.compile(
+    rb"config\.kubernetes\.io"
+    rb"|metadata[./]annotations(?<!template[./]metadata[./]annotations)"
+    rb"|metadata[\"']?[ \t\r]*(?:[,}\]\n]|\Z)"
+)
 CHART = "Chart.yaml"
 RENDER_CHART = "Commit what `helm template` prints of it."
 OVERLAYS = re.compile(r"(^|/)(overlays|environments|envs?)/[^/]+$|(^|/)(staging|production|prod)$")
@@ -3928,7 +3942,7 @@ def read_manifests(root: Path, path: str) -> list[Manifest]:
     if (directory / CHART).exists():
         refuse(f"{path} is a Helm chart. {RENDER_CHART}")
     with tempfile.TemporaryDirectory(prefix="gitops-hook-") as home:
-        return ManifestReader(root, directory, Path(home)).read()
+        return ManifestReader(root, directory, Path(home).resolve()).read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -3944,8 +3958,7 @@ class ManifestReader:
         folder = self.directory
         kustomizations = [*filter(os.path.lexists, map(folder.joinpath, KUSTOMIZATIONS))]
         if kustomizations:
-            source = self.plain_file(kustomizations[0])
-            return [self.manifest(source, item) for item in self.read_by(source, "-k", folder)]
+            return self.read_built(self.plain_file(kustomizations[0]))
         files = manifest_files(folder)
         if not files:
             refuse(advice_for_no_files(self.root, folder))
@@ -3981,6 +3994,35 @@ class ManifestReader:
             else:
                 manifests.append(self.manifest(source, item))
         return manifests
+
+    def read_built(self, kustomization: str) -> list[Manifest]:
+        """Return the objects of the folder's kustomization, by one call of kubectl.
+
+        One of ours around it lets kustomize annotate where each object is written, unless the
+        objects would differ by that.
+        """
+        if not is_annotatable(self.root, self.root / kustomization):
+            items = self.read_by(kustomization, "-k", self.directory)
+            return [self.manifest(kustomization, item) for item in items]
+        (self.home / WRAPPED).symlink_to(self.directory)
+        wrapper = {"resources": [WRAPPED], "buildMetadata": ["originAnnotations"]}
+        (self.home / KUSTOMIZATIONS[0]).write_text(json.dumps(wrapper))
+        items = self.read_by(kustomization, "-k", self.home)
+        origins = [self.origin(take_origin(item)) or kustomization for item in items]
+        return [self.manifest(o, item) for o, item in zip(origins, items, strict=True)]
+
+    def origin(self, path: str) -> str:
+        """Return where an object is written, by its path as seen from the home; "" if nowhere."""
+        folder = self.directory
+        below = path.removeprefix(f"{WRAPPED}/")
+        file = Path(os.path.normpath((folder if below != path else folder.parent) / below))
+        through = f" (by way of {folder.relative_to(self.root)})"
+        with suppress(OSError, RuntimeError, ValueError):  # it may be no name of a file
+            inside = all(f.is_relative_to(self.root) for f in (file, file.resolve()))
+            if path and inside and file.is_file():
+                name = str(file.relative_to(self.root))
+                return name if file.parent == folder else f"{name}{through}"
+        return ""
 
     def manifest(self, source: str, item: Object) -> Manifest:
         """Return an object with the words that name it."""
@@ -4020,11 +4062,20 @@ class ManifestReader:
         if finished.code == -signal.SIGXFSZ or GO_OUT_OF_MEMORY.search(stderr):
             refuse(f"{where}: {TOO_LARGE}", INVALID)
         if kustomization:
-            cause = kustomize_cause(stderr, self.root)
+            cause = kustomize_cause(self.unwrapped(stderr), self.root)
             refused = in_plain_words(cause, KUSTOMIZE_WORDS)
             refuse(f"{where}: {refused or clip(cause)}", REFUSED if refused else INVALID)
         faults = [*dict.fromkeys(self.file_faults(stderr, where))]
         raise ManifestError([Fault(fault, INVALID) for fault in faults])
+
+    def unwrapped(self, stderr: str) -> str:
+        """Return what kustomize says without the words about the kustomization around it."""
+        link = f"{self.home}/{WRAPPED}"
+        tried = f"accumulating resources from '{WRAPPED}': '{link}' must resolve to a file"
+        around = f"accumulating resources: accumulation err='{tried}': "
+        for words in ("couldn't make target for", "recursed accumulation of"):
+            stderr = stderr.replace(f"{around}{words} path '{self.directory}': ", "", 1)
+        return stderr
 
     def file_faults(self, stderr: str, where: str) -> Iterator[str]:
         """Yield what kubectl complains of in plain files, each with the name of its file."""
@@ -4034,6 +4085,35 @@ class ManifestReader:
             source = str(files[int(match[1])].relative_to(self.root)) if match else where
             cause = match[2] if match else line.replace(str(self.home), where)
             yield f"{source}: {in_plain_words(cause, FILE_WORDS) or clip(cause)}"
+
+
+def is_annotatable(root: Path, kustomization: Path) -> bool:
+    """Whether a kustomization makes the same of its objects if one around it annotates them.
+
+    It may not if anything in the commit reads or writes their annotations, or if it says what only
+    the outermost one is asked. It is not parsed: words that may mean this are enough.
+    """
+    texts = []
+    left = MANIFEST_BYTES
+    for folder, folders, names in os.walk(root):
+        folders[:] = {*folders} - {".git"}  # what git keeps is no part of the commit
+        for file in map(Path(folder).joinpath, names):
+            left -= file.lstat().st_size
+            if left < 0:
+                return False
+            texts += [] if file.is_symlink() else [file.read_bytes()]
+    outermost = OUTERMOST.search(kustomization.read_bytes())
+    return not outermost and not any(ANNOTATIONS.search(text) for text in texts)
+
+
+def take_origin(item: Object) -> str:
+    """Take from an object what kustomize has annotated; return the path of its file, if any."""
+    metadata = part_of(item, "metadata")
+    annotations = part_of(metadata, "annotations")
+    match = ORIGIN_FILE.fullmatch(str(annotations.pop(ORIGIN, "")))
+    if not annotations:
+        metadata.pop("annotations", None)
+    return match[1] or match[2] if match else ""
 
 
 def manifest_files(folder: Path) -> list[Path]:

@@ -30,6 +30,7 @@ from gitops_hook import (
     AppObjects,
     ConfigError,
     Faults,
+    Git,
     Manifest,
     Placement,
     Reason,
@@ -49,6 +50,7 @@ from gitops_hook import (
 )
 from tests.memory import peak_of
 from tests.standin.kubectl import find_kubectl
+from tests.test_git import Repository, filling
 from tests.waiting import eventually
 
 Object = dict[str, Any]
@@ -646,8 +648,168 @@ def test_each_environment_is_read_from_its_own_overlay(tmp_path: Path) -> None:
         checked = check_objects(app, environment, manifests, environment)
         sizes[environment] = checked.deployment["spec"]["replicas"]
         assert checked.configmaps["settings"]["data"]["GREETING"] == f"{environment}.example.com"
-        assert manifests[0].where.startswith(f"deploy/overlays/{environment}/kustomization.yaml: ")
+        written = f"deploy/base/app.yaml (by way of deploy/overlays/{environment}): "
+        assert all(manifest.where.startswith(written) for manifest in manifests)
     assert sizes == {"staging": 1, "production": 4}
+
+
+def places(root: Path, path: str = "deploy") -> list[str]:
+    """How the objects of a folder are named, in the order of their names."""
+    return sorted(manifest.where for manifest in read_manifests(root, path))
+
+
+def test_an_object_that_is_built_is_named_with_the_file_in_which_it_is_written(
+    tmp_path: Path,
+) -> None:
+    files = {
+        "deploy/base/kustomization.yaml": (
+            "resources: [web/app.yaml, service.json]\n"
+            "configMapGenerator: [{name: mail, literals: [A=b]}]\n"
+        ),
+        "deploy/base/web/app.yaml": f"{DEPLOYMENT}---{CONFIGMAP}",
+        "deploy/base/service.json": json.dumps(objects(SERVICE)[0]),
+        "deploy/parts/hours/Kustomization": (
+            "apiVersion: kustomize.config.k8s.io/v1alpha1\nkind: Component\nresources: [a.yaml]"
+        ),
+        "deploy/parts/hours/a.yaml": CONFIGMAP.replace("settings", "hours"),
+        "deploy/staging/kustomization.yaml": (
+            "nameSuffix: -s\nresources: [../base, own.yaml]\ncomponents: [../parts/hours]\n"
+            "configMapGenerator:\n- {name: own, literals: [A=b]}\n"
+            "- {name: settings, behavior: merge, literals: [GREETING=bye]}\n"
+        ),
+        "deploy/staging/own.yaml": WORKER,
+    }
+    through = "(by way of deploy/staging)"
+    assert places(write(tmp_path, **files), "deploy/staging") == [
+        f"deploy/base/kustomization.yaml {through}: ConfigMap mail-s-b9t2424hkf",
+        f"deploy/base/service.json {through}: Service shop-s",
+        f"deploy/base/web/app.yaml {through}: ConfigMap settings-s",
+        f"deploy/base/web/app.yaml {through}: Deployment web-s",
+        f"deploy/parts/hours/a.yaml {through}: ConfigMap hours-s",
+        "deploy/staging/kustomization.yaml: ConfigMap own-s-b9t2424hkf",
+        "deploy/staging/own.yaml: Deployment shop-worker-s",
+    ]
+
+
+def built(folder: Path) -> list[Object]:
+    """What kubectl itself makes of a kustomization."""
+    build = [find_kubectl(), "label", "--local", "-o=json", "x-", "-k", folder]
+    printed = subprocess.run(build, capture_output=True, check=True, text=True).stdout
+    return list(json.loads("[" + printed.replace("\n}\n{", "\n},{") + "]"))
+
+
+FOLDERS = Path(__file__).parent / "data/manifests"
+KUSTOMIZATIONS = sorted(str(file.relative_to(FOLDERS)) for file in FOLDERS.rglob("kustom*"))
+
+
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_the_objects_are_the_same_as_if_nobody_asked_where_they_are_written(
+    kustomization: str,
+) -> None:
+    name, *path = Path(kustomization).parent.parts
+    asked = read_manifests(FOLDERS / name, "/".join(path))
+    assert all(m.kind == "ConfigMap" for m in asked if "kustomization.yaml: " in m.where)
+    assert [manifest.content for manifest in asked] == built(FOLDERS / name / "/".join(path))
+
+
+TARGET = "target: {kind: Deployment}"
+COPIED = "fieldPaths: [spec.template.metadata.annotations], options: {create: true}"
+# What would be built in another way in a kustomization that annotates the objects.
+WITHOUT_PLACES = {
+    "managed-by": "buildMetadata: [managedByLabel]",
+    "asked-for": "BuildMetadata: [originAnnotations, transformerAnnotations]\nnamePrefix: x-",
+    "order": "sortOptions: {order: legacy}",
+    "component": "apiVersion: kustomize.config.k8s.io/v1alpha1\n'kind': \"Component\"",
+    "patch": f"patches: [{{{TARGET}, path: patch.yaml}}]",
+    "whole": f"patches: [{{{TARGET}, path: whole.yaml}}]",
+    "copied": f"replacements: [{{source: {{kind: ConfigMap, fieldPath: metadata.annotations}}, "
+    f"targets: [{{select: {{kind: Deployment}}, {COPIED}}}]}}]",
+    "annotated": "commonAnnotations: {config.kubernetes.io/origin: 'a: [b'}\nnamePrefix: x-",
+}
+
+
+@pytest.mark.parametrize("text", WITHOUT_PLACES.values(), ids=WITHOUT_PLACES)
+def test_what_would_be_built_otherwise_is_named_with_its_kustomization(
+    tmp_path: Path, text: str
+) -> None:
+    copied = "metadata: {name: settings, annotations: {a: b, 'config.kubernetes.io/origin': x}}"
+    files = {
+        "app.yaml": ALL.replace("metadata: {name: settings}", copied),
+        "patch.yaml": "- op: copy\n  from: /metadata/annotations\n"
+        "  path: /spec/template/metadata/annotations",
+        "whole.yaml": "- op: test\n  value: web\n  path: /metadata/name\n"
+        "- {op: copy, path: /spec/template/metadata, from: /metadata}",
+    }
+    root = write(tmp_path, **{"kustomization.yaml": f"resources: [app.yaml]\n{text}", **files})
+    manifests = read_manifests(root, "deploy")
+    assert len(manifests) == 3
+    assert [manifest.content for manifest in manifests] == built(root / "deploy")
+    assert {m.where.partition(":")[0] for m in manifests} == {"deploy/kustomization.yaml"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../../../../../../../../../etc/passwd",
+        "gone.yaml",
+        "/etc/passwd",
+        "gitops-hook-folder/..",
+        "gitops-hook-folder/../../../outside/app.yaml",
+        "gitops-hook-folder/link.yaml",
+        "'app.yaml'",
+        "",
+        "app.yaml\nref: x",
+        "x" * 5000,
+        "gitops-hook-folder/loop",
+    ],
+    ids=[
+        *("upwards", "gone", "absolute", "folder", "outside", "link", "quoted", "empty", "more"),
+        *("long", "loop"),
+    ],
+)
+def test_a_place_that_a_commit_makes_up_is_no_place(tmp_path: Path, path: str) -> None:
+    patch = {
+        "metadata": {"name": "settings", "annotations": {"@/origin": f"path: {path}\n"}},
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+    }
+    text = json.dumps(patch).replace("@", "config.kubernet\\u0065s.io")
+    files = {
+        "kustomization.yaml": "resources: [app.yaml]\npatches: [{path: patch.yaml}]",
+        "app.yaml": CONFIGMAP,
+        "patch.yaml": text,
+    }
+    root = write(tmp_path / "root", **files)
+    write(tmp_path / "outside", **{"outside/app.yaml": CONFIGMAP})
+    (root / "deploy/link.yaml").symlink_to(tmp_path / "outside/outside/app.yaml")
+    (root / "deploy/loop").symlink_to("loop")
+    (manifest,) = read_manifests(root, "deploy")
+    assert manifest.where == "deploy/kustomization.yaml: ConfigMap settings"
+    assert "annotations" not in manifest.content["metadata"]
+
+
+def test_a_commit_of_many_megabytes_is_not_searched_for_what_reads_annotations(
+    tmp_path: Path,
+) -> None:
+    files = {"kustomization.yaml": "resources: [app.yaml]", "app.yaml": CONFIGMAP}
+    root = write(tmp_path, **files, **{"logo.png": bytes(3 * 2**20)})
+    assert places(root) == ["deploy/kustomization.yaml: ConfigMap settings"]
+
+
+def test_the_places_are_seen_in_a_commit_that_git_brought(tmp_path: Path) -> None:
+    repository = Repository(tmp_path / "shop")
+    repository.git("config", "uploadpack.allowFilter", "false")  # so that all of it is brought
+    files = {
+        "src__logo.png": os.urandom(3 * 2**20),
+        "deploy__base__kustomization.yaml": "resources: [app.yaml]",
+        "deploy__base__app.yaml": CONFIGMAP,
+        "deploy__production__kustomization.yaml": "resources: [../base]",
+    }
+    commit = filling(repository, **files)
+    with Git(tmp_path / "none").manifests(str(repository.path), commit, "deploy") as root:
+        assert places(root, "deploy/production") == [
+            "deploy/base/app.yaml (by way of deploy/production): ConfigMap settings"
+        ]
 
 
 def test_the_shop_of_the_demo_has_an_overlay_for_each_environment() -> None:
@@ -784,6 +946,7 @@ def test_a_kustomization_that_leads_out_of_the_commit_is_refused(
     _, detail = fault(lambda: read_manifests(root, "deploy"))
     assert detail.startswith("deploy/kustomization.yaml: ")
     assert str(tmp_path) not in detail.replace(str(tmp_path / "outside"), "")
+    assert "gitops-hook-" not in detail
     assert not was_asked(listener)
     assert not (tmp_path / "proof").exists()
 
