@@ -3854,8 +3854,9 @@ SET_FIELDS = {
     "Deployment.spec.revisionHistoryLimit": "3 if you say nothing",
     "Deployment.spec.strategy": "`maxSurge: 1` and `maxUnavailable: 0` if you say nothing",
     "Pod.metadata.labels": (
-        "yours, those of the Deployment's selector and `gitops-hook/run`; the colour is "
-        "`version`, or `gitops-hook/colour` if you use `version`"
+        "yours, those of the Deployment's selector and `gitops-hook/run`; "
+        "`app.kubernetes.io/managed-by` if you say nothing; the colour is `version`, or "
+        "`gitops-hook/colour` if you use `version`"
     ),
     "Pod.spec.containers.image": (
         "the built image, by digest, for `build.image` and for the app's name; "
@@ -5045,7 +5046,8 @@ def port_number(containers: Iterable[Object], port: int | str) -> int | None:
 def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], replicas: int) -> Object:
     """Return the spec of a run's Deployment. What the app says stays, but for labels and size."""
     meta = spec["template"].get("metadata") or {}
-    labels = {**(meta.get("labels") or {}), LABEL_MANAGED: MANAGER, **selector}
+    # whose pods they are is for the app to say, since what selects them may ask for it
+    labels = {LABEL_MANAGED: MANAGER, **(meta.get("labels") or {}), **selector}
     own = {key: value for key, value in selector.items() if key != LABEL_RUN}
     for separate in spread_selectors(spec["template"]["spec"]):
         if selects(separate, labels):  # so that pods of the other colour do not count

@@ -1843,6 +1843,22 @@ def test_the_deployment_is_coloured_and_keeps_what_the_app_says() -> None:
     }
 
 
+def test_pods_say_who_manages_them_as_the_app_does_so_that_its_selectors_reach_them() -> None:
+    labels = {"env": "prod", "app.kubernetes.io/managed-by": "kustomize"}
+    items = changed(f"{TEMPLATE}.labels", labels)
+    selector = {"matchLabels": labels}
+    items.append(other("PodDisruptionBudget", spec={"minAvailable": 1, "selector": selector}))
+    items[0]["spec"]["template"]["spec"] |= spread(selector)
+    release = released(items)
+    template = release.deployment["spec"]["template"]
+    (budget,) = release.beside("shop")
+    selected = budget["spec"]["selector"]["matchLabels"]
+    assert selected == {**labels, "gitops-hook/app": "shop", "version": "green"}
+    assert selected.items() <= template["metadata"]["labels"].items()
+    (constraint,) = template["spec"]["topologySpreadConstraints"]
+    assert constraint["labelSelector"]["matchLabels"] == {**labels, "version": "green"}
+
+
 def test_what_is_rendered_is_valid_by_the_schema() -> None:
     release = released(changed(f"{WEB}.envFrom", [{"configMapRef": {"name": "settings"}}]))
     version = kubernetes_validate.latest_version()
