@@ -3860,7 +3860,7 @@ SET_FIELDS = {
     ),
     "Pod.spec.containers.image": (
         "the built image, by digest, for `build.image` and for the app's name; "
-        "for the only container, if nothing names them"
+        "for the image of the only container, if the pod names neither"
     ),
     "Pod.spec.containers.readinessProbe": "`deploy.health.path`, if set and you say nothing",
     "Pod.spec.containers.lifecycle.preStop": "a sleep of 5 s if you say nothing",
@@ -4678,6 +4678,7 @@ def rendered_companions(
     """Return what stands beside an app, with our labels and the built image, in no colour yet."""
     rendered: list[Object] = []
     scaled = {scaled_by(item) for item in objects.companions}
+    front = pod_of(objects.deployment)
     for item in objects.companions:
         with faults.collect():
             if is_companion(item, "Deployment"):
@@ -4687,11 +4688,13 @@ def rendered_companions(
                     item["spec"]["minReadySeconds"] = MIN_READY_SECONDS
                 if item["metadata"]["name"] in scaled:  # an autoscaler says how many there are
                     item["spec"].pop("replicas", None)
-            rendered.append(rendered_companion(app, item, image))
+            if pod := pod_of(item):
+                put_image(built_names(app, front), pod, image)
+            rendered.append(rendered_companion(app, item))
     return rendered
 
 
-def rendered_companion(app: App, written: Object, image: str) -> Object:
+def rendered_companion(app: App, written: Object) -> Object:
     """Return one of them; raises StageError where it cannot be applied."""
     item = copy.deepcopy(written)
     meta = item["metadata"]
@@ -4705,8 +4708,6 @@ def rendered_companion(app: App, written: Object, image: str) -> Object:
     data = item.get("data") or {} if is_companion(item, "ConfigMap") else {}
     if loose := [key for key, value in data.items() if not isinstance(value, str | None)]:
         refuse(f"{where}: {clip(loose[0], 60)} is not a text. Put it in quotes.", INVALID)
-    if pod := pod_of(item):
-        set_beside_images(app, pod, image)
     if is_companion(item, "Deployment"):
         label_worker(app, item)
     if len(json.dumps(item)) > COMPANION_BYTES:
@@ -4784,27 +4785,38 @@ def configmap_copy(app: App, written: Object) -> Object:
 
 
 def set_images(app: App, pod: Object, image: str) -> None:
-    """Put the built image, by digest, wherever the manifests name it; end the run if nowhere.
-
-    With builder none every image must already be named by digest.
-    """
-    if app.build.builder == "none":
-        require_digests(pod)
-        return
-    if not (ours := built_containers(app, pod)):
+    """Put the built image, by digest, wherever the manifests name it; end the run if nowhere."""
+    names = built_names(app, pod)
+    if names and not any(repository_of(c["image"]) in names for c in all_containers(pod)):
         needed = f"No container has the image {app.build.image!r} (or {app.name!r})"
         refuse(f"{needed}, so the build would not be deployed. Name it in the Deployment.")
-    for container in ours:
-        container["image"] = image
+    put_image(names, pod, image)
 
 
-def set_beside_images(app: App, pod: Object, image: str) -> None:
-    """Put the built image, by digest, wherever a pod beside the app's own names it."""
+def built_names(app: App, pod: Object) -> set[str]:
+    """Return by which names, without tags, the objects of an app mean the built image.
+
+    If the app's own pod has none of the expected ones, it is what its only container has. There are
+    none if nothing is built.
+    """
     if app.build.builder == "none":
+        return set()
+    names = {app.build.image, app.name}
+    images = [repository_of(c["image"]) for c in (all_containers(pod) if pod else ())]
+    if names.isdisjoint(images) and len(pod.get("containers") or ()) == 1:
+        names.add(images[0])
+    return names
+
+
+def put_image(names: Set[str], pod: Object, image: str) -> None:
+    """Put the built image wherever a pod means it; end the run if it is not by digest.
+
+    If nothing is built, every image must already be named by digest.
+    """
+    if not names:
         require_digests(pod)
-        return
     for container in all_containers(pod):
-        if repository_of(container["image"]) in (app.build.image, app.name):
+        if repository_of(container["image"]) in names:
             container["image"] = image
 
 
@@ -4821,26 +4833,26 @@ def all_containers(pod: Object) -> list[Object]:
     return [*pod["containers"], *(pod.get("initContainers") or ())]
 
 
-def built_containers(app: App, pod: Object) -> list[Object]:
-    """Return the containers that get the built image: those that name it, else the only one."""
-    names = {app.build.image, app.name}
-    ours = [c for c in all_containers(pod) if repository_of(c["image"]) in names]
-    return ours or (pod["containers"] if len(pod["containers"]) == 1 else [])
-
-
-def image_remarks(app: App, pod: Object) -> Iterator[str]:
+def image_remarks(app: App, objects: AppObjects) -> Iterator[str]:
     """Yield what a reader of a plan should know of the images that a commit names."""
-    names = {app.build.image, app.name}
-    built = built_containers(app, pod) if app.build.builder != "none" else []
+    expected = {app.build.image, app.name}
+    front = pod_of(objects.deployment)
+    names = built_names(app, front)
     registry = app.build.image.rpartition("/")[0]
-    for container in all_containers(pod):
-        image = container["image"]
-        words = f"container {clip(str(container.get('name')), 60)}: image {clip(image, 120)}"
-        if any(container is c for c in built):
-            if repository_of(image) not in names:
-                yield f"{words} is replaced by the built image"
-        elif registry and image.startswith(f"{registry}/") and "@sha256:" not in image:
-            yield f"{words} is not named by digest, so it may change without a push"
+    for item in (objects.deployment, *objects.companions):
+        beside = (
+            "" if item is objects.deployment else f"{item['kind']} {item['metadata']['name']}, "
+        )
+        pod = pod_of(item)
+        for container in all_containers(pod) if pod else ():
+            image = container["image"]
+            name = f"{beside}container {clip(str(container.get('name')), 60)}"
+            words = f"{clip(name, 160)}: image {clip(image, 120)}"
+            if repository_of(image) in names:
+                if repository_of(image) not in expected:
+                    yield f"{words} is replaced by the built image"
+            elif registry and image.startswith(f"{registry}/") and "@sha256:" not in image:
+                yield f"{words} is not named by digest, so it may change without a push"
 
 
 def repository_of(image: str) -> str:
@@ -14619,8 +14631,7 @@ class Plan:
             forecast += f", replicas: {placement.replicas} → {release.wanted}"
         forecast += f", new ConfigMaps: {', '.join(new) or 'none'}"
         warning = probe_warning(task.app.deploy.health, release) + shutdown_warning(release.pod)
-        pod = objects.deployment["spec"]["template"]["spec"]
-        warning += "".join(f"\n  {remark}" for remark in image_remarks(task.app, pod))
+        warning += "".join(f"\n  {remark}" for remark in image_remarks(task.app, objects))
         warning += "".join(f"\n  {line}" for line in companion_lines(beside, task, release))
         return forecast + warning + self.changes(task.namespace, deployment)
 

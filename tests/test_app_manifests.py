@@ -2015,8 +2015,7 @@ def test_an_image_that_is_not_the_built_one_is_left_beside_one_that_is(image: st
 
 def remarks(items: list[Object], **app: Any) -> list[str]:
     """What `plan` says of the images of a commit."""
-    written = check(items, **app).deployment["spec"]["template"]["spec"]
-    return [*image_remarks(app_of(**app), written)]
+    return [*image_remarks(app_of(**app), check(items, **app))]
 
 
 def test_the_only_container_gets_the_built_image_whatever_it_names_and_plan_says_so() -> None:
@@ -2030,6 +2029,48 @@ def test_the_only_container_gets_the_built_image_whatever_it_names_and_plan_says
     assert (rendered["containers"][0]["image"], rendered["initContainers"][0]["image"]) == (
         "team/web:1",
         BUILT,
+    )
+
+
+NIGHTLY = """
+apiVersion: batch/v1
+kind: CronJob
+metadata: {name: nightly}
+spec:
+  schedule: "0 3 * * *"
+  jobTemplate:
+    spec: {template: {spec: {restartPolicy: Never, containers: [{name: job, image: busybox}]}}}
+"""
+
+
+def test_what_has_the_image_of_the_only_container_gets_the_built_one_with_it() -> None:
+    items = changed(f"{WEB}.image", "team/web:1")
+    inits = [{"name": "migrate", "image": "team/web:1"}, {"name": "wait", "image": "busybox"}]
+    items[0]["spec"]["template"]["spec"]["initContainers"] = inits
+    items += objects(WORKER.replace("busybox", "team/web:2"))
+    items += objects(NIGHTLY.replace("busybox", "team/web"))
+    release = released(items)
+    images = [c["image"] for c in pod(release)["initContainers"]]
+    assert images == [BUILT, "busybox"]
+    text = json.dumps(release.companions)
+    assert (text.count(BUILT), text.count("team/web")) == (2, 0)
+    assert remarks(items) == [
+        f"{name}: image {image} is replaced by the built image"
+        for name, image in (
+            ("container web", "team/web:1"),
+            ("container migrate", "team/web:1"),
+            ("Deployment shop-worker, container worker", "team/web:2"),
+            ("CronJob nightly, container job", "team/web"),
+        )
+    ]
+
+
+def test_plan_names_the_images_of_what_stands_beside_the_app_too() -> None:
+    worker = WORKER.replace("busybox", "registry.example.com:5000/demo/worker:latest")
+    (line,) = remarks(objects(f"{ALL}---{worker}---{NIGHTLY}"))
+    assert line == (
+        "Deployment shop-worker, container worker: image registry.example.com:5000/demo/"
+        "worker:latest is not named by digest, so it may change without a push"
     )
 
 

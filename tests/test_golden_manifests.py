@@ -47,7 +47,7 @@ def rendering(app: App, checkout: Path, environment: str) -> Object:
         release = render(app, RUN, BUILT, Placement("blue", 0), checked)
     except StageError as refused:
         return {"refused": refused.detail}
-    remarks = [*image_remarks(app, checked.deployment["spec"]["template"]["spec"])]
+    remarks = [*image_remarks(app, checked)]
     rendered = [release.deployment, release.service, *release.configmaps]
     beside = release.beside(app.name)
     written = [checked.deployment, checked.service, *checked.configmaps.values()]
