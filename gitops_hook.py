@@ -3741,6 +3741,8 @@ KUSTOMIZE_WORDS = {
     r"cycle detected: candidate root '([^']+)'": "{} includes itself. Do not name it there.",
     r"already registered id: ([^\s']+)": "{} occurs twice. Remove one of the two.",
     r"'([^']+)': missing Resource metadata": "{} is not a Kubernetes object.",
+    r'(line \d+): mapping key \\*"([^"\\]+)\\*" already': "{} of a document: the key {} is there "
+    "twice. Remove one of the two.",
 }
 # The same for plain files.
 FILE_WORDS = {
@@ -4064,10 +4066,18 @@ class ManifestReader:
             refuse(f"{where}: {TOO_LARGE}", INVALID)
         if kustomization:
             cause = kustomize_cause(self.unwrapped(stderr), self.root)
-            refused = in_plain_words(cause, KUSTOMIZE_WORDS)
+            refused = self.or_elsewhere(in_plain_words(cause, KUSTOMIZE_WORDS))
             refuse(f"{where}: {refused or clip(cause)}", REFUSED if refused else INVALID)
         faults = [*dict.fromkeys(self.file_faults(stderr, where))]
         raise ManifestError([Fault(fault, INVALID) for fault in faults])
+
+    def or_elsewhere(self, words: str) -> str:
+        """Return words for what is missing, or other ones for what nobody has fetched."""
+        match = re.match(r"(\S+) is not in the commit\.", words)
+        top = self.directory.relative_to(self.root).parts[:1]
+        if match and top and PurePosixPath(match[1]).parts[:1] != top:
+            return f"{match[1]} is not below {top[0]}, the only folder that is read. Move it there."
+        return words
 
     def unwrapped(self, stderr: str) -> str:
         """Return what kustomize says without the words about the kustomization around it."""

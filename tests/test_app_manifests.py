@@ -989,9 +989,21 @@ def test_a_system_that_cannot_close_the_network_is_not_one_to_read_manifests_on(
         ("[app.yaml]", "invalid Kustomization: json: cannot unmarshal array into Go value"),
         ("resources: {a: 1}", "invalid Kustomization: json: cannot unmarshal object into Go"),
         ("", "kustomization.yaml is empty"),
-        ("resources: [app.yaml]\nbases: [../gone]", "gone is not in the commit. Add it, or do"),
+        ("resources: [app.yaml]\nbases: [gone]", "deploy/gone is not in the commit. Add it, or do"),
+        ("resources: [../gone]", "gone is not below deploy, the only folder that is read. Move it"),
         ("resources: [gone.yaml]", "deploy/gone.yaml is not in the commit. Add it, or do not name"),
-        ("resources: [../base]", "base/gone.yaml is not in the commit. Add it, or do not name it."),
+        (
+            "resources: [../deploy/base]",
+            "deploy/base/gone.yaml is not in the commit. Add it, or do",
+        ),
+        (
+            "resources: [../base]",
+            "base/gone.yaml is not below deploy, the only folder that is read.",
+        ),
+        (
+            "configMapGenerator: [{name: x, files: [../a]}]",
+            "a is not below deploy, the only folder",
+        ),
         ("resources: [../docs]", "docs has no kustomization. Add one."),
         (
             "resources: [../base/o.yaml]",
@@ -1015,6 +1027,11 @@ def test_a_system_that_cannot_close_the_network_is_not_one_to_read_manifests_on(
         ("helmCharts: [{name: x, repo: 'http://x'}]", "It has a Helm chart. Commit what `helm te"),
         ("resources: [.]", "deploy includes itself. Do not name it there."),
         ("generators: [plugin.yaml]", "It runs a plugin, which is not done here. Commit what it"),
+        (
+            "resources: [twice.yaml]",
+            "line 4 of a document: the key A is there twice. Remove one of the",
+        ),
+        ("resources: [in]", "line 4 of a document: the key A is there twice. Remove one of the"),
     ],
     ids=[
         "unknown",
@@ -1023,8 +1040,11 @@ def test_a_system_that_cannot_close_the_network_is_not_one_to_read_manifests_on(
         "odd-type",
         "empty",
         "warnings",
+        "elsewhere",
         "missing",
         "missing-in-base",
+        "missing-elsewhere",
+        "file-of-elsewhere",
         "no-kustomization",
         "not-below",
         "ignored-by-git",
@@ -1036,6 +1056,8 @@ def test_a_system_that_cannot_close_the_network_is_not_one_to_read_manifests_on(
         "helm",
         "itself",
         "plugin",
+        "key-twice",
+        "key-twice-in-component",
     ],
 )
 def test_a_kustomization_that_cannot_be_built_says_why_in_plain_words(
@@ -1043,7 +1065,13 @@ def test_a_kustomization_that_cannot_be_built_says_why_in_plain_words(
 ) -> None:
     files = {"kustomization.yaml": text, "app.yaml": DEPLOYMENT, "nothing.yaml": "a: 1"}
     files |= {"base/kustomization.yaml": "resources: [gone.yaml]", "base/o.yaml": CONFIGMAP}
+    files |= {"deploy/base/kustomization.yaml": "resources: [gone.yaml]"}
     files |= {"docs/a.md": "x", "plugin.yaml": "apiVersion: a/v1\nkind: P\nmetadata: {name: x}"}
+    twice = f"{V1}\nkind: ConfigMap\n{NAMED}\ndata: {{A: '1',\n A: '2'}}"
+    files |= {"twice.yaml": twice, "deploy/in/kustomization.yaml": "components: [../part]"}
+    part = "kind: Component\napiVersion: kustomize.config.k8s.io/v1alpha1\n"
+    files |= {"deploy/part/kustomization.yaml": f"{part}resources: [twice.yaml]"}
+    files |= {"deploy/part/twice.yaml": twice}
     detail = fault(lambda: read(tmp_path, **files))[1]
     assert detail.startswith(f"deploy/kustomization.yaml: {said}")
     assert str(tmp_path) not in detail
