@@ -4875,10 +4875,12 @@ def set_probes(app: App, pod: Object, ports: Sequence[Object]) -> None:
     """Add a readiness probe and a preStop sleep where the app has none; never a liveness probe."""
     set_readiness_probe(app.deploy.health, pod, ports)
     # Kubernetes refuses a sleep that is longer than the grace period
-    if seconds := min(5, pod.get("terminationGracePeriodSeconds", 30)):
+    grace = pod.get("terminationGracePeriodSeconds")
+    if seconds := min(5, 30 if grace is None else grace):
         sleep = {"preStop": {"sleep": {"seconds": seconds}}}
         for container in pod["containers"]:
-            container["lifecycle"] = {**sleep, **(container.get("lifecycle") or {})}
+            own = {k: v for k, v in (container.get("lifecycle") or {}).items() if v is not None}
+            container["lifecycle"] = {**sleep, **own}
 
 
 def set_readiness_probe(health: Health, pod: Object, ports: Sequence[Object]) -> None:
@@ -5075,6 +5077,7 @@ def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], replicas:
         if selects(separate, labels):  # so that pods of the other colour do not count
             colour = {k: v for k, v in own.items() if k != LABEL_APP}
             separate["matchLabels"] = {**(separate.get("matchLabels") or {}), **colour}
+    spec = {key: value for key, value in spec.items() if value is not None}  # null says nothing
     min_ready = spec.get("minReadySeconds", MIN_READY_SECONDS)
     longest = max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, min_ready + 10))
     return {

@@ -1520,7 +1520,7 @@ def test_a_field_of_the_wrong_type_ends_the_run_or_is_left_to_the_api_server(
         (f"{POD}.containers", ["web"], "near TypeError("),
         (WEB, {"name": "x"}, "near KeyError('image'). `kubectl apply --dry-run=server` on them"),
         (f"{WEB}.image", 7, "near 7. `kubectl apply --dry-run=server` on them"),
-        (f"{WEB}.lifecycle", 7, "near TypeError("),
+        (f"{WEB}.lifecycle", 7, "near 7. `kubectl apply --dry-run=server` on them"),
         (f"{WEB}.ports", ["text"], "near 'text'"),
         ("Service.spec", {}, "near KeyError('ports')"),
         ("Service.spec.ports", [], "Service shop must have ports"),
@@ -1548,6 +1548,11 @@ def test_nulls_say_nothing() -> None:
     ]
     for place in places:
         assert released(changed(place, None)).deployment["spec"]["replicas"] >= 1
+    for field in ("strategy", "minReadySeconds", "revisionHistoryLimit", "progressDeadlineSeconds"):
+        assert released(changed(f"Deployment.spec.{field}", None)) == released()
+    for place in (f"{WEB}.lifecycle.preStop", f"{POD}.terminationGracePeriodSeconds"):
+        (web,) = pod(released(changed(place, None)))["containers"]
+        assert web["lifecycle"] == {"preStop": {"sleep": {"seconds": 5}}}
     (configmap,) = released(changed("ConfigMap.data.EMPTY", None)).configmaps
     assert configmap["data"] == {
         "GREETING": "hello",
