@@ -4811,7 +4811,7 @@ def built_names(app: App, pod: Object) -> set[str]:
     """
     if app.build.builder == "none":
         return set()
-    names = {app.build.image, app.name}
+    names = {repository_of(app.build.image), app.name}
     images = [repository_of(c["image"]) for c in (all_containers(pod) if pod else ())]
     if names.isdisjoint(images) and len(pod.get("containers") or ()) == 1:
         names.add(images[0])
@@ -4845,10 +4845,9 @@ def all_containers(pod: Object) -> list[Object]:
 
 def image_remarks(app: App, objects: AppObjects) -> Iterator[str]:
     """Yield what a reader of a plan should know of the images that a commit names."""
-    expected = {app.build.image, app.name}
-    front = pod_of(objects.deployment)
-    names = built_names(app, front)
-    registry = app.build.image.rpartition("/")[0]
+    expected = {repository_of(app.build.image), app.name}
+    names = built_names(app, pod_of(objects.deployment))
+    registry = repository_of(app.build.image).rpartition("/")[0]
     for item in (objects.deployment, *objects.companions):
         beside = (
             "" if item is objects.deployment else f"{item['kind']} {item['metadata']['name']}, "
@@ -4856,19 +4855,20 @@ def image_remarks(app: App, objects: AppObjects) -> Iterator[str]:
         pod = pod_of(item)
         for container in all_containers(pod) if pod else ():
             image = container["image"]
+            repository = repository_of(image)
             name = f"{beside}container {clip(str(container.get('name')), 60)}"
             words = f"{clip(name, 160)}: image {clip(image, 120)}"
-            if repository_of(image) in names:
-                if repository_of(image) not in expected:
+            if repository in names:
+                if repository not in expected:
                     yield f"{words} is replaced by the built image"
-            elif registry and image.startswith(f"{registry}/") and "@sha256:" not in image:
+            elif registry and repository.startswith(f"{registry}/") and "@sha256:" not in image:
                 yield f"{words} is not named by digest, so it may change without a push"
 
 
 def repository_of(image: str) -> str:
-    """Return the name of an image without its tag and digest."""
+    """Return the name of an image without its tag and digest, nor the registry that goes unsaid."""
     host, slash, name = image.partition("@")[0].rpartition("/")
-    return f"{host}{slash}{name.partition(':')[0]}"
+    return re.sub(r"^(index\.)?docker\.io/", "", f"{host}{slash}{name.partition(':')[0]}")
 
 
 def set_probes(app: App, pod: Object, ports: Sequence[Object]) -> None:

@@ -1582,6 +1582,7 @@ def test_the_name_of_an_image_takes_no_long_time_to_find(image: str) -> None:
         ("registry:5000/a/shop:1", "registry:5000/a/shop"),
         (f"registry/shop:1@sha256:{'0' * 64}", "registry/shop"),
         (f"registry/shop@sha256:{'0' * 64}", "registry/shop"),
+        ("docker.io/demo/shop:1", "demo/shop"), ("index.docker.io/demo/shop", "demo/shop"),
     ],
 )  # fmt: skip
 def test_an_image_has_a_name_without_tag_and_digest(image: str, name: str) -> None:
@@ -2044,6 +2045,20 @@ def test_an_image_that_is_not_the_built_one_is_left_beside_one_that_is(image: st
     reason, detail = fault(lambda: released(changed(f"{POD}.containers", [side, {**web, **side}])))
     assert reason is Reason.MANIFEST_REFUSED
     assert "so the build would not be deployed. Name it" in detail
+
+
+@pytest.mark.parametrize("built", ["demo/shop", "docker.io/demo/shop", "index.docker.io/demo/shop"])
+def test_an_image_of_docker_hub_is_the_built_one_however_it_is_written(built: str) -> None:
+    inits = [{"name": "a", "image": "docker.io/demo/shop:1"}, {"name": "b", "image": "demo/shop"}]
+    items = changed(f"{POD}.initContainers", inits)
+    items += objects(WORKER.replace("busybox", "index.docker.io/demo/shop"))
+    items += objects(NIGHTLY.replace("busybox", "docker.io/demo/tool"))
+    app: Object = {"build": {"image": built}}
+    release = released(items, **app)
+    assert [c["image"] for c in pod(release)["initContainers"]] == [BUILT, BUILT]
+    assert release.workers[0]["spec"]["template"]["spec"]["containers"][0]["image"] == BUILT
+    (line,) = remarks(items, **app)
+    assert line.startswith("CronJob nightly, container job: image docker.io/demo/tool is not named")
 
 
 def remarks(items: list[Object], **app: Any) -> list[str]:
