@@ -3679,6 +3679,9 @@ COMPANION_KINDS = {
     "Service": "v1",
     "ConfigMap": "v1",
 }
+# Where in its spec an object has the template of the pods that it makes: a Deployment, a CronJob,
+# and the ScaledJob of an autoscaler.
+TEMPLATES = (("template",), ("jobTemplate", "spec", "template"), ("jobTargetRef", "template"))
 FOLLOWING_KINDS = ("Deployment", AUTOSCALER, BUDGET, "Service")  # that go with traffic
 MOST_COMPANIONS = 50  # of an app in an environment
 COMPANION_BYTES = 128 * 1024  # of one: what was written last is an annotation, of 256 KiB at most
@@ -3893,6 +3896,11 @@ class Manifest:
     def name(self) -> str:
         """Its name, which may be anything."""
         return str(self.content["metadata"]["name"])
+
+    @property
+    def entry(self) -> str:
+        """What names it in a list of the settings."""
+        return f"{self.kind}/{self.name}"
 
     @property
     def version(self) -> str:
@@ -4282,8 +4290,7 @@ class SortedManifests:
         self.used = [m for m in self.all if not app.deploy.ignores(m.kind, m.name)]
         services = [m for m in self.of_kind("Service") if m.name == app.service_name]
         self.service = services[0] if services else None
-        jobs = [m.content for m in self.used if m.kind not in KINDS]
-        self.named_beside = configmap_names([pod_of(job) for job in jobs])
+        self.named_beside = configmap_names([m.content for m in self.used if m.kind not in KINDS])
         selector = part_of(self.service and self.service.content, "spec", "selector")
         deployments = self.of_kind("Deployment")
         self.selected = [d for d in deployments if selects({"matchLabels": selector}, labels_of(d))]
@@ -4374,8 +4381,7 @@ class SortedManifests:
 
     def kind_fault(self, manifest: Manifest) -> str:
         """Return why an object is not deployed, and what to do."""
-        entry = f"{manifest.kind}/{manifest.name}"
-        values = {"entry": clip(entry, 100), "kind": clip(manifest.kind, 60)}
+        values = {"entry": clip(manifest.entry, 100), "kind": clip(manifest.kind, 60)}
         if manifest.kind == "Deployment" and manifest.version in OLD_APIS:
             return f" is of the old {manifest.version}. Write apiVersion: apps/v1."
         wanted = COMPANION_KINDS.get(manifest.kind, manifest.version)
@@ -4394,11 +4400,22 @@ class SortedManifests:
             yield f"{count} objects stand beside the app, but {MOST_COMPANIONS} may. {advice}"
         taken = [f"{self.app.name}-{colour}" for colour in COLOURS]
         scalers: dict[str, str] = {}
+        budgets = [m for m in self.companions if m.kind == BUDGET]
+        whole = {m.name for m in budgets if self.front in self.aims(m)}
+        halves = {f"{name}-{colour}" for name in whole for colour in COLOURS} - whole
         for manifest in self.companions:
+            if manifest.kind == BUDGET and manifest.name in halves:
+                yield f"{manifest.where} has the name of a colour of a budget. Rename it."
             if (manifest.kind, manifest.name) == ("Service", f"{self.app.name}-preview"):
                 yield f"{manifest.where} has the name of the preview Service. Rename it."
             if manifest.kind == "Deployment" and manifest.name in taken:
                 yield f"{manifest.where} has the name of a colour of the app. Rename it."
+            if self.front and names_deployment(manifest, self.front.name):
+                named = f"{manifest.where} names Deployment {clip(self.front.name, 60)}"
+                advice = (
+                    f"Use a {AUTOSCALER}, or list {clip(manifest.entry, 100)} in deploy.ignore."
+                )
+                yield f"{named}, which runs as {' or '.join(taken)}. {advice}"
             aims = self.aims(manifest)
             if self.front in aims and len(aims) > 1:
                 names = clip(", ".join(d.name for d in aims))
@@ -4440,12 +4457,22 @@ def labels_of(deployment: Manifest) -> Object:
     return part_of(deployment.content, "spec", "template", "metadata", "labels")
 
 
+def names_deployment(manifest: Manifest, name: str) -> bool:
+    """Whether an object of a listed kind is for the Deployment of a name, which it scales, say."""
+    if manifest.kind in COMPANION_KINDS:
+        return False
+    for key, part in walk("", manifest.content.get("spec")):
+        if isinstance(part, dict) and part.get("name") == name:
+            default = "Deployment" if key == "scaleTargetRef" else ""
+            if (part.get("kind") or default) == "Deployment":
+                return True
+    return False
+
+
 def pod_of(item: Object) -> Object:
     """Return the spec of the pods that an object beside an app makes; empty where it makes none."""
-    spec = part_of(item, "spec")
-    template = part_of(spec, "jobTemplate", "spec", "template") or part_of(spec, "template")
-    pod = part_of(template, "spec")
-    return pod if pod.get("containers") else {}
+    pods = (part_of(item, "spec", *path, "spec") for path in TEMPLATES)
+    return next((pod for pod in pods if pod.get("containers")), {})
 
 
 def configmap_names(pod: Any) -> set[str]:
