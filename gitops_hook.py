@@ -3710,20 +3710,18 @@ CHOSEN_FIELDS = ("ipFamilies", "ipFamilyPolicy", "healthCheckNodePort", "loadBal
 PROBE_LENGTH = 8000  # characters of the path and the headers of a readiness probe
 URL_SAFE = "/%?&=+,;:@!$'()*[]~"
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
-# How kustomize annotates an object with the file in which it is written, or its generator. It is
-# asked for that by a kustomization of ours, beside this link to the folder.
-ORIGIN = "config.kubernetes.io/origin"
-ORIGIN_FILE = re.compile(
-    r"path: (.+)\n|configuredIn: (.+)\nconfiguredBy:\n(?:  .+\n)*  kind: \w+Generator\n"
+# What tells where an object is written, in a text that nobody parses: YAML of the usual form.
+BETWEEN_WORDS = re.compile(r"[\s\"',\[\]{}]+")
+WORDS_LENGTH = 65_536  # characters of a kustomization that are searched for names of files
+WRITTEN_KIND = re.compile(r"(?m)^kind:[ \t]*[\"']?(\w+)[\"']?[ \t]*(?:#.*)?\r?$")
+WRITTEN_NAME = re.compile(
+    r"(?m)^metadata:[ \t]*"
+    r"(?:\{(?:(?:[^{}\n]|\{[^{}\n]*\})*,)?[ \t]*"  # in braces, or on lines of equal indentation
+    r"|(?:\r?\n)+( {1,8})(?! )(?:(?!name:).*\n(?:\r?\n)*\1)*?)"
+    r"name:[ \t]*[\"']?([^\s,}\"']+)"
 )
-WRAPPED = f"{MANAGER}-folder"
-# What only the outermost kustomization is asked, and what may depend on annotations of objects.
-OUTERMOST = re.compile(rb"(?i)buildMetadata|sortOptions|kind[\"']?\s*:\s*[\"']?component\b")
-ANNOTATIONS = re.compile(
-    rb"config\.kubernetes\.io"
-    rb"|metadata[./]annotations(?<!template[./]metadata[./]annotations)"
-    rb"|metadata[\"']?[ \t\r]*(?:[,}\]\n]|\Z)"
-)
+MOST_WRITTEN = 500  # objects and patches among which one is looked for
+MOST_PLACES = 3  # of one object, patches among them
 CHART = "Chart.yaml"
 RENDER_CHART = "Commit what `helm template` prints of it."
 OVERLAYS = re.compile(r"(^|/)(overlays|environments|envs?)/[^/]+$|(^|/)(staging|production|prod)$")
@@ -3953,7 +3951,7 @@ def read_manifests(root: Path, path: str) -> list[Manifest]:
     if (directory / CHART).exists():
         refuse(f"{path} is a Helm chart. {RENDER_CHART}")
     with tempfile.TemporaryDirectory(prefix="gitops-hook-") as home:
-        return ManifestReader(root, directory, Path(home).resolve()).read()
+        return ManifestReader(root, directory, Path(home)).read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -4007,33 +4005,19 @@ class ManifestReader:
         return manifests
 
     def read_built(self, kustomization: str) -> list[Manifest]:
-        """Return the objects of the folder's kustomization, by one call of kubectl.
-
-        One of ours around it lets kustomize annotate where each object is written, unless the
-        objects would differ by that.
-        """
-        if not is_annotatable(self.root, self.root / kustomization):
-            items = self.read_by(kustomization, "-k", self.directory)
-            return [self.manifest(kustomization, item) for item in items]
-        (self.home / WRAPPED).symlink_to(self.directory)
-        wrapper = {"resources": [WRAPPED], "buildMetadata": ["originAnnotations"]}
-        (self.home / KUSTOMIZATIONS[0]).write_text(json.dumps(wrapper))
-        items = self.read_by(kustomization, "-k", self.home)
-        origins = [self.origin(take_origin(item)) or kustomization for item in items]
-        return [self.manifest(o, item) for o, item in zip(origins, items, strict=True)]
-
-    def origin(self, path: str) -> str:
-        """Return where an object is written, by its path as seen from the home; "" if nowhere."""
-        folder = self.directory
-        below = path.removeprefix(f"{WRAPPED}/")
-        file = Path(os.path.normpath((folder if below != path else folder.parent) / below))
-        through = f" (by way of {folder.relative_to(self.root)})"
-        with suppress(OSError, RuntimeError, ValueError):  # it may be no name of a file
-            inside = all(f.is_relative_to(self.root) for f in (file, file.resolve()))
-            if path and inside and file.is_file():
-                name = str(file.relative_to(self.root))
-                return name if file.parent == folder else f"{name}{through}"
-        return ""
+        """Return the objects of the folder's kustomization, each with where it is written."""
+        items = self.read_by(kustomization, "-k", self.directory)
+        written = written_objects(self.root, self.root / kustomization)
+        through = f" (by way of {self.directory.relative_to(self.root)})"
+        manifests = []
+        for item in items:
+            name = str(part_of(item, "metadata").get("name"))
+            files = places_of(item["kind"], name, written)
+            below = all(file.parent == self.directory for file in files)
+            names = " and ".join(str(file.relative_to(self.root)) for file in files)
+            source = f"{names}{'' if below else through}" or kustomization
+            manifests.append(self.manifest(source, item))
+        return manifests
 
     def manifest(self, source: str, item: Object) -> Manifest:
         """Return an object with the words that name it."""
@@ -4073,7 +4057,7 @@ class ManifestReader:
         if finished.code == -signal.SIGXFSZ or GO_OUT_OF_MEMORY.search(stderr):
             refuse(f"{where}: {TOO_LARGE}", INVALID)
         if kustomization:
-            cause = kustomize_cause(self.unwrapped(stderr), self.root)
+            cause = kustomize_cause(stderr, self.root)
             refused = self.or_elsewhere(in_plain_words(cause, KUSTOMIZE_WORDS))
             refuse(f"{where}: {refused or clip(cause)}", REFUSED if refused else INVALID)
         faults = [*dict.fromkeys(self.file_faults(stderr, where))]
@@ -4087,15 +4071,6 @@ class ManifestReader:
             return f"{match[1]} is not below {top[0]}, the only folder that is read. Move it there."
         return words
 
-    def unwrapped(self, stderr: str) -> str:
-        """Return what kustomize says without the words about the kustomization around it."""
-        link = f"{self.home}/{WRAPPED}"
-        tried = f"accumulating resources from '{WRAPPED}': '{link}' must resolve to a file"
-        around = f"accumulating resources: accumulation err='{tried}': "
-        for words in ("couldn't make target for", "recursed accumulation of"):
-            stderr = stderr.replace(f"{around}{words} path '{self.directory}': ", "", 1)
-        return stderr
-
     def file_faults(self, stderr: str, where: str) -> Iterator[str]:
         """Yield what kubectl complains of in plain files, each with the name of its file."""
         files = manifest_files(self.directory)
@@ -4106,33 +4081,65 @@ class ManifestReader:
             yield f"{source}: {in_plain_words(cause, FILE_WORDS) or clip(cause)}"
 
 
-def is_annotatable(root: Path, kustomization: Path) -> bool:
-    """Whether a kustomization makes the same of its objects if one around it annotates them.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An object, or a patch of one, as the text of a file seems to have it."""
 
-    It may not if anything in the commit reads or writes their annotations, or if it says what only
-    the outermost one is asked. It is not parsed: words that may mean this are enough.
+    file: Path
+    kind: str
+    name: str
+
+
+def written_objects(root: Path, kustomization: Path) -> list[Written]:
+    """Return what the files seem to hold of which a kustomization consists, the farthest first.
+
+    No YAML is parsed for that: a word of a kustomization that names a file, or a folder with a
+    kustomization, is taken for a part of it. Of more than may be read there is nothing.
     """
-    texts = []
-    left = MANIFEST_BYTES
+    there: set[str] = set()
     for folder, folders, names in os.walk(root):
         folders[:] = {*folders} - {".git"}  # what git keeps is no part of the commit
-        for file in map(Path(folder).joinpath, names):
-            left -= file.lstat().st_size
-            if left < 0:
-                return False
-            texts += [] if file.is_symlink() else [file.read_bytes()]
-    outermost = OUTERMOST.search(kustomization.read_bytes())
-    return not outermost and not any(ANNOTATIONS.search(text) for text in texts)
+        there |= {f"{folder}/{name}" for name in names}
+    left = MANIFEST_BYTES
+    files = [kustomization]
+    written: list[Written] = []
+    for file in files:  # which become more meanwhile
+        left -= file.stat().st_size
+        if left < 0:
+            return []
+        text = file.read_text("utf-8", "replace")
+        if file.name in KUSTOMIZATIONS:
+            named = {*named_files(there, file.parent, text)} - {*files}
+            files += sorted(named)
+            continue
+        for document in text.split("\n---"):
+            kind = WRITTEN_KIND.search(document)
+            name = WRITTEN_NAME.search(document)
+            if kind and name:
+                written.append(Written(file, kind[1], name[2]))
+    return written[::-1] if len(written) <= MOST_WRITTEN else []
 
 
-def take_origin(item: Object) -> str:
-    """Take from an object what kustomize has annotated; return the path of its file, if any."""
-    metadata = part_of(item, "metadata")
-    annotations = part_of(metadata, "annotations")
-    match = ORIGIN_FILE.fullmatch(str(annotations.pop(ORIGIN, "")))
-    if not annotations:
-        metadata.pop("annotations", None)
-    return match[1] or match[2] if match else ""
+def named_files(there: Set[str], folder: Path, text: str) -> Iterator[Path]:
+    """Yield the plain files with manifests, of those that are there, that a kustomization names."""
+    for word in dict.fromkeys(BETWEEN_WORDS.split(text[:WORDS_LENGTH])):
+        path = os.path.normpath(f"{folder}/{word}")
+        names = (path, *(f"{path}/{kustomization}" for kustomization in KUSTOMIZATIONS))
+        for file in map(Path, {*names} & there):
+            is_read = file.suffix in MANIFEST_SUFFIXES or file.name in KUSTOMIZATIONS
+            if is_read and not file.is_symlink():
+                yield file
+
+
+def places_of(kind: str, name: str, written: Iterable[Written]) -> list[Path]:
+    """Return in which files an object seems to be written, as what is nearest to its name.
+
+    There are none where that is no help.
+    """
+    alike = [w for w in written if w.kind == kind and w.name in name]  # prefix and suffix
+    longest = max((len(w.name) for w in alike), default=0)
+    files = [*dict.fromkeys(w.file for w in alike if len(w.name) == longest)]
+    return files if len(files) <= MOST_PLACES else []
 
 
 def manifest_files(folder: Path) -> list[Path]:
