@@ -3743,6 +3743,9 @@ COMPANION_KINDS = {
     "Service": "v1",
     "ConfigMap": "v1",
 }
+# Where in its spec an object has the template of the pods that it makes: a Deployment, a CronJob,
+# and the ScaledJob of an autoscaler.
+TEMPLATES = (("template",), ("jobTemplate", "spec", "template"), ("jobTargetRef", "template"))
 FOLLOWING_KINDS = ("Deployment", AUTOSCALER, BUDGET, "Service")  # that go with traffic
 MOST_COMPANIONS = 50  # of an app in an environment
 COMPANION_BYTES = 128 * 1024  # of one: what was written last is an annotation, of 256 KiB at most
@@ -3771,6 +3774,18 @@ CHOSEN_FIELDS = ("ipFamilies", "ipFamilyPolicy", "healthCheckNodePort", "loadBal
 PROBE_LENGTH = 8000  # characters of the path and the headers of a readiness probe
 URL_SAFE = "/%?&=+,;:@!$'()*[]~"
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
+# What tells where an object is written, in a text that nobody parses: YAML of the usual form.
+BETWEEN_WORDS = re.compile(r"[\s\"',\[\]{}]+")
+WORDS_LENGTH = 65_536  # characters of a kustomization that are searched for names of files
+WRITTEN_KIND = re.compile(r"(?m)^kind:[ \t]*[\"']?(\w+)[\"']?[ \t]*(?:#.*)?\r?$")
+WRITTEN_NAME = re.compile(
+    r"(?m)^metadata:[ \t]*"
+    r"(?:\{(?:(?:[^{}\n]|\{[^{}\n]*\})*,)?[ \t]*"  # in braces, or on lines of equal indentation
+    r"|(?:\r?\n)+( {1,8})(?! )(?:(?!name:).*\n(?:\r?\n)*\1)*?)"
+    r"name:[ \t]*[\"']?([^\s,}\"']+)"
+)
+MOST_WRITTEN = 500  # objects and patches among which one is looked for
+MOST_PLACES = 3  # of one object, patches among them
 CHART = "Chart.yaml"
 RENDER_CHART = "Commit what `helm template` prints of it."
 OVERLAYS = re.compile(r"(^|/)(overlays|environments|envs?)/[^/]+$|(^|/)(staging|production|prod)$")
@@ -3791,6 +3806,8 @@ KUSTOMIZE_WORDS = {
     r"cycle detected: candidate root '([^']+)'": "{} includes itself. Do not name it there.",
     r"already registered id: ([^\s']+)": "{} occurs twice. Remove one of the two.",
     r"'([^']+)': missing Resource metadata": "{} is not a Kubernetes object.",
+    r'(line \d+): mapping key \\*"([^"\\]+)\\*" already': "{} of a document: the key {} is there "
+    "twice. Remove one of the two.",
 }
 # The same for plain files.
 FILE_WORDS = {
@@ -3904,12 +3921,13 @@ SET_FIELDS = {
     "Deployment.spec.revisionHistoryLimit": "3 if you say nothing",
     "Deployment.spec.strategy": "`maxSurge: 1` and `maxUnavailable: 0` if you say nothing",
     "Pod.metadata.labels": (
-        "yours, those of the Deployment's selector and `gitops-hook/run`; the colour is "
-        "`version`, or `gitops-hook/colour` if you use `version`"
+        "yours, those of the Deployment's selector and `gitops-hook/run`; "
+        "`app.kubernetes.io/managed-by` if you say nothing; the colour is `version`, or "
+        "`gitops-hook/colour` if you use `version`"
     ),
     "Pod.spec.containers.image": (
         "the built image, by digest, for `build.image` and for the app's name; "
-        "for the only container, if nothing names them"
+        "for the image of the only container, if the pod names neither"
     ),
     "Pod.spec.containers.readinessProbe": "`deploy.health.path`, if set and you say nothing",
     "Pod.spec.containers.lifecycle.preStop": "a sleep of 5 s if you say nothing",
@@ -3940,6 +3958,11 @@ class Manifest:
     def name(self) -> str:
         """Its name, which may be anything."""
         return str(self.content["metadata"]["name"])
+
+    @property
+    def entry(self) -> str:
+        """What names it in a list of the settings."""
+        return f"{self.kind}/{self.name}"
 
     @property
     def version(self) -> str:
@@ -4008,8 +4031,7 @@ class ManifestReader:
         folder = self.directory
         kustomizations = [*filter(os.path.lexists, map(folder.joinpath, KUSTOMIZATIONS))]
         if kustomizations:
-            source = self.plain_file(kustomizations[0])
-            return [self.manifest(source, item) for item in self.read_by(source, "-k", folder)]
+            return self.read_built(self.plain_file(kustomizations[0]))
         files = manifest_files(folder)
         if not files:
             refuse(advice_for_no_files(self.root, folder))
@@ -4044,6 +4066,21 @@ class ManifestReader:
                 source = item["metadata"]["name"]
             else:
                 manifests.append(self.manifest(source, item))
+        return manifests
+
+    def read_built(self, kustomization: str) -> list[Manifest]:
+        """Return the objects of the folder's kustomization, each with where it is written."""
+        items = self.read_by(kustomization, "-k", self.directory)
+        written = written_objects(self.root, self.root / kustomization)
+        through = f" (by way of {self.directory.relative_to(self.root)})"
+        manifests = []
+        for item in items:
+            name = str(part_of(item, "metadata").get("name"))
+            files = places_of(item["kind"], name, written)
+            below = all(file.parent == self.directory for file in files)
+            names = " and ".join(str(file.relative_to(self.root)) for file in files)
+            source = f"{names}{'' if below else through}" or kustomization
+            manifests.append(self.manifest(source, item))
         return manifests
 
     def manifest(self, source: str, item: Object) -> Manifest:
@@ -4085,10 +4122,18 @@ class ManifestReader:
             refuse(f"{where}: {TOO_LARGE}", INVALID)
         if kustomization:
             cause = kustomize_cause(stderr, self.root)
-            refused = in_plain_words(cause, KUSTOMIZE_WORDS)
+            refused = self.or_elsewhere(in_plain_words(cause, KUSTOMIZE_WORDS))
             refuse(f"{where}: {refused or clip(cause)}", REFUSED if refused else INVALID)
         faults = [*dict.fromkeys(self.file_faults(stderr, where))]
         raise ManifestError([Fault(fault, INVALID) for fault in faults])
+
+    def or_elsewhere(self, words: str) -> str:
+        """Return words for what is missing, or other ones for what nobody has fetched."""
+        match = re.match(r"(\S+) is not in the commit\.", words)
+        top = self.directory.relative_to(self.root).parts[:1]
+        if match and top and PurePosixPath(match[1]).parts[:1] != top:
+            return f"{match[1]} is not below {top[0]}, the only folder that is read. Move it there."
+        return words
 
     def file_faults(self, stderr: str, where: str) -> Iterator[str]:
         """Yield what kubectl complains of in plain files, each with the name of its file."""
@@ -4098,6 +4143,67 @@ class ManifestReader:
             source = str(files[int(match[1])].relative_to(self.root)) if match else where
             cause = match[2] if match else line.replace(str(self.home), where)
             yield f"{source}: {in_plain_words(cause, FILE_WORDS) or clip(cause)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An object, or a patch of one, as the text of a file seems to have it."""
+
+    file: Path
+    kind: str
+    name: str
+
+
+def written_objects(root: Path, kustomization: Path) -> list[Written]:
+    """Return what the files seem to hold of which a kustomization consists, the farthest first.
+
+    No YAML is parsed for that: a word of a kustomization that names a file, or a folder with a
+    kustomization, is taken for a part of it. Of more than may be read there is nothing.
+    """
+    there: set[str] = set()
+    for folder, folders, names in os.walk(root):
+        folders[:] = {*folders} - {".git"}  # what git keeps is no part of the commit
+        there |= {f"{folder}/{name}" for name in names}
+    left = MANIFEST_BYTES
+    files = [kustomization]
+    written: list[Written] = []
+    for file in files:  # which become more meanwhile
+        left -= file.stat().st_size
+        if left < 0:
+            return []
+        text = file.read_text("utf-8", "replace")
+        if file.name in KUSTOMIZATIONS:
+            named = {*named_files(there, file.parent, text)} - {*files}
+            files += sorted(named)
+            continue
+        for document in text.split("\n---"):
+            kind = WRITTEN_KIND.search(document)
+            name = WRITTEN_NAME.search(document)
+            if kind and name:
+                written.append(Written(file, kind[1], name[2]))
+    return written[::-1] if len(written) <= MOST_WRITTEN else []
+
+
+def named_files(there: Set[str], folder: Path, text: str) -> Iterator[Path]:
+    """Yield the plain files with manifests, of those that are there, that a kustomization names."""
+    for word in dict.fromkeys(BETWEEN_WORDS.split(text[:WORDS_LENGTH])):
+        path = os.path.normpath(f"{folder}/{word}")
+        names = (path, *(f"{path}/{kustomization}" for kustomization in KUSTOMIZATIONS))
+        for file in map(Path, {*names} & there):
+            is_read = file.suffix in MANIFEST_SUFFIXES or file.name in KUSTOMIZATIONS
+            if is_read and not file.is_symlink():
+                yield file
+
+
+def places_of(kind: str, name: str, written: Iterable[Written]) -> list[Path]:
+    """Return in which files an object seems to be written, as what is nearest to its name.
+
+    There are none where that is no help.
+    """
+    alike = [w for w in written if w.kind == kind and w.name in name]  # prefix and suffix
+    longest = max((len(w.name) for w in alike), default=0)
+    files = [*dict.fromkeys(w.file for w in alike if len(w.name) == longest)]
+    return files if len(files) <= MOST_PLACES else []
 
 
 def manifest_files(folder: Path) -> list[Path]:
@@ -4255,8 +4361,7 @@ class SortedManifests:
         self.used = [m for m in self.all if not app.deploy.ignores(m.kind, m.name)]
         services = [m for m in self.of_kind("Service") if m.name == app.service_name]
         self.service = services[0] if services else None
-        jobs = [m.content for m in self.used if m.kind not in KINDS]
-        self.named_beside = configmap_names([pod_of(job) for job in jobs])
+        self.named_beside = configmap_names([m.content for m in self.used if m.kind not in KINDS])
         selector = part_of(self.service and self.service.content, "spec", "selector")
         deployments = self.of_kind("Deployment")
         self.selected = [d for d in deployments if selects({"matchLabels": selector}, labels_of(d))]
@@ -4347,8 +4452,7 @@ class SortedManifests:
 
     def kind_fault(self, manifest: Manifest) -> str:
         """Return why an object is not deployed, and what to do."""
-        entry = f"{manifest.kind}/{manifest.name}"
-        values = {"entry": clip(entry, 100), "kind": clip(manifest.kind, 60)}
+        values = {"entry": clip(manifest.entry, 100), "kind": clip(manifest.kind, 60)}
         if manifest.kind == "Deployment" and manifest.version in OLD_APIS:
             return f" is of the old {manifest.version}. Write apiVersion: apps/v1."
         wanted = COMPANION_KINDS.get(manifest.kind, manifest.version)
@@ -4367,11 +4471,22 @@ class SortedManifests:
             yield f"{count} objects stand beside the app, but {MOST_COMPANIONS} may. {advice}"
         taken = [f"{self.app.name}-{colour}" for colour in COLOURS]
         scalers: dict[str, str] = {}
+        budgets = [m for m in self.companions if m.kind == BUDGET]
+        whole = {m.name for m in budgets if self.front in self.aims(m)}
+        halves = {f"{name}-{colour}" for name in whole for colour in COLOURS} - whole
         for manifest in self.companions:
+            if manifest.kind == BUDGET and manifest.name in halves:
+                yield f"{manifest.where} has the name of a colour of a budget. Rename it."
             if (manifest.kind, manifest.name) == ("Service", f"{self.app.name}-preview"):
                 yield f"{manifest.where} has the name of the preview Service. Rename it."
             if manifest.kind == "Deployment" and manifest.name in taken:
                 yield f"{manifest.where} has the name of a colour of the app. Rename it."
+            if self.front and names_deployment(manifest, self.front.name):
+                named = f"{manifest.where} names Deployment {clip(self.front.name, 60)}"
+                advice = (
+                    f"Use a {AUTOSCALER}, or list {clip(manifest.entry, 100)} in deploy.ignore."
+                )
+                yield f"{named}, which runs as {' or '.join(taken)}. {advice}"
             aims = self.aims(manifest)
             if self.front in aims and len(aims) > 1:
                 names = clip(", ".join(d.name for d in aims))
@@ -4413,12 +4528,22 @@ def labels_of(deployment: Manifest) -> Object:
     return part_of(deployment.content, "spec", "template", "metadata", "labels")
 
 
+def names_deployment(manifest: Manifest, name: str) -> bool:
+    """Whether an object of a listed kind is for the Deployment of a name, which it scales, say."""
+    if manifest.kind in COMPANION_KINDS:
+        return False
+    for key, part in walk("", manifest.content.get("spec")):
+        if isinstance(part, dict) and part.get("name") == name:
+            default = "Deployment" if key == "scaleTargetRef" else ""
+            if (part.get("kind") or default) == "Deployment":
+                return True
+    return False
+
+
 def pod_of(item: Object) -> Object:
     """Return the spec of the pods that an object beside an app makes; empty where it makes none."""
-    spec = part_of(item, "spec")
-    template = part_of(spec, "jobTemplate", "spec", "template") or part_of(spec, "template")
-    pod = part_of(template, "spec")
-    return pod if pod.get("containers") else {}
+    pods = (part_of(item, "spec", *path, "spec") for path in TEMPLATES)
+    return next((pod for pod in pods if pod.get("containers")), {})
 
 
 def configmap_names(pod: Any) -> set[str]:
@@ -4660,6 +4785,7 @@ def rendered_companions(
     """Return what stands beside an app, with our labels and the built image, in no colour yet."""
     rendered: list[Object] = []
     scaled = {scaled_by(item) for item in objects.companions}
+    front = pod_of(objects.deployment)
     for item in objects.companions:
         with faults.collect():
             if is_companion(item, "Deployment"):
@@ -4669,7 +4795,9 @@ def rendered_companions(
                     item["spec"]["minReadySeconds"] = MIN_READY_SECONDS
                 if item["metadata"]["name"] in scaled:  # an autoscaler says how many there are
                     item["spec"].pop("replicas", None)
-            rendered.append(rendered_companion(app, item, image))
+            if pod := pod_of(item):
+                put_image(built_names(app, front), pod, image)
+            rendered.append(rendered_companion(app, item))
     return rendered
 
 
@@ -4678,7 +4806,7 @@ def companion_labels(app: str) -> dict[str, str]:
     return {LABEL_MANAGED: MANAGER, LABEL_APP: app, LABEL_STAGE: COMPANION}
 
 
-def rendered_companion(app: App, written: Object, image: str) -> Object:
+def rendered_companion(app: App, written: Object) -> Object:
     """Return one of them; raises StageError where it cannot be applied."""
     item = copy.deepcopy(written)
     meta = item["metadata"]
@@ -4692,8 +4820,6 @@ def rendered_companion(app: App, written: Object, image: str) -> Object:
     data = item.get("data") or {} if is_companion(item, "ConfigMap") else {}
     if loose := [key for key, value in data.items() if not isinstance(value, str | None)]:
         refuse(f"{where}: {clip(loose[0], 60)} is not a text. Put it in quotes.", INVALID)
-    if pod := pod_of(item):
-        set_beside_images(app, pod, image)
     if is_companion(item, "Deployment"):
         label_worker(app, item)
     if len(json.dumps(item)) > COMPANION_BYTES:
@@ -4771,27 +4897,38 @@ def configmap_copy(app: App, written: Object) -> Object:
 
 
 def set_images(app: App, pod: Object, image: str) -> None:
-    """Put the built image, by digest, wherever the manifests name it; end the run if nowhere.
-
-    With builder none every image must already be named by digest.
-    """
-    if app.build.builder == "none":
-        require_digests(pod)
-        return
-    if not (ours := built_containers(app, pod)):
+    """Put the built image, by digest, wherever the manifests name it; end the run if nowhere."""
+    names = built_names(app, pod)
+    if names and not any(repository_of(c["image"]) in names for c in all_containers(pod)):
         needed = f"No container has the image {app.build.image!r} (or {app.name!r})"
         refuse(f"{needed}, so the build would not be deployed. Name it in the Deployment.")
-    for container in ours:
-        container["image"] = image
+    put_image(names, pod, image)
 
 
-def set_beside_images(app: App, pod: Object, image: str) -> None:
-    """Put the built image, by digest, wherever a pod beside the app's own names it."""
+def built_names(app: App, pod: Object) -> set[str]:
+    """Return by which names, without tags, the objects of an app mean the built image.
+
+    If the app's own pod has none of the expected ones, it is what its only container has. There are
+    none if nothing is built.
+    """
     if app.build.builder == "none":
+        return set()
+    names = {repository_of(app.build.image), app.name}
+    images = [repository_of(c["image"]) for c in (all_containers(pod) if pod else ())]
+    if names.isdisjoint(images) and len(pod.get("containers") or ()) == 1:
+        names.add(images[0])
+    return names
+
+
+def put_image(names: Set[str], pod: Object, image: str) -> None:
+    """Put the built image wherever a pod means it; end the run if it is not by digest.
+
+    If nothing is built, every image must already be named by digest.
+    """
+    if not names:
         require_digests(pod)
-        return
     for container in all_containers(pod):
-        if repository_of(container["image"]) in (app.build.image, app.name):
+        if repository_of(container["image"]) in names:
             container["image"] = image
 
 
@@ -4808,42 +4945,44 @@ def all_containers(pod: Object) -> list[Object]:
     return [*pod["containers"], *(pod.get("initContainers") or ())]
 
 
-def built_containers(app: App, pod: Object) -> list[Object]:
-    """Return the containers that get the built image: those that name it, else the only one."""
-    names = {app.build.image, app.name}
-    ours = [c for c in all_containers(pod) if repository_of(c["image"]) in names]
-    return ours or (pod["containers"] if len(pod["containers"]) == 1 else [])
-
-
-def image_remarks(app: App, pod: Object) -> Iterator[str]:
+def image_remarks(app: App, objects: AppObjects) -> Iterator[str]:
     """Yield what a reader of a plan should know of the images that a commit names."""
-    names = {app.build.image, app.name}
-    built = built_containers(app, pod) if app.build.builder != "none" else []
-    registry = app.build.image.rpartition("/")[0]
-    for container in all_containers(pod):
-        image = container["image"]
-        words = f"container {clip(str(container.get('name')), 60)}: image {clip(image, 120)}"
-        if any(container is c for c in built):
-            if repository_of(image) not in names:
-                yield f"{words} is replaced by the built image"
-        elif registry and image.startswith(f"{registry}/") and "@sha256:" not in image:
-            yield f"{words} is not named by digest, so it may change without a push"
+    expected = {repository_of(app.build.image), app.name}
+    names = built_names(app, pod_of(objects.deployment))
+    registry = repository_of(app.build.image).rpartition("/")[0]
+    for item in (objects.deployment, *objects.companions):
+        beside = (
+            "" if item is objects.deployment else f"{item['kind']} {item['metadata']['name']}, "
+        )
+        pod = pod_of(item)
+        for container in all_containers(pod) if pod else ():
+            image = container["image"]
+            repository = repository_of(image)
+            name = f"{beside}container {clip(str(container.get('name')), 60)}"
+            words = f"{clip(name, 160)}: image {clip(image, 120)}"
+            if repository in names:
+                if repository not in expected:
+                    yield f"{words} is replaced by the built image"
+            elif registry and repository.startswith(f"{registry}/") and "@sha256:" not in image:
+                yield f"{words} is not named by digest, so it may change without a push"
 
 
 def repository_of(image: str) -> str:
-    """Return the name of an image without its tag and digest."""
+    """Return the name of an image without its tag and digest, nor the registry that goes unsaid."""
     host, slash, name = image.partition("@")[0].rpartition("/")
-    return f"{host}{slash}{name.partition(':')[0]}"
+    return re.sub(r"^(index\.)?docker\.io/", "", f"{host}{slash}{name.partition(':')[0]}")
 
 
 def set_probes(app: App, pod: Object, ports: Sequence[Object]) -> None:
     """Add a readiness probe and a preStop sleep where the app has none; never a liveness probe."""
     set_readiness_probe(app.deploy.health, pod, ports)
     # Kubernetes refuses a sleep that is longer than the grace period
-    if seconds := min(5, pod.get("terminationGracePeriodSeconds", 30)):
+    grace = pod.get("terminationGracePeriodSeconds")
+    if seconds := min(5, 30 if grace is None else grace):
         sleep = {"preStop": {"sleep": {"seconds": seconds}}}
         for container in pod["containers"]:
-            container["lifecycle"] = {**sleep, **(container.get("lifecycle") or {})}
+            own = {k: v for k, v in (container.get("lifecycle") or {}).items() if v is not None}
+            container["lifecycle"] = {**sleep, **own}
 
 
 def set_readiness_probe(health: Health, pod: Object, ports: Sequence[Object]) -> None:
@@ -5033,12 +5172,14 @@ def port_number(containers: Iterable[Object], port: int | str) -> int | None:
 def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], replicas: int) -> Object:
     """Return the spec of a run's Deployment. What the app says stays, but for labels and size."""
     meta = spec["template"].get("metadata") or {}
-    labels = {**(meta.get("labels") or {}), LABEL_MANAGED: MANAGER, **selector}
+    # whose pods they are is for the app to say, since what selects them may ask for it
+    labels = {LABEL_MANAGED: MANAGER, **(meta.get("labels") or {}), **selector}
     own = {key: value for key, value in selector.items() if key != LABEL_RUN}
     for separate in spread_selectors(spec["template"]["spec"]):
         if selects(separate, labels):  # so that pods of the other colour do not count
             colour = {k: v for k, v in own.items() if k != LABEL_APP}
             separate["matchLabels"] = {**(separate.get("matchLabels") or {}), **colour}
+    spec = {key: value for key, value in spec.items() if value is not None}  # null says nothing
     min_ready = spec.get("minReadySeconds", MIN_READY_SECONDS)
     longest = max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, min_ready + 10))
     return {
@@ -14867,8 +15008,7 @@ class Plan:
             forecast += f", replicas: {placement.replicas} → {release.wanted}"
         forecast += f", new ConfigMaps: {', '.join(new) or 'none'}"
         warning = probe_warning(task.app.deploy.health, release) + shutdown_warning(release.pod)
-        pod = objects.deployment["spec"]["template"]["spec"]
-        warning += "".join(f"\n  {remark}" for remark in image_remarks(task.app, pod))
+        warning += "".join(f"\n  {remark}" for remark in image_remarks(task.app, objects))
         warning += "".join(f"\n  {line}" for line in companion_lines(beside, task, release))
         return forecast + warning + self.changes(task.namespace, deployment)
 

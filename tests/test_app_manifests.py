@@ -30,6 +30,7 @@ from gitops_hook import (
     AppObjects,
     ConfigError,
     Faults,
+    Git,
     Manifest,
     Placement,
     Reason,
@@ -49,6 +50,7 @@ from gitops_hook import (
 )
 from tests.memory import peak_of
 from tests.standin.kubectl import find_kubectl
+from tests.test_git import Repository, filling
 from tests.waiting import eventually
 
 Object = dict[str, Any]
@@ -83,6 +85,16 @@ apiVersion: v1
 kind: ConfigMap
 metadata: {name: settings}
 data: {GREETING: hello}
+"""
+WORKER = """
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: shop-worker}
+spec:
+  selector: {matchLabels: {app: shop-worker}}
+  template:
+    metadata: {labels: {app: shop-worker}}
+    spec: {containers: [{name: worker, image: busybox}]}
 """
 ALL = f"{DEPLOYMENT}---{SERVICE}---{CONFIGMAP}"
 
@@ -646,8 +658,181 @@ def test_each_environment_is_read_from_its_own_overlay(tmp_path: Path) -> None:
         checked = check_objects(app, environment, manifests, environment)
         sizes[environment] = checked.deployment["spec"]["replicas"]
         assert checked.configmaps["settings"]["data"]["GREETING"] == f"{environment}.example.com"
-        assert manifests[0].where.startswith(f"deploy/overlays/{environment}/kustomization.yaml: ")
+        written = f"deploy/base/app.yaml (by way of deploy/overlays/{environment}): "
+        assert all(manifest.where.startswith(written) for manifest in manifests)
     assert sizes == {"staging": 1, "production": 4}
+
+
+def places(root: Path, path: str = "deploy") -> list[str]:
+    """How the objects of a folder are named, in the order of their names."""
+    return sorted(manifest.where for manifest in read_manifests(root, path))
+
+
+BUILT_OF = {
+    "deploy/base/kustomization.yaml": (
+        "resources: [web/app.yaml, service.json]\n"
+        "configMapGenerator: [{name: mail, literals: [A=b]}]\n"
+    ),
+    "deploy/base/web/app.yaml": f"{DEPLOYMENT}---{CONFIGMAP}",
+    "deploy/base/web/old.yaml": DEPLOYMENT,
+    "deploy/base/service.json": json.dumps(objects(SERVICE)[0]),
+    "deploy/parts/hours/Kustomization": (
+        "apiVersion: kustomize.config.k8s.io/v1alpha1\nkind: Component\nresources:\n- a.yaml\n"
+    ),
+    "deploy/parts/hours/a.yaml": (
+        "# when\r\nkind: 'ConfigMap' # open\r\napiVersion: v1\r\nmetadata:\r\n"
+        '  labels:\r\n    name: no\r\n  # none\r\n\r\n  name: "hours"\r\n'
+    ),
+    "deploy/production/kustomization.yaml": "resources: [../base]\npatches: [{path: patch.yaml}]",
+    "deploy/production/patch.yaml": DEPLOYMENT,
+    "deploy/staging/kustomization.yaml": (
+        "nameSuffix: -s\nresources: [../base/, 'own.yaml']\ncomponents: [../parts/hours]\n"
+        "patches:\n- path: patch.yaml\n- patch: '{apiVersion: v1, kind: Service, "
+        "metadata: {name: shop}, spec: {type: NodePort}}'\n"
+        "configMapGenerator:\n- {name: own, literals: [A=b]}\n"
+    ),
+    "deploy/staging/own.yaml": (
+        f"---\n{WORKER}\n---\napiVersion: v1\nkind: ConfigMap\n"
+        "metadata: {labels: {name: x, y: z}, name: flow}\n"
+    ),
+    "deploy/staging/patch.yaml": (
+        "apiVersion: apps/v1\nkind: Deployment\nmetadata:\n    name: web\nspec: {replicas: 3}\n"
+    ),
+}
+
+
+def test_an_object_that_is_built_is_named_with_the_files_in_which_it_is_written(
+    tmp_path: Path,
+) -> None:
+    through = "(by way of deploy/staging)"
+    patched = "deploy/base/web/app.yaml and deploy/staging/patch.yaml"
+    assert places(write(tmp_path, **BUILT_OF), "deploy/staging") == [
+        f"deploy/base/web/app.yaml {through}: ConfigMap settings-s",
+        f"{patched} {through}: Deployment web-s",
+        f"deploy/parts/hours/a.yaml {through}: ConfigMap hours-s",
+        "deploy/staging/kustomization.yaml: ConfigMap mail-s-b9t2424hkf",
+        "deploy/staging/kustomization.yaml: ConfigMap own-s-b9t2424hkf",
+        "deploy/staging/kustomization.yaml: Service shop-s",
+        "deploy/staging/own.yaml: ConfigMap flow-s",
+        "deploy/staging/own.yaml: Deployment shop-worker-s",
+    ]
+
+
+def test_where_an_object_is_written_changes_nothing_of_it(tmp_path: Path) -> None:
+    root = write(tmp_path, **BUILT_OF)
+    build = [find_kubectl(), "label", "--local", "-o=json", "x-", "-k", root / "deploy/staging"]
+    printed = subprocess.run(build, capture_output=True, check=True, text=True).stdout
+    built = json.loads("[" + printed.replace("\n}\n{", "\n},{") + "]")
+    assert [m.content for m in read_manifests(root, "deploy/staging")] == built
+
+
+def test_no_file_is_named_for_an_object_that_is_written_in_many_or_in_none(
+    tmp_path: Path,
+) -> None:
+    patches = {f"p{i}.yaml": CONFIGMAP for i in range(3)}
+    files = {"app.yaml": CONFIGMAP, "many.yaml": SERVICE, **patches}
+    listed = ", ".join(f"{{path: {name}}}" for name in patches)
+    files["kustomization.yaml"] = f"resources: [app.yaml, many.yaml]\npatches: [{listed}]"
+    assert places(write(tmp_path, **files)) == [
+        "deploy/kustomization.yaml: ConfigMap settings",
+        "deploy/many.yaml: Service shop",
+    ]
+    many = "---".join([SERVICE, *(SERVICE.replace("shop", f"x{i}") for i in range(500))])
+    named = places(write(tmp_path, **{"many.yaml": many}))
+    assert {where.partition(":")[0] for where in named} == {"deploy/kustomization.yaml"}
+
+
+def test_files_outside_of_the_commit_are_not_looked_at_for_an_object(tmp_path: Path) -> None:
+    outside = write(tmp_path / "outside", **{"outside/app.yaml": CONFIGMAP}) / "outside"
+    words = ["../../outside", "outside", "link.yaml", "linked", "gone.yaml", "loop.yaml", "/", "~"]
+    words += [str(outside), f"{outside}/app.yaml", "../../../../../../etc", "x" * 5000, "\u2028"]
+    files = {
+        "kustomization.yaml": f"configMapGenerator: [{{name: settings}}]\n# {' '.join(words)}",
+        "deploy/many.yaml/app.yaml": CONFIGMAP,
+    }
+    root = write(tmp_path / "root", **files)
+    for link, target in (
+        ("link.yaml", outside / "app.yaml"),
+        ("linked", outside),
+        ("loop.yaml", "loop.yaml"),
+    ):
+        (root / "deploy" / link).symlink_to(target)
+    (where,) = places(root)
+    assert where.startswith("deploy/kustomization.yaml: ConfigMap settings-")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "metadata:\n" + " " * 10**6 + "x\n" + " " * 5 * 10**5 + "name: x",
+        "metadata:\n" + "  x: y\n" * 10**5,
+        "metadata:\n" + "  \n\n" * 3 * 10**5,
+        "metadata:" + "\n\r\n" * 5 * 10**5,
+        "metadata: {" + "a, " * 3 * 10**5,
+        "metadata: {" + "{" * 10**6,
+        "metadata: {" + "{}" * 5 * 10**5,
+        "metadata: {}\n" * 10**5,
+        "kind:" + " " * 10**6 + "x y",
+        "kind: x" + " " * 10**6 + "y",
+        "\n---" * 3 * 10**5,
+    ],
+    ids=[
+        "indented",
+        "lines",
+        "blanks",
+        "empty",
+        "commas",
+        "braces",
+        "pairs",
+        "many",
+        "kind",
+        "spaces",
+        "documents",
+    ],
+)
+def test_it_takes_no_long_time_to_see_that_a_text_says_nothing(tmp_path: Path, text: str) -> None:
+    files = {
+        "kustomization.yaml": "configMapGenerator: [{name: x}] # text.yaml",
+        "text.yaml": f"{text}\n# no object",
+    }
+    root = write(tmp_path, **files)
+    began = time.process_time()
+    (where,) = places(root)
+    assert time.process_time() - began < 2
+    assert where.startswith("deploy/kustomization.yaml: ")
+
+
+def test_of_very_many_words_of_a_kustomization_the_first_are_looked_at(tmp_path: Path) -> None:
+    words = " ".join(f"w{i}" for i in range(150_000))
+    files = {"kustomization.yaml": f"resources: [app.yaml]\n# {words}", "app.yaml": CONFIGMAP}
+    root = write(tmp_path, **files)
+    began = time.process_time()
+    assert places(root) == ["deploy/app.yaml: ConfigMap settings"]
+    assert time.process_time() - began < 2
+    write(tmp_path, **{"kustomization.yaml": f"# {words}\nresources: [app.yaml]"})
+    assert places(root) == ["deploy/kustomization.yaml: ConfigMap settings"]
+
+
+def test_of_more_than_may_be_read_no_file_is_looked_at(tmp_path: Path) -> None:
+    files = {"kustomization.yaml": "resources: [app.yaml] # large.yaml", "app.yaml": CONFIGMAP}
+    root = write(tmp_path, **files, **{"large.yaml": bytes(3 * 2**20)})
+    assert places(root) == ["deploy/kustomization.yaml: ConfigMap settings"]
+
+
+def test_the_places_are_seen_in_a_commit_that_git_brought(tmp_path: Path) -> None:
+    repository = Repository(tmp_path / "shop")
+    repository.git("config", "uploadpack.allowFilter", "false")  # so that all of it is brought
+    files = {
+        "src__logo.png": os.urandom(3 * 2**20),
+        "deploy__base__kustomization.yaml": "resources: [app.yaml]",
+        "deploy__base__app.yaml": CONFIGMAP,
+        "deploy__production__kustomization.yaml": "resources: [../base]",
+    }
+    commit = filling(repository, **files)
+    with Git(tmp_path / "none").manifests(str(repository.path), commit, "deploy") as root:
+        assert places(root, "deploy/production") == [
+            "deploy/base/app.yaml (by way of deploy/production): ConfigMap settings"
+        ]
 
 
 def test_the_shop_of_the_demo_has_an_overlay_for_each_environment() -> None:
@@ -826,9 +1011,21 @@ def test_a_system_that_cannot_close_the_network_is_not_one_to_read_manifests_on(
         ("[app.yaml]", "invalid Kustomization: json: cannot unmarshal array into Go value"),
         ("resources: {a: 1}", "invalid Kustomization: json: cannot unmarshal object into Go"),
         ("", "kustomization.yaml is empty"),
-        ("resources: [app.yaml]\nbases: [../gone]", "gone is not in the commit. Add it, or do"),
+        ("resources: [app.yaml]\nbases: [gone]", "deploy/gone is not in the commit. Add it, or do"),
+        ("resources: [../gone]", "gone is not below deploy, the only folder that is read. Move it"),
         ("resources: [gone.yaml]", "deploy/gone.yaml is not in the commit. Add it, or do not name"),
-        ("resources: [../base]", "base/gone.yaml is not in the commit. Add it, or do not name it."),
+        (
+            "resources: [../deploy/base]",
+            "deploy/base/gone.yaml is not in the commit. Add it, or do",
+        ),
+        (
+            "resources: [../base]",
+            "base/gone.yaml is not below deploy, the only folder that is read.",
+        ),
+        (
+            "configMapGenerator: [{name: x, files: [../a]}]",
+            "a is not below deploy, the only folder",
+        ),
         ("resources: [../docs]", "docs has no kustomization. Add one."),
         (
             "resources: [../base/o.yaml]",
@@ -852,6 +1049,11 @@ def test_a_system_that_cannot_close_the_network_is_not_one_to_read_manifests_on(
         ("helmCharts: [{name: x, repo: 'http://x'}]", "It has a Helm chart. Commit what `helm te"),
         ("resources: [.]", "deploy includes itself. Do not name it there."),
         ("generators: [plugin.yaml]", "It runs a plugin, which is not done here. Commit what it"),
+        (
+            "resources: [twice.yaml]",
+            "line 4 of a document: the key A is there twice. Remove one of the",
+        ),
+        ("resources: [in]", "line 4 of a document: the key A is there twice. Remove one of the"),
     ],
     ids=[
         "unknown",
@@ -860,8 +1062,11 @@ def test_a_system_that_cannot_close_the_network_is_not_one_to_read_manifests_on(
         "odd-type",
         "empty",
         "warnings",
+        "elsewhere",
         "missing",
         "missing-in-base",
+        "missing-elsewhere",
+        "file-of-elsewhere",
         "no-kustomization",
         "not-below",
         "ignored-by-git",
@@ -873,6 +1078,8 @@ def test_a_system_that_cannot_close_the_network_is_not_one_to_read_manifests_on(
         "helm",
         "itself",
         "plugin",
+        "key-twice",
+        "key-twice-in-component",
     ],
 )
 def test_a_kustomization_that_cannot_be_built_says_why_in_plain_words(
@@ -880,7 +1087,13 @@ def test_a_kustomization_that_cannot_be_built_says_why_in_plain_words(
 ) -> None:
     files = {"kustomization.yaml": text, "app.yaml": DEPLOYMENT, "nothing.yaml": "a: 1"}
     files |= {"base/kustomization.yaml": "resources: [gone.yaml]", "base/o.yaml": CONFIGMAP}
+    files |= {"deploy/base/kustomization.yaml": "resources: [gone.yaml]"}
     files |= {"docs/a.md": "x", "plugin.yaml": "apiVersion: a/v1\nkind: P\nmetadata: {name: x}"}
+    twice = f"{V1}\nkind: ConfigMap\n{NAMED}\ndata: {{A: '1',\n A: '2'}}"
+    files |= {"twice.yaml": twice, "deploy/in/kustomization.yaml": "components: [../part]"}
+    part = "kind: Component\napiVersion: kustomize.config.k8s.io/v1alpha1\n"
+    files |= {"deploy/part/kustomization.yaml": f"{part}resources: [twice.yaml]"}
+    files |= {"deploy/part/twice.yaml": twice}
     detail = fault(lambda: read(tmp_path, **files))[1]
     assert detail.startswith(f"deploy/kustomization.yaml: {said}")
     assert str(tmp_path) not in detail
@@ -1329,7 +1542,7 @@ def test_a_field_of_the_wrong_type_ends_the_run_or_is_left_to_the_api_server(
         (f"{POD}.containers", ["web"], "near TypeError("),
         (WEB, {"name": "x"}, "near KeyError('image'). `kubectl apply --dry-run=server` on them"),
         (f"{WEB}.image", 7, "near 7. `kubectl apply --dry-run=server` on them"),
-        (f"{WEB}.lifecycle", 7, "near TypeError("),
+        (f"{WEB}.lifecycle", 7, "near 7. `kubectl apply --dry-run=server` on them"),
         (f"{WEB}.ports", ["text"], "near 'text'"),
         ("Service.spec", {}, "near KeyError('ports')"),
         ("Service.spec.ports", [], "Service shop must have ports"),
@@ -1357,6 +1570,11 @@ def test_nulls_say_nothing() -> None:
     ]
     for place in places:
         assert released(changed(place, None)).deployment["spec"]["replicas"] >= 1
+    for field in ("strategy", "minReadySeconds", "revisionHistoryLimit", "progressDeadlineSeconds"):
+        assert released(changed(f"Deployment.spec.{field}", None)) == released()
+    for place in (f"{WEB}.lifecycle.preStop", f"{POD}.terminationGracePeriodSeconds"):
+        (web,) = pod(released(changed(place, None)))["containers"]
+        assert web["lifecycle"] == {"preStop": {"sleep": {"seconds": 5}}}
     (configmap,) = released(changed("ConfigMap.data.EMPTY", None)).configmaps
     assert configmap["data"] == {
         "GREETING": "hello",
@@ -1386,6 +1604,7 @@ def test_the_name_of_an_image_takes_no_long_time_to_find(image: str) -> None:
         ("registry:5000/a/shop:1", "registry:5000/a/shop"),
         (f"registry/shop:1@sha256:{'0' * 64}", "registry/shop"),
         (f"registry/shop@sha256:{'0' * 64}", "registry/shop"),
+        ("docker.io/demo/shop:1", "demo/shop"), ("index.docker.io/demo/shop", "demo/shop"),
     ],
 )  # fmt: skip
 def test_an_image_has_a_name_without_tag_and_digest(image: str, name: str) -> None:
@@ -1419,16 +1638,6 @@ def test_labels_and_selectors_of_any_depth_are_compared(depth: int) -> None:
 
 # === Whose an object is ===
 
-WORKER = """
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: shop-worker}
-spec:
-  selector: {matchLabels: {app: shop-worker}}
-  template:
-    metadata: {labels: {app: shop-worker}}
-    spec: {containers: [{name: worker, image: busybox}]}
-"""
 ADVICE = {
     "Secret": "Create it by hand in each namespace, and remove it from git.",
     "Job": "Use an init container of the Deployment: it ends before a version gets traffic.",
@@ -1680,6 +1889,22 @@ def test_the_deployment_is_coloured_and_keeps_what_the_app_says() -> None:
     }
 
 
+def test_pods_say_who_manages_them_as_the_app_does_so_that_its_selectors_reach_them() -> None:
+    labels = {"env": "prod", "app.kubernetes.io/managed-by": "kustomize"}
+    items = changed(f"{TEMPLATE}.labels", labels)
+    selector = {"matchLabels": labels}
+    items.append(other("PodDisruptionBudget", spec={"minAvailable": 1, "selector": selector}))
+    items[0]["spec"]["template"]["spec"] |= spread(selector)
+    release = released(items)
+    template = release.deployment["spec"]["template"]
+    (budget,) = release.beside("shop")
+    selected = budget["spec"]["selector"]["matchLabels"]
+    assert selected == {**labels, "gitops-hook/app": "shop", "version": "green"}
+    assert selected.items() <= template["metadata"]["labels"].items()
+    (constraint,) = template["spec"]["topologySpreadConstraints"]
+    assert constraint["labelSelector"]["matchLabels"] == {**labels, "version": "green"}
+
+
 def test_what_is_rendered_is_valid_by_the_schema() -> None:
     release = released(changed(f"{WEB}.envFrom", [{"configMapRef": {"name": "settings"}}]))
     version = kubernetes_validate.latest_version()
@@ -1834,10 +2059,23 @@ def test_an_image_that_is_not_the_built_one_is_left_beside_one_that_is(image: st
     assert "so the build would not be deployed. Name it" in detail
 
 
+@pytest.mark.parametrize("built", ["demo/shop", "docker.io/demo/shop", "index.docker.io/demo/shop"])
+def test_an_image_of_docker_hub_is_the_built_one_however_it_is_written(built: str) -> None:
+    inits = [{"name": "a", "image": "docker.io/demo/shop:1"}, {"name": "b", "image": "demo/shop"}]
+    items = changed(f"{POD}.initContainers", inits)
+    items += objects(WORKER.replace("busybox", "index.docker.io/demo/shop"))
+    items += objects(NIGHTLY.replace("busybox", "docker.io/demo/tool"))
+    app: Object = {"build": {"image": built}}
+    release = released(items, **app)
+    assert [c["image"] for c in pod(release)["initContainers"]] == [BUILT, BUILT]
+    assert release.workers[0]["spec"]["template"]["spec"]["containers"][0]["image"] == BUILT
+    (line,) = remarks(items, **app)
+    assert line.startswith("CronJob nightly, container job: image docker.io/demo/tool is not named")
+
+
 def remarks(items: list[Object], **app: Any) -> list[str]:
     """What `plan` says of the images of a commit."""
-    written = check(items, **app).deployment["spec"]["template"]["spec"]
-    return [*image_remarks(app_of(**app), written)]
+    return [*image_remarks(app_of(**app), check(items, **app))]
 
 
 def test_the_only_container_gets_the_built_image_whatever_it_names_and_plan_says_so() -> None:
@@ -1851,6 +2089,48 @@ def test_the_only_container_gets_the_built_image_whatever_it_names_and_plan_says
     assert (rendered["containers"][0]["image"], rendered["initContainers"][0]["image"]) == (
         "team/web:1",
         BUILT,
+    )
+
+
+NIGHTLY = """
+apiVersion: batch/v1
+kind: CronJob
+metadata: {name: nightly}
+spec:
+  schedule: "0 3 * * *"
+  jobTemplate:
+    spec: {template: {spec: {restartPolicy: Never, containers: [{name: job, image: busybox}]}}}
+"""
+
+
+def test_what_has_the_image_of_the_only_container_gets_the_built_one_with_it() -> None:
+    items = changed(f"{WEB}.image", "team/web:1")
+    inits = [{"name": "migrate", "image": "team/web:1"}, {"name": "wait", "image": "busybox"}]
+    items[0]["spec"]["template"]["spec"]["initContainers"] = inits
+    items += objects(WORKER.replace("busybox", "team/web:2"))
+    items += objects(NIGHTLY.replace("busybox", "team/web"))
+    release = released(items)
+    images = [c["image"] for c in pod(release)["initContainers"]]
+    assert images == [BUILT, "busybox"]
+    text = json.dumps(release.companions)
+    assert (text.count(BUILT), text.count("team/web")) == (2, 0)
+    assert remarks(items) == [
+        f"{name}: image {image} is replaced by the built image"
+        for name, image in (
+            ("container web", "team/web:1"),
+            ("container migrate", "team/web:1"),
+            ("Deployment shop-worker, container worker", "team/web:2"),
+            ("CronJob nightly, container job", "team/web"),
+        )
+    ]
+
+
+def test_plan_names_the_images_of_what_stands_beside_the_app_too() -> None:
+    worker = WORKER.replace("busybox", "registry.example.com:5000/demo/worker:latest")
+    (line,) = remarks(objects(f"{ALL}---{worker}---{NIGHTLY}"))
+    assert line == (
+        "Deployment shop-worker, container worker: image registry.example.com:5000/demo/"
+        "worker:latest is not named by digest, so it may change without a push"
     )
 
 

@@ -230,6 +230,70 @@ def test_each_companion_has_our_labels_and_follows_the_colour() -> None:
     assert pod["containers"][0]["image"] == BUILT
 
 
+def aimed(listed: str, field: str = "targetRef", **target: str) -> Object:
+    """An object of a listed kind that names another one."""
+    return item(listed, api="example.com/v1", spec={field: {"name": "web", **target}})
+
+
+@pytest.mark.parametrize(
+    "companion",
+    [
+        aimed("ScaledObject", "scaleTargetRef"),
+        aimed("ScaledObject", "scaleTargetRef", apiVersion="apps/v1", kind="Deployment"),
+        aimed("VerticalPodAutoscaler", apiVersion="apps/v1", kind="Deployment"),
+        item("Canary", api="a/v1", spec={"in": [{"x": {"kind": "Deployment", "name": "web"}}]}),
+    ],
+    ids=["without-kind", "with-kind", "field", "deep"],
+)
+def test_what_names_the_deployment_of_the_app_is_refused_since_there_are_two_of_other_names(
+    companion: Object,
+) -> None:
+    kind = companion["kind"]
+    assert fault(lambda: checked(companion, companions=[kind]))[1] == (
+        f"app.json: {kind} x names Deployment web, which runs as shop-blue or shop-green. "
+        f"Use a HorizontalPodAutoscaler, or list {kind}/x in deploy.ignore."
+    )
+    checked(companion, companions=[kind], ignore=[kind])
+
+
+def test_a_budget_that_is_called_like_another_ones_colour_is_refused() -> None:
+    work = copy.deepcopy(objects()[0])
+    work["metadata"]["name"] = "work"
+    work["spec"]["template"]["metadata"]["labels"] = {"app": "work"}
+    other = budget(matchLabels={"app": "work"})
+    other["metadata"]["name"] = "x-green"
+    said = "PodDisruptionBudget x-green has the name of a colour of a budget. Rename it."
+    assert fault(lambda: checked(work, budget(), other))[1] == f"app.json: {said}"
+    assert len(checked(work, other).companions) == 2
+
+
+def test_what_names_a_worker_or_another_kind_is_not_refused() -> None:
+    work = copy.deepcopy(objects()[0])
+    work["metadata"]["name"] = "work"
+    work["spec"]["template"]["metadata"]["labels"] = {"app": "work"}
+    scaled = aimed("ScaledObject", "scaleTargetRef", name="work")
+    other = aimed("ScaledObject", "scaleTargetRef", kind="StatefulSet")
+    other["metadata"]["name"] = "y"
+    assert len(checked(work, scaled, other, companions=["ScaledObject"]).companions) == 3
+
+
+def test_jobs_that_an_autoscaler_starts_get_the_built_image_and_keep_their_configmaps() -> None:
+    container = {"name": "c", "image": f"{IMAGE}:dev"}
+    container |= {"envFrom": [{"configMapRef": {"name": "settings"}}]}
+    template = {"spec": {"restartPolicy": "Never", "containers": [container]}}
+    jobs = item("ScaledJob", api="keda.sh/v1alpha1", spec={"jobTargetRef": {"template": template}})
+    configmap, rendered = beside(jobs, companions=["ScaledJob"])
+    assert (configmap["kind"], configmap["metadata"]["name"]) == ("ConfigMap", "settings")
+    pod = rendered["spec"]["jobTargetRef"]["template"]["spec"]
+    assert pod == {**template["spec"], "containers": [{**container, "image": BUILT}]}
+
+
+def test_a_configmap_that_a_listed_kind_names_keeps_its_own_name() -> None:
+    backup = item("Backup", api="a/v1", spec={"hooks": [{"configMapRef": {"name": "settings"}}]})
+    names = [i["metadata"]["name"] for i in beside(backup, companions=["Backup"])]
+    assert names == ["settings", "x"]
+
+
 def test_a_release_in_another_colour_has_its_companions_in_that_colour() -> None:
     release = recoloured(released(scaler(), budget()), app_of(), "blue", 2)
     names = [i["metadata"]["name"] for i in release.beside("shop")]

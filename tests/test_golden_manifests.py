@@ -16,6 +16,7 @@ import yaml
 
 from gitops_hook import (
     App,
+    HealthCheck,
     Placement,
     StageError,
     check_objects,
@@ -47,15 +48,23 @@ def rendering(app: App, checkout: Path, environment: str) -> Object:
         release = render(app, RUN, BUILT, Placement("blue", 0), checked)
     except StageError as refused:
         return {"refused": refused.detail}
-    remarks = [*image_remarks(app, checked.deployment["spec"]["template"]["spec"])]
+    remarks = [*image_remarks(app, checked)]
     rendered = [release.deployment, release.service, *release.configmaps]
     beside = release.beside(app.name)
     written = [checked.deployment, checked.service, *checked.configmaps.values()]
     pairs = zip(written, rendered, strict=True)
     lost = [d for one, other in pairs for d in differences(one, other, one["kind"])]
     assert [path for path in lost if not entries(path)] == [], "the table of the README says so"
-    answer = {"ignored": checked.ignored, "plan": remarks, "objects": rendered}
+    checks = release.checks(app.deploy.health)
+    health = {"pods": asked(checks.pods), "Service": asked(checks.service)}
+    answer = {"health": health, "ignored": checked.ignored, "plan": remarks, "objects": rendered}
     return {**answer, **({"beside": beside} if beside else {})}
+
+
+def asked(check: HealthCheck) -> str:
+    """What health is asked by."""
+    address = f"port {check.port}"
+    return f"{check.scheme} {check.path} at {address}" if check.path else f"connection to {address}"
 
 
 def golden(folder: Path) -> str:
@@ -72,6 +81,16 @@ def golden(folder: Path) -> str:
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_becomes_what_was_written_down(name: str) -> None:
     assert golden(DATA / name) == (DATA / name / "golden.json").read_text()
+
+
+def test_of_grpc_alone_readiness_decides_and_nothing_is_asked_by_http() -> None:
+    for rendered in json.loads(golden(DATA / "case-09")).values():
+        (web,) = rendered["objects"][0]["spec"]["template"]["spec"]["containers"]
+        assert web["readinessProbe"] == {"grpc": {"port": 8080}}
+        assert rendered["health"] == {
+            "pods": "connection to port 8080",
+            "Service": "connection to port 50051",
+        }
 
 
 if __name__ == "__main__":
