@@ -20,7 +20,7 @@ import yaml
 
 import gitops_hook
 from tests.installing import EXAMPLE, ROOT, Installed, Object, make, rendered
-from tests.measuring import MEASURING
+from tests.starting import argv_of, finding
 
 BASE = ROOT / "manifests" / "base"
 BIN = Path(sys.executable).parent
@@ -568,9 +568,9 @@ def checked(directory: Path, config: str) -> subprocess.CompletedProcess[str]:
         (directory / name).mkdir()
     (directory / "secrets" / "webhook-signing-tokens").write_text(f"{SIGNING_TOKEN}\n", "utf-8")
     return subprocess.run(
-        [sys.executable, str(ROOT / "gitops_hook.py"), "serve", "--check"],
+        argv_of("serve", "--check"),
         env={
-            **MEASURING,
+            **finding(),
             "PATH": os.environ["PATH"],
             "GITOPS_HOOK_CONFIG": str(directory / "config.yaml"),
             "GITOPS_HOOK_SECRETS": str(directory / "secrets"),
