@@ -12,6 +12,7 @@ from typing import Any
 
 import gitops_hook as hook
 from gitops_hook import Do, Outcome, Reason
+from tests.settings import loaded
 from tests.world import Object
 
 OLD = "a" * 40
@@ -94,7 +95,7 @@ def idle_controller(directory: Path, config: str = CONFIG) -> Any:
     spool.prepare()
     deployer = hook.Deployer(doors)
     deployer.manifest_faults = lambda tasks: {}  # type: ignore[method-assign]
-    return hook.Controller(hook.load_config(config), deployer, spool)
+    return hook.Controller(loaded(config), deployer, spool)
 
 
 def synced(controller: Any) -> None:

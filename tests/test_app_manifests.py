@@ -38,7 +38,6 @@ from gitops_hook import (
     StageError,
     check_objects,
     image_remarks,
-    load_config,
     ports_like,
     read_manifests,
     recoloured,
@@ -48,6 +47,7 @@ from gitops_hook import (
     shared_node_ports,
 )
 from tests.memory import peak_of
+from tests.settings import loaded
 from tests.standin.kubectl import find_kubectl
 from tests.waiting import eventually
 
@@ -89,7 +89,7 @@ ALL = f"{DEPLOYMENT}---{SERVICE}---{CONFIGMAP}"
 
 def app_of(**settings: Any) -> App:
     entry = {"name": "shop", "repository": "/srv/shop.git", "build": {"image": IMAGE}}
-    return load_config(json.dumps({"apps": [{**entry, **settings}]})).apps[0]
+    return loaded(json.dumps({"apps": [{**entry, **settings}]})).apps[0]
 
 
 def write(root: Path, **files: str | bytes) -> Path:

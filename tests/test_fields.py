@@ -126,6 +126,7 @@ def differences(written: Any, rendered: Any, path: str) -> Iterator[str]:
         yield path.replace("Deployment.spec.template.", "Pod.").replace("initCont", "cont")
 
 
+@cache
 def entries(path: str) -> set[str]:
     """The entries of the table that are about a field, or about what it stands in."""
     words = path.split(".")

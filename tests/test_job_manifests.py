@@ -42,10 +42,12 @@ from gitops_hook import (
     test_job as make_test_job,
 )
 from tests.fuzz import TARGETS
+from tests.settings import loaded
 from tests.standin.cluster import Cluster
 from tests.standin.kubectl import find_kubectl
 from tests.standin.podsecurity import violations
 from tests.standin.sandbox import expand
+from tests.starting import argv_of, finding
 from tests.waiting import eventually
 
 Object = dict[str, Any]
@@ -69,7 +71,7 @@ def config(**app: Any) -> Config:
         "build": {"image": "registry.example.com/demo/shop"},
     }
     images = {"hook": "registry.example.com/gitops-hook:1", "kaniko": "registry.example.com/kaniko"}
-    return load_config(yaml.safe_dump({"apps": [{**entry, **app}], "images": images}))
+    return loaded(yaml.safe_dump({"apps": [{**entry, **app}], "images": images}))
 
 
 def of_test(settings: Config, run: Run = RUN) -> Object:
@@ -855,8 +857,8 @@ def peak():
     with open("/proc/self/status") as status:
         print(status.read().partition("VmHWM:")[2].split()[0])
 atexit.register(peak)
-sys.argv = [sys.argv[1], "collect"]
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
@@ -864,7 +866,8 @@ def collected(directory: Path) -> Collected:
     """Run the side-car beside tests that have ended."""
     log = directory / "termination-log"
     environ = {"JUNIT_XML": str(directory / "junit.xml"), "TERMINATION_LOG": str(log)}
-    argv = [sys.executable, "-c", MEASURED, str(ROOT / "gitops_hook.py")]
+    environ |= finding()
+    argv = [sys.executable, "-P", "-c", MEASURED, "gitops_hook", "collect"]
     with subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, text=True) as process:
         try:
             eventually(lambda: catches_sigterm(process.pid), 30, "it listens")
@@ -884,9 +887,9 @@ def test_the_clone_of_tests_ends_only_when_their_side_car_listens(tmp_path: Path
     with ThreadPoolExecutor(1) as pool:
         waits = pool.submit(hook.await_collector, str(listening))
         assert not waits.done()
-        environ = {"JUNIT_XML": "x", "TERMINATION_LOG": str(tmp_path / "log")}
-        argv = [sys.executable, str(ROOT / "gitops_hook.py"), "collect"]
-        with subprocess.Popen(argv, env={**environ, "COLLECTING": str(listening)}) as process:
+        environ = {"JUNIT_XML": "x", "TERMINATION_LOG": str(tmp_path / "log"), **finding()}
+        environ["COLLECTING"] = str(listening)
+        with subprocess.Popen(argv_of("collect"), env=environ) as process:
             waits.result(60)
             assert catches_sigterm(process.pid)
             process.terminate()
