@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 import gitops_hook as hook
+from tests.idle_controller import Stop
 from tests.settings import loaded
 from tests.world import eventually
 
@@ -97,7 +98,7 @@ def doors(kubectl: hook.Kubectl, secrets: hook.Secrets, git: hook.Git) -> hook.D
         secrets=secrets,
         clock=Seconds(),
         reports=hook.Reports(kubectl.metrics),
-        stop=threading.Event(),
+        stop=Stop(),
     )
 
 
