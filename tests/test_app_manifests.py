@@ -19,7 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -47,6 +46,7 @@ from gitops_hook import (
     shared_node_ports,
 )
 from tests.memory import peak_of
+from tests.schemas import require_valid
 from tests.settings import loaded
 from tests.standin.kubectl import find_kubectl
 from tests.waiting import eventually
@@ -1682,7 +1682,6 @@ def test_the_deployment_is_coloured_and_keeps_what_the_app_says() -> None:
 
 def test_what_is_rendered_is_valid_by_the_schema() -> None:
     release = released(changed(f"{WEB}.envFrom", [{"configMapRef": {"name": "settings"}}]))
-    version = kubernetes_validate.latest_version()
     rendered = (
         release.deployment,
         *release.configmaps,
@@ -1690,7 +1689,7 @@ def test_what_is_rendered_is_valid_by_the_schema() -> None:
         release.service,
     )
     for thing in rendered:
-        kubernetes_validate.validate(thing, version, strict=True)
+        require_valid(thing)
 
 
 def test_rendering_does_not_change_the_objects_of_the_app() -> None:
@@ -2117,8 +2116,7 @@ def test_whatever_kind_of_service_the_app_has_it_is_created_as_it_says(spec: Obj
     items = changed("Service.spec", {**objects(SERVICE)[0]["spec"], **spec})
     rendered = released(items).service["spec"]
     assert {k: rendered[k] for k in spec} == spec
-    version = kubernetes_validate.latest_version()
-    kubernetes_validate.validate(released(items).service, version, strict=True)
+    require_valid(released(items).service)
 
 
 def test_of_several_ports_each_needs_a_name() -> None:

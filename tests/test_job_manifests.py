@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -42,6 +41,7 @@ from gitops_hook import (
     test_job as make_test_job,
 )
 from tests.fuzz import TARGETS
+from tests.schemas import require_valid
 from tests.settings import loaded
 from tests.standin.cluster import Cluster
 from tests.standin.kubectl import find_kubectl
@@ -109,8 +109,7 @@ def values(container: Object) -> dict[str, str]:
 
 @BOTH
 def test_they_are_valid_by_the_schema(make: Make) -> None:
-    version = kubernetes_validate.latest_version()
-    kubernetes_validate.validate(make(config()), version, strict=True)
+    require_valid(make(config()))
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +173,9 @@ def test_whatever_the_settings_say_they_are_valid_and_fit_pod_security(
     entry = {"name": "shop", "repository": "https://git.example.com/demo/shop.git"}
     app = {**entry, "test": tests, "build": {**image, **build}}
     loaded = load_config(yaml.safe_dump({"apps": [app], "job_env": variables}))
-    version = kubernetes_validate.latest_version()
     for make, level in ((of_test, "restricted"), (of_build, "baseline")):
         job = make(loaded)
-        kubernetes_validate.validate(job, version, strict=True)
+        require_valid(job)
         assert violations(level, pod(job)) == ""
         for one in (*pod(job)["initContainers"], *pod(job)["containers"]):
             names = [entry["name"] for entry in one["env"]]
