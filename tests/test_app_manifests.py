@@ -416,6 +416,7 @@ def test_of_very_many_faults_fifty_are_named_and_the_rest_is_counted(tmp_path: P
     assert detail.endswith("\n250 more are not listed.")
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     "text",
     [
@@ -450,6 +451,7 @@ except gitops_hook.StageError as refused:
 """
 
 
+@pytest.mark.cluster
 def test_150_files_of_comments_are_refused_in_little_memory(tmp_path: Path) -> None:
     comments = b"# comment\n" * 209_000
     write(tmp_path, **{f"deploy/c{i}.yaml": comments for i in range(150)})
@@ -891,6 +893,7 @@ def test_a_kustomization_that_cannot_be_built_says_why_in_plain_words(
 ANCHORS = "\n".join([CONFIGMAP, "a0: &a0 [x, x, x, x, x, x, x, x, x]", *LEVELS])
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("text", "file"),
     [

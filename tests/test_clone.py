@@ -616,7 +616,6 @@ def job_for(url: str, commit: str, **test: str) -> dict[str, Any]:
     return job
 
 
-@pytest.mark.cluster
 @pytest.mark.parametrize("there", [True, False])
 def test_a_job_and_its_tests_trust_what_configmap_gitops_hook_ca_holds(
     tmp_path: Path,
@@ -653,7 +652,6 @@ def test_a_job_and_its_tests_trust_what_configmap_gitops_hook_ca_holds(
         assert conditions[0]["type"] == "SuccessCriteriaMet", kubectl.list("pods", "test")
 
 
-@pytest.mark.cluster
 def test_a_run_whose_commit_has_submodules_ends_with_the_setting_to_decide(tmp_path: Path) -> None:
     with world(tmp_path) as place:
         place.start()

@@ -922,6 +922,7 @@ LARGEST: dict[str, tuple[bytes, Callable[[int], bytes], bytes]] = {
 }
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("kind", LARGEST)
 def test_the_largest_report_takes_less_memory_than_the_side_car_has(
     tmp_path: Path, kind: str
