@@ -37,6 +37,8 @@ LOOK := 5
 PATIENCE := 180
 
 export BREAK KEEP IMAGE CHECK_CONFIG OUTLINE CONTENTS PODS PROBLEMS
+# Where this is set, every process compiles the program and the tests anew: minutes in each suite.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Nothing on the command line says it, and with several clusters it may be the wrong one.
 define SAY_CONTEXT

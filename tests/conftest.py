@@ -16,6 +16,7 @@ LINES = 60
 # What takes minutes, because clusters, daemons and pods really run: `make cluster`. The rest is the
 # quick suite, `make test`, but for the tests that are marked `cluster` one by one.
 CLUSTER = {
+    "test_clone",
     "test_colours",
     "test_companions",
     "test_commands",

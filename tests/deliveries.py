@@ -14,6 +14,7 @@ from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
 import gitops_hook as hook
+from tests.settings import loaded
 
 DATA = Path(__file__).resolve().parent / "data" / "deliveries"
 SECRETS = json.loads((DATA / "secrets.json").read_text("utf-8"))
@@ -51,7 +52,7 @@ class Reply(NamedTuple):
 
 
 def config(verify: str = "signature", max_body: str = "5MiB", spool: int = 200) -> hook.Config:
-    return hook.load_config(CONFIG % (verify, max_body, spool))
+    return loaded(CONFIG % (verify, max_body, spool))
 
 
 def recorded(name: str) -> Delivery:

@@ -208,7 +208,7 @@ def gitlab_server(*projects: str, context: ssl.SSLContext | None = None) -> Iter
     if context:
         server.socket = context.wrap_socket(server.socket, server_side=True)
     gitlab.port = server.server_port
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
     thread.start()
     try:
         yield gitlab

@@ -12,6 +12,7 @@ from typing import Any
 
 import gitops_hook as hook
 from gitops_hook import Do, Outcome, Reason
+from tests.settings import loaded
 from tests.world import Object
 
 OLD = "a" * 40
@@ -32,6 +33,20 @@ class HeldClock(hook.Clock):
     def __init__(self) -> None:
         self.time = 1000.0
         self.monotonic: Any = lambda: self.time
+
+
+class Stop(threading.Event):
+    """What ends all waiting; a test that takes the steps of a controller itself never waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stepping = threading.get_ident()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end, but not in the thread of the test."""
+        if threading.get_ident() == self.stepping and timeout is not None:
+            return self.is_set()
+        return super().wait(timeout)
 
 
 class FakeKubectl(hook.Kubectl):
@@ -88,13 +103,13 @@ def idle_controller(directory: Path, config: str = CONFIG) -> Any:
         secrets=hook.Secrets(directory),
         clock=HeldClock(),
         reports=hook.Reports(kubectl.metrics),
-        stop=threading.Event(),
+        stop=Stop(),
     )
     spool = hook.Spool(directory / "spool", 100)
     spool.prepare()
     deployer = hook.Deployer(doors)
     deployer.manifest_faults = lambda tasks: {}  # type: ignore[method-assign]
-    return hook.Controller(hook.load_config(config), deployer, spool)
+    return hook.Controller(loaded(config), deployer, spool)
 
 
 def synced(controller: Any) -> None:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import typing
 from dataclasses import is_dataclass
+from functools import cache
 from typing import Any
 
 import gitops_hook as hook
+
+
+@cache
+def loaded(document: str) -> hook.Config:
+    """Return the configuration in a text; the same text is read once, which takes milliseconds."""
+    return hook.load_config(document)
 
 
 def settings_by_path(section: Any = hook.Config, prefix: str = "") -> dict[str, hook.Setting]:

@@ -19,7 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -39,7 +38,6 @@ from gitops_hook import (
     StageError,
     check_objects,
     image_remarks,
-    load_config,
     ports_like,
     read_manifests,
     recoloured,
@@ -49,6 +47,8 @@ from gitops_hook import (
     shared_node_ports,
 )
 from tests.memory import peak_of
+from tests.schemas import require_valid
+from tests.settings import loaded
 from tests.standin.kubectl import find_kubectl
 from tests.test_git import Repository, filling
 from tests.waiting import eventually
@@ -101,7 +101,7 @@ ALL = f"{DEPLOYMENT}---{SERVICE}---{CONFIGMAP}"
 
 def app_of(**settings: Any) -> App:
     entry = {"name": "shop", "repository": "/srv/shop.git", "build": {"image": IMAGE}}
-    return load_config(json.dumps({"apps": [{**entry, **settings}]})).apps[0]
+    return loaded(json.dumps({"apps": [{**entry, **settings}]})).apps[0]
 
 
 def write(root: Path, **files: str | bytes) -> Path:
@@ -428,6 +428,7 @@ def test_of_very_many_faults_fifty_are_named_and_the_rest_is_counted(tmp_path: P
     assert detail.endswith("\n250 more are not listed.")
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     "text",
     [
@@ -462,6 +463,7 @@ except gitops_hook.StageError as refused:
 """
 
 
+@pytest.mark.cluster
 def test_150_files_of_comments_are_refused_in_little_memory(tmp_path: Path) -> None:
     comments = b"# comment\n" * 209_000
     write(tmp_path, **{f"deploy/c{i}.yaml": comments for i in range(150)})
@@ -1104,6 +1106,7 @@ def test_a_kustomization_that_cannot_be_built_says_why_in_plain_words(
 ANCHORS = "\n".join([CONFIGMAP, "a0: &a0 [x, x, x, x, x, x, x, x, x]", *LEVELS])
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("text", "file"),
     [
@@ -1907,7 +1910,6 @@ def test_pods_say_who_manages_them_as_the_app_does_so_that_its_selectors_reach_t
 
 def test_what_is_rendered_is_valid_by_the_schema() -> None:
     release = released(changed(f"{WEB}.envFrom", [{"configMapRef": {"name": "settings"}}]))
-    version = kubernetes_validate.latest_version()
     rendered = (
         release.deployment,
         *release.configmaps,
@@ -1915,7 +1917,7 @@ def test_what_is_rendered_is_valid_by_the_schema() -> None:
         release.service,
     )
     for thing in rendered:
-        kubernetes_validate.validate(thing, version, strict=True)
+        require_valid(thing)
 
 
 def test_rendering_does_not_change_the_objects_of_the_app() -> None:
@@ -2397,8 +2399,7 @@ def test_whatever_kind_of_service_the_app_has_it_is_created_as_it_says(spec: Obj
     items = changed("Service.spec", {**objects(SERVICE)[0]["spec"], **spec})
     rendered = released(items).service["spec"]
     assert {k: rendered[k] for k in spec} == spec
-    version = kubernetes_validate.latest_version()
-    kubernetes_validate.validate(released(items).service, version, strict=True)
+    require_valid(released(items).service)
 
 
 def test_of_several_ports_each_needs_a_name() -> None:

@@ -8,7 +8,6 @@ import os
 import shutil
 import ssl
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from gitops_hook import CloneSettings, Git, GitError, RefusedError, Surroundings
 from tests.git_server import QUIET, GitServer, serving
 from tests.standin.cluster import Cluster
 from tests.standin.kubectl import find_kubectl
+from tests.starting import argv_of, finding
 from tests.test_git import Repository
 from tests.waiting import eventually
 from tests.world import install, world
 
-ROOT = Path(__file__).resolve().parent.parent
 CONTENT = b"a large file\0"
 OID = hashlib.sha256(CONTENT).hexdigest()
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{OID}\nsize {len(CONTENT)}\n"
@@ -56,6 +55,7 @@ class Pod:
         self.message.unlink(missing_ok=True)
         shutil.rmtree(self.src, ignore_errors=True)
         environ = {
+            **finding(),
             "PATH": os.environ["PATH"],
             "HOME": str(self.root),
             "CLONE_URL": url,
@@ -68,8 +68,9 @@ class Pod:
             "TERMINATION_LOG": str(self.message),
             **variables,
         }
-        argv = [sys.executable, str(ROOT / "gitops_hook.py"), "clone"]
-        return subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            argv_of("clone"), env=environ, capture_output=True, text=True, check=False
+        )
 
     def said(self) -> str:
         return self.message.read_text()
@@ -615,7 +616,6 @@ def job_for(url: str, commit: str, **test: str) -> dict[str, Any]:
     return job
 
 
-@pytest.mark.cluster
 @pytest.mark.parametrize("there", [True, False])
 def test_a_job_and_its_tests_trust_what_configmap_gitops_hook_ca_holds(
     tmp_path: Path,
@@ -652,7 +652,6 @@ def test_a_job_and_its_tests_trust_what_configmap_gitops_hook_ca_holds(
         assert conditions[0]["type"] == "SuccessCriteriaMet", kubectl.list("pods", "test")
 
 
-@pytest.mark.cluster
 def test_a_run_whose_commit_has_submodules_ends_with_the_setting_to_decide(tmp_path: Path) -> None:
     with world(tmp_path) as place:
         place.start()

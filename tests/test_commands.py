@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +25,9 @@ import gitops_hook as hook
 from tests.idle_controller import CONFIG
 from tests.standin.kubectl import Kubectl
 from tests.standin.resources import RESOURCES
+from tests.starting import argv_of
 from tests.world import (
     DEPLOYMENT,
-    PROGRAM,
     ROOT,
     SERVICE,
     Object,
@@ -619,7 +618,7 @@ def test_explain_goes_on_where_an_account_may_not_look(story: Story) -> None:
             {**rbac, "metadata": meta, "kind": "RoleBinding", **bound},
         )
     environ = {**place.environ, "KUBECONFIG": str(place.cluster.kubeconfig("test/looker"))}
-    argv = [sys.executable, str(PROGRAM), "explain", story.run["broken"], "--log"]
+    argv = argv_of("explain", story.run["broken"], "--log")
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     assert "\n--- production\nnot readable with this account\n" in done.stdout, done
     assert "token=***" in done.stdout
@@ -640,7 +639,7 @@ def test_status_shows_what_it_can_read_and_names_the_rest(story: Story) -> None:
                 "subjects": [subject]},
         )  # fmt: skip
     environ = {**place.environ, "KUBECONFIG": str(place.cluster.kubeconfig("test/partial"))}
-    argv = [sys.executable, str(PROGRAM), "status", "shop"]
+    argv = argv_of("status", "shop")
     text, page = (
         subprocess.run([*argv, *more], env=environ, capture_output=True, text=True, check=False)
         for more in ((), ("--output", "json"))
@@ -789,7 +788,7 @@ def test_without_a_file_the_configuration_comes_from_the_cluster(story: Story) -
     place.cluster.load(configmap)
     environ = {k: v for k, v in place.environ.items() if not k.startswith("GITOPS_HOOK_")}
     environ["KUBECONFIG"] = str(place.cluster.kubeconfig())
-    argv = [sys.executable, str(PROGRAM), "status", "--output", "json"]
+    argv = argv_of("status", "--output", "json")
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done
     assert json.loads(done.stdout)["apps"][0]["environments"]["production"]["colour"]
@@ -802,7 +801,7 @@ def test_without_a_file_the_configuration_comes_from_the_cluster(story: Story) -
 def test_a_missing_permission_is_named(story: Story) -> None:
     place = story.world
     environ = place.environ | {"KUBECONFIG": str(place.cluster.kubeconfig("test/default"))}
-    argv = [sys.executable, str(PROGRAM), "rollback", "shop"]
+    argv = argv_of("rollback", "shop")
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "(Forbidden)" in done.stderr
@@ -826,7 +825,7 @@ def versions(place: World) -> dict[tuple[str, str, str], str]:
 def plan(place: World, *args: str, account: str | None = None, status: int = 0) -> list[str]:
     """What `plan` says to an administrator, or to an account, ending with a status."""
     environ = place.environ | {"KUBECONFIG": str(place.cluster.kubeconfig(account))}
-    argv = [sys.executable, str(PROGRAM), "plan", "shop", *args]
+    argv = argv_of("plan", "shop", *args)
     before = versions(place)
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (status, "")

@@ -75,7 +75,7 @@ def test_a_step_that_fails_is_reported_and_taken_again_after_a_pause(
             raise hook.HookError("not yet")
         return 60.0
 
-    event = threading.Event()
+    event = controller.spooled
     controller.supervisor.repeat("intake", "it waits", step, event)
     eventually(lambda: len(times) == 2)
     assert times[1] - times[0] > 0.6
@@ -84,7 +84,6 @@ def test_a_step_that_fails_is_reported_and_taken_again_after_a_pause(
     eventually(lambda: len(times) == 3)
     assert controller.heartbeats.late() == []
     controller.shut_down(5)
-    event.set()
     threads = controller.supervisor._threads
     eventually(lambda: not any(thread.is_alive() for thread in threads.values()))
 
@@ -94,7 +93,7 @@ def test_a_thread_that_waits_says_so_now_and_then_and_when_it_has_recovered(
 ) -> None:
     caplog.set_level("INFO", "gitops_hook")
     controller.supervisor.retry = hook.Retry(hook.Clock(), (0.0,) * 5)
-    event = threading.Event()
+    event = controller.spooled
     steps = [0]
 
     def step() -> float:
@@ -108,7 +107,6 @@ def test_a_thread_that_waits_says_so_now_and_then_and_when_it_has_recovered(
     event.set()
     eventually(lambda: steps[0] == 34)
     controller.shut_down(5)
-    event.set()
     lines: list[Any] = caplog.records
     reports = [(line.levelname, line.message, line.fields.get("detail")) for line in lines]
     failures = [("WARNING", "it waits", n) for n in ("1", "2", "3", "4", "5", "11", "21", "31")]

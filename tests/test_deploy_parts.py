@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 
 import gitops_hook as hook
+from tests.idle_controller import Stop
+from tests.settings import loaded
 from tests.world import eventually
 
 Object = dict[str, Any]
@@ -96,13 +98,13 @@ def doors(kubectl: hook.Kubectl, secrets: hook.Secrets, git: hook.Git) -> hook.D
         secrets=secrets,
         clock=Seconds(),
         reports=hook.Reports(kubectl.metrics),
-        stop=threading.Event(),
+        stop=Stop(),
     )
 
 
 def task() -> hook.Task:
     """The new run on its way to production."""
-    app = hook.load_config(CONFIG).apps[0]
+    app = loaded(CONFIG).apps[0]
     run = hook.Run(id="shop-new", app="shop", ref="refs/heads/main", commit="a" * 40)
     return hook.Task(app=app, environment="production", namespace="production", run=run)
 
@@ -287,7 +289,7 @@ def test_what_a_rollout_waits_for_is_shown_on_the_runs_job_when_it_changes_and_n
         'case "$*" in', f'case "$*" in\n*patch*job/build-1*) cat >> {shown}; echo >> {shown};'
         ' echo "{}" ;;\n*events*) exit 1 ;;'
     ))  # fmt: skip
-    job = hook.test_job(hook.load_config(CONFIG), task().app, task().run)
+    job = hook.test_job(loaded(CONFIG), task().app, task().run)
     job["metadata"] |= {"name": "build-1", "uid": "u", "resourceVersion": "1"}
     pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
     own = replace(task(), job=hook.Job(job))
@@ -904,7 +906,7 @@ def test_twenty_logs_of_an_app_are_kept_for_a_day(tmp_path: Path) -> None:
     assert names == [f"log-shop-{number}" for number in range(10, 30)]
     tails(shelf, tmp_path).keep("shop", "shop-29", pods, "production")  # it failed again
     assert [*shelf.kept][-1] == "log-shop-29"
-    app = hook.load_config(CONFIG).apps[0]
+    app = loaded(CONFIG).apps[0]
     spaces = dict.fromkeys(("test", "build", "staging", "production"), "production")
     tails(shelf, tmp_path, now=80_000.0).delete_expired(app, spaces)
     assert "log-shop-28" in shelf.kept
@@ -922,7 +924,7 @@ def test_logs_of_pods_that_shall_not_be_kept_any_more_go(tmp_path: Path) -> None
     tails(shelf, tmp_path).keep("shop", "shop-1", [a_pod("new", 20, FAILED)], "production")
     text = CONFIG.replace("deploy: {", "deploy: {log_tails: false, ")
     spaces = dict.fromkeys(("test", "build"), "test")
-    app = hook.load_config(text).apps[0]
+    app = loaded(text).apps[0]
     tails(shelf, tmp_path).delete_expired(
         app, {**spaces, "staging": "s", "production": "production"}
     )
@@ -1144,7 +1146,7 @@ def test_a_drained_colour_retains_no_more_pods_than_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, after: int
 ) -> None:
     made = history(tmp_path, two_pods(2), two_pods(2))
-    kept = hook.load_config(CONFIG.replace("deploy: {", "deploy: {retain: 5, ")).apps[0]
+    kept = loaded(CONFIG.replace("deploy: {", "deploy: {retain: 5, ")).apps[0]
     claim = hook.Claim(phase="draining", run="shop-new", colour="blue")
     service = made.steady.live.read(task())
     assert service is not None

@@ -6,35 +6,24 @@ A field that a newer Kubernetes brings is among them as soon as the schemas are.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
-from importlib import resources
 from typing import Any
 
-import kubernetes_validate
 import pytest
 
 from gitops_hook import SET_FIELDS, App, Placement, StageError, check_objects, render
+from tests.schemas import document
 from tests.test_app_manifests import BUILT, IMAGE, RUN, Manifest, Object, app_of, objects
 
 SCHEMAS = {"Deployment": "deployment-apps-v1", "Service": "service-v1", "ConfigMap": "configmap-v1"}
-FOLDER = f"kubernetes-json-schema/v{kubernetes_validate.latest_version()}-local-strict"
 LIST = "[]"
 # What rendering reads must have a sense, and so must what is compared with the environment.
 VALUES = {"namespace": "production", "targetPort": "http"}
 SHAPELESS = "not well formed"
 
 Path = tuple[str, ...]
-
-
-@cache
-def document(name: str) -> Object:
-    """A file of the schemas."""
-    file = resources.files("kubernetes_validate") / FOLDER / f"{name}.json"
-    content: Object = json.loads(file.read_text())
-    return content
 
 
 def resolved(schema: Object) -> Object:
@@ -126,6 +115,7 @@ def differences(written: Any, rendered: Any, path: str) -> Iterator[str]:
         yield path.replace("Deployment.spec.template.", "Pod.").replace("initCont", "cont")
 
 
+@cache
 def entries(path: str) -> set[str]:
     """The entries of the table that are about a field, or about what it stands in."""
     words = path.split(".")

@@ -214,6 +214,7 @@ def test_a_carriage_return_ends_no_line(git: Git, tmp_path: Path) -> None:
     assert git.heads("https://git.example.com/demo/shop.git") == {}
 
 
+@pytest.mark.cluster
 def test_of_200000_branches_the_deployed_one_is_read_in_little_memory(
     repository: Repository,
 ) -> None:
@@ -887,6 +888,7 @@ def slow_server(root: Path, seconds: float, *, keep_alive: bool) -> Iterator[str
                 process.wait(10)
 
 
+@pytest.mark.cluster
 def test_a_server_that_packs_for_long_is_waited_for_as_long_as_it_says_that_it_does(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -899,6 +901,7 @@ def test_a_server_that_packs_for_long_is_waited_for_as_long_as_it_says_that_it_d
     assert (tmp_path / "out" / "app").read_text() == "1"
 
 
+@pytest.mark.cluster
 def test_a_server_that_says_nothing_is_left_long_before_the_whole_time_is_over(
     repository: Repository, tmp_path: Path
 ) -> None:

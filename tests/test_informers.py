@@ -834,6 +834,7 @@ def test_a_recorded_watch_leaves_what_was_there_at_its_end(
         assert there == plain(seen for gone, seen in lasts if not gone)
 
 
+@pytest.mark.cluster
 def test_the_first_list_of_a_thousand_jobs_needs_little_memory_at_any_time(puppet: Puppet) -> None:
     cases = ""
     for first in range(0, 1000, hook.PAGE_SIZE):

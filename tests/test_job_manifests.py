@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -42,10 +41,13 @@ from gitops_hook import (
     test_job as make_test_job,
 )
 from tests.fuzz import TARGETS
+from tests.schemas import require_valid
+from tests.settings import loaded
 from tests.standin.cluster import Cluster
 from tests.standin.kubectl import find_kubectl
 from tests.standin.podsecurity import violations
 from tests.standin.sandbox import expand
+from tests.starting import argv_of, finding
 from tests.waiting import eventually
 
 Object = dict[str, Any]
@@ -69,7 +71,7 @@ def config(**app: Any) -> Config:
         "build": {"image": "registry.example.com/demo/shop"},
     }
     images = {"hook": "registry.example.com/gitops-hook:1", "kaniko": "registry.example.com/kaniko"}
-    return load_config(yaml.safe_dump({"apps": [{**entry, **app}], "images": images}))
+    return loaded(yaml.safe_dump({"apps": [{**entry, **app}], "images": images}))
 
 
 def of_test(settings: Config, run: Run = RUN) -> Object:
@@ -107,8 +109,7 @@ def values(container: Object) -> dict[str, str]:
 
 @BOTH
 def test_they_are_valid_by_the_schema(make: Make) -> None:
-    version = kubernetes_validate.latest_version()
-    kubernetes_validate.validate(make(config()), version, strict=True)
+    require_valid(make(config()))
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +173,9 @@ def test_whatever_the_settings_say_they_are_valid_and_fit_pod_security(
     entry = {"name": "shop", "repository": "https://git.example.com/demo/shop.git"}
     app = {**entry, "test": tests, "build": {**image, **build}}
     loaded = load_config(yaml.safe_dump({"apps": [app], "job_env": variables}))
-    version = kubernetes_validate.latest_version()
     for make, level in ((of_test, "restricted"), (of_build, "baseline")):
         job = make(loaded)
-        kubernetes_validate.validate(job, version, strict=True)
+        require_valid(job)
         assert violations(level, pod(job)) == ""
         for one in (*pod(job)["initContainers"], *pod(job)["containers"]):
             names = [entry["name"] for entry in one["env"]]
@@ -914,8 +914,8 @@ def peak():
     with open("/proc/self/status") as status:
         print(status.read().partition("VmHWM:")[2].split()[0])
 atexit.register(peak)
-sys.argv = [sys.argv[1], "collect"]
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
@@ -923,7 +923,8 @@ def collected(directory: Path) -> Collected:
     """Run the side-car beside tests that have ended."""
     log = directory / "termination-log"
     environ = {"JUNIT_XML": str(directory / "junit.xml"), "TERMINATION_LOG": str(log)}
-    argv = [sys.executable, "-c", MEASURED, str(ROOT / "gitops_hook.py")]
+    environ |= finding()
+    argv = [sys.executable, "-P", "-c", MEASURED, "gitops_hook", "collect"]
     with subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, text=True) as process:
         try:
             eventually(lambda: catches_sigterm(process.pid), 30, "it listens")
@@ -943,9 +944,9 @@ def test_the_clone_of_tests_ends_only_when_their_side_car_listens(tmp_path: Path
     with ThreadPoolExecutor(1) as pool:
         waits = pool.submit(hook.await_collector, str(listening))
         assert not waits.done()
-        environ = {"JUNIT_XML": "x", "TERMINATION_LOG": str(tmp_path / "log")}
-        argv = [sys.executable, str(ROOT / "gitops_hook.py"), "collect"]
-        with subprocess.Popen(argv, env={**environ, "COLLECTING": str(listening)}) as process:
+        environ = {"JUNIT_XML": "x", "TERMINATION_LOG": str(tmp_path / "log"), **finding()}
+        environ["COLLECTING"] = str(listening)
+        with subprocess.Popen(argv_of("collect"), env=environ) as process:
             waits.result(60)
             assert catches_sigterm(process.pid)
             process.terminate()
@@ -980,6 +981,7 @@ LARGEST: dict[str, tuple[bytes, Callable[[int], bytes], bytes]] = {
 }
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("kind", LARGEST)
 def test_the_largest_report_takes_less_memory_than_the_side_car_has(
     tmp_path: Path, kind: str

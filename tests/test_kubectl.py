@@ -199,6 +199,7 @@ def test_what_ends_a_line_elsewhere_is_left_as_it_is(tmp_path: Path) -> None:
     assert Kubectl(Metrics(), program=program).run("get") == "a\rb\r\nc\u2028d\n"
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("pipe", ["", ">&2"], ids=["stdout", "stderr"])
 def test_300_megabytes_of_output_are_an_error_in_little_memory(tmp_path: Path, pipe: str) -> None:
     program = script(tmp_path, f"head -c 300000000 /dev/zero {pipe}; exit 1")
@@ -332,7 +333,7 @@ def hangs_first(folder: Path, times: int) -> str:
     return script(folder, f'{count}; [ "$n" -gt {times} ] || exec sleep 600; echo "answer $n"')
 
 
-@pytest.mark.parametrize("times", [0, 1, 3])
+@pytest.mark.parametrize("times", [0, 1, pytest.param(3, marks=pytest.mark.cluster)])
 def test_an_urgent_call_is_repeated_beside_those_that_hang(tmp_path: Path, times: int) -> None:
     kubectl = UrgentKubectl(Metrics(), program=hangs_first(tmp_path, times))
     began = time.monotonic()
@@ -347,6 +348,7 @@ def test_an_urgent_call_takes_a_refusal_for_an_answer(tmp_path: Path) -> None:
     assert failed.value.kind == "Conflict"
 
 
+@pytest.mark.cluster
 def test_urgent_calls_run_in_few_processes_at_once_however_many_hang(tmp_path: Path) -> None:
     kubectl = UrgentKubectl(Metrics(), at_once=2, program=hangs_first(tmp_path, 99))
     with pytest.raises(KubectlError) as failed:

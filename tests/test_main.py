@@ -27,11 +27,11 @@ import yaml
 
 import gitops_hook
 from tests.measuring import MEASURING
+from tests.starting import PROGRAM, argv_of, finding
 from tests.waiting import eventually
 from tests.world import Repository
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = ROOT / "gitops_hook.py"
 TOKEN = b"whsec_" + base64.b64encode(b"k" * 32)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 KUBECONFIG = """
@@ -76,7 +76,7 @@ class Place:
         kubeconfig.write_text(KUBECONFIG.format(port=closed_port()))
         self.python = sys.executable
         self.environ = {
-            **MEASURING,
+            **finding(),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(directory),
             "KUBECONFIG": str(kubeconfig),
@@ -98,7 +98,7 @@ class Place:
 
     def run(self, *args: str, **environ: str) -> Done:
         """Run a command to its end."""
-        return self.run_python(str(PROGRAM), *args, **environ)
+        return self.run_python(*argv_of(*args)[1:], **environ)
 
     def run_without_packages(self, *args: str) -> Done:
         """Run a command by a Python that has only its standard library."""
@@ -121,7 +121,7 @@ class Place:
         self.config.write_text(yaml.safe_dump(self.settings))
         log = self.directory / f"log-{len(self.processes)}"
         with log.open("wb") as file:
-            argv = [self.python, str(PROGRAM), "serve"]
+            argv = [self.python, *argv_of("serve")[1:]]
             if files:
                 argv = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *argv]
             process = subprocess.Popen(argv, env=self.environ | environ, stderr=file)
@@ -328,7 +328,7 @@ def test_a_reader_who_has_gone_does_no_harm(place: Place) -> None:
     place.config.write_text(yaml.safe_dump(place.settings))
     reading, writing = os.pipe()
     os.close(reading)
-    argv = [sys.executable, str(PROGRAM), "serve", "--check"]
+    argv = argv_of("serve", "--check")
     done = subprocess.run(
         argv, env=place.environ, stdout=writing, stderr=subprocess.PIPE, check=False
     )
@@ -695,7 +695,7 @@ def test_an_interrupted_command_says_so(place: Place) -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/webhook"
         argv = ["push", "--app", "shop", "--ref", "main", "--sha", COMMIT, "--url", url]
         process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), *argv],
+            argv_of(*argv),
             env=place.environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

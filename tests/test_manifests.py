@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
+from jsonschema import ValidationError
 
 import gitops_hook
 from tests.installing import EXAMPLE, ROOT, Installed, Object, make, rendered
-from tests.measuring import MEASURING
+from tests.schemas import require_valid
+from tests.starting import argv_of, finding
 
 BASE = ROOT / "manifests" / "base"
 BIN = Path(sys.executable).parent
@@ -46,16 +47,14 @@ def base() -> Installed:
 
 
 def test_every_object_is_valid_by_the_newest_strict_schema(installed: Installed) -> None:
-    version = kubernetes_validate.latest_version()
     for thing in installed.objects:
-        kubernetes_validate.validate(thing, version, strict=True)
+        require_valid(thing)
 
 
 def test_a_misspelt_field_would_be_found(base: Installed) -> None:
-    version = kubernetes_validate.latest_version()
     wrong = {**base.daemon, "spec": {**base.daemon["spec"], "replica": 1}}
-    with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
-        kubernetes_validate.validate(wrong, version, strict=True)
+    with pytest.raises(ValidationError, match="replica"):
+        require_valid(wrong)
 
 
 @pytest.mark.parametrize("path", sorted(BASE.glob("*.yaml")), ids=lambda path: path.name)
@@ -394,7 +393,7 @@ def test_the_ingress_routes_exactly_the_webhook_with_tls(installed: Installed) -
 def test_the_page_is_routed_only_behind_a_proxy_that_authenticates(installed: Installed) -> None:
     documents = [*yaml.safe_load_all((EXAMPLE / "page.yaml").read_text("utf-8"))]
     for document in documents:
-        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+        require_valid(document)
     page = next(d for d in documents if d["kind"] == "Ingress")
     assert "nginx.ingress.kubernetes.io/auth-url" in page["metadata"]["annotations"]
     assert page["spec"]["ingressClassName"] == "nginx"
@@ -568,9 +567,9 @@ def checked(directory: Path, config: str) -> subprocess.CompletedProcess[str]:
         (directory / name).mkdir()
     (directory / "secrets" / "webhook-signing-tokens").write_text(f"{SIGNING_TOKEN}\n", "utf-8")
     return subprocess.run(
-        [sys.executable, str(ROOT / "gitops_hook.py"), "serve", "--check"],
+        argv_of("serve", "--check"),
         env={
-            **MEASURING,
+            **finding(),
             "PATH": os.environ["PATH"],
             "GITOPS_HOOK_CONFIG": str(directory / "config.yaml"),
             "GITOPS_HOOK_SECRETS": str(directory / "secrets"),

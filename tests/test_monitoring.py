@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
@@ -19,6 +18,7 @@ from prometheus_client.metrics import MetricWrapperBase
 import gitops_hook as hook
 from tests import prose
 from tests.installing import EXAMPLE, ROOT, Installed, Object, rendered
+from tests.schemas import require_valid
 
 FOLDER = ROOT / "manifests" / "monitoring"
 PAGE = (FOLDER / "README.md").read_text("utf-8")
@@ -89,7 +89,7 @@ def test_prometheus_scrapes_the_second_port_of_the_daemon_by_its_service(
 def test_the_policy_that_the_page_shows_opens_the_second_port() -> None:
     (text,) = re.findall(r"(?s)```yaml\n(.*?)```", PAGE)
     policy = yaml.safe_load(text)
-    kubernetes_validate.validate(policy, kubernetes_validate.latest_version(), strict=True)
+    require_valid(policy)
     (rule,) = policy["spec"]["ingress"]
     assert rule["ports"] == [{"protocol": "TCP", "port": 8081}]
 

@@ -235,6 +235,7 @@ def test_pushes_that_wait_for_the_cluster_are_counted(gallery: Gallery) -> None:
     assert "not in the cluster yet: 1." in outline(gallery, "/").text
 
 
+@pytest.mark.cluster
 def test_it_can_be_read_while_everything_changes(gallery: Gallery) -> None:
     runs = [gallery.run(f"{n:08x}", 60 + n) for n in range(40)]
     ended = threading.Event()

@@ -22,10 +22,10 @@ import yaml
 
 from tests.measuring import MEASURING
 from tests.standin.cluster import Cluster
+from tests.starting import PROGRAM, argv_of, finding
 from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = Path(os.environ.get("HOOK_PROGRAM") or ROOT / "gitops_hook.py")
 BIN = Path(sys.executable).parent
 TOKEN = b"whsec_" + base64.b64encode(b"t" * 32)
 Object = dict[str, Any]
@@ -280,7 +280,7 @@ class World:
         kept = {k: v for k, v in os.environ.items() if k in ("LANG", "LD_LIBRARY_PATH")}
         return {
             **kept,
-            **MEASURING,
+            **finding(self.program),
             "PATH": self.path,
             "HOME": str(home),
             "KUBECONFIG": str(self.cluster.kubeconfig("orchestration/orchestration-sa")),
@@ -295,7 +295,7 @@ class World:
         """Start the daemon and wait until it serves."""
         offset = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
-            argv = [sys.executable, str(self.program), "serve"]
+            argv = argv_of("serve", program=self.program)
             self.process = subprocess.Popen(
                 argv, env=self.environ, stderr=log, start_new_session=True
             )
@@ -360,7 +360,7 @@ class World:
 
     def command(self, *args: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Run one of the program's commands."""
-        argv = [sys.executable, str(self.program), *args]
+        argv = argv_of(*args, program=self.program)
         return subprocess.run(
             argv, env=self.environ, capture_output=True, text=True, timeout=timeout, check=False
         )
@@ -417,7 +417,7 @@ def install(cluster: Cluster, manifests: Path = ROOT / "manifests") -> None:
     ).stdout
     kept = [o for o in yaml.safe_load_all(rendered) if o["kind"] not in ("Deployment", "Ingress")]
     cluster.load(*kept)
-    cluster.images.add("gitops-hook:dev", entrypoint=[sys.executable, str(PROGRAM)], env=MEASURING)
+    cluster.images.add("gitops-hook:dev", entrypoint=argv_of(), env=finding())
 
 
 @contextmanager

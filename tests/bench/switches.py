@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from tests.bench.clients import Visit, visit
 from tests.bench.observing import RUN, Recorder, Row, label, timed
 from tests.fleet import MISSING_IMAGE, STAGE, Member, is_ready
 from tests.services import NARROW, WIDE, Change, with_service
-from tests.world import PROGRAM, Object, eventually
+from tests.starting import argv_of, finding
+from tests.world import Object, eventually
 
 # What clients on kept connections lose on a busy machine, because the application ends at once when
 # it is told to, is not the switch's doing.
@@ -146,9 +148,11 @@ def measure_deployments(apps: Sequence[Member]) -> Iterator[Row]:
         red.append(time.monotonic() - end["began"])
     yield Row("wrong image: push to red with the reason", statistics.median(red), "s", 20.0)
     together(lambda app: app.quiet(), apps)
-    argv = [sys.executable, str(PROGRAM), "--help"]
+    argv = argv_of("--help")
+    environ = {**os.environ, **finding()}
     python = statistics.median(
-        timed(lambda: subprocess.run(argv, check=True, capture_output=True)) for _ in apps
+        timed(lambda: subprocess.run(argv, env=environ, check=True, capture_output=True))
+        for _ in apps
     )
     floor = patch_alone(apps[0])
     for app in apps:
