@@ -929,7 +929,7 @@ def collected(directory: Path) -> Collected:
         try:
             eventually(lambda: catches_sigterm(process.pid), 30, "it listens")
             process.send_signal(signal.SIGTERM)
-            peak = process.communicate(timeout=60)[0]
+            peak = process.communicate(timeout=60)[0].split("\n")[-2]  # after what it prints
         finally:
             process.kill()
     return Collected(process.returncode, log.read_text("utf-8"), int(peak) * 1024 / 1e6)
