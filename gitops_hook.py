@@ -3776,7 +3776,7 @@ URL_SAFE = "/%?&=+,;:@!$'()*[]~"
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 # What tells where an object is written, in a text that nobody parses: YAML of the usual form.
 BETWEEN_WORDS = re.compile(r"[\s\"',\[\]{}]+")
-KUSTOMIZATION_READ = 65_536  # characters of a kustomization that are searched for names of files
+SEARCHED_LENGTH = 65_536  # characters of a kustomization in which names of files are looked for
 WRITTEN_KIND = re.compile(r"(?m)^kind:[ \t]*[\"']?(\w+)[\"']?[ \t]*(?:#.*)?\r?$")
 WRITTEN_NAME = re.compile(
     r"(?m)^metadata:[ \t]*"
@@ -4186,7 +4186,7 @@ def written_objects(root: Path, kustomization: Path) -> list[Written]:
 
 def named_files(there: Set[str], folder: Path, text: str) -> Iterator[Path]:
     """Yield the plain files with manifests, of those that are there, that a kustomization names."""
-    for word in dict.fromkeys(BETWEEN_WORDS.split(text[:KUSTOMIZATION_READ])):
+    for word in dict.fromkeys(BETWEEN_WORDS.split(text[:SEARCHED_LENGTH])):
         path = os.path.normpath(f"{folder}/{word}")
         names = (path, *(f"{path}/{kustomization}" for kustomization in KUSTOMIZATIONS))
         for file in map(Path, {*names} & there):
