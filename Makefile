@@ -286,7 +286,7 @@ $(INSTALLED): requirements-dev.txt
 demo: $(INSTALLED) ## Watch pushes being tested, built, switched and switched back (KEEP=1 leaves it running)
 	@$(BIN)/python -m tests.demo
 
-test: $(INSTALLED) ## Run the quick tests, which take a few minutes (ARGS='-k webhook -x', SEED=7: in random order)
+test: $(INSTALLED) ## Run the quick tests, which take a minute or two (ARGS='-k webhook -x', SEED=7: in random order)
 	@$(MEASURED) $(BIN)/python -m pytest -m 'not cluster' -n 2 --dist loadfile $(SHUFFLED) $(ARGS)
 
 cluster: $(INSTALLED) ## Run the slow tests: the daemon on the stand-in cluster, and that itself

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -1086,7 +1087,9 @@ def test_an_app_whose_tests_are_pushed_all_the_time_keeps_no_other_from_its_turn
 # === Doom, as recorded ===
 
 
+@cache
 def recorded(scenario: str, resource: str) -> list[Object]:
+    """What was recorded of the objects of a kind, which nobody changes."""
     path = DATA / f"{scenario}.{resource}.jsonl"
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 

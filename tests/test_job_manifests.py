@@ -923,7 +923,7 @@ def collected(directory: Path) -> Collected:
     """Run the side-car beside tests that have ended."""
     log = directory / "termination-log"
     environ = {"JUNIT_XML": str(directory / "junit.xml"), "TERMINATION_LOG": str(log)}
-    environ |= finding()
+    environ["PYTHONPATH"] = str(ROOT)
     argv = [sys.executable, "-P", "-c", MEASURED, "gitops_hook", "collect"]
     with subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, text=True) as process:
         try:
