@@ -67,7 +67,7 @@ def table(
     return {c: r if isinstance(r, str) else report(c, r) for c, r in results.items()}
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)  # of the first, for all of them are gone through at once
 @pytest.mark.parametrize("cell", MARKED)
 def test_a_deployment_ends_as_stated_and_a_healthy_version_serves(
     table: dict[Cell, str], cell: Cell
