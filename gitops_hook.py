@@ -78,7 +78,7 @@ from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
@@ -1192,14 +1192,21 @@ def load_section(section: Any, data: Any, path: str, faults: list[str]) -> Any:
         raw = data.get(key)
         value = None if raw is None else load_value(declared, raw, prefix + key, faults)
         if value is None and declared.default != REQUIRED:
-            value = load_value(declared, yaml.safe_load(declared.default), "", [])
+            value = load_value(declared, parsed_default(declared.default), "", [])
         elif raw is None:
             faults.append(f"{prefix}{key}: is required")
         values[key] = value
     return section(**values)
 
 
-def settings_of(section: type[Any]) -> dict[str, Setting]:
+@cache  # since each of many apps has the same ones
+def parsed_default(text: str) -> Any:
+    """Return what a default means in YAML; nobody changes it."""
+    return yaml.safe_load(text)
+
+
+@cache
+def settings_of(section: type[Any]) -> Mapping[str, Setting]:
     """Return the settings of a section by key; a section within it is one of them."""
     kinds = get_type_hints(section)
     nested: Object = {"parse": TEXT, "default": "{}", "meaning": ""}
