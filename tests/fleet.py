@@ -151,7 +151,7 @@ class Member:
         self.fleet, self.name, self.namespace = fleet, name, namespace
         directory.mkdir(parents=True)
         self.repository = Repository(directory)
-        self.address = str(self.repository.bare)  # by which pushes name it
+        self.address = ""  # by which pushes name the repository, where that is not its folder
 
     # What its owner does.
 
@@ -188,7 +188,8 @@ class Member:
 
     def push(self, commit: str, ref: str = "main", **more: Any) -> str:
         """Announce a commit by a signed delivery; return the run's id."""
-        answer = self.fleet.deliver(self.address, f"refs/heads/{ref}", commit, **more)
+        where = self.address or self.repository.bare
+        answer = self.fleet.deliver(where, f"refs/heads/{ref}", commit, **more)
         assert answer.status_code == 202, answer.text
         return str(answer.json()["runs"][0])
 
