@@ -227,7 +227,8 @@ def test_kubectl_describe_reads_like_the_story(live: Fleet) -> None:
     story = described(live, "service", "shop")
     assert story[:5] == [*(line.replace(new, old) for line in went_live), *second]
     failed = [line.partition(":")[0] for line in story[5:-1]]
-    assert failed == ["Claimed", "CrashLoop", "Restored"]
+    # within a second, which is all that the API keeps, kubectl has no order
+    assert (failed[0], sorted(failed[1:])) == ("Claimed", ["CrashLoop", "Restored"])
     assert story[-1] == left
     # a Deployment carries its run a moment after the claim
     story = described(live, "deployment", "shop-green")
