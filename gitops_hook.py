@@ -348,7 +348,7 @@ class ReasonMeaning:
 # A verdict ends the commit's way; a circumstance before the switch is tried again by itself.
 VERDICTS = {
     Reason.OK: "Nothing is to be done.",
-    Reason.TESTS_FAILED: "`explain RUN` shows why. Mend the tests or the code, and push again.",
+    Reason.TESTS_FAILED: "Read why with `explain RUN`, mend tests or code, and push again.",
     Reason.BUILD_FAILED: "Read what the builder printed with `explain RUN --log`, and push again.",
     Reason.CLONE_REFUSED: "Set apps[].clone as the text says, and use `rerun`.",
     Reason.CRASH_LOOP: "Read what the container printed with `explain RUN --log`, and push again.",
