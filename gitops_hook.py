@@ -10087,8 +10087,9 @@ class Companions:
         That this fails is reported, and holds nothing up.
         """
         try:
-            wanted = self.adoption.objects(task, entry) or ()
-            if entry.release:
+            if entry.outcome == ADOPTED:
+                wanted = self.adoption.objects(task, entry) or []
+            else:
                 wanted = self.live.release(task, entry.release).beside(task.app.name)
             if budgets := [with_applied(o, o) for o in wanted if is_companion(o, BUDGET)]:
                 self.kubectl.create(budgets, task.namespace)
