@@ -358,11 +358,16 @@ class World:
                 self.stop(15.0)
         self.kill()
 
-    def command(self, *args: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
-        """Run one of the program's commands."""
+    def command(
+        self, *args: str, timeout: float = 60.0, administrator: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one of the program's commands, with the daemon's account unless another is asked."""
         argv = argv_of(*args, program=self.program)
+        environ = self.environ
+        if administrator:
+            environ = {**environ, "KUBECONFIG": str(self.cluster.kubeconfig())}
         return subprocess.run(
-            argv, env=self.environ, capture_output=True, text=True, timeout=timeout, check=False
+            argv, env=environ, capture_output=True, text=True, timeout=timeout, check=False
         )
 
     def push(self, commit: str, ref: str = "main") -> str:
