@@ -286,6 +286,7 @@ class Reason(StrEnum):
     OK = "Ok"
     TESTS_FAILED = "TestsFailed"
     BUILD_FAILED = "BuildFailed"
+    REGISTRY_UNAVAILABLE = "RegistryUnavailable"
     NO_DIGEST = "NoDigest"
     CLONE_FAILED = "CloneFailed"
     CLONE_REFUSED = "CloneRefused"
@@ -367,6 +368,8 @@ VERDICTS = {
     Reason.ROLLED_BACK: "Push a commit that mends it, or use `rerun`.",
 }
 CIRCUMSTANCES = {
+    Reason.REGISTRY_UNAVAILABLE: "See whether the registry answers, and what Secret "
+    "registry-credentials of the build namespace has.",
     Reason.NO_DIGEST: "See who deletes the pods of builds before their digest is read.",
     Reason.CLONE_FAILED: "See whether the git server answers, and what file git-credentials has.",
     Reason.IMAGE_NOT_FOUND: "Push the image, correct its name, or give the pods credentials.",
@@ -3311,6 +3314,7 @@ securityContext: {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true,
                   capabilities: {drop: [ALL]}}
 volumeMounts: [{name: workspace, mountPath: /workspace}, {name: tmp, mountPath: /tmp}]
 ---
+terminationMessagePolicy: FallbackToLogsOnError  # which says whether a registry was away
 env:
 - {name: container, value: kube}  # it looks for that, or a token, before it writes to its root
 # the public authorities are in the first folder, of which its image names no other
@@ -6014,6 +6018,12 @@ HOPELESS_PULL = re.compile(
 PASSING_PULL = re.compile(
     r"(?i)connection refused|timed? ?out|no such host|too ?many ?requests|\b5[0-9]{2} [A-Z]"
 )
+# How kaniko's last line begins, and what it holds where a base image did not come.
+KANIKO_ERROR = re.compile("error (building image|checking push permissions|pushing image)")
+BASE_AWAY = re.compile(
+    f"{PASSING_PULL.pattern}|status code (429|5[0-9]{{2}})|no route to host|connection reset"
+    "|server misbehaving|deadline exceeded|stream error|unexpected EOF"
+)
 PASSING_REFUSAL = re.compile(
     "Internal error|timed? ?out|etcd|cannot be fulfilled|status unknown|being terminated"
 )
@@ -6736,7 +6746,24 @@ def culprit_failure(job: Job, culprit: Container, report: str) -> Action:
         is_refusal = culprit.exit_code == EXIT_REFUSED
         reason = Reason.CLONE_REFUSED if is_refusal else Reason.CLONE_FAILED
         return fails(reason, message, job.stage)
+    if job.stage == "build" and (trouble := registry_trouble(culprit.words)):
+        return fails(Reason.REGISTRY_UNAVAILABLE, trouble, job.stage)
     return fails(JOB_STAGES[job.stage].failure, with_report(message, report), job.stage)
+
+
+def registry_trouble(printed: str) -> str:
+    """Return what a registry kept the builder from, by the end of its log; "" for nothing.
+
+    No Dockerfile can be blamed for a push that failed. A base image may be misnamed, and a step of
+    the Dockerfile may reach what is away, so those count only where a registry did not answer.
+    """
+    errors = [line for line in printed.split("\n") if KANIKO_ERROR.match(line)]
+    last = errors[-1] if errors else ""
+    if last.startswith("error building"):
+        away = "failed to execute command" not in last and BASE_AWAY.search(last)
+        return "a base image could not be pulled, since its registry did not answer" if away else ""
+    how = "`explain RUN --log` shows what the registry answered"
+    return f"the image could not be pushed; {how}" if last else ""
 
 
 def with_report(message: str, report: str) -> str:

@@ -27,6 +27,9 @@ DATA = Path(__file__).parent / "data" / "mirror"
 A, B = "a" * 40, "b" * 40
 DIGEST = "sha256:" + "d" * 64
 SUMMARY = "2 passed, 1 failed: t.test_x"
+# What kaniko prints, as its users have reported it.
+AWAY = 'creating push check transport failed: Get "https://r/v2/": connect: connection refused'
+NOT_PUSHED = "error pushing image: failed to push to destination r/x:1: unsupported status code 504"
 GREEN = {hook.ANNOTATION_SUMMARY: "3 passed, 0 failed"}
 NO_REPORT = {hook.ANNOTATION_SUMMARY: hook.NO_REPORT}
 UNREAD = "the test report has 100 MiB; at most 10 MiB are read"
@@ -665,6 +668,10 @@ ACTIONS: dict[str, Case] = {
     "a build failed, and what it printed is not told": (
         a_view(DONE, a_job("build", "failed"), pods=ended("build", main=terminated(1, "no FROM"))),
         Do.END, "build", (Outcome.FAILED, Reason.BUILD_FAILED), "exit code 1"),
+    "a registry did not take what was built": (
+        a_view(DONE, a_job("build", "failed"),
+            pods=ended("build", main=terminated(1, f"INFO[0001] COPY\n{NOT_PUSHED}\n<html>\n"))),
+        Do.END, "build", (Outcome.FAILED, Reason.REGISTRY_UNAVAILABLE), "could not be pushed"),
     "a build that could not be started is told in the runtime's words": (
         a_view(DONE, a_job("build", "failed"),
             pods=ended("build", main=terminated(128, "no such file", "StartError"))),
@@ -862,6 +869,32 @@ ACTIONS |= {
         a_view(DONE, BUILT, reading=hook.Reading(done=True)),
         Do.DEPLOY, "staging", Reason.OK, ""),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("printed", "trouble"),
+    [
+        (NOT_PUSHED, "could not be pushed"),
+        ("error pushing image: failed to push to destination r/x:1: UNAUTHORIZED: no", "pushed"),
+        (f"error checking push permissions -- make sure {AWAY}", "could not be pushed"),
+        (f"error building image: {AWAY}", "could not be pulled"),
+        ("error building image: GET https://r/v2/x: unsupported status code 503;", "pulled"),
+        ("error building image: GET https://r/v2/x: TOOMANYREQUESTS: slow down", "pulled"),
+        ("error building image: Get https://r/v2/: dial tcp 1.2.3.4:443: i/o timeout", "pulled"),
+        ("error building image: GET https://r/v2/x: MANIFEST_UNKNOWN: no such tag", ""),
+        ("error building image: UNAUTHORIZED: authentication required", ""),
+        (f"error building image: failed to execute command: exit status 7: {AWAY}", ""),
+        (f"{NOT_PUSHED}\nerror building image: failed to execute command: exit status 1", ""),
+        (f"curl: {AWAY}", ""),
+        ("", ""),
+    ],
+)
+def test_only_what_no_dockerfile_can_help_is_the_registrys_fault(
+    printed: str, trouble: str
+) -> None:
+    seen = hook.registry_trouble(f"INFO[0000] Retrieving image\n{printed}\n")
+    assert trouble in seen
+    assert bool(seen) is bool(trouble)
 
 
 @pytest.mark.parametrize(

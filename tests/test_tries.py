@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fleet import Fleet, Gate, fleet
+from tests.fleet import APP, Fleet, Gate, fleet
 from tests.hurried import hurried
 from tests.standin.images import not_found_text
 from tests.world import Object, eventually
@@ -238,6 +238,24 @@ def test_a_commit_that_cannot_be_cloned_is_cloned_later(tmp_path: Path) -> None:
             objects.rmdir()
             objects.with_name("gone").rename(objects)
         deployed_by_itself(made, run, "CloneFailed", 90)
+
+
+def test_an_image_that_a_registry_did_not_take_is_built_later(tmp_path: Path) -> None:
+    images = {"hook": "gitops-hook:dev"}
+    dockerfile = "FROM python:3.12-slim\nWORKDIR /app\nCOPY server.py /app/\n"
+    files = {"Dockerfile": dockerfile + 'CMD ["python", "server.py"]\n', "server.py": APP}
+    shop: Object = {"build": {"image": f"{REGISTRY}/built"}, "bake": "1s"}
+    with fleet(tmp_path, {"shop": shop}, program=hurried(tmp_path), images=images) as made:
+        refusal = 'Put "https://registry.example.com/v2/": dial tcp: connect: connection refused'
+        made.cluster.images.break_push(refusal)
+        run = made["shop"].go("v1", files=files)
+        line = ended(made, run, "RegistryUnavailable")
+        assert (line["outcome"], line["stage"]) == ("failed", "build")
+        log = made.command("explain", run, "--log").stdout
+        assert f"error pushing image: failed to push to destination {REGISTRY}/built" in log
+        made.cluster.images.break_push(None)
+        deployed_by_itself(made, run, "RegistryUnavailable", 90)
+        assert made.created(f"test-{run}") == 1
 
 
 def test_a_verdict_is_not_tried_again(apps: Fleet) -> None:

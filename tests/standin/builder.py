@@ -31,6 +31,10 @@ class BuildError(Exception):
     """The Dockerfile asks for something that the stand-in does not do, or that is not there."""
 
 
+class PushError(Exception):
+    """The registry does not take the image."""
+
+
 @dataclass
 class Stage:
     """The image as far as the Dockerfile was read."""
@@ -220,6 +224,13 @@ def _options(arguments: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     return options, given
 
 
+def require_push(images: Path, destination: str) -> None:
+    """Raise PushError while pushes are to fail; the words stand in a file."""
+    broken = images / "no-push"
+    if broken.exists():
+        raise PushError(f"failed to push to destination {destination}: {broken.read_text('utf-8')}")
+
+
 def main(arguments: list[str]) -> int:
     """Build and store; 0, or 1 with the reason on standard error."""
     options, given = _options(arguments)
@@ -233,10 +244,14 @@ def main(arguments: list[str]) -> int:
             stage = Stage(context, Path(root), images, arguments=given)
             config = build(stage, dockerfile)
             for destination in options["--destination"].split():
+                require_push(images, destination)
                 digest = store_image(images, destination, Path(root), config)
                 print(f"stored {destination}@{digest} (stand-in builder)", flush=True)
     except BuildError as error:
         print(f"error building image: {error}", file=sys.stderr)
+        return 1
+    except PushError as error:
+        print(f"error pushing image: {error}", file=sys.stderr)
         return 1
     if target := options.get("--digest-file"):
         Path(target).write_text(digest, encoding="utf-8")

@@ -116,6 +116,14 @@ class Images:
         else:
             self._broken[reference] = text
 
+    def break_push(self, text: str | None) -> None:
+        """Fail what builders push with that text; None mends it."""
+        path = self.directory / "no-push"
+        if text is None:
+            path.unlink()
+        else:
+            path.write_text(text, encoding="utf-8")
+
     def hold_pull(self, reference: str, *, held: bool) -> None:
         """Let pulls of this reference hang, as by a registry that does not answer, or go on."""
         if held:
