@@ -5749,7 +5749,7 @@ class Service:
     when there is none, and so is each of these entries of the history:
 
     live                what today's traffic reaches: by its selector, else by its run
-    recorded_live       what was recorded as live last, whatever the selector says now
+    live_by_history     what was recorded as live last, whatever the selector says now
     switch_back_target  what the bake goes back to: what was live before, proven or not
     rollback_target     what a person goes back to: a proven version before the live one
     entry(run)          the newest one of that run
@@ -5775,7 +5775,7 @@ class Service:
         self.history = [entry for entry in entries if entry]
 
     @classmethod
-    def recorded(cls, name: str, entry: HistoryEntry) -> Service:
+    def from_entry(cls, name: str, entry: HistoryEntry) -> Service:
         """Return a stand-in for a Service whose whole history is one entry."""
         annotations = {ANNOTATION_HISTORY: json.dumps([entry.to_json()])}
         meta = {"name": name, "resourceVersion": "0", "annotations": annotations}
@@ -5810,10 +5810,10 @@ class Service:
     def in_order(self) -> bool:
         """Whether the selector is what the history says that it was set to last."""
         live = self.live
-        return bool(live) and live.selector == self.selector and live == self.recorded_live
+        return bool(live) and live.selector == self.selector and live == self.live_by_history
 
     @property
-    def recorded_live(self) -> HistoryEntry:
+    def live_by_history(self) -> HistoryEntry:
         """The entry of what is live as far as it is recorded, whatever the selector says now."""
         return next((e for e in self.history if not e.outcome or e.proven), HistoryEntry())
 
@@ -8808,15 +8808,16 @@ class LiveServices:
         self.state.write(task.app, forget=[f"live-{task.environment}"])
         self.kubectl.delete("service", [task.app.service_name], task.namespace)
 
-    def recorded(self, task: Task, service: Service | None) -> Service | None:
-        """Return the live Service as it is recorded: by itself, or, if it lost that, elsewhere."""
-        remembered = self.remembered.in_order.get(task.labels)
-        if source := service if service and service.history else remembered:
-            return source
+    def with_history(self, task: Task, service: Service | None) -> Service | None:
+        """Return the live Service with its history: its own, or else what is recorded elsewhere."""
+        if service and service.history:
+            return service
+        if remembered := self.remembered.in_order.get(task.labels):
+            return remembered
         entry = self.state.read(task.app).live.get(task.environment)
         if service and service.run and not entry:
             entry = self.entry_from_release(task, service)
-        return Service.recorded(task.app.service_name, entry) if entry else None
+        return Service.from_entry(task.app.service_name, entry) if entry else None
 
     def entry_from_release(self, task: Task, service: Service) -> HistoryEntry:
         """Return the history entry of the run that a Service reaches, by its recorded release."""
@@ -9044,7 +9045,7 @@ class SelectorGuard:
         What was written on the Service comes back, too, where it was deleted and made again.
         """
         service = self.live.read(task)
-        source = self.live.recorded(task, service)
+        source = self.live.with_history(task, service)
         if service is None or source is None or service.in_order:
             return
         drift = self.drift(task, service, source)
@@ -9057,10 +9058,10 @@ class SelectorGuard:
         if drift is Drift.WIDENED:
             now = round(self.doors.clock.now(), 3)
             annotations[ANNOTATION_PUT_BACK] = [*self.put_backs(source), now]
-            goal = source.recorded_live
+            goal = source.live_by_history
         elif drift is Drift.KEPT:
             history = replaced(
-                source.history, source.recorded_live, replace(source.recorded_live, by=by)
+                source.history, source.live_by_history, replace(source.live_by_history, by=by)
             )
         elif drift is Drift.MOVED and service.run:
             history = self.history_of_move(task, service, source, by)
@@ -9093,11 +9094,11 @@ class SelectorGuard:
 
     def drift(self, task: Task, service: Service, source: Service | None) -> Drift:
         """Return what the selector of a live Service is beside what is recorded of it."""
-        if source is None or not source.recorded_live or service.in_order:
+        if source is None or not source.live_by_history or service.in_order:
             return Drift.NONE
         pods = map(Pod, self.live.workloads.staying(task.namespace, service.selector))
         put_backs = len(self.put_backs(source))
-        return drift_of(source.recorded_live.run, runs_of(task.app.name, pods), put_backs)
+        return drift_of(source.live_by_history.run, runs_of(task.app.name, pods), put_backs)
 
     def put_backs(self, source: Service) -> list[float]:
         """Return when a widened selector was put back of late."""
@@ -9115,8 +9116,8 @@ class SelectorGuard:
 
     def require_undeleted(self, task: Task) -> None:
         """Raise while the live Service of a run that is verified or baked is deleted."""
-        source = self.live.recorded(task, None)
-        served = source.recorded_live if source else HistoryEntry()
+        source = self.live.with_history(task, None)
+        served = source.live_by_history if source else HistoryEntry()
         if served.run != task.run.id or not served:
             return
         if any(service.run == served.run for service in self.live.left_behind(task)):
@@ -9140,12 +9141,12 @@ class SelectorGuard:
         if left.outcome:
             why = f": {clip(left.detail)}" if left.detail else ""
             raise SupersededError(Reason.ROLLED_BACK, f"rolled back by hand{why}")
-        source = self.live.recorded(task, service)
-        recorded_live = source is not None and source.recorded_live.run == task.run.id
-        if service is None and recorded_live:
+        source = self.live.with_history(task, service)
+        live_by_history = source is not None and source.live_by_history.run == task.run.id
+        if service is None and live_by_history:
             raise HookError("the live Service was deleted; the run goes on when it is there again")
         drift = self.drift(task, service, source) if service else Drift.NONE
-        if drift is Drift.WIDENED and recorded_live:
+        if drift is Drift.WIDENED and live_by_history:
             raise HookError("the live Service selects two versions; its selector is put back first")
         contested = drift is Drift.CONTESTED
         reason = Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED
@@ -9184,7 +9185,7 @@ class Claims:
             return None
         if colour_of(service.selector) == release.colour:
             raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
-        source = self.live.recorded(task, service)
+        source = self.live.with_history(task, service)
         self.guard.require_order(task, service, source)
         self.require_no_rollback(task.app, service.claim)
         restore = release_to_restore(service, release.colour, standing)
@@ -9201,7 +9202,7 @@ class Claims:
         A Service that has lost its history gets it again. What stands there and was not made here
         is adopted: it is the first entry, and the rollback target.
         """
-        if source and source.recorded_live.run and not service.history:
+        if source and source.live_by_history.run and not service.history:
             return {ANNOTATION_HISTORY: source.history}
         older = [e for e in service.history if e.outcome != ADOPTED]
         if not goal or service.run or (older and not service.live):
@@ -9332,7 +9333,7 @@ class Claims:
         references = (f"service/{task.app.service_name}", *(f"deployment/{n}" for n in names))
         manifest, *standing = self.doors.kubectl.get_each(task.namespace, *references)
         service = self.live.service_of(task, manifest)
-        source = self.live.recorded(task, service)
+        source = self.live.with_history(task, service)
         self.guard.require_order(task, service, source)
         selector = service.selector if service else {}
         pods = map(Pod, self.live.workloads.staying(task.namespace, selector))
@@ -9340,7 +9341,7 @@ class Claims:
         live = {colour_of(k) for k in labels if k.get(LABEL_APP) == task.app.name}
         live.add(colour_of(selector))
         if source and not service:
-            live.add(source.recorded_live.colour)
+            live.add(source.live_by_history.colour)
         size = len(labels) if service and not service.ours else 0
         fault = "both colours serve; point the Service at one of them"
         idle = ""
@@ -9397,7 +9398,7 @@ class Traffic:
             return
         require_head(self.doors, task)
         self.claims.check(task, claimed, service)
-        source = self.live.recorded(task, service)
+        source = self.live.with_history(task, service)
         now = self.doors.clock.now()
         by = task.run.by if task.run.delivery == RERUN else ""
         entry = entry_of(release, task.app.name, now, by)
@@ -10201,7 +10202,7 @@ class Companions:
         Without any version it is nothing.
         """
         if service is None:
-            return None if self.live.recorded(task, None) else []
+            return None if self.live.with_history(task, None) else []
         name = service.live.release
         if service.live.outcome == ADOPTED:
             return self.adoption.objects(task, service.live)
@@ -10355,8 +10356,8 @@ class Adoption:
         """Whether what is live is what ran here before the first deployment."""
         if service is None:
             return False
-        source = self.live.recorded(task, service)
-        return source is None or source.recorded_live.outcome == ADOPTED
+        source = self.live.with_history(task, service)
+        return source is None or source.live_by_history.outcome == ADOPTED
 
     def take(self, task: Task, seen: Beside, recorded: Mapping[Identity, CompanionRecord]) -> bool:
         """Take over what may be, after writing down what it was; return whether that was anything.
@@ -11248,7 +11249,7 @@ class Deployer:
         app = task.app.name
         ours = f"{LABEL_MANAGED}={MANAGER},{LABEL_APP}={app}"
         service = self.steady.live.read(task)
-        source = self.steady.live.recorded(task, service)
+        source = self.steady.live.with_history(task, service)
         # what a deleted Service named is in use, and is named again when it is back
         if source and (service is None or service.claim or not service.history):
             return
@@ -13626,7 +13627,7 @@ def place_of(
     informer = context.informers.services.get(environment)
     service = informer.find(app.service_name) if informer else None
     entry = state.live.get(environment)
-    recorded = Service.recorded(app.service_name, entry) if entry else None
+    recorded = Service.from_entry(app.service_name, entry) if entry else None
     service = service or Service(NO_SERVICE)
     source = service if service.history else recorded
     place = EnvironmentStatus.of(app, environment, service, source)
@@ -14606,7 +14607,7 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
     task = task_of(tools.config, app, environment)
     operations = tools.deployer.steady
     service = operations.live.read(task) or Service(NO_SERVICE)
-    source = service if service.in_order else operations.live.recorded(task, service)
+    source = service if service.in_order else operations.live.with_history(task, service)
     place = EnvironmentStatus.of(app, environment, service, source)
     target = place.target
     ready = operations.workloads.ready(task.namespace, target.selector) if target else []

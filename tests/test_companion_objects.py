@@ -466,7 +466,7 @@ def companions_of(
                 return hook.Service(service) if service else None
             entry = hook.entry_of(live, "shop", 1.0)
             entry = replace(entry, outcome="deployed" if confirmed else "")
-            return hook.Service.recorded("shop", entry)
+            return hook.Service.from_entry("shop", entry)
 
         def recorded(self, _task: Task, service: hook.Service | None) -> hook.Service | None:
             """Return the Service where it has a history, as nothing is recorded elsewhere."""
