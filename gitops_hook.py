@@ -9153,12 +9153,105 @@ class SelectorGuard:
         raise SupersededError(reason, self.live.last_manager(task))
 
 
+class ForeignService:
+    """Takes over a live Service that was there before the first deployment, and gives it back.
+
+    Before there are new pods, its selector is narrowed to those of today, so that it never reaches
+    both. If the first version does not stay, its owner gets the selector back. For example:
+
+    step                       selector                                      newest of the history
+    before                     app: shop                                     none
+    the first claim            app: shop, pod-template-hash: 5d8f            adopted, was app: shop
+    the first switch           gitops-hook/app: shop, version: blue, ...     the run
+    given back, if it failed   app: shop                                     adopted
+    """
+
+    def __init__(self, live: LiveServices) -> None:
+        self.live = live
+        self.doors = live.doors
+
+    def narrower(
+        self, task: Task, release: Release, service: Service, source: Service | None
+    ) -> HistoryEntry | None:
+        """Return where a Service must point before there are new pods, None if it may stay.
+
+        That is the one run of the app that it reaches, or else what was there before the first.
+        """
+        if service.ours:
+            return None
+        live = source.entry(service.run) if source and service.run else HistoryEntry()
+        return HistoryEntry(selector=live.selector or self.narrow_selector(task, release, service))
+
+    def narrow_selector(self, task: Task, release: Release, service: Service) -> dict[str, str]:
+        """Return the selector that keeps a foreign Service on exactly today's pods."""
+        pods = [Pod(p) for p in self.live.workloads.staying(task.namespace, service.selector)]
+        labels = release.deployment["spec"]["template"]["metadata"]["labels"]
+        selector = narrowed(service.selector, pods, labels) if service.selector else None
+        if selector is None:
+            call = f"kubectl -n {task.namespace}"
+            patch = '{"spec":{"selector":{"version":"before"}}}'
+            terms = selector_text(service.selector)
+            commands = f"{call} label pods -l {terms} version=before && "
+            commands += f"{call} patch service {task.app.service_name} -p '{patch}'"
+            detail = f"its selector would also match the new pods; run: {commands}"
+            raise StageError(Reason.ADOPTION_REFUSED, detail)
+        return selector
+
+    def history_at_claim(
+        self, service: Service, source: Service | None, goal: HistoryEntry | None
+    ) -> Object:
+        """Return the annotations about the history that a claim writes; most often there are none.
+
+        A Service that has lost its history gets it again. What stands there and was not made here
+        is adopted: it is the first entry, and the rollback target.
+        """
+        if source and source.live_by_history.run and not service.history:
+            return {ANNOTATION_HISTORY: source.history}
+        older = [e for e in service.history if e.outcome != ADOPTED]
+        if not goal or service.run or (older and not service.live):
+            return {}
+        adopted = replace(
+            goal,
+            outcome=ADOPTED,
+            was=service.live.was or service.selector,
+            ports=service.ports,
+            at=self.doors.clock.now(),
+        )
+        return {ANNOTATION_HISTORY: [adopted, *older], ANNOTATION_PREVIOUS: goal.selector}
+
+    def wider(self, task: Task, service: Service) -> HistoryEntry | None:
+        """Return where a Service pointed before it was adopted, if it can have that again.
+
+        Its owner goes on without us, and what he changes next may not fit a narrowed one. Raises
+        HookError while it would reach pods of ours, too, that have not begun to end.
+        """
+        was = service.live.was
+        if service.live.outcome != ADOPTED or not was or was == service.selector:
+            return None
+        ours = {LABEL_APP: task.app.name}
+        terms = f"{selector_text(ours)},{LABEL_STAGE}!={COMPANION}"
+        deployments = self.doors.kubectl.list("deployments", task.namespace, "-l", terms)
+        if any(d["spec"].get("replicas", 1) for d in deployments):
+            return None
+        if self.live.workloads.staying(task.namespace, ours):
+            raise HookError("the pods of the failed version are not gone yet")
+        return HistoryEntry(selector=was)
+
+
 class Claims:
     """Says on a live Service who is changing its environment; one at a time."""
+
+    # Three races remain, and each has its answer:
+    # Two claim at once. A claim compares and sets: the second meets another version of the Service.
+    # One that has lost its claim still writes a Deployment. It has read that before it looked at
+    #   its claim, and whoever takes a claim over writes to the Deployment first: a conflict.
+    # One that has lost its claim still switches. It has read the Service with the claim, and the
+    #   switch compares and sets.
 
     def __init__(self, live: LiveServices, guard: SelectorGuard) -> None:
         self.live = live
         self.guard = guard
+        self.foreign = ForeignService(live)
         self.doors = live.doors
 
     def new(self, run: str, colour: str, phase: Phase, restore: str = "") -> Claim:
@@ -9190,64 +9283,16 @@ class Claims:
         self.require_no_rollback(task.app, service.claim)
         restore = release_to_restore(service, release.colour, standing)
         claim = self.new(task.run.id, release.colour, Phase.PREPARING, restore)
-        goal = self.narrowed_entry(task, release, service, source)
-        annotations = {ANNOTATION_CLAIM: claim, **self.history_at_claim(service, source, goal)}
+        goal = self.foreign.narrower(task, release, service, source)
+        history = self.foreign.history_at_claim(service, source, goal)
+        annotations = {ANNOTATION_CLAIM: claim, **history}
         return self.live.write(task, service, annotations, goal)
-
-    def history_at_claim(
-        self, service: Service, source: Service | None, goal: HistoryEntry | None
-    ) -> Object:
-        """Return the annotations about the history that a claim writes; most often there are none.
-
-        A Service that has lost its history gets it again. What stands there and was not made here
-        is adopted: it is the first entry, and the rollback target.
-        """
-        if source and source.live_by_history.run and not service.history:
-            return {ANNOTATION_HISTORY: source.history}
-        older = [e for e in service.history if e.outcome != ADOPTED]
-        if not goal or service.run or (older and not service.live):
-            return {}
-        adopted = replace(
-            goal,
-            outcome=ADOPTED,
-            was=service.live.was or service.selector,
-            ports=service.ports,
-            at=self.doors.clock.now(),
-        )
-        return {ANNOTATION_HISTORY: [adopted, *older], ANNOTATION_PREVIOUS: goal.selector}
 
     def require_no_rollback(self, app: App, claim: Claim) -> None:
         """Raise while a person rolls the environment back; such a claim is not for ever."""
         fresh = abs(self.doors.clock.now() - claim.since) < rollback_seconds(app)
         if fresh and claim.phase == Phase.ROLLBACK:
             raise HookError("a rollback is under way")
-
-    def narrowed_entry(
-        self, task: Task, release: Release, service: Service, source: Service | None
-    ) -> HistoryEntry | None:
-        """Return where a live Service has to point before there are new pods; None: it may stay.
-
-        That is the one run of the app that it reaches, or what was there before the first.
-        """
-        if service.ours:
-            return None
-        live = source.entry(service.run) if source and service.run else HistoryEntry()
-        return HistoryEntry(selector=live.selector or self.adopted(task, release, service))
-
-    def adopted(self, task: Task, release: Release, service: Service) -> dict[str, str]:
-        """Return the selector that keeps a foreign Service on exactly today's pods."""
-        pods = [Pod(p) for p in self.live.workloads.staying(task.namespace, service.selector)]
-        labels = release.deployment["spec"]["template"]["metadata"]["labels"]
-        selector = narrowed(service.selector, pods, labels) if service.selector else None
-        if selector is None:
-            call = f"kubectl -n {task.namespace}"
-            patch = '{"spec":{"selector":{"version":"before"}}}'
-            terms = selector_text(service.selector)
-            commands = f"{call} label pods -l {terms} version=before && "
-            commands += f"{call} patch service {task.app.service_name} -p '{patch}'"
-            detail = f"its selector would also match the new pods; run: {commands}"
-            raise StageError(Reason.ADOPTION_REFUSED, detail)
-        return selector
 
     def check(self, task: Task, claimed: Service | None, now: Service | None) -> None:
         """Raise when someone else holds the claim now or has changed the live Service.
@@ -9284,14 +9329,14 @@ class Claims:
         service = self.live.read(task)
         if service is None or (expected and service.claim != expected):
             return service
-        goal = None if claim else self.widened_entry(task, service)
+        goal = None if claim else self.foreign.wider(task, service)
         return self.rewrite(task, service, claim, goal)
 
     @retried
     def widen(self, task: Task, expected: Claim) -> None:
         """Give a Service the selector again that it had before it was adopted, under its claim."""
         service = self.live.read(task)
-        if service and service.claim == expected and (goal := self.widened_entry(task, service)):
+        if service and service.claim == expected and (goal := self.foreign.wider(task, service)):
             self.rewrite(task, service, expected, goal)
 
     def rewrite(
@@ -9305,69 +9350,71 @@ class Claims:
             annotations[ANNOTATION_HISTORY] = replaced(service.history, service.live, widened)
         return self.live.write(task, service, annotations, goal)
 
-    def widened_entry(self, task: Task, service: Service) -> HistoryEntry | None:
-        """Return where a Service pointed before it was adopted, if it can have that again.
-
-        Its owner goes on without us, and what he changes next may not fit a narrowed one. Raises
-        HookError while it would reach pods of ours, too, that have not begun to end.
-        """
-        was = service.live.was
-        if service.live.outcome != ADOPTED or not was or was == service.selector:
-            return None
-        ours = {LABEL_APP: task.app.name}
-        terms = f"{selector_text(ours)},{LABEL_STAGE}!={COMPANION}"
-        deployments = self.doors.kubectl.list("deployments", task.namespace, "-l", terms)
-        if any(d["spec"].get("replicas", 1) for d in deployments):
-            return None
-        if self.live.workloads.staying(task.namespace, ours):
-            raise HookError("the pods of the failed version are not gone yet")
-        return HistoryEntry(selector=was)
-
     def idle_colour_and_size(self, task: Task) -> Placement:
-        """Return the idle colour, and how large the live one is.
+        """Return the idle colour, and how large the live version is.
 
-        Live is what today's selector reaches, which may be what a person wrote: the two colours of
-        our own pods among it, or neither; and, where there is no Service, what it reached.
+        Raises StageError where no colour can be used.
         """
         names = [f"{task.app.name}-{colour}" for colour in COLOURS]
         references = (f"service/{task.app.service_name}", *(f"deployment/{n}" for n in names))
-        manifest, *standing = self.doors.kubectl.get_each(task.namespace, *references)
+        manifest, *deployments = self.doors.kubectl.get_each(task.namespace, *references)
+        standing = dict(zip(COLOURS, deployments, strict=True))
         service = self.live.service_of(task, manifest)
         source = self.live.with_history(task, service)
         self.guard.require_order(task, service, source)
         selector = service.selector if service else {}
-        pods = map(Pod, self.live.workloads.staying(task.namespace, selector))
-        labels = [pod.labels for pod in pods]
-        live = {colour_of(k) for k in labels if k.get(LABEL_APP) == task.app.name}
-        live.add(colour_of(selector))
-        if source and not service:
-            live.add(source.live_by_history.colour)
-        size = len(labels) if service and not service.ours else 0
-        fault = "both colours serve; point the Service at one of them"
-        idle = ""
-        for colour, name, deployment in zip(COLOURS, names, standing, strict=True):
-            spec = deployment["spec"] if deployment else {}
-            if colour in live:
-                size = max(size, int(spec.get("replicas", 1)) if deployment else 0)
-            elif deployment and LABEL_APP not in spec["selector"].get("matchLabels", {}):
-                fault = f"Deployment {name} was not made here; delete or rename it"
-            else:
-                idle = idle or colour
-        if not idle:
-            raise StageError(Reason.ADOPTION_REFUSED, fault)
-        return Placement(idle, size)
+        pods = [*map(Pod, self.live.workloads.staying(task.namespace, selector))]
+        live = live_colours(task.app, service, source, pods)
+        sizes = [replicas_of(standing[colour]) for colour in live if standing[colour]]
+        if service and not service.ours:
+            sizes.append(len(pods))
+        return Placement(idle_colour(task.app, standing, live), max(sizes, default=0))
+
+
+def live_colours(
+    app: App, service: Service | None, source: Service | None, pods: Iterable[Pod]
+) -> Set[str]:
+    """Return the colours that traffic reaches: by the selector, and by the pods that match it.
+
+    A selector that a person wrote may reach both, or neither. Where there is no Service, it is the
+    colour that was live last.
+    """
+    colours = {colour_of(p.labels) for p in pods if p.labels.get(LABEL_APP) == app.name}
+    if service:
+        colours.add(colour_of(service.selector))
+    elif source:
+        colours.add(source.live_by_history.colour)
+    return colours & {*COLOURS}
+
+
+def idle_colour(app: App, standing: Mapping[str, Object | None], live: Set[str]) -> str:
+    """Return the first colour that is not live, and in which only what we have made may stand."""
+    idle = [colour for colour in COLOURS if colour not in live]
+    for colour in idle:
+        spec = part_of(standing[colour] or {}, "spec")
+        if not spec or LABEL_APP in part_of(spec, "selector", "matchLabels"):
+            return colour
+    fault = "both colours serve; point the Service at one of them"
+    if idle:
+        fault = f"Deployment {app.name}-{idle[-1]} was not made here; delete or rename it"
+    raise StageError(Reason.ADOPTION_REFUSED, fault)
 
 
 def release_to_restore(service: Service, colour: str, standing: Object | None) -> str:
-    """Return the release of the rollback target that stands in a colour, "" where none does."""
+    """Return the release that is to be restored in a colour if the next run fails there.
+
+    It is "" where nothing stands there that a rollback might go to.
+    """
     claim = service.claim
-    labels = part_of(standing or {}, "metadata", "labels")
-    entry = service.entry(labels.get(LABEL_RUN, ""))
-    overwritten = (claim.colour, claim.run) == (colour, entry.run)
-    if overwritten or entry.colour != colour:
-        # no target stands there, but the claim may remember the one that did
-        return claim.restore if claim.colour == colour else ""
-    return entry.release if entry.outcome in (Outcome.DEPLOYED, "") else ""
+    remembered = claim.restore if claim.colour == colour else ""
+    entry = service.entry(part_of(standing or {}, "metadata", "labels").get(LABEL_RUN, ""))
+    if entry.colour != colour:
+        return remembered  # no version that has ever served stands there
+    if (claim.colour, claim.run) == (colour, entry.run):
+        return remembered  # the run of the last claim stands there, in the place of what it found
+    if entry.outcome not in (Outcome.DEPLOYED, ""):
+        return ""  # traffic was taken from the version that stands there
+    return entry.release
 
 
 def still_claimed(claimed: Service, now: Service) -> bool:
