@@ -19,7 +19,7 @@ from tests.settings import settings_by_path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-MAX_LINES = 485
+MAX_LINES = 510
 # What a reader meets in `status`, in logs and in metrics.
 WORDS = {
     *("app", "run", "stage", "environment", "colour"),
