@@ -172,6 +172,7 @@ MANAGER = "gitops-hook"  # the field manager of every write, and the value of LA
 ORCHESTRATION = "orchestration"  # the namespace of the daemon, its configuration and its state
 COLOURS = ("blue", "green")
 
+RESTARTED = "kubectl.kubernetes.io/restartedAt"  # what `rollout restart` annotates
 LABEL_MANAGED = "app.kubernetes.io/managed-by"
 LABEL_APP = "gitops-hook/app"
 LABEL_RUN = "gitops-hook/run"
@@ -402,7 +403,15 @@ REASON_MEANINGS = {
 
 
 class Phase(StrEnum):
-    """How far the holder of a claim has come."""
+    """What is left to do in an environment when the holder of its claim has ended, or has died.
+
+    phase          written by                 what finishes it, once no run holds it any more
+    preparing      a run, before it changes   restore what stood in the idle colour
+    baking         the switch                 nothing: a run that is open goes on with its bake
+    switched-back  the switch back            scale the version that was left to 0
+    rollback       a person's `rollback`      restore what stood in the target's colour
+    draining       confirmation, `rollback`   restart the version that was left, or scale it down
+    """
 
     PREPARING = "preparing"
     BAKING = "baking"
@@ -1011,12 +1020,12 @@ class DeploySettings:
     drain: float = setting(
         parse=PAUSE,
         default="60s",
-        meaning="how long after the switch the old pods keep running, to finish their requests",
+        meaning="how long after the switch the old pods are left alone, to finish their requests",
     )
     retain: int | None = setting(
         parse=parse_replicas,
         default="full",
-        meaning="replicas of the old version that keep running for a rollback: `full` or a number",
+        meaning="old pods that are kept for a rollback after that, restarted: `full` or a number",
     )
 
     def folder(self, environment: str) -> str:
@@ -5192,7 +5201,6 @@ def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], replicas:
             separate["matchLabels"] = {**(separate.get("matchLabels") or {}), **colour}
     spec = {key: value for key, value in spec.items() if value is not None}  # null says nothing
     min_ready = spec.get("minReadySeconds", MIN_READY_SECONDS)
-    longest = max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, min_ready + 10))
     return {
         "minReadySeconds": MIN_READY_SECONDS,
         "revisionHistoryLimit": 3,
@@ -5201,11 +5209,18 @@ def rendered_spec(app: App, spec: Object, selector: Mapping[str, str], replicas:
         "replicas": replicas,
         "paused": False,
         "progressDeadlineSeconds": max(
-            int(longest), min_ready + 1, spec.get("progressDeadlineSeconds") or 0
+            rollout_seconds(app, replicas, min_ready),
+            min_ready + 1,
+            spec.get("progressDeadlineSeconds") or 0,
         ),
         "selector": {"matchLabels": own},
         "template": {**spec["template"], "metadata": {**meta, "labels": labels}},
     }
+
+
+def rollout_seconds(app: App, replicas: int, min_ready: int = 0) -> int:
+    """Return for how many seconds a rollout of so many pods may make no progress."""
+    return int(max(app.deploy.rollout_timeout, replicas * max(ROLLOUT_PER_REPLICA, min_ready + 10)))
 
 
 def colour_label(deployment: Object) -> str:
@@ -8606,11 +8621,20 @@ class Workloads:
             change = {"metadata": meta, "spec": {"replicas": replicas}}
             self.kubectl.patch("deployment", name, task.namespace, change)
 
-    def restart(self, task: Task, name: str) -> None:
-        """Restart the pods of an old colour, so that connections that are kept alive move."""
+    def drain(self, task: Task, name: str, since: float) -> None:
+        """Let connections that are kept alive leave the pods of a version that was left at a time.
+
+        Its pods are restarted, once, or scaled down to `deploy.retain`.
+        """
         deployment = self.kubectl.get("deployment", name, task.namespace)
-        if deployment and deployment["spec"].get("replicas"):
+        retain = task.app.deploy.retain
+        if retain is not None:
+            return self.scale(task, name, min(retain, replicas_of(deployment)))
+        spec = part_of(deployment or {}, "spec")
+        restarted = part_of(spec, "template", "metadata", "annotations").get(RESTARTED)
+        if spec.get("replicas") and epoch(restarted) < since:
             self.kubectl.run("rollout", "restart", f"deployment/{name}", namespace=task.namespace)
+        return None
 
     def unpause(self, task: Task, name: str) -> None:
         """Let the rollout of a Deployment go on that a rollback has paused."""
@@ -9280,7 +9304,7 @@ class Claims:
             raise SupersededError(Reason.CLAIM_LOST, "traffic was switched meanwhile")
         source = self.live.with_history(task, service)
         self.guard.require_order(task, service, source)
-        self.require_no_rollback(task.app, service.claim)
+        self.require_no_rollback(task.app, service)
         restore = release_to_restore(service, release.colour, standing)
         claim = self.new(task.run.id, release.colour, Phase.PREPARING, restore)
         goal = self.foreign.narrower(task, release, service, source)
@@ -9288,9 +9312,10 @@ class Claims:
         annotations = {ANNOTATION_CLAIM: claim, **history}
         return self.live.write(task, service, annotations, goal)
 
-    def require_no_rollback(self, app: App, claim: Claim) -> None:
+    def require_no_rollback(self, app: App, service: Service) -> None:
         """Raise while a person rolls the environment back; such a claim is not for ever."""
-        fresh = abs(self.doors.clock.now() - claim.since) < rollback_seconds(app)
+        claim = service.claim
+        fresh = abs(self.doors.clock.now() - claim.since) < rollback_seconds(app, service)
         if fresh and claim.phase == Phase.ROLLBACK:
             raise HookError("a rollback is under way")
 
@@ -9305,6 +9330,8 @@ class Claims:
             self.check_selector(task, claimed, now)
             return
         holder = now.claim.run if now else ""
+        if now and now.claim.phase == Phase.ROLLBACK:
+            raise SupersededError(Reason.CLAIM_LOST, "a person has called `rollback`")
         if holder == task.run.id:
             raise HookError("another daemon has this run in hand")
         remade = not (claimed and now and still_claimed(claimed, now))
@@ -9422,9 +9449,11 @@ def still_claimed(claimed: Service, now: Service) -> bool:
     return now.uid == claimed.uid and (bool(now.history) or not claimed.history)
 
 
-def rollback_seconds(app: App) -> float:
+def rollback_seconds(app: App, service: Service) -> float:
     """Return after how long the claim of a rollback counts as left by a dead process."""
-    return CLAIM_SECONDS + app.deploy.rollout_timeout
+    return CLAIM_SECONDS + rollout_seconds(
+        app, max((e.replicas for e in service.history), default=1)
+    )
 
 
 class Traffic:
@@ -9589,9 +9618,11 @@ class Traffic:
         service = self.guard.read_selected(task)
         live = service.live
         target = service.switch_back_target
-        if not target and not service.annotation(ANNOTATION_PREVIOUS, {}):
-            self.live.remove(task, service)
+        if not target and service.annotation(ANNOTATION_PREVIOUS, {}):
+            lost = f"{ended.detail}; the history does not say what was live before"
+            raise StageError(Reason.BOTH_UNHEALTHY, lost)
         if not target:
+            self.live.remove(task, service)
             return False
         annotations = {
             ANNOTATION_HISTORY: replaced(service.history, live, ended.mark(live)),
@@ -9617,7 +9648,7 @@ class Traffic:
         going to change; without it nothing is written, and the answer is False.
         """
         service = self.guard.read_selected(task)
-        self.claims.require_no_rollback(task.app, service.claim)
+        self.claims.require_no_rollback(task.app, service)
         if not proof():
             return False
         live = service.live
@@ -11123,7 +11154,7 @@ class Deployer:
         self.remembered = Remembered()
         self.objects = LastObjects()
         self.steady = Operations(doors, self.state, self.remembered)
-        # for what is live: its calls wait for no others
+        # for what is live: its calls of kubectl wait for no others, but for those to the records
         self.urgent = Operations(doors.urgent(), self.state, self.remembered)
 
     def deploy(self, task: Task) -> None:
@@ -11171,7 +11202,7 @@ class Deployer:
                 release = self.as_large_as_live(task, release, claimed, pods, objects.size_limits)
         except HookError:
             # pods that someone else replaced meanwhile say nothing against this run
-            self.steady.claims.check(task, claimed, self.steady.live.read(task))
+            self.steady.claims.check(task, claimed, self.live_service(task))
             raise
         self.steady.traffic.switch(task, release, claimed)
         more = {"colour": release.colour, "commit": release.commit}
@@ -11245,7 +11276,7 @@ class Deployer:
         entry = service.live
         if entry.outcome:
             return
-        release = switched or self.urgent.live.release(task, entry.release)
+        release = switched or self.live_release(task, service)
         with self.steady.companions.following(task, release):
             if task.last or release.workers:
                 bake = Bake(self.steady, self.urgent, task, release, pods)
@@ -11255,10 +11286,32 @@ class Deployer:
                 self.steady.traffic.confirm(task, release)
         self.steady.companions.follow(task)
 
+    def live_release(self, task: Task, service: Service) -> Release:
+        """Return the release that is live, by its record, or else by what stands in its colour.
+
+        A version whose record was deleted is watched like any other.
+        """
+        entry = service.live
+        try:
+            return self.urgent.live.release(task, entry.release)
+        except RunError as lost:
+            name = f"{task.app.name}-{entry.colour}"
+            deployment = self.urgent.live.kubectl.get("deployment", name, task.namespace)
+            if deployment is None:
+                raise
+            error("the record of a live version is lost", detail=str(lost), **task.words)
+        run = (entry.run, entry.commit, entry.image, entry.colour, entry.selector)
+        return Release(*run, deployment, [], {"metadata": {}, "spec": service.spec})
+
     @retried
     def read_own(self, task: Task) -> Service:
         """Return the live Service while it selects the run; raises when it was switched away."""
         return self.urgent.guard.read_selected(task)
+
+    @retried
+    def live_service(self, task: Task) -> Service | None:
+        """Return the live Service: what is to be said of a run is not lost by one lost answer."""
+        return self.steady.live.read(task)
 
     # What is left behind.
 
@@ -11268,26 +11321,37 @@ class Deployer:
         if service is None or service.claim != claim:
             return
         self.steady.companions.follow(task, drained=True, expected=service.live.beside)
-        name = f"{task.app.name}-{claim.colour}"
-        workloads = self.steady.workloads
-        retain = task.app.deploy.retain
-        idle = claim.colour in COLOURS and colour_of(service.selector) != claim.colour
-        overwritten = claim.phase == Phase.ROLLBACK and claim.restore
-        if overwritten or (idle and claim.phase == Phase.PREPARING):
-            self.steady.rollout.restore(task, name, service)
-        elif idle and claim.phase == Phase.SWITCHED_BACK:
-            workloads.scale(task, name, 0, claim.run)
-        elif idle and claim.phase == Phase.DRAINING and retain is not None:
-            size = workloads.size(task, {LABEL_VERSION: claim.colour})
-            workloads.scale(task, name, min(retain, size))
-        elif idle and claim.phase == Phase.DRAINING:
-            workloads.restart(task, name)
+        left = self.finish_colour(task, service)
         if service.live.outcome == ADOPTED:
             # what its owner changes next may not fit narrowed Services
             self.steady.claims.widen(task, claim)
             self.steady.companions.follow(task, drained=True)
-        self.steady.claims.put(task, Claim(), claim)
+        self.steady.claims.put(task, left, claim)
         self.collect_garbage(task)
+
+    def finish_colour(self, task: Task, service: Service) -> Claim:
+        """Do what the claim of a Service leaves to do in its colour; return the claim after that.
+
+        See Phase. What `rollback` had restored is live: then the other colour is to be drained.
+        """
+        claim = service.claim
+        name = f"{task.app.name}-{claim.colour}"
+        is_live = colour_of(service.selector) == claim.colour
+        if claim.colour not in COLOURS:
+            return Claim()
+        if claim.phase == Phase.ROLLBACK and claim.restore:
+            self.steady.rollout.restore(task, name, service)
+            other = next(colour for colour in COLOURS if colour != claim.colour)
+            return self.steady.claims.new(claim.run, other, Phase.DRAINING) if is_live else Claim()
+        if claim.phase == Phase.ROLLBACK:
+            self.steady.workloads.unpause(task, name)
+        elif claim.phase == Phase.PREPARING and not is_live:
+            self.steady.rollout.restore(task, name, service)
+        elif claim.phase == Phase.SWITCHED_BACK and not is_live:
+            self.steady.workloads.scale(task, name, 0, claim.run)
+        elif claim.phase == Phase.DRAINING and not is_live:
+            self.steady.workloads.drain(task, name, claim.since)
+        return Claim()
 
     def collect_garbage(self, task: Task) -> None:
         """Delete what a failed first deployment left, and records that nothing names any more."""
@@ -11333,12 +11397,13 @@ class Deployer:
 class Goal:
     """Where a rollback goes: an entry of the history, as it was and as it will be live.
 
-    Overwritten: its pods are ready, but another run is in their Deployment.
+    They differ where its pods had to be brought back, in another colour or size. It is overwritten
+    where its pods still run, while another run is already in their Deployment.
     """
 
     target: HistoryEntry
     entry: HistoryEntry
-    overwritten: bool
+    overwritten: bool = False
 
 
 class Rollback:
@@ -11375,16 +11440,19 @@ class Rollback:
         finally:
             if switched is None:
                 with suppress(HookError):
-                    self.workloads.unpause(task, name)
                     self.claims.put(task, service.claim, claim)
-        self.reject(task, service.live, goal.entry, reason)
-        if goal.entry.beside or service.live.beside:
-            self.companions.follow(task, expected=True)
-        if switched.claim.restore:
-            # what does not work now the daemon does, by the claim that is left then
-            with suppress(HookError):
-                self.rollout.restore(task, name, switched)
-                self.claims.put(task, Claim(), switched.claim)
+                with suppress(HookError):
+                    self.workloads.unpause(task, name)
+        try:
+            self.record(task, service.live, goal.entry, reason)
+        finally:  # whoever may not write records can still complete what traffic has left behind
+            if goal.entry.beside or service.live.beside:
+                self.companions.follow(task, expected=True)
+            if switched.claim.restore:
+                # what does not work now the daemon does, by the claim that is left then
+                with suppress(HookError):
+                    self.rollout.restore(task, name, switched)
+                    self.claims.put(task, self.drain_of(task, service), switched.claim)
         return goal.entry
 
     def claim(self, task: Task, service: Service, claim: Claim) -> Service:
@@ -11395,12 +11463,21 @@ class Rollback:
             return self.claims.put(task, claim) or service
 
     @retried
-    def reject(self, task: Task, left: HistoryEntry, live: HistoryEntry, reason: str) -> None:
-        """Reject the commit that a rollback has left, and record what is live now."""
-        if left.commit:
-            reason = reason or str(Reason.ROLLED_BACK)
-            rejection = Rejection(commit=left.commit, reason=reason, at=self.doors.clock.now())
-            self.live.state.write(task.app, rejection, live={task.environment: live})
+    def record(self, task: Task, left: HistoryEntry, live: HistoryEntry, reason: str) -> None:
+        """Reject the commit that a rollback has left, and no longer the one that is live now."""
+        reason = reason or str(Reason.ROLLED_BACK)
+        rejection = Rejection(commit=left.commit, reason=reason, at=self.doors.clock.now())
+        self.live.state.write(
+            task.app,
+            *([rejection] if left.commit else []),
+            forget=[Rejection(commit=live.commit).key] if live.commit != left.commit else [],
+            live={task.environment: live},
+        )
+
+    def drain_of(self, task: Task, left: Service) -> Claim:
+        """Return the claim by which the daemon drains the version that a rollback has left."""
+        colour = left.live.colour or colour_of(left.selector)
+        return self.claims.new(task.run.id, colour, Phase.DRAINING)
 
     def ready_goal(
         self, task: Task, service: Service, claimed: Service, target: HistoryEntry
@@ -11408,16 +11485,17 @@ class Rollback:
         """Return where a rollback goes once its pods are ready, brought back if need be."""
         if claimed.selector != service.selector:
             raise RefusedError("traffic was switched this very moment; look, and try again")
-        live = colour_of(claimed.selector)
-        apart = target.run and target.colour != live
-        carries = self.fence(task, target) if apart else ""
-        ready = len(self.workloads.ready(task.namespace, target.selector))
-        overwritten = carries != target.run
-        if ready >= target.replicas and (not overwritten or (carries and target.release)):
-            return Goal(target, target, overwritten)
+        standing = ""  # the run in the target's Deployment, if that can have one of its own
+        if target.run and target.colour != colour_of(claimed.selector):
+            standing = self.fence(task, target)
+        ready = len(self.workloads.ready(task.namespace, target.selector)) >= target.replicas
+        if ready and standing == target.run:
+            return Goal(target, target)
+        if ready and standing and target.release:
+            return Goal(target, target, overwritten=True)
         if not target.release:
-            gone = "the version before has no ready pods and was not deployed from here"
-            raise RefusedError(gone)
+            few = "what was there before the first version has too few ready pods"
+            raise RefusedError(f"{few}, and cannot be started again from here")
         return self.apply_again(task, claimed, target)
 
     def apply_again(self, task: Task, claimed: Service, target: HistoryEntry) -> Goal:
@@ -11440,14 +11518,14 @@ class Rollback:
             replicas=release.wanted,
             release=release.configmap(task.app.name)["metadata"]["name"],
         )
-        return Goal(target, entry, overwritten=False)
+        return Goal(target, entry)
 
     @retried
     def fence(self, task: Task, target: HistoryEntry) -> str:
-        """Mark a target's Deployment as ours from now on; return the run it carries, "" for none.
+        """Return the run that a target's Deployment carries, "" for none, and keep others off it.
 
-        Ready pods are no proof that it stands: a rollout may be replacing them. And a write that is
-        late, of a deployment that has lost its claim, finds a conflict after this.
+        Ready pods are no proof that the target stands: a rollout may be replacing them, and then it
+        is paused. A late write, of a deployment that has lost its claim, meets a conflict.
         """
         name = f"{task.app.name}-{target.colour}"
         mark = {"metadata": {"annotations": {ANNOTATION_WRITTEN: str(self.doors.clock.now())}}}
@@ -11484,12 +11562,9 @@ class Rollback:
 
     def move(self, task: Task, now: Service, goal: Goal, reason: str) -> Service:
         """Point a live Service that was read and is in this rollback's hand at its goal."""
-        claim = Claim()
+        claim = self.drain_of(task, now)
         if goal.overwritten:
             claim = replace(now.claim, restore=goal.target.release)
-        elif goal.target.beside or now.live.beside:
-            # the daemon looks again at what stands beside the app
-            claim = self.claims.new(task.run.id, "", Phase.DRAINING)
         annotations = {
             ANNOTATION_HISTORY: rolled_back(now.history, goal, reason),
             ANNOTATION_CLAIM: claim,
@@ -11520,7 +11595,7 @@ def recoloured(release: Release, app: App, colour: str, replicas: int) -> Releas
     deployment["metadata"]["name"] = f"{app.name}-{colour}"
     spec = deployment["spec"]
     spec["replicas"] = replicas
-    longest = int(replicas * max(ROLLOUT_PER_REPLICA, spec.get("minReadySeconds", 0) + 10))
+    longest = rollout_seconds(app, replicas, spec.get("minReadySeconds", 0))
     spec["progressDeadlineSeconds"] = max(spec.get("progressDeadlineSeconds", 0), longest)
     template = spec["template"]["metadata"]["labels"]
     label = LABEL_COLOUR if LABEL_COLOUR in release.selector else LABEL_VERSION
@@ -11738,7 +11813,9 @@ class Intake:
             for commit in sorted(taken_back - state.rejected.keys()):
                 self.context.state.reject(app, commit, Reason.ROLLED_BACK)
             needless |= dict.fromkeys(taken_back, str(Reason.REJECTED))
-            needless[service.live.commit] = "AlreadyLive"
+            others = [state.live.get(name) for name in app.deploy.environments[:-1]]
+            if all(entry is None or entry.commit == service.live.commit for entry in others):
+                needless[service.live.commit] = "AlreadyLive"
         return needless
 
     def ids_of(self, app: App, state: AppState, pushes: Iterable[Run]) -> dict[Run, str]:
@@ -12811,7 +12888,7 @@ class ServiceReconciler:
                 item = f"live Service of {app.name} in {environment}"
                 step = partial(self.follow, item, task, service)
                 self.context.attempt(item, step, service.version, **task.words)
-                if self.is_claim_due(task, service.claim, open_runs):
+                if self.is_claim_due(task, service, open_runs):
                     finish = partial(self.context.deployer.finish_claim, task, service.claim)
                     start = partial(self.workers.start, "worker", task, finish)
                     self.context.attempt(f"claim of {item}", start, **task.words)
@@ -12850,11 +12927,12 @@ class ServiceReconciler:
             )
             self.context.doors.reports.emit(transition)
 
-    def is_claim_due(self, task: Task, claim: Claim, open_runs: Iterable[Run]) -> bool:
+    def is_claim_due(self, task: Task, service: Service, open_runs: Iterable[Run]) -> bool:
         """Whether a claim is to be finished: its time has come and its run has ended."""
+        claim = service.claim
         pauses: dict[str, float] = {
             Phase.DRAINING: task.app.deploy.drain,
-            Phase.ROLLBACK: rollback_seconds(task.app),
+            Phase.ROLLBACK: rollback_seconds(task.app, service),
         }
         pause = pauses.get(claim.phase, 0.0)
         if not claim or self.context.clock.now() < claim.since + pause:
@@ -13010,7 +13088,7 @@ class Workers:
         labels = (task.app.name, task.environment, end.outcome if end else "ok")
         self.context.metrics.stage_seconds.labels(*labels).observe(seconds)
         if end:
-            service = self.context.deployer.steady.live.read(task)
+            service = self.context.deployer.live_service(task)
             if service is None:
                 self.context.deployer.collect_garbage(task)
             switched = bool(service and service.entry(task.run.id, task.run.received))
@@ -13033,7 +13111,7 @@ class Workers:
             outcome = OUTCOMES.get(stopped.reason, stopped.outcome)
             return ends(outcome, stopped.reason, stopped.detail, task.environment)
         except KubectlError as refused:
-            service = self.context.deployer.steady.live.read(task)
+            service = self.context.deployer.live_service(task)
             reason = refusal_reason(refused)
             if reason is None or (service and service.run == task.run.id):
                 raise
@@ -13931,7 +14009,10 @@ def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) ->
         now = "ended" if has_ended(jobs) else last.state
         status = replace(status, stage=last.stage, state=now, **end)
     rejection = state.rejected.get(run.commit)
-    if status.outcome != Outcome.DEPLOYED or not rejection:
+    is_live = any(
+        state.live.get(n, HistoryEntry()).run == name for n in app.deploy.environments[-1:]
+    )
+    if status.outcome != Outcome.DEPLOYED or not rejection or is_live:
         return status
     detail = "" if rejection.reason == Reason.ROLLED_BACK else rejection.reason
     return replace(status, outcome=Outcome.ROLLED_BACK, reason=Reason.ROLLED_BACK, detail=detail)
@@ -14379,7 +14460,6 @@ UNREADABLE = "not readable with this account"
 UNREADABLE_KINDS = ("Forbidden", "NotFound")  # of the errors of one namespace, not of the cluster
 START_SECONDS = 5.0  # from a pod's creation until it is ready, by and large
 LEAST_GRACE = 2  # seconds between SIGTERM and SIGKILL, in which a pod can finish requests at all
-RESTARTED = "kubectl.kubernetes.io/restartedAt"
 # What the daemon must be able to do, as its Roles grant it: verbs by group/resource/subresource.
 EVERY = "get list watch create patch delete"
 PODS = {"/pods": "get list watch", "/pods/log": "get"}
@@ -14688,7 +14768,9 @@ def read_runs(
     slots = slot_words(jobs.values(), tools.config.limits.max_running)
     runs: list[RunStatus] = []
     for app in apps:
-        state = tools.deployer.state.read(app)
+        state = AppState.empty()
+        with noting_unreadable(ORCHESTRATION, unreadable):
+            state = tools.deployer.state.read(app)
         own = {name: group for name, group in jobs.items() if newest(group).app == app.name}
         names = own.keys() | state.runs.keys()
         statuses = [run_status(app, state, name, own.get(name, {})) for name in names]
@@ -14834,6 +14916,8 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
     left = service.live
     where = f"{app.name} {environment}"
     print_text(f"{where}: from {version_words(left)} to {version_words(target)}")
+    if (entry := service.entry(target.run)).outcome in (Outcome.SWITCHED_BACK, Outcome.FAILED):
+        print_text(f"{target.run} was never proven: it ended {entry.outcome} ({entry.reason})")
     target = Rollback(tools.deployer.steady).run(task, service, target, clip(args.reason))
     print_text(f"{where}: back on {version_words(target)}")
     if left.commit:

@@ -1141,26 +1141,41 @@ def test_a_release_that_becomes_larger_has_more_time_to_roll_out() -> None:
     assert deadlines == [300, 300, 2000]
 
 
+def drained(folder: Path, spec: Object, since: float, retain: str = "full") -> list[list[str]]:
+    """Drain a colour with a Deployment; return the calls of kubectl that change it."""
+    made = deployer(folder, [])
+    name = {"name": "shop-blue", "resourceVersion": "1"}
+    (folder / "deployment").write_text(json.dumps({"metadata": name, "spec": spec}))
+    script = folder / "kubectl"
+    noted = 'case "$*" in\n*patch*) cat > patch; cat deployment; exit ;;\n'
+    noted += "*restart*) echo > restart; exit ;;\n"
+    script.write_text(script.read_text().replace('case "$*" in\n', noted))
+    app = loaded(CONFIG.replace("deploy: {", f"deploy: {{retain: {retain}, ")).apps[0]
+    made.steady.workloads.drain(replace(task(), app=app), "shop-blue", since)
+    if (folder / "patch").exists():
+        return [["patch", json.loads((folder / "patch").read_text())["spec"]]]
+    return [["restart"]] if (folder / "restart").exists() else []
+
+
 @pytest.mark.parametrize(("size", "after"), [(2, 2), (8, 5)], ids=["smaller", "larger"])
 def test_a_drained_colour_retains_no_more_pods_than_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, after: int
+    tmp_path: Path, size: int, after: int
 ) -> None:
-    made = history(tmp_path, two_pods(2), two_pods(2))
-    kept = loaded(CONFIG.replace("deploy: {", "deploy: {retain: 5, ")).apps[0]
-    claim = hook.Claim(phase="draining", run="shop-new", colour="blue")
-    service = made.steady.live.read(task())
-    assert service is not None
-    service.claim = claim
-    sizes: list[int] = []
-    monkeypatch.setattr(made.steady.live, "read", lambda _: service)
-    monkeypatch.setattr(made.steady.workloads, "size", lambda *_: size)
-    monkeypatch.setattr(
-        made.steady.workloads, "scale", lambda task, name, replicas: sizes.append(replicas)
-    )
-    monkeypatch.setattr(made.steady.claims, "put", lambda *_: service)
-    monkeypatch.setattr(made, "collect_garbage", lambda _: None)
-    made.finish_claim(replace(task(), app=kept), claim)
-    assert sizes == [after]
+    calls = drained(tmp_path, {"replicas": size}, SWITCHED, "5")
+    assert calls == [["patch", {"replicas": after}]]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "restarted", "calls"),
+    [(2, None, 1), (2, EARLY, 1), (2, LATE, 0), (0, None, 0)],
+    ids=["never", "for-an-earlier-switch", "for-this-one", "without-pods"],
+)
+def test_a_drained_colour_is_restarted_once(
+    tmp_path: Path, replicas: int, restarted: str | None, calls: int
+) -> None:
+    notes = {"annotations": {hook.RESTARTED: restarted} if restarted else {}}
+    spec = {"replicas": replicas, "template": {"metadata": notes}}
+    assert drained(tmp_path, spec, SWITCHED) == [["restart"]] * calls
 
 
 def objects_of(text: str) -> hook.AppObjects:

@@ -23,6 +23,9 @@ APPS: dict[str, Object] = {
     "again": {"bake": "3s"},
     "broken": {"bake": "3s"},
     "quick": {"rollout_timeout": "5s"},
+    "forth": {"bake": "1s", "rollout_timeout": "5s"},
+    "slow": {"bake": "20s"},
+    "both": {"bake": "1s", "environments": ["staging", "production"]},
 }
 
 
@@ -430,3 +433,98 @@ def test_rollback_right_after_a_failed_deployment_switches_first_and_puts_the_ta
     assert (traffic.failures, traffic.versions[-1]) == ([], old)
     assert live.ended(run)["reason"] == "NeverReady"
     quick.quiet()
+
+
+def recorded(live: Fleet, app: str) -> Object:
+    """Return what is recorded of an app."""
+    data: Object = live.cluster.store.get("configmaps", "orchestration", f"gitops-hook-{app}")
+    return dict(data["data"])
+
+
+def test_what_a_rollback_left_is_drained_and_may_be_gone_forward_to(live: Fleet) -> None:
+    forth = live["forth"]
+    assert forth.deployed("v2")["outcome"] == "deployed"
+    forth.quiet()
+    second = live_run(forth)
+    left = {pod["metadata"]["name"] for pod in forth.pods("v2")}
+    assert live.command("rollback", "forth").returncode == 0
+    assert forth.note("deploying")["phase"] == "draining"
+    eventually(lambda: not left & pod_names(forth, "v2"), 30, "its pods are replaced")
+    eventually(lambda: forth.note("deploying") is None, 20, "nothing is left to do")
+    assert [key for key in recorded(live, "forth") if key.startswith("rejected-")]
+    forth.stands(forth.idle(), "v2")
+    done = live.command("rollback", "forth", "--to", second)
+    assert (done.returncode, forth.answer()["version"]) == (0, "v2"), done
+    commits = {e["run"]: e["commit"] for e in forth.note("history")}
+    rejected = {key.partition("-")[2] for key in recorded(live, "forth") if "rejected-" in key}
+    assert commits[second] not in rejected
+    assert len(rejected) == 1
+    (run,) = [r for r in live.status()["runs"] if r["run"] == second]
+    assert run["outcome"] == "deployed"
+
+
+def pod_names(app: Member, version: str) -> set[str]:
+    """Return the names of a version's pods."""
+    return {pod["metadata"]["name"] for pod in app.pods(version)}
+
+
+def test_a_rollback_that_fails_leaves_no_claim_whatever_else_it_cannot_undo(live: Fleet) -> None:
+    forth = live["forth"]
+    forth.quiet()
+    name = f"forth-{forth.idle()}"
+    target = next(e for e in forth.note("history") if e["selector"] != forth.selector)
+    live.cluster.store.delete("configmaps", "production", target["release"])
+    live.cluster.store.delete("deployments", "production", name)
+    eventually(lambda: not forth.pods("v1"), 30, "it is gone")
+    fault = live.fault("forbid", "get", "deployments", name=name, times=None)
+    try:
+        done = live.command("rollback", "forth", "--to", target["run"])
+    finally:
+        live.cluster.faults.lift(fault)
+    assert done.returncode != 0, done
+    assert forth.note("deploying") is None
+    assert forth.deployed("v3")["outcome"] == "deployed"
+
+
+def test_a_verdict_is_not_lost_with_the_answer_to_the_next_question(live: Fleet) -> None:
+    forth = live["forth"]
+    forth.quiet()
+    run = forth.go("v4", modes="smoke-fails")
+    eventually(lambda: live.said("claimed", run=run), 30, "it is being deployed")
+    eventually(
+        lambda: any(a["refused"] for a in forth.tell("v4")), 30, "it is asked for its health"
+    )
+    live.fault("500", "get", "services", name="forth", times=3)
+    assert live.ended(run, 60)["reason"] == "SmokeFailed"
+    assert len(live.said("claimed", run=run)) == 1
+
+
+def test_a_commit_that_is_live_in_production_alone_is_deployed_to_staging_too(live: Fleet) -> None:
+    both = live["both"]
+    first = both.repository.git("rev-parse", "HEAD")
+    assert both.deployed("v2")["outcome"] == "deployed"
+    both.quiet()
+    assert live.command("rollback", "both").returncode == 0
+    both.quiet()
+    both.repository.git("push", "-q", "-f", "origin", f"{first}:main")
+    run = both.push(first)
+    staging = Member(live, "both", live.directory / "staging", "staging")
+    eventually(lambda: staging.selector.get(RUN) == run, 60, "staging has it, too")
+    eventually(lambda: live.said("run ended", run=run)[1:], 60, "it ends once more")
+    assert live.said("run ended", run=run)[-1]["outcome"] == "deployed"
+    assert both.answer()["version"] == "v1"
+
+
+def test_a_version_whose_record_was_deleted_is_watched_after_a_restart_too(live: Fleet) -> None:
+    slow = live["slow"]
+    old = slow.answer()["version"]
+    run = slow.go("v2")
+    slow.switched(run)
+    live.kill()
+    entry = slow.note("history")[0]
+    live.cluster.store.delete("configmaps", "production", entry["release"])
+    live.start()
+    eventually(lambda: live.said("the record of a live version is lost"), 30, "it goes on")
+    slow.tell("v2", "/turn-sick")
+    assert live.ended(run)["outcome"] == "switched-back"
+    eventually(lambda: slow.answer()["version"] == old, 10, "the version before serves")
