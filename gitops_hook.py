@@ -18,12 +18,12 @@ selector. Annotations say what is intended and what happened. Where they disagre
 the object is right: what today's traffic reaches is live. Nothing that matters is only in memory:
 kill the daemon at any point and start it again, and the end is the same.
 
-The words: an *app* is the deployment of one repository. A *run* is one commit of one ref of one
-app, and its *stages* are test, build and the environments. A *colour* is one of an app's two
-Deployments. A *release* is the recorded rendering of a run in an environment. The *claim* on a
-live Service says who is changing an environment. The daemon *switches back* during the bake, a
-person *rolls back*. To *restore* is to put a rollback target back that a failed deployment has
-overwritten.
+The words: an *app* is one repository in the configuration, and what is done with its pushes. A
+*run* is one commit of one ref of one app, and its *stages* are test, build and the environments.
+A *colour* is one of an app's two Deployments in an environment. A *release* is the recorded
+rendering of a run in an environment. The *claim* on a live Service says who is changing an
+environment. The daemon *switches back* during the bake, a person *rolls back*. To *restore* is to
+apply the version again that `rollback` would go to, after a failed deployment overwrote it.
 
 Each section uses only those above it; `grep '^# ==='` lists them.
 """
@@ -180,7 +180,7 @@ LABEL_STAGE = "gitops-hook/stage"
 LABEL_WORKER = "gitops-hook/worker"  # on a worker's pods: a hash of their template
 LABEL_VERSION = "version"  # the colour of a pod
 LABEL_SERVICE = "kubernetes.io/service-name"  # of an EndpointSlice
-LABEL_COLOUR = "gitops-hook/colour"  # the same, where the app uses the label `version` itself
+LABEL_COLOUR = "gitops-hook/colour"  # of a pod whose app uses the label `version` itself
 
 ANNOTATION_REPOSITORY = "gitops-hook/repository"
 ANNOTATION_COMMIT = "gitops-hook/commit"
@@ -209,9 +209,10 @@ DEDUPE_SECONDS = 1200  # how long a delivery is remembered; longer than a replay
 DEDUPE_ENTRIES = 20_000  # deliveries that are remembered at most
 
 # Runs and their records.
-CATCH_UP = "catch-up"  # in the place of a delivery's id: a head that nobody announced
-NEXT_TRY = "next-try"  # the same: a run that ended by a circumstance is tried again
-RERUN = "rerun"  # the same: a person lets a run that has ended run again
+# What stands in the place of a delivery's id where GitLab sent none:
+CATCH_UP = "catch-up"  # a head that GitLab did not announce
+NEXT_TRY = "next-try"  # a run that ended by a circumstance is tried again
+RERUN = "rerun"  # a person lets a run that has ended run again
 UNANNOUNCED = ("", CATCH_UP, NEXT_TRY, RERUN)  # of which there may be several for one push
 HISTORY_LENGTH = 10  # entries in the history of a live Service
 REJECTED_LENGTH = 50  # rejected commits that are recorded of an app
@@ -228,7 +229,7 @@ COMPANION = "companion"  # the value of LABEL_STAGE on what stands beside an app
 BATCH = 200  # Jobs that one call creates
 TEST_JOBS = 1000  # unfinished Jobs of an app above which its test-only pushes stay in the spool
 JOB_TTL = 3600  # seconds that a finished Job is kept
-UNRUN_TTL = 300  # seconds that the Job of an ended run is kept if it never ran
+UNRUN_TTL = 300  # seconds that a Job is kept after the end of its run if it never started
 LOG_BYTES = 64 * 1024  # of log tails that are kept of one run in one namespace
 LOG_TTL = 86400.0  # seconds that they are kept
 LOGS_KEPT = 20  # runs of an app whose log tails are kept in one namespace
@@ -252,13 +253,13 @@ EVENTS_SECONDS = 4.0  # between two looks at the Events of a pod that does not s
 ROLLOUT_PER_REPLICA = 20.0  # seconds that a rollout may take at least for each replica
 STATUS_SECONDS = 30.0  # after which `rollout status` is asked anew: one that hangs looks patient
 VERIFY_SECONDS = 10.0  # in which the endpoints must converge on the selector
-UNMOVED_SECONDS = 60.0  # the same while no endpoint has changed: their controller may be restarting
+UNMOVED_SECONDS = 60.0  # in which a first endpoint must change: their controller may restart
 HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures take less than a second
 CHECK_GAP = 2.0  # seconds between two health checks above which the time between them is unjudged
 FRESH_SECONDS = 5.0  # for which the pods, as they were read, may be used to judge health
 UNREADY_SECONDS = 5.0  # that pods of the live version may be unready before it is unhealthy
-GONE_SECONDS = 1.0  # the same while no pod at all is ready: every visitor is refused
-REPLACED_SECONDS = 20.0  # the same while the cluster replaces pods that it took away itself
+GONE_SECONDS = 1.0  # that it may have no ready pod at all: then every visitor is refused
+REPLACED_SECONDS = 20.0  # that pods may be missing while the cluster replaces some that it evicted
 REBAKE_SECONDS = 15.0  # that a bake takes at least after the daemon was restarted during it
 CLAIM_SECONDS = 900.0  # that a rollback may take beside the waiting for pods
 PUT_BACKS = 3  # times that a widened selector is put back within PUT_BACK_SECONDS
@@ -521,7 +522,7 @@ class KubectlError(ProcessError):
         super().__init__(argv, code, stderr, out)
         self.kind = "Unreachable" if code is None else "Unknown"
         self.message = ""
-        # Of several failures, one that may pass by itself counts, since the call is then repeated.
+        # If one of several failures may pass by itself, that one counts: the call is repeated then.
         # Lines after the refusal of an object's content are not read: they may be that content.
         for line in CLIENT_LOG_LINE.sub("", stderr).split("\n") if code is not None else ():
             message = QUOTED_TEXT.sub("", line)
@@ -559,7 +560,7 @@ class Obstacle(StrEnum):
 
 
 class GitLabError(HookError):
-    """GitLab's API has not done what it was asked; `pause` has the seconds it wants to be left."""
+    """GitLab's API has not done what it was asked; `pause`: the seconds that it asks us to wait."""
 
     def __init__(self, obstacle: Obstacle, text: str, pause: float = 0.0) -> None:
         super().__init__(text)
@@ -578,7 +579,7 @@ class OversizedError(ReportError):
 class RunError(HookError):
     """A run cannot go on, for a reason of the closed list."""
 
-    outcome: Outcome  # of the run, unless the reason has an outcome of its own
+    outcome: Outcome  # of the run, unless its reason has an outcome of its own in OUTCOMES
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -1707,7 +1708,7 @@ def hex_hmac(key: bytes, body: bytes) -> bytes:
 # === pushes =======================================================================================
 
 REF_LENGTH = 500  # characters; a file name holds 255 bytes between two slashes
-ID_DIGITS = (10, 16, 4)  # of the hash in a run's id: usually; if two would be the same; of old
+ID_DIGITS = (10, 16, 4)  # of the hash in a run's id: usual, after a collision, of version 0.1
 ADDRESS_LENGTH = 2048  # characters; longer URLs are refused, because urlsplit caches what it parses
 FORBIDDEN_IN_REFS = re.compile(  # https://git-scm.com/docs/git-check-ref-format
     r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|\.\Z|(\A|/)(\.|/|\Z)|\.lock(/|\Z)"
@@ -2077,7 +2078,7 @@ def parse_run(content: bytes) -> Run:
 
 # === kubectl ======================================================================================
 
-OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; Python needs several times that
+OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; parsing takes five times that
 STDERR_BYTES = 2**20
 API_PATHS = {"jobs": "/apis/batch/v1", "pods": "/api/v1", "services": "/api/v1"}
 PLURALS = {
@@ -2150,7 +2151,7 @@ class Kubectl:
     def get_each(self, namespace: str, *references: str) -> Sequence[Object | None]:
         """Return objects such as "service/shop", read in this order; None where there is none.
 
-        They take one call, of which most is kubectl's own start.
+        It is one call for all, since the start of kubectl takes longest.
         """
         args = ("get", *references, "-o", "json", "--ignore-not-found")
         items = listed(self.run(*args, namespace=namespace))
@@ -2283,7 +2284,7 @@ class Kubectl:
         self.run(*args, namespace=meta["namespace"], stdin=json.dumps(options))
 
     def logs(self, pod: str, container: str, namespace: str, *, previous: bool = False) -> str:
-        """Return the last lines of a container's life, the previous one first if that is wanted.
+        """Return the last log lines of a container, of its run before this one first if asked.
 
         Where that life printed nothing, it is those of the other one, else an empty text.
         """
@@ -2295,7 +2296,7 @@ class Kubectl:
         return ""
 
     def with_own_slot(self) -> Kubectl:
-        """Return a copy with one slot of its own, whose calls delay nobody else's."""
+        """Return a copy that runs one process at a time, beside the slots that all others share."""
         other = copy.copy(self)
         other._slots = threading.BoundedSemaphore(1)
         return other
@@ -2305,7 +2306,7 @@ class UrgentKubectl(Kubectl):
     """kubectl with slots of its own, for what cannot wait: to see health, and to switch traffic.
 
     A call without an answer is repeated beside the one that hangs, and the first answer counts.
-    So it is for reading, and for writes that compare and set or may be written twice.
+    Use it only for reading, and for writes that compare and set, or that may be made twice.
     """
 
     REPEAT_SECONDS = 1.5  # a busy machine needs as long for an answer
@@ -2428,10 +2429,10 @@ def program_path(name: str) -> str:
 
 
 def confined(action: Callable[[], T], readable: Iterable[str | Path]) -> T:
-    """Return what an action returns that starts programs, to which network and files are closed.
+    """Run an action whose programs can reach neither the network nor most files; return its result.
 
-    They open no connection, and no file but those in readable and the system's own. A thread of its
-    own runs the action, since the kernel closes things to a thread, and what it starts, for ever.
+    They open no connection, and no file but those in readable and the system's own. The action has
+    a thread of its own: what the kernel closes to a thread, and to what that starts, stays closed.
     Raises ConfigError where the kernel does not close the network.
     """
 
@@ -3146,10 +3147,10 @@ def jittered(seconds: float) -> float:
 class Retry:
     """When each item that failed is tried again, and which of its failures are reported.
 
-    The delays of an item grow and then stay the same; meanwhile the other items are processed. News
-    of an item trigger a try at once: a value that is greater than it was at the last failure, such
-    as a version. As many of the first failures are reported as there are delays, and then every
-    tenth, or as chosen. Threads may share it.
+    The delays of an item grow and then stay the same; meanwhile the other items are processed. If
+    the `news` of an item, a version say, are greater than at the last failure, it is due at once.
+    As many of the first failures are reported as there are delays, and then every tenth, or as
+    chosen. Threads may share it.
     """
 
     def __init__(
@@ -3239,9 +3240,9 @@ class Heartbeats:
 
 
 class Cooldown:
-    """Remembers what was done and in which state of things, until its effect must have shown.
+    """Keeps an action from being repeated on the same state until its effect must have shown.
 
-    What has failed was not done: a Retry says when that is tried again.
+    It is for what was done. When to repeat what has failed is for a Retry to say.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -7093,7 +7094,7 @@ class Rejection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatusRecord:
-    """Of which end of a run GitLab shows every final status: key `statuses-<id>`.
+    """Says that GitLab shows every final status of a run that ended then: key `statuses-<id>`.
 
     It has a key of its own, because another thread writes it than the run's record.
     """
@@ -7279,8 +7280,7 @@ def migrated(app: App, text: Any) -> RunRecord | None:
 def forgotten(state: AppState, deploy_ref: str, with_job: Set[str] | None) -> list[str]:
     """Return the keys of the records that are too many or too much, of test-only runs first.
 
-    Kept are the newest runs and those that have a Job, all if that is not known, as far as there is
-    room for them.
+    The newest runs are kept, and all that have a Job, or may have one, as far as there is room.
     """
     deploys = recorded_ref(deploy_ref)
     order = sorted(state.runs.values(), key=lambda r: (r.ref == deploys, r.received))
@@ -7499,10 +7499,10 @@ EVENT_KINDS = {
         "SwitchedBack", "The traffic went back from run {run}: {why}", is_warning=True
     ),
     State.REMOVED: EventKind(
-        "Removed", "Run {run} was taken away, and none was before it: {why}", is_warning=True
+        "Removed", "Run {run} was unhealthy, and no version was before it: {why}", is_warning=True
     ),
     State.ROLLED_BACK: EventKind("RolledBack", "{by} rolled back from run {run}: {why}"),
-    State.RESTORED: EventKind("Restored", "What run {run} overwrote is ready for a rollback."),
+    State.RESTORED: EventKind("Restored", "What run {run} overwrote was applied again."),
     State.ADOPTED: EventKind("Adopted", "Run {run} takes over what is beside the app: {why}"),
     State.UNJUDGED: EventKind(
         "Unjudged", "Run {run} stays, though its health was not known: {why}", is_warning=True
@@ -8423,7 +8423,7 @@ UNCERTAIN = ("Conflict", "AlreadyExists", "Unreachable")  # the step looks again
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Doors:
-    """The ways out of the program, as everything that deploys uses them."""
+    """kubectl, git, the clock, the reports and the stop signal, as all that deploys uses them."""
 
     kubectl: Kubectl
     git: Git
@@ -8463,7 +8463,7 @@ class Task:
     run: Run
     image: str = ""
     older: frozenset[str] = frozenset()  # what the run's branch had before, as far as that is known
-    job: Job | None = None  # the run's last Job, on which `status` reads what it waits for
+    job: Job | None = None  # the run's last Job, which is annotated with what the run waits for
 
     @property
     def words(self) -> dict[str, Any]:
@@ -8501,7 +8501,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def retried(step: F, *, while_head: bool = False) -> F:
-    """Repeat a step that looks and then acts, until it gets an answer that another try keeps.
+    """Repeat a step that looks and then acts, until it has succeeded or failed for good.
 
     It is repeated after a conflict, and where no answer came, so that its effect is unknown. A step
     before the switch goes on only while its commit is the branch's head: a step that is tried for
@@ -8547,7 +8547,7 @@ class EndpointState:
     """What the endpoints of a Service say after a switch."""
 
     converged: bool  # they are pods of the selected version alone, and enough
-    reacted: bool  # some of them are, or none is left: a controller has acted on the switch
+    reacted: bool  # at least one of them is, or none is left: a controller has acted on the switch
 
 
 class Workloads:
@@ -8876,10 +8876,12 @@ class LiveServices:
         goal: HistoryEntry | None = None,
         patch: ServiceFields | None = None,
     ) -> Service:
-        """Compare-and-set annotations, an empty value removes one, and where the Service points.
+        """Change annotations and, with a goal, where the Service points, in one patch.
 
-        The same patch stores the selector that it replaces, as the previous one, and what undoes
-        the patch of further fields. Without one only the ports of the goal go with the selector.
+        It compares and sets: if the Service has changed since it was read, it is a Conflict. An
+        empty value removes an annotation; what is not named stays. With a goal, the selector that
+        is replaced is annotated, too, and what undoes the patch of further fields; annotations that
+        are given take precedence. Without such a patch only the goal's ports go with the selector.
         """
         if not goal:
             return self.patch(task, service, annotations, patch or ServiceFields())
@@ -8898,7 +8900,7 @@ class LiveServices:
     def patch(
         self, task: Task, service: Service, annotations: Object, patch: ServiceFields, *options: str
     ) -> Service:
-        """Compare-and-set annotations of ours and other fields; an empty annotation goes."""
+        """Compare and set our annotations and other fields; an empty annotation is removed."""
         ours = {key: annotation_text(value) for key, value in annotations.items()}
         labels = {LABEL_MANAGED: MANAGER, LABEL_APP: task.app.name, LABEL_STAGE: "live"}
         meta = {
@@ -9139,7 +9141,7 @@ class SelectorGuard:
             raise HookError("the live Service selects two versions; its selector is put back first")
 
     def require_undeleted(self, task: Task) -> None:
-        """Raise while the live Service of a run that is verified or baked is deleted."""
+        """Raise if the live Service was deleted while this run was verified or baked."""
         source = self.live.with_history(task, None)
         served = source.live_by_history if source else HistoryEntry()
         if served.run != task.run.id or not served:
@@ -9333,7 +9335,7 @@ class Claims:
         if now and now.claim.phase == Phase.ROLLBACK:
             raise SupersededError(Reason.CLAIM_LOST, "a person has called `rollback`")
         if holder == task.run.id:
-            raise HookError("another daemon has this run in hand")
+            raise HookError("another process holds the claim for the same run")
         remade = not (claimed and now and still_claimed(claimed, now))
         if remade and not holder:
             raise HookError("the live Service was deleted or made anew meanwhile")
@@ -9515,9 +9517,8 @@ class Traffic:
     ) -> bool:
         """Wait until the ready endpoints are the wanted pods of the live selector; False if late.
 
-        Only the time between looks that were answered counts. That they are still all of another
-        version says nothing against this one, nor does what the cluster took away or replaced since
-        a time.
+        Only the time between looks that were answered counts. Endpoints that have not moved at all
+        have longer, and what the cluster took away or replaced since a time is not waited for.
         """
         clock = self.doors.clock
         spent = 0.0
@@ -9542,8 +9543,8 @@ class Traffic:
 
         If neither is healthy, traffic stays, and StageError BothUnhealthy is raised. Where the
         health path failed, so that the `health` of the live version is not known, the pods of both
-        are asked one by one. Returns, and so drops the verdict, when as many of the new ones answer
-        after all: a lost machine has pods of both.
+        are asked one by one. Returns without a switch when as many of the new ones answer: then a
+        lost node was the cause, with pods of both.
         """
         versions = self.compare_versions(task, ask=health is None)
         if versions.previous.better_than(health or versions.live):
@@ -11316,7 +11317,7 @@ class Deployer:
     # What is left behind.
 
     def finish_claim(self, task: Task, claim: Claim) -> None:
-        """Finish what a claim says is unfinished, then remove what nothing names any more."""
+        """Do what a claim leaves to do, drop it, and delete what nothing names any more."""
         service = self.steady.live.read(task)
         if service is None or service.claim != claim:
             return
@@ -12182,7 +12183,7 @@ def may_be_tried_again(end: Action) -> bool:
 
 
 def rejects(end: Action) -> bool:
-    """Whether an end rejects the commit: a verdict of an environment, but for older ones."""
+    """Whether an end rejects the commit: a verdict of an environment, unless it repeats one."""
     bad = end.outcome in BAD_OUTCOMES and end.stage not in JOB_STAGES
     return bad and end.reason.is_verdict and end.reason is not Reason.REJECTED
 
@@ -14131,7 +14132,7 @@ class Site:
 
 
 class WebhookApp(Site):
-    """What is behind the Ingress: /webhook, and the probes for manifests of older versions."""
+    """What is behind the Ingress: /webhook and, for manifests of version 0.1, the probes."""
 
     def __init__(
         self, config: Config, secrets: Secrets, spool: Spool, controller: Controller
