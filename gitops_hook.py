@@ -72,7 +72,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, fields, is_dataclass, replace
 from dataclasses import field as dataclass_field
 from datetime import datetime
 from decimal import Decimal
@@ -6077,23 +6077,61 @@ FREE_SLOT = "FreeSlot"  # beside the reasons: what a run waits for while others 
 Do = StrEnum("Do", "NOTHING WAIT UNSUSPEND BUILD ANNOTATE DEPLOY END")
 
 
+# What a cluster says of a pod, the reason that it is, and what proves that it cannot heal. Until
+# then it is waited for; what nothing proves ends with the time of the stage or of the rollout.
+#
+#     the image has no valid name              ManifestInvalid, JobRefused     at once
+#     a registry refuses the image             ImageNotFound                   twice, or for 30 s
+#     a registry does not answer               ImagePullFailed                 nothing
+#     a Secret, a volume or room is missing    ContainerConfigError, …         nothing
+#     a container ended                        CrashLoop, OutOfMemory, …       deploy.crashes alike
+#     too much was written to disk             OutOfDisk                       at once
+#     a service of the tests does not listen   ServiceFailed                   twice, or too late
+#     more is asked than the quota allows      QuotaExceeded                   at once
+#     the quota is used up                     QuotaExceeded                   nothing
+#     a policy refuses the pod                 AdmissionRefused, JobRefused    3 s
+#     the pod cannot be created otherwise      PodsNotCreated                  nothing
+#     the live version lacks ready pods        UnhealthyAfterSwitch            1 s, 5 s or 20 s
+
+
+@dataclass(frozen=True, slots=True)
+class After:
+    """It cannot heal once it has lasted for so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exits:
+    """A container cannot heal once it has ended often enough in the same way."""
+
+    total: int  # its ends until now, whatever their cause was
+    first: int  # how many of them count where they are seen first
+    enough: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusals:
+    """An image cannot be pulled once it was refused twice alike, or stands refused for so long."""
+
+    seconds: float
+    renewed: bool  # whether it was just refused, rather than waits to be asked for again
+
+
+AT_ONCE = After(0.0)
+UNPROVEN = After(NEVER)
+
+
 @dataclass(frozen=True, slots=True)
 class PodProblem:
-    """Something wrong with a pod, and what proves that it cannot heal: until then it is waited for.
+    """Something wrong with a pod, and what proves that it cannot heal."""
 
-    It is fatal once it has lasted for `grace` seconds, or has happened `enough` times for the same
-    cause and PROOF_SECONDS have passed since the first.
-    """
-
-    key: str
+    key: str  # by which it is known from look to look
     reason: Reason
     detail: str
-    grace: float = 0.0
-    times: int = 0  # how often it has happened until now, whatever the cause was
-    cause: str = ""  # "" where it is not said
-    counted: int = 0  # how many of these times count where it is seen first
-    enough: int = 0  # 0: it may happen for ever
-    renewed: bool = False  # whether it has just happened, rather than waits to happen again
+    _: KW_ONLY
+    proof: After | Exits | Refusals
+    cause: str = ""  # another one begins anew; "" where it is not said
 
 
 def container_problem(
@@ -6105,12 +6143,12 @@ def container_problem(
     text = f"container {container.name} of {pod.name}: {clip(container.text, WORDS_LENGTH)}"
     if waiting == "InvalidImageName":  # the kubelet does not even ask for it
         reason = Reason.JOB_REFUSED if pod.job else Reason.MANIFEST_INVALID
-        return PodProblem(f"{key}/pull", reason, text)
+        return PodProblem(f"{key}/pull", reason, text, proof=AT_ONCE)
     if PULL.fullmatch(waiting):
         own = [e for e in events if (e.pod, e.container) == (pod.name, container.name)]
         return pull_problem(container, f"{key}/pull", text, own)
     if START.fullmatch(waiting) and not START.fullmatch(container.exit_reason):
-        return PodProblem(f"{key}/start", Reason.CONTAINER_CONFIG, text, NEVER)
+        return PodProblem(f"{key}/start", Reason.CONTAINER_CONFIG, text, proof=UNPROVEN)
     worked = ready_counts and (container.ready or pod.seen_ready)
     return exit_problem(container, pod, crashes, worked=worked)
 
@@ -6120,22 +6158,15 @@ def pull_problem(
 ) -> PodProblem:
     """Return what is wrong with a pull: refused, which two refusals prove, or not answered."""
     if not (cause := refusal_of(container.text)):
-        says = not BARE_BACK_OFF.fullmatch(container.text)
-        return PodProblem(key, Reason.IMAGE_PULL_FAILED, text, NEVER, cause="away" * says)
+        cause = "" if BARE_BACK_OFF.fullmatch(container.text) else "away"
+        return PodProblem(key, Reason.IMAGE_PULL_FAILED, text, proof=UNPROVEN, cause=cause)
     refused = [e for e in events if e.reason == "Failed" and refusal_of(e.text) == cause]
     proven = sum(e.times for e in refused) > 1 and (
         max(e.last for e in refused) - min(e.first for e in refused) >= PROOF_SECONDS
     )
-    return PodProblem(
-        key,
-        Reason.IMAGE_NOT_FOUND,
-        text,
-        grace=0.0 if proven else REFUSED_SECONDS,
-        cause=cause,
-        counted=1,
-        enough=2,
-        renewed=container.waiting.startswith("ErrImage"),
-    )
+    renewed = container.waiting.startswith("ErrImage")
+    proof = Refusals(0.0 if proven else REFUSED_SECONDS, renewed)
+    return PodProblem(key, Reason.IMAGE_NOT_FOUND, text, proof=proof, cause=cause)
 
 
 def refusal_of(text: str) -> str:
@@ -6163,8 +6194,9 @@ def exit_problem(
     text += f", last with exit code {cause}"
     if START.fullmatch(container.exit_reason):  # the runtime's words: nothing of it has run
         text += f": {clip(container.words, WORDS_LENGTH)}"
-    counted = 1 if worked else container.exits
-    return PodProblem(key, reason, text, NEVER, container.exits, cause, counted, crashes)
+    first = 1 if worked else container.exits
+    proof = Exits(container.exits, first, crashes)
+    return PodProblem(key, reason, text, proof=proof, cause=cause)
 
 
 def pod_problems(
@@ -6177,13 +6209,14 @@ def pod_problems(
     if pod.leaving:
         return
     if pod.overfull:
-        yield PodProblem(f"{pod.name}/disk", Reason.OUT_OF_DISK, clip(pod.overfull))
+        text = clip(pod.overfull)
+        yield PodProblem(f"{pod.name}/disk", Reason.OUT_OF_DISK, text, proof=AT_ONCE)
     if pod.unschedulable:
         reason = Reason.UNSCHEDULABLE
         if CLAIM.search(pod.unschedulable):
             reason = Reason.VOLUME_UNAVAILABLE
         text = clip(pod.unschedulable, WORDS_LENGTH)
-        yield PodProblem(f"{pod.name}/schedule", reason, text, NEVER)
+        yield PodProblem(f"{pod.name}/schedule", reason, text, proof=UNPROVEN)
     for container in pod.containers:
         if problem := container_problem(container, pod, events, crashes, ready_counts=ready_counts):
             yield problem
@@ -6205,15 +6238,15 @@ def service_problems(pod: Pod, services: Sequence[ServiceSettings]) -> Iterator[
         service = by_name.get(container.name)
         if service is None or container.started or not (container.running or container.exits):
             continue
-        grace = service.start_timeout
+        proof = After(service.start_timeout)
         text = f"service {service.name} does not listen on port {service.port}"
         if container.exits:
             cause = f"exit code {container.exit_code} ({container.exit_reason})"
             text += f"; it ended {times(container.exits)}, last with {cause}"
         if container.exits >= SERVICE_EXITS:
-            grace = 0.0
+            proof = AT_ONCE
         key = f"{pod.name}/{service.name}/service"
-        yield PodProblem(key, Reason.SERVICE_FAILED, text, grace)
+        yield PodProblem(key, Reason.SERVICE_FAILED, text, proof=proof)
 
 
 def container_to_start(pod: Pod) -> Container | None:
@@ -6252,9 +6285,10 @@ def start_problem(pod: Pod, events: Iterable[PodEvent]) -> PodProblem | None:
     reason = Reason.NEVER_STARTED if container.waiting else Reason.NEVER_READY
     if newest and newest.reason in VOLUME_EVENTS:
         reason = Reason.VOLUME_UNAVAILABLE
-    words = newest.text if newest else container.waiting
-    text = f"container {container.name} of {pod.name} is {what}{f': {words}' * bool(words)}"
-    return PodProblem(f"{pod.name}/start", reason, text, NEVER)
+    text = f"container {container.name} of {pod.name} is {what}"
+    if words := newest.text if newest else container.waiting:
+        text += f": {words}"
+    return PodProblem(f"{pod.name}/start", reason, text, proof=UNPROVEN)
 
 
 def holdup(pods: Sequence[Pod], events: Sequence[PodEvent], crashes: int = 2) -> PodProblem | None:
@@ -6268,13 +6302,13 @@ def creation_problem(message: str, key: str) -> PodProblem:
     """Return why pods cannot be created, from a FailedCreate event or ReplicaFailure condition."""
     text = clip(message, WORDS_LENGTH)
     if "exceeded quota: " in message:
-        grace = 0.0 if is_above_quota(message) else NEVER
-        return PodProblem(f"{key}/quota", Reason.QUOTA_EXCEEDED, text, grace)
+        proof = AT_ONCE if is_above_quota(message) else UNPROVEN
+        return PodProblem(f"{key}/quota", Reason.QUOTA_EXCEEDED, text, proof=proof)
     unquoted = re.sub(r'"[^"]*"', "", message)  # a pod may be called what it likes
     passes = PASSING_CREATION.search(unquoted) or not REFUSAL.search(unquoted)
     if passes and not POLICY.search(unquoted):
-        return PodProblem(f"{key}/create", Reason.PODS_NOT_CREATED, text, NEVER)
-    return PodProblem(f"{key}/create", Reason.ADMISSION_REFUSED, text, 3.0)
+        return PodProblem(f"{key}/create", Reason.PODS_NOT_CREATED, text, proof=UNPROVEN)
+    return PodProblem(f"{key}/create", Reason.ADMISSION_REFUSED, text, proof=After(3.0))
 
 
 def job_creation_problem(message: str, key: str) -> PodProblem:
@@ -6311,29 +6345,44 @@ def quantity(text: str, other: Decimal = Decimal("Infinity")) -> Decimal:
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """A problem as it was followed from look to look, while its cause stayed the same."""
+    """How long, and how often, a problem has been seen with the same cause."""
 
     problem: PodProblem  # as it is now
     since: float
-    times: int  # how often it has happened since then
+    times: int
+
+    @classmethod
+    def at_first_look(cls, problem: PodProblem, now: float) -> Followed:
+        """Return it as it is seen first."""
+        return cls(problem, now, problem.proof.first if isinstance(problem.proof, Exits) else 1)
 
     def at_next_look(self, problem: PodProblem, now: float) -> Followed:
         """Return it as it is seen again; another cause begins anew."""
         before = self.problem
-        more = max(0, problem.times - before.times)
-        if before.cause and not problem.cause:  # the words are gone, not what they said
-            return replace(self, problem=replace(before, renewed=False))
+        if isinstance(before.proof, Refusals) and not problem.cause:
+            # the words are gone, not what they said
+            waiting = replace(before.proof, renewed=False)
+            return replace(self, problem=replace(before, proof=waiting))
+        again = 0
+        match before.proof, problem.proof:
+            case Exits(), Exits():
+                again = max(0, problem.proof.total - before.proof.total)
+            case Refusals(renewed=False), Refusals(renewed=True):
+                again = int(now - self.since >= PROOF_SECONDS)
         if problem.cause != before.cause:
-            return Followed(problem, now, more or 1)
-        if problem.renewed and not before.renewed and now - self.since >= PROOF_SECONDS:
-            more += 1
-        return Followed(problem, self.since, self.times + more)
+            return Followed(problem, now, again or 1)
+        return Followed(problem, self.since, self.times + again)
 
     def is_fatal(self, now: float) -> bool:
         """Whether it is proven that it cannot heal."""
         lasted = now - self.since
-        recurred = 0 < self.problem.enough <= self.times
-        return lasted >= self.problem.grace or (recurred and lasted >= PROOF_SECONDS)
+        match self.problem.proof:
+            case After(seconds):
+                return lasted >= seconds
+            case Exits(enough=enough):
+                return self.times >= enough and lasted >= PROOF_SECONDS
+            case Refusals(seconds):
+                return lasted >= seconds or (self.times > 1 and lasted >= PROOF_SECONDS)
 
 
 class ProblemTracker:
@@ -6344,13 +6393,12 @@ class ProblemTracker:
 
     def fatal(self, problems: Iterable[PodProblem], now: float) -> PodProblem | None:
         """Return a problem that cannot heal; what is gone is forgotten."""
-        present = {p.key: p for p in problems}
         before = self._followed
         self._followed = {
             key: before[key].at_next_look(problem, now)
             if key in before
-            else Followed(problem, now, problem.counted)
-            for key, problem in present.items()
+            else Followed.at_first_look(problem, now)
+            for key, problem in {p.key: p for p in problems}.items()
         }
         fatal = (f.problem for f in self._followed.values() if f.is_fatal(now))
         return next(fatal, None)
@@ -6922,7 +6970,8 @@ def readiness_shortage(
     kind = f"not ready for {grace:.0f} s"  # one that changes its kind begins anew
     detail = f"{kind}: {', '.join(p.name for p in down) or 'any pod'}"
     lasts = down and now - max(p.changed for p in down) > grace + 1.0  # it is in whole seconds
-    return PodProblem(kind, Reason.UNHEALTHY_AFTER_SWITCH, detail, 0.0 if lasts else grace)
+    proof = AT_ONCE if lasts else After(grace)
+    return PodProblem(kind, Reason.UNHEALTHY_AFTER_SWITCH, detail, proof=proof)
 
 
 def pods_taken_away(pods: Sequence[Pod], wanted: int) -> bool:
@@ -8682,8 +8731,9 @@ def health_refusal(check: HealthCheck, patience: float = 2.0) -> str | None:
     except OSError as failed:
         if failed.errno in OUT_OF_FILES:
             raise
+        name = type(failed).__name__
         why = getattr(failed, "reason", None)  # of TLS
-        return f"{type(failed).__name__}{': ' * bool(why)}{why or ''}"
+        return f"{name}: {why}" if why else name
     status = re.match(rb"HTTP/1\.[01] ([1-9][0-9]{2})\b", head)
     if not status or not re.search(rb"\n\r?\n", head):
         return "not an HTTP answer"
@@ -12686,7 +12736,7 @@ class RunReconciler:
             return
         job = observed.jobs.get("build") or observed.jobs["test"]
         error = self.catch_up.errors.get(observed.run.app, "")
-        key = f"{observed.run.id} waits for git{' that fails' * bool(error)}"  # its words vary
+        key = f"{observed.run.id} waits for git, {bool(error)}"  # the words of an error vary
         if self.cooldown.allows(key) or job.annotations.get(ANNOTATION_REASON) != action.reason:
             detail = f"{action.detail}; {error}" if error else action.detail
             detail = clip(self.context.doors.secrets.mask(detail))
@@ -13961,7 +14011,7 @@ class RunStatus:
         """Return it with what it waits for, if it does; `slots` says who takes the slots."""
         if self.state == "ended":
             return self
-        return replace(self, waits_for=self.detail or slots * (self.state == "suspended"))
+        return replace(self, waits_for=self.detail or (slots if self.state == "suspended" else ""))
 
     def cells(self, ids: Mapping[str, str], now: float) -> list[str]:
         """Return its row in the table of `status`, with a short id, and the text below the row."""

@@ -283,9 +283,11 @@ BEFORE = {
     hook.ANNOTATION_OUTCOME: "failed",
     hook.ANNOTATION_ENDED: f"{NOW - 100}",
 }  # before it was received
-DOOMED = hook.PodProblem("k", Reason.IMAGE_NOT_FOUND, "image: not found")
-SILENT = hook.PodProblem("k", Reason.NEVER_STARTED, 'Pulling image "x:1"')
-NO_CLAIM = hook.PodProblem("k", Reason.VOLUME_UNAVAILABLE, 'claim "pip-cache" not found')
+DOOMED = hook.PodProblem("k", Reason.IMAGE_NOT_FOUND, "image: not found", proof=hook.AT_ONCE)
+SILENT = hook.PodProblem("k", Reason.NEVER_STARTED, 'Pulling image "x:1"', proof=hook.UNPROVEN)
+NO_CLAIM = hook.PodProblem(
+    "k", Reason.VOLUME_UNAVAILABLE, 'claim "pip-cache" not found', proof=hook.UNPROVEN
+)
 
 
 def ended(stage: str, uid: str = "", **states: Object) -> tuple[hook.Pod, ...]:
@@ -1155,6 +1157,11 @@ def recorded_events(scenario: str, until: float) -> list[hook.PodEvent]:
     return [hook.PodEvent(e["object"]) for e in newest.values()]
 
 
+def grace_of(problem: hook.PodProblem) -> float:
+    """Return how many seconds a problem may last that has been seen once."""
+    return hook.NEVER if isinstance(problem.proof, hook.Exits) else problem.proof.seconds
+
+
 def first_verdict(
     scenario: str, prefix: str, until: float = 0.0, *, with_events: bool = False
 ) -> tuple[float, hook.PodProblem] | None:
@@ -1335,7 +1342,7 @@ def test_why_pods_cannot_be_created(scenario: str, reason: Reason, grace: float)
     for event in recorded(scenario, "events"):
         found = hook.creation_problem(event["object"]["message"] if "object" in event
                                       else event["message"], "key")  # fmt: skip
-        assert (found.reason, found.grace) == (reason, grace)
+        assert (found.reason, grace_of(found)) == (reason, grace)
         assert "test-quota" in found.detail
 
 
@@ -1364,7 +1371,7 @@ def test_only_a_request_above_the_hard_limit_proves_that_waiting_is_pointless(
     message += f"{requested}, used: {used}, limited: {limited}"
     problem = hook.creation_problem(message, "key")
     assert problem.reason is Reason.QUOTA_EXCEEDED
-    assert problem.grace == (0 if above else hook.NEVER)
+    assert grace_of(problem) == (0 if above else hook.NEVER)
     assert problem.detail == message
 
 
@@ -1500,7 +1507,7 @@ def test_the_text_of_a_failed_pull_tells_whether_it_was_refused(
     said = (PULL + text).replace("{0}", "registry.example.com/shop:1" if refused else image)
     pod = a_pod(apps=[entry("web", waiting(reason, said))])
     (found,) = hook.pod_problems(pod)
-    assert found.grace == (hook.REFUSED_SECONDS if refused else hook.NEVER)
+    assert grace_of(found) == (hook.REFUSED_SECONDS if refused else hook.NEVER)
     assert found.reason == (Reason.IMAGE_NOT_FOUND if refused else Reason.IMAGE_PULL_FAILED)
     assert found.cause == (refused or "away")
 
@@ -1561,7 +1568,7 @@ STARTS = 'failed to create containerd task: exec: "serve": executable file not f
 )  # fmt: skip
 def test_a_sick_pod_is_known_by_its_status(pod: hook.Pod, reason: Reason, grace: float) -> None:
     (found,) = hook.pod_problems(pod)
-    assert (found.reason, found.grace) == (reason, grace)
+    assert (found.reason, grace_of(found)) == (reason, grace)
 
 
 OVERFULL = 'Usage of EmptyDir volume "tmp" exceeds the limit "20Mi". '
@@ -1860,8 +1867,13 @@ def test_the_events_prove_two_refusals_at_the_first_look(
     assert bool(hook.ProblemTracker().fatal(problems, 1.0)) is proven
 
 
+def lasting(key: str, seconds: float) -> hook.PodProblem:
+    """Return a problem that is fatal once it has lasted for so long."""
+    return hook.PodProblem(key, Reason.UNSCHEDULABLE, "", proof=hook.After(seconds))
+
+
 def test_a_symptom_that_goes_away_starts_anew() -> None:
-    doom, symptom = hook.ProblemTracker(), hook.PodProblem("k", Reason.IMAGE_PULL_FAILED, "", 60)
+    doom, symptom = hook.ProblemTracker(), lasting("k", 60)
     assert doom.fatal([symptom], 0) is None
     assert doom.fatal([symptom], 59) is None
     assert doom.fatal([], 59.5) is None
@@ -1870,8 +1882,8 @@ def test_a_symptom_that_goes_away_starts_anew() -> None:
 
 
 def test_a_second_symptom_does_not_renew_the_first() -> None:
-    doom, slow = hook.ProblemTracker(), hook.PodProblem("slow", Reason.UNSCHEDULABLE, "", 120)
-    quick = hook.PodProblem("quick", Reason.CONTAINER_CONFIG, "", 30)
+    doom, slow = hook.ProblemTracker(), lasting("slow", 120)
+    quick = lasting("quick", 30)
     assert doom.fatal([slow], 0) is None
     assert doom.fatal([slow, quick], 100) is None
     assert doom.fatal([slow, quick], 120) is slow
@@ -1992,7 +2004,7 @@ def test_a_version_may_lack_ready_pods_for_as_long_as_its_visitors_can_bear(
 ) -> None:
     found = hook.readiness_shortage(pods, NOW - 20, NOW, replacing=starting)
     assert (found.detail if found else "") == (told and f"not ready for {told}")
-    assert (found.grace if found else 0.0) == grace
+    assert (grace_of(found) if found else 0.0) == grace
 
 
 # Each step: seconds after the one before, what the check said, whether pods could be seen.
@@ -2146,13 +2158,13 @@ def test_an_impure_line_would_be_found(line: str) -> None:
 )
 def test_trouble_on_the_way_to_a_pod_is_no_policy(message: str) -> None:
     problem = hook.creation_problem(message, "k")
-    assert (problem.reason, problem.grace) == (Reason.PODS_NOT_CREATED, hook.NEVER)
+    assert (problem.reason, grace_of(problem)) == (Reason.PODS_NOT_CREATED, hook.NEVER)
 
 
 def test_what_a_policy_refuses_of_a_job_is_the_fault_of_its_configuration() -> None:
     assert hook.creation_problem(BASELINE, "k").reason is Reason.ADMISSION_REFUSED
     problem = hook.job_creation_problem(BASELINE, "k")
-    assert (problem.reason, problem.grace) == (Reason.JOB_REFUSED, 3.0)
+    assert (problem.reason, grace_of(problem)) == (Reason.JOB_REFUSED, 3.0)
     assert not problem.reason.is_verdict
 
 
