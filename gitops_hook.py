@@ -6074,7 +6074,7 @@ JOB_STAGES = {
     "build": JobStage(BUILD_CONTAINER, BUILD_CONTAINER, ANNOTATION_DIGEST, Reason.BUILD_FAILED),
 }
 FREE_SLOT = "FreeSlot"  # beside the reasons: what a run waits for while others have all slots
-Do = StrEnum("Do", "NOTHING WAIT UNSUSPEND BUILD ANNOTATE DEPLOY END")
+Do = StrEnum("Do", "NOTHING WAIT ASK_HEAD UNSUSPEND BUILD ANNOTATE DEPLOY END")
 
 
 # What a cluster says of a pod, the reason that it is, and what proves that it cannot heal. Until
@@ -6490,7 +6490,7 @@ def fails(reason: Reason, detail: str, stage: str) -> Action:
 
 
 def refused(faults: Mapping[str, Sequence[Fault]]) -> Action | None:
-    """Return how a run ends by the faults of its manifests in each environment, None without any.
+    """Return how a run ends by the faults of its manifests in each environment, if there are any.
 
     What is refused in all of them is said once, anything else behind the names of environments.
     """
@@ -6511,50 +6511,58 @@ def refused(faults: Mapping[str, Sequence[Fault]]) -> Action | None:
     return fails(refusal.reason, refusal.detail, first)
 
 
+# Each stage of a run is asked in turn what is to be done next. None always means: nothing here, so
+# the run goes on.
+
+
 def decide(observed: Observation) -> Action:
-    """Return the next step of a run from what is observed; every call could be the first."""
-    step = decide_step(observed)
-    if not is_undeployed(observed, step):
-        return step
-    if observed.reading.under_way and step.do is Do.DEPLOY:
-        return Action(Do.WAIT, step.stage, detail="for its manifests to be read")
-    return observed.reading.refusal or step
+    """Return the next step of a run, from nothing but what is observed."""
+    if not observed.jobs or has_ended(observed.jobs):
+        return Action(Do.NOTHING)
+    step = decide_tests(observed) or decide_build(observed) or decide_deploy(observed)
+    return decide_manifests(observed, step) or step
 
 
-def is_undeployed(observed: Observation, step: Action) -> bool:
-    """Whether nothing of a run under way was deployed yet, by the step that it would take."""
+def decide_tests(observed: Observation) -> Action | None:
+    """Return what the tests of a run need; where nothing is deployed, it ends with them."""
+    test = observed.jobs.get("test")
+    if test and (action := decide_job(observed, test)):
+        return action
+    if observed.run.ref != observed.app.deploy_ref or not observed.app.deploy.environments:
+        return ends(Outcome.TESTED, Reason.OK, observed.report, "test")
+    return None
+
+
+def decide_build(observed: Observation) -> Action | None:
+    """Return what the build of a run needs, if its app is built."""
+    if observed.app.build.builder == "none":
+        return None
+    build = observed.jobs.get("build")
+    if not build or build.outcome:  # it belongs to an earlier try of this run
+        return decide_start(observed, Do.BUILD, "build")
+    return decide_job(observed, build)
+
+
+def decide_manifests(observed: Observation, step: Action) -> Action | None:
+    """Return what the manifests of a run have against a step of it, until it has deployed some."""
     run = observed.run
-    if step.do in (Do.NOTHING, Do.END):
-        return False
     services = observed.services.values()
     begun = any(s.claim.run == run.id or s.entry(run.id, run.received) for s in services)
-    return step.stage in JOB_STAGES or (step.do is Do.DEPLOY and not begun)
+    deploys = step.do is Do.DEPLOY and not begun
+    if step.do is Do.END or not (deploys or step.stage in JOB_STAGES):
+        return None
+    if observed.reading.under_way and deploys:
+        return Action(Do.WAIT, step.stage, detail="for its manifests to be read")
+    return observed.reading.refusal
 
 
 def reads_manifests(observed: Observation, step: Action) -> bool:
     """Whether to read the manifests of a run now: beside its tests and its build, or before."""
     app = observed.app
     deploys = observed.run.ref == app.deploy_ref and bool(app.deploy.environments)
-    outdated = observed.head == Head.NEWER or (observed.newer and observed.head != Head.SAME)
+    moved_on = observed.head == Head.NEWER or (observed.newer and observed.head != Head.SAME)
     due = step.stage in JOB_STAGES and step.do is not Do.END and observed.reading == Reading()
-    return deploys and due and not outdated
-
-
-def decide_step(observed: Observation) -> Action:
-    """Return the next step of a run whose manifests may be deployed, as far as it is known."""
-    test = observed.jobs.get("test")
-    build = observed.jobs.get("build")
-    if not observed.jobs or has_ended(observed.jobs):
-        return Action(Do.NOTHING)
-    if test and (action := decide_job(observed, test)):
-        return action
-    if observed.run.ref != observed.app.deploy_ref or not observed.app.deploy.environments:
-        return ends(Outcome.TESTED, Reason.OK, observed.report, "test")
-    if observed.app.build.builder == "none":
-        return decide_deploy(observed)
-    if not build or build.outcome:  # it belongs to an earlier try of this run
-        return decide_start(observed, Do.BUILD, "build")
-    return decide_job(observed, build) or decide_deploy(observed)
+    return deploys and due and not moved_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -6567,7 +6575,7 @@ class Wait:
 
 def wait_of(observed: Observation, action: Action) -> Wait | None:
     """Return what keeps the Job of a run from its work, None where nothing does."""
-    if action.do is not Do.WAIT or action.stage not in JOB_STAGES:
+    if action.do not in (Do.WAIT, Do.ASK_HEAD) or action.stage not in JOB_STAGES:
         return None
     job = observed.jobs.get(action.stage)
     if job and job.state == "active":
@@ -6580,19 +6588,19 @@ def wait_of(observed: Observation, action: Action) -> Wait | None:
     return Wait(reason, max(since, observed.run.received))
 
 
-def outdated(observed: Observation, stage: str) -> Action | None:
-    """Return how a run ends, or that it waits for git, unless its commit is its ref's newest."""
+def check_head(observed: Observation, stage: str) -> Action | None:
+    """Return how a run ends, or that git is to be asked, unless its commit is its ref's newest."""
     superseded = ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", stage)
     if observed.run.ref != observed.app.deploy_ref:  # only what is deployed needs git
         return superseded if observed.newer else None
     if observed.head == Head.UNKNOWN:
-        return Action(Do.WAIT, stage, Reason.GIT_ERROR, "for the head of the branch")
+        return Action(Do.ASK_HEAD, stage, Reason.GIT_ERROR, "for the head of the branch")
     return superseded if observed.head == Head.NEWER else None
 
 
 def decide_start(observed: Observation, do: Do, stage: str) -> Action:
     """Return whether a Job may start: of the newest commit, and where there is a free slot."""
-    if action := outdated(observed, stage):
+    if action := check_head(observed, stage):
         return action
     if observed.slot:
         return Action(do, stage)
@@ -6602,7 +6610,7 @@ def decide_start(observed: Observation, do: Do, stage: str) -> Action:
 
 
 def decide_job(observed: Observation, job: Job) -> Action | None:
-    """Return what a Job needs, or None when it has succeeded and its result is kept."""
+    """Return what a Job needs until it has succeeded and its result is kept."""
     if job.deleting:
         return Action(Do.WAIT, job.stage, detail=f"Job {job.name} is being deleted")
     if job.state == "suspended":
@@ -6677,7 +6685,7 @@ def is_reusable(job: Job) -> bool:
 
 
 def succeeded_tests(observed: Observation, test: Job, result: str) -> Action | None:
-    """Return how a run goes on whose tests ended with exit code 0, None where they are green.
+    """Return what is wrong with tests that ended with exit code 0, by their report.
 
     The result is what their pods have left and the Job does not say yet.
     """
@@ -6720,7 +6728,7 @@ def was_accepted(observed: Observation, report: str | None) -> bool:
 
 
 def built(observed: Observation, build: Job) -> Action | None:
-    """Return what a finished build still needs, None where its digest is kept."""
+    """Return what a finished build still needs."""
     return None if ANNOTATION_DIGEST in build.annotations else no_digest(observed, build)
 
 
@@ -6791,7 +6799,7 @@ def failure(observed: Observation, job: Job, ended: Iterable[Container]) -> Acti
 
 
 def waited_for(job: Job) -> Action | None:
-    """Return the end of a Job whose deadline passed while its pod waited; None if it did not."""
+    """Return the end of a Job whose deadline passed while its pod waited, if it did."""
     reason = job.annotations.get(ANNOTATION_REASON, "")
     if reason not in set(CIRCUMSTANCES):
         return None
@@ -6849,7 +6857,7 @@ def decide_deploy(observed: Observation) -> Action:
 
 
 def decide_environment(observed: Observation, name: str) -> Action | None:
-    """Return what a run needs in an environment, None where it is deployed there."""
+    """Return what a run needs in an environment until it is deployed there."""
     run = observed.run
     service = observed.services.get(name)
     entry = service.entry(run.id, run.received) if service else HistoryEntry()
@@ -6867,8 +6875,8 @@ def decide_environment(observed: Observation, name: str) -> Action | None:
         listed = entry.reason in set(Reason)  # anyone may have written it
         reason = Reason(entry.reason) if listed else Reason.UNHEALTHY_AFTER_SWITCH
         return ends(Outcome(entry.outcome), reason, entry.detail, name)
-    stale = None if switched else outdated(observed, name)
-    return stale or Action(Do.DEPLOY, name)
+    held_up = None if switched else check_head(observed, name)
+    return held_up or Action(Do.DEPLOY, name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12662,11 +12670,11 @@ class RunReconciler:
         """Execute an action, and not again until the cluster shows its effect."""
         observed = step.observed
         action = step.action
-        if action.reason is Reason.GIT_ERROR:
-            self.wait_for_git(observed, action)
+        if action.do is Do.ASK_HEAD:
+            self.ask_for_head(observed, action)
         elif action.do is Do.WAIT and action.stage in observed.jobs:
             self.wait_for_pod(observed.jobs[action.stage], observed)
-        if action.do in (Do.NOTHING, Do.WAIT):
+        if action.do in (Do.NOTHING, Do.WAIT, Do.ASK_HEAD):
             return
         state = (action.do, action.stage, *(job.version for job in observed.jobs.values()))
         # that an environment is being changed is known without looking
@@ -12723,7 +12731,7 @@ class RunReconciler:
             end = ends(Outcome.FAILED, Reason.JOB_REFUSED, refused.said, "build")
             self.context.recorder.finish(observed.run, observed.jobs, end)
 
-    def wait_for_git(self, observed: Observation, action: Action) -> None:
+    def ask_for_head(self, observed: Observation, action: Action) -> None:
         """Have the heads read, and annotate a run that waits for them with git's last error.
 
         A server that does not show a push yet is asked less often as time goes on.

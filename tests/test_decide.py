@@ -305,7 +305,7 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "suspended")), Do.UNSUSPEND, "test", Reason.OK, ""),
     "git does not answer, and no place is free": (
         a_view(a_job("test", "suspended", since=9999), head="unknown", slot=False),
-        Do.WAIT, "test", Reason.GIT_ERROR, "head"),
+        Do.ASK_HEAD, "test", Reason.GIT_ERROR, "head"),
     "no place is free": (
         a_view(a_job("test", "suspended"), slot=False), Do.WAIT, "test", Reason.OK, "free slot"),
     "no place was free for too long": (
@@ -317,11 +317,11 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "suspended", run=a_run(received=NOW - 9999)), slot=False),
         Do.WAIT, "test", Reason.OK, "free slot"),
     "git does not answer": (
-        a_view(a_job("test", "suspended"), head="unknown"), Do.WAIT, "test", Reason.GIT_ERROR,
+        a_view(a_job("test", "suspended"), head="unknown"), Do.ASK_HEAD, "test", Reason.GIT_ERROR,
             "head"),
     "git does not answer for hours": (
         a_view(a_job("test", "suspended", since=9999), head="unknown"),
-        Do.WAIT, "test", Reason.GIT_ERROR, "head"),
+        Do.ASK_HEAD, "test", Reason.GIT_ERROR, "head"),
     "the branch moved on before release": (
         a_view(a_job("test", "suspended"), head="newer", slot=False),
         Do.END, "test", (Outcome.SUPERSEDED, Reason.NOT_HEAD), "pushed again"),
@@ -655,7 +655,7 @@ ACTIONS: dict[str, Case] = {
     "a build waits for a place": (
         a_view(DONE, slot=False), Do.WAIT, "build", Reason.OK, "free slot"),
     "a build waits for git": (
-        a_view(DONE, head="unknown"), Do.WAIT, "build", Reason.GIT_ERROR, "head"),
+        a_view(DONE, head="unknown"), Do.ASK_HEAD, "build", Reason.GIT_ERROR, "head"),
     "nothing is built of a branch that moved on": (
         a_view(DONE, head="newer"), Do.END, "build", (Outcome.SUPERSEDED, Reason.NOT_HEAD), ""),
     "without a builder there is nothing to build": (
@@ -717,7 +717,7 @@ ACTIONS: dict[str, Case] = {
     "an environment is busy": (
         a_view(DONE, BUILT, busy=frozenset({"staging"})), Do.WAIT, "staging", Reason.OK, "changed"),
     "git does not answer before an environment": (
-        a_view(DONE, BUILT, head="unknown"), Do.WAIT, "staging", Reason.GIT_ERROR, "head"),
+        a_view(DONE, BUILT, head="unknown"), Do.ASK_HEAD, "staging", Reason.GIT_ERROR, "head"),
     "the branch moved on before an environment": (
         a_view(DONE, BUILT, head="newer"),
         Do.END, "staging", (Outcome.SUPERSEDED, Reason.NOT_HEAD), ""),
