@@ -6060,6 +6060,46 @@ STARTING = ("ContainerCreating", "PodInitializing")  # of which the status says 
 
 
 @dataclass(frozen=True, slots=True)
+class TestReport:
+    """What a sentence says of the report of tests: the side-car left it, and the Job keeps it."""
+
+    sentence: str
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the tests have left no report."""
+        return self.sentence == NO_REPORT
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing is known of a report that may have been there."""
+        return self.sentence.startswith(LOST_REPORT)
+
+    @property
+    def is_green(self) -> bool:
+        """Whether tests were counted, and none has failed."""
+        return GREEN_REPORT.fullmatch(self.sentence) is not None
+
+    @property
+    def is_red(self) -> bool:
+        """Whether it speaks against the tests; if in doubt it does."""
+        return not (self.is_missing or self.is_green)
+
+    @property
+    def text(self) -> str:
+        """The sentence as it is shown, "" where there was no report."""
+        return "" if self.is_missing else clip(self.sentence, 1000)
+
+    def beside(self, message: str) -> str:
+        """Return why tests failed: what it counts as red says it alone, else both say it."""
+        if RED_REPORT.match(self.text):
+            return self.text
+        if self.is_green:
+            return f"{self.text}, but {message}"
+        return f"{message}; {self.text}" if self.text else message
+
+
+@dataclass(frozen=True, slots=True)
 class JobStage:
     """How a stage that is a Job works."""
 
@@ -6460,11 +6500,10 @@ class Observation:
         return "; ".join(texts)
 
     @property
-    def report(self) -> str:
-        """The sentence of the test report, if there is one."""
+    def report(self) -> TestReport:
+        """The test report, as far as it is kept."""
         test = self.jobs.get("test")
-        report = clip(test.annotations.get(ANNOTATION_SUMMARY, ""), 1000) if test else ""
-        return "" if report == NO_REPORT else report
+        return (kept_report(test) if test else None) or TestReport(NO_REPORT)
 
 
 def newest(jobs: Mapping[str, Job]) -> Run:
@@ -6525,11 +6564,14 @@ def decide(observed: Observation) -> Action:
 
 def decide_tests(observed: Observation) -> Action | None:
     """Return what the tests of a run need; where nothing is deployed, it ends with them."""
-    test = observed.jobs.get("test")
-    if test and (action := decide_job(observed, test)):
-        return action
+    if test := observed.jobs.get("test"):
+        report = new_report(test, pods_of(observed, test))
+        # that there is none need not be kept before the run goes on
+        result = "" if report is None or report.is_missing else report.sentence
+        if action := decide_job(observed, test, result) or judge_report(observed, test, report):
+            return action
     if observed.run.ref != observed.app.deploy_ref or not observed.app.deploy.environments:
-        return ends(Outcome.TESTED, Reason.OK, observed.report, "test")
+        return ends(Outcome.TESTED, Reason.OK, observed.report.text, "test")
     return None
 
 
@@ -6540,7 +6582,8 @@ def decide_build(observed: Observation) -> Action | None:
     build = observed.jobs.get("build")
     if not build or build.outcome:  # it belongs to an earlier try of this run
         return decide_start(observed, Do.BUILD, "build")
-    return decide_job(observed, build)
+    digest = new_digest(build, pods_of(observed, build))
+    return decide_job(observed, build, digest) or await_digest(observed, build)
 
 
 def decide_manifests(observed: Observation, step: Action) -> Action | None:
@@ -6609,98 +6652,92 @@ def decide_start(observed: Observation, do: Do, stage: str) -> Action:
     return Action(Do.WAIT, stage, detail="for a free slot")
 
 
-def decide_job(observed: Observation, job: Job) -> Action | None:
-    """Return what a Job needs until it has succeeded and its result is kept."""
+def decide_job(observed: Observation, job: Job, result: str) -> Action | None:
+    """Return what a Job needs until it has succeeded; a result that is new is kept first."""
     if job.deleting:
         return Action(Do.WAIT, job.stage, detail=f"Job {job.name} is being deleted")
     if job.state == "suspended":
         return decide_start(observed, Do.UNSUSPEND, job.stage)
-    pods = [p for p in observed.pods if p.job == job.uid and not p.leaving]
-    pods.sort(key=lambda p: -p.created)
-    result = new_result(job, pods)
-    if result and result != NO_REPORT:  # which need not be kept before the run goes on
+    if result:
         return Action(Do.ANNOTATE, job.stage, detail=result)
     if job.state == "succeeded":
-        is_test = job.stage == "test"
-        return succeeded_tests(observed, job, result) if is_test else built(observed, job)
+        return None
     if problem := observed.fatal_problem:
         return fails(problem.reason, problem.detail, job.stage)
-    ended = [c for p in pods for c in p.containers if c.exit_code is not None]
     failed = job.state == "failed"
-    return failure(observed, job, ended) if failed else lateness(observed, job, pods)
+    return failure(observed, job) if failed else lateness(observed, job)
 
 
-def new_result(job: Job, pods: Iterable[Pod]) -> str:
-    """Return the result that a Job's pods left, newest first, unless the Job has it; "" for none.
+def pods_of(observed: Observation, job: Job) -> list[Pod]:
+    """Return the pods of a Job that the cluster does not take away, newest first."""
+    pods = (p for p in observed.pods if p.job == job.uid and not p.leaving)
+    return sorted(pods, key=lambda p: -p.created)
+
+
+def reporter_of(job: Job, pod: Pod) -> Container | None:
+    """Return the container that leaves the result of a pod, None until the pod's work has ended."""
+    stage = JOB_STAGES[job.stage]
+    ended = {c.name: c for c in pod.containers if c.exit_code is not None and not c.running}
+    return ended.get(stage.reporter) if stage.worker in ended else None
+
+
+def kept_report(test: Job) -> TestReport | None:
+    """Return the report that the Job of tests keeps, None where nothing of it is known yet."""
+    sentence = test.annotations.get(ANNOTATION_SUMMARY)
+    return None if sentence is None else TestReport(sentence)
+
+
+def new_report(test: Job, pods: Iterable[Pod]) -> TestReport | None:
+    """Return the report that pods of tests left, newest first, unless their Job has it.
 
     Where tests ran in two pods, because a container of the first one that is not ours failed, say,
     a red report counts, whatever was kept before.
     """
-    kept = job.annotations.get(JOB_STAGES[job.stage].annotation)
-    results = [result for pod in pods if (result := pod_result(job, pod))]
-    if job.stage == "build":
-        results = [r for r in results if DIGEST.fullmatch(r)]
-    red = [r for r in results if job.stage == "test" and is_red(r) and not is_lost(r)]
+    kept = kept_report(test)
+    reports = [report for pod in pods if (report := report_of(test, pod))]
+    red = [report for report in reports if report.is_red and not report.is_lost]
     if kept is None:
-        return next(iter(red or results), "")
-    return next(iter(red), "") if job.stage == "test" and not is_red(kept) else ""
+        return next(iter(red or reports), None)
+    return None if kept.is_red else next(iter(red), None)
 
 
-def pod_result(job: Job, pod: Pod) -> str:
-    """Return the result that a pod left whose work has ended, "" for none.
+def report_of(test: Job, pod: Pod) -> TestReport | None:
+    """Return the report that a pod left whose tests have ended.
 
-    The side-car of a test leaves a sentence whatever it reads; the one of an older version left
-    none where there was no report. One that was killed could not look.
+    The side-car leaves a sentence whatever it reads; the one of an older version left none where
+    there was no report. One that was killed could not look.
     """
-    stage = JOB_STAGES[job.stage]
-    containers = {c.name: c for c in pod.containers if c.exit_code is not None and not c.running}
-    reporter = containers.get(stage.reporter)
-    if reporter is None or stage.worker not in containers:
-        return ""
-    if words := reporter.words.strip():
-        return words
-    if job.stage == "build" or job.state != "succeeded":
-        return ""
+    reporter = reporter_of(test, pod)
+    if reporter and (words := reporter.words.strip()):
+        return TestReport(words)
+    if reporter is None or test.state != "succeeded":
+        return None
     code = reporter.exit_code
     lost = f"{LOST_REPORT}: container {reporter.name} ended with exit code {code}"
-    return lost if code else NO_REPORT
-
-
-def is_red(report: str) -> bool:
-    """Whether what was said of a test report speaks against the tests; if in doubt it does."""
-    return report != NO_REPORT and GREEN_REPORT.fullmatch(report) is None
-
-
-def is_lost(report: str) -> bool:
-    """Whether nothing is known of a test report that may have been there."""
-    return report.startswith(LOST_REPORT)
+    return TestReport(lost if code else NO_REPORT)
 
 
 def is_reusable(job: Job) -> bool:
     """Whether a finished Job need not run again: it succeeded, and its result is kept and good."""
     if job.stage == "build":
         return job.state == "succeeded" and ANNOTATION_DIGEST in job.annotations
-    report = job.annotations.get(ANNOTATION_SUMMARY, NO_REPORT)
-    return job.state == "succeeded" and not is_red(report)
+    report = kept_report(job)
+    return job.state == "succeeded" and not (report and report.is_red)
 
 
-def succeeded_tests(observed: Observation, test: Job, result: str) -> Action | None:
-    """Return what is wrong with tests that ended with exit code 0, by their report.
-
-    The result is what their pods have left and the Job does not say yet.
-    """
-    report = test.annotations.get(ANNOTATION_SUMMARY, result or None)
+def judge_report(observed: Observation, test: Job, new: TestReport | None) -> Action | None:
+    """Return what is wrong with tests that ended with exit code 0, by their report."""
+    report = kept_report(test) or new
     if was_accepted(observed, report):
         return None
     if report is None:
         if observed.now - test.finished < LAG:
             return Action(Do.WAIT, "test", detail="for what its pod says of the test report")
         return Action(Do.ANNOTATE, "test", detail=f"{LOST_REPORT}: its pod is gone")
-    if is_lost(report):
-        return fails(Reason.VANISHED, report, "test")
-    return with_services(
-        observed, fails(Reason.TESTS_FAILED, f"exit code 0, but {observed.report}", "test")
-    )
+    if report.is_lost:
+        return fails(Reason.VANISHED, report.sentence, "test")
+    detail = f"exit code 0, but {observed.report.text}"
+    return with_services(observed, fails(Reason.TESTS_FAILED, detail, "test"))
 
 
 def with_services(observed: Observation, action: Action) -> Action:
@@ -6709,7 +6746,7 @@ def with_services(observed: Observation, action: Action) -> Action:
     return replace(action, detail=f"{action.detail}; {ended}") if ended else action
 
 
-def was_accepted(observed: Observation, report: str | None) -> bool:
+def was_accepted(observed: Observation, report: TestReport | None) -> bool:
     """Whether succeeded tests are green: by their report, or because an older version said so.
 
     A deployment that it has begun is not stopped half-way. Where it kept nothing of a report, and
@@ -6720,20 +6757,26 @@ def was_accepted(observed: Observation, report: str | None) -> bool:
     services = [*observed.services.values()]
     if any(s.claim.run == run.id and s.claim.since >= run.received for s in services):
         return True
-    if report is not None:
-        return not is_red(report)
+    if report:
+        return not report.is_red
     finished = observed.jobs["test"].finished
     switched = any(service.entry(run.id, finished) for service in services)
     return switched or (build is not None and not build.outcome)
 
 
-def built(observed: Observation, build: Job) -> Action | None:
-    """Return what a finished build still needs."""
-    return None if ANNOTATION_DIGEST in build.annotations else no_digest(observed, build)
+def new_digest(build: Job, pods: Iterable[Pod]) -> str:
+    """Return the digest that a build's pods left, newest first, unless its Job has it."""
+    if ANNOTATION_DIGEST in build.annotations:
+        return ""
+    reporters = (container for pod in pods if (container := reporter_of(build, pod)))
+    digests = (container.words.strip() for container in reporters)
+    return next((digest for digest in digests if DIGEST.fullmatch(digest)), "")
 
 
-def no_digest(observed: Observation, build: Job) -> Action:
+def await_digest(observed: Observation, build: Job) -> Action | None:
     """Return what to do about a finished build that left no digest: it is made once more."""
+    if ANNOTATION_DIGEST in build.annotations:
+        return None
     if observed.now - build.finished < LAG:
         return Action(Do.WAIT, "build", detail="for the digest")
     if ANNOTATION_REMADE in build.annotations:
@@ -6741,8 +6784,9 @@ def no_digest(observed: Observation, build: Job) -> Action:
     return decide_start(observed, Do.BUILD, "build")
 
 
-def lateness(observed: Observation, job: Job, pods: Sequence[Pod]) -> Action:
+def lateness(observed: Observation, job: Job) -> Action:
     """Return what an unsuspended Job waits for, or which of its times is over."""
+    pods = pods_of(observed, job)
     why = job.annotations.get(ANNOTATION_DETAIL, "")
     limit = getattr(observed.app, job.stage).timeout
     started = max((p.started for p in pods), default=0.0)
@@ -6775,10 +6819,12 @@ def still_running(job: Job, pods: Iterable[Pod], since: float) -> str:
     return f"containers {clip(', '.join(names))} still run" if names else ""
 
 
-def failure(observed: Observation, job: Job, ended: Iterable[Container]) -> Action:
+def failure(observed: Observation, job: Job) -> Action:
     """Return why a Job failed, by its pods or its own condition, or that they may yet tell."""
     stage = JOB_STAGES[job.stage]
-    report = observed.report if job.stage == "test" else ""
+    report = observed.report if job.stage == "test" else TestReport(NO_REPORT)
+    containers = (c for p in pods_of(observed, job) for c in p.containers)
+    ended = [c for c in containers if c.exit_code is not None]
     names = (stage.worker, "clone")
     culprit = next((c for c in ended if c.exit_code and c.name in names), None)
     if culprit:
@@ -6794,7 +6840,7 @@ def failure(observed: Observation, job: Job, ended: Iterable[Container]) -> Acti
     if observed.now - job.finished < LAG:
         return Action(Do.WAIT, job.stage, detail="for its pod's last words")
     reason = stage.failure if job.reason == "PodFailurePolicy" else Reason.VANISHED
-    detail = with_report(f"its pods left no result ({clip(job.reason, 60)})", report)
+    detail = report.beside(f"its pods left no result ({clip(job.reason, 60)})")
     return fails(reason, detail, job.stage)
 
 
@@ -6806,7 +6852,7 @@ def waited_for(job: Job) -> Action | None:
     return fails(Reason(reason), job.annotations.get(ANNOTATION_DETAIL, ""), job.stage)
 
 
-def culprit_failure(job: Job, culprit: Container, report: str) -> Action:
+def culprit_failure(job: Job, culprit: Container, report: TestReport) -> Action:
     """Return why a Job failed, by the container that did."""
     if culprit.exit_reason == "OOMKilled":
         detail = f"{culprit.name} was killed for its memory"
@@ -6820,7 +6866,7 @@ def culprit_failure(job: Job, culprit: Container, report: str) -> Action:
         return fails(reason, message, job.stage)
     if job.stage == "build" and (trouble := registry_trouble(culprit.words)):
         return fails(Reason.REGISTRY_UNAVAILABLE, trouble, job.stage)
-    return fails(JOB_STAGES[job.stage].failure, with_report(message, report), job.stage)
+    return fails(JOB_STAGES[job.stage].failure, report.beside(message), job.stage)
 
 
 def registry_trouble(printed: str) -> str:
@@ -6838,22 +6884,13 @@ def registry_trouble(printed: str) -> str:
     return f"the image could not be pushed; {how}" if last else ""
 
 
-def with_report(message: str, report: str) -> str:
-    """Return why tests failed: what their report counts as red says it alone, else both say it."""
-    if RED_REPORT.match(report):
-        return report
-    if GREEN_REPORT.fullmatch(report):
-        return f"{report}, but {message}"
-    return f"{message}; {report}" if report else message
-
-
 def decide_deploy(observed: Observation) -> Action:
     """Return which environment comes next, or how the run ended there."""
     for name in observed.app.deploy.environments:
         if action := decide_environment(observed, name):
             return action
     last = observed.app.deploy.environments[-1]
-    return ends(Outcome.DEPLOYED, Reason.OK, observed.report, last)
+    return ends(Outcome.DEPLOYED, Reason.OK, observed.report.text, last)
 
 
 def decide_environment(observed: Observation, name: str) -> Action | None:
@@ -8036,10 +8073,9 @@ class ReportedRun:
 
     def _praise(self, stage: str) -> str:
         """Return what is said of a stage that went well."""
-        test = self.jobs.get("test")
-        report = test.annotations.get(ANNOTATION_SUMMARY, "") if test else ""
         if stage == "test":
-            return report if GREEN_REPORT.fullmatch(report) else "passed"
+            report = kept_report(self.jobs["test"]) if "test" in self.jobs else None
+            return report.sentence if report and report.is_green else "passed"
         return "the image is built" if stage == "build" else "is live"
 
 
@@ -12693,9 +12729,8 @@ class RunReconciler:
         jobs = observed.jobs
         stage = action.stage
         if action.do is Do.ANNOTATE:
-            key = ANNOTATION_SUMMARY if stage == "test" else ANNOTATION_DIGEST
             detail = self.context.doors.secrets.mask(action.detail)
-            self.informers.annotate(jobs[stage], {key: detail})
+            self.informers.annotate(jobs[stage], {JOB_STAGES[stage].annotation: detail})
         elif action.do is Do.UNSUSPEND:
             self.informers.annotate(jobs[stage], {}, suspend=False)
         elif action.do is Do.BUILD:
