@@ -332,23 +332,21 @@ class Reason(StrEnum):
     @property
     def is_verdict(self) -> bool:
         """Whether the commit itself is the reason, so that another try would end alike."""
-        return REASON_MEANINGS[self].is_verdict
+        return self in VERDICTS
 
     @property
     def advice(self) -> str:
         """One sentence that says what helps."""
-        return REASON_MEANINGS[self].advice
+        return (VERDICTS | CIRCUMSTANCES)[self]
+
+    @classmethod
+    def of(cls, word: str) -> Reason | None:
+        """Return the reason that a recorded word is, None for one that this version lacks."""
+        return next((reason for reason in cls if reason == word), None)
 
 
-@dataclass(frozen=True, slots=True)
-class ReasonMeaning:
-    """What a reason says of a commit: a verdict on it, or a circumstance that may pass."""
-
-    is_verdict: bool
-    advice: str
-
-
-# A verdict ends the commit's way; a circumstance before the switch is tried again by itself.
+# A verdict ends the commit's way; a circumstance before the switch is tried again by itself, unless
+# it is final: someone has taken over, or traffic was switched.
 VERDICTS = {
     Reason.OK: "Nothing is to be done.",
     Reason.TESTS_FAILED: "Read why with `explain RUN`, mend tests or code, and push again.",
@@ -369,7 +367,7 @@ VERDICTS = {
     Reason.REJECTED: "Push a commit that mends it, or use `rerun`.",
     Reason.ROLLED_BACK: "Push a commit that mends it, or use `rerun`.",
 }
-CIRCUMSTANCES = {
+PASSING_CIRCUMSTANCES = {
     Reason.REGISTRY_UNAVAILABLE: "See whether the registry answers, and what Secret "
     "registry-credentials of the build namespace has.",
     Reason.NO_DIGEST: "See who deletes the pods of builds before their digest is read.",
@@ -389,18 +387,27 @@ CIRCUMSTANCES = {
     Reason.JOB_REFUSED: "Change what the text names in the configuration or in the cluster.",
     Reason.SELECTOR_CHANGED: "See who else changes the live Service.",
     Reason.SELECTOR_CONTESTED: "See who else changes the live Service.",
+    Reason.GIT_ERROR: "See whether the git server answers.",
+    Reason.GAVE_UP: "Remove the cause that the text names, and use `rerun`.",
+}
+FINAL_CIRCUMSTANCES = {
     Reason.ENDPOINTS_MISSING: "See whether the cluster updates the endpoints of Services.",
     Reason.BOTH_UNHEALTHY: "Look for what both versions need, such as a database.",
     Reason.UNJUDGED: "Look at the new version yourself; its health could not be judged.",
     Reason.CLAIM_LOST: "See who took over the environment, and use `rerun` if it is to go on.",
     Reason.NOT_HEAD: "Nothing is to be done; a newer commit took its place.",
-    Reason.GIT_ERROR: "See whether the git server answers.",
-    Reason.GAVE_UP: "Remove the cause that the text names, and use `rerun`.",
 }
-REASON_MEANINGS = {
-    **{reason: ReasonMeaning(True, advice) for reason, advice in VERDICTS.items()},
-    **{reason: ReasonMeaning(False, advice) for reason, advice in CIRCUMSTANCES.items()},
+CIRCUMSTANCES = PASSING_CIRCUMSTANCES | FINAL_CIRCUMSTANCES
+# What is special about some of them.
+OUTCOMES = {  # of deployments that end otherwise than failed or superseded
+    Reason.ROLLED_BACK: Outcome.ROLLED_BACK,
+    Reason.UNHEALTHY_AFTER_SWITCH: Outcome.SWITCHED_BACK,
+    Reason.WORKER_FAILED: Outcome.SWITCHED_BACK,
 }
+CONFIGURED_REASONS = (Reason.MANIFEST_REFUSED, Reason.CLONE_REFUSED)  # by the app's settings
+# By these a run may end in an environment before its tests are over: see ManifestChecks.
+EARLY_REASONS = (Reason.MANIFEST_REFUSED, Reason.MANIFEST_INVALID)
+CREATION_REASONS = (Reason.JOB_REFUSED, Reason.QUOTA_EXCEEDED)  # of a Job that may get no pod
 
 
 class Phase(StrEnum):
@@ -6846,10 +6853,10 @@ def failure(observed: Observation, job: Job) -> Action:
 
 def waited_for(job: Job) -> Action | None:
     """Return the end of a Job whose deadline passed while its pod waited, if it did."""
-    reason = job.annotations.get(ANNOTATION_REASON, "")
-    if reason not in set(CIRCUMSTANCES):
+    reason = Reason.of(job.annotations.get(ANNOTATION_REASON, ""))
+    if reason not in CIRCUMSTANCES:
         return None
-    return fails(Reason(reason), job.annotations.get(ANNOTATION_DETAIL, ""), job.stage)
+    return fails(reason, job.annotations.get(ANNOTATION_DETAIL, ""), job.stage)
 
 
 def culprit_failure(job: Job, culprit: Container, report: TestReport) -> Action:
@@ -6909,8 +6916,7 @@ def decide_environment(observed: Observation, name: str) -> Action | None:
     if confirmed:
         return None
     if entry.outcome in (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED):
-        listed = entry.reason in set(Reason)  # anyone may have written it
-        reason = Reason(entry.reason) if listed else Reason.UNHEALTHY_AFTER_SWITCH
+        reason = Reason.of(entry.reason) or Reason.UNHEALTHY_AFTER_SWITCH
         return ends(Outcome(entry.outcome), reason, entry.detail, name)
     held_up = None if switched else check_head(observed, name)
     return held_up or Action(Do.DEPLOY, name)
@@ -7916,8 +7922,6 @@ END_STATES: dict[str, StatusState] = {  # of the stage in which a run ended
     Outcome.ROLLED_BACK: StatusState.FAILED,
     Outcome.SUPERSEDED: StatusState.CANCELED,
 }
-# By these a run may end in an environment before its tests are over: see ManifestChecks.
-EARLY_REASONS = (Reason.MANIFEST_REFUSED, Reason.MANIFEST_INVALID)
 STATUS_LENGTH = 255  # characters of a description, of an address, and of the name of a branch
 GITLAB_SECONDS = 15.0  # for one request: GitLab itself waits for ten seconds for a lock
 STATUS_DELAYS = (2.0, 5.0, 15.0, 60.0, 300.0)  # before each further try
@@ -11709,22 +11713,7 @@ def recoloured(release: Release, app: App, colour: str, replicas: int) -> Releas
 
 STEP_SECONDS = 300.0  # in which a thread must have moved
 STEP_FAILED = "controller step failed, will be tried again"
-OUTCOMES = {  # of deployments that end otherwise than failed or superseded
-    Reason.ROLLED_BACK: Outcome.ROLLED_BACK,
-    Reason.UNHEALTHY_AFTER_SWITCH: Outcome.SWITCHED_BACK,
-    Reason.WORKER_FAILED: Outcome.SWITCHED_BACK,
-}
-# After these nothing is tried again by itself: someone has taken over, or traffic was switched.
-FINAL_REASONS = (
-    Reason.NOT_HEAD,
-    Reason.CLAIM_LOST,
-    Reason.ENDPOINTS_MISSING,
-    Reason.BOTH_UNHEALTHY,
-    Reason.UNJUDGED,
-)
-CONFIGURED_REASONS = (Reason.MANIFEST_REFUSED, Reason.CLONE_REFUSED)  # by the app's settings
 REFUSED_FOR_GOOD = ("Invalid", "Denied", "BadRequest")  # kinds of refusals of a Job
-CREATION_REASONS = (Reason.JOB_REFUSED, Reason.QUOTA_EXCEEDED)  # that may be proofs
 NO_WAIT = dict.fromkeys((ANNOTATION_REASON, ANNOTATION_DETAIL))  # on Jobs that wait for nothing
 
 
@@ -12272,8 +12261,8 @@ class RunRecorder:
 
 def may_be_tried_again(end: Action) -> bool:
     """Whether an end is a circumstance that another try of the same commit may not meet."""
-    passing = end.outcome in (Outcome.FAILED, Outcome.SUPERSEDED) and not end.reason.is_verdict
-    return passing and end.reason not in FINAL_REASONS
+    stopped = end.outcome in (Outcome.FAILED, Outcome.SUPERSEDED)
+    return stopped and end.reason in PASSING_CIRCUMSTANCES
 
 
 def rejects(end: Action) -> bool:
@@ -14091,8 +14080,8 @@ def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) ->
     if record and record.outcome and record.ended >= run.received:
         copied = ("stage", "outcome", "reason", "detail", "tries")
         end = {key: getattr(record, key) for key in copied}
-        helps = record.reason if record.reason in set(Reason) else Reason.OK
-        advice = "" if helps == Reason.OK else Reason(helps).advice
+        helps = Reason.of(record.reason) or Reason.OK
+        advice = "" if helps is Reason.OK else helps.advice
         status = replace(status, state="ended", advice=advice, **end)
         status = replace(status, next_try=record.next_try or None)
     elif jobs:

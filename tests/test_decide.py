@@ -1048,7 +1048,8 @@ def test_a_server_that_shows_a_commit_from_before_several_pushes_is_behind(
 def test_each_reason_is_a_verdict_or_a_circumstance_and_has_one_sentence_of_advice(
     reason: hook.Reason,
 ) -> None:
-    assert (reason in hook.VERDICTS) != (reason in hook.CIRCUMSTANCES)
+    tables = (hook.VERDICTS, hook.PASSING_CIRCUMSTANCES, hook.FINAL_CIRCUMSTANCES)
+    assert sum(reason in table for table in tables) == 1
     assert reason.is_verdict is (reason in hook.VERDICTS)
     assert re.fullmatch(r"[A-Z][^!?]+\.", reason.advice)
     assert reason.advice.count(". ") == 0

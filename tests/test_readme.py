@@ -60,7 +60,11 @@ def metrics() -> str:
 
 
 def reasons() -> str:
-    kinds = {"Verdicts": gitops_hook.VERDICTS, "Circumstances": gitops_hook.CIRCUMSTANCES}
+    kinds = {
+        "Verdicts": gitops_hook.VERDICTS,
+        "Circumstances": gitops_hook.PASSING_CIRCUMSTANCES,
+        "Circumstances after which nothing is tried again": gitops_hook.FINAL_CIRCUMSTANCES,
+    }
     named = {kind: ", ".join(f"`{r}`" for r in table) for kind, table in kinds.items()}
     return "\n".join(f"- {kind}: {names}." for kind, names in named.items())
 
