@@ -13203,12 +13203,16 @@ class Workers:
 
 
 def recorded_end(state: AppState, app: App, run: Run) -> Action | None:
-    """Return the recorded end of a run whose commit is rejected, where its Jobs lack it yet."""
+    """Return the recorded end of a run whose commit is rejected, where its Jobs lack it yet.
+
+    One in words that only a newer version has is not known.
+    """
     record = state.runs.get(run.id)
     rejected = state.rejection(app, run.commit) and not newer_than(run, state)
-    if not (rejected and record and record.outcome):
+    reason = Reason.of(record.reason) if record else None
+    if not (rejected and record and reason and record.outcome in set(Outcome)):
         return None
-    return ends(Outcome(record.outcome), Reason(record.reason), record.detail, record.stage)
+    return ends(Outcome(record.outcome), reason, record.detail, record.stage)
 
 
 def refusal_reason(refused: KubectlError) -> Reason | None:

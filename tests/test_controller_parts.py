@@ -443,6 +443,25 @@ def test_a_run_that_was_rejected_before_a_crash_keeps_the_reason_of_its_end(
     assert controller.workers._end_of_deployment(task) == end
 
 
+@pytest.mark.parametrize(
+    ("outcome", "reason"),
+    [("switched-back", "AnsweredSlowly"), ("paused", "UnhealthyAfterSwitch")],
+    ids=["reason", "outcome"],
+)
+def test_an_end_that_a_newer_version_recorded_in_words_of_its_own_is_a_rejection(
+    controller: Any, outcome: str, reason: str
+) -> None:
+    run = a_run(NEW, received=time.time())
+    end = hook.ends(Outcome.SWITCHED_BACK, Reason.UNHEALTHY_AFTER_SWITCH, "it was", "production")
+    controller.context.recorder.finish(run, {}, end)
+    state = controller.context.state
+    record = replace(state.read(shop(controller)).runs[run.id], outcome=outcome, reason=reason)
+    state.write(shop(controller), record)
+    task = hook.task_of(controller.context.config, shop(controller), "production", run)
+    stopped = controller.workers._end_of_deployment(task)
+    assert (stopped.outcome, stopped.reason) == (Outcome.FAILED, Reason.REJECTED)
+
+
 @pytest.mark.parametrize("ended", [20.0, None], ids=["of an earlier try", "of this try"])
 def test_a_build_counts_as_made_again_only_within_one_try(
     controller: Any, ended: float | None, monkeypatch: pytest.MonkeyPatch
