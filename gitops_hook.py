@@ -1601,7 +1601,7 @@ def error(msg: str, **values: Any) -> None:
 # The parts of the daemon in which errors are counted.
 ERRORS = (
     *("companions", "controller", "events", "heads", "intake", "measurements", "request"),
-    *("restore", "secrets", "selector", "service", "statuses", "watch", "worker"),
+    *("reader", "restore", "secrets", "selector", "service", "statuses", "watch", "worker"),
 )
 SINKS = ("events", "logs", "statuses")  # where reports go that may fail
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)  # seconds

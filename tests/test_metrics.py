@@ -78,10 +78,11 @@ def test_the_first_of_a_kind_is_an_increase_since_all_that_can_happen_is_0_at_th
     assert zeros["catch_up_runs"] == {("shop",)}
     # what counts an error, or names a thread whose bugs are counted by the first word of its name
     source = Path(hook.__file__).read_text("utf-8")
-    counting = r'(?:errors\.labels\(|\brepeat\(|\bworkers\.start\(|\bname = )f?"([a-z]+)(?: of |")'
-    words = {*re.findall(counting, source)}
+    counting = r"(?:errors\.labels\(|\brepeat\(|\bworkers\.start\(|\bname = )"
+    words = {*re.findall(counting + r'f?"([a-z]+)(?: of |")', source)}
+    words |= {getattr(hook, constant) for constant in re.findall(counting + r"([A-Z]+)\b", source)}
     assert {word for (word,) in zeros["errors"]} == words
-    assert {"worker", "watch", "intake", "heads", "secrets"} <= words
+    assert {"worker", "watch", "intake", "heads", "secrets", "reader"} <= words
 
 
 def test_a_delivery_is_counted_by_what_became_of_it(receiver: Receiver) -> None:
