@@ -4390,9 +4390,10 @@ class SortedManifests:
         services = [m for m in self.of_kind("Service") if m.name == app.service_name]
         self.service = services[0] if services else None
         self.named_beside = configmap_names([m.content for m in self.used if m.kind not in KINDS])
-        selector = part_of(self.service and self.service.content, "spec", "selector")
         deployments = self.of_kind("Deployment")
-        self.selected = [d for d in deployments if selects({"matchLabels": selector}, labels_of(d))]
+        self.selected = [
+            d for d in deployments if self.service and is_aimed_at(self.service.content, d.content)
+        ]
         fronts = self.selected or deployments
         self.front = fronts[0] if len({d.name for d in fronts}) == 1 else None
         self.workers = [d for d in deployments if self.front and d is not self.front]
@@ -4549,11 +4550,6 @@ def part_of(value: Any, *keys: str) -> Object:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
-
-
-def labels_of(deployment: Manifest) -> Object:
-    """Return the labels of a Deployment's pods."""
-    return part_of(deployment.content, "spec", "template", "metadata", "labels")
 
 
 def names_deployment(manifest: Manifest, name: str) -> bool:
@@ -6922,18 +6918,12 @@ def decide_environment(observed: Observation, name: str) -> Action | None:
     return held_up or Action(Do.DEPLOY, name)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Slot:
-    """One Job that runs, or that a run wants to start."""
-
-    run: str
-    app: str
-    deploys: bool
-    received: float = 0.0
-
-
 def grant_slots(
-    wanted: Sequence[Slot], running: Sequence[Slot], last_started: Mapping[str, float], limit: int
+    wanted: Sequence[Run],
+    running: Sequence[Run],
+    last_started: Mapping[str, float],
+    limit: int,
+    is_deployed: Callable[[Run], bool],
 ) -> set[str]:
     """Return the runs that may start a Job now; `last_started` says when each app started one.
 
@@ -6944,17 +6934,17 @@ def grant_slots(
     turns = dict(last_started)
     granted = set[str]()
     while True:
-        tests = sum(not s.deploys for s in used)
+        tests = sum(not is_deployed(run) for run in used)
         room_for_tests = tests < max(limit - 1, 1)
-        waiting = [s for s in wanted if s.run not in granted and (s.deploys or room_for_tests)]
-        apps = Counter(s.app for s in used)
-        alone = len({s.app for s in waiting}) == 1
+        waiting = [r for r in wanted if r.id not in granted and (room_for_tests or is_deployed(r))]
+        apps = Counter(run.app for run in used)
+        alone = len({run.app for run in waiting}) == 1
         most = limit if alone else (limit + 1) // 2
-        fair = [s for s in waiting if apps[s.app] < most]
+        fair = [run for run in waiting if apps[run.app] < most]
         if len(used) >= limit or not fair:
             return granted
-        best = min(fair, key=lambda s: (not s.deploys, turns.get(s.app, 0.0), -s.received))
-        granted.add(best.run)
+        best = min(fair, key=lambda r: (not is_deployed(r), turns.get(r.app, 0.0), -r.received))
+        granted.add(best.id)
         used.append(best)
         turns[best.app] = NEVER
 
@@ -12656,21 +12646,15 @@ class RunReconciler:
             last = last_started.get(job.run.app, 0.0)
             last_started[job.run.app] = max(last, job.unsuspended)
         starting = (Do.UNSUSPEND, Do.BUILD)
-        wanted = [self.slot(s.observed.run) for s in steps if s.action.do in starting]
-        running = [self.slot(run) for run in active]
-        max_running = self.context.config.limits.max_running
-        granted = grant_slots(wanted, running, last_started, max_running)
+        wanted = [s.observed.run for s in steps if s.action.do in starting]
+        most = self.context.config.limits.max_running
+        granted = grant_slots(wanted, active, last_started, most, self.context.is_deployed)
         for step in steps:
             if step.action.do in starting and step.observed.run.id not in granted:
                 observed = replace(step.observed, slot=False)
                 yield Step(observed, decide(observed))
             else:
                 yield step
-
-    def slot(self, run: Run) -> Slot:
-        """Return the slot that a Job of a run takes, or would take."""
-        deploys = self.context.is_deployed(run)
-        return Slot(run=run.id, app=run.app, deploys=deploys, received=run.received)
 
     def execute_all(self, steps: Iterable[Step]) -> None:
         """Execute steps: first those of environments, since a version may be live and unhealthy.

@@ -1063,13 +1063,19 @@ def test_no_reason_is_missing_from_the_tables_and_none_is_there_that_does_not_ex
 # === Slots ===
 
 
-def slots(words: str) -> list[hook.Slot]:
-    """Slots by words: the app, in capitals for its deploy branch, and when it was pushed."""
-    made = []
-    for word in words.split():
-        app, pushed = word[:-1], float(word[-1])
-        made.append(hook.Slot(run=word, app=app.lower(), deploys=app.isupper(), received=pushed))
-    return made
+def pushed(words: str) -> list[hook.Run]:
+    """Runs by words: the app, in capitals for its deploy branch, and when it was pushed."""
+    return [
+        hook.Run(id=word, app=word[0].lower(), ref=word[0], commit="", received=float(word[-1]))
+        for word in words.split()
+    ]
+
+
+def granted_slots(
+    wanted: list[hook.Run], running: list[hook.Run], served: dict[str, float], limit: int
+) -> set[str]:
+    """The runs that get a slot, if the refs in capitals are the deploy branches."""
+    return hook.grant_slots(wanted, running, served, limit, lambda run: run.ref.isupper())
 
 
 @pytest.mark.parametrize(
@@ -1105,15 +1111,16 @@ def slots(words: str) -> list[hook.Slot]:
 def test_slots_are_granted_fairly(
     wanted: str, running: str, limit: int, served: dict[str, float], granted: str
 ) -> None:
-    assert hook.grant_slots(slots(wanted), slots(running), served, limit) == {*granted.split()}
+    slots = granted_slots(pushed(wanted), pushed(running), served, limit)
+    assert slots == {*granted.split()}
 
 
 def test_an_app_whose_tests_are_pushed_all_the_time_keeps_no_other_from_its_turn() -> None:
     served, last = {"flood": 0.0, "calm": 0.0}, list[str]()
     for second in range(1, 9):
-        flood = [hook.Slot(run=f"f{second}", app="flood", deploys=False, received=second)]
-        calm = [hook.Slot(run="c", app="calm", deploys=False, received=0.5)]
-        (run,) = hook.grant_slots(flood + calm, [], served, 1)
+        flood = hook.Run(id=f"f{second}", app="flood", ref="x", commit="", received=second)
+        calm = hook.Run(id="c", app="calm", ref="x", commit="", received=0.5)
+        (run,) = granted_slots([flood, calm], [], served, 1)
         app = "calm" if run == "c" else "flood"
         last.append(app)
         served[app] = float(second)
