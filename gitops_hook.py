@@ -4370,7 +4370,7 @@ def check_objects(
     """
     collected = Faults() if faults is None else faults
     chosen = SortedManifests(app, manifests)
-    collected.add(map(Fault, chosen.refusals(namespace, environment)))
+    collected.add(map(Fault, chosen.faults(namespace, environment)))
     if faults is None or not chosen.is_complete:
         collected.require_none()
     return chosen.objects()
@@ -4387,9 +4387,9 @@ class SortedManifests:
         self.app = app
         self.all = [*manifests]
         self.used = [m for m in self.all if not app.deploy.ignores(m.kind, m.name)]
-        services = [m for m in self.of_kind("Service") if m.name == app.service_name]
-        self.service = services[0] if services else None
-        self.named_beside = configmap_names([m.content for m in self.used if m.kind not in KINDS])
+        # what gets the traffic comes first: what becomes of all others depends on that
+        services = (m for m in self.of_kind("Service") if m.name == app.service_name)
+        self.service = next(services, None)
         deployments = self.of_kind("Deployment")
         self.selected = [
             d for d in deployments if self.service and is_aimed_at(self.service.content, d.content)
@@ -4400,6 +4400,7 @@ class SortedManifests:
         pods = [pod_of(d.content) for d in (self.front, *self.workers) if d]
         configmaps = {m.name for m in self.of_kind("ConfigMap")}
         self.configmaps = configmaps & configmap_names(pods) if any(pods) else configmaps
+        self.named_beside = configmap_names([m.content for m in self.used if m.kind not in KINDS])
         self.companions = [m for m in self.used if self.is_beside(m)]
 
     def of_kind(self, kind: str) -> list[Manifest]:
@@ -4444,8 +4445,8 @@ class SortedManifests:
         deployments = [d for d in (self.front, *self.workers) if d]
         return [d for d in deployments if is_aimed_at(manifest.content, d.content)]
 
-    def refusals(self, namespace: str, environment: str) -> Iterator[str]:
-        """Yield everything that is refused, each with what to do about it."""
+    def faults(self, namespace: str, environment: str) -> Iterator[str]:
+        """Yield everything that is wrong with them, each with what to do about it."""
         seen = set()
         claims = self.claims_of_one_node()
         beside = {id(manifest) for manifest in self.companions}
@@ -4455,7 +4456,7 @@ class SortedManifests:
                 yield f"{manifest.where} occurs twice. Remove one of the two."
             elif self.is_deployed(manifest) or id(manifest) in beside:
                 disks = claims if self.is_deployed(manifest) else None
-                for fault in refusals(
+                for fault in object_faults(
                     manifest.content, namespace, environment, self.app.deploy, disks
                 ):
                     yield f"{manifest.where}: {fault}"
@@ -4493,7 +4494,7 @@ class SortedManifests:
         return f" of {manifest.version} is not deployed. {advice.format(**values)}"
 
     def companion_faults(self) -> Iterator[str]:
-        """Yield what is refused of the companions together."""
+        """Yield what is wrong with the companions together."""
         if len(self.companions) > MOST_COMPANIONS:
             count = len(self.companions)
             advice = "List some of them in deploy.ignore."
@@ -4599,7 +4600,7 @@ def term_holds(term: Object, value: Any) -> bool:
     return holds.get(term["operator"], False)
 
 
-def refusals(
+def object_faults(
     item: Object,
     namespace: str,
     environment: str,
@@ -6472,7 +6473,7 @@ class Reading:
 
     under_way: bool = False
     done: bool = False
-    refusal: Action | None = None  # how the run ends by them
+    end: Action | None = None  # how the run ends by them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -6531,7 +6532,7 @@ def fails(reason: Reason, detail: str, stage: str) -> Action:
     return ends(Outcome.FAILED, reason, detail, stage)
 
 
-def refused(faults: Mapping[str, Sequence[Fault]]) -> Action | None:
+def end_by_faults(faults: Mapping[str, Sequence[Fault]]) -> Action | None:
     """Return how a run ends by the faults of its manifests in each environment, if there are any.
 
     What is refused in all of them is said once, anything else behind the names of environments.
@@ -6599,7 +6600,7 @@ def decide_manifests(observed: Observation, step: Action) -> Action | None:
         return None
     if observed.reading.under_way and deploys:
         return Action(Do.WAIT, step.stage, detail="for its manifests to be read")
-    return observed.reading.refusal
+    return observed.reading.end
 
 
 def reads_manifests(observed: Observation, step: Action) -> bool:
@@ -12890,19 +12891,19 @@ class ManifestChecks:
         self.context = context
         self.workers = workers
         self._under_way: set[str] = set()
-        self._refusals: dict[str, Action | None] = {}  # by run; None where nothing is refused
+        self._ends: dict[str, Action | None] = {}  # by run; None where no manifest has a fault
 
     def reading(self, run: Run) -> Reading:
         """Return how far the manifests of a run are read."""
         # in this order: a worker writes down what it has read before it ends
         if run.id in self._under_way:
             return Reading(under_way=True)
-        return Reading(done=run.id in self._refusals, refusal=self._refusals.get(run.id))
+        return Reading(done=run.id in self._ends, end=self._ends.get(run.id))
 
     def keep(self, runs: Set[str]) -> None:
         """Forget all runs but these."""
-        for run in self._refusals.keys() - runs:
-            self._refusals.pop(run, None)
+        for run in self._ends.keys() - runs:
+            self._ends.pop(run, None)
 
     def start_all(self, steps: Iterable[Step]) -> None:
         """Start to read what is to be read, for as many runs at a time as is allowed."""
@@ -12929,7 +12930,7 @@ class ManifestChecks:
             app = tasks[0].app
             before = recorded_end(self.context.state.recent(app), app, run)
             faults = {} if before else self.context.deployer.manifest_faults(tasks)
-            self._refusals[run.id] = before or refused(faults)
+            self._ends[run.id] = before or end_by_faults(faults)
         finally:
             self._under_way.discard(run.id)
 

@@ -562,7 +562,7 @@ def test_the_end_that_a_killed_process_has_recorded_is_taken_without_reading(
     before = last_record(controller)
     add_job(controller, run)
     look_until_read(controller)
-    assert controller.runs.reader.reading(run) == hook.Reading(done=True, refusal=end)
+    assert controller.runs.reader.reading(run) == hook.Reading(done=True, end=end)
     controller.runs.reconcile()
     assert last_record(controller) == before
     assert commits == []

@@ -825,7 +825,7 @@ ACTIONS: dict[str, Case] = {
 }  # fmt: skip
 
 REFUSAL = hook.fails(Reason.MANIFEST_REFUSED, "no host ports", "production")
-REFUSED = {"reading": hook.Reading(done=True, refusal=REFUSAL)}
+REFUSED = {"reading": hook.Reading(done=True, end=REFUSAL)}
 UNDER_WAY = {"reading": hook.Reading(under_way=True)}
 CLAIMED = {"staging": a_claimed_service(NOW - 5)}
 BY_MANIFESTS = (Outcome.FAILED, Reason.MANIFEST_REFUSED)
@@ -953,7 +953,7 @@ def faults(*texts: str, invalid: bool = False) -> list[hook.Fault]:
 def test_what_all_environments_refuse_is_said_once(
     staging: list[hook.Fault], production: list[hook.Fault], stage: str, reason: str, detail: str
 ) -> None:
-    end = hook.refused({"staging": staging, "production": production})
+    end = hook.end_by_faults({"staging": staging, "production": production})
     if not detail:
         assert end is None
     else:
