@@ -6579,156 +6579,6 @@ def decide_tests(observed: Observation) -> Action | None:
     return None
 
 
-def decide_build(observed: Observation) -> Action | None:
-    """Return what the build of a run needs, if its app is built."""
-    if observed.app.build.builder == "none":
-        return None
-    build = observed.jobs.get("build")
-    if not build or build.outcome:  # it belongs to an earlier try of this run
-        return decide_start(observed, Do.BUILD, "build")
-    digest = new_digest(build, pods_of(observed, build))
-    return decide_job(observed, build, digest) or await_digest(observed, build)
-
-
-def decide_manifests(observed: Observation, step: Action) -> Action | None:
-    """Return what the manifests of a run have against a step of it, until it has deployed some."""
-    run = observed.run
-    services = observed.services.values()
-    begun = any(s.claim.run == run.id or s.entry(run.id, run.received) for s in services)
-    deploys = step.do is Do.DEPLOY and not begun
-    if step.do is Do.END or not (deploys or step.stage in JOB_STAGES):
-        return None
-    if observed.reading.under_way and deploys:
-        return Action(Do.WAIT, step.stage, detail="for its manifests to be read")
-    return observed.reading.end
-
-
-def reads_manifests(observed: Observation, step: Action) -> bool:
-    """Whether to read the manifests of a run now: beside its tests and its build, or before."""
-    app = observed.app
-    deploys = observed.run.ref == app.deploy_ref and bool(app.deploy.environments)
-    moved_on = observed.head == Head.NEWER or (observed.newer and observed.head != Head.SAME)
-    due = step.stage in JOB_STAGES and step.do is not Do.END and observed.reading == Reading()
-    return deploys and due and not moved_on
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """What a run waits for before the work of its stage begins, a word of ours, and since when."""
-
-    reason: str
-    since: float
-
-
-def wait_of(observed: Observation, action: Action) -> Wait | None:
-    """Return what keeps the Job of a run from its work, None where nothing does."""
-    if action.do not in (Do.WAIT, Do.ASK_HEAD) or action.stage not in JOB_STAGES:
-        return None
-    job = observed.jobs.get(action.stage)
-    if job and job.state == "active":
-        reason = job.annotations.get(ANNOTATION_REASON, "")  # which anyone may write
-        return Wait(reason, job.unsuspended) if reason in CIRCUMSTANCES else None
-    reason = str(action.reason) if observed.slot else FREE_SLOT
-    if reason == Reason.OK:
-        return None
-    since = job.created if job else observed.jobs["test"].finished
-    return Wait(reason, max(since, observed.run.received))
-
-
-def check_head(observed: Observation, stage: str) -> Action | None:
-    """Return how a run ends, or that git is to be asked, unless its commit is its ref's newest."""
-    superseded = ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", stage)
-    if observed.run.ref != observed.app.deploy_ref:  # only what is deployed needs git
-        return superseded if observed.newer else None
-    if observed.head == Head.UNKNOWN:
-        return Action(Do.ASK_HEAD, stage, Reason.GIT_ERROR, "for the head of the branch")
-    return superseded if observed.head == Head.NEWER else None
-
-
-def decide_start(observed: Observation, do: Do, stage: str) -> Action:
-    """Return whether a Job may start: of the newest commit, and where there is a free slot."""
-    if action := check_head(observed, stage):
-        return action
-    if observed.slot:
-        return Action(do, stage)
-    if do is Do.UNSUSPEND and observed.now - observed.jobs[stage].created > observed.queue_timeout:
-        return fails(Reason.QUEUE_TIMEOUT, "no free slot in time", stage)
-    return Action(Do.WAIT, stage, detail="for a free slot")
-
-
-def decide_job(observed: Observation, job: Job, result: str) -> Action | None:
-    """Return what a Job needs until it has succeeded; a result that is new is kept first."""
-    if job.deleting:
-        return Action(Do.WAIT, job.stage, detail=f"Job {job.name} is being deleted")
-    if job.state == "suspended":
-        return decide_start(observed, Do.UNSUSPEND, job.stage)
-    if result:
-        return Action(Do.ANNOTATE, job.stage, detail=result)
-    if job.state == "succeeded":
-        return None
-    if problem := observed.fatal_problem:
-        return fails(problem.reason, problem.detail, job.stage)
-    failed = job.state == "failed"
-    return failure(observed, job) if failed else lateness(observed, job)
-
-
-def pods_of(observed: Observation, job: Job) -> list[Pod]:
-    """Return the pods of a Job that the cluster does not take away, newest first."""
-    pods = (p for p in observed.pods if p.job == job.uid and not p.leaving)
-    return sorted(pods, key=lambda p: -p.created)
-
-
-def reporter_of(job: Job, pod: Pod) -> Container | None:
-    """Return the container that leaves the result of a pod, None until the pod's work has ended."""
-    stage = JOB_STAGES[job.stage]
-    ended = {c.name: c for c in pod.containers if c.exit_code is not None and not c.running}
-    return ended.get(stage.reporter) if stage.worker in ended else None
-
-
-def kept_report(test: Job) -> TestReport | None:
-    """Return the report that the Job of tests keeps, None where nothing of it is known yet."""
-    sentence = test.annotations.get(ANNOTATION_SUMMARY)
-    return None if sentence is None else TestReport(sentence)
-
-
-def new_report(test: Job, pods: Iterable[Pod]) -> TestReport | None:
-    """Return the report that pods of tests left, newest first, unless their Job has it.
-
-    Where tests ran in two pods, because a container of the first one that is not ours failed, say,
-    a red report counts, whatever was kept before.
-    """
-    kept = kept_report(test)
-    reports = [report for pod in pods if (report := report_of(test, pod))]
-    red = [report for report in reports if report.is_red and not report.is_lost]
-    if kept is None:
-        return next(iter(red or reports), None)
-    return None if kept.is_red else next(iter(red), None)
-
-
-def report_of(test: Job, pod: Pod) -> TestReport | None:
-    """Return the report that a pod left whose tests have ended.
-
-    The side-car leaves a sentence whatever it reads; the one of an older version left none where
-    there was no report. One that was killed could not look.
-    """
-    reporter = reporter_of(test, pod)
-    if reporter and (words := reporter.words.strip()):
-        return TestReport(words)
-    if reporter is None or test.state != "succeeded":
-        return None
-    code = reporter.exit_code
-    lost = f"{LOST_REPORT}: container {reporter.name} ended with exit code {code}"
-    return TestReport(lost if code else NO_REPORT)
-
-
-def is_reusable(job: Job) -> bool:
-    """Whether a finished Job need not run again: it succeeded, and its result is kept and good."""
-    if job.stage == "build":
-        return job.state == "succeeded" and ANNOTATION_DIGEST in job.annotations
-    report = kept_report(job)
-    return job.state == "succeeded" and not (report and report.is_red)
-
-
 def judge_report(observed: Observation, test: Job, new: TestReport | None) -> Action | None:
     """Return what is wrong with tests that ended with exit code 0, by their report."""
     report = kept_report(test) or new
@@ -6768,6 +6618,61 @@ def was_accepted(observed: Observation, report: TestReport | None) -> bool:
     return switched or (build is not None and not build.outcome)
 
 
+def new_report(test: Job, pods: Iterable[Pod]) -> TestReport | None:
+    """Return the report that pods of tests left, newest first, unless their Job has it.
+
+    Where tests ran in two pods, because a container of the first one that is not ours failed, say,
+    a red report counts, whatever was kept before.
+    """
+    kept = kept_report(test)
+    reports = [report for pod in pods if (report := report_of(test, pod))]
+    red = [report for report in reports if report.is_red and not report.is_lost]
+    if kept is None:
+        return next(iter(red or reports), None)
+    return None if kept.is_red else next(iter(red), None)
+
+
+def report_of(test: Job, pod: Pod) -> TestReport | None:
+    """Return the report that a pod left whose tests have ended.
+
+    The side-car leaves a sentence whatever it reads; the one of an older version left none where
+    there was no report. One that was killed could not look.
+    """
+    reporter = reporter_of(test, pod)
+    if reporter and (words := reporter.words.strip()):
+        return TestReport(words)
+    if reporter is None or test.state != "succeeded":
+        return None
+    code = reporter.exit_code
+    lost = f"{LOST_REPORT}: container {reporter.name} ended with exit code {code}"
+    return TestReport(lost if code else NO_REPORT)
+
+
+def kept_report(test: Job) -> TestReport | None:
+    """Return the report that the Job of tests keeps, None where nothing of it is known yet."""
+    sentence = test.annotations.get(ANNOTATION_SUMMARY)
+    return None if sentence is None else TestReport(sentence)
+
+
+def is_reusable(job: Job) -> bool:
+    """Whether a finished Job need not run again: it succeeded, and its result is kept and good."""
+    if job.stage == "build":
+        return job.state == "succeeded" and ANNOTATION_DIGEST in job.annotations
+    report = kept_report(job)
+    return job.state == "succeeded" and not (report and report.is_red)
+
+
+def decide_build(observed: Observation) -> Action | None:
+    """Return what the build of a run needs, if its app is built."""
+    if observed.app.build.builder == "none":
+        return None
+    build = observed.jobs.get("build")
+    if not build or build.outcome:  # it belongs to an earlier try of this run
+        return decide_start(observed, Do.BUILD, "build")
+    digest = new_digest(build, pods_of(observed, build))
+    return decide_job(observed, build, digest) or await_digest(observed, build)
+
+
 def new_digest(build: Job, pods: Iterable[Pod]) -> str:
     """Return the digest that a build's pods left, newest first, unless its Job has it."""
     if ANNOTATION_DIGEST in build.annotations:
@@ -6786,6 +6691,109 @@ def await_digest(observed: Observation, build: Job) -> Action | None:
     if ANNOTATION_REMADE in build.annotations:
         return fails(Reason.NO_DIGEST, "the build left no digest, twice", "build")
     return decide_start(observed, Do.BUILD, "build")
+
+
+def decide_deploy(observed: Observation) -> Action:
+    """Return which environment comes next, or how the run ended there."""
+    for name in observed.app.deploy.environments:
+        if action := decide_environment(observed, name):
+            return action
+    last = observed.app.deploy.environments[-1]
+    return ends(Outcome.DEPLOYED, Reason.OK, observed.report.text, last)
+
+
+def decide_environment(observed: Observation, name: str) -> Action | None:
+    """Return what a run needs in an environment until it is deployed there."""
+    run = observed.run
+    service = observed.services.get(name)
+    entry = service.entry(run.id, run.received) if service else HistoryEntry()
+    switched = service is not None and service.run == run.id
+    # an earlier delivery of the commit may have made it live, which the entry above leaves out
+    live = service.live if service and switched else HistoryEntry()
+    confirmed = Outcome.DEPLOYED in (entry.outcome, live.outcome)
+    bakes_here = name == observed.app.deploy.environments[-1]
+    # a worker that confirmed the live version a moment ago may yet switch back in the bake
+    if name in observed.busy and (not confirmed or (switched and bakes_here)):
+        return Action(Do.WAIT, name, detail=f"{name} is being changed")
+    if confirmed:
+        return None
+    if entry.outcome in (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED):
+        reason = Reason.of(entry.reason) or Reason.UNHEALTHY_AFTER_SWITCH
+        return ends(Outcome(entry.outcome), reason, entry.detail, name)
+    held_up = None if switched else check_head(observed, name)
+    return held_up or Action(Do.DEPLOY, name)
+
+
+def decide_manifests(observed: Observation, step: Action) -> Action | None:
+    """Return what the manifests of a run have against a step of it, until it has deployed some."""
+    run = observed.run
+    services = observed.services.values()
+    begun = any(s.claim.run == run.id or s.entry(run.id, run.received) for s in services)
+    deploys = step.do is Do.DEPLOY and not begun
+    if step.do is Do.END or not (deploys or step.stage in JOB_STAGES):
+        return None
+    if observed.reading.under_way and deploys:
+        return Action(Do.WAIT, step.stage, detail="for its manifests to be read")
+    return observed.reading.end
+
+
+def reads_manifests(observed: Observation, step: Action) -> bool:
+    """Whether to read the manifests of a run now: beside its tests and its build, or before."""
+    app = observed.app
+    deploys = observed.run.ref == app.deploy_ref and bool(app.deploy.environments)
+    moved_on = observed.head == Head.NEWER or (observed.newer and observed.head != Head.SAME)
+    due = step.stage in JOB_STAGES and step.do is not Do.END and observed.reading == Reading()
+    return deploys and due and not moved_on
+
+
+def decide_job(observed: Observation, job: Job, result: str) -> Action | None:
+    """Return what a Job needs until it has succeeded; a result that is new is kept first."""
+    if job.deleting:
+        return Action(Do.WAIT, job.stage, detail=f"Job {job.name} is being deleted")
+    if job.state == "suspended":
+        return decide_start(observed, Do.UNSUSPEND, job.stage)
+    if result:
+        return Action(Do.ANNOTATE, job.stage, detail=result)
+    if job.state == "succeeded":
+        return None
+    if problem := observed.fatal_problem:
+        return fails(problem.reason, problem.detail, job.stage)
+    failed = job.state == "failed"
+    return failure(observed, job) if failed else lateness(observed, job)
+
+
+def decide_start(observed: Observation, do: Do, stage: str) -> Action:
+    """Return whether a Job may start: of the newest commit, and where there is a free slot."""
+    if action := check_head(observed, stage):
+        return action
+    if observed.slot:
+        return Action(do, stage)
+    if do is Do.UNSUSPEND and observed.now - observed.jobs[stage].created > observed.queue_timeout:
+        return fails(Reason.QUEUE_TIMEOUT, "no free slot in time", stage)
+    return Action(Do.WAIT, stage, detail="for a free slot")
+
+
+def check_head(observed: Observation, stage: str) -> Action | None:
+    """Return how a run ends, or that git is to be asked, unless its commit is its ref's newest."""
+    superseded = ends(Outcome.SUPERSEDED, Reason.NOT_HEAD, "the branch was pushed again", stage)
+    if observed.run.ref != observed.app.deploy_ref:  # only what is deployed needs git
+        return superseded if observed.newer else None
+    if observed.head == Head.UNKNOWN:
+        return Action(Do.ASK_HEAD, stage, Reason.GIT_ERROR, "for the head of the branch")
+    return superseded if observed.head == Head.NEWER else None
+
+
+def pods_of(observed: Observation, job: Job) -> list[Pod]:
+    """Return the pods of a Job that the cluster does not take away, newest first."""
+    pods = (p for p in observed.pods if p.job == job.uid and not p.leaving)
+    return sorted(pods, key=lambda p: -p.created)
+
+
+def reporter_of(job: Job, pod: Pod) -> Container | None:
+    """Return the container that leaves the result of a pod, None until the pod's work has ended."""
+    stage = JOB_STAGES[job.stage]
+    ended = {c.name: c for c in pod.containers if c.exit_code is not None and not c.running}
+    return ended.get(stage.reporter) if stage.worker in ended else None
 
 
 def lateness(observed: Observation, job: Job) -> Action:
@@ -6888,35 +6896,27 @@ def registry_trouble(printed: str) -> str:
     return f"the image could not be pushed; {how}" if last else ""
 
 
-def decide_deploy(observed: Observation) -> Action:
-    """Return which environment comes next, or how the run ended there."""
-    for name in observed.app.deploy.environments:
-        if action := decide_environment(observed, name):
-            return action
-    last = observed.app.deploy.environments[-1]
-    return ends(Outcome.DEPLOYED, Reason.OK, observed.report.text, last)
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What a run waits for before the work of its stage begins, a word of ours, and since when."""
+
+    reason: str
+    since: float
 
 
-def decide_environment(observed: Observation, name: str) -> Action | None:
-    """Return what a run needs in an environment until it is deployed there."""
-    run = observed.run
-    service = observed.services.get(name)
-    entry = service.entry(run.id, run.received) if service else HistoryEntry()
-    switched = service is not None and service.run == run.id
-    # an earlier delivery of the commit may have made it live, which the entry above leaves out
-    live = service.live if service and switched else HistoryEntry()
-    confirmed = Outcome.DEPLOYED in (entry.outcome, live.outcome)
-    bakes_here = name == observed.app.deploy.environments[-1]
-    # a worker that confirmed the live version a moment ago may yet switch back in the bake
-    if name in observed.busy and (not confirmed or (switched and bakes_here)):
-        return Action(Do.WAIT, name, detail=f"{name} is being changed")
-    if confirmed:
+def wait_of(observed: Observation, action: Action) -> Wait | None:
+    """Return what keeps the Job of a run from its work, None where nothing does."""
+    if action.do not in (Do.WAIT, Do.ASK_HEAD) or action.stage not in JOB_STAGES:
         return None
-    if entry.outcome in (Outcome.SWITCHED_BACK, Outcome.ROLLED_BACK, Outcome.FAILED):
-        reason = Reason.of(entry.reason) or Reason.UNHEALTHY_AFTER_SWITCH
-        return ends(Outcome(entry.outcome), reason, entry.detail, name)
-    held_up = None if switched else check_head(observed, name)
-    return held_up or Action(Do.DEPLOY, name)
+    job = observed.jobs.get(action.stage)
+    if job and job.state == "active":
+        reason = job.annotations.get(ANNOTATION_REASON, "")  # which anyone may write
+        return Wait(reason, job.unsuspended) if reason in CIRCUMSTANCES else None
+    reason = str(action.reason) if observed.slot else FREE_SLOT
+    if reason == Reason.OK:
+        return None
+    since = job.created if job else observed.jobs["test"].finished
+    return Wait(reason, max(since, observed.run.received))
 
 
 def grant_slots(
