@@ -4416,9 +4416,9 @@ class SortedManifests:
         """Return the objects of the app, of which nothing is refused."""
         if self.front is None or self.service is None:
             raise AssertionError("what is refused has no objects")
-        configmaps = {m.name: m.content for m in self.of_kind("ConfigMap")}
+        configmaps = (m for m in self.of_kind("ConfigMap") if m.name in self.configmaps)
+        copied = {m.name: m.content for m in configmaps}
         ignored = [m.where for m in self.all if self.app.deploy.ignores(m.kind, m.name)]
-        copied = {name: item for name, item in configmaps.items() if name in self.configmaps}
         beside = [m.content for m in self.companions]
         return AppObjects(self.front.content, self.service.content, copied, ignored, beside)
 
@@ -6238,8 +6238,7 @@ def exit_problem(
     text += f", last with exit code {cause}"
     if START.fullmatch(container.exit_reason):  # the runtime's words: nothing of it has run
         text += f": {clip(container.words, WORDS_LENGTH)}"
-    first = 1 if worked else container.exits
-    proof = Exits(container.exits, first, crashes)
+    proof = Exits(container.exits, 1 if worked else container.exits, crashes)
     return PodProblem(key, reason, text, proof=proof, cause=cause)
 
 
@@ -6282,13 +6281,11 @@ def service_problems(pod: Pod, services: Sequence[ServiceSettings]) -> Iterator[
         service = by_name.get(container.name)
         if service is None or container.started or not (container.running or container.exits):
             continue
-        proof = After(service.start_timeout)
         text = f"service {service.name} does not listen on port {service.port}"
         if container.exits:
             cause = f"exit code {container.exit_code} ({container.exit_reason})"
             text += f"; it ended {times(container.exits)}, last with {cause}"
-        if container.exits >= SERVICE_EXITS:
-            proof = AT_ONCE
+        proof = AT_ONCE if container.exits >= SERVICE_EXITS else After(service.start_timeout)
         key = f"{pod.name}/{service.name}/service"
         yield PodProblem(key, Reason.SERVICE_FAILED, text, proof=proof)
 
