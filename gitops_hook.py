@@ -15143,7 +15143,9 @@ class Plan:
         """Print an answer, or why there is none."""
         try:
             text = answer(*about)
-        except (KubectlError, StageError) as failure:
+        except ConfigError:
+            raise
+        except HookError as failure:
             if isinstance(failure, KubectlError) and failure.kind == "Unreachable":
                 raise
             text = printable(self.tools.doors.secrets.mask(f"failed: {failure}"))

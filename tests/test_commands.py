@@ -988,6 +988,50 @@ def test_plan_shows_why_the_manifests_would_be_refused(story: Story) -> None:
     assert line(lines, "production, next").startswith("failed: ManifestInvalid: deploy/app.yaml")
 
 
+def test_plan_goes_on_while_an_object_beside_the_app_is_still_being_deleted(story: Story) -> None:
+    labels = {
+        "app.kubernetes.io/managed-by": "gitops-hook",
+        "gitops-hook/app": "shop",
+        "gitops-hook/stage": "companion",
+    }
+    extra = {"apiVersion": "v1", "kind": "ConfigMap", "data": {"a": "b"}}
+    meta = {"namespace": "production", "labels": labels, "finalizers": ["example.com/held"]}
+    story.world.cluster.load({**extra, "metadata": {"name": "extra", **meta}})
+    name = ("configmap", "extra", "--namespace=production")
+    assert story.kubectl.run("delete", *name, "--wait=false").code == 0
+    manifests = [DEPLOYMENT, SERVICE, settings_map("v7"), {**extra, "metadata": {"name": "extra"}}]
+    files = {"deploy__app.yaml": yaml.safe_dump_all(manifests)}
+    commit = story.world.repository.release("v7", branch="feature/held", **files)
+    lines = plan(story.world, commit, status=1)
+    assert line(lines, "production, next") == "failed: ConfigMap/extra is still being deleted"
+    let_go = '{"metadata":{"finalizers":null}}'
+    assert story.kubectl.run("patch", *name, "--type=merge", "-p", let_go).code == 0
+
+
+def test_plan_goes_on_while_the_live_service_selects_two_versions(story: Story) -> None:
+    service = story.world.service()
+    assert service is not None
+    selector = service["spec"]["selector"]
+    name = ("patch", "service", "shop", "--namespace=production", "--type=merge", "-p")
+    wide = {key: value if key == "gitops-hook/app" else None for key, value in selector.items()}
+
+    def reached() -> int:
+        """How many pods the Service leads to."""
+        slices = story.world.cluster.store.list("endpointslices", "production")
+        own = [s for s in slices if s["metadata"]["labels"]["kubernetes.io/service-name"] == "shop"]
+        return sum(len(each["endpoints"]) for each in own)
+
+    before = reached()
+    try:
+        assert story.kubectl.run(*name, json.dumps({"spec": {"selector": wide}})).code == 0
+        eventually(lambda: reached() > before, what="both versions get traffic")
+        lines = plan(story.world, status=1)
+    finally:
+        assert story.kubectl.run(*name, json.dumps({"spec": {"selector": selector}})).code == 0
+    assert line(lines, "production, next").startswith("failed: the live Service selects two")
+    eventually(lambda: reached() == before, what="one version gets traffic")
+
+
 def test_plan_says_what_it_may_not_read_and_goes_on(story: Story) -> None:
     lines = plan(story.world, account="test/default", status=1)
     forbidden = re.compile(r"failed: kubectl get .*\(Forbidden\)")
