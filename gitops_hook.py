@@ -4571,9 +4571,9 @@ def pod_of(item: Object) -> Object:
     return next((pod for pod in pods if pod.get("containers")), {})
 
 
-def configmap_names(pod: Any) -> set[str]:
-    """Return the names of the ConfigMaps that a pod uses."""
-    parts = [part for key, part in walk("", pod) if key in CONFIGMAP_REFERENCES]
+def configmap_names(objects: Any) -> set[str]:
+    """Return the names of the ConfigMaps that are used by pods, or by what makes some."""
+    parts = [part for key, part in walk("", objects) if key in CONFIGMAP_REFERENCES]
     names = [part.get("name") for part in parts if isinstance(part, dict)]
     return {name for name in names if isinstance(name, str)}
 
@@ -11452,14 +11452,14 @@ class Deployer:
         if source and (service is None or service.claim or not service.history):
             return
         deployments = kubectl.list("deployments", namespace, "-l", ours)
-        in_use = ""
+        in_use: set[str] = set()
         if service:
             sets = kubectl.list("replicasets", namespace, "-l", f"{LABEL_APP}={app}")
             if any(is_ours(d, app) for d in deployments):
                 sets += kubectl.list("replicasets", namespace, "-l", LABEL_WORKER)
-            history = [entry.to_json() for entry in service.history]
-            adopted = adopted_name(app) * any(e.outcome == ADOPTED for e in service.history)
-            in_use = json.dumps([history, deployments, sets, adopted])
+            in_use = configmap_names([deployments, sets]) | {e.release for e in service.history}
+            if any(e.outcome == ADOPTED for e in service.history):
+                in_use.add(adopted_name(app))
         else:
             metas = [d["metadata"] for d in deployments]
             left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]

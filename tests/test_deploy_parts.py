@@ -1049,6 +1049,30 @@ def test_the_preview_service_of_someone_else_outlives_a_failed_first_deployment(
     assert not [line for line in lines if "delete" in line and "preview" in line]
 
 
+def test_a_record_goes_when_its_name_is_only_a_part_of_another_one_that_is_in_use(
+    tmp_path: Path,
+) -> None:
+    made = deployer(tmp_path, [])
+    entry = {"run": "shop-new", "selector": NEW, "release": "shop-release-1", "outcome": "deployed"}
+    notes = {hook.ANNOTATION_HISTORY: json.dumps([entry])}
+    meta = {"name": "shop", "resourceVersion": "1", "annotations": notes}
+    (tmp_path / "service").write_text(json.dumps({"metadata": meta, "spec": {"selector": NEW}}))
+    pod = {"volumes": [{"name": "v", "configMap": {"name": "my-settings-1"}}]}
+    deployment = {"metadata": {"name": "shop-blue"}, "spec": {"template": {"spec": pod}}}
+    (tmp_path / "deployment").write_text(json.dumps({"items": [deployment]}))
+    container = {"envFrom": [{"configMapRef": {"name": "before-1"}}]}
+    (tmp_path / "sets").write_text(json.dumps({"items": [{"spec": {"containers": [container]}}]}))
+    names = ["shop-release-1", "shop-release", "my-settings-1", "settings-1", "before-1", "before"]
+    (tmp_path / "names").write_text("".join(f"{name}   1   1d\n" for name in names))
+    calls = recorded_calls(
+        tmp_path, "*get*configmaps*--no-headers*) cat names ;;\n*replicasets*) cat sets ;;"
+    )
+    made.collect_garbage(task())
+    (deleted,) = [line for line in calls.read_text().split("\n") if "delete" in line]
+    words = [word.partition("/")[2] for word in deleted.split() if word.startswith("configmap/")]
+    assert words == ["before", "settings-1", "shop-release"]
+
+
 def test_a_bake_in_which_both_threads_switch_back_ends_with_the_reason_of_the_one_that_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
