@@ -4358,21 +4358,16 @@ def is_aimed_at(item: Object, deployment: Object) -> bool:
 
 
 def check_objects(
-    app: App,
-    namespace: str,
-    manifests: Iterable[Manifest],
-    environment: str = "",
-    faults: Faults | None = None,
+    app: App, namespace: str, manifests: Iterable[Manifest], environment: str, faults: Faults
 ) -> AppObjects:
-    """Return the objects of an app; raises ManifestError with everything that is refused.
+    """Return the objects of an app, and collect what is refused of them.
 
-    With `faults` what is refused is only collected there, as long as the objects are complete.
+    Raises ManifestError with everything that is refused where the objects are not complete.
     """
-    collected = Faults() if faults is None else faults
     chosen = SortedManifests(app, manifests)
-    collected.add(map(Fault, chosen.faults(namespace, environment)))
-    if faults is None or not chosen.is_complete:
-        collected.require_none()
+    faults.add(map(Fault, chosen.faults(namespace, environment)))
+    if not chosen.is_complete:
+        faults.require_none()
     return chosen.objects()
 
 

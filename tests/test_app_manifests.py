@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -149,8 +149,18 @@ def manifests_of(items: list[Object]) -> list[Manifest]:
     return [Manifest(f"deploy/app.json: {n}", i) for n, i in zip(names, copied, strict=True)]
 
 
+def checked_objects(
+    app: App, namespace: str, manifests: Sequence[Manifest], environment: str = ""
+) -> AppObjects:
+    """The objects of an app of which nothing is refused."""
+    faults = Faults()
+    sorted_ones = check_objects(app, namespace, manifests, environment, faults)
+    faults.require_none()
+    return sorted_ones
+
+
 def check(items: list[Object], **app: Any) -> AppObjects:
-    return check_objects(app_of(**app), "production", manifests_of(items), "production")
+    return checked_objects(app_of(**app), "production", manifests_of(items), "production")
 
 
 def released(items: list[Object] | None = None, live: int = 0, **app: Any) -> Release:
@@ -657,7 +667,7 @@ def test_each_environment_is_read_from_its_own_overlay(tmp_path: Path) -> None:
     sizes = {}
     for environment in app.deploy.environments:
         manifests = read_manifests(root, app.deploy.folder(environment))
-        checked = check_objects(app, environment, manifests, environment)
+        checked = checked_objects(app, environment, manifests, environment)
         sizes[environment] = checked.deployment["spec"]["replicas"]
         assert checked.configmaps["settings"]["data"]["GREETING"] == f"{environment}.example.com"
         written = f"deploy/base/app.yaml (by way of deploy/overlays/{environment}): "
@@ -843,7 +853,7 @@ def test_the_shop_of_the_demo_has_an_overlay_for_each_environment() -> None:
     rendered = {}
     for environment in app.deploy.environments:
         manifests = read_manifests(root, app.deploy.folder(environment))
-        checked = check_objects(app, environment, manifests, environment)
+        checked = checked_objects(app, environment, manifests, environment)
         placement = Placement("blue", 0)
         rendered[environment] = render(app, RUN, BUILT, placement, checked)
     assert {name: release.wanted for name, release in rendered.items()} == {
@@ -1184,7 +1194,7 @@ def test_the_objects_of_an_app_are_sorted_by_kind() -> None:
 def test_ignored_kinds_are_reported_whatever_they_hold() -> None:
     odd = {"kind": "Ingress", "metadata": {"name": "web"}, "spec": 5}
     app = app_of(deploy={"ignore_kinds": ["Ingress"]})
-    checked = check_objects(app, "production", manifests_of([*objects(), odd]))
+    checked = checked_objects(app, "production", manifests_of([*objects(), odd]))
     assert checked.ignored == ["deploy/app.json: Ingress web"]
 
 
@@ -1431,7 +1441,7 @@ def test_refusals_in_the_objects_and_in_their_rendering_are_reported_at_once() -
     items[1]["spec"]["type"] = "ExternalName"
     items[2]["data"]["NUMBER"] = 5
     faults = Faults()
-    checked = check_objects(app_of(), "production", manifests_of(items), faults=faults)
+    checked = check_objects(app_of(), "production", manifests_of(items), "", faults)
     with faults.collect():
         render(app_of(), RUN, BUILT, Placement("green", 0), checked)
     reason, detail = fault(faults.require_none)
@@ -1460,7 +1470,7 @@ def test_a_fault_is_collected_once_and_incomplete_objects_end_it_at_once() -> No
     manifests = manifests_of([objects()[1]])
     assert (
         "There is no Deployment"
-        in fault(lambda: check_objects(app_of(), "x", manifests, faults=faults))[1]
+        in fault(lambda: check_objects(app_of(), "x", manifests, "", faults))[1]
     )
 
 
@@ -1621,7 +1631,7 @@ def test_nesting_of_any_depth_ends_in_a_release_or_a_refusal(tmp_path: Path) -> 
         manifests = [Manifest("deploy/x.json", item) for item in objects()[1:]]
         with suppress(StageError):
             manifests += read_manifests(write(tmp_path, **{"x.json": deep}), "deploy")
-            checked = check_objects(app_of(), "production", manifests)
+            checked = checked_objects(app_of(), "production", manifests)
             render(app_of(), RUN, BUILT, Placement("green", 0), checked)
 
 
@@ -1635,7 +1645,7 @@ def test_labels_and_selectors_of_any_depth_are_compared(depth: int) -> None:
     manifests = [Manifest(f"app.json: {item['kind']}", item) for item in items]
     ignoring = app_of(deploy={"ignore": ["PersistentVolumeClaim"]})
     with suppress(StageError):
-        checked = check_objects(ignoring, "production", manifests)
+        checked = checked_objects(ignoring, "production", manifests)
         render(ignoring, RUN, BUILT, Placement("green", 0), checked)
 
 
@@ -1724,7 +1734,7 @@ def test_thousands_of_objects_are_sorted_in_time() -> None:
     manifests = [Manifest(f"app.json: {item['kind']}", item) for item in items]
     began = time.monotonic()
     app = app_of(deploy={"ignore": ["PersistentVolumeClaim"]})
-    detail = fault(lambda: check_objects(app, "production", manifests))[1]
+    detail = fault(lambda: checked_objects(app, "production", manifests))[1]
     assert "claimName is a disk of one node" in detail
     assert time.monotonic() - began < 30
 

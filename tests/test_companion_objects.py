@@ -28,11 +28,19 @@ from gitops_hook import (
     Reason,
     Release,
     Task,
-    check_objects,
     recoloured,
     render,
 )
-from tests.test_app_manifests import BUILT, IMAGE, RUN, Object, app_of, fault, objects
+from tests.test_app_manifests import (
+    BUILT,
+    IMAGE,
+    RUN,
+    Object,
+    app_of,
+    checked_objects,
+    fault,
+    objects,
+)
 
 LABELS = {
     "app.kubernetes.io/managed-by": "gitops-hook",
@@ -84,7 +92,7 @@ def checked(*beside: Object, **deploy: Any) -> AppObjects:
     """The objects of an app that has something beside it."""
     items = [*objects(), *beside]
     manifests = [Manifest(f"app.json: {i['kind']} {i['metadata']['name']}", i) for i in items]
-    return check_objects(app_of(deploy=deploy), "production", manifests)
+    return checked_objects(app_of(deploy=deploy), "production", manifests)
 
 
 def released(*beside: Object, live: int = 0, **deploy: Any) -> Release:

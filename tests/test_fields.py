@@ -13,9 +13,18 @@ from typing import Any
 
 import pytest
 
-from gitops_hook import SET_FIELDS, App, Placement, StageError, check_objects, render
+from gitops_hook import SET_FIELDS, App, Placement, StageError, render
 from tests.schemas import document
-from tests.test_app_manifests import BUILT, IMAGE, RUN, Manifest, Object, app_of, objects
+from tests.test_app_manifests import (
+    BUILT,
+    IMAGE,
+    RUN,
+    Manifest,
+    Object,
+    app_of,
+    checked_objects,
+    objects,
+)
 
 SCHEMAS = {"Deployment": "deployment-apps-v1", "Service": "service-v1", "ConfigMap": "configmap-v1"}
 LIST = "[]"
@@ -134,7 +143,7 @@ def changes(items: list[Object]) -> list[str] | None:
     app = shop()
     manifests = [Manifest(f"app.yaml: {item['kind']}", item) for item in copy.deepcopy(items)]
     try:
-        checked = check_objects(app, "production", manifests)
+        checked = checked_objects(app, "production", manifests)
         release = render(app, RUN, BUILT, Placement("green", 3), checked)
     except StageError as failed:
         return [failed.detail] if SHAPELESS in failed.detail else None

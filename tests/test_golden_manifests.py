@@ -19,12 +19,11 @@ from gitops_hook import (
     HealthCheck,
     Placement,
     StageError,
-    check_objects,
     image_remarks,
     read_manifests,
     render,
 )
-from tests.test_app_manifests import RUN, Object, app_of
+from tests.test_app_manifests import RUN, Object, app_of, checked_objects
 from tests.test_fields import differences, entries
 
 DATA = Path(__file__).resolve().parent / "data" / "manifests"
@@ -44,7 +43,7 @@ def rendering(app: App, checkout: Path, environment: str) -> Object:
     path = app.deploy.manifests.replace("{environment}", environment)
     try:
         manifests = read_manifests(checkout, path)
-        checked = check_objects(app, environment, manifests, environment)
+        checked = checked_objects(app, environment, manifests, environment)
         release = render(app, RUN, BUILT, Placement("blue", 0), checked)
     except StageError as refused:
         return {"refused": refused.detail}

@@ -16,6 +16,7 @@ import gitops_hook
 from tests import prose
 from tests.deliveries import Receiver
 from tests.settings import settings_by_path
+from tests.test_app_manifests import checked_objects
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -150,7 +151,7 @@ def test_its_example_of_a_repository_is_deployed_as_it_says(readme: str, tmp_pat
     )
     for environment in app.deploy.environments:
         manifests = gitops_hook.read_manifests(tmp_path, app.deploy.folder(environment))
-        checked = gitops_hook.check_objects(app, environment, manifests, environment)
+        checked = checked_objects(app, environment, manifests, environment)
         release = gitops_hook.render(
             app, run, "x@sha256:" + "0" * 64, gitops_hook.Placement("blue", 1), checked
         )
