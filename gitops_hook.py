@@ -76,7 +76,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, fields, is_dataclass, replac
 from dataclasses import field as dataclass_field
 from datetime import datetime
 from decimal import Decimal
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
@@ -3774,7 +3774,6 @@ COMPANION_KINDS = {
 # Where in its spec an object has the template of the pods that it makes: a Deployment, a CronJob,
 # and the ScaledJob of an autoscaler.
 TEMPLATES = (("template",), ("jobTemplate", "spec", "template"), ("jobTargetRef", "template"))
-FOLLOWING_KINDS = ("Deployment", AUTOSCALER, BUDGET, "Service")  # that go with traffic
 MOST_COMPANIONS = 50  # of an app in an environment
 COMPANION_BYTES = 128 * 1024  # of one: what was written last is an annotation, of 256 KiB at most
 OLD_APIS = ("extensions/v1beta1", "apps/v1beta1", "apps/v1beta2")
@@ -4676,14 +4675,23 @@ class Release:
     # before version 0.2: then nothing is known of it, and nothing is touched.
     companions: list[Object] | None = None
 
-    def beside(self, app: str, selector: Mapping[str, str] | None = None) -> list[Object]:
-        """Return what stands beside an app as it is while this release is live, or a selector."""
+    def companions_for(self, app: str, selector: Mapping[str, str] | None = None) -> list[Object]:
+        """Return the companions of an app, pointed at this release, or at what a selector says."""
         live = selector or self.selector
-        workers = self.workers
         return [
-            item if any(is_aimed_at(item, w) for w in workers) else coloured(item, app, live)
+            item if self.is_for_worker(item) else coloured(item, app, live)
             for item in self.companions or ()
         ]
+
+    @property
+    def plain_budgets(self) -> list[Object]:
+        """The budgets of the app without a colour, as they would count the pods of both."""
+        budgets = [item for item in self.companions or () if is_companion(item, BUDGET)]
+        return [item for item in budgets if not self.is_for_worker(item)]
+
+    def is_for_worker(self, item: Object) -> bool:
+        """Whether a companion is for the pods of a worker, and so has no colour."""
+        return any(is_aimed_at(item, worker) for worker in self.workers)
 
     @property
     def workers(self) -> list[Object]:
@@ -4858,7 +4866,7 @@ def label_worker(app: App, worker: Object) -> None:
 
 
 def coloured(item: Object, app: str, selector: Mapping[str, str]) -> Object:
-    """Return a companion as it is while the live Service selects a version so."""
+    """Return a companion pointed at the pods that a selector selects."""
     colour = colour_of(selector)
     own = {key: value for key, value in selector.items() if key != LABEL_RUN}
     spec = part_of(item, "spec")
@@ -5568,7 +5576,7 @@ class HistoryEntry:
     detail: ProseField = ""
     was: Selector = dataclass_field(default_factory=dict)  # what was narrowed to adopt it
     unjudged: Annotated[bool, lambda v: v is True] = False  # its bake could not tell its health
-    beside: Annotated[bool, lambda v: v is True] = False  # whether its release has companions
+    has_companions: Annotated[bool, lambda v: v is True] = False
     v: int = 1
 
     def __bool__(self) -> bool:
@@ -5582,7 +5590,7 @@ class HistoryEntry:
 
     def to_json(self) -> Object:
         """Return the entry as it is written into an annotation."""
-        return asdict(self)
+        return written_fields(self)
 
     @property
     def proven(self) -> bool:
@@ -5610,18 +5618,21 @@ class Claim:
     @classmethod
     def from_json(cls, data: Any) -> Claim:
         """Return the claim in parsed JSON, an empty one where it has no phase."""
-        values = data if isinstance(data, dict) else {}
-        claim = cls(**fitting_fields(cls, {**values, "restore": values.get("heal")}))
+        claim = cls(**fitting_fields(cls, data))
         return claim or cls()
 
     def to_json(self) -> Object:
-        """Return the claim as it is written into an annotation.
+        """Return the claim as it is written into an annotation."""
+        return written_fields(self)
 
-        The field `restore` is called `heal` there, so that older daemons understand it, too.
-        """
-        data = asdict(self)
-        data["heal"] = data.pop("restore")
-        return data
+
+# What fields are called in annotations, so that older daemons understand them, too.
+WRITTEN_AS = {"has_companions": "beside", "restore": "heal"}
+
+
+def written_fields(record: HistoryEntry | Claim) -> Object:
+    """Return a record as it is written into an annotation."""
+    return {WRITTEN_AS.get(key, key): value for key, value in asdict(record).items()}
 
 
 def fitting_fields(kind: type[Any], data: Any) -> Object:
@@ -5629,7 +5640,8 @@ def fitting_fields(kind: type[Any], data: Any) -> Object:
     hints = get_type_hints(kind, include_extras=True)
     checks = {k: h.__metadata__[0] for k, h in hints.items() if hasattr(h, "__metadata__")}
     values = data if isinstance(data, dict) else {}
-    return {k: values[k] for k, check in checks.items() if k in values and check(values[k])}
+    read = {k: values[w] for k in checks if (w := WRITTEN_AS.get(k, k)) in values}
+    return {k: value for k, value in read.items() if checks[k](value)}
 
 
 def are_texts(value: Any) -> bool:
@@ -7191,6 +7203,9 @@ class StatusRecord:
         return f"statuses-{self.id}"
 
 
+Identity = tuple[str, str, str]  # the API group, the kind and the name of an object
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompanionRecord:
     """An object that stands beside an app, or is to: key `companion-<environment>.<hash>`."""
@@ -7202,9 +7217,9 @@ class CompanionRecord:
     uid: str = ""  # of what was made; only that may be deleted
 
     @property
-    def identity(self) -> tuple[str, str, str]:
+    def identity(self) -> Identity:
         """What tells it from other objects of its namespace, in whichever version it is read."""
-        return (self.api.rpartition("/")[0], self.kind, self.name)
+        return identity_of(self.reference)
 
     @property
     def key(self) -> str:
@@ -7220,13 +7235,19 @@ class CompanionRecord:
     @classmethod
     def of(cls, environment: str, item: Object) -> CompanionRecord:
         """Return the record of an object, or of one that is to be made."""
-        meta = item["metadata"]
-        parts = {"api": str(item["apiVersion"]), "kind": str(item["kind"])}
-        uid = str(meta.get("uid") or "")
-        return cls(environment=environment, **parts, name=str(meta["name"]), uid=uid)
+        api = str(item["apiVersion"])
+        _, kind, name = identity_of(item)
+        uid = str(item["metadata"].get("uid") or "")
+        return cls(environment=environment, api=api, kind=kind, name=name, uid=uid)
 
     def __str__(self) -> str:
         return f"{self.kind}/{self.name}"
+
+
+def identity_of(item: Object) -> Identity:
+    """Return what tells an object from others of its namespace, in whichever version it is read."""
+    group = str(item["apiVersion"]).rpartition("/")[0]
+    return (group, str(item["kind"]), str(item["metadata"]["name"]))
 
 
 AnyRecord = RunRecord | Rejection | StatusRecord | CompanionRecord
@@ -7313,8 +7334,8 @@ class AppState:
             if old and self.runs.setdefault(old.id, old) is old:
                 self.repairs[old.key] = record_text(old)
 
-    def beside(self, environment: str) -> dict[tuple[str, str, str], CompanionRecord]:
-        """Return what stands beside the app in an environment, or may, by its identity."""
+    def companions_in(self, environment: str) -> dict[Identity, CompanionRecord]:
+        """Return the companions that stand in an environment, or may, by identity."""
         records = self.companions.values()
         return {r.identity: r for r in records if r.environment == environment}
 
@@ -8841,17 +8862,11 @@ class RecordedFields:
 
 @dataclass(frozen=True, slots=True)
 class RecordedCompanions:
-    """What the release that is live, by the name of its record, has beside it; None: unknown."""
+    """The companions of a release, by the name of its record; None: unknown."""
 
     record: str
     objects: list[Object] | None
-    configmaps: Sequence[Object] = ()  # that its workers name
-
-    @classmethod
-    def of(cls, record: str, release: Release, app: str) -> RecordedCompanions:
-        """Return what a release has beside it."""
-        objects = None if release.companions is None else release.beside(app)
-        return cls(record, objects, release.worker_configmaps)
+    configmaps: Sequence[Object]  # that its workers name
 
 
 @dataclass(slots=True)
@@ -8862,7 +8877,7 @@ class Remembered:
     drifts: dict[tuple[str, str], ReportedDrift] = dataclass_field(default_factory=dict)
     removed: set[str] = dataclass_field(default_factory=set)  # uids of Services
     fields: dict[tuple[str, str], RecordedFields] = dataclass_field(default_factory=dict)
-    beside: dict[tuple[str, str], RecordedCompanions] = dataclass_field(default_factory=dict)
+    companions: dict[tuple[str, str], RecordedCompanions] = dataclass_field(default_factory=dict)
 
 
 class LiveServices:
@@ -9134,7 +9149,7 @@ def entry_of(release: Release, app: str, now: float, by: str = "") -> HistoryEnt
         replicas=release.wanted,
         at=round(now, 3),
         by=by or MANAGER,
-        beside=bool(release.companions),
+        has_companions=bool(release.companions),
     )
 
 
@@ -9741,7 +9756,7 @@ class Traffic:
         annotations = {
             ANNOTATION_HISTORY: replaced(service.history, live, confirmed),
             ANNOTATION_BAKE: None,
-            ANNOTATION_CLAIM: drain if drain.colour or live.beside else None,
+            ANNOTATION_CLAIM: drain if drain.colour or live.has_companions else None,
         }
         self.write_confirmed(task, service, release, annotations)
         return True
@@ -10152,41 +10167,114 @@ NO_VERB = re.compile(
 )
 NO_KIND_ADVICE = "Install its definition, or list it in deploy.ignore."
 SAID = re.compile(r"(?m)^(?:Error from server|The .* is invalid|error: ).*$")
-SETTLE_ROUNDS = 5  # in which what stands beside an app must come to what is wanted
-# What is made when a version is confirmed, or, of an autoscaler, when it is switched to: before
-# that it would start work of a version that is not live, or scale one.
-NEVER_EARLY = ("Deployment", AUTOSCALER, "CronJob")
+SETTLE_ROUNDS = 5  # in which the companions must come to what is wanted
 # What an object may say that manages it, and still be nobody's but its owner's.
 FREE_HANDS = ("", MANAGER, "kubectl", "kustomize")
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 REVISION = "deployment.kubernetes.io/revision"
 EXTERNAL_FIELDS = (*CONFIRMED_FIELDS, "healthCheckNodePort", "allocateLoadBalancerNodePorts")
-Identity = tuple[str, str, str]
+
+
+class Moment(IntEnum):
+    """When something is done to a companion, in the order of a deployment."""
+
+    BEFORE_THE_ROLLOUT = 0
+    WITH_THE_SWITCH = 1
+    WHEN_IT_IS_CONFIRMED = 2
+    AFTER_THE_DRAIN = 3
+
+    def __str__(self) -> str:
+        return self.name.lower().replace("_", " ")
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class Times:
+    """When a companion is created, changed to what a version wants, and deleted if it wants none.
+
+    What was created before and is gone again comes back when it would be changed.
+    """
+
+    created: Moment
+    changed: Moment
+    deleted: Moment = Moment.WHEN_IT_IS_CONFIRMED
+
+
+# Before the switch a Deployment or a CronJob would start work of a version that is not live, and an
+# autoscaler would scale one.
+TIMES = {
+    "Deployment": Times(Moment.WITH_THE_SWITCH, Moment.WITH_THE_SWITCH),
+    AUTOSCALER: Times(Moment.WITH_THE_SWITCH, Moment.WITH_THE_SWITCH),
+    "CronJob": Times(Moment.WHEN_IT_IS_CONFIRMED, Moment.WHEN_IT_IS_CONFIRMED),
+    "Service": Times(Moment.BEFORE_THE_ROLLOUT, Moment.WITH_THE_SWITCH),
+    BUDGET: Times(Moment.BEFORE_THE_ROLLOUT, Moment.WITH_THE_SWITCH, Moment.AFTER_THE_DRAIN),
+}
+OTHER_TIMES = Times(Moment.BEFORE_THE_ROLLOUT, Moment.WHEN_IT_IS_CONFIRMED)
+# A budget of a colour counts the pods of its version alone: none of them ever serves without.
+COLOUR_TIMES = replace(TIMES[BUDGET], changed=Moment.BEFORE_THE_ROLLOUT)
+
+
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """An object beside an app: as a version wants it, as it stands, and as it is recorded.
+
+    What is not wanted, or not there, is empty, and then it is false.
+    """
+
+    identity: Identity
+    wanted: Object
+    standing: Object
+    record: CompanionRecord | None
+
+    def __str__(self) -> str:
+        return "/".join(self.identity[1:])
+
+    @property
+    def differs(self) -> bool:
+        """Whether what stands is not what is wanted."""
+        if self.wanted and self.standing:
+            return applied_last(self.standing) != self.wanted
+        return bool(self.wanted or self.standing)
+
+    def is_made_here(self, app: str) -> bool:
+        """Whether exactly what stands is recorded, and carries our labels still."""
+        return is_recorded(self.record, self.standing) and is_ours(self.standing, app)
+
+    @property
+    def times(self) -> Times:
+        """When something is done to it."""
+        _, kind, name = self.identity
+        return TIMES.get(kind, OTHER_TIMES) if name == self.plain_name else COLOUR_TIMES
+
+    @property
+    def plain_name(self) -> str:
+        """The name that it has in the manifests, without the colour of a budget."""
+        _, kind, name = self.identity
+        plain, _, colour = name.rpartition("-")
+        return plain if kind == BUDGET and colour in COLOURS else name
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
     """What stands beside an app, by identity, and the live Service as it was read after that."""
 
     objects: dict[Identity, Object]
     service: Service | None
     unread: frozenset[Identity] = frozenset()  # what could not be read, so that nobody knows of it
 
-
-@dataclass(slots=True)
-class Steps:
-    """What is to be done to what stands beside an app."""
-
-    created: list[Object] = dataclass_field(default_factory=list)
-    replaced: list[Object] = dataclass_field(default_factory=list)
-    deleted: list[Object] = dataclass_field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.created or self.replaced or self.deleted)
+    def companions(
+        self, wanted: Iterable[Object], records: Mapping[Identity, CompanionRecord]
+    ) -> list[Companion]:
+        """Return what is wanted, then what else is recorded, but not what could not be read."""
+        by_identity = {identity_of(item): item for item in wanted}
+        return [
+            Companion(i, by_identity.get(i, {}), self.objects.get(i, {}), records.get(i))
+            for i in dict.fromkeys([*by_identity, *records])
+            if i not in self.unread
+        ]
 
 
 class Companions:
-    """Brings what stands beside an app to where its live version is; never what is not ours.
+    """Brings the companions of an app to where its live version is; never what is not ours.
 
     What is to be is told by the live Service alone: its run, and whether that is confirmed. So each
     step can be taken again by anyone. An object is replaced only as it was read, and it was read
@@ -10204,29 +10292,25 @@ class Companions:
 
     @partial(retried, while_head=True)
     def require_accepted(self, task: Task, release: Release) -> None:
-        """Raise unless the API server would take all that stands beside a release.
+        """Raise unless the API server would take all companions of a release.
 
         Raises StageError for what is not ours, and ManifestError for what it refuses, or what it
         does not let this account do.
         """
-        wanted = release.beside(task.app.name)
+        wanted = release.companions_for(task.app.name)
         if not wanted:
             return
-        plain = plain_budgets(release, wanted)
-        records = [CompanionRecord.of(task.environment, item) for item in [*wanted, *plain]]
         try:
-            seen = self.look(task, records)
-            recorded = self.records(task)
-            taken = self.adoption.takeable(task, seen, recorded)
-            ours = {
-                identity
-                for identity, item in seen.objects.items()
-                if is_recorded(recorded.get(identity), item) and is_ours(item, task.app.name)
-            }
-            require_no_plain_budget(task, plain, seen.objects.keys() - taken.keys() - ours)
-            seen = replace(seen, objects={**seen.objects, **taken})
-            steps = self.steps_to(task, wanted, seen)
-            carry_out(self.kubectl, task.namespace, steps, "--dry-run=server")
+            standing = self.look(task, records_of(task, [*wanted, *release.plain_budgets]))
+            records = self.records(task)
+            taken = self.adoption.takeable(task, standing, records)
+            plain = [c for c in standing.companions(release.plain_budgets, records) if c.wanted]
+            require_no_plain_budget(task, [c for c in plain if c.identity not in taken])
+            standing = replace(standing, objects={**standing.objects, **taken})
+            companions = [c for c in standing.companions(wanted, records) if c.wanted]
+            require_writable(task, companions)
+            due = [companion for companion in companions if companion.differs]
+            carry_out(self.kubectl, task.namespace, due, "--dry-run=server")
         except KubectlError as refused:
             if refused.kind in UNCERTAIN:
                 raise
@@ -10234,51 +10318,40 @@ class Companions:
 
     @partial(retried, while_head=True)
     def prepare(self, task: Task, release: Release) -> None:
-        """Write down what is to stand beside a release, and make what may be there before it.
+        """Record the companions of a release, and create those that may be there before its pods.
 
-        A budget of its colour is one, so that none of its pods ever serves without. What leads to
-        pods leads to those of today until traffic is switched.
+        Services lead to the pods of today until traffic is switched.
         """
-        wanted = release.beside(task.app.name)
+        wanted = release.companions_for(task.app.name)
         if not wanted:
             return
-        records = [CompanionRecord.of(task.environment, item) for item in wanted]
-        budgets = plain_budgets(release, wanted)
-        plain = [CompanionRecord.of(task.environment, item) for item in budgets]
-        seen = self.look(task, [*records, *plain])
-        if self.adoption.take(task, seen, self.records(task)):
-            seen = self.look(task, records)
-        recorded = self.records(task)
-        if new := [record for record in records if record.identity not in recorded]:
+        listed = records_of(task, [*wanted, *release.plain_budgets])
+        standing = self.look(task, listed)
+        if self.adoption.take(task, standing, self.records(task)):
+            standing = self.look(task, listed)
+        records = self.records(task)
+        if new := [record for record in records_of(task, wanted) if record.identity not in records]:
             self.state.write(task.app, *new)
-        name = release.configmap(task.app.name)["metadata"]["name"]
-        last = RecordedCompanions.of(name, release, task.app.name)
-        self.live.remembered.beside[task.labels] = last
-        selector = seen.service.selector if seen.service else release.selector
-        early = [
-            leading if is_companion(item, "Service") else item
-            for item, leading in zip(wanted, release.beside(task.app.name, selector), strict=True)
-            if item["kind"] not in NEVER_EARLY
-        ]
-        steps = self.steps_to(task, early, seen)
-        budgets = [item for item in steps.replaced if is_companion(item, BUDGET)]
-        own = [item for item in budgets if plain_name(item) != item["metadata"]["name"]]
-        steps = replace(steps, replaced=own)
-        if steps:
-            carry_out(self.kubectl, task.namespace, steps)
-            objects = {record.identity: o for record, o in zip(records, wanted, strict=True)}
-            self.record(task, self.look(task, records), objects)
+        self.remember(task, release.configmap(task.app.name)["metadata"]["name"], release)
+        selector = standing.service.selector if standing.service else release.selector
+        today = release.companions_for(task.app.name, selector)
+        services = [item for item in today if is_companion(item, "Service")]
+        first = Moment.BEFORE_THE_ROLLOUT
+        companions = standing.companions([*wanted, *services], {})  # of one name the last counts
+        early = [companion for companion in companions if companion.times.created is first]
+        require_writable(task, early)
+        if due := [c for c in early if c.differs and (not c.standing or c.times.changed is first)]:
+            carry_out(self.kubectl, task.namespace, due)
+            companions = self.look(task, listed).companions(wanted, self.records(task))
+            self.record(task, [c for c in companions if c.wanted])
 
     def protect(self, task: Task, entry: HistoryEntry) -> None:
-        """Make the budgets of a version that gets the traffic back, before it does.
+        """Create the budgets of a version that gets the traffic back, before it does.
 
         That this fails is reported, and holds nothing up.
         """
         try:
-            if entry.outcome == ADOPTED:
-                wanted = self.adoption.objects(task, entry) or []
-            else:
-                wanted = self.live.release(task, entry.release).beside(task.app.name)
+            wanted = self.wanted_by(task, entry) or []
             if budgets := [with_applied(o, o) for o in wanted if is_companion(o, BUDGET)]:
                 self.kubectl.create(budgets, task.namespace)
         except (HookError, *SHAPE_ERRORS) as failed:
@@ -10307,183 +10380,155 @@ class Companions:
             while not (self.follow(task) or over.wait(AGAIN_SECONDS)):
                 self.doors.pause(0)
 
-    def follow(self, task: Task, *, drained: bool = False, expected: bool = False) -> bool:
-        """Bring what stands beside an app to where the live version is; return whether it is there.
+    def follow(
+        self,
+        task: Task,
+        reached: Moment = Moment.WHEN_IT_IS_CONFIRMED,
+        *,
+        has_companions: bool = False,
+    ) -> bool:
+        """Bring the companions to where the live version is; return whether they are there.
 
         What does not work is reported and counted: the step that comes next tries it again, and
-        traffic stays where it is. Budgets of the idle colour go when that is drained. Where nothing
-        is recorded, and nothing expected beside the live version, no call is made.
+        traffic stays where it is. Where none is recorded no call is made, unless it is known that
+        the live version has companions, or that the one before had some.
         """
         try:
-            if expected or self.records(task):
-                self.settle(task, drained=drained)
+            if has_companions or self.records(task):
+                self.settle(task, reached)
         except (HookError, *SHAPE_ERRORS) as failed:
             self.complain(task, clip(str(failed)))
             return False
         return True
 
     @retried
-    def settle(self, task: Task, *, drained: bool) -> None:
-        """Write what is wanted until nothing is left to do; raises HookError."""
+    def settle(self, task: Task, reached: Moment) -> None:
+        """Do what is due until nothing is left; raises HookError.
+
+        It goes in rounds. Only the Service tells what is wanted, and it is read last: so what a
+        round finds to be wanted for the first time it only records, and the next one reads it. And
+        what a round has created the next one records with its uid.
+        """
         for _ in range(SETTLE_ROUNDS):
             records = self.records(task)
-            seen = self.look(task, records.values(), strict=False)
-            objects = self.recorded_objects(task, seen.service)
-            if objects is None:
+            standing = self.look_at_readable(task, [*records.values()])
+            service = standing.service
+            wanted = self.wanted_now(task, service)
+            if wanted is None:
                 return
-            confirmed = seen.service is None or seen.service.live.proven
-            by_identity = {CompanionRecord.of(task.environment, o).identity: o for o in objects}
-            kept = by_identity.keys()
-            read = [o for i, o in by_identity.items() if i not in seen.unread]
-            wanted = [o for o in read if confirmed or is_following(o)]
-            self.record(task, seen, by_identity, forget=confirmed)
-            if kept - records.keys():
-                continue  # they are read, too, before they are written
-            steps = self.steps_to(task, wanted, seen, strict=False)
-            if confirmed:
-                gone = [i for i in seen.objects if i not in kept]
-                steps.deleted += self.deletable(task, seen, gone, drained=drained)
-            if not steps:
+            is_confirmed = service is None or service.live.proven
+            companions = standing.companions(wanted, records)
+            # until a version is confirmed nothing is forgotten: the one before may come back
+            self.record(task, [c for c in companions if c.wanted or is_confirmed])
+            if any(companion.record is None for companion in companions):
+                continue
+            due = self.due(task, companions, reached if is_confirmed else Moment.WITH_THE_SWITCH)
+            if not due:
                 return
-            self.create_configmaps(task, steps)
-            carry_out(self.kubectl, task.namespace, steps)
+            self.create_configmaps(task, due)
+            carry_out(self.kubectl, task.namespace, due)
         raise HookError("what stands beside the app is changed by someone else all the time")
 
-    def create_configmaps(self, task: Task, steps: Steps) -> None:
-        """Create what the pods of workers name, which may have been deleted since they ran last."""
-        last = self.live.remembered.beside.get(task.labels)
-        written = [*steps.created, *steps.replaced]
-        if last and last.configmaps and any(is_companion(o, "Deployment") for o in written):
-            create_immutable(self.kubectl, last.configmaps, task.namespace)
+    def wanted_now(self, task: Task, service: Service | None) -> list[Object] | None:
+        """Return the companions of the live version; None where they are not recorded.
 
-    def recorded_objects(self, task: Task, service: Service | None) -> list[Object] | None:
-        """Return what is to stand beside the live version; None where that is not recorded.
-
-        Without any version it is nothing.
+        Without any version there are none.
         """
-        if service is None:
-            return None if self.live.with_history(task, None) else []
-        name = service.live.release
-        if service.live.outcome == ADOPTED:
-            return self.adoption.objects(task, service.live)
-        last = self.live.remembered.beside.get(task.labels)
-        if last is None or last.record != name:
-            if not name:
+        if service:
+            return self.wanted_by(task, service.live)
+        return None if self.live.with_history(task, None) else []
+
+    def wanted_by(self, task: Task, entry: HistoryEntry) -> list[Object] | None:
+        """Return the companions of a version; None where they are not recorded."""
+        if entry.outcome == ADOPTED:
+            return self.adoption.given_back(task, entry)
+        last = self.live.remembered.companions.get(task.labels)
+        if last is None or last.record != entry.release:
+            if not entry.release:
                 return None
-            release = self.live.release(task, name)
-            last = RecordedCompanions.of(name, release, task.app.name)
-            self.live.remembered.beside[task.labels] = last
+            release = self.live.release(task, entry.release)
+            last = self.remember(task, entry.release, release)
         return last.objects
+
+    def remember(self, task: Task, record: str, release: Release) -> RecordedCompanions:
+        """Keep the companions of a release, for when it is live; return them."""
+        objects = None if release.companions is None else release.companions_for(task.app.name)
+        last = RecordedCompanions(record, objects, release.worker_configmaps)
+        self.live.remembered.companions[task.labels] = last
+        return last
+
+    def due(self, task: Task, companions: Iterable[Companion], reached: Moment) -> list[Companion]:
+        """Return to what something is to be done by now, and may be; report what is not ours."""
+        due = []
+        for companion in companions:
+            times = companion.times
+            if (times.changed if companion.wanted else times.deleted) > reached:
+                continue
+            if fault := writing_fault(task, companion):
+                self.complain(task, str(fault))
+            elif companion.differs and (companion.wanted or is_deletable(task, companion)):
+                due.append(companion)
+        return due
+
+    def create_configmaps(self, task: Task, due: Iterable[Companion]) -> None:
+        """Create what the pods of workers name, which may have been deleted since they ran last."""
+        last = self.live.remembered.companions.get(task.labels)
+        if last and last.configmaps and any(is_companion(c.wanted, "Deployment") for c in due):
+            create_immutable(self.kubectl, last.configmaps, task.namespace)
 
     # What both use.
 
     def records(self, task: Task) -> dict[Identity, CompanionRecord]:
-        """Return what stands beside an app, or may, as it is recorded."""
-        return self.state.recent(task.app).beside(task.environment)
+        """Return the companions that stand, or may, as they are recorded."""
+        return self.state.recent(task.app).companions_in(task.environment)
 
-    def look(
-        self, task: Task, records: Iterable[CompanionRecord], *, strict: bool = True
-    ) -> Beside:
-        """Read what stands beside an app, then its live Service, in one call.
+    def look(self, task: Task, records: Iterable[CompanionRecord]) -> Standing:
+        """Read companions, then the live Service, in one call; of two records the last counts."""
+        live = CompanionRecord(environment="", api="v1", kind="Service", name=task.app.service_name)
+        listed = {record.identity: record.reference for record in (*records, live)}
+        items = self.kubectl.read([*listed.values()], task.namespace)
+        objects = {identity_of(item): item for item in items}
+        service = objects.pop(live.identity, None)
+        return Standing(objects, self.live.service_of(task, service))
 
-        If not strict, a kind that is gone from the cluster, or may not be read any more, does not
-        keep the others from being read: then it is only kinds that need no setting.
+    def look_at_readable(self, task: Task, records: Sequence[CompanionRecord]) -> Standing:
+        """Read companions, of kinds that need a setting only if they can all be read.
+
+        One that is gone from the cluster, or may not be read any more, is in no other's way.
         """
-        listed = [*records]
-        own = [record for record in listed if COMPANION_KINDS.get(record.kind) == record.api]
-        name = task.app.service_name
-        live = CompanionRecord(environment="", api="v1", kind="Service", name=name)
-        unread = frozenset[Identity]()
         try:
-            items = self.kubectl.read([r.reference for r in (*listed, live)], task.namespace)
+            return self.look(task, records)
         except KubectlError as failed:
-            if strict or failed.kind in UNCERTAIN or len(own) == len(listed):
+            usual = [r for r in records if COMPANION_KINDS.get(r.kind) == r.api]
+            if failed.kind in UNCERTAIN or len(usual) == len(records):
                 raise
             self.complain(task, failed.said)
-            unread = frozenset(r.identity for r in listed) - {r.identity for r in own}
-            items = self.kubectl.read([r.reference for r in (*own, live)], task.namespace)
-        by_identity = {CompanionRecord.of(task.environment, i).identity: i for i in items}
-        service = by_identity.pop(live.identity, None)
-        return Beside(by_identity, self.live.service_of(task, service), unread)
+            unread = {r.identity for r in records} - {r.identity for r in usual}
+            return replace(self.look(task, usual), unread=frozenset(unread))
 
     def complain(self, task: Task, detail: str) -> None:
         """Report and count what does not follow; the step that comes next tries it again."""
         error("what stands beside the app did not follow", detail=detail, **task.words)
         self.kubectl.metrics.errors.labels("companions").inc()
 
-    def steps_to(
-        self, task: Task, wanted: Iterable[Object], seen: Beside, *, strict: bool = True
-    ) -> Steps:
-        """Return what is to be created and replaced; raises StageError for what is not ours.
+    def record(self, task: Task, companions: Iterable[Companion]) -> None:
+        """Record what is wanted, with its uid once it is there; forget what is neither.
 
-        If not strict, that is reported, and the rest goes on.
+        It is written only where that is news, and before an object is created.
         """
-        steps = Steps()
-        for item in wanted:
-            record = CompanionRecord.of(task.environment, item)
-            current = seen.objects.get(record.identity)
-            if current is None:
-                steps.created.append(with_applied(item, item))
-            elif fault := self.fault_of(task, record, current):
-                if strict:
-                    raise fault
-                self.complain(task, str(fault))
-            elif applied_last(current) != item:
-                steps.replaced.append(replacement(current, item))
-        return steps
-
-    def fault_of(self, task: Task, record: CompanionRecord, current: Object) -> HookError | None:
-        """Return why an object that is there may not be changed, None where it may."""
-        if not is_ours(current, task.app.name):
-            return StageError(Reason.ADOPTION_REFUSED, foreign_words(task, record, current))
-        if current["metadata"].get("deletionTimestamp"):
-            return HookError(f"{record} is still being deleted")
-        return None
-
-    def deletable(
-        self, task: Task, seen: Beside, gone: Iterable[Identity], *, drained: bool
-    ) -> list[Object]:
-        """Return what may be deleted: what we have made, as it is recorded, and labelled.
-
-        What the settings leave to others stays, and so does a claim, whatever it holds.
-        """
-        records = self.records(task)
-        items = []
-        for identity in gone:
-            item = seen.objects[identity]
-            meta = item["metadata"]
-            same = is_recorded(records.get(identity), item)
-            waits = is_companion(item, BUDGET) and not drained
-            ignored = task.app.deploy.ignores(item["kind"], plain_name(item))
-            left = ignored or item["kind"] == "PersistentVolumeClaim"
-            if meta.get("deletionTimestamp") or waits or left:
-                continue
-            if same and is_ours(item, task.app.name):
-                items.append(item)
-            else:
-                detail = f"{identity[1]}/{identity[2]} stays: it is not what was made here"
-                warn("what stands beside the app stays", detail=detail, **task.words)
-        return items
-
-    def record(
-        self, task: Task, seen: Beside, wanted: Mapping[Identity, Object], *, forget: bool = False
-    ) -> None:
-        """Record what is wanted, with its uid once it is there, and forget what is neither.
-
-        It is written only where that is news, and before an object is made.
-        """
-        recorded = self.records(task)
         news = []
-        for identity, item in wanted.items():
-            current = seen.objects.get(identity)
-            ours = current is not None and is_ours(current, task.app.name)
-            record = CompanionRecord.of(task.environment, current if current and ours else item)
-            if recorded.get(identity) != record and (ours or identity not in recorded):
-                news.append(record)
-        there = wanted.keys() | seen.objects.keys() | seen.unread
-        old = [record.key for identity, record in recorded.items() if identity not in there]
-        if news or (forget and old):
-            self.state.write(task.app, *news, forget=old if forget else ())
+        forgotten = []
+        for companion in companions:
+            ours = is_ours(companion.standing, task.app.name)
+            if companion.wanted:
+                item = companion.standing if ours else companion.wanted
+                record = CompanionRecord.of(task.environment, item)
+                if companion.record is None or (ours and companion.record != record):
+                    news.append(record)
+            elif companion.record and not companion.standing:
+                forgotten.append(companion.record.key)
+        if news or forgotten:
+            self.state.write(task.app, *news, forget=forgotten)
 
 
 class Adoption:
@@ -10498,19 +10543,39 @@ class Adoption:
         self.doors = live.doors
         self.kubectl = live.doors.kubectl
 
+    # What is taken over.
+
+    def take(
+        self, task: Task, standing: Standing, records: Mapping[Identity, CompanionRecord]
+    ) -> bool:
+        """Take over what may be, after it was kept as it was; return whether that was anything.
+
+        Raises HookError.
+        """
+        taken = self.takeable(task, standing, records)
+        if not taken:
+            return False
+        self.keep(task, [standing.objects[identity] for identity in taken])
+        new = records_of(task, taken.values())
+        self.live.state.write(task.app, *new)
+        self.kubectl.write("replace", [*taken.values()], task.namespace)
+        detail = clip(", ".join(sorted(map(str, new))))
+        self.doors.report(task, State.ADOPTED, detail=detail)
+        return True
+
     def takeable(
-        self, task: Task, seen: Beside, recorded: Mapping[Identity, CompanionRecord]
+        self, task: Task, standing: Standing, records: Mapping[Identity, CompanionRecord]
     ) -> dict[Identity, Object]:
         """Return what is to be taken over, as it will be then; most often it is nothing.
 
         What is recorded by its uid was made here, or was taken over before.
         """
-        new = {
+        taken = {
             identity: handed_over(item, task.app.name)
-            for identity, item in seen.objects.items()
-            if is_free(item, task.app.name) and not is_recorded(recorded.get(identity), item)
+            for identity, item in standing.objects.items()
+            if is_free(item, task.app.name) and not is_recorded(records.get(identity), item)
         }
-        return new if new and self.is_due(task, seen.service) else {}
+        return taken if taken and self.is_due(task, standing.service) else {}
 
     def is_due(self, task: Task, service: Service | None) -> bool:
         """Whether what is live is what ran here before the first deployment."""
@@ -10519,31 +10584,14 @@ class Adoption:
         source = self.live.with_history(task, service)
         return source is None or source.live_by_history.outcome == ADOPTED
 
-    def take(self, task: Task, seen: Beside, recorded: Mapping[Identity, CompanionRecord]) -> bool:
-        """Take over what may be, after writing down what it was; return whether that was anything.
-
-        Raises HookError.
-        """
-        taken = self.takeable(task, seen, recorded)
-        if not taken:
-            return False
-        self.keep(task, [seen.objects[identity] for identity in taken])
-        records = [CompanionRecord.of(task.environment, item) for item in taken.values()]
-        self.live.state.write(task.app, *records)
-        carry_out(self.kubectl, task.namespace, Steps(replaced=[*taken.values()]))
-        detail = clip(", ".join(sorted(map(str, records))))
-        self.doors.report(task, State.ADOPTED, detail=detail)
-        return True
+    # What is kept of it.
 
     def keep(self, task: Task, items: Iterable[Object]) -> None:
         """Write down what objects were, beside what is written down already."""
         current = self.kept(task)
         before = unpacked_objects(current) if current else []
         as_they_were = [as_it_was(item, task.app.name) for item in items]
-        by_identity = {
-            CompanionRecord.of(task.environment, item).identity: item
-            for item in (*before, *as_they_were)
-        }
+        by_identity = {identity_of(item): item for item in (*before, *as_they_were)}
         labels = {LABEL_APP: task.app.name, LABEL_STAGE: ADOPTED}
         wanted = new_object("ConfigMap", adopted_name(task.app.name), labels, {})
         wanted["binaryData"] = {"objects": packed_json([*by_identity.values()])}
@@ -10561,20 +10609,23 @@ class Adoption:
         detail = f"ConfigMap {name} is there and was not made here; delete or rename it"
         raise StageError(Reason.ADOPTION_REFUSED, detail)
 
-    def objects(self, task: Task, entry: HistoryEntry) -> list[Object] | None:
-        """Return what stood beside the app then; None where nothing was taken over.
+    # What is given back.
+
+    def given_back(self, task: Task, adopted: HistoryEntry) -> list[Object] | None:
+        """Return the companions of the version that was adopted; None where none was taken over.
 
         While the live Service has a narrower selector than it had, so have the others of its pods.
         """
-        configmap = self.kept(task) if entry.outcome == ADOPTED else None
+        configmap = self.kept(task)
         if configmap is None:
             return None
         items = unpacked_objects(configmap)
         workers = [item for item in items if is_companion(item, "Deployment")]
-        apart = {k: v for k, v in entry.selector.items() if entry.was and entry.was.get(k) != v}
+        was = adopted.was
+        narrower = {k: v for k, v in adopted.selector.items() if was and was.get(k) != v}
         for item in items:
             if is_companion(item, "Service") and not any(is_aimed_at(item, w) for w in workers):
-                item["spec"]["selector"] = {**part_of(item, "spec", "selector"), **apart}
+                item["spec"]["selector"] = {**part_of(item, "spec", "selector"), **narrower}
         return items
 
 
@@ -10589,11 +10640,6 @@ def unpacked_objects(configmap: Object) -> list[Object]:
         return [dict(item) for item in unpacked_json(configmap["binaryData"]["objects"])]
     except (KeyError, TypeError, ValueError, zlib.error):
         refuse(f"ConfigMap {configmap['metadata']['name']} cannot be read.", INVALID)
-
-
-def is_recorded(record: CompanionRecord | None, item: Object) -> bool:
-    """Whether exactly this object is recorded, as made here or taken over."""
-    return record is not None and record.uid == item["metadata"].get("uid")
 
 
 def is_free(item: Object, app: str) -> bool:
@@ -10633,31 +10679,24 @@ def as_it_was(item: Object, app: str) -> Object:
     return {**{key: value for key, value in item.items() if key != "status"}, "metadata": meta}
 
 
-def plain_budgets(release: Release, wanted: Sequence[Object]) -> list[Object]:
-    """Return the budgets of an app without a colour, as they would count the pods of both."""
-    budgets = [item for item in release.companions or () if is_companion(item, BUDGET)]
-    return [item for item in budgets if item not in wanted]  # not those of workers
-
-
-def carry_out(kubectl: Kubectl, namespace: str, steps: Steps, *options: str) -> None:
-    """Take steps, as many as can be; raises the first KubectlError after all were tried."""
+def carry_out(
+    kubectl: Kubectl, namespace: str, companions: Sequence[Companion], *options: str
+) -> None:
+    """Bring companions to what is wanted, as many as can be; raises KubectlError after all."""
+    replaced = [replacement(c.standing, c.wanted) for c in companions if c.wanted and c.standing]
+    created = [with_applied(c.wanted, c.wanted) for c in companions if not c.standing]
+    written = {"replace": replaced, "create": created}
+    calls = [partial(kubectl.write, v, o, namespace, *options) for v, o in written.items() if o]
+    calls += [partial(delete_companion, kubectl, c.standing) for c in companions if not c.wanted]
     failures: list[KubectlError] = []
-
-    def attempt(step: Callable[[], None]) -> None:
-        """Take one step."""
+    for call in calls:
         try:
-            step()
+            call()
         except KubectlError as failed:
             failures.append(failed)
-
-    for verb, objects in (("replace", steps.replaced), ("create", steps.created)):
-        if objects:
-            attempt(partial(kubectl.write, verb, objects, namespace, *options))
-    for item in steps.deleted:
-        attempt(partial(delete_companion, kubectl, item))
     # one that passes by itself makes the caller look again
-    for failed in sorted(failures, key=lambda failure: failure.kind not in UNCERTAIN):
-        raise failed
+    if failures:
+        raise min(failures, key=lambda failure: failure.kind not in UNCERTAIN)
 
 
 def delete_companion(kubectl: Kubectl, item: Object) -> None:
@@ -10708,7 +10747,8 @@ class WorkerWatch:
         if not self.workers:
             return WorkersSeen()
         crashes = self.task.app.deploy.crashes
-        deployments = self.read_deployments()
+        names = (f"deployment/{worker['metadata']['name']}" for worker in self.workers)
+        deployments = self.kubectl.get_each(self.task.namespace, *names)
         self.pods = self.read_pods(since)
         events = self.events.of(self.pods)
         created = [d for d in deployments if d]
@@ -10729,11 +10769,6 @@ class WorkerWatch:
         failed = f"worker: {fatal.reason}: {fatal.detail}" if fatal else ""
         never_ready = bool(late and holding and holding.reason is Reason.NEVER_READY)
         return WorkersSeen(waits, failed, never_ready)
-
-    def read_deployments(self) -> Sequence[Object | None]:
-        """Return the Deployments of the workers, None for those that are not there."""
-        names = (f"deployment/{worker['metadata']['name']}" for worker in self.workers)
-        return self.kubectl.get_each(self.task.namespace, *names)
 
     def read_pods(self, since: float) -> list[Pod]:
         """Return the pods of the workers as they are now, of those created since some time."""
@@ -10760,17 +10795,14 @@ def is_worker_ready(worker: Object, deployment: Object | None) -> bool:
     return bool(current and {status.get(key) or 0 for key in counts} == {wanted})
 
 
-def is_following(item: Object) -> bool:
-    """Whether an object goes with traffic, and not when a version is confirmed."""
-    return any(is_companion(item, kind) for kind in FOLLOWING_KINDS)
+def records_of(task: Task, items: Iterable[Object]) -> list[CompanionRecord]:
+    """Return the records of objects of an environment."""
+    return [CompanionRecord.of(task.environment, item) for item in items]
 
 
-def plain_name(item: Object) -> str:
-    """Return the name that an object has in the manifests, without the colour of a budget."""
-    name = str(item["metadata"]["name"])
-    colour = name.rpartition("-")[2]
-    coloured_one = is_companion(item, BUDGET) and colour in COLOURS
-    return name.removesuffix(f"-{colour}") if coloured_one else name
+def is_recorded(record: CompanionRecord | None, item: Object) -> bool:
+    """Whether exactly this object is recorded, as made here or taken over."""
+    return record is not None and record.uid == item["metadata"].get("uid")
 
 
 def is_ours(item: Object, app: str) -> bool:
@@ -10778,27 +10810,61 @@ def is_ours(item: Object, app: str) -> bool:
     return companion_labels(app).items() <= part_of(item, "metadata", "labels").items()
 
 
-def foreign_words(task: Task, record: CompanionRecord, current: Object) -> str:
+def is_deletable(task: Task, companion: Companion) -> bool:
+    """Whether a companion may be deleted: only what was made here may.
+
+    What the settings leave to others stays, and so does a claim, whatever it holds.
+    """
+    _, kind, _ = companion.identity
+    ignored = task.app.deploy.ignores(kind, companion.plain_name)
+    is_going = companion.standing["metadata"].get("deletionTimestamp")
+    if ignored or is_going or kind == "PersistentVolumeClaim":
+        return False
+    if companion.is_made_here(task.app.name):
+        return True
+    detail = f"{companion} stays: it is not what was made here"
+    warn("what stands beside the app stays", detail=detail, **task.words)
+    return False
+
+
+def require_writable(task: Task, companions: Iterable[Companion]) -> None:
+    """Raise the first HookError for what is there and may not be changed."""
+    for fault in filter(None, (writing_fault(task, companion) for companion in companions)):
+        raise fault
+
+
+def writing_fault(task: Task, companion: Companion) -> HookError | None:
+    """Return why a companion that is wanted and there may not be changed, None where it may."""
+    if not (companion.wanted and companion.standing):
+        return None
+    if not is_ours(companion.standing, task.app.name):
+        return StageError(Reason.ADOPTION_REFUSED, foreign_words(task, companion))
+    if companion.standing["metadata"].get("deletionTimestamp"):
+        return HookError(f"{companion} is still being deleted")
+    return None
+
+
+def foreign_words(task: Task, companion: Companion) -> str:
     """Return why an object is not changed, and how its owner can hand it over."""
-    labels = part_of(current, "metadata", "labels")
-    owner = labels.get(LABEL_APP)
+    owner = part_of(companion.standing, "metadata", "labels").get(LABEL_APP)
     if owner and owner != task.app.name:
-        return f"{record} belongs to app {clip(str(owner), 40)}; rename one of the two"
+        return f"{companion} belongs to app {clip(str(owner), 40)}; rename one of the two"
     terms = " ".join(f"{k}={v}" for k, v in companion_labels(task.app.name).items())
-    command = f"kubectl -n {task.namespace} label --overwrite {record} {terms}"
-    return f"{record} is there without our labels; delete or rename it, or hand it over: {command}"
+    command = f"kubectl -n {task.namespace} label --overwrite {companion} {terms}"
+    advice = f"delete or rename it, or hand it over: {command}"
+    return f"{companion} is there without our labels; {advice}"
 
 
-def require_no_plain_budget(task: Task, plain: Iterable[Object], standing: Set[Identity]) -> None:
+def require_no_plain_budget(task: Task, plain: Iterable[Companion]) -> None:
     """Raise StageError where a budget stands that counts the pods of both colours.
 
     It would be in the way of every eviction.
     """
-    for item in plain:
-        record = CompanionRecord.of(task.environment, item)
-        if record.identity in standing:
-            each = " and ".join(f"{record.name}-{colour}" for colour in COLOURS)
-            detail = f"{record} would count the pods of both colours; delete it: {each} replace it"
+    for budget in plain:
+        if budget.standing and not budget.is_made_here(task.app.name):
+            name = budget.identity[2]
+            each = " and ".join(f"{name}-{colour}" for colour in COLOURS)
+            detail = f"{budget} would count the pods of both colours; delete it: {each} replace it"
             raise StageError(Reason.ADOPTION_REFUSED, detail)
 
 
@@ -11402,12 +11468,14 @@ class Deployer:
         service = self.steady.live.read(task)
         if service is None or service.claim != claim:
             return
-        self.steady.companions.follow(task, drained=True, expected=service.live.beside)
+        self.steady.companions.follow(
+            task, Moment.AFTER_THE_DRAIN, has_companions=service.live.has_companions
+        )
         left = self.finish_colour(task, service)
         if service.live.outcome == ADOPTED:
             # what its owner changes next may not fit narrowed Services
             self.steady.claims.widen(task, claim)
-            self.steady.companions.follow(task, drained=True)
+            self.steady.companions.follow(task, Moment.AFTER_THE_DRAIN)
         self.steady.claims.put(task, left, claim)
         self.collect_garbage(task)
 
@@ -11459,11 +11527,10 @@ class Deployer:
             metas = [d["metadata"] for d in deployments]
             left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
             kubectl.delete("deployment", left, namespace)
-            preview = kubectl.get("service", f"{app}-preview", namespace)
-            labels = preview["metadata"].get("labels") or {} if preview else {}
-            if labels.get(LABEL_MANAGED) == MANAGER:
+            preview = kubectl.get("service", f"{app}-preview", namespace) or {}
+            if part_of(preview, "metadata", "labels").get(LABEL_MANAGED) == MANAGER:
                 kubectl.delete("service", [f"{app}-preview"], namespace)
-            self.steady.companions.follow(task, drained=True)
+            self.steady.companions.follow(task, Moment.AFTER_THE_DRAIN)
         # logs go by their age and number
         names = kubectl.names(
             "configmaps", namespace, f"{ours},{LABEL_STAGE} notin (log,{COMPANION})"
@@ -11516,7 +11583,7 @@ class Rollback:
         switched = None
         try:
             goal = self.ready_goal(task, service, claimed, target)
-            if goal.entry.beside or goal.entry.outcome == ADOPTED:
+            if goal.entry.has_companions or goal.entry.outcome == ADOPTED:
                 self.companions.protect(task, goal.entry)
             switched = self.switch(task, claimed, goal, reason)
         finally:
@@ -11528,8 +11595,8 @@ class Rollback:
         try:
             self.record(task, service.live, goal.entry, reason)
         finally:  # whoever may not write records can still complete what traffic has left behind
-            if goal.entry.beside or service.live.beside:
-                self.companions.follow(task, expected=True)
+            if goal.entry.has_companions or service.live.has_companions:
+                self.companions.follow(task, has_companions=True)
             if switched.claim.restore:
                 # what does not work now the daemon does, by the claim that is left then
                 with suppress(HookError):
@@ -15227,8 +15294,8 @@ class Plan:
         release = render(task.app, task.run, task.image, placement, objects)
         services = self.tools.deployer.steady.live
         services.require_accepted(task, services.read(task), release)
-        beside = self.tools.deployer.steady.companions
-        beside.require_accepted(task, release)
+        companions = self.tools.deployer.steady.companions
+        companions.require_accepted(task, release)
         deployment = release.deployment
         names = [c["metadata"]["name"] for c in release.configmaps]
         new = [n for n in names if not kubectl.get("configmap", n, task.namespace)]
@@ -15242,7 +15309,7 @@ class Plan:
         forecast += f", new ConfigMaps: {', '.join(new) or 'none'}"
         warning = probe_warning(task.app.deploy.health, release) + shutdown_warning(release.pod)
         warning += "".join(f"\n  {remark}" for remark in image_remarks(task.app, objects))
-        warning += "".join(f"\n  {line}" for line in companion_lines(beside, task, release))
+        warning += "".join(f"\n  {line}" for line in companion_lines(companions, task, release))
         return forecast + warning + self.changes(task.namespace, deployment)
 
     def changes(self, namespace: str, wanted: Object) -> str:
@@ -15277,45 +15344,39 @@ def access_review(namespace: str, path: str, verb: str) -> Object:
 
 def companion_lines(companions: Companions, task: Task, release: Release) -> list[str]:
     """Return what deploying a release would do to each object beside an app, a line for each."""
-    wanted = release.beside(task.app.name)
-    of = partial(CompanionRecord.of, task.environment)
-    by_identity = {of(item).identity: item for item in wanted}
-    recorded: Mapping[Identity, CompanionRecord] = {}
+    wanted = release.companions_for(task.app.name)
+    records: dict[Identity, CompanionRecord] = {}
     try:
-        recorded = companions.records(task)
+        records = companions.records(task)
     except KubectlError as refused:
         if refused.kind not in UNREADABLE_KINDS:  # the caller's account may be a reader's
             raise
-    plain = {of(item).identity: of(item) for item in plain_budgets(release, wanted)}
-    listed = {**recorded, **{identity: of(item) for identity, item in by_identity.items()}}
-    seen = Beside({}, None)
-    if listed:
-        seen = companions.look(task, {**plain, **listed}.values())
-    taken = companions.adoption.takeable(task, seen, recorded)
-    listed |= {identity: record for identity, record in plain.items() if identity in taken}
+    plain = records_of(task, release.plain_budgets)
+    listed = [*plain, *records.values(), *records_of(task, wanted)]
+    if not listed:
+        return []
+    standing = companions.look(task, listed)
+    taken = companions.adoption.takeable(task, standing, records)
+    records |= {record.identity: record for record in plain if record.identity in taken}
+    by_identity = {c.identity: c for c in standing.companions(wanted, records)}
     return [
-        line
-        for identity, record in sorted(listed.items())
-        if (line := companion_line(record, by_identity.get(identity), seen, identity in taken))
+        companion_line(companion, taken=identity in taken)
+        for identity, companion in sorted(by_identity.items())
+        if companion.wanted or companion.standing
     ]
 
 
-def companion_line(record: CompanionRecord, item: Object | None, seen: Beside, taken: bool) -> str:
-    """Return what becomes of an object that is to be `item`, "" where there is none to be deleted.
-
-    `taken`: whether it is taken over from its owner.
-    """
-    current = seen.objects.get(record.identity)
-    if item and current and applied_last(current) == item:
-        return f"{record}: unchanged"
-    when = "after the drain" if record.kind == BUDGET else "when it is confirmed"
-    what = "deleted" if current else ""
-    if item:
-        early = current is None and item["kind"] not in NEVER_EARLY
-        when = "with the switch" if is_following(item) else "when it is confirmed"
-        when = "before the rollout" if early else when
-        what = "changed" if current else "created"
-    return f"{record}: {'taken over, ' * taken}{what} {when}" if what else ""
+def companion_line(companion: Companion, *, taken: bool) -> str:
+    """Return what becomes of a companion; `taken`: whether it is taken over from its owner."""
+    if not companion.differs:
+        return f"{companion}: unchanged"
+    times = companion.times
+    words = f"changed {times.changed}"
+    if not companion.standing:
+        words = f"created {times.created}"
+    elif not companion.wanted:
+        words = f"deleted {times.deleted}"
+    return f"{companion}: taken over, {words}" if taken else f"{companion}: {words}"
 
 
 def probe_warning(health: Health, release: Release) -> str:

@@ -1910,7 +1910,7 @@ def test_pods_say_who_manages_them_as_the_app_does_so_that_its_selectors_reach_t
     items[0]["spec"]["template"]["spec"] |= spread(selector)
     release = released(items)
     template = release.deployment["spec"]["template"]
-    (budget,) = release.beside("shop")
+    (budget,) = release.companions_for("shop")
     selected = budget["spec"]["selector"]["matchLabels"]
     assert selected == {**labels, "gitops-hook/app": "shop", "version": "green"}
     assert selected.items() <= template["metadata"]["labels"].items()

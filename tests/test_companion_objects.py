@@ -103,7 +103,7 @@ def released(*beside: Object, live: int = 0, **deploy: Any) -> Release:
 
 def beside(*items: Object, **deploy: Any) -> list[Object]:
     """What stands beside the app while its release is live."""
-    return released(*items, **deploy).beside("shop")
+    return released(*items, **deploy).companions_for("shop")
 
 
 # === What stands beside an app, and what is refused ===
@@ -191,7 +191,7 @@ def test_what_has_no_shape_is_refused_while_the_tests_run(companion: Object) -> 
 def test_an_object_of_any_shape_ends_in_a_release_or_a_refusal(kind: str, spec: Any) -> None:
     with suppress(hook.StageError):
         made = released(item(kind, spec=spec), live=2)
-        assert len(made.beside("shop")) == 1
+        assert len(made.companions_for("shop")) == 1
         assert [*hook.shared_node_ports({"staging": made, "production": made})] == []
 
 
@@ -304,9 +304,9 @@ def test_a_configmap_that_a_listed_kind_names_keeps_its_own_name() -> None:
 
 def test_a_release_in_another_colour_has_its_companions_in_that_colour() -> None:
     release = recoloured(released(scaler(), budget()), app_of(), "blue", 2)
-    names = [i["metadata"]["name"] for i in release.beside("shop")]
+    names = [i["metadata"]["name"] for i in release.companions_for("shop")]
     assert names == ["x", "x-blue"]
-    assert release.beside("shop")[0]["spec"]["scaleTargetRef"]["name"] == "shop-blue"
+    assert release.companions_for("shop")[0]["spec"]["scaleTargetRef"]["name"] == "shop-blue"
 
 
 def test_a_foreign_image_of_a_cronjob_stays_unless_nothing_is_built() -> None:
@@ -332,7 +332,7 @@ def test_a_release_keeps_its_companions_and_one_of_before_has_none_to_touch() ->
     assert Release.from_configmap(release.configmap("shop")) == release
     assert released().companions == []
     old = Release.from_configmap(replace(release, companions=None).configmap("shop"))
-    assert (old.companions, old.beside("shop")) == (None, [])
+    assert (old.companions, old.companions_for("shop")) == (None, [])
 
 
 def test_a_record_of_a_later_version_with_unknown_fields_can_be_read() -> None:
@@ -357,8 +357,8 @@ def state_of(*records: CompanionRecord, **more: str) -> AppState:
 def test_a_record_is_read_again_for_its_environment_alone() -> None:
     record = replace(RECORD, uid="1-2")
     state = state_of(record, replace(record, environment="staging", uid=""))
-    assert state.beside("production") == {record.identity: record}
-    assert [r.uid for r in state.beside("staging").values()] == [""]
+    assert state.companions_in("production") == {record.identity: record}
+    assert [r.uid for r in state.companions_in("staging").values()] == [""]
     assert replace(RECORD, api="batch/v2").key == RECORD.key
 
 
@@ -494,6 +494,7 @@ def task(**deploy: Any) -> Task:
     return Task(app=app, environment="production", namespace="production", run=RUN)
 
 
+DRAINED = hook.Moment.AFTER_THE_DRAIN
 TEXT = st.sampled_from(["gitops-hook", "shop", "other", "companion", "live", "release", "helm"])
 FOREIGN = st.fixed_dictionaries({}, optional=dict.fromkeys(LABELS, TEXT)).filter(
     lambda labels: not LABELS.items() <= labels.items()
@@ -530,7 +531,7 @@ def test_an_object_of_another_app_or_without_our_labels_is_never_changed_or_dele
     for live in (released(*everything()), released(), None):
         cluster, state = MemoryKubectl(standing), MemoryState(records)
         companions = companions_of(cluster, state, live, confirmed=confirmed)
-        companions.follow(task(), drained=drained)
+        companions.follow(task(), DRAINED if drained else hook.Moment.WHEN_IT_IS_CONFIRMED)
         for one in standing:
             assert cluster.objects[cluster.key(one)] == one
 
@@ -583,7 +584,7 @@ def test_what_is_taken_over_is_kept_as_it_was_through_every_further_try() -> Non
         other["spec"]["schedule"] = schedule
         companions.prepare(task(), released(other))
     entry = hook.HistoryEntry(selector={"app": "x"}, outcome="adopted")
-    (kept,) = companions.adoption.objects(task(), entry) or ()
+    (kept,) = companions.adoption.given_back(task(), entry) or ()
     assert kept["spec"] == mine["spec"]
     assert kept["metadata"] == {"name": "x", "labels": LABELS}
     assert {r.kind: r.uid for r in state.state.companions.values()} == {"CronJob": "1"}
@@ -602,7 +603,7 @@ def test_what_was_not_made_here_is_never_deleted_and_a_claim_never(
         for one, same in made
     ]  # fmt: skip
     cluster = MemoryKubectl(standing)
-    companions_of(cluster, MemoryState(records), released()).follow(task(), drained=True)
+    companions_of(cluster, MemoryState(records), released()).follow(task(), DRAINED)
     for one, same in zip(standing, uids, strict=False):
         stays = not same or one["kind"] == "PersistentVolumeClaim"
         assert (cluster.key(one) in cluster.objects) == stays
@@ -614,7 +615,7 @@ def test_a_release_of_before_touches_nothing() -> None:
     companions_of(cluster, state, made).follow(task())
     before = copy.deepcopy(cluster.objects)
     assert len(before) == len(everything())
-    companions_of(cluster, state, replace(released(), companions=None)).follow(task(), drained=True)
+    companions_of(cluster, state, replace(released(), companions=None)).follow(task(), DRAINED)
     assert cluster.objects == before
 
 
@@ -627,8 +628,8 @@ def test_what_follows_is_done_again_without_harm_and_goes_when_a_version_lacks_i
     companions_of(cluster, state, released(cronjob())).follow(task())
     kinds = [kind for kind, _ in cluster.objects]
     assert kinds == ["PodDisruptionBudget", "CronJob"]
-    companions_of(cluster, state, released(cronjob())).follow(task(), drained=True)
-    companions_of(cluster, state, None).follow(task(), drained=True)
+    companions_of(cluster, state, released(cronjob())).follow(task(), DRAINED)
+    companions_of(cluster, state, None).follow(task(), DRAINED)
     assert (cluster.objects, state.state.companions) == ({}, {})
 
 
@@ -636,7 +637,7 @@ def test_what_the_settings_leave_to_others_from_now_on_stays() -> None:
     cluster, state = MemoryKubectl([]), MemoryState([RECORD])
     companions_of(cluster, state, released(budget(), cronjob())).follow(task())
     left = task(ignore=["PodDisruptionBudget/x", "CronJob"])
-    companions_of(cluster, state, released()).follow(left, drained=True)
+    companions_of(cluster, state, released()).follow(left, DRAINED)
     assert sorted(kind for kind, _ in cluster.objects) == ["CronJob", "PodDisruptionBudget"]
 
 
@@ -655,7 +656,7 @@ def test_an_app_that_has_nothing_beside_it_costs_no_call() -> None:
     companions.prepare(task(), plain)
     with companions.following(task(), plain):
         pass
-    assert companions.follow(task(), drained=True)
+    assert companions.follow(task(), DRAINED)
 
 
 class Unreadable(MemoryState):
@@ -699,6 +700,22 @@ def test_before_the_rollout_is_made_what_scales_nothing_and_starts_nothing() -> 
         "CronJob": False,
         "HorizontalPodAutoscaler": False,
     }
+
+
+def test_a_budget_that_stands_in_the_colour_changes_before_the_rollout_and_a_plan_says_so() -> None:
+    cluster, state = MemoryKubectl([]), MemoryState([])
+    first, stricter = released(budget()), budget()
+    companions = companions_of(cluster, state, first)
+    companions.prepare(task(), first)
+    stricter["spec"]["minAvailable"] = 2
+    second = released(stricter)
+    lines = hook.companion_lines(companions, task(), second)
+    assert lines == ["PodDisruptionBudget/x-green: changed before the rollout"]
+    companions.prepare(task(), second)
+    assert cluster.objects["PodDisruptionBudget", "x-green"]["spec"]["minAvailable"] == 2
+    assert hook.companion_lines(companions, task(), second) == [
+        "PodDisruptionBudget/x-green: unchanged"
+    ]
 
 
 def test_what_is_there_already_is_refused_with_the_way_to_hand_it_over() -> None:

@@ -774,7 +774,7 @@ def test_a_rollback_marks_all_that_came_after_its_target_and_had_not_failed() ->
     history = [failed, newer, same, target, older]
     after = hook.rolled_back(history, goal, "it is slow")
     gone = {"outcome": "rolled-back", "reason": "RolledBack", "detail": "it is slow"}
-    marked = [hook.HistoryEntry(**{**e.to_json(), **gone}) for e in (newer, same)]
+    marked = [replace(e, **gone) for e in (newer, same)]
     assert after == [failed, *marked, goal.entry, older]
     with pytest.raises(hook.RefusedError, match="changed meanwhile"):
         hook.rolled_back([failed, newer], goal, "")

@@ -148,7 +148,7 @@ def changes(items: list[Object]) -> list[str] | None:
     except StageError as failed:
         return [failed.detail] if SHAPELESS in failed.detail else None
     # a ConfigMap with a name that no pod has stands beside the app
-    beside = release.beside(app.name)
+    beside = release.companions_for(app.name)
     rendered = (release.deployment, release.service, *release.configmaps, *beside)
     pairs = zip(items, rendered, strict=True)
     return [d for one, other in pairs for d in differences(one, other, one["kind"])]

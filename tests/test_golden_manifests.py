@@ -49,7 +49,7 @@ def rendering(app: App, checkout: Path, environment: str) -> Object:
         return {"refused": refused.detail}
     remarks = [*image_remarks(app, checked)]
     rendered = [release.deployment, release.service, *release.configmaps]
-    beside = release.beside(app.name)
+    beside = release.companions_for(app.name)
     written = [checked.deployment, checked.service, *checked.configmaps.values()]
     pairs = zip(written, rendered, strict=True)
     lost = [d for one, other in pairs for d in differences(one, other, one["kind"])]

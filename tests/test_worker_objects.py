@@ -44,7 +44,9 @@ def released(*beside: Object, image: str = BUILT, run: str = "") -> Release:
 def named(release: Release, kind: str, name: str) -> Object:
     """What stands beside an app while a release is live, by kind and name."""
     (one,) = [
-        o for o in release.beside("shop") if (o["kind"], o["metadata"]["name"]) == (kind, name)
+        o
+        for o in release.companions_for("shop")
+        if (o["kind"], o["metadata"]["name"]) == (kind, name)
     ]
     return one
 
@@ -248,12 +250,12 @@ def test_the_budget_of_a_worker_stays_one_and_changes_after_the_switch() -> None
     state = MemoryState([])
     companions = companions_of(cluster, state, first)
     companions.prepare(task(), first)
-    assert companions.follow(task(), expected=True)
+    assert companions.follow(task(), has_companions=True)
     key = ("PodDisruptionBudget", "x")
     assert cluster.objects[key]["spec"]["selector"] == {"matchLabels": SELECTOR}
     second = release(2, "shop-2")
     companions.require_accepted(task(), second)
     companions.prepare(task(), second)
     assert cluster.objects[key]["spec"]["minAvailable"] == 1
-    assert companions_of(cluster, state, second).follow(task(), expected=True)
+    assert companions_of(cluster, state, second).follow(task(), has_companions=True)
     assert cluster.objects[key]["spec"]["minAvailable"] == 2
