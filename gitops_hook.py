@@ -10413,7 +10413,7 @@ class Companions:
             records = self.records(task)
             standing = self.look_at_readable(task, [*records.values()])
             service = standing.service
-            wanted = self.wanted_now(task, service)
+            wanted = self.wanted_by(task, service.live if service else None)
             if wanted is None:
                 return
             is_confirmed = service is None or service.live.proven
@@ -10429,17 +10429,10 @@ class Companions:
             carry_out(self.kubectl, task.namespace, due)
         raise HookError("what stands beside the app is changed by someone else all the time")
 
-    def wanted_now(self, task: Task, service: Service | None) -> list[Object] | None:
-        """Return the companions of the live version; None where they are not recorded.
-
-        Without any version there are none.
-        """
-        if service:
-            return self.wanted_by(task, service.live)
-        return None if self.live.with_history(task, None) else []
-
-    def wanted_by(self, task: Task, entry: HistoryEntry) -> list[Object] | None:
-        """Return the companions of a version; None where they are not recorded."""
+    def wanted_by(self, task: Task, entry: HistoryEntry | None) -> list[Object] | None:
+        """Return the companions of a version, or of no version; None where that is not recorded."""
+        if entry is None:
+            return None if self.live.with_history(task, None) else []
         if entry.outcome == ADOPTED:
             return self.adoption.given_back(task, entry)
         last = self.live.remembered.companions.get(task.labels)
@@ -10492,10 +10485,7 @@ class Companions:
         return Standing(objects, self.live.service_of(task, service))
 
     def look_at_readable(self, task: Task, records: Sequence[CompanionRecord]) -> Standing:
-        """Read companions, of kinds that need a setting only if they can all be read.
-
-        One that is gone from the cluster, or may not be read any more, is in no other's way.
-        """
+        """Read companions; where one cannot be read, only those of the usual kinds."""
         try:
             return self.look(task, records)
         except KubectlError as failed:
@@ -10749,7 +10739,10 @@ class WorkerWatch:
         crashes = self.task.app.deploy.crashes
         names = (f"deployment/{worker['metadata']['name']}" for worker in self.workers)
         deployments = self.kubectl.get_each(self.task.namespace, *names)
-        self.pods = self.read_pods(since)
+        labels = ",".join(worker_label(worker) for worker in self.workers)
+        terms = f"{LABEL_WORKER} in ({labels})"
+        pods = map(Pod, self.kubectl.list("pods", self.task.namespace, "-l", terms))
+        self.pods = [pod for pod in pods if pod.created >= since - CLOCK_SECONDS]
         events = self.events.of(self.pods)
         created = [d for d in deployments if d]
         problems = [*filter(None, map(creation_failure, created))]
@@ -10769,13 +10762,6 @@ class WorkerWatch:
         failed = f"worker: {fatal.reason}: {fatal.detail}" if fatal else ""
         never_ready = bool(late and holding and holding.reason is Reason.NEVER_READY)
         return WorkersSeen(waits, failed, never_ready)
-
-    def read_pods(self, since: float) -> list[Pod]:
-        """Return the pods of the workers as they are now, of those created since some time."""
-        labels = ",".join(worker_label(worker) for worker in self.workers)
-        terms = f"{LABEL_WORKER} in ({labels})"
-        pods = map(Pod, self.kubectl.list("pods", self.task.namespace, "-l", terms))
-        return [pod for pod in pods if pod.created >= since - CLOCK_SECONDS]
 
 
 def worker_label(worker: Object) -> str:
@@ -10856,10 +10842,7 @@ def foreign_words(task: Task, companion: Companion) -> str:
 
 
 def require_no_plain_budget(task: Task, plain: Iterable[Companion]) -> None:
-    """Raise StageError where a budget stands that counts the pods of both colours.
-
-    It would be in the way of every eviction.
-    """
+    """Raise StageError where a budget of both colours stands: it would forbid every eviction."""
     for budget in plain:
         if budget.standing and not budget.is_made_here(task.app.name):
             name = budget.identity[2]
