@@ -10360,14 +10360,13 @@ class Companions:
     # After it.
 
     @contextmanager
-    def following(self, task: Task, release: Release) -> Iterator[None]:
+    def following(self, task: Task) -> Iterator[None]:
         """Follow in a thread during the block: nothing may hold up the judgement of a version."""
         over = threading.Event()
         thread = threading.Thread(target=self.follow_until, args=(task, over), daemon=True)
         try:
-            if release.companions or self.records(task):
-                with suppress(RuntimeError):  # no more threads: it is done after the block
-                    thread.start()
+            with suppress(RuntimeError):  # no more threads: it is done after the block
+                thread.start()
             yield
         finally:
             over.set()
@@ -11408,7 +11407,7 @@ class Deployer:
         if entry.outcome:
             return
         release = switched or self.live_release(task, service)
-        with self.steady.companions.following(task, release):
+        with self.steady.companions.following(task):
             if task.last or release.workers:
                 bake = Bake(self.steady, self.urgent, task, release, pods)
                 bake.run(service, resumed=switched is None)

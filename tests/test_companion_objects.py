@@ -654,7 +654,7 @@ def test_an_app_that_has_nothing_beside_it_costs_no_call() -> None:
     companions = companions_of(NoCalls([]), MemoryState([]), plain)
     companions.require_accepted(task(), plain)
     companions.prepare(task(), plain)
-    with companions.following(task(), plain):
+    with companions.following(task()):
         pass
     assert companions.follow(task(), DRAINED)
 
@@ -674,6 +674,13 @@ def test_a_plan_goes_on_without_the_records_that_its_caller_may_not_read() -> No
     companions = companions_of(MemoryKubectl([]), Unreadable([]), released(cronjob()))
     lines = hook.companion_lines(companions, task(), released(cronjob()))
     assert lines == ["CronJob/x: created when it is confirmed"]
+
+
+def test_records_that_cannot_be_read_keep_no_live_version_from_being_judged() -> None:
+    companions = companions_of(NoCalls([]), Unreadable([]), released())
+    with companions.following(task()):
+        judged = True
+    assert judged
 
 
 def test_until_a_version_is_confirmed_only_what_goes_with_traffic_changes() -> None:
