@@ -10939,11 +10939,11 @@ class HealthChecks:
     at: float = -NEVER  # when the last one ended
 
     def add(self, now: float, refusal: str | None, *, clear: bool) -> None:
-        """Take over one; the time since the last counts if that is near, and nothing is hidden."""
+        """Take over one; the time since the last counts if both passed, and nothing is hidden."""
         gap = now - self.at
         near = gap <= CHECK_GAP
-        self.judged += gap if near and clear else 0.0
         self.passes = 0 if refusal else 1 + (self.passes if near else 0)
+        self.judged += gap if clear and self.passes > 1 else 0.0
         self.failures = self.failures + 1 if refusal else 0
         self.refusal = refusal or ""
         self.at = now

@@ -2024,14 +2024,17 @@ CHECKED = {
     "a process that was stopped": (
         [(0.25, None, True)] * 4 + [(35.0, None, True)] + [(0.25, None, True)] * 2, 1.25, 3, 0),
     "pods that are missing": ([(0.25, None, False)] * 8, 0.0, 8, 0),
-    "failing": ([(0.25, None, True)] * 4 + [(0.25, "status 503", True)] * 3, 1.5, 0, 3),
+    "failing": ([(0.25, None, True)] * 4 + [(0.25, "status 503", True)] * 3, 0.75, 0, 3),
     "failing slowly": ([(2.1, "no whole answer", True)] * 3, 0.0, 0, 3),
-    "now and then": ([(0.25, None, True), (0.25, "status 503", True)] * 4, 1.75, 0, 1),
+    "now and then": ([(0.25, None, True), (0.25, "status 503", True)] * 4, 0.0, 0, 1),
+    "failing twice of three times, then passing": (
+        [(0.25, "status 503", True), (0.25, "status 503", True), (0.25, None, True)] * 80
+        + [(0.25, None, True)] * 2, 0.5, 3, 0),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("steps", "judged", "passes", "failures"), CHECKED.values(), ids=CHECKED)
-def test_time_counts_for_the_bake_only_between_checks_that_are_near_each_other(
+def test_time_counts_for_the_bake_only_between_checks_that_passed_and_are_near_each_other(
     steps: list[tuple[float, str | None, bool]], judged: float, passes: int, failures: int
 ) -> None:
     checks, now = hook.HealthChecks(), 1000.0
