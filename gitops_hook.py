@@ -255,7 +255,7 @@ STATUS_SECONDS = 30.0  # after which `rollout status` is asked anew: one that ha
 VERIFY_SECONDS = 10.0  # in which the endpoints must converge on the selector
 UNMOVED_SECONDS = 60.0  # in which a first endpoint must change: their controller may restart
 HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures take less than a second
-CHECK_GAP = 2.0  # seconds between two health checks above which the time between them is unjudged
+CHECK_GAP = 2.0  # seconds from a health check after which it tells no more what is so now
 FRESH_SECONDS = 5.0  # for which the pods, as they were read, may be used to judge health
 UNREADY_SECONDS = 5.0  # that pods of the live version may be unready before it is unhealthy
 GONE_SECONDS = 1.0  # that it may have no ready pod at all: then every visitor is refused
@@ -6716,7 +6716,7 @@ def decide_environment(observed: Observation, name: str) -> Action | None:
     live = service.live if service and switched else HistoryEntry()
     confirmed = Outcome.DEPLOYED in (entry.outcome, live.outcome)
     bakes_here = name == observed.app.deploy.environments[-1]
-    # a worker that confirmed the live version a moment ago may yet switch back in the bake
+    # a worker that confirmed the live version a moment ago may not know that yet
     if name in observed.busy and (not confirmed or (switched and bakes_here)):
         return Action(Do.WAIT, name, detail=f"{name} is being changed")
     if confirmed:
@@ -7026,6 +7026,128 @@ def pods_taken_away(pods: Sequence[Pod], wanted: int) -> bool:
     asleep = (p for p in stayed if not p.ready and {c.ready for c in p.containers} == {True})
     running = [p for p in pods if any(c.running for c in p.containers)]
     return any(asleep) or len(stayed) < max(wanted, len(running))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HealthChecks:
+    """What the health checks of a switched-to version have shown, and for how long."""
+
+    asked: int = 0  # in all
+    failures: int = 0  # in a row
+    passes: int = 0  # in a row, none of them long after the one before
+    refusal: str = ""
+    judged_seconds: float = 0.0  # between two that passed, while nothing was hidden
+    last_at: float = -NEVER  # when the last one ended
+
+    def after(self, now: float, refusal: str | None, *, clear: bool) -> HealthChecks:
+        """Return them with one more; `clear`: nothing that it does not show was hidden."""
+        passes = 0 if refusal else 1 + self.passing(now)
+        seconds = now - self.last_at if clear and passes > 1 else 0.0
+        return HealthChecks(
+            asked=self.asked + 1,
+            failures=self.failures + 1 if refusal else 0,
+            passes=passes,
+            refusal=refusal or "",
+            judged_seconds=self.judged_seconds + seconds,
+            last_at=now,
+        )
+
+    def passing(self, now: float) -> int:
+        """Return how many in a row have passed, up to now."""
+        return self.passes if now - self.last_at <= CHECK_GAP else 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersSeen:
+    """How the workers of a version are: what they wait for, and which of them has failed, or ""."""
+
+    waits: str = ""
+    failed: str = ""
+    never_ready: bool = False  # whether they run, and are not ready of their own accord
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BakeLook:
+    """What the API server last said of a version in its bake; times are those of one process."""
+
+    read_at: float = -NEVER  # when the pods were read
+    pods: tuple[Pod, ...] = ()
+    wanted: int = 0
+    checks: tuple[HealthCheck, ...] = ()  # of the pods that were ready and stay
+    workers: WorkersSeen = WorkersSeen()
+    preview: HealthCheck | None = None  # whom to ask for health
+    endpoints_came: bool | None = None  # None while they are waited for
+    proved_at: float | None = None  # when the version was last proven, to be confirmed
+    confirmed_at: float | None = None
+    end: RunError | None = None  # what ends the bake otherwise
+
+    def is_fresh(self, now: float) -> bool:
+        """Whether the API server was heard a moment ago."""
+        return now - self.read_at <= FRESH_SECONDS
+
+    def is_complete(self, now: float) -> bool:
+        """Whether no pod was missing a moment ago."""
+        return self.is_fresh(now) and not pods_taken_away(self.pods, self.wanted)
+
+
+class Verdict(StrEnum):
+    """What is to become of a version in its bake."""
+
+    WATCH = "it is healthy so far, or not unhealthy for long enough"
+    CONFIRM = "it is proven"
+    STAYS = "it is confirmed: the bake is over"
+    WORKER_FAILED = "its worker has failed"
+    CHECKS_FAILED = "its health checks failed"
+    PODS_FAILED = "its pods say themselves that they are unhealthy"
+    ENDPOINTS_MISSING = "its endpoints did not come"
+    UNJUDGEABLE = "nobody could tell for too long"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BakeObservation:
+    """Everything observed of a version in its bake that decides over it."""
+
+    settings: DeploySettings
+    now: float
+    look: BakeLook
+    checks: HealthChecks
+    excused: int = 0  # so many of the first checks that were asked, whose failures do not count
+    pods_fault: str = ""  # why its pods are unhealthy by their own word
+    healthy: bool = False  # whether the last checks passed, and no container has failed
+    judged_seconds_needed: float
+    unjudged_seconds: float = 0.0
+    gave_up: bool = False  # judging it: it may be confirmed without
+
+
+def bake_verdict(seen: BakeObservation) -> tuple[Verdict, str]:
+    """Return what is to become of a version in its bake, and why.
+
+    While it is confirmed on a fresh proof, and after that, nothing is held against it any more. If
+    that was held up, until the proof was an old one, the bake goes on until it is healthy again.
+    """
+    look = seen.look
+    too_long = seen.unjudged_seconds > seen.settings.rollout_timeout
+    written_at = seen.now if look.confirmed_at is None else look.confirmed_at
+    proven = look.proved_at is not None and written_at - look.proved_at <= CHECK_GAP
+    if look.confirmed_at is not None and (proven or seen.healthy or too_long):
+        return Verdict.STAYS, ""
+    failures = min(seen.checks.failures, seen.checks.asked - seen.excused)
+    failed = failures >= seen.settings.health.failures
+    refused = f"failed {failures} times in a row: {seen.checks.refusal}"
+    unjudged = f"health could not be judged for {seen.unjudged_seconds:.0f} s"
+    objections = {
+        Verdict.WORKER_FAILED: look.workers.failed,
+        Verdict.CHECKS_FAILED: refused if failed else "",
+        Verdict.PODS_FAILED: seen.pods_fault,
+        Verdict.ENDPOINTS_MISSING: "they did not come" if look.endpoints_came is False else "",
+        Verdict.UNJUDGEABLE: unjudged if too_long else "",
+    }
+    for verdict, why in objections.items():
+        if why and not proven:
+            return verdict, why
+    judged = seen.checks.judged_seconds >= seen.judged_seconds_needed and not look.workers.waits
+    provable = seen.healthy and look.endpoints_came and look.is_fresh(seen.now)
+    return Verdict.CONFIRM if provable and (judged or seen.gave_up) else Verdict.WATCH, ""
 
 
 class Drift(StrEnum):
@@ -9592,13 +9714,16 @@ class Traffic:
         self.doors.kubectl.put(live, None, task.namespace)
 
     def verify(self, task: Task, release: Release, since: float) -> None:
-        """Wait for the endpoints of a switch; switch back if they do not come.
+        """Wait for the endpoints of a switch; switch back, and raise, if they do not come."""
+        if not self.endpoints_converge(task, release.selector, release.wanted, since):
+            self.switch_back_for_endpoints(task, release)
 
-        Raises StageError then, also where there is nothing better to go back to.
+    def switch_back_for_endpoints(self, task: Task, release: Release) -> NoReturn:
+        """Switch back since endpoints did not come, unless there is nothing better to go back to.
+
+        Raises StageError in both cases.
         """
         wanted = release.wanted
-        if self.endpoints_converge(task, release.selector, wanted, since):
-            return
         detail = f"the endpoints did not become the {wanted} pods of {release.run}"
         ready = len(self.workloads.ready(task.namespace, release.selector))
         versions = self.compare_versions(task, ask=False)
@@ -9606,7 +9731,6 @@ class Traffic:
         if better or (versions.target and not versions.previous.ready):
             raise StageError(Reason.BOTH_UNHEALTHY, f"{detail}; nothing better to go back to")
         self.switch_back(task, Outcome.FAILED, Reason.ENDPOINTS_MISSING, detail)
-        raise StageError(Reason.ENDPOINTS_MISSING, detail)
 
     def endpoints_converge(
         self, task: Task, selector: Mapping[str, str], wanted: int, since: float
@@ -9644,9 +9768,7 @@ class Traffic:
         """
         versions = self.compare_versions(task, ask=health is None)
         if versions.previous.better_than(health or versions.live):
-            reason = Reason.UNHEALTHY_AFTER_SWITCH
-            self.switch_back(task, Outcome.SWITCHED_BACK, reason, why)
-            raise StageError(reason, why)
+            self.switch_back(task, Outcome.SWITCHED_BACK, Reason.UNHEALTHY_AFTER_SWITCH, why)
         if health is None and versions.target and versions.live.ready:
             return  # as many of its own pods answer
         other = "the version before is no better" if versions.target else "there is none before"
@@ -9657,7 +9779,6 @@ class Traffic:
         versions = self.compare_versions(task, ask=False)
         if versions.previous.ready:
             self.switch_back(task, Outcome.SWITCHED_BACK, Reason.WORKER_FAILED, why)
-            raise StageError(Reason.WORKER_FAILED, why)
         other = (
             "the version before has no ready pods" if versions.target else "there is none before"
         )
@@ -9691,17 +9812,18 @@ class Traffic:
             return self.live.release(task, entry.release).pod if entry.release else {}
         return {}
 
-    def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> None:
+    def switch_back(self, task: Task, outcome: Outcome, reason: Reason, detail: str) -> NoReturn:
         """Point the live Service back at the version before, in one patch with the outcome.
 
-        It does not look at the pods it leaves. Tried until it is done. Raises SupersededError when
-        someone else has switched; a first deployment has nothing to go back to, so its Service is
-        removed.
+        It does not look at the pods it leaves. Tried until it is done. Raises StageError then, and
+        SupersededError when someone else has switched; a first deployment has nothing to go back
+        to, so its Service is removed.
         """
         ended = Ended(str(outcome), str(reason), clip(detail))
         back = self.try_switch_back(task, ended)
         state = State.SWITCHED_BACK if back else State.REMOVED
         self.doors.report(task, state, reason=reason, detail=clip(detail))
+        raise StageError(reason, detail)
 
     @retried
     def try_switch_back(self, task: Task, ended: Ended) -> bool:
@@ -9746,9 +9868,11 @@ class Traffic:
         """
         service = self.guard.read_selected(task)
         self.claims.require_no_rollback(task.app, service)
+        live = service.live
+        if live.outcome == Outcome.DEPLOYED:  # by a try whose answer was lost
+            return True
         if not proof():
             return False
-        live = service.live
         old = service.switch_back_target.colour
         confirmed = replace(live, outcome=str(Outcome.DEPLOYED), unjudged=live.unjudged or unjudged)
         drained = old if old in COLOURS else ""
@@ -10706,15 +10830,6 @@ WORKER_FAULTS = (Reason.IMAGE_NOT_FOUND, Reason.IMAGE_PULL_FAILED)
 CLOCK_SECONDS = 30.0  # by which the clock of the cluster may be behind ours
 
 
-@dataclass(frozen=True, slots=True)
-class WorkersSeen:
-    """How the workers of a version are: what they wait for, and which of them has failed, or ""."""
-
-    waits: str = ""
-    failed: str = ""
-    never_ready: bool = False  # whether they run, and are not ready of their own accord
-
-
 class WorkerWatch:
     """Looks at the workers of a version that has the traffic.
 
@@ -10928,48 +11043,14 @@ class Operations:
 # === bake =========================================================================================
 
 
-@dataclass(slots=True)
-class HealthChecks:
-    """What the health checks of a switched-to version have shown, and for how long."""
-
-    failures: int = 0  # in a row
-    passes: int = 0  # in a row, none of them long after the one before
-    refusal: str = ""
-    judged: float = 0.0  # seconds
-    at: float = -NEVER  # when the last one ended
-
-    def add(self, now: float, refusal: str | None, *, clear: bool) -> None:
-        """Take over one; the time since the last counts if both passed, and nothing is hidden."""
-        gap = now - self.at
-        near = gap <= CHECK_GAP
-        self.passes = 0 if refusal else 1 + (self.passes if near else 0)
-        self.judged += gap if clear and self.passes > 1 else 0.0
-        self.failures = self.failures + 1 if refusal else 0
-        self.refusal = refusal or ""
-        self.at = now
-
-    def passing(self, now: float) -> int:
-        """Return how many in a row have passed, up to now."""
-        return self.passes if now - self.at <= CHECK_GAP else 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PodsSeen:
-    """What the API server last said of the pods of a run in its bake."""
-
-    at: float
-    pods: tuple[Pod, ...] = ()
-    wanted: int = 0
-    checks: tuple[HealthCheck, ...] = ()  # of those that were ready and stay
-
-
 class Bake:
-    """Observes a switched-to version until it is confirmed, or switches back.
+    """Watches a switched-to version until it is confirmed, or switches back.
 
-    The checker asks for health and does nothing else, so that nothing holds it up. The observer
-    asks the API server, and confirms. The worker itself judges what they have seen, and switches
-    back. Each attribute has one writer: `checks` and `turn` the checker; `last_look`, `workers`,
-    `preview`, `confirmed` and `end` the observer; `tracker` and `unjudged` the worker.
+    The worker alone judges, by `bake_verdict`, and moves traffic. Nothing holds it up: the checker
+    asks for health, and the observer asks the API server, and writes the confirmation when the
+    worker's `verdict` is that. Each of the two puts immutable values into one slot, `checks` and
+    `look`, which nobody else writes. `watch` is the observer's, too, and `lost_answers` locks; all
+    else is the worker's.
     """
 
     def __init__(
@@ -10986,51 +11067,49 @@ class Bake:
         self.task = task
         self.release = release
         self.informer = pods
-        self.health = task.app.deploy.health
-        self.checks = HealthChecks()
-        self.tracker = ProblemTracker()
-        self.required = task.app.deploy.bake if task.last else 0.0  # seconds of judged time
-        self.began = self.clock.monotonic()
-        self.switched_at = 0.0  # when traffic was switched
-        self.preview: HealthCheck | None = None  # whom to ask for health
-        self.turn = 0  # of the pods that are asked beside it
-        self.lost_answers = 0
-        self.over = threading.Event()
-        self.end: RunError | None = None  # as the observer of the cluster found it
-        self.unjudged = False
-        self.confirmed = False
-        at = -NEVER if pods.trouble else self.clock.monotonic()
-        self.last_look = PodsSeen(at=at, pods=tuple(self.informed()), wanted=release.wanted)
+        self.settings = task.app.deploy
         self.watch = WorkerWatch(urgent.doors, task, release)
-        self.workers = WorkersSeen(waits="nobody has looked yet" if release.workers else "")
+        self.lost_answers = Retry(self.clock, (0.5,), report_every=60)
+        self.over = threading.Event()
+        self.switched_at = 0.0  # when traffic was switched, by the clock of the cluster
+        self.judging_since = self.clock.monotonic()
+        self.judged_seconds_needed = self.settings.bake if task.last else 0.0
+        self.gave_up = ""  # judging it, with what was seen then
+        self.excused = 0  # so many of the first checks, whose failures do not count
+        self.tracker = ProblemTracker()
+        self.verdict = Verdict.WATCH
+        self.checks = HealthChecks()
+        self.look = BakeLook(
+            read_at=-NEVER if pods.trouble else self.judging_since,
+            pods=tuple(self.informed()),
+            wanted=release.wanted,
+            workers=WorkersSeen(waits="nobody has looked yet" if release.workers else ""),
+        )
 
     def run(self, service: Service, *, resumed: bool) -> None:
         """Return when the version is confirmed; raises RunError when it is not going to be."""
         rest = seconds_of(service.annotation(ANNOTATION_BAKE, 0.0)) - self.clock.now()
         if resumed:  # nobody knows what was judged before this process
-            self.required = min(self.required, max(rest, REBAKE_SECONDS))
+            self.judged_seconds_needed = min(self.judged_seconds_needed, max(rest, REBAKE_SECONDS))
         self.switched_at = service.live.at
-        checker = threading.Thread(target=self.check_health, daemon=True)
-        observer = threading.Thread(target=self.observe_cluster, daemon=True)
+        steps = (self.check_health, self.observe_cluster)
+        threads = [threading.Thread(target=step, daemon=True) for step in steps]
         try:
-            checker.start()
-            observer.start()
-            while not (self.confirmed and self.healthy()):
-                with self.tolerate_lost_answers():
-                    self.judge()
-                alive = checker.is_alive() and (observer.is_alive() or self.confirmed)
-                if self.end:
-                    raise self.end
-                if not alive:
-                    raise HookError("a thread of the bake has ended")
+            for thread in threads:
+                thread.start()
+            while self.verdict is not Verdict.STAYS:
+                self.attempt(self.judge)
+                if not all(thread.is_alive() for thread in threads):
+                    raise self.look.end or HookError("a thread of the bake has ended")
                 self.steady.doors.pause(0.1)
-        except SupersededError as superseded:
-            # it may be the observer that has switched back: then its reason is the true one
-            self.over.set()
-            observer.join(VERIFY_SECONDS)
-            raise self.end or superseded from None
+        except StageError as ended:
+            # one that was confirmed too late stays, too, where nothing is better
+            if self.look.confirmed_at is None or ended.reason is not Reason.BOTH_UNHEALTHY:
+                raise
         finally:
             self.over.set()
+        if self.gave_up:
+            self.steady.doors.report(self.task, State.UNJUDGED, detail=self.gave_up)
 
     # The first thread: health.
 
@@ -11038,196 +11117,212 @@ class Bake:
         """Ask for health, at most four times a second, until the bake is over."""
         took = 0.0
         while not self.over.wait(max(0.0, HEALTH_INTERVAL - took)):
-            began = self.clock.monotonic()
+            began_at = self.clock.monotonic()
             with suppress(OSError):  # no more files: nothing was learned
-                if self.preview:
-                    refusal = health_refusal(self.preview) or self.refusal_of_a_pod(self.preview)
-                    self.checks.add(self.clock.monotonic(), refusal, clear=self.judgeable())
-            took = self.clock.monotonic() - began
+                if preview := self.look.preview:
+                    refusal = health_refusal(preview) or self.refusal_of_a_pod(preview)
+                    now = self.clock.monotonic()
+                    look = self.look
+                    clear = look.is_complete(now) and not look.workers.waits
+                    self.checks = self.checks.after(now, refusal, clear=clear)
+            took = self.clock.monotonic() - began_at
 
     def refusal_of_a_pod(self, preview: HealthCheck) -> str | None:
         """Return why the next pod is not healthy, where the Service does not lead to what is asked.
 
         One after the other, as a Service would lead to them.
         """
-        checks = self.last_look.checks
+        checks = self.look.checks
         if preview.path or not (checks and checks[0].path):
             return None
-        self.turn += 1
-        return health_refusal(checks[self.turn % len(checks)])
+        return health_refusal(checks[self.checks.asked % len(checks)])
 
     # The second thread: the API server.
 
     def observe_cluster(self) -> None:
-        """See the endpoints converge, then look at the pods repeatedly; confirm in the end."""
-        step = self.await_endpoints
-        while not (self.over.is_set() or self.end or self.confirmed):
-            try:
-                with self.tolerate_lost_answers():
-                    step()
-                    step = self.refresh
-                    self.confirm_when_due()
+        """Look at what the API server says, and confirm the version when it is proven."""
+        try:
+            while not self.over.is_set():
+                if self.attempt(self.observe):
                     # at its end the bake waits for no look
-                    rest = self.required - self.checks.judged
+                    rest = self.judged_seconds_needed - self.checks.judged_seconds
                     self.over.wait(min(LOOK_SECONDS, max(0.5, rest)))
-            except RunError as ended:
-                self.end = ended
-            except InterruptedError:
-                break
+        except RunError as ended:
+            self.look = replace(self.look, end=ended)
+        except InterruptedError:
+            return
 
-    def await_endpoints(self) -> None:
-        """Let health be asked for, and wait for the endpoints of the switch."""
-        self.preview = self.preview or self.urgent.rollout.preview(self.task, self.release)
-        self.urgent.traffic.verify(self.task, self.release, self.switched_at)
-        self.refresh()
+    def observe(self) -> None:
+        """Let health be asked for, see the endpoints come, then look at pods and workers."""
+        if self.look.preview is None:
+            preview = self.urgent.rollout.preview(self.task, self.release)
+            self.look = replace(self.look, preview=preview)
+        if self.look.endpoints_came is None:
+            release = self.release
+            converge = self.urgent.traffic.endpoints_converge
+            came = converge(self.task, release.selector, release.wanted, self.switched_at)
+            self.look = replace(self.look, endpoints_came=came)
+        self.read_pods()
+        self.attempt(self.read_workers)  # without it the version can still be given up, and stay
+        if self.verdict is Verdict.CONFIRM:
+            confirm = self.steady.traffic.confirm
+            if confirm(self.task, self.release, self.proof, unjudged=bool(self.gave_up)):
+                self.look = replace(self.look, confirmed_at=self.clock.monotonic())
 
-    def refresh(self) -> None:
+    def read_pods(self) -> None:
         """Read the live Service and the pods, whatever the informer shows."""
-        began = self.clock.monotonic()
+        began_at = self.clock.monotonic()
         selector = self.release.selector
         self.urgent.guard.require_selected(self.task, self.urgent.live.read(self.task))
         wanted = self.urgent.workloads.size(self.task, selector)
         manifests = self.urgent.workloads.staying(self.task.namespace, selector)
         served = [p for p in manifests if Pod(p).seen_ready]
-        checks = at_pods(self.release.checks(self.health).pods, served)
+        checks = tuple(at_pods(self.release.checks(self.settings.health).pods, served))
         pods = tuple(map(Pod, manifests))
-        self.last_look = PodsSeen(at=began, pods=pods, wanted=wanted, checks=tuple(checks))
-        with self.tolerate_lost_answers():
-            self.workers = self.watch.look(self.switched_at)
+        self.look = replace(self.look, read_at=began_at, pods=pods, wanted=wanted, checks=checks)
 
-    def confirm_when_due(self) -> None:
-        """Confirm the version once it was judged for long enough, or may be without."""
-        judged = self.checks.judged >= self.required and not self.workers.waits
-        due = self.unjudged or judged
-        if due and self.healthy():
-            confirm = self.steady.traffic.confirm
-            self.confirmed = confirm(self.task, self.release, self.proof, unjudged=self.unjudged)
+    def read_workers(self) -> None:
+        """See how the workers of the version are."""
+        self.look = replace(self.look, workers=self.watch.look(self.switched_at))
 
     def proof(self) -> bool:
         """Whether the version may be confirmed now: its endpoints are there, and it is healthy."""
-        selector = self.release.selector
         endpoints = self.urgent.workloads.endpoints(
-            self.task, selector, self.last_look.wanted, self.switched_at
+            self.task, self.release.selector, self.look.wanted, self.switched_at
         )
-        return endpoints.converged and self.healthy() and not self.over.is_set()
+        provable = self.healthy() and (self.gave_up or not self.look.workers.waits)
+        proven = bool(provable and endpoints.converged and not self.over.is_set())
+        self.look = replace(self.look, proved_at=self.clock.monotonic() if proven else None)
+        return proven
 
     # The worker: the verdict.
 
     def judge(self) -> None:
-        """Switch back from a version that is unhealthy, or that nobody can judge."""
-        if self.workers.failed:
-            self.switch_back_for_worker(self.workers.failed)
-        seen = self.last_look
+        """Judge what was seen until now, and act on it."""
+        self.verdict, why = bake_verdict(self.observation())
+        traffic = self.urgent.traffic
+        match self.verdict:
+            case Verdict.WORKER_FAILED:
+                self.switch_back_for_worker(why)
+            case Verdict.CHECKS_FAILED:
+                self.doubt_checks(f"{self.release.checks(self.settings.health).pods} {why}")
+            case Verdict.PODS_FAILED:
+                traffic.switch_back_if_worse(self.task, why, self.pod_health())
+            case Verdict.ENDPOINTS_MISSING:
+                traffic.switch_back_for_endpoints(self.task, self.release)
+            case Verdict.UNJUDGEABLE:
+                self.give_up_judging(why)
+
+    def observation(self) -> BakeObservation:
+        """Return what is seen of the version by now."""
+        look = self.look
+        pods = self.newest_pods(look)
+        crash = container_failure([*pods, *self.informed()], self.switched_at)
+        now = self.clock.monotonic()
+        judged_seconds = min(self.checks.judged_seconds, self.judged_seconds_needed)
+        return BakeObservation(
+            settings=self.settings,
+            now=now,
+            look=look,
+            checks=self.checks,
+            excused=self.excused,
+            pods_fault=crash or self.lasting_shortage(look, pods),
+            healthy=self.healthy(),
+            judged_seconds_needed=self.judged_seconds_needed,
+            unjudged_seconds=now - self.judging_since - judged_seconds,
+            gave_up=bool(self.gave_up),
+        )
+
+    def newest_pods(self, look: BakeLook) -> list[Pod]:
+        """Return the pods last read, each as the informer has it where that is newer."""
         informed = self.informed()
-        fresh = self.heard_lately()
-        pods = self.newest_pods(seen, informed) if fresh else informed
-        why = container_failure([*pods, *informed], self.switched_at)
-        why = why or self.lasting_shortage(seen, pods, fresh=fresh)
-        failed = self.checks.failures >= self.health.failures and self.failures_are_its_own()
-        if failed:
-            times = f"{self.checks.failures} times in a row: {self.checks.refusal}"
-            why = f"{self.release.checks(self.health).pods} failed {times}"
-        if why:
-            healthy = sum(p.ready and not container_failure([p], self.switched_at) for p in pods)
-            wanted = max(seen.wanted, sum(p.stays for p in pods))
-            health = None if failed else PodHealth(healthy, wanted)
-            self.urgent.traffic.switch_back_if_worse(self.task, why, health)
-            self.checks.failures = 0
-        elif not self.unjudged:
-            waited = self.clock.monotonic() - self.began
-            self.end_unjudged(waited - min(self.checks.judged, self.required))
+        if not look.is_fresh(self.clock.monotonic()):
+            return informed
+        newer = {p.name: p for p in informed}
+        return [max(p, newer.get(p.name, p), key=lambda pod: pod.version) for p in look.pods]
+
+    def lasting_shortage(self, look: BakeLook, pods: Sequence[Pod]) -> str:
+        """Return that too few pods have been ready for too long, or ""."""
+        now = self.clock.monotonic()
+        replacing = bool(look.pods)
+        lacks = readiness_shortage(pods, self.switched_at, self.clock.now(), replacing=replacing)
+        # what nobody has seen lately may be over by now
+        unseen = not look.is_fresh(now) and (self.informer.trouble or not pods)
+        fatal = self.tracker.fatal([lacks] if lacks and not unseen else [], now)
+        return fatal.detail if fatal else ""
 
     def switch_back_for_worker(self, why: str) -> NoReturn:
         """Switch back for the fault of a worker, whose log is kept."""
         self.steady.rollout.keep_logs(self.task, self.watch.pods)
         self.urgent.traffic.switch_back_for_worker(self.task, why)
 
-    def newest_pods(self, seen: PodsSeen, informed: Sequence[Pod]) -> list[Pod]:
-        """Return the pods last read, each as the informer has it where that is newer."""
-        newer = {p.name: p for p in informed}
-        return [max(p, newer.get(p.name, p), key=lambda pod: pod.version) for p in seen.pods]
+    def doubt_checks(self, why: str) -> None:
+        """Switch back for failed checks, unless as many of its own pods answer after all.
 
-    def lasting_shortage(self, seen: PodsSeen, pods: Sequence[Pod], *, fresh: bool) -> str:
-        """Return that too few pods have been ready for too long, or ""."""
-        lacks = readiness_shortage(
-            pods, self.switched_at, self.clock.now(), replacing=bool(seen.pods)
-        )
-        if not fresh and self.informer.trouble:  # it may be over by now
-            lacks = None
-        counted = [lacks] if lacks and (pods or fresh) else []
-        fatal = self.tracker.fatal(counted, self.clock.monotonic())
-        return fatal.detail if fatal else ""
+        While a pod is taken away, the failed checks may have been its own.
+        """
+        look = self.look
+        now = self.clock.monotonic()
+        own = look.is_complete(now) or not look.is_fresh(now) or refusals_of(look.checks, 1.0)
+        if own:
+            self.urgent.traffic.switch_back_if_worse(self.task, why, None)
+        self.excused = self.checks.asked
 
-    def failures_are_its_own(self) -> bool:
-        """Whether failed checks count: not while they may be those of a pod that is taken away."""
-        if self.pods_complete() or not self.heard_lately():
-            return True
-        return bool(refusals_of(self.last_look.checks, 1.0))
+    def pod_health(self) -> PodHealth:
+        """Return how many pods are healthy by their own word."""
+        pods = self.newest_pods(self.look)
+        healthy = sum(p.ready and not container_failure([p], self.switched_at) for p in pods)
+        return PodHealth(healthy, max(self.look.wanted, sum(p.stays for p in pods)))
 
-    def end_unjudged(self, spent: float) -> None:
+    def give_up_judging(self, why: str) -> None:
         """After too long without a judgement give the healthier version the traffic.
 
-        If they are alike, the new one keeps it, and is confirmed as unjudged.
+        If they are alike, the new one keeps it, and may be confirmed unjudged. Where that does not
+        come in as long again, the run ends, and the version stays as it is.
         """
-        if spent <= self.task.app.deploy.rollout_timeout:
-            return
-        if self.workers.never_ready:
-            self.switch_back_for_worker(self.workers.waits)
+        workers = self.look.workers
+        if workers.never_ready:
+            self.switch_back_for_worker(workers.waits)
         versions = self.urgent.traffic.compare_versions(self.task, ask=True)
         live = versions.live if self.healthy() else PodHealth(0, versions.live.wanted)
         previous = versions.previous
         detail = (
-            f"health could not be judged for {spent:.0f} s; now {live.ready} of {live.wanted} pods"
-            f" are healthy, {previous.ready} of {previous.wanted} of the version before"
+            f"{why}; now {live.ready} of {live.wanted} pods are healthy,"
+            f" {previous.ready} of {previous.wanted} of the version before"
         )
-        detail += f"; {self.workers.waits}" if self.workers.waits else ""
+        detail += f"; {workers.waits}" if workers.waits else ""
         if previous.better_than(live):
             self.urgent.traffic.switch_back(self.task, Outcome.FAILED, Reason.UNJUDGED, detail)
-            raise StageError(Reason.UNJUDGED, detail)
-        if not live.ready:
-            raise StageError(Reason.BOTH_UNHEALTHY, detail)
-        self.steady.doors.report(self.task, State.UNJUDGED, detail=detail)
-        self.unjudged = True
+        if self.gave_up or not live.ready:
+            raise StageError(Reason.UNJUDGED if live.ready else Reason.BOTH_UNHEALTHY, detail)
+        self.gave_up = detail
+        self.judged_seconds_needed = 0.0
+        self.judging_since = self.clock.monotonic()
 
-    # What all three ask.
+    # What several of them ask.
 
     def informed(self) -> list[Pod]:
         """Return the pods of the run as the informer has them, which may follow or not."""
         return [p for p in self.informer.items() if p.run == self.release.run]
 
-    def heard_lately(self) -> bool:
-        """Whether the API server was heard a moment ago."""
-        return self.clock.monotonic() - self.last_look.at <= FRESH_SECONDS
-
-    def judgeable(self) -> bool:
-        """Whether health can be judged: no pod is missing, and all workers are ready."""
-        return self.pods_complete() and not self.workers.waits
-
-    def pods_complete(self) -> bool:
-        """Whether no pod was missing a moment ago."""
-        return self.heard_lately() and not pods_taken_away(
-            self.last_look.pods, self.last_look.wanted
-        )
-
     def healthy(self) -> bool:
         """Whether the last checks passed, as many as it takes, and no container has failed."""
-        passed = self.checks.passing(self.clock.monotonic()) >= self.health.successes
-        return passed and not container_failure(
-            [*self.last_look.pods, *self.informed()], self.switched_at
-        )
+        if self.checks.passing(self.clock.monotonic()) < self.settings.health.successes:
+            return False
+        return not container_failure([*self.look.pods, *self.informed()], self.switched_at)
 
-    @contextmanager
-    def tolerate_lost_answers(self) -> Iterator[None]:
-        """Let a step that got no answer, or could not even be begun, be taken again."""
+    def attempt(self, step: Callable[[], None]) -> bool:
+        """Take a step; return False if it got no answer, or could not even be begun."""
         try:
-            yield
+            step()
         except (RunError, InterruptedError):
             raise
         except (HookError, OSError, RuntimeError, *SHAPE_ERRORS) as lost:
-            if self.lost_answers % 60 == 0:
+            if self.lost_answers.failed("step"):
                 warn("a step is tried again", detail=clip(str(lost)), **self.task.words)
-            self.lost_answers += 1
             self.steady.doors.pause(0.5)
+            return False
+        return True
 
 
 # === deploy =======================================================================================

@@ -2040,8 +2040,8 @@ def test_time_counts_for_the_bake_only_between_checks_that_passed_and_are_near_e
     checks, now = hook.HealthChecks(), 1000.0
     for seconds, refusal, clear in steps:
         now += seconds
-        checks.add(now, refusal, clear=clear)
-    assert checks.judged == pytest.approx(judged)
+        checks = checks.after(now, refusal, clear=clear)
+    assert checks.judged_seconds == pytest.approx(judged)
     assert (checks.passing(now), checks.failures) == (passes, failures)
     assert checks.refusal == (steps[-1][1] or "")
 
@@ -2049,9 +2049,95 @@ def test_time_counts_for_the_bake_only_between_checks_that_passed_and_are_near_e
 def test_checks_of_long_ago_are_no_proof_that_a_version_is_healthy() -> None:
     checks = hook.HealthChecks()
     for now in (1.0, 1.25, 1.5):
-        checks.add(now, None, clear=True)
+        checks = checks.after(now, None, clear=True)
     assert checks.passing(1.5 + hook.CHECK_GAP) == 3
     assert checks.passing(1.6 + hook.CHECK_GAP) == 0
+
+
+# === The verdict of a bake ===
+
+SLOW_CONFIRMATION = {"proved_at": 90.0, "confirmed_at": 99.0}
+HUNG = {"proved_at": 97.0}
+REFUSED_CHECKS = hook.HealthChecks(asked=40, failures=3, refusal="status 503", judged_seconds=70.0)
+NEVER_READY = hook.WorkersSeen(waits="workers are not ready: shop-worker")
+FAILED_WORKER = hook.WorkersSeen(waits="workers are not ready: shop-worker", failed="it crashes")
+Row = dict[str, Any]
+PROVEN: Row = {"healthy": True}  # and judged for a minute, as the bake is long
+BAKES: dict[str, tuple[Row, Row, hook.Verdict]] = {
+    # what is observed beside the look, what the look shows, what is to become of the version
+    "healthy so far": (
+        {**PROVEN, "judged_seconds_needed": 80.0}, {}, hook.Verdict.WATCH),
+    "healthy for long enough": (PROVEN, {}, hook.Verdict.CONFIRM),
+    "judged for long enough, but not healthy now": ({}, {}, hook.Verdict.WATCH),
+    "the API server was not heard lately": (PROVEN, {"read_at": 90.0}, hook.Verdict.WATCH),
+    "endpoints are waited for": (PROVEN, {"endpoints_came": None}, hook.Verdict.WATCH),
+    "endpoints did not come": (
+        PROVEN, {"endpoints_came": False}, hook.Verdict.ENDPOINTS_MISSING),
+    "workers are not ready yet": (PROVEN, {"workers": NEVER_READY}, hook.Verdict.WATCH),
+    "a worker has failed": (PROVEN, {"workers": FAILED_WORKER}, hook.Verdict.WORKER_FAILED),
+    "three checks failed": ({"checks": REFUSED_CHECKS}, {}, hook.Verdict.CHECKS_FAILED),
+    "two checks failed": (
+        {"checks": replace(REFUSED_CHECKS, failures=2)}, {}, hook.Verdict.WATCH),
+    "three checks failed, and are excused": (
+        {"checks": REFUSED_CHECKS, "excused": 40}, {}, hook.Verdict.WATCH),
+    "three checks failed after what is excused": (
+        {"checks": replace(REFUSED_CHECKS, asked=43, failures=6), "excused": 40},
+        {}, hook.Verdict.CHECKS_FAILED),
+    "a check failed after what is excused": (
+        {"checks": replace(REFUSED_CHECKS, asked=41, failures=4), "excused": 40},
+        {}, hook.Verdict.WATCH),
+    "a container ended": ({"pods_fault": "exit code 3"}, {}, hook.Verdict.PODS_FAILED),
+    "not judged for too long": ({"unjudged_seconds": 301.0}, {}, hook.Verdict.UNJUDGEABLE),
+    "not judged for long": ({"unjudged_seconds": 300.0}, {}, hook.Verdict.WATCH),
+    "its workers hinder the judgement for too long": (
+        {**PROVEN, "unjudged_seconds": 301.0}, {"workers": NEVER_READY},
+        hook.Verdict.UNJUDGEABLE),
+    "given up, and healthy": (
+        {**PROVEN, "gave_up": True}, {"workers": NEVER_READY}, hook.Verdict.CONFIRM),
+    "given up, and neither healthy nor unhealthy": ({"gave_up": True}, {}, hook.Verdict.WATCH),
+    "given up, and neither for as long again": (
+        {"gave_up": True, "unjudged_seconds": 301.0}, {}, hook.Verdict.UNJUDGEABLE),
+    "given up, healthy, but not confirmed for as long again": (
+        {**PROVEN, "gave_up": True, "unjudged_seconds": 301.0}, {}, hook.Verdict.UNJUDGEABLE),
+    "confirmed": (PROVEN, {"proved_at": 97.0, "confirmed_at": 98.0}, hook.Verdict.STAYS),
+    "confirmed, then three checks failed": (
+        {"checks": REFUSED_CHECKS}, {"proved_at": 97.0, "confirmed_at": 98.0},
+        hook.Verdict.STAYS),
+    "confirmed, then a container ended": (
+        {"pods_fault": "exit code 3"}, {"proved_at": 97.0, "confirmed_at": 98.0},
+        hook.Verdict.STAYS),
+    "three checks failed while it is confirmed": (
+        {"checks": REFUSED_CHECKS}, {"proved_at": 99.0}, hook.Verdict.WATCH),
+    "three checks failed while its confirmation hangs": (
+        {"checks": REFUSED_CHECKS}, HUNG, hook.Verdict.CHECKS_FAILED),
+    "confirmed late, and healthy": (PROVEN, SLOW_CONFIRMATION, hook.Verdict.STAYS),
+    "confirmed late, and unhealthy": (
+        {"checks": REFUSED_CHECKS}, SLOW_CONFIRMATION, hook.Verdict.CHECKS_FAILED),
+    "confirmed late, and neither": ({}, SLOW_CONFIRMATION, hook.Verdict.WATCH),
+    "confirmed late, and neither for too long": (
+        {"unjudged_seconds": 301.0}, SLOW_CONFIRMATION, hook.Verdict.STAYS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("observed", "look", "verdict"), BAKES.values(), ids=BAKES)
+def test_what_becomes_of_a_version_in_its_bake(
+    observed: Row, look: Row, verdict: hook.Verdict
+) -> None:
+    values: Row = {"judged_seconds_needed": 60.0, "checks": hook.HealthChecks(judged_seconds=60.0)}
+    seen = hook.BakeObservation(
+        settings=a_view().app.deploy,
+        now=100.0,
+        look=hook.BakeLook(**{"read_at": 99.0, "endpoints_came": True, **look}),
+        **{**values, **observed},
+    )
+    assert hook.bake_verdict(seen)[0] is verdict
+
+
+def test_pods_that_were_read_some_seconds_ago_are_no_proof_that_none_is_missing() -> None:
+    look = hook.BakeLook(read_at=99.0, pods=(new_pod(),), wanted=1)
+    assert look.is_complete(99.0 + hook.FRESH_SECONDS)
+    assert not look.is_complete(99.1 + hook.FRESH_SECONDS)
+    assert not replace(look, wanted=2).is_complete(99.0)
 
 
 # === A foreign Service ===

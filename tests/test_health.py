@@ -423,8 +423,11 @@ def test_a_bake_asks_the_pods_in_turn_where_the_service_leads_to_another_port(
         pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
         release = a_release({"metadata": {}, "spec": {"replicas": 2}})
         bake = hook.Bake(made.steady, made.urgent, task(), release, pods)
-        bake.last_look = hook.PodsSeen(at=0.0, checks=(here(sick), here(well)))
+        bake.look = hook.BakeLook(checks=(here(sick), here(well)))
         through = hook.HealthCheck(host="127.0.0.1", port=well)
-        answers = [bake.refusal_of_a_pod(through) for _ in range(4)]
-        assert answers == [None, "status 503"] * 2
+        answers = []
+        for asked in range(4):
+            bake.checks = hook.HealthChecks(asked=asked)
+            answers.append(bake.refusal_of_a_pod(through))
+        assert answers == ["status 503", None] * 2
         assert bake.refusal_of_a_pod(here(well)) is None, "the Service leads to it"

@@ -1,0 +1,141 @@
+"""The worker of a bake: what it does about a verdict, with threads and kubectl as they are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gitops_hook as hook
+from tests.test_deploy_parts import OK, a_release, answering, history, ready_at, task, two_pods
+from tests.world import eventually
+
+ANSWER = OK + b"\r\n"
+BUSY = b"HTTP/1.1 503 Busy\r\n\r\n"
+WELL = hook.PodHealth(2, 2)
+
+
+@dataclass
+class Baking:
+    """A bake whose version answers as a test says; confirming it takes one call."""
+
+    bake: hook.Bake
+    traffic: hook.Traffic  # the urgent one
+    parts: list[bytes]
+    service: hook.Service
+    confirm: Callable[[], object]
+    reported: list[str]
+
+    def run(self) -> None:
+        """Go through it to its end."""
+        self.bake.run(self.service, resumed=False)
+
+    def turn_unhealthy(self) -> None:
+        """Let the version answer as unhealthy from now on, and wait until this is seen."""
+        self.parts[:] = [BUSY]
+        eventually(lambda: self.bake.checks.failures > 0, 10, "it is unhealthy")
+
+
+@pytest.fixture
+def baking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Baking]:
+    """A bake of half a second, whose endpoints have come."""
+    parts = [ANSWER]
+    with answering(parts) as port:
+        doors = history(tmp_path, two_pods(2), two_pods(2), port=port).doors
+        made = hook.Deployer(replace(doors, clock=hook.Clock(), stop=threading.Event()))
+        deploy = replace(task().app.deploy, bake=0.5, rollout_timeout=2.0)
+        run = replace(task(), app=replace(task().app, deploy=deploy))
+        pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
+        spec = {"replicas": 2, "template": {"spec": {"containers": [{"name": "web"}]}}}
+        ports = [{"port": 80, "targetPort": port}]
+        release = replace(a_release({"spec": spec}), service={"spec": {"ports": ports}})
+        bake = hook.Bake(made.steady, made.urgent, run, release, pods)
+        service = made.steady.live.read(run)
+        assert service is not None
+        one = Baking(bake, made.urgent.traffic, parts, service, lambda: None, [])
+        made.doors.reports.sinks.append(lambda transition: one.reported.append(transition.state))
+
+        def confirm(_task: Any, _release: Any, proof: Callable[[], bool], **_: Any) -> bool:
+            proven = proof()
+            if proven:
+                one.confirm()
+            return proven
+
+        there = hook.EndpointState(converged=True, reacted=True)
+        monkeypatch.setattr(made.urgent.rollout, "preview", lambda *_: ready_at(port))
+        monkeypatch.setattr(made.urgent.traffic, "endpoints_converge", lambda *_: True)
+        monkeypatch.setattr(made.urgent.workloads, "endpoints", lambda *_: there)
+        monkeypatch.setattr(made.steady.traffic, "confirm", confirm)
+        yield one
+
+
+def test_a_version_that_turns_unhealthy_after_its_confirmation_is_not_switched_back(
+    baking: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baking.confirm = baking.turn_unhealthy
+    monkeypatch.setattr(baking.traffic, "switch_back_if_worse", must_not_be_called)
+    baking.run()
+    assert baking.bake.look.confirmed_at is not None
+
+
+def must_not_be_called(*_: Any) -> None:
+    raise hook.StageError(hook.Reason.UNHEALTHY_AFTER_SWITCH, "it is unhealthy")
+
+
+def test_a_version_that_turned_unhealthy_while_its_confirmation_hung_is_switched_back(
+    baking: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = threading.Event()
+
+    def hang() -> None:
+        baking.turn_unhealthy()
+        assert left.wait(20)
+
+    def switch_back(*_: Any) -> None:
+        left.set()
+        raise hook.StageError(hook.Reason.UNHEALTHY_AFTER_SWITCH, "it is unhealthy")
+
+    baking.confirm = hang
+    monkeypatch.setattr(baking.traffic, "switch_back_if_worse", switch_back)
+    with pytest.raises(hook.StageError, match="UnhealthyAfterSwitch"):
+        baking.run()
+
+
+def test_a_bake_whose_endpoints_do_not_come_ends_with_that_reason(
+    baking: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baking.traffic, "endpoints_converge", lambda *_: False)
+    with pytest.raises(hook.StageError, match="EndpointsMissing"):
+        baking.run()
+
+
+def alike(baking: Baking, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let both versions be as healthy, and the new one impossible to judge."""
+    versions = hook.Versions(hook.HistoryEntry(run="shop-old"), WELL, WELL)
+    monkeypatch.setattr(baking.traffic, "compare_versions", lambda *_, **__: versions)
+    monkeypatch.setattr(hook, "pods_taken_away", lambda *_: True)
+
+
+def test_a_version_is_said_to_stay_unjudged_only_when_that_is_confirmed(
+    baking: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alike(baking, monkeypatch)
+    before: list[str] = []
+    baking.confirm = lambda: before.extend(baking.reported)
+    baking.run()
+    assert before == []
+    assert baking.reported == [hook.State.UNJUDGED]
+
+
+def test_a_version_that_can_neither_be_judged_nor_confirmed_ends_unjudged(
+    baking: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alike(baking, monkeypatch)
+    monkeypatch.setattr(baking.bake.steady.traffic, "confirm", lambda *_, **__: False)
+    with pytest.raises(hook.StageError, match=r"^Unjudged: health could not"):
+        baking.run()
+    assert baking.reported == []
