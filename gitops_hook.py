@@ -7068,7 +7068,7 @@ class WorkersSeen:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BakeLook:
-    """What the API server last said of a version in its bake; times are those of one process."""
+    """What the API server last said of a version in its bake; times are monotonic."""
 
     read_at: float = -NEVER  # when the pods were read
     pods: tuple[Pod, ...] = ()
@@ -9741,16 +9741,16 @@ class Traffic:
         have longer, and what the cluster took away or replaced since a time is not waited for.
         """
         clock = self.doors.clock
-        spent = 0.0
+        answered_seconds = 0.0
         limit = VERIFY_SECONDS
         looked = clock.monotonic()
-        while spent < limit:
+        while answered_seconds < limit:
             with suppress(KubectlError):
                 endpoints = self.workloads.endpoints(task, selector, wanted, since)
                 if endpoints.converged:
                     return True
                 limit = VERIFY_SECONDS if endpoints.reacted else UNMOVED_SECONDS
-                spent += min(clock.monotonic() - looked, 1.0)
+                answered_seconds += min(clock.monotonic() - looked, 1.0)
                 wanted = min(wanted, self.workloads.size(task, selector))
             looked = clock.monotonic()
             with suppress(KubectlError):

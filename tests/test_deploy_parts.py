@@ -441,6 +441,18 @@ def test_a_rollback_that_only_began_ends_no_bake(
     assert (tmp_path / "done").exists() is confirmed
 
 
+def test_a_confirmation_whose_answer_was_lost_needs_no_other_proof(tmp_path: Path) -> None:
+    made = history(tmp_path, two_pods(2), two_pods(2))
+    service = json.loads((tmp_path / "service").read_text())
+    notes = service["metadata"]["annotations"]
+    entries = json.loads(notes[hook.ANNOTATION_HISTORY])
+    entries[0]["outcome"] = "deployed"
+    notes[hook.ANNOTATION_HISTORY] = json.dumps(entries)
+    (tmp_path / "service").write_text(json.dumps(service))
+    assert made.steady.traffic.confirm(task(), a_release({}), lambda: False)
+    assert not (tmp_path / "done").exists()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "back"),
     [(2, 1, True), (2, 2, True), (1, 2, False), (0, 0, False), (None, 1, False), (None, 0, True)],
