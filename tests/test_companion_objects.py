@@ -476,7 +476,7 @@ def companions_of(
             entry = replace(entry, outcome="deployed" if confirmed else "")
             return hook.Service.from_entry("shop", entry)
 
-        def recorded(self, _task: Task, service: hook.Service | None) -> hook.Service | None:
+        def with_history(self, _task: Task, service: hook.Service | None) -> hook.Service | None:
             """Return the Service where it has a history, as nothing is recorded elsewhere."""
             return service if service and service.history else None
 
