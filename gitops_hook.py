@@ -7119,7 +7119,15 @@ class BakeObservation:
     gave_up: bool = False  # judging it: it may be confirmed without
 
 
-def bake_verdict(seen: BakeObservation) -> tuple[Verdict, str]:
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What is to become of a version in its bake, and why."""
+
+    verdict: Verdict
+    why: str = ""
+
+
+def judgement(seen: BakeObservation) -> Judgement:
     """Return what is to become of a version in its bake, and why.
 
     While it is confirmed on a fresh proof, and after that, nothing is held against it any more. If
@@ -7130,7 +7138,7 @@ def bake_verdict(seen: BakeObservation) -> tuple[Verdict, str]:
     written_at = seen.now if look.confirmed_at is None else look.confirmed_at
     proven = look.proved_at is not None and written_at - look.proved_at <= CHECK_GAP
     if look.confirmed_at is not None and (proven or seen.healthy or too_long):
-        return Verdict.STAYS, ""
+        return Judgement(Verdict.STAYS)
     failures = min(seen.checks.failures, seen.checks.asked - seen.excused)
     failed = failures >= seen.settings.health.failures
     refused = f"failed {failures} times in a row: {seen.checks.refusal}"
@@ -7144,10 +7152,10 @@ def bake_verdict(seen: BakeObservation) -> tuple[Verdict, str]:
     }
     for verdict, why in objections.items():
         if why and not proven:
-            return verdict, why
+            return Judgement(verdict, why)
     judged = seen.checks.judged_seconds >= seen.judged_seconds_needed and not look.workers.waits
     provable = seen.healthy and look.endpoints_came and look.is_fresh(seen.now)
-    return Verdict.CONFIRM if provable and (judged or seen.gave_up) else Verdict.WATCH, ""
+    return Judgement(Verdict.CONFIRM if provable and (judged or seen.gave_up) else Verdict.WATCH)
 
 
 class Drift(StrEnum):
@@ -11046,7 +11054,7 @@ class Operations:
 class Bake:
     """Watches a switched-to version until it is confirmed, or switches back.
 
-    The worker alone judges, by `bake_verdict`, and moves traffic. Nothing holds it up: the checker
+    The worker alone judges, by `judgement`, and moves traffic. Nothing holds it up: the checker
     asks for health, and the observer asks the API server, and writes the confirmation when the
     worker's `verdict` is that. Each of the two puts immutable values into one slot, `checks` and
     `look`, which nobody else writes. `watch` is the observer's, too, and `lost_answers` locks; all
@@ -11199,7 +11207,9 @@ class Bake:
 
     def judge(self) -> None:
         """Judge what was seen until now, and act on it."""
-        self.verdict, why = bake_verdict(self.observation())
+        judged = judgement(self.observation())
+        self.verdict = judged.verdict
+        why = judged.why
         traffic = self.urgent.traffic
         match self.verdict:
             case Verdict.WORKER_FAILED:

@@ -2130,7 +2130,7 @@ def test_what_becomes_of_a_version_in_its_bake(
         look=hook.BakeLook(**{"read_at": 99.0, "endpoints_came": True, **look}),
         **{**values, **observed},
     )
-    assert hook.bake_verdict(seen)[0] is verdict
+    assert hook.judgement(seen).verdict is verdict
 
 
 def test_pods_that_were_read_some_seconds_ago_are_no_proof_that_none_is_missing() -> None:
