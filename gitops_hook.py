@@ -2147,7 +2147,7 @@ class Kubectl:
 
     def stream(self, *args: str, namespace: str) -> subprocess.Popen[bytes]:
         """Start a call that goes on, such as a watch or a rollout status. The caller ends it."""
-        return start((self.program, "-n", namespace, *args))
+        return start_program((self.program, "-n", namespace, *args))
 
     def get(self, resource: str, name: str, namespace: str) -> Object | None:
         """Return one object, or None when there is none."""
@@ -2161,7 +2161,7 @@ class Kubectl:
         It is one call for all, since the start of kubectl takes longest.
         """
         args = ("get", *references, "-o", "json", "--ignore-not-found")
-        items = listed(self.run(*args, namespace=namespace))
+        items = printed_objects(self.run(*args, namespace=namespace))
         by_reference = {f"{o['kind'].lower()}/{o['metadata']['name']}": o for o in items}
         return [by_reference.get(reference) for reference in references]
 
@@ -2229,7 +2229,7 @@ class Kubectl:
         """
         stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
         args = ("get", "-f", "-", "-o", "json", "--ignore-not-found")
-        return listed(self.run(*args, namespace=namespace, stdin=stdin))
+        return printed_objects(self.run(*args, namespace=namespace, stdin=stdin))
 
     def write(self, verb: str, objects: Sequence[Object], namespace: str, *options: str) -> None:
         """Create or replace whole objects of any kinds in one call, as many as can be.
@@ -2356,7 +2356,7 @@ class UrgentKubectl(Kubectl):
         raise KubectlError([self.program, *args], None, "")
 
 
-def listed(printed: str) -> list[Object]:
+def printed_objects(printed: str) -> list[Object]:
     """Return the objects that kubectl has printed as JSON: a list, one alone, or nothing."""
     answer = json.loads(printed) if printed.strip() else {"items": []}
     return [*answer["items"]] if answer.get("kind", "List") == "List" else [answer]
@@ -2401,7 +2401,9 @@ def run_program(
     most = min(file_bytes or OUTPUT_BYTES, OUTPUT_BYTES)
     with memory_file(stdin.encode()) as source, memory_file() as output:
         files = {"stdin": source, "stdout": output}
-        finished = wait_for_end(start(argv, environ, limits, process_group=0, **files), timeout)
+        finished = wait_for_end(
+            start_program(argv, environ, limits, process_group=0, **files), timeout
+        )
         if output.seek(0, os.SEEK_END) >= most:
             complaint = f"it printed more than {most >> 10} KiB"
             return Finished(-signal.SIGXFSZ, b"", complaint.encode())
@@ -2409,7 +2411,7 @@ def run_program(
         return replace(finished, stdout=output.read())
 
 
-def start(
+def start_program(
     argv: Sequence[str],
     environ: Mapping[str, str] | None = None,
     limits: Sequence[str] = (),
@@ -3040,7 +3042,7 @@ class Cloner:
         argv = (*GIT, "-C", str(directory), "ls-files", "--stage", "-z")
         paths = []
         rest = b""
-        listing = start(argv, self.git.environ(), stderr=subprocess.DEVNULL)
+        listing = start_program(argv, self.git.environ(), stderr=subprocess.DEVNULL)
         with listing, cast("IO[bytes]", listing.stdout) as output:
             while chunk := output.read(65536):
                 *entries, rest = (rest + chunk).split(b"\0")
@@ -3694,7 +3696,9 @@ class ReportCounts:
         elif element.tag in REPORT_SUITES:
             self.is_report = True
             element.name = f"suite {attributes.get('name', '')[:NAME_READ]}"
-            element.declared = sum(declared(attributes.get(key, "")) for key in REPORT_COUNTS)
+            element.declared = sum(
+                attribute_number(attributes.get(key, "")) for key in REPORT_COUNTS
+            )
         elif self._open:
             parent = self._open[-1]
             parent.is_skipped |= element.tag == "skipped"
@@ -3742,7 +3746,7 @@ def explained(element: ReportElement) -> str:
     return "\n".join([clip(element.name, 200), *shown])
 
 
-def declared(text: str) -> int:
+def attribute_number(text: str) -> int:
     """Return the number in an attribute, 0 for what is none."""
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
@@ -6272,7 +6276,7 @@ def pod_problems(
             yield problem
 
 
-def times(number: int) -> str:
+def times_words(number: int) -> str:
     """Return how often something has happened, as a sentence has it."""
     return "once" if number == 1 else f"{number} times"
 
@@ -6291,7 +6295,7 @@ def service_problems(pod: Pod, services: Sequence[ServiceSettings]) -> Iterator[
         text = f"service {service.name} does not listen on port {service.port}"
         if container.exits:
             cause = f"exit code {container.exit_code} ({container.exit_reason})"
-            text += f"; it ended {times(container.exits)}, last with {cause}"
+            text += f"; it ended {times_words(container.exits)}, last with {cause}"
         proof = AT_ONCE if container.exits >= SERVICE_EXITS else After(service.start_timeout)
         key = f"{pod.name}/{service.name}/service"
         yield PodProblem(key, Reason.SERVICE_FAILED, text, proof=proof)
@@ -6504,7 +6508,9 @@ class Observation:
         """Which services of the tests ended, and were started again, meanwhile."""
         names = [service.name for service in self.app.test.services]
         ours = [c for pod in self.pods if pod.job for c in pod.containers if c.name in names]
-        texts = [f"service {c.name} was restarted {times(c.restarts)}" for c in ours if c.restarts]
+        texts = [
+            f"service {c.name} was restarted {times_words(c.restarts)}" for c in ours if c.restarts
+        ]
         return "; ".join(texts)
 
     @property
@@ -6514,7 +6520,7 @@ class Observation:
         return (kept_report(test) if test else None) or TestReport(NO_REPORT)
 
 
-def newest(jobs: Mapping[str, Job]) -> Run:
+def newest_run(jobs: Mapping[str, Job]) -> Run:
     """Return the run of a group of Jobs, as the one has it that was made or opened again last."""
     return max((j.run for j in jobs.values()), key=lambda run: run.received)
 
@@ -6523,7 +6529,7 @@ def has_ended(jobs: Mapping[str, Job]) -> bool:
     """Whether a run has ended: its last Job says so, and not of an earlier try of the run."""
     last = jobs.get("build") or jobs["test"]
     ended = seconds_of(last.annotations.get(ANNOTATION_ENDED))
-    return bool(last.outcome) and ended >= newest(jobs).received
+    return bool(last.outcome) and ended >= newest_run(jobs).received
 
 
 def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
@@ -6763,7 +6769,7 @@ def decide_job(observed: Observation, job: Job, result: str) -> Action | None:
     if problem := observed.fatal_problem:
         return fails(problem.reason, problem.detail, job.stage)
     failed = job.state == "failed"
-    return failure(observed, job) if failed else lateness(observed, job)
+    return job_failure(observed, job) if failed else lateness(observed, job)
 
 
 def decide_start(observed: Observation, do: Do, stage: str) -> Action:
@@ -6835,7 +6841,7 @@ def still_running(job: Job, pods: Iterable[Pod], since: float) -> str:
     return f"containers {clip(', '.join(names))} still run" if names else ""
 
 
-def failure(observed: Observation, job: Job) -> Action:
+def job_failure(observed: Observation, job: Job) -> Action:
     """Return why a Job failed, by its pods or its own condition, or that they may yet tell."""
     stage = JOB_STAGES[job.stage]
     report = observed.report if job.stage == "test" else TestReport(NO_REPORT)
@@ -7205,7 +7211,7 @@ def history_after_move(
     return [again, *newer, *(e for e in history[place:] if e != entry)][:HISTORY_LENGTH]
 
 
-def chosen(service: Service, to: int | str) -> HistoryEntry:
+def rollback_entry(service: Service, to: int | str) -> HistoryEntry:
     """Return the history entry that a rollback goes to: so many proven versions back, or a run's.
 
     Raises RefusedError where there is none, or it is what is to be left.
@@ -8114,7 +8120,7 @@ class ReportedRun:
     ) -> ReportedRun:
         """Return what is observed of a run that has Jobs, or a record, or both."""
         record = state.runs.get(id_)
-        run = newest(jobs) if jobs or not record else run_of_record(app, record)
+        run = newest_run(jobs) if jobs or not record else run_of_record(app, record)
         ended = record and record.outcome and record.ended >= run.received
         settled = state.statuses.get(id_, StatusRecord(id="")).ended
         end = record if ended else None
@@ -9254,7 +9260,7 @@ def create_immutable(kubectl: Kubectl, configmaps: Sequence[Object], namespace: 
             raise StageError(Reason.ADOPTION_REFUSED, f"{detail}; delete or rename it")
 
 
-def replaced(
+def with_entry_replaced(
     history: Iterable[HistoryEntry], old: HistoryEntry, new: HistoryEntry
 ) -> list[HistoryEntry]:
     """Return a history with a new entry in the place of an old one."""
@@ -9312,7 +9318,7 @@ class SelectorGuard:
             annotations[ANNOTATION_PUT_BACK] = [*self.put_backs(source), now]
             goal = source.live_by_history
         elif drift is Drift.KEPT:
-            history = replaced(
+            history = with_entry_replaced(
                 source.history, source.live_by_history, replace(source.live_by_history, by=by)
             )
         elif drift is Drift.MOVED and service.run:
@@ -9602,7 +9608,9 @@ class Claims:
         if goal:
             annotations[ANNOTATION_PREVIOUS] = None
             widened = replace(service.live, selector=goal.selector)
-            annotations[ANNOTATION_HISTORY] = replaced(service.history, service.live, widened)
+            annotations[ANNOTATION_HISTORY] = with_entry_replaced(
+                service.history, service.live, widened
+            )
         return self.live.write(task, service, annotations, goal)
 
     def idle_colour_and_size(self, task: Task) -> Placement:
@@ -9852,7 +9860,7 @@ class Traffic:
             self.live.remove(task, service)
             return False
         annotations = {
-            ANNOTATION_HISTORY: replaced(service.history, live, ended.mark(live)),
+            ANNOTATION_HISTORY: with_entry_replaced(service.history, live, ended.mark(live)),
             ANNOTATION_CLAIM: self.claims.new(task.run.id, live.colour, Phase.SWITCHED_BACK),
             ANNOTATION_BAKE: None,
         }
@@ -9886,7 +9894,7 @@ class Traffic:
         drained = old if old in COLOURS else ""
         drain = replace(self.claims.new(task.run.id, drained, Phase.DRAINING), since=live.at)
         annotations = {
-            ANNOTATION_HISTORY: replaced(service.history, live, confirmed),
+            ANNOTATION_HISTORY: with_entry_replaced(service.history, live, confirmed),
             ANNOTATION_BAKE: None,
             ANNOTATION_CLAIM: drain if drain.colour or live.has_companions else None,
         }
@@ -11896,7 +11904,7 @@ class ControllerContext:
         """Return what is in memory of every run, by what is recorded of each app."""
         jobs_by_app: dict[str, dict[str, dict[str, Job]]] = {name: {} for name in self.apps}
         for run, jobs in self.informers.jobs_by_run().items():
-            jobs_by_app.get(newest(jobs).app, {})[run] = jobs
+            jobs_by_app.get(newest_run(jobs).app, {})[run] = jobs
         services = self.informers.services.items()
         runs = []
         for name, app in self.apps.items():
@@ -12678,12 +12686,12 @@ class RunReconciler:
         jobs_by_run = self.informers.jobs_by_run()
         self.end_vanished_runs(jobs_by_run)
         open_runs = [jobs for jobs in jobs_by_run.values() if not has_ended(jobs)]
-        open_runs.sort(key=lambda jobs: -newest(jobs).received)
+        open_runs.sort(key=lambda jobs: -newest_run(jobs).received)
         jobs = [job for jobs in open_runs for job in jobs.values()]
         states = Counter(job.state for job in jobs)
         for state in ("suspended", "active"):
             self.context.metrics.queue.labels(state).set(states[state])
-        self.reruns.report(map(newest, open_runs))
+        self.reruns.report(map(newest_run, open_runs))
         active = [job.run for job in jobs if job.state == "active"]
         steps = [Step(observed, decide(observed)) for observed in self.observe_all(open_runs)]
         self.reader.start_all(steps)
@@ -12693,7 +12701,7 @@ class RunReconciler:
         self.execute_all(steps)
         self.context.attempt("Jobs that never ran", self.delete_unrun_jobs)
         self.delete_old_logs()
-        return [newest(jobs) for jobs in open_runs]
+        return [newest_run(jobs) for jobs in open_runs]
 
     def end_vanished_runs(self, jobs_by_run: Mapping[str, Mapping[str, Job]]) -> None:
         """End the runs whose Jobs are gone; as many as there is time for in this look."""
@@ -12735,14 +12743,14 @@ class RunReconciler:
         pods_by_job: dict[str, list[Pod]] = {}
         for pod in self.informers.all_pods():
             pods_by_job.setdefault(pod.job, []).append(pod)
-        for ended in self.trackers.keys() - {newest(jobs).id for jobs in open_runs}:
+        for ended in self.trackers.keys() - {newest_run(jobs).id for jobs in open_runs}:
             del self.trackers[ended]
             self.events.pop(ended, None)
             self.context.retry.succeeded(ended)
-        self.reader.keep({newest(jobs).id for jobs in open_runs})
+        self.reader.keep({newest_run(jobs).id for jobs in open_runs})
         refs = set[tuple[str, str]]()
         for jobs in open_runs:
-            run = newest(jobs)
+            run = newest_run(jobs)
             pods = [pod for job in jobs.values() for pod in pods_by_job.get(job.uid, [])]
             newer = (run.app, run.ref) in refs
             refs.add((run.app, run.ref))
@@ -12752,7 +12760,7 @@ class RunReconciler:
 
     def observe(self, jobs: Mapping[str, Job], pods: Sequence[Pod], *, newer: bool) -> Observation:
         """Return what decides over one run."""
-        run = newest(jobs)
+        run = newest_run(jobs)
         # in this order: who is done with an environment has written on the Jobs how it ended
         busy = self.workers.busy(run)
         jobs = {s: self.informers.of(job).find(job.name) or job for s, job in jobs.items()}
@@ -12898,10 +12906,10 @@ class RunReconciler:
         if observed.now - observed.run.received <= AGAIN_SECONDS:
             return
         job = observed.jobs.get("build") or observed.jobs["test"]
-        error = self.catch_up.errors.get(observed.run.app, "")
-        key = f"{observed.run.id} waits for git, {bool(error)}"  # the words of an error vary
+        trouble = self.catch_up.errors.get(observed.run.app, "")
+        key = f"{observed.run.id} waits for git, {bool(trouble)}"  # the words of an error vary
         if self.cooldown.allows(key) or job.annotations.get(ANNOTATION_REASON) != action.reason:
-            detail = f"{action.detail}; {error}" if error else action.detail
+            detail = f"{action.detail}; {trouble}" if trouble else action.detail
             detail = clip(self.context.doors.secrets.mask(detail))
             annotations = {ANNOTATION_REASON: str(action.reason), ANNOTATION_DETAIL: detail}
             self.informers.annotate(job, annotations)
@@ -14210,7 +14218,7 @@ def slot_words(groups: Iterable[Mapping[str, Job]], limit: int) -> str:
 def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) -> RunStatus:
     """Return how a run stands by its record and its Jobs by stage; one of them is there."""
     record = state.runs.get(name)
-    run = newest(jobs) if jobs else run_of_record(app, state.runs[name])
+    run = newest_run(jobs) if jobs else run_of_record(app, state.runs[name])
     status = RunStatus(run.id, run.app, run.ref, run.commit, run.received, run.by)
     if record and record.outcome and record.ended >= run.received:
         copied = ("stage", "outcome", "reason", "detail", "tries")
@@ -14485,9 +14493,9 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress h
         self.arrived = 0  # bytes since the last look
         self.failures = 0  # since they were last logged
         self.cooldown = Cooldown(Clock())
-        info = (bound.family, bound.type, bound.proto, bound.getsockname())
+        address = (bound.family, bound.type, bound.proto, bound.getsockname())
         limits = {**SERVER, "max_request_body_size": 2 * max_body + 1}
-        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=info, **limits)
+        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=address, **limits)
 
     def readable(self) -> bool:
         """Whether a connection may be accepted; the loop asks in each of its turns."""
@@ -14989,7 +14997,7 @@ def read_runs(
         state = AppState.empty()
         with noting_unreadable(ORCHESTRATION, unreadable):
             state = tools.deployer.state.read(app)
-        own = {name: group for name, group in jobs.items() if newest(group).app == app.name}
+        own = {name: group for name, group in jobs.items() if newest_run(group).app == app.name}
         names = own.keys() | state.runs.keys()
         statuses = [run_status(app, state, name, own.get(name, {})) for name in names]
         if unreadable:  # it may well be there
@@ -15128,7 +15136,7 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
     if isinstance(to, str):
         to = completed(to, [entry.run for entry in service.history]) or to
     try:
-        target = replace(chosen(service, to), by=by.result())
+        target = replace(rollback_entry(service, to), by=by.result())
     except RefusedError as refusal:
         raise RefusedError(f"{app.name} in {environment}: {refusal}") from refusal
     left = service.live

@@ -253,9 +253,9 @@ def test_a_rollback_never_goes_to_what_it_leaves_and_asks_where_that_is_not_know
     service = a_service(live, history_entry("switched-back", run="r4"), *proven)
     if says:
         with pytest.raises(hook.RefusedError, match=says):
-            hook.chosen(service, to)
+            hook.rollback_entry(service, to)
     else:
-        found = hook.chosen(service, to)
+        found = hook.rollback_entry(service, to)
         assert (found.run, found.outcome) == (goes, "deployed")
 
 
