@@ -14493,9 +14493,9 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress h
         self.arrived = 0  # bytes since the last look
         self.failures = 0  # since they were last logged
         self.cooldown = Cooldown(Clock())
-        address = (bound.family, bound.type, bound.proto, bound.getsockname())
+        sockinfo = (bound.family, bound.type, bound.proto, bound.getsockname())
         limits = {**SERVER, "max_request_body_size": 2 * max_body + 1}
-        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=address, **limits)
+        super().__init__(site, _sock=bound, bind_socket=False, sockinfo=sockinfo, **limits)
 
     def readable(self) -> bool:
         """Whether a connection may be accepted; the loop asks in each of its turns."""

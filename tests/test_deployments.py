@@ -127,7 +127,8 @@ def test_an_object_of_another_namespace_is_refused_with_the_setting_to_change(ap
     line = apps.ended(app.go("v2", files=files))
     assert (line["outcome"], line["reason"]) == ("failed", "ManifestRefused")
     said = "metadata.namespace is not 'staging'. Remove it, or change namespaces.staging."
-    assert f"{where}: Service overlaid: {said}" in line["detail"]
+    place = "deploy/base/app.yaml (by way of deploy/overlays/staging)"
+    assert f"{place}: Service overlaid: {said}" in line["detail"]
 
 
 # What cannot heal, after the time it is given.
