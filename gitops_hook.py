@@ -430,8 +430,14 @@ class Phase(StrEnum):
 
 # === errors =======================================================================================
 # Everything raised on purpose is a HookError with fields; text from outside is clipped in it.
-# It is caught where its meaning is known: a request, a run, a command. A broad except stands only
-# where a request or a thread ends, and it logs and counts.
+# A broad except stands only where a request or a thread ends, and it logs and counts.
+#
+# error                       caught by, and what happens then
+# ConfigError, RefusedError   main: the command ends with exit status 2 or 3
+# DeliveryError               Site: it is the answer to the request
+# KubectlError                `retried`: the step is repeated if nobody knows what was done
+# RunError                    Workers: the run ends, with the outcome of its reason
+# NotNowError, all others     Retry.contain: tried again later; main: exit status 1
 
 
 def clip(text: str, limit: int = 300) -> str:
@@ -454,6 +460,10 @@ SHAPE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, Ty
 
 class HookError(Exception):
     """The base of all errors raised on purpose."""
+
+
+class NotNowError(HookError):
+    """Nothing is wrong, but a step has to wait for something, and is to be taken again later."""
 
 
 class ConfigError(HookError):
@@ -8731,7 +8741,7 @@ def require_head(doors: Doors, task: Task) -> None:
     if head is Head.NEWER:
         raise SupersededError(Reason.NOT_HEAD, "the branch has another head")
     if head is Head.UNKNOWN:
-        raise HookError("the git server does not show the push yet")
+        raise NotNowError("the git server does not show the push yet")
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -9254,7 +9264,7 @@ def create_immutable(kubectl: Kubectl, configmaps: Sequence[Object], namespace: 
             raise refused
         standing = kubectl.get("configmap", name, namespace)
         if standing is None:
-            raise HookError(f"ConfigMap {name} was deleted this very moment")
+            raise NotNowError(f"ConfigMap {name} was deleted this very moment")
         if not same_configmap(standing, wanted[name]):
             detail = f"ConfigMap {name} is there with another content or other labels"
             raise StageError(Reason.ADOPTION_REFUSED, f"{detail}; delete or rename it")
@@ -9370,7 +9380,9 @@ class SelectorGuard:
         if drift is Drift.CONTESTED:
             raise StageError(Reason.SELECTOR_CONTESTED, self.live.last_manager(task))
         if drift is Drift.WIDENED:
-            raise HookError("the live Service selects two versions; its selector is put back first")
+            raise NotNowError(
+                "the live Service selects two versions; its selector is put back first"
+            )
 
     def require_undeleted(self, task: Task) -> None:
         """Raise if the live Service was deleted while this run was verified or baked."""
@@ -9381,14 +9393,16 @@ class SelectorGuard:
         if any(service.run == served.run for service in self.live.left_behind(task)):
             return  # it only has another name now
         if self.live.workloads.ready(task.namespace, served.selector):
-            raise HookError("the live Service was deleted; the run goes on when it is there again")
+            raise NotNowError(
+                "the live Service was deleted; the run goes on when it is there again"
+            )
 
     def read_selected(self, task: Task) -> Service:
         """Return the live Service, with its history, while it selects the run; raises else."""
         service = self.require_selected(task, self.live.read(task))
         if not service.live:
             self.repair(task)
-            raise HookError("the history of the live Service was lost, and is put back first")
+            raise NotNowError("the history of the live Service was lost, and is put back first")
         return service
 
     def require_selected(self, task: Task, service: Service | None) -> Service:
@@ -9402,10 +9416,14 @@ class SelectorGuard:
         source = self.live.with_history(task, service)
         live_by_history = source is not None and source.live_by_history.run == task.run.id
         if service is None and live_by_history:
-            raise HookError("the live Service was deleted; the run goes on when it is there again")
+            raise NotNowError(
+                "the live Service was deleted; the run goes on when it is there again"
+            )
         drift = self.drift(task, service, source) if service else Drift.NONE
         if drift is Drift.WIDENED and live_by_history:
-            raise HookError("the live Service selects two versions; its selector is put back first")
+            raise NotNowError(
+                "the live Service selects two versions; its selector is put back first"
+            )
         contested = drift is Drift.CONTESTED
         reason = Reason.SELECTOR_CONTESTED if contested else Reason.SELECTOR_CHANGED
         raise SupersededError(reason, self.live.last_manager(task))
@@ -9492,7 +9510,7 @@ class ForeignService:
         if any(d["spec"].get("replicas", 1) for d in deployments):
             return None
         if self.live.workloads.staying(task.namespace, ours):
-            raise HookError("the pods of the failed version are not gone yet")
+            raise NotNowError("the pods of the failed version are not gone yet")
         return HistoryEntry(selector=was)
 
 
@@ -9551,7 +9569,7 @@ class Claims:
         claim = service.claim
         fresh = abs(self.doors.clock.now() - claim.since) < rollback_seconds(app, service)
         if fresh and claim.phase == Phase.ROLLBACK:
-            raise HookError("a rollback is under way")
+            raise NotNowError("a rollback is under way")
 
     def check(self, task: Task, claimed: Service | None, now: Service | None) -> None:
         """Raise when someone else holds the claim now or has changed the live Service.
@@ -9567,10 +9585,10 @@ class Claims:
         if now and now.claim.phase == Phase.ROLLBACK:
             raise SupersededError(Reason.CLAIM_LOST, "a person has called `rollback`")
         if holder == task.run.id:
-            raise HookError("another process holds the claim for the same run")
+            raise NotNowError("another process holds the claim for the same run")
         remade = not (claimed and now and still_claimed(claimed, now))
         if remade and not holder:
-            raise HookError("the live Service was deleted or made anew meanwhile")
+            raise NotNowError("the live Service was deleted or made anew meanwhile")
         taker = holder or "someone else"
         raise SupersededError(Reason.CLAIM_LOST, f"{taker} has taken the claim")
 
@@ -10029,7 +10047,7 @@ class Rollout:
             # what it says is no proof: it is content with no replicas, and with another's pods
             deployment = self.kubectl.get("deployment", name, task.namespace) or {"metadata": {}}
             if (deployment["metadata"].get("labels") or {}).get(LABEL_RUN) != release.run:
-                raise HookError(f"Deployment {name} was deleted or replaced meanwhile")
+                raise NotNowError(f"Deployment {name} was deleted or replaced meanwhile")
             ready = len(self.workloads.ready(task.namespace, release.selector))
             if rolled_out(deployment, ready):
                 return
@@ -10108,7 +10126,7 @@ class Rollout:
             self.kubectl.create([preview], task.namespace)
             service = self.kubectl.get("service", name, task.namespace)
             if service is None:
-                raise HookError("the preview Service was deleted this very moment")
+                raise NotNowError("the preview Service was deleted this very moment")
         else:
             require_own(service)
         if service["spec"].get("selector") != release.selector:
@@ -10566,7 +10584,7 @@ class Companions:
                 return
             self.create_configmaps(task, due)
             carry_out(self.kubectl, task.namespace, due)
-        raise HookError("what stands beside the app is changed by someone else all the time")
+        raise NotNowError("what stands beside the app is changed by someone else all the time")
 
     def wanted_by(self, task: Task, entry: HistoryEntry | None) -> list[Object] | None:
         """Return the companions of a version, or of no version; None where that is not recorded."""
