@@ -20,7 +20,7 @@ from tests.test_app_manifests import checked_objects
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-MAX_LINES = 510
+MAX_LINES = 515
 # What a reader meets in `status`, in logs and in metrics.
 WORDS = {
     *("app", "run", "stage", "environment", "colour"),
