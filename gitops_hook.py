@@ -74,7 +74,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import KW_ONLY, asdict, dataclass, fields, is_dataclass, replace
 from dataclasses import field as dataclass_field
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from enum import IntEnum, StrEnum
 from fnmatch import fnmatchcase
@@ -6060,6 +6060,9 @@ PASSING_PULL = re.compile(
     r"(?i)connection refused|timed? ?out|no such host|too ?many ?requests|\b5[0-9]{2} [A-Z]"
 )
 # How kaniko's last line begins, and what it holds where a base image did not come.
+DOCKERFILE_ERROR = re.compile(
+    "failed to execute command|parsing dockerfile|dockerfile parse|get fileinfo|no such file"
+)
 KANIKO_ERROR = re.compile("error (building image|checking push permissions|pushing image)")
 BASE_AWAY = re.compile(
     f"{PASSING_PULL.pattern}|status code (429|5[0-9]{{2}})|no route to host|connection reset"
@@ -6910,7 +6913,7 @@ def registry_trouble(printed: str) -> str:
     errors = [line for line in printed.split("\n") if KANIKO_ERROR.match(line)]
     last = errors[-1] if errors else ""
     if last.startswith("error building"):
-        away = "failed to execute command" not in last and BASE_AWAY.search(last)
+        away = not DOCKERFILE_ERROR.search(last) and BASE_AWAY.search(re.sub('"[^"]*"', "", last))
         return "a base image could not be pulled, since its registry did not answer" if away else ""
     how = "`explain RUN --log` shows what the registry answered"
     return f"the image could not be pushed; {how}" if last else ""
@@ -7170,7 +7173,8 @@ def judgement(seen: BakeObservation) -> Judgement:
         if why and not proven:
             return Judgement(verdict, why)
     judged = seen.checks.judged_seconds >= seen.judged_seconds_needed and not look.workers.waits
-    provable = seen.healthy and look.endpoints_came and look.is_fresh(seen.now)
+    # whoever confirms it hears the API server first, so that this need not be fresh
+    provable = seen.healthy and look.endpoints_came
     return Judgement(Verdict.CONFIRM if provable and (judged or seen.gave_up) else Verdict.WATCH)
 
 
@@ -8868,21 +8872,35 @@ class Workloads:
             change = {"metadata": meta, "spec": {"replicas": replicas}}
             self.kubectl.patch("deployment", name, task.namespace, change)
 
-    def drain(self, task: Task, name: str, since: float) -> None:
+    @retried
+    def drain(
+        self, task: Task, name: str, since: float, still_due: Callable[[], bool] = lambda: True
+    ) -> None:
         """Let connections that are kept alive leave the pods of a version that was left at a time.
 
-        Its pods are restarted, once, or scaled down to `deploy.retain`.
+        Its pods are restarted, once, or scaled down to `deploy.retain`. The Deployment is read
+        before it is asked whether that is still due, and written only as it was read: who takes the
+        traffic back to it writes to it first.
         """
         deployment = self.kubectl.get("deployment", name, task.namespace)
+        if deployment is None or not still_due():
+            return
         retain = task.app.deploy.retain
-        if retain is not None:
-            return self.scale(task, name, min(retain, replicas_of(deployment)))
-        spec = part_of(deployment or {}, "spec")
+        spec = part_of(deployment, "spec")
         restarted = part_of(spec, "template", "metadata", "annotations").get(RESTARTED)
-        if spec.get("replicas") and epoch(restarted) < since:
-            self.kubectl.run("rollout", "restart", f"deployment/{name}", namespace=task.namespace)
-        return None
+        if retain is not None:
+            change: Object = {"replicas": min(retain, replicas_of(deployment))}
+        elif spec.get("replicas") and epoch(restarted) < since:
+            stamp = datetime.fromtimestamp(self.doors.clock.now(), UTC).isoformat(
+                timespec="seconds"
+            )
+            change = {"template": {"metadata": {"annotations": {RESTARTED: stamp}}}}
+        else:
+            return
+        meta = {"resourceVersion": deployment["metadata"]["resourceVersion"]}
+        self.kubectl.patch("deployment", name, task.namespace, {"metadata": meta, "spec": change})
 
+    @retried
     def unpause(self, task: Task, name: str) -> None:
         """Let the rollout of a Deployment go on that a rollback has paused."""
         deployment = self.kubectl.get("deployment", name, task.namespace)
@@ -11300,9 +11318,11 @@ class Bake:
         look = self.look
         now = self.clock.monotonic()
         own = look.is_complete(now) or not look.is_fresh(now) or refusals_of(look.checks, 1.0)
+        self.excused = self.checks.asked
         if own:
             self.urgent.traffic.switch_back_if_worse(self.task, why, None)
-        self.excused = self.checks.asked
+        else:  # another one that fails is reason enough to ask them again
+            self.excused -= self.settings.health.failures - 1
 
     def pod_health(self) -> PodHealth:
         """Return how many pods are healthy by their own word."""
@@ -11613,8 +11633,14 @@ class Deployer:
         elif claim.phase == Phase.SWITCHED_BACK and not is_live:
             self.steady.workloads.scale(task, name, 0, claim.run)
         elif claim.phase == Phase.DRAINING and not is_live:
-            self.steady.workloads.drain(task, name, claim.since)
+            due = partial(self.still_claims, task, claim)
+            self.steady.workloads.drain(task, name, claim.since, due)
         return Claim()
+
+    def still_claims(self, task: Task, claim: Claim) -> bool:
+        """Whether a claim stands, as the live Service says now."""
+        service = self.steady.live.read(task)
+        return service is not None and service.claim == claim
 
     def collect_garbage(self, task: Task) -> None:
         """Delete what a failed first deployment left, and records that nothing names any more."""
@@ -11702,11 +11728,11 @@ class Rollback:
         finally:
             if switched is None:
                 with suppress(HookError):
-                    self.claims.put(task, service.claim, claim)
-                with suppress(HookError):
                     self.workloads.unpause(task, name)
+                with suppress(HookError):
+                    self.claims.put(task, service.claim, claim)
         try:
-            self.record(task, service.live, goal.entry, reason)
+            self.record(task, service, goal.entry, reason)
         finally:  # whoever may not write records can still complete what traffic has left behind
             if goal.entry.has_companions or service.live.has_companions:
                 self.companions.follow(task, has_companions=True)
@@ -11725,14 +11751,19 @@ class Rollback:
             return self.claims.put(task, claim) or service
 
     @retried
-    def record(self, task: Task, left: HistoryEntry, live: HistoryEntry, reason: str) -> None:
-        """Reject the commit that a rollback has left, and no longer the one that is live now."""
+    def record(self, task: Task, left: Service, live: HistoryEntry, reason: str) -> None:
+        """Reject the commit that a rollback has left; lift the rejection of what is gone on to.
+
+        One that another environment has brought about stays.
+        """
+        commit = left.live.commit
         reason = reason or str(Reason.ROLLED_BACK)
-        rejection = Rejection(commit=left.commit, reason=reason, at=self.doors.clock.now())
+        rejection = Rejection(commit=commit, reason=reason, at=self.doors.clock.now())
+        lifted = live.commit != commit and not left.entry(live.run).proven
         self.live.state.write(
             task.app,
-            *([rejection] if left.commit else []),
-            forget=[Rejection(commit=live.commit).key] if live.commit != left.commit else [],
+            *([rejection] if commit else []),
+            forget=[Rejection(commit=live.commit).key] if lifted else [],
             live={task.environment: live},
         )
 
@@ -12060,8 +12091,13 @@ class Intake:
             for commit in sorted(taken_back - state.rejected.keys()):
                 self.context.state.reject(app, commit, Reason.ROLLED_BACK)
             needless |= dict.fromkeys(taken_back, str(Reason.REJECTED))
-            others = [state.live.get(name) for name in app.deploy.environments[:-1]]
-            if all(entry is None or entry.commit == service.live.commit for entry in others):
+            others = (state.live.get(name) for name in app.deploy.environments[:-1])
+            ended = (
+                state.runs[entry.run].outcome if entry.run in state.runs else Reason.VANISHED
+                for entry in others
+                if entry and entry.commit != service.live.commit
+            )
+            if not any(ended):  # what is elsewhere is on its way here
                 needless[service.live.commit] = "AlreadyLive"
         return needless
 
@@ -15139,13 +15175,7 @@ def failing_tests(tools: Tools, run: RunStatus) -> Iterator[str]:
 def rollback(tools: Tools, args: argparse.Namespace) -> int:
     """Switch an environment back to a proven version, and reject the commit that is left."""
     app = tools.app(args.app)
-    names = app.deploy.environments
-    if not names:
-        raise ConfigError([f"{app.name} has no environments, so nothing of it can be rolled back"])
-    environment = args.environment or names[-1]
-    if environment not in names:
-        wrong = f"{app.name} is not deployed to {environment!r}, only to: {', '.join(names)}"
-        raise ConfigError([wrong])
+    environment = environment_of(app, args.environment)
     task = task_of(tools.config, app, environment)
     with ThreadPoolExecutor(1) as beside:
         by = beside.submit(caller, tools)
@@ -15162,12 +15192,25 @@ def rollback(tools: Tools, args: argparse.Namespace) -> int:
     print_text(f"{where}: from {version_words(left)} to {version_words(target)}")
     if (entry := service.entry(target.run)).outcome in (Outcome.SWITCHED_BACK, Outcome.FAILED):
         print_text(f"{target.run} was never proven: it ended {entry.outcome} ({entry.reason})")
-    target = Rollback(tools.deployer.steady).run(task, service, target, clip(args.reason))
+    with ThreadPoolExecutor(1) as beside:  # before the daemon drains it
+        size = beside.submit(tools.deployer.steady.workloads.size, task, left.selector)
+        target = Rollback(tools.deployer.steady).run(task, service, target, clip(args.reason))
     print_text(f"{where}: back on {version_words(target)}")
     if left.commit:
         print_text(f"{left.run} is rejected until `rerun {left.run}`")
-    scale_up_and_await_endpoints(tools.deployer, task, left, target)
+    scale_up_and_await_endpoints(tools.deployer, task, size.result(), target)
     return 0
+
+
+def environment_of(app: App, name: str) -> str:
+    """Return the environment of an app that is asked for, the last one if none is."""
+    names = app.deploy.environments
+    if not names:
+        raise ConfigError([f"{app.name} has no environments, so nothing of it can be rolled back"])
+    if name and name not in names:
+        wrong = f"{app.name} is not deployed to {name!r}, only to: {', '.join(names)}"
+        raise ConfigError([wrong])
+    return name or names[-1]
 
 
 def caller(tools: Tools) -> str:
@@ -15186,18 +15229,15 @@ def local_user() -> str:
 
 
 def scale_up_and_await_endpoints(
-    deployer: Deployer, task: Task, left: HistoryEntry, target: HistoryEntry
+    deployer: Deployer, task: Task, size: int, target: HistoryEntry
 ) -> None:
-    """Let a target be as large as what is left, and wait for its endpoints.
+    """Let a target be as large as what was left, and wait for its endpoints.
 
     What served alone until now may be larger than the target was in its time.
     """
     workloads = deployer.steady.workloads
-    colours = (colour_of(left.selector), colour_of(target.selector))
-    references = [f"deployment/{task.app.name}-{colour}" for colour in colours]
-    before, now = map(replicas_of, deployer.doors.kubectl.get_each(task.namespace, *references))
-    if now < before:
-        workloads.scale(task, f"{task.app.name}-{target.colour}", before)
+    if workloads.size(task, target.selector) < size:
+        workloads.scale(task, f"{task.app.name}-{target.colour}", size)
     task = replace(task, run=replace(task.run, id=target.run))
     since = deployer.doors.clock.now()
     traffic = deployer.steady.traffic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,3 +140,42 @@ def test_a_version_that_can_neither_be_judged_nor_confirmed_ends_unjudged(
     with pytest.raises(hook.StageError, match=r"^Unjudged: health could not"):
         baking.run()
     assert baking.reported == []
+
+
+def test_a_version_is_confirmed_however_slow_the_api_server_is(
+    baking: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = baking.bake.urgent.live.read
+
+    def slowly(run: hook.Task) -> hook.Service | None:
+        time.sleep(0.4)
+        return read(run)
+
+    monkeypatch.setattr(hook, "FRESH_SECONDS", 0.5)
+    monkeypatch.setattr(baking.bake.urgent.live, "read", slowly)
+    baking.bake.judged_seconds_needed = 0.0
+    baking.run()
+    assert baking.bake.look.confirmed_at is not None
+    assert hook.State.UNJUDGED not in baking.reported
+
+
+def test_the_pods_are_asked_again_as_soon_as_another_check_fails(
+    baking: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = ["", "", "it hangs"]
+    asked: list[int] = []
+
+    def ask(*_: Any) -> list[str]:
+        asked.append(baking.bake.checks.failures)
+        return [word for word in [refusals.pop(0)] if word]
+
+    monkeypatch.setattr(hook, "refusals_of", ask)
+    monkeypatch.setattr(baking.traffic, "switch_back_if_worse", must_not_be_called)
+    baking.bake.settings = replace(baking.bake.settings, rollout_timeout=60.0)
+    baking.bake.judged_seconds_needed = 60.0
+    baking.parts[:] = [BUSY]
+    monkeypatch.setattr(baking.bake.urgent.workloads, "size", lambda *_: 3)  # one is missing
+    with pytest.raises(hook.StageError, match="UnhealthyAfterSwitch"):
+        baking.run()
+    assert len(asked) == 3
+    assert asked[2] - asked[0] <= 4

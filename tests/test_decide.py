@@ -888,6 +888,9 @@ ACTIONS |= {
         (f"error building image: failed to execute command: exit status 7: {AWAY}", ""),
         (f"{NOT_PUSHED}\nerror building image: failed to execute command: exit status 1", ""),
         (f"curl: {AWAY}", ""),
+        ("error building image: failed to get fileinfo for /src/timed-out: lstat: no such", ""),
+        ("error building image: dockerfile parse error line 3: unknown instruction: TIMEOUT", ""),
+        ('error building image: resolving "timeout": no such tag', ""),
         ("", ""),
     ],
 )
@@ -2069,7 +2072,8 @@ BAKES: dict[str, tuple[Row, Row, hook.Verdict]] = {
         {**PROVEN, "judged_seconds_needed": 80.0}, {}, hook.Verdict.WATCH),
     "healthy for long enough": (PROVEN, {}, hook.Verdict.CONFIRM),
     "judged for long enough, but not healthy now": ({}, {}, hook.Verdict.WATCH),
-    "the API server was not heard lately": (PROVEN, {"read_at": 90.0}, hook.Verdict.WATCH),
+    "the API server was not heard lately, and will be before it is confirmed": (
+        PROVEN, {"read_at": 90.0}, hook.Verdict.CONFIRM),
     "endpoints are waited for": (PROVEN, {"endpoints_came": None}, hook.Verdict.WATCH),
     "endpoints did not come": (
         PROVEN, {"endpoints_came": False}, hook.Verdict.ENDPOINTS_MISSING),

@@ -1152,20 +1152,23 @@ def test_a_release_that_becomes_larger_has_more_time_to_roll_out() -> None:
     assert deadlines == [300, 300, 2000]
 
 
-def drained(folder: Path, spec: Object, since: float, retain: str = "full") -> list[list[str]]:
-    """Drain a colour with a Deployment; return the calls of kubectl that change it."""
+def drained(
+    folder: Path, spec: Object, since: float, retain: str = "full", *, due: bool = True
+) -> list[Object]:
+    """Drain a colour with a Deployment, if it is due; return how that is changed."""
     made = deployer(folder, [])
     name = {"name": "shop-blue", "resourceVersion": "1"}
     (folder / "deployment").write_text(json.dumps({"metadata": name, "spec": spec}))
     script = folder / "kubectl"
     noted = 'case "$*" in\n*patch*) cat > patch; cat deployment; exit ;;\n'
-    noted += "*restart*) echo > restart; exit ;;\n"
     script.write_text(script.read_text().replace('case "$*" in\n', noted))
     app = loaded(CONFIG.replace("deploy: {", f"deploy: {{retain: {retain}, ")).apps[0]
-    made.steady.workloads.drain(replace(task(), app=app), "shop-blue", since)
-    if (folder / "patch").exists():
-        return [["patch", json.loads((folder / "patch").read_text())["spec"]]]
-    return [["restart"]] if (folder / "restart").exists() else []
+    made.steady.workloads.drain(replace(task(), app=app), "shop-blue", since, lambda: due)
+    if not (folder / "patch").exists():
+        return []
+    change: Object = json.loads((folder / "patch").read_text())
+    assert change["metadata"] == {"resourceVersion": "1"}
+    return [change["spec"]]
 
 
 @pytest.mark.parametrize(("size", "after"), [(2, 2), (8, 5)], ids=["smaller", "larger"])
@@ -1173,7 +1176,7 @@ def test_a_drained_colour_retains_no_more_pods_than_it_has(
     tmp_path: Path, size: int, after: int
 ) -> None:
     calls = drained(tmp_path, {"replicas": size}, SWITCHED, "5")
-    assert calls == [["patch", {"replicas": after}]]
+    assert calls == [{"replicas": after}]
 
 
 @pytest.mark.parametrize(
@@ -1186,7 +1189,17 @@ def test_a_drained_colour_is_restarted_once(
 ) -> None:
     notes = {"annotations": {hook.RESTARTED: restarted} if restarted else {}}
     spec = {"replicas": replicas, "template": {"metadata": notes}}
-    assert drained(tmp_path, spec, SWITCHED) == [["restart"]] * calls
+    changes = drained(tmp_path, spec, SWITCHED)
+    stamps = [c["template"]["metadata"]["annotations"][hook.RESTARTED] for c in changes]
+    assert len(stamps) == calls
+    assert all(hook.epoch(stamp) for stamp in stamps)
+
+
+@pytest.mark.parametrize("retain", ["full", "0"])
+def test_a_colour_is_not_drained_that_somebody_took_the_traffic_back_to(
+    tmp_path: Path, retain: str
+) -> None:
+    assert not drained(tmp_path, {"replicas": 2}, SWITCHED, retain, due=False)
 
 
 def objects_of(text: str) -> hook.AppObjects:

@@ -25,6 +25,7 @@ APPS: dict[str, Object] = {
     "quick": {"rollout_timeout": "5s"},
     "forth": {"bake": "1s", "rollout_timeout": "5s"},
     "slow": {"bake": "20s"},
+    "emptied": {"bake": "1s", "retain": 0},
     "both": {"bake": "1s", "environments": ["staging", "production"]},
 }
 
@@ -528,3 +529,19 @@ def test_a_version_whose_record_was_deleted_is_watched_after_a_restart_too(live:
     slow.tell("v2", "/turn-sick")
     assert live.ended(run)["outcome"] == "switched-back"
     eventually(lambda: slow.answer()["version"] == old, 10, "the version before serves")
+
+
+def test_a_version_that_is_live_again_is_not_drained_although_that_was_due(live: Fleet) -> None:
+    emptied = live["emptied"]
+    assert emptied.deployed("v2")["outcome"] == "deployed"
+    emptied.quiet()
+    second = live_run(emptied)
+    name = f"emptied-{emptied.selector['version']}"
+    assert live.command("rollback", "emptied").returncode == 0
+    with live.held("get", "deployments", name=name):
+        done = live.command("rollback", "emptied", "--to", second, administrator=True)
+        assert (done.returncode, emptied.answer()["version"]) == (0, "v2"), done
+    emptied.quiet()
+    eventually(lambda: not emptied.pods("v1"), 30, "the other one is drained")
+    assert emptied.objects("deployments")[name]["spec"]["replicas"] == 1
+    assert emptied.answer()["version"] == "v2"

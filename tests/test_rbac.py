@@ -330,7 +330,6 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "deployments: get patch",
                 {"spec": {"replicas": 0}},
             ),
-            command("drain", "rollout restart deployment/blue", "deployments: get patch"),
             command("what failed", f"delete deployment/blue {QUIETLY}", "deployments: delete"),
             # a server that cannot stream its lists is asked for `list` too
             command(
