@@ -371,7 +371,8 @@ def test_a_suspended_run_waits_for_a_slot_and_it_is_said_who_takes_them(
 
 
 def test_what_a_run_waits_for_is_shown_below_it_and_nothing_is_of_one_that_has_ended() -> None:
-    run = hook.RunStatus("shop-1", "shop", "refs/heads/main", COMMIT, 1.0, "test", "suspended")
+    words = ("shop-1", "shop", "refs/heads/main", COMMIT, 1.0)
+    run = hook.RunStatus(*words, stage="test", state="suspended")
     assert run.waiting("a free slot").waits_for == "a free slot"
     assert run.waiting("a free slot").cells({"shop-1": "shop-1"}, 9.0)[-1] == "a free slot"
     told = replace(run, detail="for the head of the branch")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.fleet import Fleet, Gate, fleet
+from tests.hurried import hurried
 from tests.world import Object, daemon_config, eventually, world
 
 NOTHING = "0" * 40
@@ -49,7 +50,9 @@ def apps(tmp_path_factory: pytest.TempPathFactory, gate: Gate) -> Iterator[Fleet
         "poll": plain,
     }
     directory = tmp_path_factory.mktemp("controller")
-    with fleet(directory, named, limits={"max_running": 1}) as running:
+    # what one test has left, and lost its Job for that, must not come back into the only slot
+    program = hurried(directory, TRY_DELAYS="(3600.0, 3600.0)")
+    with fleet(directory, named, program=program, limits={"max_running": 1}) as running:
         yield running
 
 
