@@ -7149,14 +7149,16 @@ class Judgement:
 def judgement(seen: BakeObservation) -> Judgement:
     """Return what is to become of a version in its bake, and why.
 
-    While it is confirmed on a fresh proof, and after that, nothing is held against it any more. If
-    that was held up, until the proof was an old one, the bake goes on until it is healthy again.
+    While the confirmation on a fresh proof is being written, and in the look after that, only pods
+    that fail are held against it. If that was held up, until the proof was an old one, the bake
+    goes on until it is healthy again.
     """
     look = seen.look
     too_long = seen.unjudged_seconds > seen.settings.rollout_timeout
     written_at = seen.now if look.confirmed_at is None else look.confirmed_at
     proven = look.proved_at is not None and written_at - look.proved_at <= CHECK_GAP
-    if look.confirmed_at is not None and (proven or seen.healthy or too_long):
+    stays = not seen.pods_fault and (proven or seen.healthy or too_long)
+    if look.confirmed_at is not None and stays:
         return Judgement(Verdict.STAYS)
     failures = min(seen.checks.failures, seen.checks.asked - seen.excused)
     failed = failures >= seen.settings.health.failures
@@ -7170,7 +7172,7 @@ def judgement(seen: BakeObservation) -> Judgement:
         Verdict.UNJUDGEABLE: unjudged if too_long else "",
     }
     for verdict, why in objections.items():
-        if why and not proven:
+        if why and (not proven or verdict is Verdict.PODS_FAILED):
             return Judgement(verdict, why)
     judged = seen.checks.judged_seconds >= seen.judged_seconds_needed and not look.workers.waits
     # whoever confirms it hears the API server first, so that this need not be fresh
@@ -11219,6 +11221,7 @@ class Bake:
         if self.verdict is Verdict.CONFIRM:
             confirm = self.steady.traffic.confirm
             if confirm(self.task, self.release, self.proof, unjudged=bool(self.gave_up)):
+                self.read_pods()  # for those that failed while it was written
                 self.look = replace(self.look, confirmed_at=self.clock.monotonic())
 
     def read_pods(self) -> None:

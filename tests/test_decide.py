@@ -2107,9 +2107,11 @@ BAKES: dict[str, tuple[Row, Row, hook.Verdict]] = {
     "confirmed, then three checks failed": (
         {"checks": REFUSED_CHECKS}, {"proved_at": 97.0, "confirmed_at": 98.0},
         hook.Verdict.STAYS),
-    "confirmed, then a container ended": (
+    "confirmed, and a container had ended by then": (
         {"pods_fault": "exit code 3"}, {"proved_at": 97.0, "confirmed_at": 98.0},
-        hook.Verdict.STAYS),
+        hook.Verdict.PODS_FAILED),
+    "a container ended while it is confirmed": (
+        {"pods_fault": "exit code 3"}, {"proved_at": 99.0}, hook.Verdict.PODS_FAILED),
     "three checks failed while it is confirmed": (
         {"checks": REFUSED_CHECKS}, {"proved_at": 99.0}, hook.Verdict.WATCH),
     "three checks failed while its confirmation hangs": (

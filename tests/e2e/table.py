@@ -152,7 +152,8 @@ class Step:
 
 
 STEPS = {
-    "read": Step("get", "deployments", "{app}-blue"),
+    # the pods of the live version, once its Service was read: Events read Deployments at any time
+    "read": Step("list", "pods", path="app%3D{app}%2Cgitops-hook%2Frun%3D{app}-"),
     "claim": Step("patch", "services", "{app}", body="preparing"),
     "record": Step("create", "configmaps", body="{app}-release-"),
     "apply": Step("update", "deployments", "{app}-{idle}"),
