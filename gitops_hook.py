@@ -135,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
     one = add("explain", help="show how one run stands, and why")
     one.add_argument("run", help="id of the run, or its beginning")
     one.add_argument("--log", action="store_true", help="show the last lines of what failed, too")
-    one = add("rollback", help="switch an environment back to a proven version")
+    one = add("rollback", help="switch an environment back to an earlier version")
     one.add_argument("app", help="name of the app")
     one.add_argument("--environment", default="", help="default: the last one of the app")
     where = "how many proven versions back, or which run of the history (default: %(default)s)"
@@ -15176,7 +15176,7 @@ def failing_tests(tools: Tools, run: RunStatus) -> Iterator[str]:
 
 
 def rollback(tools: Tools, args: argparse.Namespace) -> int:
-    """Switch an environment back to a proven version, and reject the commit that is left."""
+    """Switch an environment back to an earlier version, and reject the commit that is left."""
     app = tools.app(args.app)
     environment = environment_of(app, args.environment)
     task = task_of(tools.config, app, environment)
