@@ -5527,6 +5527,7 @@ class Job:
         self.annotations = {k: v for k, v in annotations.items() if k.startswith(MANAGER)}
         # of the run, if it has ended and this is its last Job
         self.outcome = annotations.get(ANNOTATION_OUTCOME, "")
+        self.ended = seconds_of(annotations.get(ANNOTATION_ENDED))
         self.state = "succeeded" if done else "failed" if failed else waiting
         self.deleting = "deletionTimestamp" in meta
         self.reason: str = failed.get("reason", "")
@@ -6541,8 +6542,7 @@ def newest_run(jobs: Mapping[str, Job]) -> Run:
 def has_ended(jobs: Mapping[str, Job]) -> bool:
     """Whether a run has ended: its last Job says so, and not of an earlier try of the run."""
     last = jobs.get("build") or jobs["test"]
-    ended = seconds_of(last.annotations.get(ANNOTATION_ENDED))
-    return bool(last.outcome) and ended >= newest_run(jobs).received
+    return bool(last.outcome) and last.ended >= newest_run(jobs).received
 
 
 def ends(outcome: Outcome, reason: Reason, detail: str, stage: str) -> Action:
@@ -6789,9 +6789,15 @@ def decide_start(observed: Observation, do: Do, stage: str) -> Action:
     """Return whether a Job may start: of the newest commit, and where there is a free slot."""
     if action := check_head(observed, stage):
         return action
-    if observed.slot:
-        return Action(do, stage)
-    if do is Do.UNSUSPEND and observed.now - observed.jobs[stage].created > observed.queue_timeout:
+    start = Action(do, stage)
+    return start if observed.slot else without_slot(observed, start)
+
+
+def without_slot(observed: Observation, start: Action) -> Action:
+    """Return what becomes of a step that would start a Job, where there is no free slot."""
+    stage = start.stage
+    queued = start.do is Do.UNSUSPEND
+    if queued and observed.now - observed.jobs[stage].created > observed.queue_timeout:
         return fails(Reason.QUEUE_TIMEOUT, "no free slot in time", stage)
     return Action(Do.WAIT, stage, detail="for a free slot")
 
@@ -7611,24 +7617,17 @@ class StateStore:
             for left in reversed(range(STATE_TRIES)):
                 state = self.recent(app)
                 try:
-                    return self._patch(app, state, change, with_job)
+                    return self._merge(app, state, change, with_job)
                 except KubectlError as failed:
                     self._seen.pop(app.name, None)
-                    if failed.kind not in ("NotFound", "Conflict") or not left:
+                    if failed.kind not in ("NotFound", "AlreadyExists", "Conflict") or not left:
                         raise
-                    if failed.kind == "NotFound":
-                        self._create(app)
         return None
 
-    def _create(self, app: App) -> None:
-        """Create the ConfigMap, empty."""
-        empty = new_object("ConfigMap", f"{MANAGER}-{app.name}", {LABEL_APP: app.name}, {})
-        self.kubectl.create([empty], ORCHESTRATION)
-
-    def _patch(
+    def _merge(
         self, app: App, state: AppState, change: Mapping[str, str | None], with_job: Set[str] | None
     ) -> None:
-        """Merge a change into the ConfigMap that a state was read from."""
+        """Merge a change into the ConfigMap that a state was read from, or create it."""
         name = f"{MANAGER}-{app.name}"
         data = {**state.repairs, **change}
         records: list[AnyRecord] = [*state.runs.values(), *state.rejected.values()]
@@ -7639,10 +7638,16 @@ class StateStore:
         data |= dict.fromkeys(forgotten(merged, app.deploy_ref, with_job))
         if not data:
             return
-        meta = {"resourceVersion": state.version} if state.version else {}
-        body = {"metadata": meta, "data": data}
-        patched = self.kubectl.patch("configmap", name, ORCHESTRATION, body)
-        self._keep(app, patched)
+        if state.version:
+            body = {"metadata": {"resourceVersion": state.version}, "data": data}
+            self._keep(app, self.kubectl.patch("configmap", name, ORCHESTRATION, body))
+            return
+        configmap = new_object("ConfigMap", name, {LABEL_APP: app.name}, {})
+        configmap["data"] = {key: text for key, text in data.items() if text is not None}
+        for refusal in self.kubectl.create_each([configmap], ORCHESTRATION).values():
+            raise refusal
+        self._last[app.name] = AppState.from_configmap(app, configmap)
+        self._seen.pop(app.name, None)  # only the server knows its resourceVersion
 
     def reject(self, app: App, commit: str, reason: str) -> None:
         """Reject a commit until `rerun`."""
@@ -12603,7 +12608,7 @@ def reopen(kubectl: Kubectl, run: Run, jobs: Sequence[Job]) -> bool:
     """
     if not jobs or any(job.deleting for job in jobs):
         return False
-    ended = max(seconds_of(job.annotations.get(ANNOTATION_ENDED)) for job in jobs)
+    ended = max(job.ended for job in jobs)
     if not has_ended({job.stage: job for job in jobs}) or ended > run.received:
         return True
     failed = [job for job in jobs if not is_reusable(job)]
@@ -12633,6 +12638,7 @@ WORKER_FAILED = "deployment step failed, will be tried again"
 READING_FAILED = "manifests could not be read, will be tried again"
 READER = "reader"  # the kind of worker that reads manifests beside the tests
 MEASURE_SECONDS = 30.0  # between two measurements of what serves the environments
+OLD_LOGS_DELAY = 60.0  # seconds from the start to the first deletion of old logs
 READ_AT_ONCE = 4  # runs whose manifests are read; a dead server delays only some of them
 
 
@@ -12737,6 +12743,8 @@ class RunReconciler:
         self.trackers: dict[str, ProblemTracker] = {}  # of open runs
         self.events: dict[str, list[PodEvent]] = {}  # of their pods, as far as they were read
         self.jobs: dict[str, Job] = {}  # by name; what is gone until its run's end is recorded
+        for app in context.apps:  # a start has more urgent things to do
+            self.cooldown.start(f"logs of {app}", OLD_LOGS_DELAY)
 
     def reconcile(self) -> list[Run]:
         """Take the next step of every open run that has one; return these runs, newest first."""
@@ -12864,7 +12872,7 @@ class RunReconciler:
         for step in steps:
             if step.action.do in starting and step.observed.run.id not in granted:
                 observed = replace(step.observed, slot=False)
-                yield Step(observed, decide(observed))
+                yield Step(observed, without_slot(observed, step.action))
             else:
                 yield step
 
@@ -12975,7 +12983,7 @@ class RunReconciler:
     def wait_for_pod(self, job: Job, observed: Observation) -> None:
         """Annotate a Job whose pod is not there or does not start with what is waited for."""
         key = f"Events of {job.name}"
-        late = job.state == "active" and observed.now - job.unsuspended >= LOOK_SECONDS
+        late = job.state == "active" and 0 < job.unsuspended <= observed.now - LOOK_SECONDS
         # one reading a look holds up no other run
         if not (late and self.cooldown.allows(key) and self.cooldown.allows("Events")):
             return
@@ -13002,7 +13010,7 @@ class RunReconciler:
         """Delete Jobs of runs that ended without them: those have no time to live."""
         ended = self.context.clock.now() - UNRUN_TTL
         unrun = [j for j in self.informers.all_jobs() if j.outcome and j.state == "suspended"]
-        due = [j for j in unrun if seconds_of(j.annotations.get(ANNOTATION_ENDED)) < ended]
+        due = [j for j in unrun if j.ended < ended]
         if due:
             namespace = due[0].namespace  # the other one at the next look
             names = [job.name for job in due if job.namespace == namespace][:BATCH]

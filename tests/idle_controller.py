@@ -70,9 +70,9 @@ class FakeKubectl(hook.Kubectl):
     def create_each(
         self, objects: Sequence[Object], namespace: str
     ) -> dict[str, hook.KubectlError]:
-        for job in objects:
-            job["metadata"] |= {"resourceVersion": "1", "uid": "u"}
-            self.objects["job", job["metadata"]["name"]] = job
+        for item in objects:
+            item["metadata"] |= {"resourceVersion": "1", "uid": "u"}
+            self.objects[item["kind"].lower(), item["metadata"]["name"]] = item
         return {}
 
     def patch(self, resource: str, name: str, namespace: str, change: Object) -> Object:
@@ -84,6 +84,11 @@ class FakeKubectl(hook.Kubectl):
         for key in [key for key, value in data.items() if value is None]:
             del data[key]
         return patched
+
+
+def an_empty_record() -> Object:
+    """The ConfigMap in which nothing is recorded of an app yet."""
+    return {"metadata": {"resourceVersion": "1"}, "data": {}}
 
 
 def refused(message: str, code: int | None = 1) -> hook.KubectlError:

@@ -25,6 +25,7 @@ from tests.idle_controller import (
     a_manifest,
     a_run,
     add_job,
+    an_empty_record,
     delete_job,
     ends,
     idle_controller,
@@ -604,6 +605,7 @@ def test_many_jobs_that_expired_cost_no_call_and_many_lost_ones_one_reading(
 ) -> None:
     calls: list[str] = []
     get = controller.context.kubectl.get
+    controller.context.kubectl.objects["configmap", "gitops-hook-shop"] = an_empty_record()
 
     def count(resource: str, name: str, namespace: str) -> Object | None:
         calls.append(name)

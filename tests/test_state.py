@@ -35,11 +35,22 @@ class Shelf(hook.Kubectl):
         self.calls.append("get")
         return json.loads(json.dumps(self.objects.get(name)))  # type: ignore[no-any-return]
 
-    def create(self, objects: Sequence[Object], namespace: str) -> None:
+    def create_each(
+        self, objects: Sequence[Object], namespace: str
+    ) -> dict[str, hook.KubectlError]:
         self.calls.append("create")
-        for made in objects:
-            made["metadata"]["resourceVersion"] = "1"
-            self.objects[made["metadata"]["name"]] = made
+        if self.meanwhile:
+            self.meanwhile.pop()()
+        refusals = {}
+        for item in json.loads(json.dumps(objects)):
+            name = item["metadata"]["name"]
+            if name in self.objects:
+                exists = f'Error from server (AlreadyExists): configmaps "{name}" already exists'
+                refusals[name] = hook.KubectlError(["kubectl"], 1, exists)
+            else:
+                item["metadata"]["resourceVersion"] = "1"
+                self.objects[name] = item
+        return refusals
 
     def patch(self, resource: str, name: str, namespace: str, change: Object) -> Object:
         self.calls.append("patch")
@@ -97,11 +108,24 @@ def test_what_is_written_is_read_again(shelf: Shelf, store: hook.StateStore) -> 
     assert labels == {"app.kubernetes.io/managed-by": "gitops-hook", "gitops-hook/app": "shop"}
 
 
-def test_a_second_write_takes_one_call(shelf: Shelf, store: hook.StateStore) -> None:
+def test_the_first_write_creates_the_record_and_a_later_one_takes_one_call(
+    shelf: Shelf, store: hook.StateStore
+) -> None:
     store.write(APP, a_record(1))
-    shelf.calls.clear()
+    assert shelf.calls == ["get", "create"]
     store.write(APP, a_record(2))
+    shelf.calls.clear()
+    store.write(APP, a_record(3))
     assert shelf.calls == ["patch"]
+    assert [*store.read(APP).runs] == [a_record(n).id for n in (1, 2, 3)]
+
+
+def test_a_record_that_another_process_creates_meanwhile_is_added_to(
+    shelf: Shelf, store: hook.StateStore
+) -> None:
+    shelf.meanwhile = [lambda: hook.StateStore(shelf, hook.Clock()).write(APP, a_record(1))]
+    store.write(APP, a_record(2))
+    assert [*store.read(APP).runs] == [a_record(n).id for n in (1, 2)]
 
 
 def test_fields_that_a_later_version_may_add_are_ignored(shelf: Shelf) -> None:
