@@ -3156,6 +3156,7 @@ class Clock:
 
     now = staticmethod(time.time)
     monotonic = staticmethod(time.monotonic)
+    used = staticmethod(time.thread_time)  # processor time of the thread that asks
 
 
 def jittered(seconds: float) -> float:
@@ -3288,6 +3289,8 @@ class Cooldown:
 RUN_FIELDS = ("ref", "commit", "before", "title", "by", "delivery")  # each an annotation of the Job
 BUILD_CONTAINER = "kaniko"
 SOURCE = "/workspace/src"
+TERMINATION_LOG = "/dev/termination-log"  # where Kubernetes reads what a container has to say
+JUNIT_XML = "/workspace/results/junit.xml"  # where tests leave their report
 COLLECTING = "/workspace/.collecting"  # is there once the side-car of the tests listens
 CREDENTIALS_MOUNT = "/var/run/gitops-hook"
 CA_MOUNT = "/var/run/gitops-hook-ca"
@@ -3332,10 +3335,7 @@ spec:
       - {name: git, secret: {secretName: git-credentials, optional: true, defaultMode: 0400}}
       - {name: ca, configMap: {name: gitops-hook-ca, optional: true}}
 ---
-env:
-- {name: HOME, value: /tmp}
-- {name: TERMINATION_LOG, value: /dev/termination-log}
-- {name: JUNIT_XML, value: /workspace/results/junit.xml}
+env: [{name: HOME, value: /tmp}]
 imagePullPolicy: IfNotPresent  # as the daemon's own: one of tag latest may be on the node only
 resources: {requests: {cpu: 50m, memory: 64Mi, ephemeral-storage: 64Mi},
             limits: {cpu: 500m, memory: 512Mi, ephemeral-storage: 256Mi}}  # of what it prints
@@ -3395,8 +3395,10 @@ CACHED = {  # where these programs keep what they have downloaded: a folder for 
 def test_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that checks out the commit, runs its tests and sums up their report."""
     settings = app.test
-    results = new_container(RESULTS_CONTAINER, config.images.hook, ["collect"])
+    said = {"TERMINATION_LOG": TERMINATION_LOG, "JUNIT_XML": JUNIT_XML, "COLLECTING": COLLECTING}
+    results = new_container(RESULTS_CONTAINER, config.images.hook, ["collect"], **said)
     env = {"CI": "true", "GIT_BRANCH": run.branch, "GIT_COMMIT": run.commit, "CA_BUNDLE": CA_BUNDLE}
+    env["JUNIT_XML"] = JUNIT_XML
     env |= {**(CACHED if settings.cache else {}), **settings.env}
     tests = new_container(TEST_CONTAINER, settings.image, [settings.command], **env)
     tests |= {"command": ["sh", "-ec", TRUSTING], "workingDir": SOURCE}
@@ -3405,8 +3407,7 @@ def test_job(config: Config, app: App, run: Run) -> Object:
     # a side-car first, for which the clone waits: it listens before the tests can end
     job = stage_job(config, app, run, "test", {**results, "restartPolicy": "Always"}, tests)
     pod = job["spec"]["template"]["spec"]
-    waiting = {"COLLECTING": COLLECTING}
-    pod["initContainers"] = [with_variables(c, waiting) for c in pod["initContainers"]]
+    pod["initContainers"][-1]["env"] += env_of({"COLLECTING": COLLECTING})
     for service in settings.services:
         pod["initContainers"] += [with_variables(service_container(service), config.job_env)]
         pod["volumes"] += service_volumes(service)
@@ -3462,7 +3463,7 @@ def build_job(config: Config, app: App, run: Run) -> Object:
     proxies = [f"{n}={value}" for n, value in config.job_env.items() if PROXIES.fullmatch(n)]
     options += [f"--build-arg={proxy}" for proxy in proxies]
     options += [f"--destination={app.build.image}:{run.commit[:8]}", *app.build.args]
-    options += ["--digest-file=/dev/termination-log"]
+    options += [f"--digest-file={TERMINATION_LOG}"]
     build = new_container(BUILD_CONTAINER, config.images.kaniko, options)
     job = stage_job(config, app, run, "build", {**build, **BUILDER})
     job["spec"]["template"]["spec"]["volumes"] += [REGISTRY]
@@ -3504,14 +3505,21 @@ def stage_job(config: Config, app: App, run: Run, stage: str, *containers: Objec
 def clone_container(config: Config, app: App, run: Run) -> Object:
     """Return the container that checks out the commit; only it sees the git credentials."""
     env = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
-    env |= {"CLONE_APP": app.name, "CLONE_DEPTH": str(app.clone.depth or "full")}
-    env |= {"CLONE_TAGS": str(app.clone.tags).lower(), "CLONE_SUBMODULES": app.clone.submodules}
-    env |= {"CLONE_LFS": app.clone.lfs, "CA_FILE": f"{CA_MOUNT}/ca.crt", "CA_BUNDLE": CA_BUNDLE}
+    env |= {"CLONE_APP": app.name, "CA_FILE": f"{CA_MOUNT}/ca.crt", "CA_BUNDLE": CA_BUNDLE}
+    env |= {"TERMINATION_LOG": TERMINATION_LOG, **clone_variables(app.clone)}
     env["CREDENTIALS_FILE"] = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
     clone = new_container("clone", config.images.hook, ["clone"], **env)
     mounts = [{"name": "git", "mountPath": CREDENTIALS_MOUNT}]
     mounts += [{"name": "ca", "mountPath": CA_MOUNT}]
     return {**clone, "volumeMounts": [*clone["volumeMounts"], *mounts]}
+
+
+def clone_variables(settings: CloneSettings) -> dict[str, str]:
+    """Return the settings of a clone that are not as by default, as variables of its container."""
+    depth = {} if settings.depth == 1 else {"CLONE_DEPTH": str(settings.depth or "full")}
+    tags = {"CLONE_TAGS": "true"} if settings.tags else {}
+    choices = {"CLONE_SUBMODULES": settings.submodules, "CLONE_LFS": settings.lfs}
+    return {**depth, **tags, **{name: choice for name, choice in choices.items() if choice}}
 
 
 def new_container(name: str, image: str, args: Sequence[str], **env: str) -> Object:
@@ -12693,6 +12701,7 @@ class Controller:
     def reconcile(self) -> float:
         """Reconcile runs and Services, if the informers follow; return when to do so again."""
         retry = self.context.retry
+        used = self.clock.used()
         away = any(informer.trouble for informer in self.informers.all())
         self.metrics.waiting.labels("cluster").set(away)
         stages: list[Informer[Any]] = [*self.informers.jobs, *self.informers.pods]
@@ -12700,6 +12709,8 @@ class Controller:
             open_runs = self.runs.reconcile()
             self.services.reconcile(open_runs)
         self.metrics.waiting.labels("a step").set(retry.failing())
+        # where there are many runs, a look takes long, and pushes are to be accepted meanwhile
+        self.context.stop.wait(2 * (self.clock.used() - used))
         return min(retry.wait(LOOK_SECONDS), self.workers.retry.wait(LOOK_SECONDS))
 
     def shut_down(self, seconds: float) -> None:
@@ -12726,6 +12737,12 @@ class Step:
 
     observed: Observation
     action: Action
+
+    @property
+    def waits_in_queue(self) -> bool:
+        """Whether nothing is to be done but to wait, as for most runs where there are many."""
+        job = self.observed.jobs.get(self.action.stage)
+        return self.action.do is Do.WAIT and (job is None or job.state == "suspended")
 
 
 class RunReconciler:
@@ -12883,7 +12900,8 @@ class RunReconciler:
         this look are left to the next ones, after what came meanwhile.
         """
         until = self.context.clock.monotonic() + LOOK_SECONDS
-        for step in sorted(steps, key=lambda s: (self.can_wait(s), s.action.do is not Do.DEPLOY)):
+        due = [step for step in steps if not step.waits_in_queue]
+        for step in sorted(due, key=lambda s: (self.can_wait(s), s.action.do is not Do.DEPLOY)):
             if self.can_wait(step) and self.context.clock.monotonic() > until:
                 self.context.wake.set()
                 break
