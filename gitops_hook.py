@@ -4261,6 +4261,21 @@ def manifest_files(folder: Path) -> list[Path]:
     return [f for f in files if not f.name.startswith(".") and not f.is_dir()]
 
 
+def folders_with_manifests(folder: Path) -> list[Path]:
+    """Return the folders within a folder that have files with manifests."""
+    return [f for f in sorted(folder.glob("*/**")) if f.is_dir() and manifest_files(f)]
+
+
+def unread_warning(root: Path, path: str) -> str:
+    """Return a line about folders that are not read, "" where a kustomization says what is."""
+    folder = root / path
+    if any(map(os.path.lexists, map(folder.joinpath, KUSTOMIZATIONS))):
+        return ""
+    names = [str(f.relative_to(root)) for f in folders_with_manifests(folder)]
+    unread = f"not read, since no kustomization names it: {clip(', '.join(names), 200)}"
+    return f"\n  warning: {unread}" if names else ""
+
+
 def kustomize_cause(stderr: str, root: Path) -> str:
     """Return what the last error of kustomize comes down to, without paths of this machine."""
     said = " ".join(re.split("(?m)^error: ", stderr[-MOST_WORDS:])[-1].split())
@@ -4291,7 +4306,7 @@ def advice_for_no_folder(root: Path, path: str) -> str:
 
 def advice_for_no_files(root: Path, folder: Path) -> str:
     """Return what to do with a folder that has no manifests, by the folders that are in it."""
-    inside = [f for f in sorted(folder.glob("*/**")) if f.is_dir() and manifest_files(f)]
+    inside = folders_with_manifests(folder)
     folders = [f.relative_to(root) for f in inside if f.name not in ("base", "bases")]
     charts = [f for f in inside if (f / CHART).exists()]
     nothing = f"The folder {str(folder.relative_to(root))!r} has no manifests"
@@ -15490,6 +15505,7 @@ class Plan:
             forecast += f", replicas: {placement.replicas} → {release.wanted}"
         forecast += f", new ConfigMaps: {', '.join(new) or 'none'}"
         warning = probe_warning(task.app.deploy.health, release) + shutdown_warning(release.pod)
+        warning += unread_warning(checkout, task.app.deploy.folder(task.environment))
         warning += "".join(f"\n  {remark}" for remark in image_remarks(task.app, objects))
         warning += "".join(f"\n  {line}" for line in companion_lines(companions, task, release))
         return forecast + warning + self.changes(task.namespace, deployment)

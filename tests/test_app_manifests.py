@@ -45,6 +45,7 @@ from gitops_hook import (
     render,
     repository_of,
     shared_node_ports,
+    unread_warning,
 )
 from tests.memory import peak_of
 from tests.schemas import require_valid
@@ -542,6 +543,17 @@ def test_a_folder_without_manifests_says_where_they_are(
     folder = write(tmp_path, **{f"deploy/{name}": "x" for name in files})
     reason, detail = fault(lambda: read_manifests(folder, "deploy"))
     assert (reason, detail) == (Reason.MANIFEST_REFUSED, f"The folder 'deploy' {said}")
+
+
+def test_plan_names_the_folders_within_a_plain_one_that_are_not_read(tmp_path: Path) -> None:
+    for name in ("app.yaml", "extra/job.yaml", "extra/deep/cron.yml", "docs/README.md"):
+        file = tmp_path / "deploy" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    warning = unread_warning(tmp_path, "deploy")
+    assert warning.endswith("no kustomization names it: deploy/extra, deploy/extra/deep")
+    (tmp_path / "deploy" / "kustomization.yaml").touch()
+    assert unread_warning(tmp_path, "deploy") == ""
 
 
 def test_a_helm_chart_is_to_be_rendered_by_whoever_commits_it(tmp_path: Path) -> None:
