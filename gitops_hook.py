@@ -255,6 +255,8 @@ STATUS_SECONDS = 30.0  # after which `rollout status` is asked anew: one that ha
 VERIFY_SECONDS = 10.0  # in which the endpoints must converge on the selector
 UNMOVED_SECONDS = 60.0  # in which a first endpoint must change: their controller may restart
 HEALTH_INTERVAL = 0.25  # seconds between health checks: three failures take less than a second
+PATIENCE = 2.0  # seconds in which an app must answer a health check
+IMPATIENCE = 1.0  # the same where three checks have failed, and it is asked once more
 CHECK_GAP = 2.0  # seconds from a health check after which it tells no more what is so now
 FRESH_SECONDS = 5.0  # for which the pods, as they were read, may be used to judge health
 UNREADY_SECONDS = 5.0  # that pods of the live version may be unready before it is unhealthy
@@ -2179,6 +2181,10 @@ class Kubectl:
         self, resource: str, namespace: str, *filters: str, timeout: float = KUBECTL_TIMEOUT
     ) -> list[Object]:
         """Return the objects that match, e.g. `-l`, "a=b" or `--field-selector`, "a=b"."""
+        if resource == "pods" and filters[:1] == ("-l",):
+            # there may be a thousand, and kubectl has not the memory to print them at once
+            address = f"/api/v1/namespaces/{namespace}/pods?labelSelector={quote(filters[1])}"
+            return [pod for page in self.pages(address, namespace) for pod in page["items"]]
         args = ("get", resource, *filters, "-o", "json")
         return [*json.loads(self.run(*args, namespace=namespace, timeout=timeout))["items"]]
 
@@ -2188,7 +2194,7 @@ class Kubectl:
         while token is not None:
             args = ("get", "--raw", f"{address}&limit={PAGE_SIZE}&continue={token}")
             yield (page := json.loads(self.run(*args, namespace=namespace)))
-            token = page["metadata"].get("continue") or None
+            token = (page.get("metadata") or {}).get("continue") or None
 
     def names(self, resource: str, namespace: str, labels: str) -> Sequence[str]:
         """Return the names of what has these labels; as a table, in which there is no content."""
@@ -5397,18 +5403,22 @@ def new_object(kind: str, name: str, labels: Mapping[str, str], meta: Object) ->
     return {"apiVersion": KINDS[kind], "kind": kind, "metadata": metadata}
 
 
-def same_configmap(one: Object, other: Object) -> bool:
-    """Whether two immutable ConfigMaps have the same labels and content, as the server keeps it."""
+def same_configmap(standing: Object, wanted: Object) -> bool:
+    """Whether an immutable ConfigMap has the content and all labels of another.
+
+    Others may add labels: a policy of the cluster, or who restores a backup.
+    """
 
     def kept(configmap: Object) -> Object:
         """Return what counts of a ConfigMap."""
         data = {key: text or "" for key, text in (configmap.get("data") or {}).items()}
         files = (configmap.get("binaryData") or {}).items()
         data |= {key: base64.b64decode(file or "") for key, file in files}
-        labels = configmap["metadata"].get("labels")
-        return {"labels": labels, "immutable": configmap.get("immutable"), "data": data}
+        return {"immutable": configmap.get("immutable"), "data": data}
 
-    return kept(one) == kept(other)
+    labels = part_of(standing, "metadata", "labels")
+    has_labels = wanted["metadata"]["labels"].items() <= labels.items()
+    return has_labels and kept(standing) == kept(wanted)
 
 
 # === objects ======================================================================================
@@ -5446,7 +5456,8 @@ class Container:
         last = entry.get("lastState") or {}
         waiting = state.get("waiting") or {}
         ended = state.get("terminated") or last.get("terminated") or {}
-        ended = {} if ended.get("reason") in NODE_LOST else ended
+        self.lost = ended.get("reason") in NODE_LOST  # with its node: how it ended is not known
+        ended = {} if self.lost else ended
         self.name: str = entry["name"]
         self.kind = kind  # init, sidecar or app
         self.ready = bool(entry.get("ready"))
@@ -6891,6 +6902,8 @@ def job_failure(observed: Observation, job: Job) -> Action:
     ended = [c for c in containers if c.exit_code is not None]
     names = (stage.worker, "clone")
     culprit = next((c for c in ended if c.exit_code and c.name in names), None)
+    if culprit and lacks_report(observed, job):
+        return Action(Do.WAIT, job.stage, detail="for what its pod says of the test report")
     if culprit:
         return with_services(observed, culprit_failure(job, culprit, report))
     if job.reason == "DeadlineExceeded" and not ended and (waited := waited_for(job)):
@@ -6903,9 +6916,19 @@ def job_failure(observed: Observation, job: Job) -> Action:
         return fails(Reason.TIMEOUT, detail, job.stage)
     if observed.now - job.finished < LAG:
         return Action(Do.WAIT, job.stage, detail="for its pod's last words")
-    reason = stage.failure if job.reason == "PodFailurePolicy" else Reason.VANISHED
+    own = [p for p in observed.pods if p.job == job.uid]
+    taken = any(p.leaving or any(c.lost for c in p.containers) for p in own)
+    exited = job.reason == "PodFailurePolicy" and not taken
+    reason = stage.failure if exited else Reason.VANISHED
     detail = report.beside(f"its pods left no result ({clip(job.reason, 60)})")
     return fails(reason, detail, job.stage)
+
+
+def lacks_report(observed: Observation, job: Job) -> bool:
+    """Whether the pods of failed tests may still leave their report, which the side-car reads."""
+    reporters = {c.name: c for p in pods_of(observed, job) for c in p.containers if c.running}
+    late = observed.now - job.finished >= LAG
+    return job.stage == "test" and not late and RESULTS_CONTAINER in reporters
 
 
 def waited_for(job: Job) -> Action | None:
@@ -8839,12 +8862,16 @@ class Workloads:
         self.kubectl = doors.kubectl
 
     def health(
-        self, task: Task, entry: HistoryEntry, ask: Callable[[], Object] | None
+        self,
+        task: Task,
+        entry: HistoryEntry,
+        ask: Callable[[], Object] | None,
+        patience: float = PATIENCE,
     ) -> PodHealth:
         """Return how many pods of a history entry are healthy.
 
-        Healthy are those that are ready and, if they are asked, answer as healthy within a second:
-        as the spec says that `ask` returns, and where that is empty, as their own does.
+        Healthy are those that are ready and, if they are asked, answer as healthy within so many
+        seconds: as the spec says that `ask` returns, and where that is empty, as their own does.
         """
         pods = self.staying(task.namespace, entry.selector)
         ready = [p for p in pods if Pod(p).ready]
@@ -8857,7 +8884,7 @@ class Workloads:
         for pod in ready if ask and entry.ports else ():
             check = release_checks(health, spec or pod["spec"], entry.ports).pods
             checks += at_pods(check, [pod])
-        return PodHealth(len(ready) - len(refusals_of(checks, 1.0)), wanted)
+        return PodHealth(len(ready) - len(refusals_of(checks, patience)), wanted)
 
     def endpoints(
         self, task: Task, selector: Mapping[str, str], wanted: int, since: float
@@ -8894,10 +8921,12 @@ class Workloads:
         return self.kubectl.list("pods", namespace, "-l", terms) if terms else []
 
     @retried
-    def scale(self, task: Task, name: str, replicas: int, run: str = "") -> None:
-        """Set the size of a Deployment; where a run is named, only if it still carries that."""
+    def scale(
+        self, task: Task, name: str, replicas: int, still_due: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Set the size of a Deployment, which is read before it is asked whether that is due."""
         deployment = self.kubectl.get("deployment", name, task.namespace)
-        if deployment and (not run or deployment["metadata"]["labels"].get(LABEL_RUN) == run):
+        if deployment and still_due():
             meta = {"resourceVersion": deployment["metadata"]["resourceVersion"]}
             change = {"metadata": meta, "spec": {"replicas": replicas}}
             self.kubectl.patch("deployment", name, task.namespace, change)
@@ -8954,7 +8983,7 @@ def refusals_of(checks: Iterable[HealthCheck], patience: float) -> list[str]:
         return [refusal for refusal in answers if refusal]
 
 
-def health_refusal(check: HealthCheck, patience: float = 2.0) -> str | None:
+def health_refusal(check: HealthCheck, patience: float = PATIENCE) -> str | None:
     """Return why an app does not answer a check as healthy, or None; the one door to apps.
 
     There is one deadline, in seconds, for the whole answer, which is read to the end of its headers
@@ -9654,7 +9683,7 @@ class Claims:
     def put(self, task: Task, claim: Claim, expected: Claim | None = None) -> Service | None:
         """Put a claim in the place of an expected one, or of any; an empty one drops it."""
         service = self.live.read(task)
-        if service is None or (expected and service.claim != expected):
+        if service is None or (expected is not None and service.claim != expected):
             return service
         goal = None if claim else self.foreign.wider(task, service)
         return self.rewrite(task, service, claim, goal)
@@ -9851,7 +9880,8 @@ class Traffic:
         versions = self.compare_versions(task, ask=health is None)
         if versions.previous.better_than(health or versions.live):
             self.switch_back(task, Outcome.SWITCHED_BACK, Reason.UNHEALTHY_AFTER_SWITCH, why)
-        if health is None and versions.target and versions.live.ready:
+        live = versions.live
+        if health is None and live.ready and (versions.target or live.ready == live.wanted):
             return  # as many of its own pods answer
         other = "the version before is no better" if versions.target else "there is none before"
         raise StageError(Reason.BOTH_UNHEALTHY, f"{why}; {other}")
@@ -9876,17 +9906,20 @@ class Traffic:
         target = service.switch_back_target if service else HistoryEntry()
         live = service.live if service and ask else HistoryEntry()
         with ThreadPoolExecutor(2) as at_once:
-            measure = partial(self.measure, task, ask=ask)
-            previous, current = at_once.map(measure, (target, live))
-        return Versions(target, previous, current)
+            previous = at_once.submit(self.measure, task, target, ask=ask)
+            # it was asked all the time: what hangs now is not to delay the switch back
+            current = at_once.submit(self.measure, task, live, ask=ask, patience=IMPATIENCE)
+            return Versions(target, previous.result(), current.result())
 
-    def measure(self, task: Task, entry: HistoryEntry, *, ask: bool) -> PodHealth:
+    def measure(
+        self, task: Task, entry: HistoryEntry, *, ask: bool, patience: float = PATIENCE
+    ) -> PodHealth:
         """Return how healthy the pods of an entry are, and ask them as their release says."""
         if not ask:
             return self.workloads.health(task, entry, None)
         with ThreadPoolExecutor(1) as beside:
             spec = beside.submit(self.recorded_spec, task, entry)
-            return self.workloads.health(task, entry, spec.result)
+            return self.workloads.health(task, entry, spec.result, patience)
 
     def recorded_spec(self, task: Task, entry: HistoryEntry) -> Object:
         """Return the spec of the pods of a release, before any service mesh; {} if it is gone."""
@@ -10199,17 +10232,28 @@ class Rollout:
         record = service.claim.restore
         try:
             if not record:
-                return self.kubectl.delete("deployment", [name], task.namespace)
+                return self.delete_overwritten(task, name, service)
             release = self.live.release(task, record)
             self.apply(task, release, service)
         except (StageError, KubectlError) as failed:
-            if isinstance(failed, KubectlError) and failed.kind == "Unreachable":
+            if isinstance(failed, KubectlError) and failed.kind in ("Unreachable", "Conflict"):
                 raise
             error("the rollback target was not restored", detail=str(failed), **task.words)
             self.kubectl.metrics.errors.labels("restore").inc()
             return None
         more = {"target": release.run, "colour": release.colour}
         return self.doors.report(task, State.RESTORED, more)
+
+    def delete_overwritten(self, task: Task, name: str, service: Service) -> None:
+        """Delete a Deployment that stands where none stood, while the claim for that is there.
+
+        It is read before the claim, and deleted as it was read: who takes the claim over writes to
+        it first.
+        """
+        deployment = self.kubectl.get("deployment", name, task.namespace)
+        now = self.live.read(task)
+        if deployment and now and now.claim == service.claim:
+            self.kubectl.delete_exactly("apis/apps/v1", "deployments", deployment)
 
 
 def require_own(service: Object) -> None:
@@ -10518,7 +10562,10 @@ class Companions:
             due = [companion for companion in companions if companion.differs]
             carry_out(self.kubectl, task.namespace, due, "--dry-run=server")
         except KubectlError as refused:
-            if refused.kind in UNCERTAIN:
+            was_killed = refused.code is None or refused.code < 0
+            # an API server that is still starting does not know its roles yet
+            passing = was_killed or re.search(f"RBAC: |{PASSING_REFUSAL.pattern}", refused.message)
+            if passing or refused.kind in UNCERTAIN:
                 raise
             raise ManifestError(companion_faults(task, refused)) from refused
 
@@ -11348,7 +11395,9 @@ class Bake:
         """
         look = self.look
         now = self.clock.monotonic()
-        own = look.is_complete(now) or not look.is_fresh(now) or refusals_of(look.checks, 1.0)
+        own = (
+            look.is_complete(now) or not look.is_fresh(now) or refusals_of(look.checks, IMPATIENCE)
+        )
         self.excused = self.checks.asked
         if own:
             self.urgent.traffic.switch_back_if_worse(self.task, why, None)
@@ -11620,6 +11669,11 @@ class Deployer:
         """Return the live Service while it selects the run; raises when it was switched away."""
         return self.urgent.guard.read_selected(task)
 
+    def is_live(self, task: Task) -> bool:
+        """Whether the traffic of an environment reaches a run. Raises KubectlError."""
+        service = self.live_service(task)
+        return service is not None and service.run == task.run.id
+
     @retried
     def live_service(self, task: Task) -> Service | None:
         """Return the live Service: what is to be said of a run is not lost by one lost answer."""
@@ -11662,7 +11716,7 @@ class Deployer:
         elif claim.phase == Phase.PREPARING and not is_live:
             self.steady.rollout.restore(task, name, service)
         elif claim.phase == Phase.SWITCHED_BACK and not is_live:
-            self.steady.workloads.scale(task, name, 0, claim.run)
+            self.steady.workloads.scale(task, name, 0, partial(self.still_claims, task, claim))
         elif claim.phase == Phase.DRAINING and not is_live:
             due = partial(self.still_claims, task, claim)
             self.steady.workloads.drain(task, name, claim.since, due)
@@ -11775,11 +11829,18 @@ class Rollback:
         return goal.entry
 
     def claim(self, task: Task, service: Service, claim: Claim) -> Service:
-        """Return the live Service, as it was read this very moment, with a claim written on it."""
+        """Return the live Service with a claim written on it.
+
+        Raises RefusedError where someone else has claimed it since it was read.
+        """
         try:
             return self.live.write(task, service, {ANNOTATION_CLAIM: claim})
         except KubectlError:
-            return self.claims.put(task, claim) or service
+            claimed = self.claims.put(task, claim, service.claim) or service
+        if claimed.claim != claim:
+            taker = claimed.claim.run or "someone else"
+            raise RefusedError(f"{taker} has changed {task.environment} meanwhile; try again")
+        return claimed
 
     @retried
     def record(self, task: Task, left: Service, live: HistoryEntry, reason: str) -> None:
@@ -12026,6 +12087,9 @@ class Intake:
         for name, batch in batches.items():
             try:
                 self.admit_batch(name, batch)
+            except OSError as failed:  # of the spool's disk; what other apps have is not held up
+                self.put_off(name, batch)
+                error("a stored push could not be removed", detail=str(failed))
             except KubectlError as failed:
                 unreachable += failed.kind == "Unreachable"
                 if unreachable == min(2, len(batches)):  # it is the cluster, not what one app has
@@ -13424,16 +13488,18 @@ class Workers:
             state = self.context.state.read(task.app)
             if end := recorded_end(state, task.app, task.run):
                 return end
-            if state.rejection(task.app, task.run.commit):
+            rejected = state.rejection(task.app, task.run.commit)
+            # what is live already is watched to its end, whatever another environment has said
+            if rejected and not self.context.deployer.is_live(task):
                 raise StageError(Reason.REJECTED, "the commit was rejected")
             self.context.deployer.deploy(task)
         except RunError as stopped:
             outcome = OUTCOMES.get(stopped.reason, stopped.outcome)
             return ends(outcome, stopped.reason, stopped.detail, task.environment)
         except KubectlError as refused:
-            service = self.context.deployer.live_service(task)
+            is_live = self.context.deployer.is_live(task)
             reason = refusal_reason(refused)
-            if reason is None or (service and service.run == task.run.id):
+            if reason is None or is_live:
                 raise
             return ends(Outcome.FAILED, reason, refused.said, task.environment)
         return None
