@@ -13608,7 +13608,6 @@ APP_RUNS = 200  # that the page of an app lists
 SHOWN_LENGTH = 500  # characters of one text
 REFRESH_SECONDS = 5  # after which a browser loads a page again on which something is under way
 LOG_SECONDS = 2.0  # in which the log of a run must be read
-NOT_BEGUN = "not begun"
 PLACE_TITLES = ("Live version", "Since", "Rollback to", "Under way")
 RUN_TITLES = ("Run", "Stages", "State", "What there is to say")
 STAGE_TITLES = ("Stage", "State", "Began", "Ended", "Took", "What it says")
@@ -13721,57 +13720,26 @@ class Html(str):
     __slots__ = ()
 
 
-class Pages:
-    """The page of all apps, of one, and of one run, each from one look at what is in memory.
+class PageWriter:
+    """Writes the page of all apps, of one, or of one run, each from one look at what is in memory.
 
     Only the log of a run is read from the cluster, on the page of that run.
     """
 
-    def __init__(self, context: ControllerContext, secrets: Secrets) -> None:
-        self.context = context
-        self.secrets = secrets
-        self.logs = KeptLogs(context.config, context.kubectl)
-
-    def overview(self, _name: str = "") -> Html | None:
-        """Return the page of all apps."""
-        return self.writer("").overview()
-
-    def app(self, name: str) -> Html | None:
-        """Return the page of an app, None if there is no such app."""
-        app = self.context.apps.get(name)
-        return self.writer("../").app(app) if app else None
-
-    def run(self, name: str) -> Html | None:
-        """Return the page of a run, None if nothing is left of it."""
-        writer = self.writer("../")
-        seen = writer.look.run(name)
-        return writer.run(seen, self.logs) if seen else None
-
-    def missing(self) -> Html:
-        """Return the page that says that there is no such page."""
-        return self.writer("../").missing()
-
-    def writer(self, home: str) -> PageWriter:
-        """Return what writes a page from where a relative link leads to the first one."""
-        return PageWriter(look_at(self.context), Markup(self.secrets.words(), home))
-
-
-class PageWriter:
-    """Writes one page of what one look has shown."""
-
-    def __init__(self, look: Look, markup: Markup) -> None:
-        self.look = look
+    def __init__(self, context: ControllerContext, markup: Markup, logs: KeptLogs) -> None:
+        self.apps = context.apps
+        self.look = look_at(context)
         self.markup = markup
+        self.logs = logs
         self.tag = markup.tag
-        self.ids = short_ids([seen.run.id for seen in look.runs])
+        self.ids = short_ids([seen.run.id for seen in self.look.runs])
 
-    def overview(self) -> Html:
+    def overview(self, _name: str) -> Html:
         """Return the page of all apps."""
-        places = [self.place_cells(place) for place in self.look.places]
         titles = ("App", "Environment", *PLACE_TITLES)
         rows = [
-            [self.app_link(place.app), place.environment, *cells]
-            for place, cells in zip(self.look.places, places, strict=True)
+            [self.app_link(place.app), place.environment, *self.place_cells(place)]
+            for place in self.look.places
         ]
         newest_runs = self.look.runs[:NEWEST_RUNS]
         content = [
@@ -13782,9 +13750,12 @@ class PageWriter:
         ]
         return self.page("Apps and runs", [], content, self.look.is_busy())
 
-    def app(self, app: App) -> Html:
-        """Return the page of an app."""
-        places = [place for place in self.look.places if place.app == app.name]
+    def app(self, name: str) -> Html | None:
+        """Return the page of an app, None if there is no such app."""
+        app = self.apps.get(name)
+        if app is None:
+            return None
+        places = [place for place in self.look.places if place.app == name]
         runs = [seen for seen in self.look.runs if seen.app is app]
         rows = [[place.environment, *self.place_cells(place)] for place in places]
         content = [
@@ -13798,22 +13769,23 @@ class PageWriter:
             self.tag("h2", "Switches") if places else Html(),
             *(self.switches(place) for place in places),
         ]
-        return self.page(app.name, [], content, self.look.is_busy(app.name))
+        return self.page(name, [], content, self.look.is_busy(name))
 
-    def run(self, seen: ReportedRun, logs: KeptLogs) -> Html:
-        """Return the page of a run."""
+    def run(self, name: str) -> Html | None:
+        """Return the page of a run, None if nothing is left of it."""
+        seen = next((seen for seen in self.look.runs if seen.run.id == name), None)
+        if seen is None:
+            return None
         status = self.look.status(seen)
-        title = self.ids[seen.run.id]
-        log = self.log(status, seen.app, logs)
         content = [
             self.facts(seen, status),
             self.tag("h2", "Stages"),
             self.stages(seen),
             self.tag("h2", "Log"),
-            log,
+            self.log(status, seen.app),
         ]
         trail = [self.app_link(seen.app.name)]
-        return self.page(f"Run {title}", trail, content, self.look.is_open(seen))
+        return self.page(f"Run {self.ids[name]}", trail, content, self.look.is_open(seen))
 
     def missing(self) -> Html:
         """Return the page that says that there is no such page."""
@@ -13828,10 +13800,11 @@ class PageWriter:
         refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if busy else ""
         again = f"It is loaded again every {REFRESH_SECONDS} seconds while something is under way."
         shown_at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.look.now))
+        notices = [self.tag("p", n, class_="notice", role="status") for n in self.look.notices]
         footer = f"As it was at {shown_at}. {again if busy else 'Nothing here is under way.'}"
         body = [
             self.tag("header", self.tag("nav", self.tag("ol", *steps), aria_label="Where you are")),
-            self.tag("main", self.tag("h1", title), *self.notices(), *content),
+            self.tag("main", self.tag("h1", title), *notices, *content),
             self.tag("footer", footer),
         ]
         head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -13839,10 +13812,6 @@ class PageWriter:
         start = f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}{refresh}{named}'
         style = f"<style>{STYLE}</style></head>"
         return Html("\n".join([start, style, "<body>", *body, "</body>\n</html>\n"]))
-
-    def notices(self) -> list[Html]:
-        """Return what a reader must know of the whole page."""
-        return [self.tag("p", text, class_="notice", role="status") for text in self.look.notices]
 
     def place_cells(self, place: EnvironmentStatus) -> list[Html]:
         """Return what is live in an environment, since when, and the rest of PLACE_TITLES."""
@@ -13910,10 +13879,9 @@ class PageWriter:
     def bar(self, seen: ReportedRun) -> Html:
         """Return the stages of a run side by side, each with its state as a word."""
         items = []
-        for stage, state in stages_of(seen).items():
-            kind = str(state.state) if state else "off"
-            word = self.tag("i", STAGE_WORDS[state.state] if state else NOT_BEGUN)
-            items.append(self.tag("li", self.tag("b", stage), Html(" "), word, class_=kind))
+        for stage, view in stages_of(seen).items():
+            word = self.tag("i", view.word)
+            items.append(self.tag("li", self.tag("b", stage), Html(" "), word, class_=view.kind))
         return self.tag("ol", *items, class_="bar", aria_label="Stages")
 
     def facts(self, seen: ReportedRun, status: RunStatus) -> Html:
@@ -13946,12 +13914,10 @@ class PageWriter:
     def stages(self, seen: ReportedRun) -> Html:
         """Return the table of a run's stages."""
         rows = []
-        for stage, state in stages_of(seen).items():
-            times = times_of(seen, stage)
-            word = STAGE_WORDS[state.state] if state else NOT_BEGUN
-            shown = self.badge(word, str(state.state) if state else "off")
-            moments = (self.whole_moment(times.began), self.whole_moment(times.ended), times.took)
-            rows.append([stage, shown, *moments, self.lines(state.text if state else "")])
+        for stage, view in stages_of(seen).items():
+            badge = self.badge(view.word, view.kind)
+            moments = (self.whole_moment(view.began), self.whole_moment(view.ended), view.took)
+            rows.append([stage, badge, *moments, self.lines(view.text)])
         return self.table(STAGE_TITLES, rows)
 
     def switches(self, place: EnvironmentStatus) -> Html:
@@ -13966,10 +13932,10 @@ class PageWriter:
             rows.append([self.whole_moment(entry.at), self.version(entry), *words])
         return Html(head + self.table(SWITCH_TITLES, rows))
 
-    def log(self, status: RunStatus, app: App, logs: KeptLogs) -> Html:
+    def log(self, status: RunStatus, app: App) -> Html:
         """Return the kept log of a run, or why there is none."""
         try:
-            texts = logs.read(app, status)
+            texts = self.logs.read(app, status)
         except HookError as failed:
             return self.tag("p", f"The log cannot be read now: {failed}", class_="notice")
         blocks = []
@@ -14084,10 +14050,6 @@ class Look:
     slots: str  # who takes the slots
     notices: Sequence[str]
 
-    def run(self, name: str) -> ReportedRun | None:
-        """Return a run by its id."""
-        return next((seen for seen in self.runs if seen.run.id == name), None)
-
     def status(self, seen: ReportedRun) -> RunStatus:
         """Return how a run stands, as `status` says it."""
         state = self.states[seen.app.name]
@@ -14153,9 +14115,12 @@ def place_of(
 
 
 @dataclass(frozen=True, slots=True)
-class StageTimes:
-    """When a stage of a run began and ended, 0 where that is not known or not yet so."""
+class StageView:
+    """How a stage of a run is shown; times are 0 where they are not known or not yet there."""
 
+    word: str
+    kind: str  # of its badge
+    text: str
     began: float
     ended: float
 
@@ -14165,15 +14130,14 @@ class StageTimes:
         return age(self.began, self.ended) if self.began and self.ended else ""
 
 
-def stages_of(seen: ReportedRun) -> dict[str, StageStatus | None]:
-    """Return how each stage of a run stands, None for what it has not reached."""
+def stages_of(seen: ReportedRun) -> dict[str, StageView]:
+    """Return how each stage of a run stands, also those that it has not reached."""
     reached = {status.stage: status for status in seen.statuses()}
-    return {stage: reached.get(stage) for stage in (*seen.stages, *reached)}
+    return {s: stage_view(seen, s, reached.get(s)) for s in (*seen.stages, *reached)}
 
 
-def times_of(seen: ReportedRun, stage: str) -> StageTimes:
-    """Return when a stage began and ended: a Job, or a deployment up to its switch."""
-    status = stages_of(seen)[stage]
+def stage_view(seen: ReportedRun, stage: str, status: StageStatus | None) -> StageView:
+    """Return how a stage stands, and its times: of a Job, or of a deployment up to its switch."""
     end = seen.end.ended if seen.end and seen.end.stage == stage else 0.0
     began = 0.0
     if job := seen.jobs.get(stage):
@@ -14182,7 +14146,10 @@ def times_of(seen: ReportedRun, stage: str) -> StageTimes:
     elif service := seen.services.get(stage):
         began = service.claim.since if service.claim.run == seen.run.id else 0.0
         end = service.entry(seen.run.id, seen.run.received).at or end
-    return StageTimes(began, end if status and status.is_final else 0.0)
+    if status is None:
+        return StageView("not begun", "off", "", began, 0.0)
+    state = status.state
+    return StageView(STAGE_WORDS[state], state, status.text, began, end if status.is_final else 0.0)
 
 
 class KeptLogs:
@@ -14531,7 +14498,7 @@ class WebhookApp(Site):
         self.secrets = secrets
         self.spool = spool
         self.controller = controller
-        self.pages = Pages(controller.context, secrets)
+        self.logs = KeptLogs(config, controller.context.kubectl)
         self.stopping = threading.Event()
         self._parsing = threading.Lock()  # one at a time: a parsed body is up to 40 times as large
         self.probes = {"/healthz": Route("GET", self.healthz), "/readyz": Route("GET", self.readyz)}
@@ -14541,24 +14508,25 @@ class WebhookApp(Site):
         """Return the site of the second port, which strangers do not reach: all but the webhook."""
         site = Site(self.metrics)
         latest = partial(prometheus_client.generate_latest, self.metrics.registry)
-        pages = self.pages
 
-        def page(write: Callable[[str], Html | None]) -> Route:
+        def page(write: Callable[[PageWriter, str], Html | None], home: str = "../") -> Route:
             """Return the route of a page, which is of what the last word of the path names."""
 
             def show(environ: WSGIEnvironment) -> Answer:
                 """Answer with the page, or with one that says that it is not there."""
-                body = write(environ["PATH_INFO"].rpartition("/")[2])
-                return Answer(200, body) if body else Answer(404, pages.missing())
+                markup = Markup(self.secrets.words(), home)
+                writer = PageWriter(self.controller.context, markup, self.logs)
+                body = write(writer, environ["PATH_INFO"].rpartition("/")[2])
+                return Answer(200, body) if body else Answer(404, writer.missing())
 
             return Route("GET, HEAD", show)
 
         site.routes = {
             "/metrics": Route("GET", lambda _: Answer(200, latest())),
             **self.probes,
-            "/": page(pages.overview),
-            "/apps/*": page(pages.app),
-            "/runs/*": page(pages.run),
+            "/": page(PageWriter.overview, home=""),
+            "/apps/*": page(PageWriter.app),
+            "/runs/*": page(PageWriter.run),
         }
         return site
 
@@ -15241,15 +15209,11 @@ def timeline(tools: Tools, app: App, name: str) -> Iterator[str]:
                 services[environment] = service
     if jobs or name in state.runs:
         seen = ReportedRun.of(app, state, name, jobs, services)
-        for stage, status in stages_of(seen).items():
-            times = times_of(seen, stage)
-            began = age(times.began, tools.doors.clock.now())
-            words = [STAGE_WORDS[status.state] if status else NOT_BEGUN]
-            words += [f"began {began} ago"] * bool(began) + [f"took {times.took}"] * bool(
-                times.took
-            )
-            said = f": {status.text}" if status and status.text else ""
-            yield printable(f"{stage + ':':9} {', '.join(words)}{said}")
+        for stage, view in stages_of(seen).items():
+            began = age(view.began, tools.doors.clock.now())
+            words = [view.word, began and f"began {began} ago", view.took and f"took {view.took}"]
+            said = f": {view.text}" if view.text else ""
+            yield printable(f"{stage + ':':9} {', '.join(filter(None, words))}{said}")
     for namespace in unreadable:
         yield f"{namespace}: {UNREADABLE}"
 

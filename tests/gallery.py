@@ -87,7 +87,7 @@ class Gallery:
         config_of = self.context.config
         app = hook.WebhookApp(config_of, self.secrets, self.context.spool, self.controller)
         self.site = app.admin()
-        self.pages = app.pages
+        self.logs = app.logs
 
     def states(self) -> dict[str, hook.AppState]:
         """What is recorded of each app."""

@@ -301,7 +301,7 @@ def test_a_log_that_cannot_be_read_is_said_and_the_rest_is_shown(
 
 def test_of_two_logs_at_once_the_second_is_not_waited_for(full: Gallery) -> None:
     path = f"/runs/{run_of(full, '0d5c7e18').id}"
-    logs = full.pages.logs
+    logs = full.logs
     with logs._reading:
         assert "another page is reading one" in outline(full, path).text
     assert "FAILED tests/test_cart.py" in outline(full, path).text
