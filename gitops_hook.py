@@ -7726,7 +7726,6 @@ class State(StrEnum):
 BAD_OUTCOMES = (Outcome.FAILED, Outcome.SWITCHED_BACK)
 ALARMING_STATES = (State.SWITCHED_BACK, State.REMOVED, State.DRIFTED)
 NOTABLE_STATES = (State.ROLLED_BACK, State.UNJUDGED)
-UNLOGGED_STATES = (State.WAITS,)  # which come and go, and which `status` shows
 DIRECTIONS = {  # of the traffic, by the state that follows
     State.SWITCHED: "forward",
     State.SWITCHED_BACK: "back",
@@ -7766,7 +7765,7 @@ class Reports:
         log = warn if transition.state in NOTABLE_STATES else info
         if transition.state in ALARMING_STATES or transition.outcome in BAD_OUTCOMES:
             log = error
-        if transition.state not in UNLOGGED_STATES:
+        if transition.state is not State.WAITS:  # which comes and goes, and `status` shows it
             log(str(values.pop("state")), **values)
         place = (transition.app, transition.environment)
         if direction := DIRECTIONS.get(transition.state):
@@ -7797,7 +7796,7 @@ class EventKind:
     is_warning: bool = False
 
 
-EVENT_KINDS = {
+EVENT_KINDS: dict[str, EventKind] = {  # by state, or by the outcome of a run that has ended
     State.WAITS: EventKind("Waiting", "Run {run} waits: {why}"),
     State.RERUN: EventKind("Rerun", "{by} lets run {run} run again."),
     State.CLAIMED: EventKind("Claimed", "Run {run} is being deployed."),
@@ -7815,6 +7814,9 @@ EVENT_KINDS = {
         "Unjudged", "Run {run} stays, though its health was not known: {why}", is_warning=True
     ),
     State.DRIFTED: EventKind("SelectorChanged", "The selector was {by}.", is_warning=True),
+    Outcome.DEPLOYED: EventKind("Deployed", "Run {run} is live, and stays."),
+    Outcome.FAILED: EventKind("Failed", "Run {run} has failed: {why}", is_warning=True),
+    Outcome.SUPERSEDED: EventKind("Superseded", "Run {run} is not deployed: {why}"),
 }
 
 
@@ -7822,14 +7824,9 @@ def event_kind(transition: Transition) -> EventKind | None:
     """Return what an Event says of a Transition, None where there is to be none."""
     if transition.state is not State.ENDED:
         return EVENT_KINDS.get(transition.state)
-    if transition.outcome == Outcome.DEPLOYED:
-        return EventKind("Deployed", "Run {run} is live, and stays.")
-    if transition.outcome == Outcome.FAILED:
-        reason = transition.reason if transition.reason in {*Reason} else "Failed"
-        return EventKind(reason, "Run {run} has failed: {why}", is_warning=True)
-    if transition.outcome == Outcome.SUPERSEDED:
-        return EventKind("Superseded", "Run {run} is not deployed: {why}")
-    return None
+    kind = EVENT_KINDS.get(transition.outcome)
+    is_told = transition.outcome == Outcome.FAILED and transition.reason in {*Reason}
+    return replace(kind, reason=transition.reason) if kind and is_told else kind
 
 
 class Events:
@@ -7884,20 +7881,16 @@ class Events:
             try:
                 self.create(place, here)
             except HookError as failed:
-                self.count_failure(failed)
+                self.kubectl.metrics.reports_failed.labels("events").inc()
+                if not self.failing:  # of such failures in a row, the first is logged
+                    warn("Events not created", detail=str(failed))
+                self.failing = True
                 if isinstance(failed, KubectlError) and failed.kind == "Unreachable":
                     return AGAIN_SECONDS
             else:
                 self.failing = False
             self._taken = [t for t in self._taken if self.place(t) != place]
         return UNCHANGED_SECONDS
-
-    def count_failure(self, failed: HookError) -> None:
-        """Count that Events were not created, and log the first of such failures in a row."""
-        self.kubectl.metrics.reports_failed.labels("events").inc()
-        if not self.failing:
-            warn("Events not created", detail=str(failed))
-        self.failing = True
 
     def place(self, transition: Transition) -> tuple[str, str]:
         """Return the app of a Transition and its environment, "" for none."""
@@ -7917,7 +7910,10 @@ class Events:
         for transition in transitions:
             jobs = jobs_by_run.get(transition.run, {})
             job = jobs.get(transition.stage) or jobs.get("build") or jobs.get("test")
-            objects = [*standing, *([job_reference(job)] if job else [])]
+            objects = [*standing]
+            if job:
+                meta = {"name": job.name, "namespace": job.namespace, "uid": job.uid}
+                objects.append({"apiVersion": "batch/v1", "kind": "Job", "metadata": meta})
             for item in objects:
                 run = part_of(item, "metadata", "labels").get(LABEL_RUN)
                 if item["kind"] != "Deployment" or run == transition.run:
@@ -7983,12 +7979,6 @@ class Events:
             "lastTimestamp": stamp,
             "count": 1,
         }
-
-
-def job_reference(job: Job) -> Object:
-    """Return of a Job what an Event names."""
-    meta = {"name": job.name, "namespace": job.namespace, "uid": job.uid}
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta}
 
 
 class LogTails:
@@ -8142,6 +8132,7 @@ REQUESTS_OPEN = 4  # requests that are not answered in time, and still wait
 TOKEN = re.compile(r"[\x21-\x7e]{1,1000}")
 UNCHANGED = re.compile("Cannot transition status")
 UNKNOWN_PROJECT = re.compile("404 Project Not Found")
+OBSTACLES: dict[int, Obstacle] = {409: Obstacle.BUSY, 429: Obstacle.LIMITED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -8333,15 +8324,6 @@ class Project:
 
 
 @dataclass(frozen=True, slots=True)
-class GitLabRequest:
-    """One request to GitLab."""
-
-    method: str
-    url: str
-    fields: Mapping[str, str]  # in the query of a GET, else in the body
-
-
-@dataclass(frozen=True, slots=True)
 class GitLabAnswer:
     """What GitLab answered, its body cut off where it is too long; status 0 if it did not."""
 
@@ -8365,15 +8347,10 @@ class GitLabAnswer:
     def error(self) -> GitLabError:
         """Return why a request was not done."""
         text = self.failure or f"status {self.status}: {self.text}"
-        obstacle = Obstacle.REJECTED
+        away = not self.status or self.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR
+        obstacle = OBSTACLES.get(self.status, Obstacle.AWAY if away else Obstacle.REJECTED)
         if self.is_refusal:
             obstacle = Obstacle.REFUSED
-        elif self.status == http.HTTPStatus.CONFLICT:
-            obstacle = Obstacle.BUSY
-        elif self.status == http.HTTPStatus.TOO_MANY_REQUESTS:
-            obstacle = Obstacle.LIMITED
-        elif not self.status or self.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
-            obstacle = Obstacle.AWAY
         return GitLabError(obstacle, text, self.pause)
 
 
@@ -8407,7 +8384,7 @@ class GitLab:
         """Return the state of the newest status of that name, "" where there is none."""
         url = project.url("repository", "commits", commit, "statuses")
         fields = {"name": name, "per_page": "100", **branch_field(branch)}
-        answer = self._ask(project, GitLabRequest("GET", url, fields))
+        answer = self._ask(project, requests.Request("GET", url, params=fields))
         if answer.status != http.HTTPStatus.OK:
             raise answer.error()
         try:
@@ -8421,8 +8398,8 @@ class GitLab:
 
     def set_status(self, project: Project, commit: str, fields: Mapping[str, str]) -> bool:
         """Send a status; return whether that changed what GitLab shows."""
-        request = GitLabRequest("POST", project.url("statuses", commit), fields)
-        answer = self._ask(project, request)
+        url = project.url("statuses", commit)
+        answer = self._ask(project, requests.Request("POST", url, json=fields))
         if answer.status in (http.HTTPStatus.OK, http.HTTPStatus.CREATED):
             with suppress(*SHAPE_ERRORS):
                 if json.loads(answer.body)["status"] == fields["state"]:
@@ -8433,7 +8410,7 @@ class GitLab:
             return False
         raise answer.error()
 
-    def _ask(self, project: Project, request: GitLabRequest) -> GitLabAnswer:
+    def _ask(self, project: Project, request: requests.Request) -> GitLabAnswer:
         """Return the answer to a request with the first token that is good enough."""
         answer = GitLabAnswer(
             http.HTTPStatus.UNAUTHORIZED, f"file {GITLAB_TOKENS} has no token".encode()
@@ -8445,15 +8422,16 @@ class GitLab:
                 break
         return answer
 
-    def _answer(self, request: GitLabRequest, token: str) -> GitLabAnswer:
+    def _answer(self, request: requests.Request, token: str) -> GitLabAnswer:
         """Return the answer that comes in time.
 
         A thread waits for it, since one that drips would outlast every timeout of a socket. While
         it does, the commit is not asked about again: what was sent last may yet have its effect.
         """
-        if request.url in self._open or len(self._open) >= REQUESTS_OPEN:
+        url = str(request.url)
+        if url in self._open or len(self._open) >= REQUESTS_OPEN:
             return GitLabAnswer(0, failure="an earlier request has no answer yet")
-        self._open.add(request.url)
+        self._open.add(url)
         answers: queue.SimpleQueue[GitLabAnswer] = queue.SimpleQueue()
 
         def wait() -> None:
@@ -8463,37 +8441,35 @@ class GitLab:
             except (HookError, OSError, *SHAPE_ERRORS) as failure:
                 answer = GitLabAnswer(0, failure=first_cause(failure))
             finally:
-                self._open.discard(request.url)  # before the next request may be sent
+                self._open.discard(url)  # before the next request may be sent
             answers.put(answer)
 
         try:
             threading.Thread(target=wait, name="gitlab", daemon=True).start()
             return answers.get(timeout=self.deadline)
         except RuntimeError as full:
-            self._open.discard(request.url)
+            self._open.discard(url)
             return GitLabAnswer(0, failure=str(full))
         except queue.Empty:
             return GitLabAnswer(0, failure=f"no whole answer within {self.deadline:.0f} s")
 
-    def _exchange(self, request: GitLabRequest, token: str) -> GitLabAnswer:
+    def _exchange(self, request: requests.Request, token: str) -> GitLabAnswer:
         """Send a request, and read the beginning of its answer."""
         until = time.monotonic() + self.deadline
         session = self._sessions.pop() if self._sessions else new_session()
-        is_query = request.method == "GET"
+        prepared = session.prepare_request(request)
+        prepared.headers["PRIVATE-TOKEN"] = token
+        prepared.headers["User-Agent"] = f"{MANAGER}/{__version__}"
         authorities = self.surroundings.authorities()
         with memory_file(authorities) as bundle:
             trusted = path_of(bundle) if authorities else self.surroundings.public_authorities()
-            with session.request(
-                request.method,
-                request.url,
-                params=request.fields if is_query else None,
-                json=None if is_query else request.fields,
-                headers={"PRIVATE-TOKEN": token, "User-Agent": f"{MANAGER}/{__version__}"},
+            with session.send(
+                prepared,
                 timeout=self.deadline,
                 allow_redirects=False,
                 stream=True,
                 verify=trusted,
-                proxies=self.proxies(request.url),
+                proxies=self.proxies(str(request.url)),
             ) as response:
                 body = b""
                 for part in response.iter_content(8192):
