@@ -7932,10 +7932,8 @@ class Events:
 
     def standing(self, name: str, environment: str) -> list[Object]:
         """Return the live Service of an app and its Deployments; raises KubectlError."""
-        references = (
-            f"service/{self.apps[name].service_name}",
-            *(f"deployment/{name}-{colour}" for colour in COLOURS),
-        )
+        references = [f"service/{self.apps[name].service_name}"]
+        references += [f"deployment/{name}-{colour}" for colour in COLOURS]
         return [*filter(None, self.kubectl.get_each(self.namespaces[environment], *references))]
 
     def is_news(self, transition: Transition) -> bool:
@@ -8052,7 +8050,7 @@ class LogTails:
         oldest = self.clock.now() - LOG_TTL
         surplus = {meta["name"] for meta in metas[most:]}
         surplus |= {m["name"] for m in metas if epoch(m["creationTimestamp"]) < oldest}
-        surplus |= {m["name"] for m in metas if m["name"] == replaced}
+        surplus |= {replaced} & {m["name"] for m in metas}
         self.kubectl.delete("configmap", surplus, namespace)
 
 
@@ -8412,9 +8410,8 @@ class GitLab:
 
     def _ask(self, project: Project, request: requests.Request) -> GitLabAnswer:
         """Return the answer to a request with the first token that is good enough."""
-        answer = GitLabAnswer(
-            http.HTTPStatus.UNAUTHORIZED, f"file {GITLAB_TOKENS} has no token".encode()
-        )
+        missing = f"file {GITLAB_TOKENS} has no token".encode()
+        answer = GitLabAnswer(http.HTTPStatus.UNAUTHORIZED, missing)
         for token in self.tokens(project):
             answer = self._answer(request, token)
             if not answer.is_refusal:
@@ -14003,16 +14000,16 @@ class Markup:
     def link(self, words: str, *path: str) -> Html:
         """Return a link to another page of ours, to the first one without a path."""
         address = self.home + "/".join(quote(part, safe="") for part in path)
-        return Html(f'<a href="{html.escape(address or "./")}">{self.text(words)}</a>')
+        return self.tag("a", words, href=address or "./")
 
     def commit(self, app: App, commit: str) -> Html:
         """Return a commit, as a link to GitLab where the repository has a web address."""
         base = app.repository.removesuffix(".git")
-        if not (re.match("https?://", base) and SHA.fullmatch(commit)):
-            return self.tag("span", commit, class_="id")
-        address = html.escape(f"{base}/-/commit/{commit}")
         shown = self.tag("span", commit, class_="id")
-        return Html(f'<a href="{address}" rel="noreferrer noopener">{shown}</a>')
+        if not (re.match("https?://", base) and SHA.fullmatch(commit)):
+            return shown
+        address = f"{base}/-/commit/{commit}"
+        return self.tag("a", shown, href=address, rel="noreferrer noopener")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14078,10 +14075,9 @@ def place_of(
 ) -> EnvironmentStatus:
     """Return what is live in an environment, as far as it is in memory."""
     informer = context.informers.services.get(environment)
-    service = informer.find(app.service_name) if informer else None
+    service = (informer.find(app.service_name) if informer else None) or Service(NO_SERVICE)
     entry = state.live.get(environment)
     recorded = Service.from_entry(app.service_name, entry) if entry else None
-    service = service or Service(NO_SERVICE)
     source = service if service.history else recorded
     place = EnvironmentStatus.of(app, environment, service, source)
     reported = context.deployer.steady.live.remembered.drifts.get((app.name, environment))
@@ -14342,10 +14338,8 @@ def run_status(app: App, state: AppState, name: str, jobs: Mapping[str, Job]) ->
         now = "ended" if has_ended(jobs) else last.state
         status = replace(status, stage=last.stage, state=now, **end)
     rejection = state.rejected.get(run.commit)
-    is_live = any(
-        state.live.get(n, HistoryEntry()).run == name for n in app.deploy.environments[-1:]
-    )
-    if status.outcome != Outcome.DEPLOYED or not rejection or is_live:
+    live = [state.live.get(n, HistoryEntry()).run for n in app.deploy.environments[-1:]]
+    if status.outcome != Outcome.DEPLOYED or not rejection or name in live:
         return status
     detail = "" if rejection.reason == Reason.ROLLED_BACK else rejection.reason
     return replace(status, outcome=Outcome.ROLLED_BACK, reason=Reason.ROLLED_BACK, detail=detail)
@@ -14827,12 +14821,8 @@ class Tools:
         deployed = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
         credentials = secrets.directory / GIT_CREDENTIALS
         surroundings = Surroundings(variables=config.job_env, ca=process.ca)
-        git = Git(
-            credentials,
-            limit=config.limits.checkout,
-            deployed_refs=deployed,
-            surroundings=surroundings,
-        )
+        limit = config.limits.checkout
+        git = Git(credentials, limit=limit, deployed_refs=deployed, surroundings=surroundings)
         doors = Doors(
             kubectl=Kubectl(metrics, config.limits.kubectl),
             git=git,
@@ -14946,16 +14936,14 @@ SHIPPED_QUOTA = {
 def quota_warnings(config: Config) -> Iterator[str]:
     """Yield which test or build pods ask for more than the quota that is shipped ever allows."""
     nobody = Run(id="x", app="", ref="", commit="0" * 40)
-    for app in config.apps:
-        for stage, job in (("test", test_job), ("build", build_job)):
-            pod = job(config, app, nobody)["spec"]["template"]["spec"]
-            for name, limit in SHIPPED_QUOTA.items():
-                if (asked := pod_total(pod, *name.split("."))) > quantity(limit):
-                    where = (
-                        f"apps.{app.name}.{stage}: a pod asks for {name} of {asked.normalize():f}"
-                    )
-                    advice = f"Raise it in ResourceQuota {stage}-quota, or ask for less."
-                    yield f"{where}, but the shipped quota allows {limit}. {advice}"
+    stages = (("test", test_job), ("build", build_job))
+    for app, (stage, job) in itertools.product(config.apps, stages):
+        pod = job(config, app, nobody)["spec"]["template"]["spec"]
+        for name, limit in SHIPPED_QUOTA.items():
+            if (asked := pod_total(pod, *name.split("."))) > quantity(limit):
+                where = f"apps.{app.name}.{stage}: a pod asks for {name} of {asked.normalize():f}"
+                advice = f"Raise it in ResourceQuota {stage}-quota, or ask for less."
+                yield f"{where}, but the shipped quota allows {limit}. {advice}"
 
 
 def pod_total(pod: Object, kind: str, name: str) -> Decimal:
@@ -15077,20 +15065,15 @@ def read_environment(tools: Tools, app: App, environment: str) -> EnvironmentSta
         rollback_ready=bool(target) and len(ready) >= target.replicas,
         drift=operations.guard.drift(task, service, source),
         left_behind=tuple(other.name for other in operations.live.left_behind(task)),
-        companions=tuple(
-            sorted(str(record) for record in operations.companions.records(task).values())
-        ),
+        companions=tuple(sorted(map(str, operations.companions.records(task).values()))),
     )
 
 
-def read_runs(
-    tools: Tools, apps: Sequence[App], unreadable: list[str] | None = None
-) -> list[RunStatus]:
+def read_runs(tools: Tools, apps: Sequence[App], unreadable: list[str]) -> list[RunStatus]:
     """Return the runs of apps that have a Job or a record, newest first.
 
     Namespaces of Jobs that cannot be read are added to a list.
     """
-    unreadable = [] if unreadable is None else unreadable
     jobs: dict[str, dict[str, Job]] = {}
     for namespace in (tools.config.namespaces[stage] for stage in JOB_STAGES):
         address = list_address("jobs", namespace, f"{LABEL_MANAGED}={MANAGER}")
@@ -15141,7 +15124,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def explain(tools: Tools, args: argparse.Namespace) -> int:
     """Print how a run and its stages stand, and with --log what its failed containers printed."""
     app = tools.app_of(args.run)
-    runs = {run.run: run for run in read_runs(tools, [app])}
+    runs = {run.run: run for run in read_runs(tools, [app], [])}
     name = completed(args.run, runs) or args.run
     logs = list(kept_logs(tools, app, name)) if args.log else []
     if name in runs:
@@ -15151,9 +15134,8 @@ def explain(tools: Tools, args: argparse.Namespace) -> int:
         now = tools.doors.clock.now()
         values["received"] = f"{age(values['received'], now)} ago"
         values["next_try"] = runs[name].next_words(now)
-        values["tries"] = values["tries"] and str(values["tries"])
         for key in filter(values.get, values):
-            lines = printable(values[key]).split("\n")
+            lines = printable(str(values[key])).split("\n")
             title = key.removesuffix("_for")
             print_text(f"{title + ':':10}" + f"\n{'':10}".join(lines))
         for line in timeline(tools, app, name):
@@ -15339,7 +15321,7 @@ def head_to_rerun(tools: Tools, app: App, text: str) -> Run:
         now = tools.doors.clock.now()
         push = {"ref": ref, "commit": commit, "by": caller(tools), "delivery": RERUN}
         return Run(id=name, app=app.name, **push, received=now)
-    if run := completed(text, [entry.run for entry in read_runs(tools, [app])]):
+    if run := completed(text, [entry.run for entry in read_runs(tools, [app], [])]):
         raise RefusedError(f"{run} is not the head of a branch; only that can run again")
     raise RefusedError(f"{text} is unknown: neither a recorded run nor a branch's head has this id")
 
@@ -15434,7 +15416,7 @@ class Plan:
 
     def missing_rights(self) -> str:
         """Return what the daemon must be able to do, by its Roles, and the caller may not."""
-        reviews = self.access_reviews()
+        reviews = [*self.access_reviews()]
         stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": reviews})
         args = ("create", "-f", "-", "-o", 'jsonpath={.status.allowed}{"\\n"}', "--validate=false")
         answers = self.tools.doors.kubectl.run(*args, stdin=stdin).split()
@@ -15448,18 +15430,20 @@ class Plan:
         texts = [f"{', '.join(verbs)} {where}" for where, verbs in missing.items()]
         return "; ".join(texts) or "all there"
 
-    def access_reviews(self) -> list[Object]:
-        """Return by what to ask the API server for all that the daemon's Roles grant it here."""
+    def access_reviews(self) -> Iterator[Object]:
+        """Yield by what to ask the API server for all that the daemon's Roles grant it here."""
         namespaces = self.tools.config.namespaces
         tables = {ORCHESTRATION: STATE_RIGHTS}
         tables |= {namespaces[stage]: JOB_RIGHTS for stage in JOB_STAGES}
         tables |= {namespaces[name]: APP_RIGHTS for name in self.app.deploy.environments}
-        return [
-            access_review(namespace, resource, verb)
-            for namespace, rights in tables.items()
-            for resource, verbs in rights.items()
-            for verb in verbs.split()
-        ]
+        kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+        for namespace, rights in tables.items():
+            for path, verbs in rights.items():
+                group, resource, subresource = f"{path}/".split("/")[:3]
+                right = {"namespace": namespace, "group": group, "resource": resource}
+                right["subresource"] = subresource
+                for verb in verbs.split():
+                    yield {**kind, "spec": {"resourceAttributes": {**right, "verb": verb}}}
 
     def quota(self, namespace: str) -> str:
         """Return how much of each quota of a namespace is used, if the account may read that."""
@@ -15535,15 +15519,6 @@ class Plan:
         after = spec_lines(mask(json.loads(text)))
         lines = difflib.unified_diff(before, after, f"{name} now", f"{name} then", lineterm="")
         return "".join(f"\n  {line}" for line in lines)
-
-
-def access_review(namespace: str, path: str, verb: str) -> Object:
-    """Return by what to ask for a verb on a resource, whose path is group/resource/subresource."""
-    group, resource, subresource = f"{path}/".split("/")[:3]
-    right = {"group": group, "resource": resource, "subresource": subresource}
-    right |= {"namespace": namespace, "verb": verb}
-    kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
-    return {**kind, "spec": {"resourceAttributes": right}}
 
 
 def companion_lines(companions: Companions, task: Task, release: Release) -> list[str]:

@@ -332,7 +332,7 @@ def test_status_leaves_out_a_job_of_ours_that_is_of_no_stage() -> None:
         doors=SimpleNamespace(kubectl=kubectl),
         deployer=SimpleNamespace(state=state),
     )
-    assert hook.read_runs(tools, [app]) == []
+    assert hook.read_runs(tools, [app], []) == []
 
 
 def jobs_in_state(state: str, *names: str, ended: bool = False) -> list[dict[str, hook.Job]]:
