@@ -13717,7 +13717,7 @@ class PageWriter:
         newest_runs = self.look.runs[:NEWEST_RUNS]
         content = [
             self.tag("h2", "Environments"),
-            self.table(titles, rows) if rows else self.tag("p", "No app has an environment."),
+            self.table(titles, rows, "No app has an environment."),
             self.tag("h2", "Newest runs"),
             self.runs(newest_runs, len(self.look.runs)),
         ]
@@ -13734,9 +13734,7 @@ class PageWriter:
         content = [
             self.terms({"Repository": app.repository, "Branch": app.branch}),
             self.tag("h2", "Environments"),
-            self.table(("Environment", *PLACE_TITLES), rows)
-            if rows
-            else self.tag("p", "It has no environments."),
+            self.table(("Environment", *PLACE_TITLES), rows, "It has no environments."),
             self.tag("h2", "Runs"),
             self.runs(runs[:APP_RUNS], len(runs)),
             self.tag("h2", "Switches") if places else Html(),
@@ -13816,9 +13814,8 @@ class PageWriter:
 
     def runs(self, runs: Sequence[ReportedRun], total: int) -> Html:
         """Return the table of runs, newest first, and how many more there are."""
-        if not runs:
-            return self.tag("p", "There is no run yet.")
-        shown = self.table(RUN_TITLES, [self.run_cells(seen) for seen in runs])
+        rows = [self.run_cells(seen) for seen in runs]
+        shown = self.table(RUN_TITLES, rows, "There is no run yet.")
         if len(runs) == total:
             return shown
         more = self.tag("p", f"These are the newest {len(runs)} of {total} runs.", class_="soft")
@@ -13891,19 +13888,17 @@ class PageWriter:
             badge = self.badge(view.word, view.kind)
             moments = (self.whole_moment(view.began), self.whole_moment(view.ended), view.took)
             rows.append([stage, badge, *moments, self.lines(view.text)])
-        return self.table(STAGE_TITLES, rows)
+        return self.table(STAGE_TITLES, rows, "")
 
     def switches(self, place: EnvironmentStatus) -> Html:
         """Return the history of an environment: its switches, newest first."""
-        head = self.tag("h3", place.environment)
-        if not place.history:
-            return Html(head + self.tag("p", "Nothing was switched yet."))
         rows = []
         for entry in place.history:
             why = ": ".join(filter(None, (entry.reason, entry.detail)))
             words = (entry.outcome or "not confirmed", entry.by or MANAGER, why)
             rows.append([self.whole_moment(entry.at), self.version(entry), *words])
-        return Html(head + self.table(SWITCH_TITLES, rows))
+        shown = self.table(SWITCH_TITLES, rows, "Nothing was switched yet.")
+        return Html(self.tag("h3", place.environment) + shown)
 
     def log(self, status: RunStatus, app: App) -> Html:
         """Return the kept log of a run, or why there is none."""
@@ -13919,8 +13914,10 @@ class PageWriter:
         none = "No log is kept: logs are kept for a day, and only of what failed."
         return Html("".join(blocks)) if blocks else self.tag("p", none)
 
-    def table(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
-        """Return a table whose first cell of each row is its head; each cell knows its title."""
+    def table(self, titles: Sequence[str], rows: Sequence[Sequence[str]], none: str) -> Html:
+        """Return a table, in each row first its head; without rows it is what is said of `none`."""
+        if not rows:
+            return self.tag("p", none)
         heads = [self.tag("th", title, scope="col", role="columnheader") for title in titles]
         body = []
         for row in rows:
@@ -15381,8 +15378,7 @@ class Plan:
         for name in self.app.deploy.environments:
             # by tag, since it has no digest before it is built
             image = f"{self.app.build.image}:{self.run.commit[:8]}"
-            task = task_of(self.tools.config, self.app, name, self.run)
-            task = replace(task, image=image)
+            task = replace(task_of(self.tools.config, self.app, name, self.run), image=image)
             self.print_one(f"{name}, live", self.live_version, task)
             self.print_one(f"{name}, next", self.next_version, task, checkout)
 
@@ -15525,11 +15521,8 @@ def companion_lines(companions: Companions, task: Task, release: Release) -> lis
     """Return what deploying a release would do to each object beside an app, a line for each."""
     wanted = release.companions_for(task.app.name)
     records: dict[Identity, CompanionRecord] = {}
-    try:
+    with noting_unreadable(task.namespace, []):  # the caller's account may be a reader's
         records = companions.records(task)
-    except KubectlError as refused:
-        if refused.kind not in UNREADABLE_KINDS:  # the caller's account may be a reader's
-            raise
     plain = records_of(task, release.plain_budgets)
     listed = [*plain, *records.values(), *records_of(task, wanted)]
     if not listed:
