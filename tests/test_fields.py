@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gitops_hook import SET_FIELDS, App, Placement, StageError, render
+from gitops_hook import MIN_READY_SECONDS, App, Placement, StageError, render
 from tests.schemas import document
 from tests.test_app_manifests import (
     BUILT,
@@ -31,6 +31,44 @@ LIST = "[]"
 # What rendering reads must have a sense, and so must what is compared with the environment.
 VALUES = {"namespace": "production", "targetPort": "http"}
 SHAPELESS = "not well formed"
+# What rendering sets, by field: `Pod` stands for the template, and `*` for anything in between.
+# Every other field is as the commit has it. The README has this table.
+SET_FIELDS = {
+    "Deployment.metadata.name": "`APP-blue` or `APP-green`",
+    "*.metadata.namespace": "the namespace of the environment",
+    "*.metadata.labels": "yours, `gitops-hook/*`, `app.kubernetes.io/managed-by` and the colour",
+    "*.metadata.annotations": "yours and `gitops-hook/*`",
+    "Deployment.spec.selector": "`gitops-hook/app` and the colour",
+    "Deployment.spec.replicas": (
+        "as many as the live version has, if you say nothing or have an autoscaler"
+    ),
+    "Deployment.spec.progressDeadlineSeconds": (
+        "the longest of yours, `deploy.rollout_timeout` and 20 s for each replica"
+    ),
+    "Deployment.spec.paused": "`false`",
+    "Deployment.spec.minReadySeconds": f"{MIN_READY_SECONDS} if you say nothing",
+    "Deployment.spec.revisionHistoryLimit": "3 if you say nothing",
+    "Deployment.spec.strategy": "`maxSurge: 1` and `maxUnavailable: 0` if you say nothing",
+    "Pod.metadata.labels": (
+        "yours, those of the Deployment's selector and `gitops-hook/run`; "
+        "`app.kubernetes.io/managed-by` if you say nothing; the colour is `version`, or "
+        "`gitops-hook/colour` if you use `version`"
+    ),
+    "Pod.spec.containers.image": (
+        "the built image, by digest, for `build.image` and for the app's name; "
+        "for the image of the only container, if the pod names neither"
+    ),
+    "Pod.spec.containers.readinessProbe": "`deploy.health.path`, if set and you say nothing",
+    "Pod.spec.containers.lifecycle.preStop": "a sleep of 5 s if you say nothing",
+    "Pod.spec.*.configMap*.name": "the name of the ConfigMap's copy",
+    "Pod.spec.topologySpreadConstraints.labelSelector.matchLabels": (
+        "yours and the colour, if it selects the app's pods"
+    ),
+    "Pod.spec.affinity.podAntiAffinity.*.labelSelector.matchLabels": "the same",
+    "Service.spec.selector": "`gitops-hook/app`, `gitops-hook/run` and the colour",
+    "ConfigMap.metadata.name": "yours with a hash of the content",
+    "ConfigMap.immutable": "`true`",
+}
 
 Path = tuple[str, ...]
 

@@ -17,6 +17,7 @@ from tests import prose
 from tests.deliveries import Receiver
 from tests.settings import settings_by_path
 from tests.test_app_manifests import checked_objects
+from tests.test_fields import SET_FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -71,7 +72,7 @@ def reasons() -> str:
 
 
 def fields() -> str:
-    rows = [(f"`{field}`", words) for field, words in gitops_hook.SET_FIELDS.items()]
+    rows = [(f"`{field}`", words) for field, words in SET_FIELDS.items()]
     return table(("field", "what it becomes"), rows)
 
 
