@@ -78,7 +78,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from enum import IntEnum, StrEnum
 from fnmatch import fnmatchcase
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
@@ -1424,9 +1424,8 @@ class Secrets:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        # what was read or computed last, by what it was made of
+        # what was read last, by the state of the file
         self._files: dict[str, dict[tuple[int, int, int], list[bytes]]] = {}
-        self._words: dict[tuple[bytes, ...], list[str]] = {}
 
     def keys(self, mode: str) -> list[bytes]:
         """Return the keys to verify deliveries with; raises ConfigError if one is unusable."""
@@ -1445,12 +1444,8 @@ class Secrets:
 
     def words(self) -> list[str]:
         """Return what `mask_value` is not to show: every secret, and the passwords in URLs."""
-        lines = tuple(line for name in SECRET_FILES for line in self.lines(name))
-        words = self._words.get(lines)
-        if words is None:
-            words = secret_words(line.decode("utf-8", "replace") for line in lines)
-            self._words = {lines: words}
-        return words
+        lines = (line for name in SECRET_FILES for line in self.lines(name))
+        return secret_words(tuple(line.decode("utf-8", "replace") for line in lines))
 
     def lines(self, name: str) -> list[bytes]:
         """Return the secrets in a file, without white space around them; none if it is absent."""
@@ -1524,7 +1519,8 @@ SECRET_HINTS = ["://", "akia", "asia", "eyj", "bearer", "basic", "passw", "passp
 SECRET_HINTS += ["secret", "token", "key", "_pass", "-pass", *TOKEN_PREFIXES]
 
 
-def secret_words(lines: Iterable[str]) -> list[str]:
+@lru_cache(maxsize=4)  # since each log line asks
+def secret_words(lines: tuple[str, ...]) -> list[str]:
     """Return what must not be shown, longest first: secrets, and the passwords in their URLs."""
     words = {*lines}
     users = [user for line in words for user in re.findall(r"://([^/\s]+)@", line)]
@@ -3912,7 +3908,7 @@ REFUSED_FIELDS = {
     "tcpSocket.host": ASKS,
     "annotations.kubectl.kubernetes.io/last-applied-configuration": WRITTEN,
     "annotations.deployment.kubernetes.io/revision": WRITTEN,
-    **{f"{kind}.*": WRITTEN for kind in (*KINDS, AUTOSCALER, BUDGET, "CronJob")},
+    **{f"{kind}.*": WRITTEN for kind in COMPANION_KINDS},
     "metadata.*": "is set by the cluster, or ties the object to others. Remove it.",
     "volumes.*": "reaches the node or a disk past the cluster. Use a persistentVolumeClaim.",
     "sources.*": "gives the pod credentials of the cluster. Mount a Secret of this namespace.",
@@ -3920,10 +3916,8 @@ REFUSED_FIELDS = {
 OBJECT_FIELDS = {"apiVersion", "kind", "metadata"}
 # Under these keys no other fields may stand; REFUSED_FIELDS has what is said of others as `key.*`.
 ALLOWED_FIELDS = {
-    "Deployment": {*OBJECT_FIELDS, "spec"},
-    "Service": {*OBJECT_FIELDS, "spec"},
+    **{kind: {*OBJECT_FIELDS, "spec"} for kind in COMPANION_KINDS},
     "ConfigMap": {*OBJECT_FIELDS, *CONFIGMAP_DATA, "immutable"},
-    **{kind: {*OBJECT_FIELDS, "spec"} for kind in (AUTOSCALER, BUDGET, "CronJob")},
     "metadata": {"name", "namespace", "labels", "annotations"},
     "volumes": {
         *("name", "configMap", "secret", "emptyDir", "projected", "downwardAPI", "csi"),
@@ -3937,6 +3931,10 @@ BY_HAND = "List {entry} in deploy.ignore and apply it by hand"
 BY_OTHERS = "list {entry} in deploy.ignore and apply it by hand"
 LISTED = "List {kind} in deploy.companions to have it applied, or {entry} in deploy.ignore."
 ADMINISTRATOR = f"It concerns the whole cluster. {BY_HAND}."
+CLUSTER_KINDS = (
+    *("Namespace", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"),
+    *("PersistentVolume", "StorageClass", "PriorityClass", "IngressClass", "RuntimeClass"),
+)
 KIND_ADVICE = {
     **dict.fromkeys(sorted(NEVER_COMPANIONS), f"{BY_HAND}."),
     "Secret": "Create it by hand in each namespace, and remove it from git.",
@@ -3947,14 +3945,7 @@ KIND_ADVICE = {
     "StatefulSet": LISTED,
     "PersistentVolumeClaim": f"{BY_HAND}; the pods of both colours use it at once.",
     "ServiceAccount": f"{BY_HAND}; deploy.service_accounts lets pods run as it.",
-    **dict.fromkeys(
-        ("Namespace", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"),
-        ADMINISTRATOR,
-    ),
-    **dict.fromkeys(
-        ("PersistentVolume", "StorageClass", "PriorityClass", "IngressClass", "RuntimeClass"),
-        ADMINISTRATOR,
-    ),
+    **dict.fromkeys(CLUSTER_KINDS, ADMINISTRATOR),
     "": LISTED,
 }
 
@@ -7281,6 +7272,8 @@ def narrowed(
 # How runs ended and which commits are rejected: a ConfigMap for each app, a key for each record, so
 # that what one app leaves in it neither stops nor delays another.
 
+COPIED_FIELDS = ("id", "ref", "commit", "before", "by", "delivery", "received")  # of a run
+
 
 def recorded_ref(ref: str) -> str:
     """Return a ref as it is recorded: of a long one the beginning and a hash."""
@@ -7317,8 +7310,8 @@ class RunRecord:
     @classmethod
     def of(cls, run: Run) -> RunRecord:
         """Return the record of a run that has just begun."""
-        copied = ("id", "commit", "before", "by", "delivery", "received")
-        return cls(ref=recorded_ref(run.ref), **{name: getattr(run, name) for name in copied})
+        copied = {name: getattr(run, name) for name in COPIED_FIELDS}
+        return cls(**{**copied, "ref": recorded_ref(run.ref)})
 
     def started_again(self, run: Run) -> RunRecord:
         """Return the record of another try of the run; a push of it has all its tries before it."""
@@ -7448,24 +7441,21 @@ def record_text(record: AnyRecord) -> str:
 class AppState:
     """What is recorded of one app."""
 
-    runs: dict[str, RunRecord]  # by id
-    rejected: dict[str, Rejection]  # by commit
-    live: dict[str, HistoryEntry]  # the history entry of what is live, by environment
-    version: str  # the ConfigMap's resourceVersion, empty where there is none
-    repairs: dict[str, str | None]  # what is to be written because of what was read
+    version: str = ""  # the ConfigMap's resourceVersion, empty where there is none
+    runs: dict[str, RunRecord] = dataclass_field(default_factory=dict)  # by id
+    rejected: dict[str, Rejection] = dataclass_field(default_factory=dict)  # by commit
+    # the history entry of what is live, by environment
+    live: dict[str, HistoryEntry] = dataclass_field(default_factory=dict)
+    # what is to be written because of what was read
+    repairs: dict[str, str | None] = dataclass_field(default_factory=dict)
     statuses: dict[str, StatusRecord] = dataclass_field(default_factory=dict)  # by id of the run
     companions: dict[str, CompanionRecord] = dataclass_field(default_factory=dict)  # by key
-
-    @classmethod
-    def empty(cls) -> AppState:
-        """Return what is recorded of an app of which nothing is."""
-        return cls({}, {}, {}, "", {})
 
     @classmethod
     def from_configmap(cls, app: App, configmap: Object | None) -> AppState:
         """Return what a ConfigMap records; what cannot be read is dropped, with an error."""
         meta = (configmap or {}).get("metadata") or {}
-        state = cls({}, {}, {}, str(meta.get("resourceVersion", "")), {})
+        state = cls(str(meta.get("resourceVersion", "")))
         dropped = []
         for key, text in ((configmap or {}).get("data") or {}).items():
             try:
@@ -7525,8 +7515,7 @@ class AppState:
 
 def run_of_record(app: App, record: RunRecord) -> Run:
     """Return the run that a record is of."""
-    copied = ("id", "ref", "commit", "before", "by", "delivery", "received")
-    return Run(app=app.name, **{name: getattr(record, name) for name in copied})
+    return Run(app=app.name, **{name: getattr(record, name) for name in COPIED_FIELDS})
 
 
 def config_hash(app: App) -> str:
@@ -14003,7 +13992,7 @@ class Look:
 def look_at(context: ControllerContext) -> Look:
     """Return what is in memory now, whatever other threads change; the cluster is not asked."""
     seen_states = {name: context.state.last(app) for name, app in context.apps.items()}
-    states = {name: state or AppState.empty() for name, state in seen_states.items()}
+    states = {name: state or AppState() for name, state in seen_states.items()}
     runs = context.observed_runs(states)
     runs.sort(key=lambda seen: (-seen.run.received, seen.run.id))
     notices = []
@@ -15044,7 +15033,7 @@ def read_runs(tools: Tools, apps: Sequence[App], unreadable: list[str]) -> list[
     slots = slot_words(jobs.values(), tools.config.limits.max_running)
     runs: list[RunStatus] = []
     for app in apps:
-        state = AppState.empty()
+        state = AppState()
         with noting_unreadable(ORCHESTRATION, unreadable):
             state = tools.deployer.state.read(app)
         own = {name: group for name, group in jobs.items() if newest_run(group).app == app.name}

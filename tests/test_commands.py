@@ -326,7 +326,7 @@ def test_status_leaves_out_a_job_of_ours_that_is_of_no_stage() -> None:
     stray["metadata"] |= {"resourceVersion": "1", "uid": "u"}
     stray["metadata"]["labels"][hook.LABEL_STAGE] = "release"
     kubectl = SimpleNamespace(pages=lambda *_: [{"items": [stray]}])
-    state = SimpleNamespace(read=lambda _: hook.AppState({}, {}, {}, "", {}))
+    state = SimpleNamespace(read=lambda _: hook.AppState())
     tools: Any = SimpleNamespace(
         config=hook.load_config(CONFIG),
         doors=SimpleNamespace(kubectl=kubectl),

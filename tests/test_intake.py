@@ -378,7 +378,7 @@ def test_a_push_whose_id_another_push_has_gets_a_longer_one(
     synced(controller)
     push = a_run(NEW)
     other = replace(a_run(OLD, "refs/heads/other"), id=push.id)
-    state = hook.AppState({}, {}, {}, "", {})
+    state = hook.AppState()
     if where == "a Job":
         controller.informers.jobs[0]._take("ADDED", a_manifest(controller, other))
     elif where == "a record":
@@ -402,7 +402,7 @@ def test_a_push_that_has_a_run_of_version_0_1_keeps_its_id(controller: Any) -> N
     push = a_run(NEW)
     old = replace(push, id=hook.run_ids(*hook.run_key(push))[-1])
     controller.informers.jobs[0]._take("ADDED", a_manifest(controller, old))
-    state = hook.AppState({}, {}, {}, "", {})
+    state = hook.AppState()
     assert controller.intake.ids_of(shop(controller), state, [push]) == {push: old.id}
 
 
