@@ -1982,10 +1982,7 @@ class Spool:
             path.rename(self.directory / "bad" / path.name)
 
     def done(self, path: Path) -> None:
-        """Remove a push that the cluster has or that needs nothing more; raises OSError.
-
-        A file that cannot be removed still counts as stored.
-        """
+        """Remove a push that needs nothing more; raises OSError, and then it is still stored."""
         self.accepted.write(self._deliveries.get(path.name, ""))
         try:
             path.unlink(missing_ok=True)
@@ -2164,10 +2161,7 @@ class Kubectl:
         return dict(json.loads(printed)) if printed else None
 
     def get_each(self, namespace: str, *references: str) -> Sequence[Object | None]:
-        """Return objects such as "service/shop", read in this order; None where there is none.
-
-        It is one call for all, since the start of kubectl takes longest.
-        """
+        """Return objects such as "service/shop" in this order by one call; None: there is none."""
         args = ("get", *references, "-o", "json", "--ignore-not-found")
         items = printed_objects(self.run(*args, namespace=namespace))
         by_reference = {f"{o['kind'].lower()}/{o['metadata']['name']}": o for o in items}
@@ -2235,10 +2229,7 @@ class Kubectl:
         return {}
 
     def read(self, objects: Sequence[Object], namespace: str) -> Sequence[Object]:
-        """Return those of some objects of any kinds that are there, read in this order.
-
-        What is given is their apiVersion, kind and name. They take one call.
-        """
+        """Return which objects of an apiVersion, kind and name are there, in order, by one call."""
         stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
         args = ("get", "-f", "-", "-o", "json", "--ignore-not-found")
         return printed_objects(self.run(*args, namespace=namespace, stdin=stdin))
@@ -2439,11 +2430,8 @@ def start_program(
 
 
 def program_path(name: str) -> str:
-    """Return where a program is: on the PATH, or beside the interpreter; raises ConfigError.
-
-    A virtual environment has kubectl beside it.
-    """
-    beside = str(Path(sys.executable).parent)
+    """Return where a program is: on the PATH, or beside the interpreter; raises ConfigError."""
+    beside = str(Path(sys.executable).parent)  # where a virtual environment has kubectl
     if path := shutil.which(name) or shutil.which(name, path=beside):
         return path
     raise ConfigError([f"{name} cannot be started: {os.strerror(errno.ENOENT)}"])
@@ -2740,11 +2728,8 @@ class Surroundings:
 
     def public_authorities(self) -> str:
         """Return the path of the file with the public authorities."""
-        files = (
-            os.environ.get("GIT_SSL_CAINFO", ""),
-            *PUBLIC_AUTHORITIES,
-            requests.utils.DEFAULT_CA_BUNDLE_PATH,
-        )
+        chosen = os.environ.get("GIT_SSL_CAINFO", "")
+        files = (chosen, *PUBLIC_AUTHORITIES, requests.utils.DEFAULT_CA_BUNDLE_PATH)
         return next((file for file in files if file and Path(file).is_file()), os.devnull)
 
 
@@ -2789,19 +2774,16 @@ class Git:
         credentials = [c for c in map(Credential.parse, lines) if c is not None]
         logins = logins_for(credentials, url)
         logins.sort(key=lambda login: login != self._accepted.get(url))
-        *first, last = logins
-        for login in first:
+        while True:
+            login, *logins = logins
             try:
                 printed = self.run(*args, login=login, **how)
             except GitError as failure:
-                if not CREDENTIAL_REFUSED.search(failure.stderr):
+                if not (logins and CREDENTIAL_REFUSED.search(failure.stderr)):
                     raise
-                continue
-            self._accepted[url] = login
-            return printed
-        printed = self.run(*args, login=last, **how)
-        self._accepted[url] = last
-        return printed
+            else:
+                self._accepted[url] = login
+                return printed
 
     def run(
         self,
@@ -3413,8 +3395,12 @@ def test_job(config: Config, app: App, run: Run) -> Object:
     for service in settings.services:
         pod["initContainers"] += [with_variables(service_container(service), config.job_env)]
         pod["volumes"] += service_volumes(service)
-    if settings.cache:
-        add_cache(pod, settings.cache, "deploy" if run.branch == app.branch else "branches")
+    if settings.cache:  # of its own for each kind of branch: it is a way into what comes later
+        folder = "deploy" if run.branch == app.branch else "branches"
+        mount = {"name": "cache", "mountPath": CACHE, "subPath": folder}
+        pod["containers"][0]["volumeMounts"] = [*tests["volumeMounts"], mount]
+        claim = {"claimName": settings.cache}
+        pod["volumes"] += [{"name": "cache", "persistentVolumeClaim": claim}]
     return job
 
 
@@ -3448,14 +3434,6 @@ def service_volumes(service: ServiceSettings) -> list[Object]:
     disk = with_disk_limit(service.resources, DISK_LIMITS["service"])["limits"][DISK]
     names = (f"{service.name}-{n}" for n in range(1 + len(service.writable)))
     return [{"name": name, "emptyDir": {"sizeLimit": disk}} for name in names]
-
-
-def add_cache(pod: Object, claim: str, folder: str) -> None:
-    """Mount a folder of a claim in the test container: a cache is a way into what comes later."""
-    pod["volumes"] += [{"name": "cache", "persistentVolumeClaim": {"claimName": claim}}]
-    (tests,) = pod["containers"]
-    mount = {"name": "cache", "mountPath": CACHE, "subPath": folder}
-    tests["volumeMounts"] = [*tests["volumeMounts"], mount]
 
 
 def build_job(config: Config, app: App, run: Run) -> Object:
@@ -3716,9 +3694,8 @@ class ReportCounts:
         elif element.tag in REPORT_SUITES:
             self.is_report = True
             element.name = f"suite {attributes.get('name', '')[:NAME_READ]}"
-            element.declared = sum(
-                attribute_number(attributes.get(key, "")) for key in REPORT_COUNTS
-            )
+            counts = [attributes.get(key, "") for key in REPORT_COUNTS]
+            element.declared = sum(int(n) for n in counts if re.fullmatch("[0-9]{1,9}", n))
         elif self._open:
             parent = self._open[-1]
             parent.is_skipped |= element.tag == "skipped"
@@ -3754,21 +3731,13 @@ class ReportCounts:
 
 
 def explained(element: ReportElement) -> str:
-    """Return what failed, and below it the first lines of its message and of its traceback.
-
-    A message that the traceback repeats is left out.
-    """
+    """Return what failed, and below it the first lines of its message and of its traceback."""
     lines = [line.rstrip() for line in element.text.split("\n") if line.strip()][:REASON_LINES]
     message = [line.rstrip() for line in element.message.split("\n") if line.strip()][:3]
-    if message and not any(message[0] in line for line in lines):
+    if message and not any(message[0] in line for line in lines):  # it does not repeat it
         lines = [*message, *lines]
     shown = (f"    {printable(line)[:300]}" for line in lines)
     return "\n".join([clip(element.name, 200), *shown])
-
-
-def attribute_number(text: str) -> int:
-    """Return the number in an attribute, 0 for what is none."""
-    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
 
 # === app manifests ================================================================================
@@ -3990,10 +3959,7 @@ class Faults:
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Collect the faults for which the block is refused, and go on after it.
-
-        One of them is that what the block reads has another shape.
-        """
+        """Collect what the block is refused for, another shape than expected too, and go on."""
         try:
             yield
         except ManifestError as refusal:
@@ -4013,8 +3979,7 @@ class Faults:
 def read_manifests(root: Path, path: str) -> list[Manifest]:
     """Return the objects of an app's manifests folder, plain or built by kustomize.
 
-    kubectl reads both, without a cluster. Raises StageError that names all that cannot be read, and
-    ConfigError where the system cannot keep kubectl from the network.
+    Raises StageError, and ConfigError where the system cannot keep kubectl from the network.
     """
     root = root.resolve()
     directory = (root / path).resolve()
@@ -4204,10 +4169,7 @@ def named_files(there: Set[str], folder: Path, text: str) -> Iterator[Path]:
 
 
 def places_of(kind: str, name: str, written: Iterable[Written]) -> list[Path]:
-    """Return in which files an object seems to be written, as what is nearest to its name.
-
-    There are none where that is no help.
-    """
+    """Return the files with what is nearest to an object's name, none where that is no help."""
     alike = [w for w in written if w.kind == kind and w.name in name]  # prefix and suffix
     longest = max((len(w.name) for w in alike), default=0)
     files = [*dict.fromkeys(w.file for w in alike if len(w.name) == longest)]
@@ -4355,15 +4317,10 @@ def is_aimed_at(item: Object, deployment: Object) -> bool:
 def check_objects(
     app: App, namespace: str, manifests: Iterable[Manifest], environment: str, faults: Faults
 ) -> AppObjects:
-    """Return the objects of an app, and collect what is refused of them.
-
-    Raises ManifestError with everything that is refused where the objects are not complete.
-    """
+    """Return the objects of an app, and collect faults; raises ManifestError if one is missing."""
     chosen = SortedManifests(app, manifests)
     faults.add(map(Fault, chosen.faults(namespace, environment)))
-    if not chosen.is_complete:
-        faults.require_none()
-    return chosen.objects()
+    return chosen.objects(faults)
 
 
 class SortedManifests:
@@ -4397,15 +4354,11 @@ class SortedManifests:
         """Return the manifests of one of our kinds."""
         return [m for m in self.used if (m.kind, m.version) == (kind, KINDS[kind])]
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the app has its Service and its Deployment."""
-        return self.front is not None and self.service is not None
-
-    def objects(self) -> AppObjects:
-        """Return the objects of the app, of which nothing is refused."""
+    def objects(self, faults: Faults) -> AppObjects:
+        """Return the objects of the app; raises ManifestError where one of them is missing."""
         if self.front is None or self.service is None:
-            raise AssertionError("what is refused has no objects")
+            faults.require_none()
+            raise AssertionError("what is missing is a fault")
         configmaps = (m for m in self.of_kind("ConfigMap") if m.name in self.configmaps)
         copied = {m.name: m.content for m in configmaps}
         ignored = [m.where for m in self.all if self.app.deploy.ignores(m.kind, m.name)]
@@ -4757,7 +4710,10 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
         objects = copy.deepcopy(objects)
     with faults.collect():
         service = rendered_service(app, objects.service, selector)
-    copies = rendered_copies(app, objects, faults)
+    copies: dict[str, Object] = {}  # of ConfigMaps, by the names in the manifests
+    for name, item in objects.configmaps.items():
+        with faults.collect():
+            copies[name] = configmap_copy(app, item)
     companions = rendered_companions(app, objects, image, copies, faults)
     with faults.collect():
         pod = objects.deployment["spec"]["template"]["spec"]
@@ -4769,8 +4725,7 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
             if service:
                 set_probes(app, pod, service["spec"]["ports"])
     with faults.collect():
-        limits = objects.size_limits
-        deployment = rendered_deployment(app, objects.deployment, selector, placement, limits)
+        deployment = rendered_deployment(app, objects, selector, placement)
         deployment["metadata"]["annotations"][ANNOTATION_COMMIT] = run.commit
     faults.require_none()
     rendered = (deployment, [*copies.values()], service, companions)
@@ -4779,23 +4734,12 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
     return release
 
 
-def rendered_copies(app: App, objects: AppObjects, faults: Faults) -> dict[str, Object]:
-    """Return the immutable copies of an app's ConfigMaps, by the names in the manifests."""
-    copies: dict[str, Object] = {}
-    for name, item in objects.configmaps.items():
-        with faults.collect():
-            copies[name] = configmap_copy(app, item)
-    return copies
-
-
 def rendered_deployment(
-    app: App,
-    written: Object,
-    selector: Mapping[str, str],
-    placement: Placement,
-    limits: SizeLimits | None = None,
+    app: App, objects: AppObjects, selector: Mapping[str, str], placement: Placement
 ) -> Object:
     """Return a run's Deployment in its placement, as large as it is to be."""
+    limits = objects.size_limits
+    written = objects.deployment
     name = f"{app.name}-{placement.colour}"
     deployment = new_object("Deployment", name, selector, written["metadata"])
     committed = None if limits else written["spec"].get("replicas")
@@ -4945,23 +4889,14 @@ def built_names(app: App, pod: Object) -> set[str]:
 
 
 def put_image(names: Set[str], pod: Object, image: str) -> None:
-    """Put the built image wherever a pod means it; end the run if it is not by digest.
-
-    If nothing is built, every image must already be named by digest.
-    """
-    if not names:
-        require_digests(pod)
-    for container in all_containers(pod):
-        if repository_of(container["image"]) in names:
-            container["image"] = image
-
-
-def require_digests(pod: Object) -> None:
-    """Raise StageError for an image that is not named by digest."""
-    images = [c["image"] for c in all_containers(pod)]
+    """Put the built image wherever a pod means it; if none is built, all must have a digest."""
+    images = [] if names else [c["image"] for c in all_containers(pod)]
     if loose := [i for i in images if not DIGEST.fullmatch(i.partition("@")[2])]:
         why = "build.builder is none, so every image must be"
         refuse(f"The image {clip(loose[0], 120)!r} is not named by digest. {why}.")
+    for container in all_containers(pod):
+        if repository_of(container["image"]) in names:
+            container["image"] = image
 
 
 def all_containers(pod: Object) -> list[Object]:
@@ -5010,10 +4945,7 @@ def set_probes(app: App, pod: Object, ports: Sequence[Object]) -> None:
 
 
 def set_readiness_probe(health: Health, pod: Object, ports: Sequence[Object]) -> None:
-    """Add a readiness probe where the app has none and the settings name a path.
-
-    Raises StageError where the Service, the settings or a probe ask for what cannot be asked.
-    """
+    """Add a readiness probe if there is none and one is set; refuse what cannot be asked."""
     if not tcp_ports(ports):
         refuse("The Service has no TCP port, so its health cannot be judged. Add one.")
     running = running_containers(pod)
@@ -5246,11 +5178,8 @@ def spread_selectors(pod: Object) -> list[Object]:
     return [part for key, part in parts if key == "labelSelector" and isinstance(part, dict)]
 
 
-def wanted_size(committed: int | None, live: int, limits: SizeLimits | None = None) -> int:
-    """Return how many pods a version is to have: as committed, else as many as the live one.
-
-    An autoscaler's limits are kept to.
-    """
+def wanted_size(committed: int | None, live: int, limits: SizeLimits | None) -> int:
+    """Return how many pods a version has: as committed, else as the live one, within limits."""
     if committed is None and limits:
         return min(max(live, limits.least), limits.most, MOST_REPLICAS)
     if committed is None:
@@ -7233,10 +7162,7 @@ def history_after_move(
 
 
 def rollback_entry(service: Service, to: int | str) -> HistoryEntry:
-    """Return the history entry that a rollback goes to: so many proven versions back, or a run's.
-
-    Raises RefusedError where there is none, or it is what is to be left.
-    """
+    """Return what a rollback goes to, by versions back or by its run; raises RefusedError."""
     runs = ", ".join(dict.fromkeys(e.run for e in service.history if e.run)) or "none"
     if isinstance(to, int):
         if service.history and not (service.live or service.run):
