@@ -739,6 +739,30 @@ def test_what_is_there_already_is_refused_with_the_way_to_hand_it_over() -> None
     assert said == "CronJob/x belongs to app cart; rename one of the two"
 
 
+class Refusing(MemoryKubectl):
+    """A cluster in which kubectl ends with these words."""
+
+    def __init__(self, code: int, words: str) -> None:
+        super().__init__([])
+        self.failure = hook.KubectlError(["kubectl"], code, words)
+
+    def write(self, verb: str, items: Sequence[Object], _namespace: str, *options: str) -> None:
+        """Fail."""
+        raise self.failure
+
+
+STARTING = 'Error from server (Forbidden): cronjobs.batch "x" is forbidden: User "me" cannot '
+STARTING += 'create resource "cronjobs" in API group "batch" in the namespace "production": '
+STARTING += 'RBAC: role.rbac.authorization.k8s.io "production-deployer" not found'
+
+
+@pytest.mark.parametrize(("code", "words"), [(-9, ""), (1, STARTING)], ids=["killed", "starting"])
+def test_what_passes_by_itself_is_not_said_against_the_manifests(code: int, words: str) -> None:
+    check = companions_of(Refusing(code, words), MemoryState([]), None)
+    with pytest.raises(hook.KubectlError):
+        check.require_accepted(task(), released(cronjob()))
+
+
 def test_a_budget_of_both_colours_is_refused() -> None:
     plain = {**budget(), "metadata": {"name": "x", "uid": "1", "resourceVersion": "1"}}
     check = companions_of(MemoryKubectl([plain]), MemoryState([]), None)

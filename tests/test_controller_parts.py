@@ -444,6 +444,22 @@ def test_a_run_that_was_rejected_before_a_crash_keeps_the_reason_of_its_end(
     assert controller.workers._end_of_deployment(task) == end
 
 
+def test_a_live_version_is_watched_on_although_another_environment_rejected_its_commit(
+    controller: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(NEW, received=time.time())
+    controller.context.state.reject(shop(controller), NEW, "RolledBack")
+    task = hook.task_of(controller.context.config, shop(controller), "production", run)
+    deployed: list[hook.Task] = []
+    monkeypatch.setattr(controller.context.deployer, "deploy", deployed.append)
+    end = controller.workers._end_of_deployment(task)
+    assert (end.reason, deployed) == (Reason.REJECTED, [])
+    live = {"run": run.id, "commit": NEW, "outcome": "", "live": True}
+    controller.context.kubectl.objects["service", "shop"] = live_service(live)
+    assert controller.workers._end_of_deployment(task) is None
+    assert deployed == [task]
+
+
 @pytest.mark.parametrize(
     ("outcome", "reason"),
     [("switched-back", "AnsweredSlowly"), ("paused", "UnhealthyAfterSwitch")],

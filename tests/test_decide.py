@@ -620,6 +620,23 @@ ACTIONS: dict[str, Case] = {
         a_view(a_job("test", "failed", since=60),
             pods=ended("test", main=terminated(137, reason="ContainerStatusUnknown"))),
         Do.END, "test", (Outcome.FAILED, Reason.VANISHED), "no result"),
+    "the machine was restarted under the tests": (
+        a_view(a_job("test", "failed", reason="PodFailurePolicy", since=60),
+            pods=ended("test", main=terminated(255, reason="Unknown"))),
+        Do.END, "test", (Outcome.FAILED, Reason.VANISHED), "no result"),
+    "the pod of the tests is being deleted by hand": (
+        a_view(a_job("test", "failed", reason="PodFailurePolicy", since=60), pods=(
+            a_pod(TEST, states={"test-runner": terminated(143)},
+                meta={"deletionTimestamp": stamp(NOW)}),)),
+        Do.END, "test", (Outcome.FAILED, Reason.VANISHED), "no result"),
+    "tests have failed, and the watch does not show the end of the side-car yet": (
+        a_view(a_job("test", "failed", since=2), pods=ended("test", results=RUNNING,
+            main=terminated(1))),
+        Do.WAIT, "test", Reason.OK, "the test report"),
+    "tests have failed, and the end of the side-car never shows": (
+        a_view(a_job("test", "failed", since=60), pods=ended("test", results=RUNNING,
+            main=terminated(1))),
+        Do.END, "test", (Outcome.FAILED, Reason.TESTS_FAILED), "exit code 1"),
     "the backstop ended the Job": (
         a_view(a_job("test", "failed", reason="DeadlineExceeded")),
         Do.END, "test", (Outcome.FAILED, Reason.TIMEOUT), "deadline"),

@@ -494,6 +494,14 @@ def test_a_release_record_that_is_not_as_it_was_written_is_not_used(
         made.steady.live.release(task(), "record")
 
 
+def test_labels_that_a_policy_adds_to_a_record_do_no_harm(tmp_path: Path) -> None:
+    made = history(tmp_path, None, [])
+    record = json.loads((tmp_path / "record").read_text())
+    record["metadata"]["labels"] |= {"velero.io/restore-name": "x", "owner": "somebody"}
+    (tmp_path / "record").write_text(json.dumps(record))
+    assert made.steady.live.release(task(), "record").run == "shop-new"
+
+
 def switches_back(made: hook.Deployer) -> float | None:
     """Let traffic be taken back; return how often that was counted."""
     ended = (hook.Outcome.SWITCHED_BACK, hook.Reason.UNHEALTHY_AFTER_SWITCH, "it is sick")
@@ -571,8 +579,12 @@ def test_a_crash_sends_traffic_back_to_where_a_larger_share_is_well(
         ((200, 200, 503), (200, 200, 200, 503), ""),
         ((503, 503), (503, 503), "BothUnhealthy"),
         (None, (200, 503), "BothUnhealthy"),
+        (None, (200, 200), ""),
     ],
-    ids=["sick", "half", "lost-machine", "over", "larger-now", "a-better-share", "both", "first"],
+    ids=[
+        *("sick", "half", "lost-machine", "over", "larger-now", "a-better-share", "both"),
+        *("first", "first-over"),
+    ],
 )
 def test_failed_health_checks_count_by_the_word_of_each_pod_of_both_versions(
     tmp_path: Path, old: tuple[int, ...] | None, new: tuple[int, ...], verdict: str
@@ -589,6 +601,20 @@ def test_failed_health_checks_count_by_the_word_of_each_pod_of_both_versions(
                 port = servers.enter_context(answering([words], host, port))
         made = history(tmp_path, pods["old"] or None, pods["new"], port=port)
         assert take_back(made.steady, None) == verdict
+
+
+def test_a_version_before_that_answers_slowly_is_gone_back_to(tmp_path: Path) -> None:
+    old, new = ready_pod("old-1"), ready_pod("new-1")
+    old["status"]["podIP"], new["status"]["podIP"] = "127.9.0.1", "127.9.1.1"
+    slow = [b"HTTP/1.1 200 OK\r\n", b"\r\n"]
+    sick = [b"HTTP/1.1 503 No\r\n\r\n"]
+    with ExitStack() as servers:
+        port = servers.enter_context(answering(slow, "127.9.0.1", 0, hook.IMPATIENCE + 0.3))
+        servers.enter_context(answering(sick, "127.9.1.1", port))
+        made = history(tmp_path, [old], [new], port=port)
+        file = tmp_path / "deployment"
+        file.write_text(file.read_text().replace('"replicas": 2', '"replicas": 1'))
+        assert take_back(made.steady, None) == "UnhealthyAfterSwitch"
 
 
 @contextmanager

@@ -90,6 +90,22 @@ def test_what_one_app_has_recorded_neither_stops_nor_delays_another_app(
     assert sample(controller, "waiting", waiting) == 0
 
 
+def test_a_disk_from_which_nothing_can_be_removed_holds_up_no_other_app(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = idle_controller(tmp_path, TWO_APPS)
+    synced(controller)
+
+    def refuse(path: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(controller.context.spool, "done", refuse)
+    store(controller, a_run(OLD), a_run(OLD, app="blog"))
+    controller.intake.admit_all()
+    jobs = {f"test-{a_run(OLD, app=app).id}" for app in ("shop", "blog")}
+    assert jobs <= {*job_names(controller)}
+
+
 def test_a_new_push_of_an_app_that_waits_is_tried_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from gitops_hook import (
+    PAGE_SIZE,
     ConfigError,
     Finished,
     Kubectl,
@@ -680,3 +681,20 @@ def test_a_stream_goes_on_until_its_caller_ends_it(kubectl: Kubectl) -> None:
     assert os.getpgid(process.pid) == os.getpgid(0), "Ctrl-C reaches it"
     process.kill()
     process.communicate()
+
+
+def test_a_thousand_pods_come_in_pages_that_kubectl_has_the_memory_for(
+    cluster: Cluster, kubectl: Kubectl
+) -> None:
+    meta = {"labels": {"app": "large"}, "annotations": {"words": "x" * 30_000}}
+    for number in range(4 * PAGE_SIZE + 50):
+        name = f"large-{number}"
+        cluster.load(
+            {
+                "apiVersion": "v1", "kind": "Pod",
+                "metadata": {**meta, "name": name, "namespace": SPACE},
+                "spec": {"containers": [{"name": "web", "image": "nothing"}]},
+            }
+        )  # fmt: skip
+    pods = kubectl.list("pods", SPACE, "-l", "app=large,app!=small")
+    assert len({pod["metadata"]["name"] for pod in pods}) == 4 * PAGE_SIZE + 50

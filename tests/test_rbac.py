@@ -671,6 +671,8 @@ RARE: dict[tuple[str, Grant], str] = {
     ("production", ("events", "list")): "a pod that is not ready after seconds",
     ("build", ("events", "create")): "a build that fails, or waits for something",
     ("build", ("jobs", "delete")): "a rerun after a failed build, or one whose digest is lost",
+    ("test", ("configmaps", "list")): "the logs that are old, a minute after the start",
+    ("build", ("configmaps", "list")): "the logs that are old, a minute after the start",
     ("build", ("configmaps", "create")): "the log of a failed build",
     ("build", ("configmaps", "delete")): "the log of a build that failed a day ago, or again",
     ("build", ("pods", "get")): "the log of a failed build",
