@@ -56,7 +56,7 @@ SET_FIELDS = {
     ),
     "Pod.spec.containers.image": (
         "the built image, by digest, for `build.image` and for the app's name; "
-        "for the image of the only container, if the pod names neither"
+        "for the image of the app's only container, if its pod names neither"
     ),
     "Pod.spec.containers.readinessProbe": "`deploy.health.path`, if set and you say nothing",
     "Pod.spec.containers.lifecycle.preStop": "a sleep of 5 s if you say nothing",
