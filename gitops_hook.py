@@ -7158,7 +7158,19 @@ def history_after_move(
     newer = [e if e.reason else replace(e, reason=reason, detail=detail) for e in history[:place]]
     outcome = entry.outcome if entry.proven else ""
     again = replace(entry, outcome=outcome, reason="", detail="", by=by, at=now)
-    return [again, *newer, *(e for e in history[place:] if e != entry)][:HISTORY_LENGTH]
+    return bounded_history([again, *newer, *(e for e in history[place:] if e != entry)], again)
+
+
+def bounded_history(entries: Sequence[HistoryEntry], live: HistoryEntry) -> list[HistoryEntry]:
+    """Return the newest entries, and those that may be gone back to, however many are newer.
+
+    Else so many failed versions in a row would push out the live one, or what was proven last.
+    """
+    proven = [entry for entry in entries if entry.proven and not entry.reason]
+    kept = [entry for entry in entries if entry in (entries[0], live, *proven[:2])]
+    others = [entry for entry in entries if entry not in kept]
+    kept += others[: HISTORY_LENGTH - len(kept)]
+    return [entry for entry in entries if entry in kept][:HISTORY_LENGTH]
 
 
 def rollback_entry(service: Service, to: int | str) -> HistoryEntry:
@@ -9659,7 +9671,8 @@ class Traffic:
         now = self.doors.clock.now()
         by = task.run.by if task.run.delivery == RERUN else ""
         entry = entry_of(release, task.app.name, now, by)
-        history = [entry, *(source.history if source else ())][:HISTORY_LENGTH]
+        before = source.history if source else []
+        history = bounded_history([entry, *before], source.live if source else entry)
         claim = self.claims.new(release.run, release.colour, Phase.BAKING)
         annotations: Object = {ANNOTATION_HISTORY: history, ANNOTATION_CLAIM: claim}
         if task.last:

@@ -231,6 +231,24 @@ def test_whoever_points_a_service_at_an_older_version_leaves_the_newer_ones() ->
     assert len(hook.history_after_move([old] * 10, bad, "x", 7.0)) == 10
 
 
+def test_what_may_be_gone_back_to_stays_in_a_history_of_any_number_of_failures() -> None:
+    live, before, older = (
+        hook.HistoryEntry(selector={"run": n}, run=n, outcome="deployed", at=a)
+        for n, a in (("live", 3.0), ("before", 2.0), ("older", 1.0))
+    )
+    history = [live, before, older]
+    for number in range(30):
+        failed = hook.HistoryEntry(selector={"run": f"r{number}"}, run=f"r{number}", at=9.0)
+        history = hook.bounded_history([failed, *history], live)
+        history[0] = replace(failed, outcome="switched-back", reason="UnhealthyAfterSwitch")
+    assert [entry.run for entry in history[-2:]] == ["live", "before"]
+    assert [entry.run for entry in history[:-2]] == [f"r{n}" for n in range(29, 21, -1)]
+    unproven = replace(live, outcome="")
+    failures = [replace(failed, run=f"x{n}") for n in range(10)]
+    history = hook.bounded_history([*failures, unproven, before, older], unproven)
+    assert [entry.run for entry in history[-3:]] == ["live", "before", "older"]
+
+
 @pytest.mark.parametrize(
     ("live", "to", "goes", "says"),
     [
