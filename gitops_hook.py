@@ -78,7 +78,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from enum import IntEnum, StrEnum
 from fnmatch import fnmatchcase
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
@@ -1424,8 +1424,9 @@ class Secrets:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        # what was read last, by the state of the file
+        # what was read or computed last, by what it was made of
         self._files: dict[str, dict[tuple[int, int, int], list[bytes]]] = {}
+        self._words: dict[tuple[bytes, ...], list[str]] = {}
 
     def keys(self, mode: str) -> list[bytes]:
         """Return the keys to verify deliveries with; raises ConfigError if one is unusable."""
@@ -1444,8 +1445,12 @@ class Secrets:
 
     def words(self) -> list[str]:
         """Return what `mask_value` is not to show: every secret, and the passwords in URLs."""
-        lines = (line for name in SECRET_FILES for line in self.lines(name))
-        return secret_words(tuple(line.decode("utf-8", "replace") for line in lines))
+        lines = tuple(line for name in SECRET_FILES for line in self.lines(name))
+        words = self._words.get(lines)
+        if words is None:
+            words = secret_words(line.decode("utf-8", "replace") for line in lines)
+            self._words = {lines: words}
+        return words
 
     def lines(self, name: str) -> list[bytes]:
         """Return the secrets in a file, without white space around them; none if it is absent."""
@@ -1519,8 +1524,7 @@ SECRET_HINTS = ["://", "akia", "asia", "eyj", "bearer", "basic", "passw", "passp
 SECRET_HINTS += ["secret", "token", "key", "_pass", "-pass", *TOKEN_PREFIXES]
 
 
-@lru_cache(maxsize=4)  # since each log line asks
-def secret_words(lines: tuple[str, ...]) -> list[str]:
+def secret_words(lines: Iterable[str]) -> list[str]:
     """Return what must not be shown, longest first: secrets, and the passwords in their URLs."""
     words = {*lines}
     users = [user for line in words for user in re.findall(r"://([^/\s]+)@", line)]
@@ -4193,8 +4197,8 @@ def unread_warning(root: Path, path: str) -> str:
     if any(map(os.path.lexists, map(folder.joinpath, KUSTOMIZATIONS))):
         return ""
     names = [str(f.relative_to(root)) for f in folders_with_manifests(folder)]
-    unread = f"not read, since no kustomization names it: {clip(', '.join(names), 200)}"
-    return f"\n  warning: {unread}" if names else ""
+    unread = "these folders are not read, since no kustomization names them"
+    return f"\n  warning: {unread}: {clip(', '.join(names), 200)}" if names else ""
 
 
 def kustomize_cause(stderr: str, root: Path) -> str:
@@ -11950,9 +11954,9 @@ class Intake:
         for name, batch in batches.items():
             try:
                 self.admit_batch(name, batch)
-            except OSError as failed:  # of the spool's disk; what other apps have is not held up
-                self.put_off(name, batch)
-                error("a stored push could not be removed", detail=str(failed))
+            except OSError as failed:  # of this machine's disk, say; other apps are not held up
+                if self.put_off(name, batch):
+                    error("stored pushes wait", app=batch[0].run.app, detail=str(failed))
             except KubectlError as failed:
                 unreachable += failed.kind == "Unreachable"
                 if unreachable == min(2, len(batches)):  # it is the cluster, not what one app has

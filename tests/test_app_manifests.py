@@ -551,7 +551,7 @@ def test_plan_names_the_folders_within_a_plain_one_that_are_not_read(tmp_path: P
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     warning = unread_warning(tmp_path, "deploy")
-    assert warning.endswith("no kustomization names it: deploy/extra, deploy/extra/deep")
+    assert warning.endswith("no kustomization names them: deploy/extra, deploy/extra/deep")
     (tmp_path / "deploy" / "kustomization.yaml").touch()
     assert unread_warning(tmp_path, "deploy") == ""
 
