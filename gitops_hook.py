@@ -3144,7 +3144,7 @@ class Clock:
 
     now = staticmethod(time.time)
     monotonic = staticmethod(time.monotonic)
-    used = staticmethod(time.thread_time)  # processor time of the thread that asks
+    thread_time = staticmethod(time.thread_time)  # processor seconds of the thread that asks
 
 
 def jittered(seconds: float) -> float:
@@ -12647,7 +12647,7 @@ class Controller:
     def reconcile(self) -> float:
         """Reconcile runs and Services, if the informers follow; return when to do so again."""
         retry = self.context.retry
-        used = self.clock.used()
+        used = self.clock.thread_time()
         away = any(informer.trouble for informer in self.informers.all())
         self.metrics.waiting.labels("cluster").set(away)
         stages: list[Informer[Any]] = [*self.informers.jobs, *self.informers.pods]
@@ -12656,7 +12656,7 @@ class Controller:
             self.services.reconcile(open_runs)
         self.metrics.waiting.labels("a step").set(retry.failing())
         # where there are many runs, a look takes long, and pushes are to be accepted meanwhile
-        self.context.stop.wait(2 * (self.clock.used() - used))
+        self.context.stop.wait(2 * (self.clock.thread_time() - used))
         return min(retry.wait(LOOK_SECONDS), self.workers.retry.wait(LOOK_SECONDS))
 
     def shut_down(self, seconds: float) -> None:

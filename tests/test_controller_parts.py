@@ -316,11 +316,14 @@ def test_a_pod_left_by_a_deleted_job_of_the_same_name_does_not_count(
     eventually(lambda: logs == ["pod"] * own)
 
 
-def unsuspended(controller: Any, *pods: Object, events: Sequence[Object] = ()) -> hook.Job:
+def unsuspended(
+    controller: Any, *pods: Object, events: Sequence[Object] = (), started: bool = True
+) -> hook.Job:
     """Let a Job run for a minute, with these pods and Events; return it as it is after a look."""
     job = a_manifest(controller, a_run(OLD), uid="this")
     job["spec"]["suspend"] = False
-    job["status"] = {"startTime": stamp(controller.context.clock.now() - 60)}
+    since = stamp(controller.context.clock.now() - 60)
+    job["status"] = {"startTime": since} if started else {}
     kubectl = controller.context.kubectl
     kubectl.objects["job", job["metadata"]["name"]] = job
     kubectl.list = lambda resource, *_: list(events) if resource == "events" else []
@@ -403,6 +406,12 @@ def test_what_an_unsuspended_job_waits_for_is_annotated_in_the_clusters_own_word
         controller.runs.reconcile()
         (job,) = controller.informers.jobs[0].items()
         assert hook.ANNOTATION_REASON not in job.annotations
+
+
+def test_no_events_are_read_of_a_job_of_which_no_start_is_seen_yet(controller: Any) -> None:
+    event = {"reason": "FailedCreate", "message": OVER, "type": "Warning"}
+    job = unsuspended(controller, events=[event], started=False)
+    assert hook.ANNOTATION_REASON not in job.annotations
 
 
 def test_a_job_that_requests_more_than_its_quota_ever_allows_ends_at_once_and_frees_its_slot(

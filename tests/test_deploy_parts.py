@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1250,3 +1251,85 @@ def test_large_objects_are_read_again_and_not_kept() -> None:
     assert last.get(task()) == objects_of("small")
     last.keep(task(), objects_of("x" * last.BYTES))
     assert last.get(task()) is None
+
+
+# === Writes that somebody else's claim forbids ===
+
+
+def claimed(run: str, phase: hook.Phase, since: float = 5.0) -> hook.Service:
+    """A live Service with a claim of this run."""
+    text = json.dumps(hook.Claim(run=run, colour="blue", phase=phase, since=since).to_json())
+    meta = {"name": "shop", "resourceVersion": "1", "annotations": {hook.ANNOTATION_CLAIM: text}}
+    return hook.Service({"metadata": meta, "spec": {"selector": {"x": "y"}}})
+
+
+class OneDeployment:
+    """A cluster with one Deployment, which knows what is written to it."""
+
+    def __init__(self) -> None:
+        self.writes: list[str] = []
+
+    def get(self, _resource: str, name: str, namespace: str) -> Object:
+        return {"metadata": {"name": name, "namespace": namespace, "resourceVersion": "7"}}
+
+    def delete_exactly(self, _api: str, _resource: str, current: Object) -> None:
+        self.writes.append(f"delete {current['metadata']['resourceVersion']}")
+
+    def patch(self, _resource: str, _name: str, _namespace: str, change: Object) -> None:
+        self.writes.append(f"patch {change['metadata']['resourceVersion']}")
+
+
+@pytest.mark.parametrize(
+    ("now", "writes"),
+    [
+        (claimed("shop-new", hook.Phase.PREPARING), ["delete 7"]),
+        (claimed("shop-other", hook.Phase.ROLLBACK), []),
+        (None, []),
+    ],
+    ids=["the-same", "another", "gone"],
+)
+def test_what_a_failed_deployment_left_is_deleted_only_under_its_claim(
+    now: hook.Service | None, writes: list[str]
+) -> None:
+    cluster = OneDeployment()
+    rollout: Any = SimpleNamespace(kubectl=cluster, live=SimpleNamespace(read=lambda _: now))
+    before = claimed("shop-new", hook.Phase.PREPARING)
+    hook.Rollout.delete_overwritten(rollout, task(), "shop-blue", before)
+    assert cluster.writes == writes
+
+
+@pytest.mark.parametrize(("due", "writes"), [(True, ["patch 7"]), (False, [])])
+def test_a_version_that_was_left_is_scaled_down_only_while_that_is_due(
+    *, due: bool, writes: list[str]
+) -> None:
+    cluster = OneDeployment()
+    workloads: Any = SimpleNamespace(kubectl=cluster, doors=SimpleNamespace(clock=hook.Clock()))
+    hook.Workloads.scale(workloads, task(), "shop-blue", 0, lambda: due)
+    assert cluster.writes == writes
+
+
+@pytest.mark.parametrize("taker", ["", "shop-other"])
+def test_a_rollback_takes_no_claim_that_came_since_it_looked(taker: str) -> None:
+    seen = claimed("shop-old", hook.Phase.DRAINING)
+    own = hook.Claim(run="shop-new", colour="blue", phase=hook.Phase.ROLLBACK, since=9.0)
+    stands = claimed(taker, hook.Phase.PREPARING) if taker else seen
+    put: list[hook.Claim] = []
+
+    def write(*_: Any) -> hook.Service:
+        raise hook.KubectlError(["kubectl"], 1, "Error from server (Conflict): it was changed")
+
+    def put_claim(_: Any, claim: hook.Claim, expected: hook.Claim) -> hook.Service:
+        if stands.claim != expected:
+            return stands
+        put.append(claim)
+        return claimed(claim.run, hook.Phase.ROLLBACK, 9.0)
+
+    parts = {"live": SimpleNamespace(write=write), "claims": SimpleNamespace(put=put_claim)}
+    command: Any = SimpleNamespace(**parts)
+    if taker:
+        with pytest.raises(hook.RefusedError, match="shop-other has changed production meanwhile"):
+            hook.Rollback.claim(command, task(), seen, own)
+        assert put == []
+    else:
+        assert hook.Rollback.claim(command, task(), seen, own).claim == own
+        assert put == [own]
