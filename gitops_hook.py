@@ -146,8 +146,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("commit", nargs="?", default="", help="id, or its beginning (default: head)")
     one = add("rerun", help="let a run that has ended run again")
     one.add_argument("run", help="id of the run, or its beginning")
-    add("clone", help="inside a Job pod: check out the commit")
-    add("collect", help="inside a test pod: summarise the report")
+    for name, what in (("clone", "check out the commit"), ("collect", "summarise the report")):
+        one = add(name, help=f"inside a Job pod: {what}")
+        one.add_argument("variables", nargs="*", metavar="NAME=VALUE", help="as in `env`")
     return root
 
 
@@ -3384,7 +3385,7 @@ def test_job(config: Config, app: App, run: Run) -> Object:
     """Return the Job that checks out the commit, runs its tests and sums up their report."""
     settings = app.test
     said = {"TERMINATION_LOG": TERMINATION_LOG, "JUNIT_XML": JUNIT_XML, "COLLECTING": COLLECTING}
-    results = new_container(RESULTS_CONTAINER, config.images.hook, ["collect"], **said)
+    results = hook_container(config, RESULTS_CONTAINER, "collect", said)
     env = {"CI": "true", "GIT_BRANCH": run.branch, "GIT_COMMIT": run.commit, "CA_BUNDLE": CA_BUNDLE}
     env["JUNIT_XML"] = JUNIT_XML
     env |= {**(CACHED if settings.cache else {}), **settings.env}
@@ -3395,7 +3396,7 @@ def test_job(config: Config, app: App, run: Run) -> Object:
     # a side-car first, for which the clone waits: it listens before the tests can end
     job = stage_job(config, app, run, "test", {**results, "restartPolicy": "Always"}, tests)
     pod = job["spec"]["template"]["spec"]
-    pod["initContainers"][-1]["env"] += env_of({"COLLECTING": COLLECTING})
+    pod["initContainers"][-1]["args"] += [f"COLLECTING={COLLECTING}"]
     for service in settings.services:
         pod["initContainers"] += [with_variables(service_container(service), config.job_env)]
         pod["volumes"] += service_volumes(service)
@@ -3488,11 +3489,11 @@ def stage_job(config: Config, app: App, run: Run, stage: str, *containers: Objec
 
 def clone_container(config: Config, app: App, run: Run) -> Object:
     """Return the container that checks out the commit; only it sees the git credentials."""
-    env = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
-    env |= {"CLONE_APP": app.name, "CA_FILE": f"{CA_MOUNT}/ca.crt", "CA_BUNDLE": CA_BUNDLE}
-    env |= {"TERMINATION_LOG": TERMINATION_LOG, **clone_variables(app.clone)}
-    env["CREDENTIALS_FILE"] = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
-    clone = new_container("clone", config.images.hook, ["clone"], **env)
+    said = {"CLONE_URL": app.repository, "CLONE_COMMIT": run.commit, "CLONE_DIRECTORY": SOURCE}
+    said |= {"CLONE_APP": app.name, "CA_FILE": f"{CA_MOUNT}/ca.crt", "CA_BUNDLE": CA_BUNDLE}
+    said |= {"TERMINATION_LOG": TERMINATION_LOG, **clone_variables(app.clone)}
+    said["CREDENTIALS_FILE"] = f"{CREDENTIALS_MOUNT}/{GIT_CREDENTIALS}"
+    clone = hook_container(config, "clone", "clone", said)
     mounts = [{"name": "git", "mountPath": CREDENTIALS_MOUNT}]
     mounts += [{"name": "ca", "mountPath": CA_MOUNT}]
     return {**clone, "volumeMounts": [*clone["volumeMounts"], *mounts]}
@@ -3504,6 +3505,15 @@ def clone_variables(settings: CloneSettings) -> dict[str, str]:
     tags = {"CLONE_TAGS": "true"} if settings.tags else {}
     choices = {"CLONE_SUBMODULES": settings.submodules, "CLONE_LFS": settings.lfs}
     return {**depth, **tags, **{name: choice for name, choice in choices.items() if choice}}
+
+
+def hook_container(config: Config, name: str, command: str, said: Mapping[str, str]) -> Object:
+    """Return a container with a command of ours.
+
+    The API server keeps arguments in half of the room that variables take.
+    """
+    args = [command, *(f"{variable}={value}" for variable, value in said.items())]
+    return new_container(name, config.images.hook, args)
 
 
 def new_container(name: str, image: str, args: Sequence[str], **env: str) -> Object:
@@ -15551,6 +15561,12 @@ def collect(environ: Mapping[str, str]) -> int:
     return 0
 
 
+def assigned(assignments: Iterable[str]) -> dict[str, str]:
+    """Return the variables that a Job's manifest sets by arguments."""
+    parts = (assignment.partition("=") for assignment in assignments)
+    return {name: value for name, _, value in parts}
+
+
 def require_variables(environ: Mapping[str, str], *names: str) -> None:
     """Raise ConfigError where the variables are missing that a Job's manifest sets."""
     if missing := [name for name in names if name not in environ]:
@@ -15590,7 +15606,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     logging.basicConfig(format="gitops-hook: %(message)s", level=logging.WARNING)
     try:
         if args.command in JOB_COMMANDS:
-            return JOB_COMMANDS[args.command](environ)
+            return JOB_COMMANDS[args.command]({**environ, **assigned(args.variables)})
         return COMMANDS[args.command](Tools.load(environ), args)
     except HookError as failure:
         code = exit_status(failure)

@@ -97,11 +97,12 @@ def container(job: Object, name: str) -> Object:
 
 
 def values(container: Object) -> dict[str, str]:
-    """The environment as the kubelet gives it to the container."""
+    """The environment as the kubelet gives it to the container, and what it gets by arguments."""
     env: dict[str, str] = {}
     for entry in container["env"]:
         env[entry["name"]] = expand(entry["value"], env)
-    return env
+    args = [expand(arg, env) for arg in container.get("args", [])]
+    return env | hook.assigned(arg for arg in args if re.match(r"[A-Z_]+=", arg))
 
 
 # === Kubernetes takes them ===

@@ -324,6 +324,18 @@ def test_commands_of_job_pods_say_where_they_belong(place: Place, command: str) 
     says(place.run(command), 2, "this runs inside Job pods", "TERMINATION_LOG")
 
 
+def test_commands_of_job_pods_take_variables_as_arguments_before_those_around_them(
+    place: Place, tmp_path: Path
+) -> None:
+    log = tmp_path / "said"
+    place.environ |= {"CLONE_URL": "https://gitlab.example.com/demo/shop.git", "CLONE_COMMIT": "-c"}
+    place.environ |= {"TERMINATION_LOG": "/nowhere/log"}
+    paths = [f"TERMINATION_LOG={log}", f"CREDENTIALS_FILE={tmp_path / 'none=here'}"]
+    done = place.run("clone", *paths, f"CLONE_DIRECTORY={tmp_path / 'src'}")
+    says(done, 1, "-c")
+    assert "-c" in log.read_text("utf-8")
+
+
 def test_a_reader_who_has_gone_does_no_harm(place: Place) -> None:
     place.config.write_text(yaml.safe_dump(place.settings))
     reading, writing = os.pipe()

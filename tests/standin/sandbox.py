@@ -261,7 +261,8 @@ def rewriter(mounts: Mapping[str, str]) -> Callable[[str], str]:
 
     def rewrite(text: str) -> str:
         # What lies below a mount path on this machine, a repository say, is not the pod's.
-        if text not in mounts and text.startswith("/") and os.path.exists(text):
+        path = text[text.find("=") + 1 :]  # of NAME=/path as well
+        if path not in mounts and path.startswith("/") and os.path.exists(path):
             return text
         return pattern.sub(lambda found: mounts[found[0]], text)
 

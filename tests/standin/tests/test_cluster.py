@@ -332,6 +332,15 @@ def test_paths_are_rewritten_only_where_they_begin(text: str, expected: str) -> 
     assert rewriter(mounts)(text) == expected
 
 
+@pytest.mark.parametrize("before", ["", "CLONE_URL="])
+def test_what_is_there_on_this_machine_is_no_path_of_the_pod(before: str, tmp_path: Path) -> None:
+    rewrite = rewriter({str(tmp_path): "/P/tmp"})
+    there, missing = tmp_path / "there", tmp_path / "missing"
+    there.mkdir()
+    assert rewrite(f"{before}{there}") == f"{before}{there}"
+    assert rewrite(f"{before}{missing}") == f"{before}/P/tmp/missing"
+
+
 def test_references_in_commands_are_expanded_as_kubernetes_does() -> None:
     assert expand("$(A) $$(A) $(NONE) $A", {"A": "1"}) == "1 $(A) $(NONE) $A"
 
