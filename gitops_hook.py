@@ -11765,6 +11765,7 @@ class Rollback:
 
         It keeps its colour unless that is live by now.
         """
+        self.keep_way_back(task, claimed, target)
         live = colour_of(claimed.selector)
         release = self.live.release(task, target.release)
         colour = next(c for c in (release.colour, *COLOURS) if c != live)
@@ -11781,6 +11782,19 @@ class Rollback:
             release=release.configmap(task.app.name)["metadata"]["name"],
         )
         return Goal(target, entry)
+
+    def keep_way_back(self, task: Task, claimed: Service, target: HistoryEntry) -> None:
+        """Raise RefusedError where bringing a target back would take the way back of a bake.
+
+        Both need the colour that is not live, and traffic may go back to it at any moment.
+        """
+        before = claimed.switch_back_target
+        if claimed.live.outcome or not before or before.run == target.run:
+            return
+        if self.workloads.ready(task.namespace, before.selector):
+            first = f"`rollback {task.app.name} --to {before.run}` goes there at once"
+            why = f"{claimed.live.run} is not confirmed, so {before.run} has to stand until then"
+            raise RefusedError(f"{why}; {first}, and after that further back")
 
     @retried
     def fence(self, task: Task, target: HistoryEntry) -> str:

@@ -25,6 +25,7 @@ APPS: dict[str, Object] = {
     "quick": {"rollout_timeout": "5s"},
     "forth": {"bake": "1s", "rollout_timeout": "5s"},
     "slow": {"bake": "20s"},
+    "further": {"bake": "8s"},
     "emptied": {"bake": "1s", "retain": 0},
     "both": {"bake": "1s", "environments": ["staging", "production"]},
 }
@@ -545,3 +546,25 @@ def test_a_version_that_is_live_again_is_not_drained_although_that_was_due(live:
     eventually(lambda: not emptied.pods("v1"), 30, "the other one is drained")
     assert emptied.objects("deployments")[name]["spec"]["replicas"] == 1
     assert emptied.answer()["version"] == "v2"
+
+
+def test_a_rollback_of_what_bakes_leaves_the_version_before_where_it_stands(live: Fleet) -> None:
+    further = live["further"]
+    first = live_run(further)
+    assert further.deployed("v2")["outcome"] == "deployed"
+    further.quiet()
+    second = live_run(further)
+    run = further.go("v3")
+    further.switched(run)
+    live.kill()  # so that it is not confirmed before the command looks
+    done = live.command("rollback", "further", "--to", first)
+    assert (done.returncode, further.answer()["version"]) == (3, "v3"), done
+    assert f"`rollback further --to {second}` goes there at once" in done.stderr
+    assert further.pods("v2")
+    assert further.note("deploying")["phase"] == "baking"
+    done = live.command("rollback", "further", "--to", second)
+    assert (done.returncode, further.answer()["version"]) == (0, "v2"), done
+    done = live.command("rollback", "further", "--to", first)
+    assert (done.returncode, further.answer()["version"]) == (0, "v1"), done
+    live.start()
+    assert live.ended(run)["outcome"] == "rolled-back"
