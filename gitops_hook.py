@@ -1951,7 +1951,8 @@ class Spool:
             for path, run in paths.items():
                 part = Path(f"{path}.tmp")
                 with part.open("xb") as file:
-                    file.write(json.dumps(asdict(run)).encode())
+                    record = {each.name: getattr(run, each.name) for each in fields(run)}
+                    file.write(json.dumps(record).encode())
                     file.flush()
                     os.fsync(file.fileno())
                 part.rename(path)
@@ -2080,11 +2081,11 @@ def read_plain(path: Path) -> bytes:
 def parse_run(content: bytes) -> Run:
     """Return the run in a spool file; raises ValueError for anything that is not one."""
     try:
-        run = Run(**json.loads(content))
+        record = json.loads(content)
+        run = Run(**record)
     except (TypeError, RecursionError) as wrong:
         raise ValueError("not a stored push") from wrong
-    kinds = {name: type(value) for name, value in asdict(run).items()}
-    if kinds != {**dict.fromkeys(kinds, str), "received": float}:
+    if any(type(record[n]) is not (float if n == "received" else str) for n in record):
         raise ValueError("a field has another type")
     named = run.id in run_ids(run.app, run.ref, run.commit) and DNS_LABEL.fullmatch(run.id)
     pushed = SHA.fullmatch(run.commit) and valid_ref(run.ref) and math.isfinite(run.received)
@@ -11966,14 +11967,13 @@ class Intake:
         Returns the seconds after which to look again. A batch that fails is tried again by itself,
         and delays no other app. Raises KubectlError when the cluster is away.
         """
-        spool = self.context.spool
-        for _ in range(5):  # a burst of pushes is one call
-            stored = len(spool)
-            if self.context.stop.wait(0.05) or len(spool) == stored:
-                break
-        pushes = spool.read()
+        self.await_end_of_burst()
+        began = self.context.clock.thread_time()
+        pushes = self.context.spool.read()
         batches = self.batches(pushes)
         batches = {n: batch for n, batch in batches.items() if self.retry.due(n, batch[-1].path)}
+        if not batches:  # each push that comes wakes this, which reads again all that wait
+            self.context.stop.wait(min(1.0, 9 * (self.context.clock.thread_time() - began)))
         unreachable = 0
         for name, batch in batches.items():
             try:
@@ -11992,6 +11992,13 @@ class Intake:
         if BATCH in sizes:
             return 0.0
         return self.retry.wait(AGAIN_SECONDS if len(pushes) > sum(sizes) else 30.0)
+
+    def await_end_of_burst(self) -> None:
+        """Wait while pushes come, but only a moment: a burst of them is one call."""
+        for _ in range(5):
+            stored = len(self.context.spool)
+            if self.context.stop.wait(0.05) or len(self.context.spool) == stored:
+                break
 
     def batches(self, pushes: Iterable[StoredPush]) -> dict[str, list[StoredPush]]:
         """Return what is admitted next, oldest first: what gets its Jobs in one call, by a name.

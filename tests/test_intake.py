@@ -188,6 +188,13 @@ def test_of_very_many_pushes_that_are_only_tested_some_wait_and_none_that_is_dep
     store(controller, a_run(OLD))
     controller.intake.admit_all()
     assert f"test-{a_run(OLD).id}" in job_names(controller)
+    pauses: list[float] = []
+    controller.clock.thread_time = iter([1.0, 1.02]).__next__
+    monkeypatch.setattr(controller.context.stop, "wait", pauses.append)
+    controller.intake.admit_all()
+    assert pauses[-1] == pytest.approx(0.18), (
+        "reading what cannot be admitted takes a tenth of a core"
+    )
 
 
 def test_room_is_kept_in_the_spool_for_pushes_that_are_deployed(tmp_path: Path) -> None:
