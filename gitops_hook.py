@@ -1425,6 +1425,8 @@ class Secrets:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        # each delivery asks for the state of all files, and to put a path together takes longer
+        self._paths = {name: directory / name for name in SECRET_FILES}
         # what was read or computed last, by what it was made of
         self._files: dict[str, dict[tuple[int, int, int], list[bytes]]] = {}
         self._words: dict[tuple[bytes, ...], list[str]] = {}
@@ -1455,7 +1457,7 @@ class Secrets:
 
     def lines(self, name: str) -> list[bytes]:
         """Return the secrets in a file, without white space around them; none if it is absent."""
-        path = self.directory / name
+        path = self._paths.get(name) or self.directory / name
         try:
             status = path.stat()
             # the inode tells that a link was changed, as a kubelet does it
@@ -11973,7 +11975,7 @@ class Intake:
         batches = self.batches(pushes)
         batches = {n: batch for n, batch in batches.items() if self.retry.due(n, batch[-1].path)}
         if not batches:  # each push that comes wakes this, which reads again all that wait
-            self.context.stop.wait(min(1.0, 9 * (self.context.clock.thread_time() - began)))
+            self.context.stop.wait(min(5.0, 9 * (self.context.clock.thread_time() - began)))
         unreachable = 0
         for name, batch in batches.items():
             try:
