@@ -1095,7 +1095,9 @@ class Images:
     """The images of Job pods."""
 
     hook: str = setting(
-        parse=IMAGE, default="gitops-hook:dev", meaning="this program's image; `make apply` sets it"
+        parse=IMAGE,
+        default="gitops-hook:dev",
+        meaning="this program's image, of the same version; `make apply` sets it",
     )
     kaniko: str = setting(parse=IMAGE, default=KANIKO, meaning="image of the builder")
 
