@@ -11763,6 +11763,8 @@ class Rollback:
         if not target.release:
             few = "what was there before the first version has too few ready pods"
             raise RefusedError(f"{few}, and cannot be started again from here")
+        if service.claim.phase == Phase.BAKING:
+            self.keep_way_back(task, service, target)
         return self.apply_again(task, claimed, target)
 
     def apply_again(self, task: Task, claimed: Service, target: HistoryEntry) -> Goal:
@@ -11770,7 +11772,6 @@ class Rollback:
 
         It keeps its colour unless that is live by now.
         """
-        self.keep_way_back(task, claimed, target)
         live = colour_of(claimed.selector)
         release = self.live.release(task, target.release)
         colour = next(c for c in (release.colour, *COLOURS) if c != live)
@@ -11788,17 +11789,15 @@ class Rollback:
         )
         return Goal(target, entry)
 
-    def keep_way_back(self, task: Task, claimed: Service, target: HistoryEntry) -> None:
+    def keep_way_back(self, task: Task, service: Service, target: HistoryEntry) -> None:
         """Raise RefusedError where bringing a target back would take the way back of a bake.
 
         Both need the colour that is not live, and traffic may go back to it at any moment.
         """
-        before = claimed.switch_back_target
-        if claimed.live.outcome or not before or before.run == target.run:
-            return
-        if self.workloads.ready(task.namespace, before.selector):
+        before = service.switch_back_target
+        if before.run != target.run and self.workloads.ready(task.namespace, before.selector):
             first = f"`rollback {task.app.name} --to {before.run}` goes there at once"
-            why = f"{claimed.live.run} is not confirmed, so {before.run} has to stand until then"
+            why = f"{service.claim.run} is not confirmed, so {before.run} has to stand until then"
             raise RefusedError(f"{why}; {first}, and after that further back")
 
     @retried
