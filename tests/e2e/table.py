@@ -210,6 +210,11 @@ def kill_pods(app: Member, version: str) -> None:
     eventually(lambda: not any(is_ready(p) for p in app.pods(version)), 5, "no pod is ready")
 
 
+def tell(app: Member, version: str, path: str) -> None:
+    """Send a request to the pods of a version, which may only now become ready."""
+    eventually(lambda: app.tell(version, path), 40, f"a ready pod of {version} hears of {path}")
+
+
 def evict_pods(app: Member, version: str) -> None:
     """Take the pods of a version away, as a node that is drained does."""
     for pod in app.pods(version):
@@ -376,15 +381,15 @@ TROUBLES = {
     "old-dies": Trouble("the old pods die", one=lambda app, v: kill_pods(app, v.old), hits="old"),
     "old-sick": Trouble(
         "the old version's health path fails",
-        one=lambda app, v: app.tell(v.old, "/turn-sick"),
+        one=lambda app, v: tell(app, v.old, "/turn-sick"),
         hits="old",  # it is not ready then, and the new version not yet there
     ),
     "new-sick": Trouble(
-        "the new version's health path fails", one=lambda app, v: app.tell(v.new, "/turn-sick")
+        "the new version's health path fails", one=lambda app, v: tell(app, v.new, "/turn-sick")
     ),
     "slow-health": Trouble(
         "the new version's health path sends a byte every 0.7 s",
-        one=lambda app, v: app.tell(v.new, "/turn-slow"),
+        one=lambda app, v: tell(app, v.new, "/turn-slow"),
     ),
     "smoke-fails": Trouble("the smoke test fails", call="", modes="smoke-fails"),
     "evict-smoke": Trouble(
