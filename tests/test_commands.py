@@ -184,6 +184,7 @@ class Story:
         self.page("rerun of a live run", "rerun", self.run["v3"])
         self.page("rollback --to 9", "rollback", "shop", "--to", "9")
         self.page("rollback --to 2", "rollback", "shop", "--to", "2", "--reason", "it is ugly")
+        self.settled()  # what it left is drained by the daemon
         self.page("after the first rollback", "status", "--output", "json")
         self.page("after the first rollback, text", "status")
 
