@@ -111,6 +111,7 @@ __version__ = "0.2.0"
 EXIT_STATUS = "Exit status: 0 done, 1 tried and failed, 2 wrong usage or configuration, no kubectl "
 EXIT_STATUS += "or no cluster, 3 refused."
 EXIT_REFUSED = 3
+VARIABLE_HELP = "a variable, which counts more than one of the environment"
 # An id of a run, or its beginning from the first digit of the commit on, after the app's name.
 RUN_ID_END = "(?:[0-9a-f]{1,8}|[0-9a-f]{8}-[0-9a-f]{0,16})"
 RUN_ID = re.compile(f"([a-z0-9][a-z0-9-]*?)-{RUN_ID_END}")
@@ -148,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("run", help="id of the run, or its beginning")
     for name, what in (("clone", "check out the commit"), ("collect", "summarise the report")):
         one = add(name, help=f"inside a Job pod: {what}")
-        one.add_argument("variables", nargs="*", metavar="NAME=VALUE", help="as in `env`")
+        one.add_argument("variables", nargs="*", metavar="NAME=VALUE", help=VARIABLE_HELP)
     return root
 
 
@@ -3512,12 +3513,12 @@ def clone_variables(settings: CloneSettings) -> dict[str, str]:
     return {**depth, **tags, **{name: choice for name, choice in choices.items() if choice}}
 
 
-def hook_container(config: Config, name: str, command: str, said: Mapping[str, str]) -> Object:
-    """Return a container with a command of ours.
+def hook_container(config: Config, name: str, command: str, values: Mapping[str, str]) -> Object:
+    """Return a container with a command of this program, which gets these values by their names.
 
-    The API server keeps arguments in half of the room that variables take.
+    It gets them as arguments: the API server needs twice the room to keep variables.
     """
-    args = [command, *(f"{variable}={value}" for variable, value in said.items())]
+    args = [command, *(f"{variable}={value}" for variable, value in values.items())]
     return new_container(name, config.images.hook, args)
 
 
@@ -11790,7 +11791,7 @@ class Rollback:
         return Goal(target, entry)
 
     def keep_way_back(self, task: Task, service: Service, target: HistoryEntry) -> None:
-        """Raise RefusedError where bringing a target back would take the way back of a bake.
+        """Raise RefusedError if a target would overwrite the version that a bake may go back to.
 
         Both need the colour that is not live, and traffic may go back to it at any moment.
         """
@@ -11798,7 +11799,7 @@ class Rollback:
         if before.run != target.run and self.workloads.ready(task.namespace, before.selector):
             first = f"`rollback {task.app.name} --to {before.run}` goes there at once"
             why = f"{service.claim.run} is not confirmed, so {before.run} has to stand until then"
-            raise RefusedError(f"{why}; {first}, and after that further back")
+            raise RefusedError(f"{why}; {first}, and another one then goes further back")
 
     @retried
     def fence(self, task: Task, target: HistoryEntry) -> str:
@@ -11975,7 +11976,7 @@ class Intake:
         pushes = self.context.spool.read()
         batches = self.batches(pushes)
         batches = {n: batch for n, batch in batches.items() if self.retry.due(n, batch[-1].path)}
-        if not batches:  # each push that comes wakes this, which reads again all that wait
+        if not batches:  # each push has all that wait read again: a tenth of a core is enough
             self.context.stop.wait(min(5.0, 9 * (self.context.clock.thread_time() - began)))
         unreachable = 0
         for name, batch in batches.items():
