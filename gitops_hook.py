@@ -41,6 +41,8 @@ import hashlib
 import hmac
 import html
 import http.cookiejar
+import importlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -86,7 +88,6 @@ from xml.parsers import expat
 
 try:
     import prometheus_client
-    import requests
     import waitress.channel
     import waitress.parser
     import waitress.server
@@ -96,10 +97,11 @@ except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
     MISSING_PACKAGE = str(missing.name)
-else:
-    MISSING_PACKAGE = ""
+else:  # `http_client` imports requests
+    MISSING_PACKAGE = "" if importlib.util.find_spec("requests") else "requests"
 
 if TYPE_CHECKING:
+    from types import ModuleType
     from typing import IO
     from wsgiref.types import StartResponse, WSGIEnvironment
 
@@ -1238,7 +1240,14 @@ def load_section(section: Any, data: Any, path: str, faults: list[str]) -> Any:
 @cache  # since each of many apps has the same ones
 def parsed_default(text: str) -> Any:
     """Return what a default means in YAML; nobody changes it."""
-    return yaml.safe_load(text)
+    (value,) = own_yaml(text)
+    return value
+
+
+def own_yaml(text: str) -> Iterator[Any]:
+    """Yield the documents in a YAML text of this file; libyaml, where it is there, reads faster."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    yield from yaml.load_all(text, loader)
 
 
 @cache
@@ -2740,8 +2749,17 @@ class Surroundings:
     def public_authorities(self) -> str:
         """Return the path of the file with the public authorities."""
         chosen = os.environ.get("GIT_SSL_CAINFO", "")
-        files = (chosen, *PUBLIC_AUTHORITIES, requests.utils.DEFAULT_CA_BUNDLE_PATH)
-        return next((file for file in files if file and Path(file).is_file()), os.devnull)
+        files = (file for file in (chosen, *PUBLIC_AUTHORITIES) if file and Path(file).is_file())
+        return next(files, "") or str(http_client().certs.where())
+
+
+def http_client() -> ModuleType:
+    """Return the library `requests`.
+
+    Importing it takes a fifth of a program's start. The daemon needs it only after that, and most
+    containers of Jobs never.
+    """
+    return importlib.import_module("requests")
 
 
 def read_beginning(path: Path, size: int) -> bytes:
@@ -3305,7 +3323,7 @@ PROXIES = re.compile("(?i:(?:https?|ftp|no|all)_proxy)")
 BUILD_CONTEXT = "/kaniko/source/src"  # SOURCE, where no Dockerfile writes: kaniko leaves mounts out
 # What every Job has; what every container has, fit for Pod Security `restricted`; what the builder
 # has instead, which unpacks images over its own root, /tmp included, fit for `baseline`.
-JOB, CONTAINER, BUILDER, REGISTRY = yaml.safe_load_all("""
+JOB, CONTAINER, BUILDER, REGISTRY = own_yaml("""
 apiVersion: batch/v1
 kind: Job
 spec:
@@ -8277,7 +8295,7 @@ class GitLab:
         self.surroundings = surroundings or Surroundings()
         self.deadline = deadline
         self._accepted: dict[Project, str] = {}  # the token that was good last
-        self._sessions: list[requests.Session] = []  # whose connections are free
+        self._sessions: list[Any] = []  # whose connections are free
         self._open: set[str] = set()  # addresses of requests that have no answer yet
 
     def tokens(self, project: Project | None = None) -> list[str]:
@@ -8291,7 +8309,7 @@ class GitLab:
         """Return the state of the newest status of that name, "" where there is none."""
         url = project.url("repository", "commits", commit, "statuses")
         fields = {"name": name, "per_page": "100", **branch_field(branch)}
-        answer = self._ask(project, requests.Request("GET", url, params=fields))
+        answer = self._ask(project, "GET", url, params=fields)
         if answer.status != http.HTTPStatus.OK:
             raise answer.error()
         try:
@@ -8306,7 +8324,7 @@ class GitLab:
     def set_status(self, project: Project, commit: str, fields: Mapping[str, str]) -> bool:
         """Send a status; return whether that changed what GitLab shows."""
         url = project.url("statuses", commit)
-        answer = self._ask(project, requests.Request("POST", url, json=fields))
+        answer = self._ask(project, "POST", url, json=fields)
         if answer.status in (http.HTTPStatus.OK, http.HTTPStatus.CREATED):
             with suppress(*SHAPE_ERRORS):
                 if json.loads(answer.body)["status"] == fields["state"]:
@@ -8317,24 +8335,24 @@ class GitLab:
             return False
         raise answer.error()
 
-    def _ask(self, project: Project, request: requests.Request) -> GitLabAnswer:
+    def _ask(self, project: Project, method: str, url: str, **content: Any) -> GitLabAnswer:
         """Return the answer to a request with the first token that is good enough."""
         missing = f"file {GITLAB_TOKENS} has no token".encode()
         answer = GitLabAnswer(http.HTTPStatus.UNAUTHORIZED, missing)
         for token in self.tokens(project):
-            answer = self._answer(request, token)
+            exchange = partial(self._exchange, method, url, token, **content)
+            answer = self._answer(url, exchange)
             if not answer.is_refusal:
                 self._accepted[project] = token
                 break
         return answer
 
-    def _answer(self, request: requests.Request, token: str) -> GitLabAnswer:
+    def _answer(self, url: str, exchange: Callable[[], GitLabAnswer]) -> GitLabAnswer:
         """Return the answer that comes in time.
 
         A thread waits for it, since one that drips would outlast every timeout of a socket. While
         it does, the commit is not asked about again: what was sent last may yet have its effect.
         """
-        url = str(request.url)
         if url in self._open or len(self._open) >= REQUESTS_OPEN:
             return GitLabAnswer(0, failure="an earlier request has no answer yet")
         self._open.add(url)
@@ -8343,7 +8361,7 @@ class GitLab:
         def wait() -> None:
             """Put the answer into the queue, or why there is none."""
             try:
-                answer = self._exchange(request, token)
+                answer = exchange()
             except (HookError, OSError, *SHAPE_ERRORS) as failure:
                 answer = GitLabAnswer(0, failure=first_cause(failure))
             finally:
@@ -8359,23 +8377,23 @@ class GitLab:
         except queue.Empty:
             return GitLabAnswer(0, failure=f"no whole answer within {self.deadline:.0f} s")
 
-    def _exchange(self, request: requests.Request, token: str) -> GitLabAnswer:
+    def _exchange(self, method: str, url: str, token: str, **content: Any) -> GitLabAnswer:
         """Send a request, and read the beginning of its answer."""
         until = time.monotonic() + self.deadline
         session = self._sessions.pop() if self._sessions else new_session()
-        prepared = session.prepare_request(request)
-        prepared.headers["PRIVATE-TOKEN"] = token
-        prepared.headers["User-Agent"] = f"{MANAGER}/{__version__}"
         authorities = self.surroundings.authorities()
         with memory_file(authorities) as bundle:
             trusted = path_of(bundle) if authorities else self.surroundings.public_authorities()
-            with session.send(
-                prepared,
+            with session.request(
+                method,
+                url,
+                **content,
+                headers={"PRIVATE-TOKEN": token, "User-Agent": f"{MANAGER}/{__version__}"},
                 timeout=self.deadline,
                 allow_redirects=False,
                 stream=True,
                 verify=trusted,
-                proxies=self.proxies(str(request.url)),
+                proxies=self.proxies(url),
             ) as response:
                 body = b""
                 for part in response.iter_content(8192):
@@ -8391,15 +8409,15 @@ class GitLab:
         """Return the proxy for a URL, as git would find it in its variables."""
         environ = {**os.environ, **self.surroundings.variables}
         lower = {key.lower(): value for key, value in environ.items()}
-        if requests.utils.should_bypass_proxies(url, no_proxy=lower.get("no_proxy", "")):
+        if http_client().utils.should_bypass_proxies(url, no_proxy=lower.get("no_proxy", "")):
             return {}
         names = {scheme: lower.get(f"{scheme}_proxy", "") for scheme in ("http", "https")}
         return {scheme: proxy for scheme, proxy in names.items() if proxy}
 
 
-def new_session() -> requests.Session:
+def new_session() -> Any:
     """Return a session that keeps connections, and nothing that a server or this machine says."""
-    session = requests.Session()
+    session = http_client().Session()
     session.trust_env = False  # it would send what somebody's .netrc has
     session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
     return session
@@ -14913,6 +14931,7 @@ def push(tools: Tools, args: argparse.Namespace) -> int:
     payload["user_username"] = local_user()
     body = json.dumps(payload).encode()
     headers = delivery_headers(tools, body)
+    requests = http_client()
     try:
         answer = requests.post(args.url, body, headers=headers, timeout=10, allow_redirects=False)
     except requests.RequestException as failure:

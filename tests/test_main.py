@@ -21,8 +21,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
 import pytest
 import requests
+import waitress
 import yaml
 
 import gitops_hook
@@ -100,9 +102,9 @@ class Place:
         """Run a command to its end."""
         return self.run_python(*argv_of(*args)[1:], **environ)
 
-    def run_without_packages(self, *args: str) -> Done:
-        """Run a command by a Python that has only its standard library."""
-        return self.run_python("-S", str(PROGRAM), *args)
+    def run_without_packages(self, *args: str, **environ: str) -> Done:
+        """Run a command by a Python that has only its standard library, and what a path names."""
+        return self.run_python("-S", str(PROGRAM), *args, **environ)
 
     def run_python(self, *args: str, **environ: str) -> Done:
         """Run Python to its end."""
@@ -241,6 +243,24 @@ def test_other_commands_without_their_packages_name_what_makes_the_environment(
     done = place.run_without_packages(*args)
     says(done, 2, "the Python package prometheus_client is missing", "`make venv`")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_package_is_missed_at_the_start_also_where_it_is_needed_later(
+    place: Place, tmp_path: Path
+) -> None:
+    others = tmp_path / "packages"
+    others.mkdir()
+    for package in (prometheus_client, waitress, yaml):
+        folder = Path(package.__file__).parent
+        (others / folder.name).symlink_to(folder)
+    done = place.run_without_packages("status", PYTHONPATH=str(others))
+    says(done, 2, "the Python package requests is missing", "`make venv`")
+
+
+def test_a_start_leaves_the_http_client_for_later() -> None:
+    script = "import sys, gitops_hook; sys.exit('requests' in sys.modules)"
+    argv = [sys.executable, "-P", "-c", script]
+    assert subprocess.run(argv, env=os.environ | finding(), check=False).returncode == 0
 
 
 def test_a_wrong_command_line_is_explained_without_packages(place: Place) -> None:
