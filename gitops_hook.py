@@ -15098,10 +15098,12 @@ def explain(tools: Tools, args: argparse.Namespace) -> int:
 
 def timeline(tools: Tools, app: App, name: str) -> Iterator[str]:
     """Yield a line for each stage of a run that has Jobs or a record, as far as one may look."""
-    state = tools.deployer.state.recent(app)
     unreadable: list[str] = []
+    state = AppState()
     jobs: dict[str, Job] = {}
     services: dict[str, Service] = {}
+    with noting_unreadable(ORCHESTRATION, unreadable):
+        state = tools.deployer.state.recent(app)
     with noting_unreadable("its Jobs", unreadable):
         listed = jobs_of(tools.doors.kubectl, tools.config, [name])[name]
         jobs = {job.stage: job for job in listed}

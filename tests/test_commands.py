@@ -606,25 +606,30 @@ def test_explain_says_what_is_not_known(story: Story, page: str, status: int, te
     assert (story.pages[page].status, text in story.pages[page].stderr) == (status, True)
 
 
-def test_explain_goes_on_where_an_account_may_not_look(story: Story) -> None:
+@pytest.mark.parametrize("beside", ["orchestration", "test"])
+def test_explain_goes_on_where_an_account_may_not_look(story: Story, beside: str) -> None:
     place = story.world
-    subject = {"kind": "ServiceAccount", "name": "looker", "namespace": "test"}
+    looker = f"looker-{beside}"
+    subject = {"kind": "ServiceAccount", "name": looker, "namespace": "test"}
     rule = {"apiGroups": ["*"], "resources": ["jobs", "configmaps"], "verbs": ["get", "list"]}
     rbac = {"apiVersion": "rbac.authorization.k8s.io/v1"}
-    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "looker"}
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": looker}
     bound = {"roleRef": role, "subjects": [subject]}
-    for namespace in ("test", "build", "orchestration"):
-        meta = {"name": "looker", "namespace": namespace}
+    for namespace in {"test", "build", beside}:
+        meta = {"name": looker, "namespace": namespace}
         place.cluster.load(
             {**rbac, "metadata": meta, "kind": "Role", "rules": [rule]},
             {**rbac, "metadata": meta, "kind": "RoleBinding", **bound},
         )
-    environ = {**place.environ, "KUBECONFIG": str(place.cluster.kubeconfig("test/looker"))}
+    environ = {**place.environ, "KUBECONFIG": str(place.cluster.kubeconfig(f"test/{looker}"))}
     argv = argv_of("explain", story.run["broken"], "--log")
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     assert "\n--- production\nnot readable with this account\n" in done.stdout, done
     assert "token=***" in done.stdout
     assert "\nproduction: not readable with this account\n" in done.stdout
+    assert ("\norchestration: not readable with this account\n" in done.stdout) == (
+        beside != "orchestration"
+    )
 
 
 def test_status_shows_what_it_can_read_and_names_the_rest(story: Story) -> None:
