@@ -351,8 +351,8 @@ class Reason(StrEnum):
         return next((reason for reason in cls if reason == word), None)
 
 
-# A verdict ends the commit's way; a circumstance before the switch is tried again by itself, unless
-# it is final: someone has taken over, or traffic was switched.
+# A verdict says that the commit is at fault: nothing is tried again by itself. After a circumstance
+# it is, unless that is a final one: someone else has taken over, or traffic was switched already.
 VERDICTS = {
     Reason.OK: "Nothing is to be done.",
     Reason.TESTS_FAILED: "Read why with `explain RUN`, mend tests or code, and push again.",
@@ -419,12 +419,17 @@ CREATION_REASONS = (Reason.JOB_REFUSED, Reason.QUOTA_EXCEEDED)  # of a Job that 
 class Phase(StrEnum):
     """What is left to do in an environment when the holder of its claim has ended, or has died.
 
-    phase          written by                 what finishes it, once no run holds it any more
+    phase          written by                 what finishes it
     preparing      a run, before it changes   restore what stood in the idle colour
     baking         the switch                 nothing: a run that is open goes on with its bake
     switched-back  the switch back            scale the version that was left to 0
     rollback       a person's `rollback`      restore what stood in the target's colour
     draining       confirmation, `rollback`   restart the version that was left, or scale it down
+
+    `ServiceReconciler.is_claim_due` says when: never while the claim's run is open, but for what
+    drains in an environment that is not the last; `draining` after deploy.drain, counted from the
+    switch; `rollback` once its command must be dead; `preparing` not while a newer run is open.
+    `Deployer.finish_colour` does it, and touches no colour that is live by then.
     """
 
     PREPARING = "preparing"
@@ -5540,7 +5545,7 @@ class HistoryEntry:
     replicas: SizeField = 1
     at: TimeField = 0.0
     by: ProseField = ""  # who switched, or changed the selector since
-    outcome: WordField = ""  # none while it bakes, and where the bake told nothing
+    outcome: WordField = ""  # "" while it bakes; that stays where the bake ended with no verdict
     reason: WordField = ""
     detail: ProseField = ""
     was: Selector = dataclass_field(default_factory=dict)  # what was narrowed to adopt it
@@ -6377,12 +6382,16 @@ class Followed:
         return cls(problem, now, problem.proof.first if isinstance(problem.proof, Exits) else 1)
 
     def at_next_look(self, problem: PodProblem, now: float) -> Followed:
-        """Return it as it is seen again; another cause begins anew."""
+        """Return it as it is seen again; another cause begins anew.
+
+        The kubelet alternates while an image is refused. It says why after each pull, ErrImagePull,
+        and nothing but ImagePullBackOff until the next one. So the cause is kept over the silence,
+        and each time that it is said anew, `renewed`, counts as one more refusal.
+        """
         before = self.problem
         if isinstance(before.proof, Refusals) and not problem.cause:
-            # the words are gone, not what they said
-            waiting = replace(before.proof, renewed=False)
-            return replace(self, problem=replace(before, proof=waiting))
+            silent = replace(before.proof, renewed=False)
+            return replace(self, problem=replace(before, proof=silent))
         again = 0
         match before.proof, problem.proof:
             case Exits(), Exits():
@@ -6491,6 +6500,11 @@ class Observation:
 def newest_run(jobs: Mapping[str, Job]) -> Run:
     """Return the run of a group of Jobs, as the one has it that was made or opened again last."""
     return max((j.run for j in jobs.values()), key=lambda run: run.received)
+
+
+# A run can begin again: by its next try, by `rerun` or by a new delivery. No object stands for a
+# try. It begins when the run is received, which `reopen` writes on its Jobs. What is older is of an
+# earlier try: ends of Jobs, entries of the history, claims and records.
 
 
 def has_ended(jobs: Mapping[str, Job]) -> bool:
@@ -6689,8 +6703,9 @@ def decide_environment(observed: Observation, name: str) -> Action | None:
     live = service.live if service and switched else HistoryEntry()
     confirmed = Outcome.DEPLOYED in (entry.outcome, live.outcome)
     bakes_here = name == observed.app.deploy.environments[-1]
-    # a worker that confirmed the live version a moment ago may not know that yet
-    if name in observed.busy and (not confirmed or (switched and bakes_here)):
+    # the bake writes the confirmation, looks once more, and may yet switch back
+    may_be_withdrawn = switched and bakes_here
+    if name in observed.busy and (not confirmed or may_be_withdrawn):
         return Action(Do.WAIT, name, detail=f"{name} is being changed")
     if confirmed:
         return None
@@ -7068,8 +7083,8 @@ class BakeLook:
     workers: WorkersSeen = WorkersSeen()
     preview: HealthCheck | None = None  # whom to ask for health
     endpoints_came: bool | None = None  # None while they are waited for
-    proved_at: float | None = None  # when the version was last proven, to be confirmed
-    confirmed_at: float | None = None
+    proved_at: float | None = None  # when the proof was taken on which it is confirmed
+    confirmed_at: float | None = None  # when the confirmation on that proof was written
     end: RunError | None = None  # what ends the bake otherwise
 
     def is_fresh(self, now: float) -> bool:
@@ -7079,6 +7094,11 @@ class BakeLook:
     def is_complete(self, now: float) -> bool:
         """Whether no pod was missing a moment ago."""
         return self.is_fresh(now) and not pods_taken_away(self.pods, self.wanted)
+
+    def is_proven(self, now: float) -> bool:
+        """Whether the proof was fresh when the confirmation was written, or is while it is not."""
+        at = now if self.confirmed_at is None else self.confirmed_at
+        return self.proved_at is not None and at - self.proved_at <= CHECK_GAP
 
 
 class Verdict(StrEnum):
@@ -7109,6 +7129,11 @@ class BakeObservation:
     unjudged_seconds: float = 0.0
     gave_up: bool = False  # judging it: it may be confirmed without
 
+    @property
+    def is_unjudged_too_long(self) -> bool:
+        """Whether nobody could tell its health for as long as a rollout may take."""
+        return self.unjudged_seconds > self.settings.rollout_timeout
+
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
@@ -7121,35 +7146,50 @@ class Judgement:
 def judgement(seen: BakeObservation) -> Judgement:
     """Return what is to become of a version in its bake, and why.
 
-    While the confirmation on a fresh proof is being written, and in the look after that, only pods
-    that fail are held against it. If that was held up, until the proof was an old one, the bake
-    goes on until it is healthy again.
+    What counts depends on how far it has come, by what the observer has put into its look:
+
+    watched    nothing is proven     every objection counts, the first one as they are listed
+    proven     `proved_at` is fresh  the confirmation is being written: only pods that fail count
+    confirmed  `confirmed_at` is set it stays, unless `confirmation_stands` says no: then the bake
+                                     goes on, as if it was proven or watched only
     """
     look = seen.look
-    too_long = seen.unjudged_seconds > seen.settings.rollout_timeout
-    written_at = seen.now if look.confirmed_at is None else look.confirmed_at
-    proven = look.proved_at is not None and written_at - look.proved_at <= CHECK_GAP
-    stays = not seen.pods_fault and (proven or seen.healthy or too_long)
-    if look.confirmed_at is not None and stays:
+    if look.confirmed_at is not None and confirmation_stands(seen):
         return Judgement(Verdict.STAYS)
-    failures = min(seen.checks.failures, seen.checks.asked - seen.excused)
-    failed = failures >= seen.settings.health.failures
-    refused = f"failed {failures} times in a row: {seen.checks.refusal}"
-    unjudged = f"health could not be judged for {seen.unjudged_seconds:.0f} s"
-    objections = {
-        Verdict.WORKER_FAILED: look.workers.failed,
-        Verdict.CHECKS_FAILED: refused if failed else "",
-        Verdict.PODS_FAILED: seen.pods_fault,
-        Verdict.ENDPOINTS_MISSING: "they did not come" if look.endpoints_came is False else "",
-        Verdict.UNJUDGEABLE: unjudged if too_long else "",
-    }
-    for verdict, why in objections.items():
+    proven = look.is_proven(seen.now)
+    for verdict, why in objections(seen).items():
         if why and (not proven or verdict is Verdict.PODS_FAILED):
             return Judgement(verdict, why)
     judged = seen.checks.judged_seconds >= seen.judged_seconds_needed and not look.workers.waits
     # whoever confirms it hears the API server first, so that this need not be fresh
     provable = seen.healthy and look.endpoints_came
     return Judgement(Verdict.CONFIRM if provable and (judged or seen.gave_up) else Verdict.WATCH)
+
+
+def confirmation_stands(seen: BakeObservation) -> bool:
+    """Whether a version that was confirmed may be left alone now.
+
+    Writing that may have been held up until its proof was an old one. Then it has to be healthy
+    still; if nobody can tell for too long, it stays as well.
+    """
+    proven = seen.look.is_proven(seen.now)
+    return not seen.pods_fault and (proven or seen.healthy or seen.is_unjudged_too_long)
+
+
+def objections(seen: BakeObservation) -> dict[Verdict, str]:
+    """Return what speaks against a version in its bake, the most telling first; "" for nothing."""
+    failures = min(seen.checks.failures, seen.checks.asked - seen.excused)
+    failed = failures >= seen.settings.health.failures
+    refused = f"failed {failures} times in a row: {seen.checks.refusal}"
+    unjudged = f"health could not be judged for {seen.unjudged_seconds:.0f} s"
+    no_endpoints = seen.look.endpoints_came is False
+    return {
+        Verdict.WORKER_FAILED: seen.look.workers.failed,
+        Verdict.CHECKS_FAILED: refused if failed else "",
+        Verdict.PODS_FAILED: seen.pods_fault,
+        Verdict.ENDPOINTS_MISSING: "they did not come" if no_endpoints else "",
+        Verdict.UNJUDGEABLE: unjudged if seen.is_unjudged_too_long else "",
+    }
 
 
 class Drift(StrEnum):
@@ -8724,7 +8764,8 @@ def retried(step: F, *, while_head: bool = False) -> F:
                 if failed.kind not in UNCERTAIN:
                     raise
                 if retry.failed("step"):
-                    warn("a step is tried again", detail=str(failed), **task.words)
+                    words = {"step": step.__name__, "detail": str(failed)}
+                    warn("a step is tried again", **words, **task.words)
                 doors.pause(retry.wait(1.0) if failed.kind == "Unreachable" else 0.05)
             if while_head and task.run.ref and doors.clock.monotonic() - checked > HEAD_FRESH:
                 with suppress(GitError):
@@ -9496,10 +9537,10 @@ class Claims:
 
     # Three races remain, and each has its answer:
     # Two claim at once. A claim compares and sets: the second meets another version of the Service.
-    # One that has lost its claim still writes a Deployment. It has read that before it looked at
-    #   its claim, and whoever takes a claim over writes to the Deployment first: a conflict.
-    # One that has lost its claim still switches. It has read the Service with the claim, and the
-    #   switch compares and sets.
+    # One that has lost its claim goes on to write a Deployment. That write is a conflict: it has
+    #   read the Deployment before it looked at its claim, and who took the claim over wrote first.
+    # One that has lost its claim goes on to switch. That is a conflict, too: it has read the
+    #   Service with the claim, and the switch compares and sets.
 
     def __init__(self, live: LiveServices, guard: SelectorGuard) -> None:
         self.live = live
@@ -9551,7 +9592,14 @@ class Claims:
     def check(self, task: Task, claimed: Service | None, now: Service | None) -> None:
         """Raise when someone else holds the claim now or has changed the live Service.
 
-        A Service that was deleted and made again has lost the claim, which nobody has taken.
+        What the claim on the Service says now, None being no Service, and what that does:
+
+        the same; there never was a Service     nothing, if the selector is the same
+        a rollback                              SupersededError: the run ends
+        another claim of the same run           NotNowError: it is tried again
+        a claim of another run                  SupersededError
+        none, and the Service is a new one      NotNowError: it was deleted or made anew
+        none, and the Service is the same one   SupersededError
         """
         if claimed is None and now is None:
             return
@@ -9563,8 +9611,8 @@ class Claims:
             raise SupersededError(Reason.CLAIM_LOST, "a person has called `rollback`")
         if holder == task.run.id:
             raise NotNowError("another process holds the claim for the same run")
-        remade = not (claimed and now and still_claimed(claimed, now))
-        if remade and not holder:
+        is_same_service = claimed and now and still_claimed(claimed, now)
+        if not holder and not is_same_service:
             raise NotNowError("the live Service was deleted or made anew meanwhile")
         taker = holder or "someone else"
         raise SupersededError(Reason.CLAIM_LOST, f"{taker} has taken the claim")
@@ -9661,18 +9709,22 @@ def idle_colour(app: App, standing: Mapping[str, Object | None], live: Set[str])
 def release_to_restore(service: Service, colour: str, standing: Object | None) -> str:
     """Return the release that is to be restored in a colour if the next run fails there.
 
-    It is "" where nothing stands there that a rollback might go to.
+    It is "" for none. The claim before may remember one, which its run has overwritten and nobody
+    has restored yet. What stands in the colour tells:
+
+    nothing, or a version that never served there  what is remembered
+    the run of the claim before                    what is remembered
+    a version that traffic was taken from          none: nobody goes back to it
+    another version that has served                its own release
     """
     claim = service.claim
     remembered = claim.restore if claim.colour == colour else ""
     entry = service.entry(part_of(standing or {}, "metadata", "labels").get(LABEL_RUN, ""))
-    if entry.colour != colour:
-        return remembered  # no version that has ever served stands there
-    if (claim.colour, claim.run) == (colour, entry.run):
-        return remembered  # the run of the last claim stands there, in the place of what it found
-    if entry.outcome not in (Outcome.DEPLOYED, ""):
-        return ""  # traffic was taken from the version that stands there
-    return entry.release
+    has_served = entry.colour == colour
+    has_overwritten = (claim.colour, claim.run) == (colour, entry.run)
+    if not has_served or has_overwritten:
+        return remembered
+    return entry.release if entry.outcome in (Outcome.DEPLOYED, "") else ""
 
 
 def still_claimed(claimed: Service, now: Service) -> bool:
@@ -9733,7 +9785,8 @@ class Traffic:
     def switch_back_for_endpoints(self, task: Task, release: Release) -> NoReturn:
         """Switch back since endpoints did not come, unless there is nothing better to go back to.
 
-        Raises StageError in both cases.
+        Raises StageError in both cases. A first version that has no ready pod serves nobody: its
+        Service is removed.
         """
         wanted = release.wanted
         detail = f"the endpoints did not become the {wanted} pods of {release.run}"
@@ -9771,19 +9824,22 @@ class Traffic:
         return False
 
     def switch_back_if_worse(self, task: Task, why: str, health: PodHealth | None) -> None:
-        """Switch back, and raise StageError, if a larger share of the version before is healthy.
+        """Act on a version that looks unhealthy, by how it and the version before are doing.
 
-        If neither is healthy, traffic stays, and StageError BothUnhealthy is raised. Where the
-        health path failed, so that the `health` of the live version is not known, the pods of both
-        are asked one by one. Returns without a switch when as many of the new ones answer: then a
-        lost node was the cause, with pods of both.
+        a larger share of the version before is healthy   switch back; StageError
+        its health path failed, its own pods answer       return: the bake goes on
+        else, and if there is no version before           traffic stays; StageError BothUnhealthy
+
+        `health`: of the live version; None where its health path failed. Then the pods of both
+        versions are asked one by one, and traffic may have failed on its way to them.
         """
         versions = self.compare_versions(task, ask=health is None)
-        if versions.previous.better_than(health or versions.live):
+        live = health or versions.live
+        if versions.target and versions.previous.better_than(live):
             self.switch_back(task, Outcome.SWITCHED_BACK, Reason.UNHEALTHY_AFTER_SWITCH, why)
-        live = versions.live
-        if health is None and live.ready and (versions.target or live.ready == live.wanted):
-            return  # as many of its own pods answer
+        pods_answer = live.ready if versions.target else live.ready == live.wanted > 0
+        if health is None and pods_answer:
+            return
         other = "the version before is no better" if versions.target else "there is none before"
         raise StageError(Reason.BOTH_UNHEALTHY, f"{why}; {other}")
 
@@ -9832,8 +9888,8 @@ class Traffic:
         """Point the live Service back at the version before, in one patch with the outcome.
 
         It does not look at the pods it leaves. Tried until it is done. Raises StageError then, and
-        SupersededError when someone else has switched; a first deployment has nothing to go back
-        to, so its Service is removed.
+        SupersededError when someone else has switched. Without a version before the Service is
+        removed; callers have that done only where no pod is ready.
         """
         ended = Ended(str(outcome), str(reason), clip(detail))
         back = self.try_switch_back(task, ended)
@@ -9984,8 +10040,9 @@ class Rollout:
     def apply(self, task: Task, release: Release, claimed: Service | None) -> None:
         """Record a release, and put its Deployment in the place of what stands there.
 
-        It is written against the version read before the look at the claim, and each write differs:
-        the late write of one who has lost the claim meets a newer version and changes nothing.
+        It is written against the version that was read before the look at the claim. Each write
+        makes a newer version, by an annotation that differs. So the late write of a run that has
+        lost its claim is a conflict, and changes nothing.
         """
         deployment = copy.deepcopy(release.deployment)
         deployment["metadata"]["annotations"][ANNOTATION_WRITTEN] = str(self.doors.clock.now())
@@ -10558,9 +10615,10 @@ class Companions:
     def settle(self, task: Task, reached: Moment) -> None:
         """Do what is due until nothing is left; raises HookError.
 
-        It goes in rounds. Only the Service tells what is wanted, and it is read last: so what a
-        round finds to be wanted for the first time it only records, and the next one reads it. And
-        what a round has created the next one records with its uid.
+        It goes in rounds. Each reads what is recorded, then those objects, and the Service last,
+        which alone tells what is wanted. What is wanted and not recorded yet was not read: a round
+        records it, and the next one reads it. What a round has created the next one records with
+        its uid.
         """
         for _ in range(SETTLE_ROUNDS):
             records = self.records(task)
@@ -11292,18 +11350,19 @@ class Bake:
     def doubt_checks(self, why: str) -> None:
         """Switch back for failed checks, unless as many of its own pods answer after all.
 
-        While a pod is taken away, the failed checks may have been its own.
+        While a pod is taken away, the failed checks may have been its own. Then, unless another pod
+        refuses as well, nothing is decided yet: they count as one less than enough, so that the
+        next one that fails raises the same doubt.
         """
         look = self.look
         now = self.clock.monotonic()
-        own = (
-            look.is_complete(now) or not look.is_fresh(now) or refusals_of(look.checks, IMPATIENCE)
-        )
-        self.excused = self.checks.asked
-        if own:
+        none_is_taken_away = look.is_complete(now)
+        nobody_knows = not look.is_fresh(now)
+        if none_is_taken_away or nobody_knows or refusals_of(look.checks, IMPATIENCE):
+            self.excused = self.checks.asked
             self.urgent.traffic.switch_back_if_worse(self.task, why, None)
-        else:  # another one that fails is reason enough to ask them again
-            self.excused -= self.settings.health.failures - 1
+        else:
+            self.excused = self.checks.asked - (self.settings.health.failures - 1)
 
     def pod_health(self) -> PodHealth:
         """Return how many pods are healthy by their own word."""
@@ -11355,8 +11414,10 @@ class Bake:
         except (RunError, InterruptedError):
             raise
         except (HookError, OSError, RuntimeError, *SHAPE_ERRORS) as lost:
+            name = step.__name__
             if self.lost_answers.failed("step"):
-                warn("a step is tried again", detail=clip(str(lost)), **self.task.words)
+                why = clip(str(lost))
+                warn("a step of the bake is tried again", step=name, detail=why, **self.task.words)
             self.steady.doors.pause(0.5)
             return False
         return True
@@ -11601,7 +11662,8 @@ class Deployer:
     def finish_colour(self, task: Task, service: Service) -> Claim:
         """Do what the claim of a Service leaves to do in its colour; return the claim after that.
 
-        See Phase. What `rollback` had restored is live: then the other colour is to be drained.
+        See Phase. Where a `rollback` was killed after its switch, the colour that it claimed is
+        live. Then it is restored, and the other colour is drained next.
         """
         claim = service.claim
         name = f"{task.app.name}-{claim.colour}"
@@ -11671,13 +11733,12 @@ class Deployer:
 class Goal:
     """Where a rollback goes: an entry of the history, as it was and as it will be live.
 
-    They differ where its pods had to be brought back, in another colour or size. It is overwritten
-    where its pods still run, while another run is already in their Deployment.
+    They differ where its pods had to be brought back, in another colour or size.
     """
 
     target: HistoryEntry
     entry: HistoryEntry
-    overwritten: bool = False
+    overwritten: bool = False  # its pods still run, and another run is in their Deployment already
 
 
 class Rollback:
@@ -11691,43 +11752,56 @@ class Rollback:
         self.companions = operations.companions
         self.workloads = operations.workloads
 
-    def run(self, task: Task, service: Service, target: HistoryEntry, reason: str) -> HistoryEntry:
-        """Switch to a target; return the entry as it is live then.
+    def run(self, task: Task, left: Service, target: HistoryEntry, reason: str) -> HistoryEntry:
+        """Switch to a target from a live Service as it was read; return the entry as it is then.
 
         Works beside a daemon or without one. A target of which enough pods are ready is one patch
         away, and what overwrote its Deployment is undone afterwards; one that was scaled down is
         applied again and waited for. Raises RefusedError when someone else has switched meanwhile,
         and StageError when the target does not become ready.
         """
+        # whatever is written from here on is of the run that is gone to, its claim as well
         task = replace(task, run=replace(task.run, id=target.run))
-        name = f"{task.app.name}-{target.colour}"
-        before = service.claim
-        restore = before.restore if before.colour == target.colour else ""
+        restore = left.claim.restore if left.claim.colour == target.colour else ""
         claim = self.claims.new(task.run.id, target.colour, Phase.ROLLBACK, restore)
-        claimed = self.claim(task, service, claim)
+        name = f"{task.app.name}-{target.colour}"
+        claimed = self.claim(task, left, claim)
         switched = None
         try:
-            goal = self.ready_goal(task, service, claimed, target)
+            goal = self.ready_goal(task, left, claimed, target)
             if goal.entry.has_companions or goal.entry.outcome == ADOPTED:
                 self.companions.protect(task, goal.entry)
             switched = self.switch(task, claimed, goal, reason)
         finally:
             if switched is None:
-                with suppress(HookError):
-                    self.workloads.unpause(task, name)
-                with suppress(HookError):
-                    self.claims.put(task, service.claim, claim)
+                self.undo_claim(task, name, left, claim)
         try:
-            self.record(task, service, goal.entry, reason)
+            self.record(task, left, goal.entry, reason)
         finally:  # whoever may not write records can still complete what traffic has left behind
-            if goal.entry.has_companions or service.live.has_companions:
+            if goal.entry.has_companions or left.live.has_companions:
                 self.companions.follow(task, has_companions=True)
             if switched.claim.restore:
-                # what does not work now the daemon does, by the claim that is left then
-                with suppress(HookError):
-                    self.rollout.restore(task, name, switched)
-                    self.claims.put(task, self.drain_of(task, service), switched.claim)
+                self.restore(task, name, left, switched)
         return goal.entry
+
+    def undo_claim(self, task: Task, name: str, left: Service, claim: Claim) -> None:
+        """Give the environment back as it was found, since traffic was not switched.
+
+        What does not work now the daemon does, once this claim counts as that of a dead process.
+        """
+        with suppress(HookError):
+            self.workloads.unpause(task, name)
+        with suppress(HookError):
+            self.claims.put(task, left.claim, claim)
+
+    def restore(self, task: Task, name: str, left: Service, switched: Service) -> None:
+        """Undo what overwrote the Deployment of the target; then claim to drain what was left.
+
+        What does not work now the daemon does, by the claim that is left then.
+        """
+        with suppress(HookError):
+            self.rollout.restore(task, name, switched)
+            self.claims.put(task, self.drain_of(task, left), switched.claim)
 
     def claim(self, task: Task, service: Service, claim: Claim) -> Service:
         """Return the live Service with a claim written on it.
@@ -11745,9 +11819,9 @@ class Rollback:
 
     @retried
     def record(self, task: Task, left: Service, live: HistoryEntry, reason: str) -> None:
-        """Reject the commit that a rollback has left; lift the rejection of what is gone on to.
+        """Reject the commit that a rollback has left, and lift the rejection of its target.
 
-        One that another environment has brought about stays.
+        A target that is proven here was rejected by another environment: that rejection stays.
         """
         commit = left.live.commit
         reason = reason or str(Reason.ROLLED_BACK)
@@ -12088,11 +12162,7 @@ class Intake:
         return done | self.create_jobs(app, wanted)
 
     def needless_commits(self, app: App, state: AppState) -> dict[str, str]:
-        """Return why commits are not to be deployed again, by commit: rejected, or live already.
-
-        Rejections that the history of the live Service knows, and the records do not, are recorded:
-        an uninstallation deletes what is recorded, and not what a Service says of itself.
-        """
+        """Return why commits are not to be deployed again, by commit: rejected, or live already."""
         rejected = {commit for commit in state.rejected if state.rejection(app, commit)}
         needless = dict.fromkeys(rejected, str(Reason.REJECTED))
         if not app.deploy.environments:
@@ -12100,21 +12170,27 @@ class Intake:
         namespace = self.context.config.namespaces[app.deploy.environments[-1]]
         if manifest := self.context.kubectl.get("service", app.service_name, namespace):
             service = Service(manifest)
-            history = [] if state.last(app.deploy_ref) else reversed(service.history)
-            outcomes = {entry.commit: entry.outcome for entry in history}
-            taken_back = {c for c, o in outcomes.items() if c and o in OUTCOMES.values()}
-            for commit in sorted(taken_back - state.rejected.keys()):
-                self.context.state.reject(app, commit, Reason.ROLLED_BACK)
+            taken_back = self.recorded_as_rejected(app, state, service.history)
             needless |= dict.fromkeys(taken_back, str(Reason.REJECTED))
-            others = (state.live.get(name) for name in app.deploy.environments[:-1])
-            ended = (
-                state.runs[entry.run].outcome if entry.run in state.runs else Reason.VANISHED
-                for entry in others
-                if entry and entry.commit != service.live.commit
-            )
-            if not any(ended):  # what is elsewhere is on its way here
+            if not has_other_commit_elsewhere(app, state, service.live.commit):
                 needless[service.live.commit] = "AlreadyLive"
         return needless
+
+    def recorded_as_rejected(
+        self, app: App, state: AppState, history: Sequence[HistoryEntry]
+    ) -> set[str]:
+        """Record what a history says was taken back, where no record of the app is left.
+
+        An uninstallation deletes what is recorded, and not what a Service says of itself. Returns
+        the commits; there are none while records are left.
+        """
+        if state.last(app.deploy_ref):
+            return set()
+        outcomes = {entry.commit: entry.outcome for entry in reversed(history)}
+        taken_back = {c for c, o in outcomes.items() if c and o in OUTCOMES.values()}
+        for commit in sorted(taken_back - state.rejected.keys()):
+            self.context.state.reject(app, commit, Reason.ROLLED_BACK)
+        return taken_back
 
     def ids_of(self, app: App, state: AppState, pushes: Iterable[Run]) -> dict[Run, str]:
         """Return the id of each push's run: the one that it has already, or a free one.
@@ -12435,14 +12511,13 @@ class RunRecorder:
         app = self.context.apps.get(run.app)
         if app is None:
             return record
-        before = self.state.recent(app).runs.get(run.id)
-        if before and before.outcome and before.reason == reason and before.ended >= run.received:
-            return before  # a process that was killed has recorded it
+        last = self.state.recent(app).runs.get(run.id)
+        if last and last.outcome and last.reason == reason and last.ended >= run.received:
+            return last  # a process that was killed has recorded it
         config = config_hash(app) if end.reason in CONFIGURED_REASONS else ""
         record = replace(record, config=config)
-        tried = before is not None and before.received >= run.received
-        if before and (run.delivery == NEXT_TRY or (tried and before.delivery == NEXT_TRY)):
-            record = replace(record, tries=before.tries, tried_since=before.tried_since)
+        if last and is_try_of(run, last):
+            record = replace(record, tries=last.tries, tried_since=last.tried_since)
         if may_be_tried_again(end) and not switched:
             record = record.tried_again()
         records: list[RunRecord | Rejection] = [record]
@@ -12471,6 +12546,15 @@ class RunRecorder:
                 seconds = max(0.0, job.finished - job.unsuspended)
                 labels = (job.run.app, job.stage, job.state)
                 self.doors.reports.metrics.stage_seconds.labels(*labels).observe(seconds)
+
+
+def is_try_of(run: Run, last: RunRecord) -> bool:
+    """Whether a run goes on with a series of tries, which its last record counts.
+
+    Either it is the next try, or it was one when its start was recorded.
+    """
+    recorded_start = last.received >= run.received
+    return run.delivery == NEXT_TRY or (recorded_start and last.delivery == NEXT_TRY)
 
 
 def may_be_tried_again(end: Action) -> bool:
@@ -12581,6 +12665,18 @@ def run_key(run: Run) -> tuple[str, str, str]:
 def recorded_push(run: Run) -> tuple[str, str]:
     """Return what identifies a push among the records of its app: ref and commit."""
     return recorded_ref(run.ref), run.commit
+
+
+def has_other_commit_elsewhere(app: App, state: AppState, commit: str) -> bool:
+    """Whether an environment before the last one has another commit, whose run has ended.
+
+    Then a push of what is live in the last one has something to do. While that run has not ended,
+    its commit is on its way here.
+    """
+    entries = (state.live.get(name) for name in app.deploy.environments[:-1])
+    others = [entry for entry in entries if entry and entry.commit != commit]
+    records = [state.runs.get(entry.run) for entry in others]
+    return any(record is None or record.outcome for record in records)
 
 
 def newer_than(run: Run, state: AppState) -> bool:
@@ -13245,7 +13341,8 @@ class ServiceReconciler:
         # a newer run overwrites the idle colour anyway: restoring it would be in its way
         if claim.phase == Phase.PREPARING and any(map(self.context.is_deployed, runs)):
             return False
-        # what drains in the last environment waits, too: its run could not end beside a worker
+        # in the last environment also what drains waits: draining makes the environment busy,
+        # and in a busy one the end of a run is not seen
         if claim.phase == Phase.DRAINING and not task.last:
             return True
         return all(run.id != task.run.id for run in runs)
