@@ -22,8 +22,8 @@ The words: an *app* is one repository in the configuration, and what is done wit
 *run* is one commit of one ref of one app, and its *stages* are test, build and the environments.
 A *colour* is one of an app's two Deployments in an environment. A *release* is the recorded
 rendering of a run in an environment. The *claim* on a live Service says who is changing an
-environment. The daemon *switches back* during the bake, a person *rolls back*. To *restore* is to
-apply the version again that `rollback` would go to, after a failed deployment overwrote it.
+environment. The daemon *switches back* during the bake, a person *rolls back*. A deployment that
+failed has overwritten a version that `rollback` could go to: to *restore* is to apply that again.
 
 Each section uses only those above it; `grep '^# ==='` lists them.
 """
