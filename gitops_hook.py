@@ -2117,7 +2117,15 @@ def parse_run(content: bytes) -> Run:
 
 OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; parsing takes five times that
 STDERR_BYTES = 2**20
-API_PATHS = {"jobs": "/apis/batch/v1", "pods": "/api/v1", "services": "/api/v1"}
+API_PATHS = {  # of what is listed in pages, or followed
+    "configmaps": "/api/v1",
+    "deployments": "/apis/apps/v1",
+    "endpointslices": "/apis/discovery.k8s.io/v1",
+    "jobs": "/apis/batch/v1",
+    "pods": "/api/v1",
+    "replicasets": "/apis/apps/v1",
+    "services": "/api/v1",
+}
 PLURALS = {
     ("api/v1", "ConfigMap"): "configmaps",
     ("api/v1", "Service"): "services",
@@ -2126,6 +2134,10 @@ PLURALS = {
     ("apis/policy/v1", "PodDisruptionBudget"): "poddisruptionbudgets",
 }
 PAGE_SIZE = 100  # objects in one answer: a thousand Jobs at once are 50 MB of Python
+PAGE_BYTES = 4 * 2**20  # of one answer; a page that is larger is asked for in halves
+# What is kept of each pod of a list: pushed code says how large the rest is.
+POD_METADATA = ("name", "resourceVersion", "labels", "creationTimestamp", "deletionTimestamp")
+POD_CONTAINER = ("name", "restartPolicy", "ports", "readinessProbe")
 LOG_READ = 500 * 16 * 1024  # all of 500 lines, since container runtimes cut lines at 16 KiB
 MEMORY_BYTES = 160 * 2**20  # of a program: the largest kustomization that is read takes 130 MB
 # A constant script: it sets the limits before the program begins, and for all that it starts.
@@ -2157,15 +2169,23 @@ class Kubectl:
         self._slots = threading.BoundedSemaphore(at_once)
 
     def run(
-        self, *args: str, namespace: str = "", stdin: str = "", timeout: float = KUBECTL_TIMEOUT
+        self,
+        *args: str,
+        namespace: str = "",
+        stdin: str = "",
+        timeout: float = KUBECTL_TIMEOUT,
+        most: int = OUTPUT_BYTES,
     ) -> str:
         """Return what one call prints; raises KubectlError, after a time-out of unknown effect."""
         with self._slots:
-            return self._call(args, namespace, stdin, timeout)
+            return self._call(args, namespace, stdin, timeout, most)
 
-    def _call(self, args: Sequence[str], namespace: str, stdin: str, timeout: float) -> str:
+    def _call(
+        self, args: Sequence[str], namespace: str, stdin: str, timeout: float, most: int
+    ) -> str:
         """Return what one call prints; the caller holds a slot."""
-        finished = run_program((self.program, "-n", namespace, *args), timeout, stdin)
+        argv = (self.program, "-n", namespace, *args)
+        finished = run_program(argv, timeout, stdin, file_bytes=most)
         stdout = finished.stdout.decode(errors="replace")
         if finished.code == 0:
             self.metrics.kubectl.labels(args[0], "ok").inc()
@@ -2195,20 +2215,51 @@ class Kubectl:
     def list(
         self, resource: str, namespace: str, *filters: str, timeout: float = KUBECTL_TIMEOUT
     ) -> list[Object]:
-        """Return the objects that match, e.g. `-l`, "a=b" or `--field-selector`, "a=b"."""
-        if resource == "pods" and filters[:1] == ("-l",):
-            # there may be a thousand, and kubectl has not the memory to print them at once
-            address = f"/api/v1/namespaces/{namespace}/pods?labelSelector={quote(filters[1])}"
-            return [pod for page in self.pages(address, namespace) for pod in page["items"]]
-        args = ("get", resource, *filters, "-o", "json")
-        return [*json.loads(self.run(*args, namespace=namespace, timeout=timeout))["items"]]
+        """Return the objects that match, e.g. `-l`, "a=b" or `--field-selector`, "a=b".
 
-    def pages(self, address: str, namespace: str) -> Iterator[Object]:
-        """Yield the lists of which a long list consists, as the API server sends them."""
+        Pods have only what is looked at. Raises KubectlError, also where more is left than a call
+        may print.
+        """
+        if filters[:1] != ("-l",) or resource not in API_PATHS:
+            args = ("get", resource, *filters, "-o", "json")
+            return [*json.loads(self.run(*args, namespace=namespace, timeout=timeout))["items"]]
+        address = list_address(resource, namespace, filters[1])
+        items: list[Object] = []
+        size = 0
+        for page in self.pages(address, namespace, timeout):
+            for item in page["items"]:
+                kept = pod_essentials(item) if resource == "pods" else item
+                size += len(json.dumps(kept))
+                if size > OUTPUT_BYTES:
+                    why = f"the {resource} of {namespace} are more than {OUTPUT_BYTES >> 10} KiB"
+                    raise KubectlError([self.program, "get", resource], 1, why)
+                items.append(kept)
+        return items
+
+    def pages(
+        self, address: str, namespace: str, timeout: float = KUBECTL_TIMEOUT
+    ) -> Iterator[Object]:
+        """Yield the lists of which a long list consists, as the API server sends them.
+
+        Their items have kind and apiVersion. Where objects are so large that a page of them would
+        be, the pages have fewer.
+        """
         token: str | None = ""
+        limit = PAGE_SIZE
         while token is not None:
-            args = ("get", "--raw", f"{address}&limit={PAGE_SIZE}&continue={token}")
-            yield (page := json.loads(self.run(*args, namespace=namespace)))
+            args = ("get", "--raw", f"{address}&limit={limit}&continue={token}")
+            most = PAGE_BYTES if limit > 1 else OUTPUT_BYTES
+            try:
+                printed = self.run(*args, namespace=namespace, timeout=timeout, most=most)
+            except KubectlError as failure:
+                if failure.code != -signal.SIGXFSZ or limit == 1:
+                    raise
+                limit //= 2
+                continue
+            page = json.loads(printed)
+            kind = str(page.get("kind")).removesuffix("List")
+            types = {"kind": kind, "apiVersion": page.get("apiVersion")}
+            yield {**page, "items": [{**types, **item} for item in page["items"]]}
             token = (page.get("metadata") or {}).get("continue") or None
 
     def names(self, resource: str, namespace: str, labels: str) -> Sequence[str]:
@@ -2349,7 +2400,12 @@ class UrgentKubectl(Kubectl):
     REPEATED_SECONDS = 4.0  # and of those after it
 
     def run(
-        self, *args: str, namespace: str = "", stdin: str = "", timeout: float = KUBECTL_TIMEOUT
+        self,
+        *args: str,
+        namespace: str = "",
+        stdin: str = "",
+        timeout: float = KUBECTL_TIMEOUT,
+        most: int = OUTPUT_BYTES,
     ) -> str:
         """Return what the first process prints that ends; raises KubectlError, ConfigError."""
         answers: queue.SimpleQueue[str | HookError] = queue.SimpleQueue()
@@ -2362,7 +2418,7 @@ class UrgentKubectl(Kubectl):
                 return
             try:
                 if not answered.is_set():
-                    answers.put(self._call(args, namespace, stdin, seconds))
+                    answers.put(self._call(args, namespace, stdin, seconds, most))
             except HookError as failure:
                 answers.put(failure)
             finally:
@@ -2388,6 +2444,17 @@ def printed_objects(printed: str) -> list[Object]:
     """Return the objects that kubectl has printed as JSON: a list, one alone, or nothing."""
     answer = json.loads(printed) if printed.strip() else {"items": []}
     return [*answer["items"]] if answer.get("kind", "List") == "List" else [answer]
+
+
+def pod_essentials(pod: Object) -> Object:
+    """Return what is looked at in a pod of a list."""
+    spec = pod.get("spec") or {}
+    containers = {
+        key: [{k: c[k] for k in POD_CONTAINER if k in c} for c in spec.get(key) or []]
+        for key in ("containers", "initContainers")
+    }
+    meta = {key: pod["metadata"][key] for key in POD_METADATA if key in pod["metadata"]}
+    return {"kind": "Pod", "metadata": meta, "spec": containers, "status": pod.get("status") or {}}
 
 
 def list_address(resource: str, namespace: str, labels: str) -> str:
@@ -9106,7 +9173,9 @@ class LiveServices:
     def entry_from_release(self, task: Task, service: Service) -> HistoryEntry:
         """Return the history entry of the run that a Service reaches, by its recorded release."""
         terms = f"{LABEL_APP}={task.app.name},{LABEL_STAGE}=release"
-        for configmap in self.kubectl.list("configmaps", task.namespace, "-l", terms):
+        address = list_address("configmaps", task.namespace, terms)
+        pages = self.kubectl.pages(address, task.namespace)  # ten of a megabyte each, perhaps
+        for configmap in (item for page in pages for item in page["items"]):
             with suppress(StageError):
                 release = Release.from_configmap(configmap)
                 colour = colour_of(service.selector) or release.colour
@@ -13388,9 +13457,7 @@ class Measurements:
         for item in self.kubectl.list("endpointslices", namespace, "-l", terms):
             name = item["metadata"]["labels"][LABEL_SERVICE]
             slices_by_service.setdefault(name, []).append(item)
-        ours = f"{LABEL_MANAGED}={MANAGER}"
-        listed = self.kubectl.list("deployments", namespace, "-l", ours)
-        deployments = {d["metadata"]["name"]: d for d in listed}
+        deployments = self.deployments_in(namespace)
         recorded = {service.name: service for service in services if service.history}
         metrics = self.context.metrics
         for name, app in apps.items():
@@ -13403,6 +13470,22 @@ class Measurements:
             is_kept = is_ready_for_rollback(deployment, target) if target.colour else None
             show(metrics.rollback_ready, where, is_kept)
             show(metrics.last_success, where, last_success(service) if service else None)
+
+    def deployments_in(self, namespace: str) -> dict[str, Object]:
+        """Return the Deployments of all apps by name, without their templates, which may be large.
+
+        Raises KubectlError.
+        """
+        address = list_address("deployments", namespace, f"{LABEL_MANAGED}={MANAGER}")
+        return {
+            deployment["metadata"]["name"]: {
+                "metadata": {"labels": part_of(deployment, "metadata", "labels")},
+                "spec": {"replicas": replicas_of(deployment)},
+                "status": part_of(deployment, "status"),
+            }
+            for page in self.kubectl.pages(address, namespace)
+            for deployment in page["items"]
+        }
 
 
 def show(gauge: Any, where: Sequence[str], value: float | None) -> None:

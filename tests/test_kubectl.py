@@ -26,6 +26,7 @@ from gitops_hook import (
     Metrics,
     UrgentKubectl,
     confined,
+    list_address,
     run_program,
 )
 from tests.memory import peak_of
@@ -217,6 +218,68 @@ except gitops_hook.KubectlError as failed:
     complaint = "it printed more than 16384 KiB" if not pipe else "exit status 1"
     assert said == f"Unknown 0 True {complaint}\n"
     assert peak < 150
+
+
+LARGE_PAGES = """
+import json, sys
+words = sys.argv[-1].partition("?")[2].split("&")
+query = dict(word.partition("=")[::2] for word in words)
+first, limit = int(query["continue"] or 0), int(query["limit"])
+padding = [{"name": f"V{n}", "value": "x"} for n in range(4000)]
+last = min(first + limit, 300)
+more = {"continue": str(last)} if last < 300 else {}
+kind = {"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": "1", **more}}
+print(json.dumps(kind)[:-1] + ', "items": [', end="")
+for number in range(first, last):
+    meta = {"name": f"pod-{number}", "resourceVersion": "1", "annotations": {"words": "x" * 20000}}
+    spec = {"containers": [{"name": "web", "env": padding}]}
+    comma = "," if number > first else ""
+    print(comma + json.dumps({"metadata": meta, "spec": spec, "status": {}}), end="")
+print("]}")
+"""
+
+
+@pytest.mark.cluster
+def test_many_pods_with_large_templates_are_listed_in_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(LARGE_PAGES)
+    program = script(tmp_path, f'exec {sys.executable} -S {tmp_path / "server.py"} "$@"')
+    said, peak = peak_of(
+        """
+import sys
+kubectl = gitops_hook.Kubectl(gitops_hook.Metrics(), program=sys.argv[1])
+pods = kubectl.list("pods", "production", "-l", "app=shop")
+print(len({pod["metadata"]["name"] for pod in pods}), pods[0]["spec"], pods[0]["kind"])
+""",
+        program,
+    )
+    spec = {"containers": [{"name": "web"}], "initContainers": []}
+    assert said == f"300 {spec} Pod\n"
+    assert peak < 250, "and 40 MB of text in all"
+
+
+def test_a_list_of_more_than_one_call_may_print_is_an_error(
+    cluster: Cluster, kubectl: Kubectl
+) -> None:
+    for number in range(20):
+        meta = {"name": f"wide-{number}", "namespace": SPACE, "labels": {"app": "wide"}}
+        data = {"a": "x" * 900_000}
+        cluster.load({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data})
+    why = r"the configmaps of [a-z]+ are more than 16384 KiB"
+    with pytest.raises(KubectlError, match=why):
+        kubectl.list("configmaps", SPACE, "-l", "app=wide")
+
+
+def test_objects_too_large_for_a_page_of_a_hundred_are_listed_all(
+    cluster: Cluster, kubectl: Kubectl
+) -> None:
+    meta = {"labels": {"app": "swollen"}, "annotations": {"words": "x" * 200_000}}
+    for number in range(70):
+        named = {**meta, "name": f"swollen-{number}", "namespace": SPACE}
+        spec = {"ports": [{"port": 80}]}
+        cluster.load({"apiVersion": "v1", "kind": "Service", "metadata": named, "spec": spec})
+    address = list_address("services", SPACE, "app=swollen")
+    sizes = [len(page["items"]) for page in kubectl.pages(address, SPACE)]
+    assert (sum(sizes), max(sizes) < 25) == (70, True)
 
 
 def test_output_that_never_ends_is_ended(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -123,6 +124,11 @@ class Cluster(SimpleNamespace):
             raise refused("Error from server (Forbidden): no")
         listed: list[Object] = getattr(self, resource.removeprefix("endpoint"))
         return listed if namespace == "staging" else []
+
+    def pages(self, address: str, namespace: str) -> Iterator[Object]:
+        path, _, query = address.partition("?labelSelector=")
+        listed = self.list(path.rpartition("/")[2], namespace, "-l", unquote(query))
+        yield from ({"items": [item]} for item in listed)  # each on a page of its own
 
 
 def endpoints(*ready: bool, service: str = "shop") -> Object:

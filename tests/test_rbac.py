@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 import yaml
 
+import gitops_hook as hook
 from tests.standin.api import Api
 from tests.standin.cluster import Cluster
 from tests.standin.faults import Request
@@ -77,14 +77,19 @@ def command(
     return Command(purpose=purpose, argv=argv, needs=needed, stdin=stdin, **more)
 
 
-def mirror(resource: str, api: str) -> tuple[Command, Command]:
+def page(purpose: str, resource: str, labels: str = OURS) -> Command:
+    """Return the command that lists a page of what has these labels."""
+    address = hook.list_address(resource, "{namespace}", labels)
+    return command(purpose, f"get --raw {address}&limit=100&continue=", f"{resource}: list")
+
+
+def mirror(resource: str) -> tuple[Command, Command]:
     """Return the two commands of a mirror: a page of its list, and its watch."""
-    path = f"get --raw {api}/namespaces/{{namespace}}/{resource}"
-    query = f"?labelSelector={quote(OURS, safe='')}"
-    page, changes = "&limit=100&continue=", "&watch=true&resourceVersion=0&timeoutSeconds=2"
+    address = hook.list_address(resource, "{namespace}", OURS)
+    changes = "&watch=true&resourceVersion=0&timeoutSeconds=2"
     return (
-        command(f"which {resource} there are", path + query + page, f"{resource}: list"),
-        command(f"follow {resource}", path + query + changes, f"{resource}: watch"),
+        page(f"which {resource} there are", resource),
+        command(f"follow {resource}", f"get --raw {address}{changes}", f"{resource}: watch"),
     )
 
 
@@ -208,7 +213,7 @@ POD_FIELDS = "involvedObject.name=web-1,involvedObject.kind=Pod"
 EVENTS_OF_POD = f"get events --field-selector {POD_FIELDS} -o json"
 
 PODS = (
-    *mirror("pods", "/api/v1"),
+    *mirror("pods"),
     command("the end of a container's log", LOGS, "pods: get, pods/log: get"),
     command(
         "the end of the log before a restart",
@@ -220,7 +225,7 @@ PODS = (
 )
 KEPT = (
     command("copies, releases, logs", CREATE, "configmaps: create", listed(configmap("made"))),
-    command("which there are", f"get configmaps -l {OURS} -o json", "configmaps: list"),
+    page("which there are", "configmaps"),
     command("what goes", f"delete configmap/copy {QUIETLY}", "configmaps: delete"),
 )
 
@@ -258,8 +263,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         (
             command("a run's Job", CREATE, "jobs: create", listed(job("made"))),
             command("note an outcome", f"patch job/one {MERGED}", "jobs: get patch", NOTE),
-            *mirror("jobs", "/apis/batch/v1"),
-            command("the Jobs of an app", f"get jobs -l {OURS} -o json", "jobs: list"),
+            *mirror("jobs"),
             command("a run again", "get job/one -o json --ignore-not-found", "jobs: get"),
             command("what a rerun replaces", f"delete job/one {QUIETLY}", "jobs: delete"),
             command("a build again", "delete job one --ignore-not-found", "jobs: delete get"),
@@ -291,11 +295,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "services: create",
                 listed(service("made")),
             ),
-            command("Services left behind", f"get services -l {OURS} -o json", "services: list"),
             command(
                 "a first one that failed", f"delete service/shop {QUIETLY}", "services: delete"
             ),
-            *mirror("services", "/api/v1"),
+            *mirror("services"),
             command(
                 "what stands", "get deployment/blue -o json --ignore-not-found", "deployments: get"
             ),
@@ -309,7 +312,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "get deployment/blue service/shop -o json --ignore-not-found",
                 "services: get, deployments: get",
             ),
-            command("our colours", f"get deployments -l {OURS} -o json", "deployments: list"),
+            page("our colours", "deployments"),
             command(
                 "a colour's first time",
                 "create -f -",
@@ -339,13 +342,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 code=1,
                 says="timed out waiting for the condition",
             ),
-            command("copies in use", "get replicasets -l app=shop -o json", "replicasets: list"),
-            command(
-                "did the switch arrive",
-                "get endpointslices -l kubernetes.io/service-name=shop -o json",
-                "endpointslices: list",
-            ),
-            command("ready pods", "get pods -l app=shop,version=blue -o json", "pods: list"),
+            page("copies in use", "replicasets", "app=shop"),
+            page("did the switch arrive", "endpointslices", "kubernetes.io/service-name=shop"),
+            page("ready pods", "pods", "app=shop,version=blue"),
             command("why a pod does not start", EVENTS_OF_POD, "events: list"),
             TOLD,
             command(
