@@ -12908,6 +12908,11 @@ class Step:
         job = self.observed.jobs.get(self.action.stage)
         return self.action.do is Do.WAIT and (job is None or job.state == "suspended")
 
+    @property
+    def can_wait(self) -> bool:
+        """Whether the step can be left to a later look: no run goes on by it."""
+        return self.action.do in (Do.END, Do.ASK_HEAD)
+
 
 class RunReconciler:
     """Brings each run one step further: it observes, decides and executes."""
@@ -13060,22 +13065,21 @@ class RunReconciler:
     def execute_all(self, steps: Iterable[Step]) -> None:
         """Execute steps: first those of environments, since a version may be live and unhealthy.
 
-        Ends of test-only runs, of which there may be many, come last. Those that do not fit into
-        this look are left to the next ones, after what came meanwhile.
+        Ends and questions about the head, of which pushes can make many, come last, and the apps
+        take turns. Those that do not fit into this look are left to the next ones, after what came
+        meanwhile.
         """
         until = self.context.clock.monotonic() + LOOK_SECONDS
         due = [step for step in steps if not step.waits_in_queue]
-        for step in sorted(due, key=lambda s: (self.can_wait(s), s.action.do is not Do.DEPLOY)):
-            if self.can_wait(step) and self.context.clock.monotonic() > until:
+        due.sort(key=lambda step: (step.can_wait, step.action.do is not Do.DEPLOY))
+        first = [step for step in due if not step.can_wait]
+        for step in [*first, *in_turn(due[len(first) :], self.context.is_deployed)]:
+            if step.can_wait and self.context.clock.monotonic() > until:
                 self.context.wake.set()
                 break
             run = step.observed.run
             news = latest_version(step.observed.jobs, step.observed.pods)
             self.context.attempt(run.id, partial(self.execute, step), news, **run_words(run))
-
-    def can_wait(self, step: Step) -> bool:
-        """Whether a step is the end of a run that is only tested."""
-        return step.action.do is Do.END and not self.context.is_deployed(step.observed.run)
 
     def execute(self, step: Step) -> None:
         """Execute an action, and not again until the cluster shows its effect."""
@@ -13205,6 +13209,26 @@ class RunReconciler:
             logs = self.context.recorder.logs
             logs.start(partial(logs.delete_expired, app, self.context.config.namespaces))
             self.cooldown.start(f"logs of {app.name}", 3600.0)
+
+
+def in_turn(steps: Iterable[Step], is_deployed: Callable[[Run], bool]) -> list[Step]:
+    """Return steps so that each app has one, then each a second one, and so on.
+
+    Those of an app that tell most come first: of a run that is deployed, and was not superseded.
+    """
+
+    def tells_less(step: Step) -> tuple[bool, bool]:
+        """Return where a step stands among those of its app."""
+        superseded = step.action.outcome is Outcome.SUPERSEDED
+        return superseded, not is_deployed(step.observed.run)
+
+    turns = Counter[str]()
+    ranked: list[tuple[int, Step]] = []
+    for step in sorted(steps, key=tells_less):
+        app = step.observed.run.app
+        ranked.append((turns[app], step))
+        turns[app] += 1
+    return [step for _, step in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def missing_pod(kubectl: Kubectl, job: Job) -> PodProblem | None:

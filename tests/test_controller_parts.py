@@ -1015,3 +1015,43 @@ def test_what_is_live_of_an_app_is_recorded_although_that_of_another_cannot_be(
         controller.clock.time += hook.LOOK_SECONDS + 0.1
         controller.services.reconcile([])
     assert written == ["blog"]
+
+
+def of_many_pushes(controller: Any, number: int, before: str) -> None:
+    """Let an app have many Jobs of commits that are not the head, and another app one that is."""
+    now = controller.clock.now()
+    received = now - hook.AGAIN_SECONDS - 1
+    moved = [a_run(f"{n + 1:040x}", before=before, received=received) for n in range(number)]
+    pushes = [*moved, a_run("e" * 40, app="blog", received=received)]
+    for push in pushes:
+        job = hook.test_job(controller.context.config, controller.context.apps[push.app], push)
+        controller.context.kubectl.create_each([job], "test")
+        controller.informers.jobs[0]._take("ADDED", job)
+    for app, commit in (("shop", "c" * 40), ("blog", "e" * 40)):
+        at = controller.clock.monotonic()
+        heads = hook.ReadHeads(asked=now, answered=at, commits={"refs/heads/main": commit})
+        controller.catch_up.heads[app] = heads
+
+
+@pytest.mark.parametrize("before", ["", "c" * 40], ids=["not the head", "head not shown yet"])
+def test_many_pushes_of_one_app_hold_up_no_run_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    controller = idle_controller(tmp_path, TWO_APPS)
+    synced(controller)
+    of_many_pushes(controller, 300, before)
+    calls: list[str] = []
+    patch = controller.context.kubectl.patch
+
+    def slow_patch(resource: str, name: str, *args: Any) -> Any:
+        controller.clock.time += 0.1
+        calls.append(name)
+        return patch(resource, name, *args)
+
+    monkeypatch.setattr(controller.context.kubectl, "patch", slow_patch)
+    began = controller.clock.monotonic()
+    controller.reconcile()
+    assert calls[0].startswith("test-blog-"), "it is released first"
+    assert controller.clock.monotonic() - began < 2 * hook.LOOK_SECONDS
+    assert 5 < len(calls) < 50
+    assert controller.context.wake.is_set(), "the others are next"
