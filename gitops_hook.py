@@ -3885,6 +3885,12 @@ ACCOUNT_FIELDS = ("spec.serviceAccountName", "spec.serviceAccount")
 CONFIGMAP_REFERENCES = ("configMap", "configMapRef", "configMapKeyRef")
 ONE_BY_ONE = {"maxSurge": 1, "maxUnavailable": 0}
 MOST_REPLICAS = 1000
+SIZES = {  # fields that hold a number of pods; the last ones are those of KEDA
+    *("spec.replicas", "spec.minReplicas", "spec.maxReplicas"),
+    *("spec.parallelism", "spec.completions"),
+    *("jobTargetRef.parallelism", "jobTargetRef.completions"),
+    *("spec.minReplicaCount", "spec.maxReplicaCount", "spec.idleReplicaCount", "fallback.replicas"),
+}
 MIN_READY_SECONDS = 10  # that a pod must have been ready for, if the app does not say it
 LONGEST_DEADLINE = 86_400  # seconds that a rollout may take, whatever the app says
 EXTERNAL_TYPES = ("NodePort", "LoadBalancer")
@@ -3966,6 +3972,12 @@ EVICTS = "lets these pods evict those of other apps. Remove it."
 ASKS = "makes the node ask another host. Remove it, so that the pod itself is asked."
 WRITTEN = "is written by a tool or by the cluster. Remove it."
 REPELS = "keeps pods of other namespaces away from nodes. Remove it."
+CONTROL_PLANE = "let these pods run on the control plane. Use the key of another taint."
+# What distributions call the taint of those nodes.
+CONTROL_PLANE_TAINTS = [
+    f"node-role.kubernetes.io/{role}"
+    for role in ("control-plane", "master", "controlplane", "etcd")
+]
 REQUIRED_TERM = "requiredDuringSchedulingIgnoredDuringExecution"
 REFUSED_FIELDS = {
     "spec.externalIPs": "takes traffic of other addresses. Use a Service of type LoadBalancer.",
@@ -4667,11 +4679,13 @@ def object_faults(
     """
     shown = {k: "any" if k in CONFIGMAP_DATA else v for k, v in item.items()}
     for key, part in walk(item["kind"], shown):
+        if key == "tolerations" and isinstance(part, dict) and tolerates_control_plane(part):
+            yield f"{key} {CONTROL_PLANE}"
         for field, value in part.items() if isinstance(part, dict) else ():
             name = f"{key}.{clip(field, 80)}"
             fault = REFUSED_FIELDS.get(name)
             # what is empty says nothing, but an empty selector selects everything
-            if not value and not (value == {} and fault):
+            if not value and name not in SIZES and not (value == {} and fault):
                 continue
             if not fault and key in ("labels", "annotations") and field.startswith(f"{MANAGER}/"):
                 fault = f"is reserved for {MANAGER}. Remove it."
@@ -4688,6 +4702,8 @@ def value_fault(name: str, value: Any, deploy: DeploySettings, claims: Set[str] 
     """Return why a field may not have its value, and what to do; empty where it may."""
     if name in ACCOUNT_FIELDS and value not in ("default", *deploy.service_accounts):
         return "is not in deploy.service_accounts. Remove it, or add it there."
+    if claims is None and name in SIZES and not is_size(value):
+        return f"is no whole number from 0 to {MOST_REPLICAS}. Use one."
     if claims is not None and (name, value) == ("strategy.type", "Recreate"):
         return "is Recreate, but two versions run side by side. Use RollingUpdate and shared data."
     claimed = name == "persistentVolumeClaim.claimName" and isinstance(value, str)
@@ -4696,6 +4712,17 @@ def value_fault(name: str, value: Any, deploy: DeploySettings, claims: Set[str] 
     if name == "spec.progressDeadlineSeconds" and isinstance(value, int):
         return "is more than a day. Use less." if value > LONGEST_DEADLINE else ""
     return ""
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is a number of pods that is possible. None says nothing."""
+    return value is None or (type(value) is int and 0 <= value <= MOST_REPLICAS)
+
+
+def tolerates_control_plane(toleration: Object) -> bool:
+    """Whether a toleration lets pods run on nodes of the control plane, or on all nodes."""
+    key = toleration.get("key") or ""
+    return not key or key in CONTROL_PLANE_TAINTS
 
 
 def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -5294,6 +5321,8 @@ def wanted_size(committed: int | None, live: int, limits: SizeLimits | None) -> 
         return min(max(live, limits.least), limits.most, MOST_REPLICAS)
     if committed is None:
         return max(live, 1)
+    if type(committed) is not int:
+        refuse("spec.replicas is no whole number. Write one without quotes.", INVALID)
     if committed < 1:
         refuse(f"spec.replicas is {committed}, so nothing would serve. Set it to 1 or more.")
     if committed > MOST_REPLICAS:

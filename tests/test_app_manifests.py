@@ -1326,6 +1326,17 @@ TEMPLATE = "Deployment.spec.template.metadata"
 LAST = "kubectl.kubernetes.io/last-applied-configuration"
 
 
+CONTROL_PLANE = [
+    {"operator": "Exists"},
+    {"key": "", "operator": "Exists", "effect": "NoSchedule"},
+    {"key": None, "operator": "Exists", "effect": "NoExecute"},
+    *(
+        {"key": f"node-role.kubernetes.io/{role}", "operator": "Exists"}
+        for role in ("control-plane", "master", "controlplane", "etcd")
+    ),
+]
+
+
 def alone(**more: Any) -> Object:
     """An affinity that wants a node without certain pods."""
     term = {"topologyKey": "kubernetes.io/os", "labelSelector": {"matchLabels": {"a": "b"}}}
@@ -1342,6 +1353,8 @@ def alone(**more: Any) -> Object:
         (f"{POD}.nodeName", "node-1", "spec.nodeName bypasses the scheduler. Use nodeSelector"),
         (f"{POD}.priorityClassName", "system-node-critical", "evict those of other apps. Remove"),
         (f"{POD}.priority", 2_000_000_000, "evict those of other apps. Remove it."),
+        *((f"{POD}.tolerations", [one], "tolerations let these pods run on the control plane.")
+          for one in CONTROL_PLANE),
         (f"{POD}.hostNetwork", True, "spec.hostNetwork shares the network of the node. Remove it."),
         (f"{POD}.hostPID", True, "spec.hostPID shares the processes of the node. Remove it."),
         (f"{POD}.hostIPC", True, "spec.hostIPC shares the memory of the node's processes."),
@@ -1563,7 +1576,10 @@ def test_a_field_of_the_wrong_type_ends_the_run_or_is_left_to_the_api_server(
     ("where", "odd", "said"),
     [
         ("Deployment.spec", {}, "The Deployment or the Service is not well formed, near"),
-        ("Deployment.spec.replicas", "3", "near TypeError("),
+        *(
+            ("Deployment.spec.replicas", odd, "spec.replicas is no whole number. Write one without")
+            for odd in ("3", True, 2.5, [])
+        ),
         (f"{POD}.containers", ["web"], "near TypeError("),
         (WEB, {"name": "x"}, "near KeyError('image'). `kubectl apply --dry-run=server` on them"),
         (f"{WEB}.image", 7, "near 7. `kubectl apply --dry-run=server` on them"),

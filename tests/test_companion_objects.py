@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import re
 import threading
 import zlib
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from gitops_hook import (
 )
 from tests.test_app_manifests import (
     BUILT,
+    CONTROL_PLANE,
     IMAGE,
     RUN,
     Object,
@@ -162,7 +164,7 @@ def test_a_kind_stands_beside_it_only_if_a_setting_lists_it() -> None:
         (item("StatefulSet", api="apps/v1"), "List StatefulSet in deploy.companions"),
         (item("ConfigMap", data={"n": 5}), "ConfigMap x: n is not a text. Put it in quotes."),
         (item("ConfigMap", data={"n": "x" * 200_000}), "ConfigMap x has more than 128 KiB."),
-        (scaler(maxReplicas="many"), "minReplicas and maxReplicas must be sizes of the app."),
+        (scaler(maxReplicas="many"), "spec.maxReplicas is no whole number from 0 to 1000. Use"),
         (scaler(maxReplicas=2), "minReplicas and maxReplicas must be sizes of the app."),
     ],
 )
@@ -193,6 +195,69 @@ def test_an_object_of_any_shape_ends_in_a_release_or_a_refusal(kind: str, spec: 
         made = released(item(kind, spec=spec), live=2)
         assert len(made.companions_for("shop")) == 1
         assert [*hook.shared_node_ports({"staging": made, "production": made})] == []
+
+
+def second() -> Object:
+    """A Deployment like the app's own, beside it."""
+    work = copy.deepcopy(objects()[0])
+    work["metadata"]["name"] = "work"
+    work["spec"]["template"]["metadata"]["labels"] = {"app": "work"}
+    return work
+
+
+def bounded(**fields: Any) -> list[Object]:
+    """Objects of all kinds that say how many pods there are, with these numbers."""
+    work = second()
+    work["spec"]["replicas"] = fields.get("replicas", 1)
+    jobs = {key: fields[key] for key in ("parallelism", "completions") if key in fields}
+    nightly = cronjob()
+    nightly["spec"]["jobTemplate"]["spec"] |= jobs
+    sizes = {key: fields[key] for key in ("minReplicas", "maxReplicas") if key in fields}
+    counts = {k: v for k, v in fields.items() if k in ("minReplicaCount", "maxReplicaCount")}
+    scaled = item("ScaledJob", api="keda.sh/v1", spec={"jobTargetRef": jobs, **counts})
+    database = item("StatefulSet", api="apps/v1", spec={"replicas": fields.get("replicas", 1)})
+    return [work, nightly, scaler(**sizes), scaler("y", "work", **sizes), scaled, database]
+
+
+@pytest.mark.parametrize("odd", [1001, 2**31 - 1, -1, True, False, "5", "", 2.5, [], {"a": 1}])
+@pytest.mark.parametrize(
+    ("field", "kinds"),
+    [
+        ("replicas", ["Deployment", "StatefulSet"]),
+        ("minReplicas", ["HorizontalPodAutoscaler", "HorizontalPodAutoscaler"]),
+        ("maxReplicas", ["HorizontalPodAutoscaler", "HorizontalPodAutoscaler"]),
+        ("parallelism", ["CronJob", "ScaledJob"]),
+        ("completions", ["CronJob", "ScaledJob"]),
+        ("minReplicaCount", ["ScaledJob"]),
+        ("maxReplicaCount", ["ScaledJob"]),
+    ],
+)
+def test_a_companion_that_asks_for_more_pods_than_a_cluster_is_for_is_refused(
+    field: str, kinds: list[str], odd: Any
+) -> None:
+    companions = ["ScaledJob", "StatefulSet"]
+    most = {"maxReplicas": 1000, field: 1000}
+    assert len(checked(*bounded(**most), companions=companions).companions) == 6
+    said = fault(lambda: checked(*bounded(**{**most, field: odd}), companions=companions))[1]
+    words = re.findall(r"app.json: (\w+) \w+: \w+\.(\w+) is no whole number from 0 to 1000\.", said)
+    assert words == [(kind, field) for kind in kinds]
+
+
+@pytest.mark.parametrize("toleration", CONTROL_PLANE)
+def test_no_pod_beside_the_app_may_run_on_the_control_plane(toleration: Object) -> None:
+    tolerations = [{"key": "gpu", "operator": "Exists"}, toleration]
+    work = second()
+    work["spec"]["template"]["spec"]["tolerations"] = tolerations
+    other = item("StatefulSet", api="apps/v1", spec={"template": work["spec"]["template"]})
+    beside_ = (work, cronjob(tolerations=tolerations), other)
+    said = fault(lambda: checked(*beside_, companions=["StatefulSet"]))[1]
+    words = "tolerations let these pods run on the control plane. Use the key of another taint."
+    assert [line.partition(": ")[2].split()[0] for line in said.split("\n")] == [
+        *("Deployment", "CronJob", "StatefulSet")
+    ]
+    assert said.count(words) == 3
+    tolerations.pop()
+    assert checked(*beside_, companions=["StatefulSet"]).companions
 
 
 def test_two_autoscalers_and_more_objects_than_are_possible_are_refused() -> None:
@@ -265,9 +330,7 @@ def test_what_names_the_deployment_of_the_app_is_refused_since_there_are_two_of_
 
 
 def test_a_budget_that_is_called_like_another_ones_colour_is_refused() -> None:
-    work = copy.deepcopy(objects()[0])
-    work["metadata"]["name"] = "work"
-    work["spec"]["template"]["metadata"]["labels"] = {"app": "work"}
+    work = second()
     other = budget(matchLabels={"app": "work"})
     other["metadata"]["name"] = "x-green"
     said = "PodDisruptionBudget x-green has the name of a colour of a budget. Rename it."
@@ -276,9 +339,7 @@ def test_a_budget_that_is_called_like_another_ones_colour_is_refused() -> None:
 
 
 def test_what_names_a_worker_or_another_kind_is_not_refused() -> None:
-    work = copy.deepcopy(objects()[0])
-    work["metadata"]["name"] = "work"
-    work["spec"]["template"]["metadata"]["labels"] = {"app": "work"}
+    work = second()
     scaled = aimed("ScaledObject", "scaleTargetRef", name="work")
     other = aimed("ScaledObject", "scaleTargetRef", kind="StatefulSet")
     other["metadata"]["name"] = "y"
