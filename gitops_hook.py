@@ -182,6 +182,7 @@ LABEL_APP = "gitops-hook/app"
 LABEL_RUN = "gitops-hook/run"
 LABEL_STAGE = "gitops-hook/stage"
 LABEL_WORKER = "gitops-hook/worker"  # on a worker's pods: a hash of their template
+LABEL_BESIDE = "gitops-hook/beside"  # on pods beside an app that repel each other: the app
 LABEL_VERSION = "version"  # the colour of a pod
 LABEL_SERVICE = "kubernetes.io/service-name"  # of an EndpointSlice
 LABEL_COLOUR = "gitops-hook/colour"  # of a pod whose app uses the label `version` itself
@@ -3979,6 +3980,10 @@ CONTROL_PLANE_TAINTS = [
     for role in ("control-plane", "master", "controlplane", "etcd")
 ]
 REQUIRED_TERM = "requiredDuringSchedulingIgnoredDuringExecution"
+APART = (
+    "a required podAntiAffinity may only keep these pods apart from each other. "
+    "Use preferredDuringSchedulingIgnoredDuringExecution."
+)
 REFUSED_FIELDS = {
     "spec.externalIPs": "takes traffic of other addresses. Use a Service of type LoadBalancer.",
     "spec.externalName": "leads to another host than the pods. Write its name into a ConfigMap.",
@@ -4881,7 +4886,12 @@ def rendered_deployment(
     deployment = new_object("Deployment", name, selector, written["metadata"])
     committed = None if limits else written["spec"].get("replicas")
     replicas = wanted_size(committed, placement.replicas, limits)
-    return {**deployment, "spec": rendered_spec(app, written["spec"], selector, replicas)}
+    spec = rendered_spec(app, written["spec"], selector, replicas)
+    labels = spec["template"]["metadata"]["labels"]
+    terms = required_terms(spec["template"]["spec"])
+    where = f"Deployment {clip(written['metadata']['name'], 60)}"
+    bind_terms(terms, labels, spec["selector"]["matchLabels"], where)
+    return {**deployment, "spec": spec}
 
 
 def rendered_companions(
@@ -4925,12 +4935,31 @@ def rendered_companion(app: App, written: Object) -> Object:
     data = item.get("data") or {} if is_companion(item, "ConfigMap") else {}
     if loose := [key for key, value in data.items() if not isinstance(value, str | None)]:
         refuse(f"{where}: {clip(loose[0], 60)} is not a text. Put it in quotes.", INVALID)
+    keep_companion_apart(app, item, where)
     if is_companion(item, "Deployment"):
         label_worker(app, item)
     if len(json.dumps(item)) > COMPANION_BYTES:
         advice = "Make it smaller, or list it in deploy.ignore."
         refuse(f"{where} has more than {COMPANION_BYTES >> 10} KiB. {advice}")
     return item
+
+
+def keep_companion_apart(app: App, item: Object, where: str) -> None:
+    """Label the pods of a companion that must be apart, and let that concern them alone.
+
+    Raises ManifestError where it concerns others, or where it is not known whose pods it is about.
+    """
+    unbound = len(required_terms(item))
+    for path in TEMPLATES:
+        template = part_of(item, "spec", *path)
+        if terms := required_terms(template.get("spec")):
+            meta = template.get("metadata") or {}
+            labels = {**(meta.get("labels") or {}), LABEL_BESIDE: app.name}
+            template["metadata"] = {**meta, "labels": labels}
+            bind_terms(terms, labels, {LABEL_BESIDE: app.name}, where)
+            unbound -= len(terms)
+    if unbound:
+        refuse(f"{where}: {APART}")
 
 
 def label_worker(app: App, worker: Object) -> None:
@@ -5313,6 +5342,27 @@ def spread_selectors(pod: Object) -> list[Object]:
     anti_affinity = part_of(pod, "affinity", "podAntiAffinity")
     parts = walk("", [pod.get("topologySpreadConstraints"), anti_affinity])
     return [part for key, part in parts if key == "labelSelector" and isinstance(part, dict)]
+
+
+def required_terms(value: Any) -> list[Object]:
+    """Return the terms of each anti-affinity within a value that keep pods from nodes for sure."""
+    parts = [part_of(part) for key, part in walk("", value) if key == "podAntiAffinity"]
+    return [term for part in parts for term in part.get(REQUIRED_TERM) or ()]
+
+
+def bind_terms(
+    terms: Iterable[Object], labels: Mapping[str, str], own: Mapping[str, str], where: str
+) -> None:
+    """Let terms of an anti-affinity select pods with labels of our own only.
+
+    Kubernetes applies them in both directions: new pods of others that a term selects are kept
+    away, too. Raises ManifestError for a term that does not select the pods that have it.
+    """
+    for term in terms:
+        selector = part_of(term, "labelSelector")
+        if not selects(selector, labels):
+            refuse(f"{where}: {APART}")
+        selector["matchLabels"] = {**(selector.get("matchLabels") or {}), **own}
 
 
 def wanted_size(committed: int | None, live: int, limits: SizeLimits | None) -> int:

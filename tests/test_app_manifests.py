@@ -1856,16 +1856,17 @@ def test_where_the_app_uses_the_label_version_itself_the_colour_has_another(plac
     assert written["labels"]["version"] == "v3"
 
 
-def spread(selector: Object | None) -> Object:
+def spread(selector: Object | None, required: Object | None = None) -> Object:
     """The fields of a pod that keep it away from others: spread constraint and anti-affinity."""
     term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": selector}
+    must = {**term, "labelSelector": required} if required else term
     preferred = {"weight": 1, "podAffinityTerm": term}
     return {
         "topologySpreadConstraints": [{**term, "maxSkew": 1, "whenUnsatisfiable": "DoNotSchedule"}],
         "affinity": {
             "podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [preferred]},
             "podAntiAffinity": {
-                "requiredDuringSchedulingIgnoredDuringExecution": [term],
+                "requiredDuringSchedulingIgnoredDuringExecution": [must],
                 "preferredDuringSchedulingIgnoredDuringExecution": [preferred],
             },
         },
@@ -1893,18 +1894,69 @@ def test_pods_of_the_other_colour_do_not_count_in_spread_and_anti_affinity(
     items = objects()
     if label != "version":
         items[0]["spec"]["template"]["metadata"]["labels"]["version"] = "v3"
-    items[0]["spec"]["template"]["spec"] |= spread(selector)
+    own_pods = {"matchLabels": {"app": "shop"}}
+    items[0]["spec"]["template"]["spec"] |= spread(selector, selector if own else own_pods)
     release = released(items)
     expected = copy.deepcopy(selector)
+    required = copy.deepcopy(selector if own else own_pods) or {}
     if expected and own:
         expected["matchLabels"] = {**expected.get("matchLabels", {}), label: "green"}
-    written = spread(expected)
+    required["matchLabels"] = {
+        **required.get("matchLabels", {}),
+        "gitops-hook/app": "shop",
+        label: "green",
+    }
+    written = spread(expected, required)
     written["affinity"]["podAffinity"] = spread(selector)["affinity"]["podAffinity"]
     assert {key: pod(release)[key] for key in written} == written
     blue = recoloured(release, app_of(), "blue", 2)
     text = json.dumps(pod(release)).replace(f'"{label}": "green"', f'"{label}": "blue"')
     assert pod(blue) == json.loads(text)
     assert blue.selector[label] == "blue"
+
+
+OTHERS = [  # selectors of pods that are not, or not only, those that have the term
+    {"matchLabels": {"app": "database"}},
+    {"matchLabels": {"app": "shop", "gitops-hook/app": "other"}},
+    {"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["shop"]}]},
+    {"matchExpressions": [{"key": "gitops-hook/app", "operator": "NotIn", "values": ["shop"]}]},
+    {"matchExpressions": [{"key": "app", "operator": "DoesNotExist"}]},
+    {"matchLabels": {}, "matchExpressions": []},
+    {},
+    None,
+]
+
+
+@pytest.mark.parametrize("selector", OTHERS)
+def test_a_required_anti_affinity_against_pods_of_others_is_refused(selector: Any) -> None:
+    term = {"topologyKey": "kubernetes.io/os", "labelSelector": selector}
+    both = [{**term, "labelSelector": {"matchLabels": {"app": "shop"}}}, term]
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": both}
+    reason, said = fault(lambda: released(changed(f"{POD}.affinity.podAntiAffinity", required)))
+    assert reason is Reason.MANIFEST_REFUSED
+    assert said == (
+        "Deployment web: a required podAntiAffinity may only keep these pods apart from each "
+        "other. Use preferredDuringSchedulingIgnoredDuringExecution."
+    )
+    preferred = [{"weight": 1, "podAffinityTerm": term}]
+    pods = {"preferredDuringSchedulingIgnoredDuringExecution": preferred}
+    kept = pod(released(changed(f"{POD}.affinity.podAntiAffinity", pods)))["affinity"]
+    assert kept == {"podAntiAffinity": pods}
+
+
+@pytest.mark.parametrize("field", ["matchLabelKeys", "mismatchLabelKeys"])
+def test_keys_of_labels_do_not_let_a_required_anti_affinity_reach_pods_of_others(
+    field: str,
+) -> None:
+    selector = {"matchExpressions": [{"key": "x", "operator": "DoesNotExist"}]}
+    term = {"topologyKey": "kubernetes.io/os", "labelSelector": selector, field: ["app"]}
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": [term]}
+    rendered = pod(released(changed(f"{POD}.affinity.podAntiAffinity", required)))["affinity"]
+    (one,) = rendered["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    own = {"matchLabels": {"gitops-hook/app": "shop", "version": "green"}}
+    assert one == {**term, "labelSelector": {**selector, **own}}
+    del term["labelSelector"]
+    assert fault(lambda: released(changed(f"{POD}.affinity.podAntiAffinity", required)))
 
 
 def test_the_deployment_is_coloured_and_keeps_what_the_app_says() -> None:

@@ -36,6 +36,7 @@ from tests.test_app_manifests import (
     BUILT,
     CONTROL_PLANE,
     IMAGE,
+    OTHERS,
     RUN,
     Object,
     app_of,
@@ -258,6 +259,73 @@ def test_no_pod_beside_the_app_may_run_on_the_control_plane(toleration: Object) 
     assert said.count(words) == 3
     tolerations.pop()
     assert checked(*beside_, companions=["StatefulSet"]).companions
+
+
+def repelling(selector: Any, field: str = "podAntiAffinity") -> Object:
+    """An affinity of pods that must be apart from others."""
+    term = {"topologyKey": "kubernetes.io/os", "labelSelector": selector}
+    return {field: {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
+
+
+def repellers(selector: Any) -> list[Object]:
+    """Objects of all kinds that make pods, which must be apart from others."""
+    labels = {"app": "work"}
+    kinds = second(), cronjob(), item("StatefulSet", api="apps/v1"), item("ScaledJob", api="a/v1")
+    work, nightly, database, jobs = kinds
+    pod_ = {"containers": [{"name": "c", "image": "x"}]}
+    work["spec"]["template"]["spec"]["affinity"] = repelling(selector)
+    nightly_jobs = nightly["spec"]["jobTemplate"]["spec"]["template"]
+    nightly_jobs["spec"]["affinity"] = repelling(selector)
+    nightly_jobs["metadata"] = {"labels": labels}
+    made = {"metadata": {"labels": labels}, "spec": {**pod_, "affinity": repelling(selector)}}
+    database["spec"] = {"template": made}
+    jobs["spec"] = {"jobTargetRef": {"template": copy.deepcopy(made)}}
+    return [work, nightly, database, jobs]
+
+
+LISTED = ["StatefulSet", "ScaledJob", "Cluster"]
+
+
+def test_pods_beside_the_app_that_must_be_apart_repel_those_of_this_app_only() -> None:
+    own = {"app": "work", "gitops-hook/beside": "shop"}
+    rendered = beside(*repellers({"matchLabels": {"app": "work"}}), companions=LISTED)
+    templates = [
+        hook.part_of(one, "spec", *path)
+        for one in rendered
+        for path in hook.TEMPLATES
+        if hook.part_of(one, "spec", *path)
+    ]
+    assert len(templates) == 4
+    for template in templates:
+        assert template["metadata"]["labels"].items() >= own.items()
+        assert template["spec"]["affinity"] == repelling({"matchLabels": own})
+
+
+def test_pods_that_repel_none_get_no_label_for_it_and_are_not_restarted() -> None:
+    work, nightly = beside(second(), cronjob())[-2:]
+    assert "gitops-hook/beside" not in json.dumps([work, nightly])
+
+
+@pytest.mark.parametrize("selector", OTHERS[:-1])
+def test_no_pods_beside_the_app_may_repel_those_of_others(selector: Any) -> None:
+    if "app" not in selector.get("matchLabels", {}):
+        selector = {**selector, "matchExpressions": [{"key": "app", "operator": "DoesNotExist"}]}
+    said = fault(lambda: released(*repellers(selector), companions=LISTED))[1]
+    words = "a required podAntiAffinity may only keep these pods apart from each other. Use pref"
+    names = [f"{one['kind']} {one['metadata']['name']}" for one in repellers(selector)]
+    assert [line.split(": ")[0] for line in said.split("\n")] == names
+    assert said.count(words) == len(names)
+
+
+def test_an_anti_affinity_of_pods_that_nobody_knows_here_is_refused() -> None:
+    database = item(
+        "Cluster", api="a/v1", spec={"affinity": repelling({"matchLabels": {"a": "b"}})}
+    )
+    said = fault(lambda: released(database, companions=LISTED))[1]
+    assert said.startswith("Cluster x: a required podAntiAffinity may only keep these pods apart")
+    near = repelling({"matchLabels": {"a": "b"}}, "podAffinity")
+    kept = beside(item("Cluster", api="a/v1", spec={"affinity": near}), companions=LISTED)
+    assert [one["spec"]["affinity"] for one in kept] == [near]
 
 
 def test_two_autoscalers_and_more_objects_than_are_possible_are_refused() -> None:

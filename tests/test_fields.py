@@ -64,7 +64,9 @@ SET_FIELDS = {
     "Pod.spec.topologySpreadConstraints.labelSelector.matchLabels": (
         "yours and the colour, if it selects the app's pods"
     ),
-    "Pod.spec.affinity.podAntiAffinity.*.labelSelector.matchLabels": "the same",
+    "Pod.spec.affinity.podAntiAffinity.*.labelSelector.matchLabels": (
+        "the same; of a required term `gitops-hook/app` too, and it must select the app's pods"
+    ),
     "Service.spec.selector": "`gitops-hook/app`, `gitops-hook/run` and the colour",
     "ConfigMap.metadata.name": "yours with a hash of the content",
     "ConfigMap.immutable": "`true`",
