@@ -4769,20 +4769,18 @@ class Release:
     def companions_for(self, app: str, selector: Mapping[str, str] | None = None) -> list[Object]:
         """Return the companions of an app, pointed at this release, or at what a selector says."""
         live = selector or self.selector
-        return [
-            item if self.is_for_worker(item) else coloured(item, app, live)
-            for item in self.companions or ()
-        ]
+        beside = [(item, self.workers_of(item)) for item in self.companions or ()]
+        return [of_workers(item, ws) if ws else coloured(item, app, live) for item, ws in beside]
 
     @property
     def plain_budgets(self) -> list[Object]:
         """The budgets of the app without a colour, as they would count the pods of both."""
         budgets = [item for item in self.companions or () if is_companion(item, BUDGET)]
-        return [item for item in budgets if not self.is_for_worker(item)]
+        return [item for item in budgets if not self.workers_of(item)]
 
-    def is_for_worker(self, item: Object) -> bool:
-        """Whether a companion is for the pods of a worker, and so has no colour."""
-        return any(is_aimed_at(item, worker) for worker in self.workers)
+    def workers_of(self, item: Object) -> list[Object]:
+        """Return the workers whose pods a companion is for, which then has no colour."""
+        return [worker for worker in self.workers if is_aimed_at(item, worker)]
 
     @property
     def workers(self) -> list[Object]:
@@ -4969,6 +4967,27 @@ def label_worker(app: App, worker: Object) -> None:
     meta = template.get("metadata") or {}
     digits = hashlib.sha256(text.encode()).hexdigest()[:16]
     template["metadata"] = {**meta, "labels": {**(meta.get("labels") or {}), LABEL_WORKER: digits}}
+
+
+def of_workers(item: Object, workers: Iterable[Object]) -> Object:
+    """Return a companion of workers; a budget counts no pods but theirs, of this version.
+
+    What it selects besides cannot be evicted, whoever's pods these are.
+    """
+    labels = [label for worker in workers if (label := worker_label(worker))]
+    if not is_companion(item, BUDGET) or not labels:
+        return item
+    spec = part_of(item, "spec")
+    selector = part_of(spec, "selector")
+    own = {"key": LABEL_WORKER, "operator": "In", "values": labels}
+    terms = [*(selector.get("matchExpressions") or ()), own]
+    return {**item, "spec": {**spec, "selector": {**selector, "matchExpressions": terms}}}
+
+
+def worker_label(worker: Object) -> str:
+    """Return the label by which the pods of a worker are known, "" where it has none."""
+    labels = part_of(worker, "spec", "template", "metadata", "labels")
+    return str(labels.get(LABEL_WORKER, ""))
 
 
 def coloured(item: Object, app: str, selector: Mapping[str, str]) -> Object:
@@ -11112,12 +11131,6 @@ class WorkerWatch:
         failed = f"worker: {fatal.reason}: {fatal.detail}" if fatal else ""
         never_ready = bool(late and holding and holding.reason is Reason.NEVER_READY)
         return WorkersSeen(waits, failed, never_ready)
-
-
-def worker_label(worker: Object) -> str:
-    """Return the label by which the pods of a worker are known, "" where it has none."""
-    labels = part_of(worker, "spec", "template", "metadata", "labels")
-    return str(labels.get(LABEL_WORKER, ""))
 
 
 def is_worker_ready(worker: Object, deployment: Object | None) -> bool:

@@ -102,9 +102,30 @@ def test_what_is_for_a_worker_gets_no_colour() -> None:
     release = released(*beside)
     kept = named(release, "HorizontalPodAutoscaler", "x")
     assert kept["spec"]["scaleTargetRef"]["name"] == "work"
-    assert named(release, "PodDisruptionBudget", "x")["spec"]["selector"] == selector
+    kept = named(release, "PodDisruptionBudget", "x")
+    assert kept["spec"]["selector"]["matchLabels"] == SELECTOR
     assert named(release, "Service", "work-peers")["spec"]["selector"] == SELECTOR
     assert release.wanted == 2, "the app's own size is as its Deployment has it"
+
+
+OTHERS = {"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["shop", "evil"]}]}
+
+
+@pytest.mark.parametrize("selector", [{"matchLabels": SELECTOR}, OTHERS])
+def test_the_budget_of_workers_counts_no_pods_but_theirs(selector: Object) -> None:
+    second = worker("second", "redis:7")
+    release = released(worker(), second, budget(**selector))
+    labels = [hook.worker_label(named(release, "Deployment", n)) for n in ("work", "second")]
+    chosen = named(release, "PodDisruptionBudget", "x")["spec"]["selector"]
+    own = {"key": "gitops-hook/worker", "operator": "In", "values": labels}
+    written = selector.get("matchExpressions", [])
+    assert chosen == {**selector, "matchExpressions": [*written, own]}
+    for name in ("work", "second"):
+        template = named(release, "Deployment", name)["spec"]["template"]
+        assert hook.selects(chosen, template["metadata"]["labels"])
+    assert not hook.selects(chosen, SELECTOR), "a pod of another app with the same labels"
+    recorded = Release.from_configmap(release.configmap("shop"))
+    assert named(recorded, "PodDisruptionBudget", "x")["spec"]["selector"] == chosen
 
 
 def test_an_autoscaler_says_how_many_workers_there_are() -> None:
@@ -252,7 +273,8 @@ def test_the_budget_of_a_worker_stays_one_and_changes_after_the_switch() -> None
     companions.prepare(task(), first)
     assert companions.follow(task(), has_companions=True)
     key = ("PodDisruptionBudget", "x")
-    assert cluster.objects[key]["spec"]["selector"] == {"matchLabels": SELECTOR}
+    (own,) = cluster.objects[key]["spec"]["selector"]["matchExpressions"]
+    assert own["values"] == [hook.worker_label(named(first, "Deployment", "work"))]
     second = release(2, "shop-2")
     companions.require_accepted(task(), second)
     companions.prepare(task(), second)
