@@ -38,6 +38,7 @@ from gitops_hook import (
     StageError,
     check_objects,
     image_remarks,
+    json_bytes,
     ports_like,
     read_manifests,
     recoloured,
@@ -2637,11 +2638,22 @@ def test_configmaps_of_300_kilobytes_fit_into_a_release() -> None:
         (os.urandom(900_000).hex(), "ConfigMap settings has "),
         ("x" * (2**20 + 1), "ConfigMap settings has 1048577 bytes, but 1048576 are possible. Make"),
         ("\x01" * 600_000, "ConfigMap settings has "),
+        ("<" * 600_000, "ConfigMap settings has 1200"),
+        ("<" * 500_000, ""),
         (os.urandom(2**19).hex(), ""),
         ("\u20ac" * 349_525, ""),
         ("x" * 2**20, ""),
     ],
-    ids=["noise", "one-letter", "escaped", "half-noise", "three-byte-letters", "one-mebibyte"],
+    ids=[
+        "noise",
+        "one-letter",
+        "escaped",
+        "angles",
+        "fewer-angles",
+        "half-noise",
+        "three-byte-letters",
+        "one-mebibyte",
+    ],
 )
 def test_what_fits_into_no_configmap_is_refused_before_anything_changes(
     content: str, said: str
@@ -2649,6 +2661,34 @@ def test_what_fits_into_no_configmap_is_refused_before_anything_changes(
     items = changed("ConfigMap.data.GREETING", content)
     refused = refusal(lambda: released(items))
     assert refused is None if not said else said in (refused or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        ("a <b> && c\u2028\u2029", 0),
+        ("\x01\x7f\t\n\r/ \u00e9 \U0001f600", 0),
+        ('"\\ \\\\b \\f \\\\\\" \\u003c', 0),
+        ("\b\f \\\b", 12),  # of which newer ones write two bytes each
+    ],
+)
+def test_json_is_measured_as_kubectl_writes_it(tmp_path: Path, text: str, more: int) -> None:
+    data = {"key": text, "other": "x"}
+    written = {**other("ConfigMap", "x"), "data": data}
+    (tmp_path / "app.json").write_text(json.dumps(written))
+    argv = [
+        str(find_kubectl()),
+        "label",
+        "--local",
+        "-f",
+        str(tmp_path),
+        "x-",
+        "-o",
+        "jsonpath={.data}",
+    ]
+    printed = subprocess.run(argv, capture_output=True, check=True, timeout=60).stdout
+    assert json.loads(printed) == data
+    assert json_bytes(data) in (len(printed), len(printed) + more)
 
 
 def test_what_fits_into_no_release_is_refused_before_anything_changes() -> None:

@@ -165,6 +165,8 @@ def test_a_kind_stands_beside_it_only_if_a_setting_lists_it() -> None:
         (item("StatefulSet", api="apps/v1"), "List StatefulSet in deploy.companions"),
         (item("ConfigMap", data={"n": 5}), "ConfigMap x: n is not a text. Put it in quotes."),
         (item("ConfigMap", data={"n": "x" * 200_000}), "ConfigMap x has more than 128 KiB."),
+        (item("ConfigMap", data={"n": "<" * 30_000}), "ConfigMap x has more than 128 KiB."),
+        (item("ConfigMap", data={"n": "\u00e9" * 30_000}), "ConfigMap x has more than 128 KiB."),
         (scaler(maxReplicas="many"), "spec.maxReplicas is no whole number from 0 to 1000. Use"),
         (scaler(maxReplicas=2), "minReplicas and maxReplicas must be sizes of the app."),
     ],
@@ -259,6 +261,15 @@ def test_no_pod_beside_the_app_may_run_on_the_control_plane(toleration: Object) 
     assert said.count(words) == 3
     tolerations.pop()
     assert checked(*beside_, companions=["StatefulSet"]).companions
+
+
+def test_all_that_stands_beside_an_app_together_is_bounded_as_well() -> None:
+    large = [item("ConfigMap", f"c{i}", data={"n": "&" * 18_000}) for i in range(10)]
+    assert len(released(*large[:-1]).companions_for("shop")) == 9
+    assert fault(lambda: released(*large))[1] == (
+        "The objects beside the app have more than 1024 KiB. "
+        "Make them smaller, or list some of them in deploy.ignore."
+    )
 
 
 def repelling(selector: Any, field: str = "podAntiAffinity") -> Object:
