@@ -3497,9 +3497,9 @@ def test_job(config: Config, app: App, run: Run) -> Object:
     for service in settings.services:
         pod["initContainers"] += [with_variables(service_container(service), config.job_env)]
         pod["volumes"] += service_volumes(service)
-    if settings.cache:  # of its own for each kind of branch: it is a way into what comes later
+    if settings.cache:  # for each app and kind of branch: it is a way into what comes later
         folder = "deploy" if run.branch == app.branch else "branches"
-        mount = {"name": "cache", "mountPath": CACHE, "subPath": folder}
+        mount = {"name": "cache", "mountPath": CACHE, "subPath": f"{app.name}/{folder}"}
         pod["containers"][0]["volumeMounts"] = [*tests["volumeMounts"], mount]
         claim = {"claimName": settings.cache}
         pod["volumes"] += [{"name": "cache", "persistentVolumeClaim": claim}]

@@ -228,9 +228,9 @@ def test_variables_of_the_tests_and_names_of_secrets_reach_the_tests_alone() -> 
 @pytest.mark.parametrize(
     ("ref", "folder"),
     [
-        ("refs/heads/main", "deploy"),
-        ("refs/heads/topic", "branches"),
-        ("refs/heads/x/main", "branches"),
+        ("refs/heads/main", "shop/deploy"),
+        ("refs/heads/topic", "shop/branches"),
+        ("refs/heads/x/main", "shop/branches"),
     ],
 )
 def test_the_cache_of_test_branches_is_not_that_of_the_deploy_branch(ref: str, folder: str) -> None:
@@ -243,6 +243,17 @@ def test_the_cache_of_test_branches_is_not_that_of_the_deploy_branch(ref: str, f
     assert mount in tests["volumeMounts"]
     assert all(m["name"] != "cache" for c in pod(job)["initContainers"] for m in c["volumeMounts"])
     assert values(tests)["PIP_CACHE_DIR"] == "/cache/pip"
+
+
+def test_apps_that_name_the_same_claim_have_a_cache_each() -> None:
+    named = config(test={"cache": "pip-cache"})
+    other = replace(named.apps[0], name="blog")
+    jobs = [make_test_job(named, app, replace(RUN, app=app.name)) for app in (*named.apps, other)]
+    mounts = [container(job, "test-runner")["volumeMounts"] for job in jobs]
+    assert [m["subPath"] for each in mounts for m in each if m["name"] == "cache"] == [
+        "shop/branches",
+        "blog/branches",
+    ]
 
 
 def test_the_build_sees_the_folder_that_the_settings_name() -> None:
