@@ -1156,7 +1156,8 @@ class Limits:
     spool_files: int = setting(
         parse=COUNT,
         default="10000",
-        meaning="pushes stored on disk, 16 KiB each; more are refused with status 503",
+        meaning="pushes stored on disk, 16 KiB each; more are refused with status 503; "
+        "of pushes that are only tested one app has at most half",
     )
     kubectl: int = setting(
         parse=COUNT, default="8", meaning="kubectl processes at the same time, besides watches"
@@ -1930,11 +1931,12 @@ class Spool:
         self.accepted = Accepted(directory / "accepted")
         self._lock = threading.Lock()
         self._folder = -1  # the descriptor by which the folder is synced
-        # by file name, the delivery of each push that is stored or being stored
-        self._deliveries: dict[str, str] = {}
+        # by file name, the app and the delivery of each push that is stored or being stored
+        self._pushes: dict[str, tuple[str, str]] = {}
+        self._of_apps: Counter[str] = Counter()  # how many of them each app has
 
     def __len__(self) -> int:
-        return len(self._deliveries)
+        return len(self._pushes)
 
     def prepare(self) -> None:
         """Create the folder, prove it writable, read what is stored; raises ConfigError."""
@@ -1950,23 +1952,25 @@ class Spool:
             raise ConfigError([f"spool {self.directory}: {refused.strerror}"]) from refused
         for leftover in self.directory.glob("*.tmp"):
             self._set_aside(leftover, "half-written, its push was not accepted")
-        self._deliveries = {push.path.name: self.accepted.key(push.run) for push in stored}
+        self._pushes = {push.path.name: self._entry(push.run) for push in stored}
+        self._of_apps = Counter(push.run.app for push in stored)
 
     def probe(self) -> None:
         """Prove that a file can be written; raises OSError."""
         with tempfile.TemporaryFile(dir=self.directory) as file:
             file.write(b"x")
 
-    def store(self, runs: Sequence[Run], spare: int = 0) -> None:
+    def store(self, runs: Sequence[Run], *, only_tested: bool = False) -> None:
         """Write the runs of one push durably, all or none; raises DeliveryError with why not.
 
-        So many files are spared for pushes that matter more.
+        A tenth of the room is kept for pushes that are deployed. Pushes that are only tested leave
+        half of the rest to other apps.
         """
         paths = {self.directory / f"{time.time_ns():020d}-{run.id}.json": run for run in runs}
         with self._lock:
-            if len(self) + len(paths) > self.max_files - spare:
-                deny(503, "SpoolFull", f"{len(self)} pushes are waiting already")
-            self._deliveries |= {path.name: self.accepted.key(run) for path, run in paths.items()}
+            self._require_room(runs, only_tested=only_tested)
+            self._pushes |= {path.name: self._entry(run) for path, run in paths.items()}
+            self._of_apps.update(run.app for run in paths.values())
         try:
             for path, run in paths.items():
                 part = Path(f"{path}.tmp")
@@ -1984,6 +1988,18 @@ class Spool:
                     Path(f"{path}.tmp").unlink(missing_ok=True)
             raise DeliveryError(503, "SpoolUnwritable", str(refused.strerror)) from refused
         self.accepted.add(runs)
+
+    def _require_room(self, runs: Sequence[Run], *, only_tested: bool) -> None:
+        room = self.max_files - (self.max_files // 10 if only_tested else 0)
+        if len(self) + len(runs) > room:
+            deny(503, "SpoolFull", f"{len(self)} pushes are waiting already")
+        for app, count in Counter(run.app for run in runs).items() if only_tested else ():
+            waiting = self._of_apps[app]
+            if waiting + count > math.ceil(room / 2):
+                deny(503, "SpoolFull", f"{waiting} pushes of {app} are waiting already")
+
+    def _entry(self, run: Run) -> tuple[str, str]:
+        return run.app, self.accepted.key(run)
 
     def read(self) -> list[StoredPush]:
         """Return everything stored, oldest first."""
@@ -2009,13 +2025,14 @@ class Spool:
 
     def done(self, path: Path) -> None:
         """Remove a push that needs nothing more; raises OSError, and then it is still stored."""
-        self.accepted.write(self._deliveries.get(path.name, ""))
+        self.accepted.write(self._pushes.get(path.name, ("", ""))[1])
         try:
             path.unlink(missing_ok=True)
         finally:
             if not os.path.lexists(path):
                 with self._lock:
-                    self._deliveries.pop(path.name, None)
+                    if gone := self._pushes.pop(path.name, None):
+                        self._of_apps[gone[0]] -= 1
 
 
 class Accepted:
@@ -14781,7 +14798,7 @@ class WebhookApp(Site):
         if new:
             deploy_refs = {(app.name, app.deploy_ref) for app in self.config.apps}
             deploys = any((run.app, run.ref) in deploy_refs for run in new)
-            self.spool.store(new, spare=0 if deploys else self.spool.max_files // 10)
+            self.spool.store(new, only_tested=not deploys)
             self.controller.spooled.set()
         word = "accepted" if new else "duplicate"
         return Answer(202 if new else 200, {"status": word, "runs": [run.id for run in runs]})

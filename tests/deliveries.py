@@ -51,7 +51,7 @@ class Reply(NamedTuple):
     json: dict[str, Any]
 
 
-def config(verify: str = "signature", max_body: str = "5MiB", spool: int = 200) -> hook.Config:
+def config(verify: str = "signature", max_body: str = "5MiB", spool: int = 300) -> hook.Config:
     return loaded(CONFIG % (verify, max_body, spool))
 
 

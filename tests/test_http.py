@@ -28,6 +28,7 @@ import requests
 
 import gitops_hook as hook
 from tests.deliveries import (
+    CONFIG,
     HEAD,
     NAMES,
     NOW,
@@ -42,6 +43,7 @@ from tests.deliveries import (
     signed,
 )  # fmt: skip
 from tests.served import Served, serving
+from tests.settings import loaded
 
 
 @pytest.fixture
@@ -562,6 +564,26 @@ def test_a_full_spool_refuses_pushes_but_still_answers_what_asks_for_nothing(
     text = refused(receiver.post(signed(payload())), 503, "SpoolFull")
     assert text == "1 pushes are waiting already"
     assert receiver.post(recorded("gitlab-tag-push")).status == 200
+
+
+def test_an_app_whose_test_branches_are_pushed_endlessly_leaves_half_of_the_room_to_others(
+    tmp_path: Path,
+) -> None:
+    blog = "{name: blog, repository: https://gitlab.example.com/example-group/blog.git, "
+    entry = f"  - {blog}deploy: {{environments: []}}}}\nwebhook:"
+    text = (CONFIG % ("signature", "5MiB", 20)).replace("webhook:", entry)
+    receiver = Receiver(tmp_path, loaded(text))
+
+    def push(ref: str, project: str = "demo-app") -> int:
+        url = f"https://gitlab.example.com/example-group/{project}.git"
+        body = payload(ref=f"refs/heads/{ref}", project={"git_http_url": url})
+        return receiver.post(signed(body)).status
+
+    assert [push(f"b{number}") for number in range(20)] == [202] * 9 + [503] * 11
+    assert push("b1", "blog") == 202
+    assert push("main") == 202
+    receiver.restart()
+    assert (push("b30"), push("b2", "blog")) == (503, 202)
 
 
 # === What is said about it ===

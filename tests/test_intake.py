@@ -200,10 +200,11 @@ def test_of_very_many_pushes_that_are_only_tested_some_wait_and_none_that_is_dep
 def test_room_is_kept_in_the_spool_for_pushes_that_are_deployed(tmp_path: Path) -> None:
     spool = hook.Spool(tmp_path / "spool", 20)
     spool.prepare()
-    for number in range(18):
-        spool.store([a_run(f"{number:040x}")], spare=2)
+    for number in range(9):
+        for app in ("shop", "blog"):
+            spool.store([a_run(f"{number:040x}", app=app)], only_tested=True)
     with pytest.raises(hook.DeliveryError) as full:
-        spool.store([a_run(OLD)], spare=2)
+        spool.store([a_run(OLD, app="api")], only_tested=True)
     assert full.value.code == "SpoolFull"
     spool.store([a_run(OLD)])
 

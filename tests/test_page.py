@@ -231,7 +231,7 @@ def test_a_failed_write_leaves_on_the_page_what_was_read_before(gallery: Gallery
 
 
 def test_pushes_that_wait_for_the_cluster_are_counted(gallery: Gallery) -> None:
-    gallery.context.spool.store([gallery.run("ab12cd34", 60)], spare=0)
+    gallery.context.spool.store([gallery.run("ab12cd34", 60)])
     assert "not in the cluster yet: 1." in outline(gallery, "/").text
 
 

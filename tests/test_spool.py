@@ -187,6 +187,54 @@ def test_what_waited_before_a_restart_counts(tmp_path: Path) -> None:
         opened(tmp_path, max_files=2).store([run(3)])
 
 
+def test_the_pushes_of_one_app_that_are_only_tested_take_half_of_the_room(tmp_path: Path) -> None:
+    spool = opened(tmp_path, max_files=20)
+    for number in range(8):
+        spool.store([run(number)], only_tested=True)
+    with pytest.raises(hook.DeliveryError, match="8 pushes of shop are waiting already"):
+        spool.store([run(8), run(9)], only_tested=True)
+    spool.store([run(8)], only_tested=True)
+    with pytest.raises(hook.DeliveryError, match="9 pushes of shop") as full:
+        spool.store([run(1, "blog"), run(9)], only_tested=True)
+    assert (full.value.status, full.value.code) == (503, "SpoolFull")
+    for number in range(9):
+        spool.store([run(number, "blog")], only_tested=True)
+    spool.store([run(9)])
+    assert len(names(spool)) == len(spool) == 19
+
+
+def test_the_share_of_an_app_is_the_same_after_a_restart_and_free_when_pushes_are_done(
+    tmp_path: Path,
+) -> None:
+    before = opened(tmp_path)
+    before.store([run(number) for number in range(9)])
+    before.store([run(1, "blog")])
+    spool = opened(tmp_path, max_files=20)
+    with pytest.raises(hook.DeliveryError, match="9 pushes of shop"):
+        spool.store([run(9)], only_tested=True)
+    ours = [path for path, stored in spool.read() if stored.app == "shop"]
+    for _ in range(2):
+        spool.done(ours[0])
+    spool.store([run(9)], only_tested=True)
+    with pytest.raises(hook.DeliveryError, match="9 pushes of shop"):
+        spool.store([run(10)], only_tested=True)
+
+
+def test_pushes_that_could_not_be_written_are_no_part_of_a_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(tmp_path, max_files=2)
+    with monkeypatch.context() as patched:
+
+        def full(*args: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(hook.DeliveryError, match="No space left"):
+            spool.store([run(1)], only_tested=True)
+    spool.store([run(1)], only_tested=True)
+
+
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_a_disk_that_refuses_leaves_nothing_behind_and_no_count(
     spool: hook.Spool, monkeypatch: pytest.MonkeyPatch, call: str
@@ -579,6 +627,19 @@ def test_the_bound_holds_for_many_writers_at_once(tmp_path: Path) -> None:
     together(*(partial(write, n) for n in range(25)))
     assert len(names(spool)) == len(spool) == 10
     assert len(refused) == 15
+
+
+def test_the_share_of_an_app_holds_for_many_writers_at_once(tmp_path: Path) -> None:
+    spool, refused = opened(tmp_path, max_files=20), []
+
+    def write(number: int) -> None:
+        try:
+            spool.store([run(number)], only_tested=True)
+        except hook.DeliveryError:
+            refused.append(number)
+
+    together(*(partial(write, n) for n in range(25)))
+    assert (len(names(spool)), len(refused)) == (9, 16)
 
 
 # === Anything else ===

@@ -50,7 +50,7 @@ def shown(value: float | None) -> str:
 def measure(directory: Path, options: argparse.Namespace) -> Iterator[Row]:
     """Measure everything that is asked for, row by row."""
     pushes: Object = {"shop": {"environments": [], "test": "sleep 600"}}
-    limits = {"max_running": 1, "spool_files": 20_000}
+    limits = {"max_running": 1, "spool_files": 60_000}
     names = ["ann", "bob"] if options.short else ["ann", "bob", "cal", "dan"]
     with get_context("spawn").Pool(1) as clients:
         with fleet(directory / "pushes", pushes, speed=1.0, limits=limits) as world:
