@@ -11905,9 +11905,8 @@ class Deployer:
         deployments = kubectl.list("deployments", namespace, "-l", ours)
         in_use: set[str] = set()
         if service:
-            sets = kubectl.list("replicasets", namespace, "-l", f"{LABEL_APP}={app}")
-            if any(is_ours(d, app) for d in deployments):
-                sets += kubectl.list("replicasets", namespace, "-l", LABEL_WORKER)
+            terms = (f"{LABEL_APP}={app}", *worker_terms(d for d in deployments if is_ours(d, app)))
+            sets = [kubectl.list("replicasets", namespace, "-l", each) for each in terms]
             in_use = configmap_names([deployments, sets]) | {e.release for e in service.history}
             if any(e.outcome == ADOPTED for e in service.history):
                 in_use.add(adopted_name(app))
@@ -11928,6 +11927,16 @@ class Deployer:
         if (now.version if now else 0) == (service.version if service else 0):
             # a release has the text of its copies: applying it makes them again
             kubectl.delete("configmap", [n for n in names if n not in in_use], namespace)
+
+
+def worker_terms(workers: Iterable[Object]) -> Iterator[str]:
+    """Yield by which labels the ReplicaSets of workers are selected, each labels once.
+
+    They are those of the worker's pods, on which none says whose app it is.
+    """
+    selectors = (part_of(worker, "spec", "selector", "matchLabels") for worker in workers)
+    for labels in dict.fromkeys(map(selector_text, selectors)):
+        yield f"{LABEL_WORKER},{labels}" if labels else LABEL_WORKER
 
 
 @dataclass(frozen=True, slots=True)

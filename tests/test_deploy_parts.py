@@ -1112,6 +1112,40 @@ def test_a_record_goes_when_its_name_is_only_a_part_of_another_one_that_is_in_us
     assert words == ["before", "settings-1", "shop-release"]
 
 
+def test_a_copy_that_only_an_older_worker_names_stays_and_only_this_app_is_looked_at(
+    tmp_path: Path,
+) -> None:
+    made = deployer(tmp_path, [])
+    notes = {hook.ANNOTATION_HISTORY: json.dumps([{"run": "shop-new", "selector": NEW}])}
+    meta = {"name": "shop", "resourceVersion": "1", "annotations": notes}
+    (tmp_path / "service").write_text(json.dumps({"metadata": meta, "spec": {"selector": NEW}}))
+    workers = [
+        {
+            "metadata": {"name": name, "labels": hook.companion_labels("shop")},
+            "spec": {"selector": {"matchLabels": labels}},
+        }
+        for name, labels in (("mail", {"app": "mail"}), ("bills", {"app": "mail"}))
+    ]
+    front = {"metadata": {"name": "shop-blue", "labels": {"gitops-hook/app": "shop"}}}
+    (tmp_path / "deployment").write_text(json.dumps({"items": [front, *workers]}))
+    container = {"envFrom": [{"configMapRef": {"name": "before-1"}}]}
+    (tmp_path / "sets").write_text(json.dumps({"items": [{"spec": {"containers": [container]}}]}))
+    (tmp_path / "names").write_text("before-1   1   1d\nbefore-2   1   1d\n")
+    calls = recorded_calls(
+        tmp_path,
+        """*get*configmaps*--no-headers*) cat names ;;
+*replicasets*-l*gitops-hook/worker,app=mail*) cat sets ;;
+*replicasets*) echo '{"items": []}' ;;""",
+    )
+    made.collect_garbage(task())
+    lines = calls.read_text().split("\n")
+    asked = [line.split("-l ")[1].split()[0] for line in lines if "replicasets" in line]
+    assert asked == ["gitops-hook/app=shop", "gitops-hook/worker,app=mail"]
+    (deleted,) = [line for line in lines if "delete" in line]
+    assert "configmap/before-2" in deleted
+    assert "before-1" not in deleted
+
+
 NAMELESS: Object = {"metadata": {"name": "shop", "resourceVersion": "1"}, "spec": {}}
 
 
