@@ -4469,6 +4469,33 @@ def check_objects(
     return chosen.objects(faults)
 
 
+def name_faults(objects: AppObjects, others: Sequence[App]) -> Iterator[str]:
+    """Yield which objects of an app would have a name that another app of its environment needs.
+
+    The other one may not have made that object yet. The names of its immutable ConfigMaps cannot be
+    foretold here, but whoever knows its commits can: their form is kept free.
+    """
+    needed = {reference: app.name for app in others for reference in needed_names(app)}
+    named = [(item["kind"], item["metadata"]["name"]) for item in objects.companions]
+    for kind, name in [*named, *(("ConfigMap", name) for name in objects.configmaps)]:
+        where = f"{clip(kind, 60)} {clip(name, 60)}"
+        if owner := needed.get((kind, name)):
+            yield f"{where} has a name that app {owner} needs. Rename it."
+        elif others and kind == "ConfigMap" and (kind, name) in named and RECORD.search(name):
+            yield f"{where} has the form of names of records, which every app needs. Rename it."
+
+
+def needed_names(app: App) -> Iterator[tuple[str, str]]:
+    """Yield the kind and the name of each object that an app has in its environments."""
+    yield from (("Deployment", f"{app.name}-{colour}") for colour in COLOURS)
+    yield from (("Service", name) for name in (app.service_name, f"{app.name}-preview"))
+    yield from (("ConfigMap", f"{app.name}-{suffix}") for suffix in ("adopted", "release"))
+
+
+# How the names of releases, of copies and of logs end: with a hash, or with the id of a run.
+RECORD = re.compile(r"-[0-9a-f]{8}\Z|\Alog-.+-[0-9a-f]{8}-[0-9a-f]{4,16}\Z")
+
+
 class SortedManifests:
     """The manifests of an app, sorted by what becomes of them.
 
@@ -5975,6 +6002,9 @@ class Service:
         # whether the selector names a run of ours, whatever else it asks for
         named = self.selector.keys() >= {LABEL_APP, LABEL_RUN}
         self.ours = named and bool(colour_of(self.selector))
+        # the apps that its label and its selector name
+        apps = ((meta.get("labels") or {}).get(LABEL_APP), self.selector.get(LABEL_APP))
+        self.apps = {*filter(None, apps)}
         self._annotations: dict[str, str] = meta.get("annotations") or {}
         self.claim = Claim.from_json(self.annotation(ANNOTATION_CLAIM, {}))
         entries = map(HistoryEntry.from_json, self.annotation(ANNOTATION_HISTORY, []))
@@ -9071,7 +9101,7 @@ class Workloads:
         self, task: Task, name: str, replicas: int, still_due: Callable[[], bool] = lambda: True
     ) -> None:
         """Set the size of a Deployment, which is read before it is asked whether that is due."""
-        deployment = self.kubectl.get("deployment", name, task.namespace)
+        deployment = self.own(task, name)
         if deployment and still_due():
             meta = {"resourceVersion": deployment["metadata"]["resourceVersion"]}
             change = {"metadata": meta, "spec": {"replicas": replicas}}
@@ -9087,7 +9117,7 @@ class Workloads:
         before it is asked whether that is still due, and written only as it was read: who takes the
         traffic back to it writes to it first.
         """
-        deployment = self.kubectl.get("deployment", name, task.namespace)
+        deployment = self.own(task, name)
         if deployment is None or not still_due():
             return
         retain = task.app.deploy.retain
@@ -9108,10 +9138,15 @@ class Workloads:
     @retried
     def unpause(self, task: Task, name: str) -> None:
         """Let the rollout of a Deployment go on that a rollback has paused."""
-        deployment = self.kubectl.get("deployment", name, task.namespace)
+        deployment = self.own(task, name)
         if deployment and deployment["spec"].get("paused"):
             change = {"spec": {"paused": False}}
             self.kubectl.patch("deployment", name, task.namespace, change)
+
+    def own(self, task: Task, name: str) -> Object | None:
+        """Return a Deployment that the app has made; None where there is none, or another's."""
+        deployment = self.kubectl.get("deployment", name, task.namespace)
+        return deployment if is_colour_of(deployment, task.app.name) else None
 
 
 def replicas_of(deployment: Object | None) -> int:
@@ -9368,6 +9403,8 @@ class LiveServices:
         self, task: Task, service: Service, annotations: Object, patch: ServiceFields, *options: str
     ) -> Service:
         """Compare and set our annotations and other fields; an empty annotation is removed."""
+        if service.apps and task.app.name not in service.apps:
+            raise foreign_service_error(service, task.app.name)
         ours = {key: annotation_text(value) for key, value in annotations.items()}
         labels = {LABEL_MANAGED: MANAGER, LABEL_APP: task.app.name, LABEL_STAGE: "live"}
         meta = {
@@ -9476,6 +9513,19 @@ class LiveServices:
             spec = [m for m in managers if "f:selector" in json.dumps(m.get("fieldsV1"))]
             return dict(max(spec or managers, key=lambda m: str(m.get("time", ""))))
         return {}
+
+
+def require_service_of(service: Service | None, app: str) -> None:
+    """Raise StageError for a live Service whose label or selector names another app."""
+    if service and service.apps - {app}:
+        raise foreign_service_error(service, app)
+
+
+def foreign_service_error(service: Service, app: str) -> StageError:
+    """Return the error that a Service by the name of an app's live one is another app's."""
+    others = clip(", ".join(sorted(service.apps - {app})), 60)
+    words = f"Service {service.name} belongs to app {others}; delete or rename it"
+    return StageError(Reason.ADOPTION_REFUSED, words)
 
 
 def create_immutable(kubectl: Kubectl, configmaps: Sequence[Object], namespace: str) -> None:
@@ -9774,6 +9824,7 @@ class Claims:
             f"deployment/{task.app.name}-{release.colour}",
         )
         service = self.live.service_of(task, manifest)
+        require_service_of(service, task.app.name)
         self.live.require_accepted(task, service, release)
         if service is None:
             return None
@@ -9873,6 +9924,7 @@ class Claims:
         manifest, *deployments = self.doors.kubectl.get_each(task.namespace, *references)
         standing = dict(zip(COLOURS, deployments, strict=True))
         service = self.live.service_of(task, manifest)
+        require_service_of(service, task.app.name)
         source = self.live.with_history(task, service)
         self.guard.require_order(task, service, source)
         selector = service.selector if service else {}
@@ -9905,12 +9957,31 @@ def idle_colour(app: App, standing: Mapping[str, Object | None], live: Set[str])
     idle = [colour for colour in COLOURS if colour not in live]
     for colour in idle:
         spec = part_of(standing[colour] or {}, "spec")
-        if not spec or LABEL_APP in part_of(spec, "selector", "matchLabels"):
+        if not spec or is_colour_of(standing[colour], app.name):
             return colour
-    fault = "both colours serve; point the Service at one of them"
     if idle:
-        fault = f"Deployment {app.name}-{idle[-1]} was not made here; delete or rename it"
+        require_colour_of(standing[idle[-1]], app.name)
+    fault = "both colours serve; point the Service at one of them"
     raise StageError(Reason.ADOPTION_REFUSED, fault)
+
+
+def require_colour_of(deployment: Object | None, app: str) -> None:
+    """Raise StageError for a Deployment that is there and that this app has not made."""
+    if deployment and not is_colour_of(deployment, app):
+        raise foreign_error("Deployment", deployment, app)
+
+
+def is_colour_of(deployment: Object | None, app: str) -> bool:
+    """Whether an app has made a Deployment: its selector says so, which nobody can change."""
+    return part_of(deployment, "spec", "selector", "matchLabels").get(LABEL_APP) == app
+
+
+def foreign_error(kind: str, item: Object, app: str) -> StageError:
+    """Return the error that an object has a name that an app needs, and what to do about it."""
+    owner = part_of(item, "metadata", "labels").get(LABEL_APP, app)
+    whose = "was not made here" if owner == app else f"belongs to app {clip(str(owner), 40)}"
+    words = f"{kind} {item['metadata']['name']} {whose}; delete or rename it"
+    return StageError(Reason.ADOPTION_REFUSED, words)
 
 
 def release_to_restore(service: Service, colour: str, standing: Object | None) -> str:
@@ -10260,6 +10331,7 @@ class Rollout:
         )
         standing, manifest = self.kubectl.get_each(task.namespace, *references)
         self.claims.check(task, claimed, self.live.service_of(task, manifest))
+        require_colour_of(standing, task.app.name)
         if standing and standing["spec"]["selector"] != deployment["spec"]["selector"]:
             # the label of the colour is another now, and a selector cannot be changed
             self.kubectl.delete_exactly("apis/apps/v1", "deployments", standing)
@@ -10373,8 +10445,7 @@ class Rollout:
             service = self.kubectl.get("service", name, task.namespace)
             if service is None:
                 raise NotNowError("the preview Service was deleted this very moment")
-        else:
-            require_own(service)
+        require_preview_of(service, task.app.name)
         if service["spec"].get("selector") != release.selector:
             selector = {**dict.fromkeys(service["spec"].get("selector") or {}), **release.selector}
             change = {"spec": {"selector": selector, "ports": ports}}
@@ -10386,7 +10457,7 @@ class Rollout:
     def require_own_preview(self, task: Task) -> None:
         """Raise StageError while the preview Service is someone else's, before a try is begun."""
         if service := self.kubectl.get("service", f"{task.app.name}-preview", task.namespace):
-            require_own(service)
+            require_preview_of(service, task.app.name)
 
     def restore(self, task: Task, name: str, service: Service) -> None:
         """Put the rollback target back into the idle colour that a failed deployment overwrote.
@@ -10417,15 +10488,26 @@ class Rollout:
         """
         deployment = self.kubectl.get("deployment", name, task.namespace)
         now = self.live.read(task)
-        if deployment and now and now.claim == service.claim:
+        is_claimed = now is not None and now.claim == service.claim
+        if deployment and is_claimed and is_colour_of(deployment, task.app.name):
             self.kubectl.delete_exactly("apis/apps/v1", "deployments", deployment)
 
 
-def require_own(service: Object) -> None:
-    """Raise StageError for a Service that someone else has made."""
-    meta = service["metadata"]
-    if (meta.get("labels") or {}).get(LABEL_MANAGED) != MANAGER:
-        raise StageError(Reason.ADOPTION_REFUSED, f"Service {meta['name']} belongs to someone else")
+def require_preview_of(service: Object, app: str) -> None:
+    """Raise StageError for a preview Service that another has made, or that has no address."""
+    if not is_made_for(service, app):
+        raise foreign_error("Service", service, app)
+    address = str(service["spec"].get("clusterIP"))
+    if service["spec"].get("type") == "ExternalName" or not re.search(r"[.:]", address):
+        words = f"Service {service['metadata']['name']} has no cluster IP"
+        raise StageError(Reason.ADOPTION_REFUSED, f"{words}; delete it, and it is made anew")
+
+
+def is_made_for(item: Object, app: str) -> bool:
+    """Whether an object has our labels, as one of this app, and does not stand beside it."""
+    labels = part_of(item, "metadata", "labels")
+    ours = {LABEL_MANAGED: MANAGER, LABEL_APP: app}
+    return ours.items() <= labels.items() and labels.get(LABEL_STAGE) != COMPANION
 
 
 def creation_failure(deployment: Object) -> PodProblem | None:
@@ -11011,11 +11093,11 @@ class Adoption:
         """Return the ConfigMap with what objects were; raises StageError if it is not ours."""
         name = adopted_name(task.app.name)
         configmap = self.kubectl.get("configmap", name, task.namespace)
-        labels = part_of(configmap or {}, "metadata", "labels")
-        if configmap is None or labels.get(LABEL_STAGE) == ADOPTED:
+        labels = part_of(configmap, "metadata", "labels")
+        ours = {LABEL_APP: task.app.name, LABEL_STAGE: ADOPTED}
+        if configmap is None or ours.items() <= labels.items():
             return configmap
-        detail = f"ConfigMap {name} is there and was not made here; delete or rename it"
-        raise StageError(Reason.ADOPTION_REFUSED, detail)
+        raise foreign_error("ConfigMap", configmap, task.app.name)
 
     # What is given back.
 
@@ -11672,8 +11754,9 @@ class LastObjects:
 class Deployer:
     """Brings runs into environments. Every step looks before it acts."""
 
-    def __init__(self, doors: Doors) -> None:
+    def __init__(self, doors: Doors, apps: Sequence[App] = ()) -> None:
         self.doors = doors
+        self.apps = apps  # all that are configured: none may have what another one needs
         self.state = StateStore(doors.kubectl, doors.clock)
         self.remembered = Remembered()
         self.objects = LastObjects()
@@ -11763,6 +11846,9 @@ class Deployer:
         faults = Faults()
         manifests = read_manifests(checkout, task.app.deploy.folder(task.environment))
         objects = check_objects(task.app, task.namespace, manifests, task.environment, faults)
+        beside = (a for a in self.apps if task.environment in a.deploy.environments)
+        others = [app for app in beside if app.name != task.app.name]
+        faults.add(Fault(fault) for fault in name_faults(objects, others))
         with faults.collect():
             unbuilt_release(task, objects)
         faults.require_none()
@@ -11915,7 +12001,7 @@ class Deployer:
             left = [m["name"] for m in metas if m["labels"].get(LABEL_RUN) == task.run.id]
             kubectl.delete("deployment", left, namespace)
             preview = kubectl.get("service", f"{app}-preview", namespace) or {}
-            if part_of(preview, "metadata", "labels").get(LABEL_MANAGED) == MANAGER:
+            if is_made_for(preview, app):
                 kubectl.delete("service", [f"{app}-preview"], namespace)
             self.steady.companions.follow(task, Moment.AFTER_THE_DRAIN)
         # logs go by their age and number
@@ -15120,7 +15206,7 @@ class Tools:
             reports=Reports(metrics),
             stop=threading.Event(),
         )
-        return cls(process, config, doors, Deployer(doors))
+        return cls(process, config, doors, Deployer(doors, config.apps))
 
     def app(self, name: str) -> App:
         """Return the app of that name; raises ConfigError when there is none."""

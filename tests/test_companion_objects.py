@@ -730,6 +730,20 @@ def test_what_is_taken_over_is_kept_as_it_was_through_every_further_try() -> Non
     assert {r.kind: r.uid for r in state.state.companions.values()} == {"CronJob": "1"}
 
 
+@pytest.mark.parametrize("stage", ["companion", "adopted"])
+def test_what_another_app_has_under_the_name_is_not_taken_for_what_was_adopted(stage: str) -> None:
+    mine = {**cronjob(), "metadata": {"name": "x", "uid": "1", "resourceVersion": "1"}}
+    labels = {**LABELS, "gitops-hook/app": "evil", "gitops-hook/stage": stage}
+    other = item("ConfigMap", "shop-adopted", data={"a": "b"})
+    other["metadata"] |= {"uid": "2", "resourceVersion": "1", "labels": labels}
+    cluster = MemoryKubectl([mine, other])
+    companions = companions_of(cluster, MemoryState([]), None, service=RUNNING)
+    reason, said = fault(lambda: companions.prepare(task(), released(cronjob())))
+    assert reason is Reason.ADOPTION_REFUSED
+    assert said == "ConfigMap shop-adopted belongs to app evil; delete or rename it"
+    assert cluster.objects[cluster.key(other)] == other
+
+
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(standing=standing_objects(st.just(LABELS)), uids=st.lists(st.booleans(), min_size=12))
 def test_what_was_not_made_here_is_never_deleted_and_a_claim_never(

@@ -1069,7 +1069,13 @@ case "$*" in
 
 
 @pytest.mark.parametrize(
-    "meta", ['{"labels": {"app.kubernetes.io/managed-by": "x"}}', '{"labels": {}}', "{}"]
+    "meta",
+    [
+        '{"labels": {"app.kubernetes.io/managed-by": "x"}}',
+        json.dumps({"labels": hook.companion_labels("blog")}),
+        '{"labels": {}}',
+        "{}",
+    ],
 )
 def test_the_preview_service_of_someone_else_outlives_a_failed_first_deployment(
     tmp_path: Path, meta: str
@@ -1219,6 +1225,7 @@ def drained(
     """Drain a colour with a Deployment, if it is due; return how that is changed."""
     made = deployer(folder, [])
     name = {"name": "shop-blue", "resourceVersion": "1"}
+    spec = {**spec, "selector": {"matchLabels": {"gitops-hook/app": "shop"}}}
     (folder / "deployment").write_text(json.dumps({"metadata": name, "spec": spec}))
     script = folder / "kubectl"
     noted = 'case "$*" in\n*patch*) cat > patch; cat deployment; exit ;;\n'
@@ -1297,14 +1304,19 @@ def claimed(run: str, phase: hook.Phase, since: float = 5.0) -> hook.Service:
     return hook.Service({"metadata": meta, "spec": {"selector": {"x": "y"}}})
 
 
+LABEL = "gitops-hook/app"
+
+
 class OneDeployment:
     """A cluster with one Deployment, which knows what is written to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str = "shop") -> None:
+        self.owner = owner
         self.writes: list[str] = []
 
     def get(self, _resource: str, name: str, namespace: str) -> Object:
-        return {"metadata": {"name": name, "namespace": namespace, "resourceVersion": "7"}}
+        meta = {"name": name, "namespace": namespace, "resourceVersion": "7"}
+        return {"metadata": meta, "spec": {"selector": {"matchLabels": {LABEL: self.owner}}}}
 
     def delete_exactly(self, _api: str, _resource: str, current: Object) -> None:
         self.writes.append(f"delete {current['metadata']['resourceVersion']}")
@@ -1337,9 +1349,22 @@ def test_a_version_that_was_left_is_scaled_down_only_while_that_is_due(
     *, due: bool, writes: list[str]
 ) -> None:
     cluster = OneDeployment()
-    workloads: Any = SimpleNamespace(kubectl=cluster, doors=SimpleNamespace(clock=hook.Clock()))
-    hook.Workloads.scale(workloads, task(), "shop-blue", 0, lambda: due)
+    door: Any = SimpleNamespace(kubectl=cluster, clock=hook.Clock())
+    hook.Workloads(door).scale(task(), "shop-blue", 0, lambda: due)
     assert cluster.writes == writes
+
+
+def test_a_deployment_of_another_app_in_a_colour_is_neither_changed_nor_deleted() -> None:
+    cluster = OneDeployment("blog")
+    door: Any = SimpleNamespace(kubectl=cluster, clock=hook.Clock())
+    workloads = hook.Workloads(door)
+    workloads.scale(task(), "shop-blue", 0)
+    workloads.drain(task(), "shop-blue", 0.0)
+    workloads.unpause(task(), "shop-blue")
+    before = claimed("shop-new", hook.Phase.PREPARING)
+    rollout: Any = SimpleNamespace(kubectl=cluster, live=SimpleNamespace(read=lambda _: before))
+    hook.Rollout.delete_overwritten(rollout, task(), "shop-blue", before)
+    assert cluster.writes == []
 
 
 @pytest.mark.parametrize("taker", ["", "shop-other"])
