@@ -1156,8 +1156,8 @@ class Limits:
     spool_files: int = setting(
         parse=COUNT,
         default="10000",
-        meaning="pushes stored on disk, 16 KiB each; more are refused with status 503; "
-        "of pushes that are only tested one app has at most half",
+        meaning="pushes stored on disk, 16 KiB each; more are refused with status 503; one app "
+        "has at most nine tenths, and half of those that are only tested",
     )
     kubectl: int = setting(
         parse=COUNT, default="8", meaning="kubectl processes at the same time, besides watches"
@@ -1963,8 +1963,8 @@ class Spool:
     def store(self, runs: Sequence[Run], *, only_tested: bool = False) -> None:
         """Write the runs of one push durably, all or none; raises DeliveryError with why not.
 
-        A tenth of the room is kept for pushes that are deployed. Pushes that are only tested leave
-        half of the rest to other apps.
+        A tenth of the room is kept for pushes that are deployed. One app leaves a tenth to others,
+        and half of it where its pushes are only tested. What the daemon itself stores always fits.
         """
         paths = {self.directory / f"{time.time_ns():020d}-{run.id}.json": run for run in runs}
         with self._lock:
@@ -1990,12 +1990,16 @@ class Spool:
         self.accepted.add(runs)
 
     def _require_room(self, runs: Sequence[Run], *, only_tested: bool) -> None:
-        room = self.max_files - (self.max_files // 10 if only_tested else 0)
+        if all(run.delivery in (CATCH_UP, NEXT_TRY) for run in runs):
+            return  # it follows from what git says, so there is one at most of each app
+        tenth = self.max_files // 10
+        room = self.max_files - (tenth if only_tested else 0)
+        share = math.ceil(room / 2) if only_tested else room - tenth
         if len(self) + len(runs) > room:
             deny(503, "SpoolFull", f"{len(self)} pushes are waiting already")
-        for app, count in Counter(run.app for run in runs).items() if only_tested else ():
+        for app, count in Counter(run.app for run in runs).items():
             waiting = self._of_apps[app]
-            if waiting + count > math.ceil(room / 2):
+            if waiting + count > share:
                 deny(503, "SpoolFull", f"{waiting} pushes of {app} are waiting already")
 
     def _entry(self, run: Run) -> tuple[str, str]:
@@ -9149,6 +9153,11 @@ class Workloads:
         return deployment if is_colour_of(deployment, task.app.name) else None
 
 
+def is_colour_of(deployment: Object | None, app: str) -> bool:
+    """Whether an app has made a Deployment: its selector says so, which nobody can change."""
+    return part_of(deployment, "spec", "selector", "matchLabels").get(LABEL_APP) == app
+
+
 def replicas_of(deployment: Object | None) -> int:
     """Return how many pods a Deployment is to have, 1 where there is none."""
     return int((deployment or {}).get("spec", {}).get("replicas", 1))
@@ -9969,11 +9978,6 @@ def require_colour_of(deployment: Object | None, app: str) -> None:
     """Raise StageError for a Deployment that is there and that this app has not made."""
     if deployment and not is_colour_of(deployment, app):
         raise foreign_error("Deployment", deployment, app)
-
-
-def is_colour_of(deployment: Object | None, app: str) -> bool:
-    """Whether an app has made a Deployment: its selector says so, which nobody can change."""
-    return part_of(deployment, "spec", "selector", "matchLabels").get(LABEL_APP) == app
 
 
 def foreign_error(kind: str, item: Object, app: str) -> StageError:

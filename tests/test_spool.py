@@ -203,6 +203,26 @@ def test_the_pushes_of_one_app_that_are_only_tested_take_half_of_the_room(tmp_pa
     assert len(names(spool)) == len(spool) == 19
 
 
+def test_one_app_leaves_room_for_the_deployments_of_others(tmp_path: Path) -> None:
+    spool = opened(tmp_path, max_files=20)
+    for number in range(18):
+        spool.store([run(number)])
+    with pytest.raises(hook.DeliveryError, match="18 pushes of shop are waiting already"):
+        spool.store([run(18)])
+    spool.store([run(1, "blog")])
+    spool.store([run(2, "blog")])
+    with pytest.raises(hook.DeliveryError, match="20 pushes are waiting already"):
+        spool.store([run(3, "blog")])
+
+
+@pytest.mark.parametrize("delivery", [hook.CATCH_UP, hook.NEXT_TRY])
+def test_what_git_itself_says_is_stored_in_a_full_spool_too(tmp_path: Path, delivery: str) -> None:
+    spool = opened(tmp_path, max_files=2)
+    spool.store([run(1), run(2)])
+    spool.store([replace(run(3), delivery=delivery)])
+    assert len(names(spool)) == len(spool) == 3
+
+
 def test_the_share_of_an_app_is_the_same_after_a_restart_and_free_when_pushes_are_done(
     tmp_path: Path,
 ) -> None:
@@ -620,7 +640,7 @@ def test_the_bound_holds_for_many_writers_at_once(tmp_path: Path) -> None:
 
     def write(number: int) -> None:
         try:
-            spool.store([run(number)])
+            spool.store([run(number, "blog" if number % 2 else "shop")])
         except hook.DeliveryError:
             refused.append(number)
 
