@@ -14741,7 +14741,7 @@ def age(then: float, now: float) -> str:
 # === HTTP =========================================================================================
 
 OPEN_CONNECTIONS = 256  # of each port; no more than a quarter of the files that may be open
-HELD_BYTES = 64 * 2**20  # of the bodies that all connections of a port have received
+HELD_BYTES = 64 * 2**20  # that all connections of a port have received or are yet to be sent
 HEADER_BYTES = 16384  # of one request
 HEADER_LINES = 100  # of one request
 REQUESTS_AT_ONCE = 16  # that one connection sends without waiting for answers
@@ -14762,6 +14762,7 @@ SERVER: Object = {
     "ident": "",
     "log_socket_errors": False,  # strangers cause them
     "max_request_header_size": HEADER_BYTES,
+    "outbuf_high_watermark": sys.maxsize,  # above it a thread would wait; see Server.add_task
     "threads": 4,
 }
 
@@ -14994,7 +14995,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress h
         now = time.time()
         channels = [*self.active_channels.values()]
         held = sum(channel.held for channel in channels)
-        waiting = (channel for channel in channels if not channel.requests)
+        waiting = (channel for channel in channels if not channel.is_answered)
         for channel in sorted(waiting, key=lambda channel: channel.last_activity):
             late = now - channel.last_activity > self.arrival[channel.awaits]
             too_large = held > HELD_BYTES and channel.held
@@ -15014,6 +15015,16 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress h
             Channel(self, *accepted, self.adj, map=self._map)
         if len(self.active_channels) > self.most:
             self.make_room()
+
+    def add_task(self, task: Channel) -> None:
+        """Let a thread answer the next request of a connection, once its last answer is sent.
+
+        So no thread waits until a client reads, and a connection keeps one answer at most. The loop
+        sends the rest of it, and comes back here.
+        """
+        task.paused = bool(task.total_outbufs_len)
+        if not task.paused:
+            super().add_task(task)
 
     def handle_error(self) -> None:
         """Pause: waitress would stop listening, and without a pause the loop would spin."""
@@ -15035,6 +15046,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
     last_activity: float  # when the time began in which `awaits` must arrive
     close_when_flushed: bool
     used = False  # whether a request has arrived
+    paused = False  # whether the next request waits until the last answer is sent
     lingering = False  # whether all is answered, and the other side is waited for to close
     newest: Request
 
@@ -15053,9 +15065,15 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
         return "more" if self.used and not self.lingering else "headers"
 
     @property
+    def is_answered(self) -> bool:
+        """Whether a thread answers a request, or is about to."""
+        return bool(self.requests) and not self.paused
+
+    @property
     def held(self) -> int:
-        """How many bytes of bodies are kept."""
-        return sum(r.body_bytes_received for r in (self.request, *self.requests) if r)
+        """How many bytes of bodies and of an answer are kept."""
+        bodies = sum(r.body_bytes_received for r in (self.request, *self.requests) if r)
+        return int(bodies + self.total_outbufs_len)
 
     def readable(self) -> bool:
         """Whether something may arrive; the number of a closed one may be another's by now."""
@@ -15067,7 +15085,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
         Not while a request is answered: its thread sends for itself, and the loop, asking again and
         again for the lock that it holds, would keep it from going on.
         """
-        return self.socket is not None and not self.requests and bool(super().writable())
+        return self.socket is not None and not self.is_answered and bool(super().writable())
 
     def handle_read(self) -> None:
         """Receive something; only what completes a step begins the time of the next one anew."""
@@ -15090,6 +15108,8 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
         """
         if not (self.close_when_flushed and (self.newest.cut or self.newest.error)):
             super().handle_write()
+            if self.paused and self.connected:
+                self.server.add_task(self)
             return
         self.close_when_flushed = False
         super().handle_write()

@@ -915,6 +915,108 @@ def test_of_too_many_bodies_the_oldest_unfinished_ones_are_dropped(
         assert served.post(recorded("gitlab-push-branch")).status_code == 202
 
 
+def pages(size: int) -> hook.Site:
+    """A site with a page of so many bytes, and a path that answers four requests at a time."""
+    meeting = threading.Barrier(hook.SERVER["threads"])
+    page = hook.Answer(200, hook.Html("x" * size))
+    site = hook.Site(hook.Metrics())
+    site.routes = {
+        "/page": hook.Route("GET", lambda _: page),
+        "/meet": hook.Route("GET", lambda _: hook.Answer(200, {"status": str(meeting.wait(20))})),
+    }
+    return site
+
+
+PAGE = b"GET /page HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def never_read(served: Served, asks: bytes) -> socket.socket:
+    """A connection that asks and takes in as little of the answers as it can."""
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.connect(("127.0.0.1", served.port))
+    raw.sendall(asks)
+    return raw
+
+
+def at_rest(served: Served, count: int) -> None:
+    """Wait until so many connections have more to get, and nothing was sent for a while."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        channels = [*served.server.active_channels.values()]
+        latest = max((c.last_activity for c in channels), default=time.time())
+        if sum(c.total_outbufs_len > 0 for c in channels) == count and time.time() > latest + 1:
+            return
+    raise AssertionError("something is sent all the time")
+
+
+def all_threads_are_free(served: Served) -> bool:
+    """Whether as many requests as there are threads are answered at the same time."""
+    asked = [f"{served.url}/meet"] * hook.SERVER["threads"]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = [*pool.map(lambda url: requests.get(url, timeout=30), asked)]
+    return {answer.status_code for answer in answers} == {200}
+
+
+def none_left(served: Served, seconds: float) -> bool:
+    """Whether the server has closed all connections within so many seconds."""
+    until = time.monotonic() + seconds
+    while served.server.active_channels and time.monotonic() < until:
+        pass
+    return not served.server.active_channels
+
+
+def test_clients_that_ask_for_many_pages_and_read_none_hold_no_thread() -> None:
+    with serving(pages(1_600_000)) as served:
+        with ExitStack() as opened:
+            for _ in range(hook.SERVER["threads"]):
+                opened.enter_context(never_read(served, PAGE * hook.REQUESTS_AT_ONCE))
+            at_rest(served, hook.SERVER["threads"])
+            assert all_threads_are_free(served)
+        assert none_left(served, 20)
+        assert all_threads_are_free(served)
+
+
+def test_a_client_that_reads_no_answer_is_closed_in_time() -> None:
+    with serving(pages(1_600_000)) as served:
+        served.hurry()
+        with never_read(served, PAGE * hook.REQUESTS_AT_ONCE):
+            assert none_left(served, 20)
+        assert all_threads_are_free(served)
+
+
+def test_a_client_that_reads_slowly_gets_all_its_pages() -> None:
+    size, count = 1_600_000, 5
+    with serving(pages(size)) as served:
+        served.hurry(more=3.0)
+        began = time.monotonic()
+        with never_read(served, PAGE * count) as raw:
+            raw.settimeout(20)
+            answers = b""
+            while len(answers) < size * count and (part := raw.recv(65536)):
+                answers += part
+                time.sleep(len(part) / 2_000_000)
+        assert none_left(served, 20)
+        assert answers.count(b"HTTP/1.1 200 OK") == count
+        assert answers.count(b"x" * size) == count
+        assert time.monotonic() - began > 3
+
+
+def test_of_too_much_that_nobody_reads_the_oldest_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = 10_000_000  # the system takes four of them at most
+    monkeypatch.setattr(hook, "HELD_BYTES", size)
+    with serving(pages(size)) as served:
+        with never_read(served, PAGE) as first:
+            at_rest(served, 1)
+            with never_read(served, PAGE) as second:
+                at_rest(served, 1)
+                assert len(replies(first, 1)[0][1]) < size
+                assert len(replies(second, 1)[0][1]) == size
+        assert none_left(served, 20)
+
+
 HEAVY = {
     "blanks": b"GET / HTTP/1.1\r\na:" + b" " * 15_000 + b"\x00\r\n\r\n",
     "tabs": b"GET / HTTP/1.1\r\na:" + b"\t" * 60_000 + b"\x00\r\n\r\n",
