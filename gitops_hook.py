@@ -2103,10 +2103,16 @@ class Accepted:
         """Replace the file by one with just what is remembered; raises OSError."""
         part = Path(f"{self.path}.new")
         part.write_text("".join(f"\n{at:.3f} {key}" for key, at in self.times.items()))
-        part.replace(self.path)
+        # opened before the old one is closed, whose number could be another file's by the next line
+        handle = os.open(part, os.O_WRONLY | os.O_APPEND)
+        try:
+            part.replace(self.path)
+        except OSError:
+            os.close(handle)
+            raise
         if self.handle >= 0:
             os.close(self.handle)
-        self.handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self.handle = handle
         self._lines = len(self.times)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -412,6 +413,34 @@ def test_a_line_that_cannot_be_written_keeps_no_push(
     assert spool.read() == []
     assert spool.accepted.has(delivered(1, "one"))
     assert caplog.messages == ["accepted delivery cannot be written down"]
+
+
+@pytest.mark.parametrize("call", ["open", "replace"])
+def test_where_the_file_cannot_be_replaced_lines_go_on_into_the_old_one(
+    spool: hook.Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    real_open = os.open
+    files: list[int] = []
+    others = [tmp_path / f"other-{number}" for number in range(9)]
+
+    def refuse(path: Any, *_: Any, **__: Any) -> Any:
+        if "accepted" not in Path(path).name:
+            return real_open(path, *_, **__)
+        # what other threads open meanwhile gets every number that is free
+        files.extend(real_open(other, os.O_WRONLY | os.O_CREAT) for other in others)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as failing:
+        failing.setattr(hook, "DEDUPE_ENTRIES", 2)
+        failing.setattr(*((os, "open") if call == "open" else (Path, "replace")), refuse)
+        for number in range(6):
+            spool.store([delivered(number, "one")])
+            spool.done(spool.read()[0][0])
+    assert files
+    for handle in files:
+        os.close(handle)
+    assert [other.read_bytes() for other in others] == [b""] * len(others)
+    assert opened(tmp_path).accepted.has(delivered(5, "one"))
 
 
 # === What is not ours ===
