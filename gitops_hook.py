@@ -8906,6 +8906,7 @@ def branch_field(branch: str) -> dict[str, str]:
 # Whether a version is healthy: by its pods, by its endpoints, and by what they answer.
 
 HEAD_BYTES = 65_536  # of an answer's status and headers
+HEAD_END = re.compile(rb"\n\r?\n")
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 UNCERTAIN = ("Conflict", "AlreadyExists", "Unreachable")  # the step looks again, and acts again
 
@@ -9186,13 +9187,15 @@ def health_refusal(check: HealthCheck, patience: float = PATIENCE) -> str | None
     and no further. Raises OSError where it is this process that can open no more files.
     """
     deadline = time.monotonic() + patience
-    head = b""
+    head = bytearray()
+    seen = 0  # bytes in which no end begins: to search all of them at each byte would take long
     try:
         with connected(check, deadline) as connection:
             if not check.path:
                 return None
             connection.sendall(check.request)
-            while not re.search(rb"\n\r?\n", head) and len(head) < HEAD_BYTES:
+            while not HEAD_END.search(head, seen) and len(head) < HEAD_BYTES:
+                seen = max(0, len(head) - 2)
                 connection.settimeout(seconds_until(deadline))
                 if not (received := connection.recv(4096)):
                     break
@@ -9206,7 +9209,7 @@ def health_refusal(check: HealthCheck, patience: float = PATIENCE) -> str | None
         why = getattr(failed, "reason", None)  # of TLS
         return f"{name}: {why}" if why else name
     status = re.match(rb"HTTP/1\.[01] ([1-9][0-9]{2})\b", head)
-    if not status or not re.search(rb"\n\r?\n", head):
+    if not status or not HEAD_END.search(head):
         return "not an HTTP answer"
     return None if b"200" <= status[1] < b"400" else f"status {status[1].decode()}"
 

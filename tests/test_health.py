@@ -337,6 +337,41 @@ def test_without_a_path_a_connection_is_enough() -> None:
     assert hook.health_refusal(check) == "ConnectionRefusedError"
 
 
+class Dripping:
+    """A connection of which each read gets one part; only its thread's own work takes time."""
+
+    def __init__(self, parts: list[bytes]) -> None:
+        self.parts = iter(parts)
+
+    def recv(self, _: int) -> bytes:
+        return next(self.parts, b"")
+
+    def sendall(self, _: bytes) -> None: ...
+
+    def settimeout(self, _: float) -> None: ...
+
+
+def test_a_long_answer_that_drips_costs_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = OK + b"a" + b"\n\rx" * 20_000
+    drops = [lines, *[b"\r"] * 5000, b"\n\r", b"\n"]
+
+    @contextmanager
+    def connected(*_: Any) -> Iterator[Any]:
+        yield Dripping(drops)
+
+    monkeypatch.setattr(hook, "connected", connected)
+    began = time.thread_time()
+    assert hook.health_refusal(here(1), 60.0) is None
+    assert time.thread_time() - began < 0.5
+
+
+@pytest.mark.parametrize("end", [b"\r\n\r\n", b"\n\n", b"\n\r\n"], ids=repr)
+def test_an_end_of_headers_that_comes_byte_by_byte_is_seen(end: bytes) -> None:
+    parts = [b"HTTP/1.1 200 OK\r\na: b", *(end[at : at + 1] for at in range(len(end)))]
+    with answering(parts, pause=0.05) as port:
+        assert hook.health_refusal(here(port), 20.0) is None
+
+
 # TLS.
 
 
