@@ -214,10 +214,11 @@ DEDUPE_SECONDS = 1200  # how long a delivery is remembered; longer than a replay
 DEDUPE_ENTRIES = 20_000  # deliveries that are remembered at most
 
 # Runs and their records.
-# What stands in the place of a delivery's id where GitLab sent none:
-CATCH_UP = "catch-up"  # a head that GitLab did not announce
-NEXT_TRY = "next-try"  # a run that ended by a circumstance is tried again
-RERUN = "rerun"  # a person lets a run that has ended run again
+# What stands in the place of a delivery's id where GitLab sent none. No sender can take such a
+# name: each begins with a blank, which `clip` strips from ids, as it did in every older version.
+CATCH_UP = " catch-up"  # a head that GitLab did not announce
+NEXT_TRY = " next-try"  # a run that ended by a circumstance is tried again
+RERUN = " rerun"  # a person lets a run that has ended run again
 UNANNOUNCED = ("", CATCH_UP, NEXT_TRY, RERUN)  # of which there may be several for one push
 HISTORY_LENGTH = 10  # entries in the history of a live Service
 REJECTED_LENGTH = 50  # rejected commits that are recorded of an app
@@ -14951,7 +14952,10 @@ class WebhookApp(Site):
 
 
 def delivery_id(environ: WSGIEnvironment) -> str:
-    """Return the id that stays when GitLab sends a delivery again, "" when there is none."""
+    """Return the id that stays when GitLab sends a delivery again, "" when there is none.
+
+    It is never one of UNANNOUNCED but "", whatever the sender says.
+    """
     return clip(environ.get("HTTP_WEBHOOK_ID") or environ.get("HTTP_IDEMPOTENCY_KEY", ""), 100)
 
 

@@ -843,6 +843,47 @@ def test_a_sender_that_waits_for_100_continue_gets_it(served: Served) -> None:
         assert replies(raw, 1)[0][0] == 401
 
 
+# What the daemon itself calls pushes that GitLab did not announce; 0.1.0 did so without a blank.
+OWN = [name.strip() for name in hook.UNANNOUNCED if name]
+
+
+@pytest.mark.parametrize("mode", ["signature", "token", "hmac"])
+@pytest.mark.parametrize("own", OWN)
+def test_no_sender_can_call_a_delivery_as_the_daemon_calls_its_own_runs(
+    tmp_path: Path, own: str, mode: str
+) -> None:
+    receiver = Receiver(tmp_path, config(mode))
+    name = "webhook-id" if mode == "signature" else "Idempotency-Key"
+    with serving(receiver.app) as served:
+        for number, text in enumerate((own, f" {own}", f"\xa0{own}")):
+            body = json.dumps(payload(ref=f"refs/heads/b{number}", commits=[])).encode()
+            digest = hmac.digest(PLAIN.encode(), body, "sha256").hex()
+            delivery = signed(body, name=text.strip(" "))
+            kept = {k: v for k, v in delivery.headers.items() if k != "webhook-id"}
+            kept |= {"X-Gitlab-Token": PLAIN if mode == "token" else digest}
+            with served.connect() as raw:
+                lines = [*(f"{k}: {v}" for k, v in kept.items()), f"Content-Length: {len(body)}"]
+                head = "\r\n".join(["POST /webhook HTTP/1.1", *lines, f"{name}: {text}", "", ""])
+                raw.sendall(head.encode("latin-1") + body)
+                assert replies(raw, 1)[0][0] in ((202, 401) if text[0] == "\xa0" else (202,))
+    assert {run.delivery for run in receiver.stored()} == {own}
+    assert own not in hook.UNANNOUNCED
+
+
+def test_a_push_that_an_older_version_stored_is_not_taken_for_the_daemons_own(
+    receiver: Receiver,
+) -> None:
+    receiver.post(recorded("gitlab-push-branch"))
+    (path,) = receiver.directory.glob("*.json")
+    record = json.loads(path.read_text("utf-8"))
+    for own in OWN:
+        path.write_text(json.dumps(record | {"delivery": own}), "utf-8")
+        receiver.restart()
+        (run,) = receiver.stored()
+        assert run.delivery == own
+        assert run.delivery not in hook.UNANNOUNCED
+
+
 def test_requests_sent_without_waiting_are_answered_in_order_and_bounded(served: Served) -> None:
     delivery = recorded("gitlab-push-branch")
     request = raw_request(delivery, f"Content-Length: {len(delivery.body)}") + delivery.body

@@ -432,7 +432,12 @@ def test_a_push_that_has_a_run_of_version_0_1_keeps_its_id(controller: Any) -> N
 
 @pytest.mark.parametrize(
     ("delivery", "later", "runs"),
-    [("first", 100, False), ("second", 100, True), ("first", 2000, True), ("catch-up", 100, True)],
+    [
+        ("first", 100, False),
+        ("second", 100, True),
+        ("first", 2000, True),
+        (hook.CATCH_UP, 100, True),
+    ],
     ids=["the same", "another", "the same after its time", "found by the catch-up"],
 )
 def test_a_delivery_that_is_replayed_after_a_restart_runs_nothing_again(
@@ -440,7 +445,7 @@ def test_a_delivery_that_is_replayed_after_a_restart_runs_nothing_again(
 ) -> None:
     controller = idle_controller(tmp_path)
     now = time.time()
-    sent = "catch-up" if delivery == "catch-up" else "first"
+    sent = hook.CATCH_UP if delivery == hook.CATCH_UP else "first"
     run = a_run(NEW, delivery=sent, received=now)
     store(controller, run)
     controller.intake.admit_all()
@@ -752,7 +757,7 @@ def test_tries_come_after_1_5_15_and_60_minutes_and_end_after_a_day(controller: 
     assert stored(controller) == []
 
 
-@pytest.mark.parametrize("delivery", ["rerun", "7f0c"])
+@pytest.mark.parametrize("delivery", [hook.RERUN, "7f0c"])
 def test_a_person_who_pushes_or_reruns_a_commit_gives_it_all_its_tries(
     controller: Any, delivery: str
 ) -> None:
