@@ -14862,7 +14862,9 @@ class WebhookApp(Site):
         self.stopping = threading.Event()
         self._parsing = threading.Lock()  # one at a time: a parsed body is up to 40 times as large
         self.probes = {"/healthz": Route("GET", self.healthz), "/readyz": Route("GET", self.readyz)}
-        self.routes = {"/webhook": Route("POST", self.webhook), **self.probes}
+        self.routes = {"/webhook": Route("POST", self.webhook)}
+        for path, trouble in (("/healthz", "stuck"), ("/readyz", "not ready")):
+            self.routes[path] = Route("GET", partial(self.brief, path, trouble))
 
     def admin(self) -> Site:
         """Return the site of the second port, which strangers do not reach: all but the webhook."""
@@ -14934,6 +14936,13 @@ class WebhookApp(Site):
         if kind != "application/json":
             deny(415, "NotJson", "send application/json")
         return body
+
+    def brief(self, path: str, trouble: str, environ: WSGIEnvironment) -> Answer:
+        """Answer a probe in two words: names of threads and paths are no business of strangers."""
+        answer = self.probes[path].handler(environ)
+        if answer.status == http.HTTPStatus.OK:
+            return answer
+        return Answer(answer.status, {"status": trouble})
 
     def healthz(self, _: WSGIEnvironment) -> Answer:
         """Answer whether every thread moves."""
@@ -15164,7 +15173,10 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitr
         usual = FIRST_LINE.match(header_plus) and not BLANKS.search(header_plus)
         if not usual or header_plus.count(b"\r\n") > HEADER_LINES:
             raise waitress.parser.ParsingError("not a request line, or too many headers or blanks")
-        super().parse_header(header_plus)
+        try:
+            super().parse_header(header_plus)
+        except ValueError as wrong:  # a number of thousands of digits, or a bracket in an address
+            raise waitress.parser.ParsingError("not a length, or not an address") from wrong
         if self.body_rcv is not None and not self.site.reads_body(self):
             self.headers["CONNECTION"] = "close"
             self.body_rcv = None

@@ -114,7 +114,7 @@ class Receiver:
     def request(self, method: str, path: str, **environ: Any) -> Reply:
         """One request, checked to keep to the WSGI protocol on both sides unless told otherwise."""
         answer: dict[str, Any] = {}
-        checked = environ.pop("checked", True)
+        checked, app = environ.pop("checked", True), environ.pop("app", self.app)
 
         def start_response(status: str, headers: list[tuple[str, str]], _: Any = None) -> Any:
             answer.update(status=status, headers=headers)
@@ -128,7 +128,7 @@ class Receiver:
             **environ,
         }
         setup_testing_defaults(environ)
-        chunks: Any = (validator(self.app) if checked else self.app)(environ, start_response)
+        chunks: Any = (validator(app) if checked else app)(environ, start_response)
         body = b"".join(chunks)
         getattr(chunks, "close", list)()
         code, phrase = answer["status"].split(" ", 1)

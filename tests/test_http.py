@@ -531,7 +531,7 @@ def test_everything_else_is_nowhere(receiver: Receiver, path: str) -> None:
 
 def test_it_is_not_alive_when_a_thread_is_stuck(receiver: Receiver) -> None:
     receiver.late = ["controller", "intake"]
-    reply = receiver.request("GET", "/healthz")
+    reply = receiver.request("GET", "/healthz", app=receiver.app.admin())
     assert (reply.status, reply.json["status"]) == (503, "stuck: controller, intake")
     assert receiver.request("GET", "/readyz").status == 200
     receiver.late = []
@@ -540,7 +540,7 @@ def test_it_is_not_alive_when_a_thread_is_stuck(receiver: Receiver) -> None:
 
 def test_it_is_not_ready_while_it_stops_but_still_takes_what_comes(receiver: Receiver) -> None:
     receiver.app.stopping.set()
-    reply = receiver.request("GET", "/readyz")
+    reply = receiver.request("GET", "/readyz", app=receiver.app.admin())
     assert (reply.status, reply.json) == (503, {"status": "stopping"})
     assert receiver.request("GET", "/healthz").status == 200
     assert receiver.post(recorded("gitlab-push-branch")).status == 202
@@ -548,12 +548,24 @@ def test_it_is_not_ready_while_it_stops_but_still_takes_what_comes(receiver: Rec
 
 def test_it_is_not_ready_when_it_cannot_store(receiver: Receiver) -> None:
     receiver.directory.rename(receiver.directory.with_name("gone"))
-    assert "No such file" in receiver.request("GET", "/readyz").json["status"]
+    probe = receiver.request("GET", "/readyz", app=receiver.app.admin())
+    assert "No such file" in probe.json["status"]
     text = refused(receiver.post(recorded("gitlab-push-branch")), 503, "SpoolUnwritable")
     assert "No such file" in text
     receiver.directory.with_name("gone").rename(receiver.directory)
     assert receiver.request("GET", "/readyz").status == 200
     assert receiver.post(recorded("gitlab-push-branch")).status == 202
+
+
+def test_strangers_learn_from_the_probes_that_something_is_wrong_but_not_what(
+    receiver: Receiver,
+) -> None:
+    receiver.late = ["controller", "intake"]
+    receiver.directory.rename(receiver.directory.with_name("gone"))
+    with serving(receiver.app) as served:
+        for path, word in (("/healthz", "stuck"), ("/readyz", "not ready")):
+            answer = requests.get(f"{served.url}{path}", timeout=30)
+            assert (answer.status_code, answer.json()) == (503, {"status": word})
 
 
 def test_a_full_spool_refuses_pushes_but_still_answers_what_asks_for_nothing(
@@ -693,7 +705,9 @@ CHUNKED = FORGED + b"Transfer-Encoding: chunked\r\n\r\n"
         (POST + b"Content-Length: 1e3\r\n\r\n", {400}),
         (POST + b"Content-Length: \xd9\xa3\r\n\r\n", {400}),
         (POST + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n", {413}),
-        (POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", {400, 413, 0}),
+        (POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", {400}),
+        (b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n", {400}),
+        (b"GET http://[x]y/healthz HTTP/1.1\r\nHost: x\r\n\r\n", {200, 400}),
         (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", {400}),
         (POST + b"Content-Length: 0\r\n\r\n", {401}),
         (POST + b"\r\n", {401}),
