@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -1140,12 +1141,13 @@ def test_a_copy_that_only_an_older_worker_names_stays_and_only_this_app_is_looke
     calls = recorded_calls(
         tmp_path,
         """*get*configmaps*--no-headers*) cat names ;;
-*replicasets*-l*gitops-hook/worker,app=mail*) cat sets ;;
+*replicasets*=gitops-hook%2Fworker%2Capp%3Dmail*) cat sets ;;
 *replicasets*) echo '{"items": []}' ;;""",
     )
     made.collect_garbage(task())
     lines = calls.read_text().split("\n")
-    asked = [line.split("-l ")[1].split()[0] for line in lines if "replicasets" in line]
+    queries = [line.partition("labelSelector=")[2] for line in lines if "replicasets" in line]
+    asked = [unquote(query.partition("&")[0]) for query in queries]
     assert asked == ["gitops-hook/app=shop", "gitops-hook/worker,app=mail"]
     (deleted,) = [line for line in lines if "delete" in line]
     assert "configmap/before-2" in deleted
