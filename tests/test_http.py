@@ -1045,10 +1045,11 @@ def test_a_client_that_reads_slowly_gets_all_its_pages() -> None:
     with serving(pages(size)) as served:
         served.hurry(more=3.0)
         began = time.monotonic()
-        with never_read(served, PAGE * count) as raw:
+        last = PAGE.replace(b"Host", b"Connection: close\r\nHost")
+        with never_read(served, PAGE * (count - 1) + last) as raw:
             raw.settimeout(20)
-            answers = b""
-            while len(answers) < size * count and (part := raw.recv(65536)):
+            answers = bytearray()
+            while part := raw.recv(65536):
                 answers += part
                 time.sleep(len(part) / 2_000_000)
         assert none_left(served, 20)
@@ -1061,12 +1062,16 @@ def test_of_too_much_that_nobody_reads_the_oldest_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     size = 10_000_000  # the system takes four of them at most
-    monkeypatch.setattr(hook, "HELD_BYTES", size)
+    monkeypatch.setattr(hook, "HELD_BYTES", 11_000_000)
     with serving(pages(size)) as served:
+        served.hurry(headers=300.0, more=300.0)  # nothing is late
         with never_read(served, PAGE) as first:
             at_rest(served, 1)
+            (oldest,) = served.server.active_channels.values()
             with never_read(served, PAGE) as second:
-                at_rest(served, 1)
+                until = time.monotonic() + 20
+                while oldest.connected and time.monotonic() < until:
+                    pass
                 assert len(replies(first, 1)[0][1]) < size
                 assert len(replies(second, 1)[0][1]) == size
         assert none_left(served, 20)
