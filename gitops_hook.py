@@ -18,7 +18,7 @@ selector. Annotations say what is intended and what happened. Where they disagre
 the object is right: what today's traffic reaches is live. Nothing that matters is only in memory:
 kill the daemon at any point and start it again, and the end is the same.
 
-The words: an *app* is one repository in the configuration, and what is done with its pushes. A
+The words: an *app* is a repository in the configuration, and what is done with its pushes. A
 *run* is one commit of one ref of one app, and its *stages* are test, build and the environments.
 A *colour* is one of an app's two Deployments in an environment. A *release* is the recorded
 rendering of a run in an environment. The *claim* on a live Service says who is changing an
