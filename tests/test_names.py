@@ -137,11 +137,12 @@ def test_it_is_refused_when_it_is_pushed_and_the_other_app_is_deployed(apps: Fle
     def add(objects: dict[str, Object]) -> None:
         objects |= {item["metadata"]["name"]: item for item in taken}
 
+    before = apps["evil"].leftovers()
     run = apps["evil"].go("v1", change=add)
     line = apps.ended(run)
     assert (line["outcome"], line["reason"]) == ("failed", "ManifestRefused")
     assert "Deployment shop-green has a name that app shop needs. Rename it." in line["detail"]
-    assert apps["evil"].leftovers() == []
+    assert apps["evil"].leftovers() == before
     assert apps.said("stage ended", run=run, stage="build") == []
     shop = apps["shop"]
 
