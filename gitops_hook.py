@@ -15017,7 +15017,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]  # waitress h
         now = time.time()
         channels = [*self.active_channels.values()]
         held = sum(channel.held for channel in channels)
-        waiting = (channel for channel in channels if not channel.is_answered)
+        waiting = (channel for channel in channels if not channel.is_being_answered)
         for channel in sorted(waiting, key=lambda channel: channel.last_activity):
             late = now - channel.last_activity > self.arrival[channel.awaits]
             too_large = held > HELD_BYTES and channel.held
@@ -15070,7 +15070,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
     used = False  # whether a request has arrived
     paused = False  # whether the next request waits until the last answer is sent
     lingering = False  # whether all is answered, and the other side is waited for to close
-    newest: Request
+    newest: Request | None = None
 
     def parser_class(self, adjustments: Any) -> Request:
         """Return a request that begins to arrive."""
@@ -15087,9 +15087,14 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
         return "more" if self.used and not self.lingering else "headers"
 
     @property
-    def is_answered(self) -> bool:
+    def is_being_answered(self) -> bool:
         """Whether a thread answers a request, or is about to."""
         return bool(self.requests) and not self.paused
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the last request was understood as far as it will be, and what follows is not."""
+        return self.newest is not None and bool(self.newest.cut or self.newest.error)
 
     @property
     def held(self) -> int:
@@ -15107,7 +15112,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
         Not while a request is answered: its thread sends for itself, and the loop, asking again and
         again for the lock that it holds, would keep it from going on.
         """
-        return self.socket is not None and not self.is_answered and bool(super().writable())
+        return self.socket is not None and not self.is_being_answered and bool(super().writable())
 
     def handle_read(self) -> None:
         """Receive something; only what completes a step begins the time of the next one anew."""
@@ -15119,16 +15124,16 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
             self.last_activity = since
 
     def received(self, data: bytes) -> bool:
-        """Understand what arrived, unless the last answer was sent."""
+        """Understand what arrived, unless it belongs to a request that is left unread."""
         self.server.arrived += len(data)
-        return not self.lingering and bool(super().received(data))
+        return not self.is_cut and bool(super().received(data))
 
     def handle_write(self) -> None:
         """Send; where a part of the last request is unread, wait for the other side to close.
 
         To close then would be a reset, and destroy the answer.
         """
-        if not (self.close_when_flushed and (self.newest.cut or self.newest.error)):
+        if not (self.close_when_flushed and self.is_cut):
             super().handle_write()
             if self.paused and self.connected:
                 self.server.add_task(self)
@@ -15193,6 +15198,8 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitr
         if self.completed:
             return len(data)
         taken = int(super().received(data))
+        if self.cut or self.error:
+            return len(data)  # what follows is no other request
         body = self.body_rcv
         if self.chunked and len(body.control_line) + len(body.trailer) > HEADER_BYTES:
             self.refuse("too long a line between chunks")

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import resource
+import select
 import socket
 import subprocess
 import threading
@@ -834,6 +835,19 @@ def test_whoever_sends_a_body_that_nobody_wants_can_still_read_the_answer(tmp_pa
                 assert status == 401
         answer = requests.post(f"{served.url}/webhook", data=b"x" * 9_000_000, timeout=10)
         assert (answer.status_code, answer.json()["reason"]) == (413, "TooLarge")
+
+
+@pytest.mark.parametrize("first", [0, 1, 100, 3000, 20_000])
+def test_a_body_can_be_sent_on_after_its_answer_however_much_came_with_the_headers(
+    tmp_path: Path, first: int
+) -> None:
+    with serving(Receiver(tmp_path).app, max_body=2**20) as served, served.connect() as raw:
+        raw.sendall(POST + b"Content-Length: 3000000\r\n\r\n" + b"x" * first)
+        select.select([raw], [], [], 10)
+        raw.sendall(b"x" * (3_000_000 - first))
+        ((status, _),) = replies(raw, 1)
+        assert status == 401
+        assert raw.recv(1) == b""
 
 
 def test_a_body_that_is_left_alone_is_no_second_request(served: Served) -> None:
