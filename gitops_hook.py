@@ -2148,6 +2148,7 @@ OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; parsing tak
 STDERR_BYTES = 2**20
 API_PATHS = {  # of what is listed in pages, or followed
     "configmaps": "/api/v1",
+    "cronjobs": "/apis/batch/v1",
     "deployments": "/apis/apps/v1",
     "endpointslices": "/apis/discovery.k8s.io/v1",
     "jobs": "/apis/batch/v1",
@@ -11425,6 +11426,81 @@ class Operations:
         self.companions = Companions(self.live)
 
 
+class PodLabels:
+    """Keeps the traffic of an app away from the pods of others, which may have any labels.
+
+    A Service selects by nothing else. Those of a worker, and the live one of an app that was not
+    deployed from here yet, select as someone has written them.
+    """
+
+    def __init__(self, doors: Doors) -> None:
+        self.doors = doors
+        self.kubectl = doors.kubectl
+
+    @partial(retried, while_head=True)
+    def require_apart(self, task: Task, release: Release, others: Sequence[App]) -> None:
+        """Raise ManifestError where a Service of one app would select the pods of another.
+
+        The app is compared with what others have by now; they are compared with it when they are
+        deployed themselves. Raises KubectlError.
+        """
+        if not others:
+            return
+        taken = [*self.selected_by_others(task, release, others)]
+        taken += self.selected_of_others(task, release)
+        if taken:
+            raise ManifestError([*map(Fault, taken)])
+
+    def selected_by_others(
+        self, task: Task, release: Release, others: Sequence[App]
+    ) -> Iterator[str]:
+        """Yield which pods of a release a Service of another app selects."""
+        own = [release.deployment, *(release.companions or ())]
+        live = {other.service_name: other.name for other in others}
+        for service in self.of_others(task, "services"):
+            meta = service["metadata"]
+            owner = part_of(meta, "labels").get(LABEL_APP) or live.get(meta["name"])
+            for item in own if owner else ():
+                if is_selected(item, service):
+                    where = f"Service {meta['name']} of app {clip(str(owner), 40)}"
+                    advice = "Give these pods other labels."
+                    yield f"{object_words(item)}: {where} selects its pods. {advice}"
+
+    def selected_of_others(self, task: Task, release: Release) -> Iterator[str]:
+        """Yield which Services of a release select pods of another app."""
+        companions = release.companions or ()
+        services = [c for c in companions if is_companion(c, "Service") and release.workers_of(c)]
+        if not services:
+            return
+        deployments = self.of_others(task, "deployments")
+        for item in itertools.chain(deployments, self.of_others(task, "cronjobs")):
+            owner = part_of(item, "metadata", "labels").get(LABEL_APP)
+            for service in services if owner else ():
+                if is_selected(item, service):
+                    where = f"{object_words(item)} of app {clip(str(owner), 40)}"
+                    advice = "Let it select by another label."
+                    yield f"{object_words(service)} selects the pods of {where}. {advice}"
+
+    def of_others(self, task: Task, resource: str) -> Iterator[Object]:
+        """Yield the objects that are not labelled as the app's own, some at a time."""
+        address = list_address(resource, task.namespace, f"{LABEL_APP}!={task.app.name}")
+        for page in self.kubectl.pages(address, task.namespace):
+            yield from page["items"]
+
+
+def is_selected(item: Object, service: Object) -> bool:
+    """Whether a Service selects the pods that an object makes."""
+    selector = {"matchLabels": part_of(service, "spec", "selector")}
+    templates = (part_of(item, "spec", *path) for path in TEMPLATES)
+    labels = [part_of(template, "metadata", "labels") for template in templates]
+    return any(selects(selector, each) for each in labels)
+
+
+def object_words(item: Object) -> str:
+    """Return the kind and the name of an object."""
+    return f"{clip(item['kind'], 60)} {clip(item['metadata']['name'], 60)}"
+
+
 # === bake =========================================================================================
 
 
@@ -11774,6 +11850,7 @@ class Deployer:
         self.state = StateStore(doors.kubectl, doors.clock)
         self.remembered = Remembered()
         self.objects = LastObjects()
+        self.labels = PodLabels(doors)
         self.steady = Operations(doors, self.state, self.remembered)
         # for what is live: its calls of kubectl wait for no others, but for those to the records
         self.urgent = Operations(doors.urgent(), self.state, self.remembered)
@@ -11808,7 +11885,7 @@ class Deployer:
             self.steady.rollout.require_own_preview(task)
         placement = self.steady.claims.idle_colour_and_size(task)
         release = render(task.app, task.run, task.image, placement, objects)
-        self.steady.companions.require_accepted(task, release)
+        self.require_accepted(task, release)
         claimed = self.steady.claims.take(task, release)
         more = {"colour": release.colour, "ignored": objects.ignored or None}
         self.doors.report(task, State.CLAIMED, more)
@@ -11829,6 +11906,16 @@ class Deployer:
         more = {"colour": release.colour, "commit": release.commit}
         self.doors.report(task, State.SWITCHED, more)
         return release
+
+    def require_accepted(self, task: Task, release: Release) -> None:
+        """Raise HookError where others, or the API server, do not let a release in."""
+        self.labels.require_apart(task, release, self.others(task))
+        self.steady.companions.require_accepted(task, release)
+
+    def others(self, task: Task) -> list[App]:
+        """Return the other apps that are configured for an environment."""
+        beside = (app for app in self.apps if task.environment in app.deploy.environments)
+        return [app for app in beside if app.name != task.app.name]
 
     def as_large_as_live(
         self,
@@ -11860,9 +11947,7 @@ class Deployer:
         faults = Faults()
         manifests = read_manifests(checkout, task.app.deploy.folder(task.environment))
         objects = check_objects(task.app, task.namespace, manifests, task.environment, faults)
-        beside = (a for a in self.apps if task.environment in a.deploy.environments)
-        others = [app for app in beside if app.name != task.app.name]
-        faults.add(Fault(fault) for fault in name_faults(objects, others))
+        faults.add(Fault(fault) for fault in name_faults(objects, self.others(task)))
         with faults.collect():
             unbuilt_release(task, objects)
         faults.require_none()
@@ -15230,6 +15315,7 @@ APP_RIGHTS |= {"apps/replicasets": "list", "discovery.k8s.io/endpointslices": "l
 APP_RIGHTS |= {"/configmaps": "get list create update delete", "/events": "list create"}
 BESIDE = ("autoscaling/horizontalpodautoscalers", "policy/poddisruptionbudgets", "batch/cronjobs")
 APP_RIGHTS |= dict.fromkeys(BESIDE, "get create update delete")
+APP_RIGHTS["batch/cronjobs"] += " list"
 
 
 @dataclass(frozen=True, slots=True)
@@ -15914,8 +16000,8 @@ class Plan:
         release = render(task.app, task.run, task.image, placement, objects)
         services = self.tools.deployer.steady.live
         services.require_accepted(task, services.read(task), release)
+        self.tools.deployer.require_accepted(task, release)
         companions = self.tools.deployer.steady.companions
-        companions.require_accepted(task, release)
         deployment = release.deployment
         names = [c["metadata"]["name"] for c in release.configmaps]
         new = [n for n in names if not kubectl.get("configmap", n, task.namespace)]

@@ -16,6 +16,8 @@ LINES = 60
 # What takes minutes, because clusters, daemons and pods really run: `make cluster`. The rest is the
 # quick suite, `make test`, but for the tests that are marked `cluster` one by one.
 CLUSTER = {
+    "test_apart",
+    "test_bake",
     "test_clone",
     "test_colours",
     "test_companions",
@@ -24,6 +26,7 @@ CLUSTER = {
     "test_controller",
     "test_deploy",
     "test_deployments",
+    "test_events",
     "test_health_of_apps",
     "test_install",
     "test_live_service",

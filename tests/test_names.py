@@ -1,9 +1,8 @@
-"""A name that an app needs is not taken by another one, and what another one has stays as it is."""
+"""A name that an app needs is refused to another one."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,10 @@ import pytest
 import yaml
 
 import gitops_hook as hook
-from tests.fleet import Fleet, Member, app_objects, fleet
+from tests.fleet import app_objects
 from tests.idle_controller import Stop
 from tests.settings import loaded
 from tests.world import Object
-
-APPS: dict[str, Object] = {
-    name: {"bake": "1s", "drain": "1s"}
-    for name in ("evil", "shop", "worker", "preview", "headless", "live", "led")
-}
-APPS["shop"]["service"] = "web"
 
 
 def companion(kind: str, name: str, **content: Any) -> Object:
@@ -119,112 +112,3 @@ def test_an_app_that_has_an_environment_for_itself_has_all_names(
     item: Object, tmp_path: Path
 ) -> None:
     assert faults_of(configured("evil"), tmp_path, item) == []
-
-
-# On a cluster.
-
-
-@pytest.fixture(scope="module")
-def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Several applications on one cluster, none of them deployed yet."""
-    with fleet(tmp_path_factory.mktemp("names"), APPS) as made:
-        yield made
-
-
-def test_it_is_refused_when_it_is_pushed_and_the_other_app_is_deployed(apps: Fleet) -> None:
-    taken = [TAKEN[0], service("shop-preview", clusterIP="None"), service("web"), *TAKEN[4:6]]
-
-    def add(objects: dict[str, Object]) -> None:
-        objects |= {item["metadata"]["name"]: item for item in taken}
-
-    before = apps["evil"].leftovers()
-    run = apps["evil"].go("v1", change=add)
-    line = apps.ended(run)
-    assert (line["outcome"], line["reason"]) == ("failed", "ManifestRefused")
-    assert "Deployment shop-green has a name that app shop needs. Rename it." in line["detail"]
-    assert apps["evil"].leftovers() == before
-    assert apps.said("stage ended", run=run, stage="build") == []
-    shop = apps["shop"]
-
-    def rename(objects: dict[str, Object]) -> None:
-        objects["Service"]["metadata"]["name"] = "web"
-
-    for version in ("v1", "v2"):
-        assert shop.deployed(version, change=rename)["outcome"] == "deployed"
-
-
-def put(app: Member, resource: str, item: Object, owner: str = "evil") -> Object:
-    """Let another app have an object, as before it was refused; return it as it is then."""
-    item = copy.deepcopy(item)
-    labels = hook.companion_labels(owner)
-    if owner == app.name:
-        labels["gitops-hook/stage"] = "preview"
-    item["metadata"] |= {"namespace": app.namespace, "labels": labels}
-    app.fleet.cluster.store.create(resource, item)
-    return stands(app, resource, item["metadata"]["name"])
-
-
-def stands(app: Member, resource: str, name: str) -> Object:
-    """Return an object but what the cluster itself writes on it."""
-    item = copy.deepcopy(app.fleet.cluster.store.find(resource, app.namespace, name) or {})
-    item.pop("status", None)
-    kept = ("name", "labels", "uid")
-    notes = {
-        k: v
-        for k, v in item["metadata"].get("annotations", {}).items()
-        if k.startswith("gitops-hook/")
-    }
-    item["metadata"] = {k: v for k, v in item["metadata"].items() if k in kept} | notes
-    return item
-
-
-def refusal(app: Member, version: str = "v1") -> str:
-    """Deploy a version that ends by what somebody else has; return what is said."""
-    line = app.fleet.ended(app.go(version))
-    assert (line["outcome"], line["reason"]) == ("failed", "AdoptionRefused"), line
-    return str(line["detail"])
-
-
-def test_a_worker_of_another_app_in_a_colour_is_named_and_stays_as_it_is(apps: Fleet) -> None:
-    app = apps["worker"]
-    before = put(app, "deployments", worker("worker-green"))
-    assert app.deployed("v1")["outcome"] == "deployed"
-    said = refusal(app, "v2")
-    assert said == "Deployment worker-green belongs to app evil; delete or rename it"
-    assert stands(app, "deployments", "worker-green") == before
-
-
-def test_a_preview_service_of_another_app_is_named_and_stays_as_it_is(apps: Fleet) -> None:
-    app = apps["preview"]
-    before = put(app, "services", service("preview-preview", clusterIP="None"))
-    assert refusal(app) == "Service preview-preview belongs to app evil; delete or rename it"
-    assert stands(app, "services", "preview-preview") == before
-
-
-@pytest.mark.parametrize(
-    "spec", [{"clusterIP": "None"}, {"type": "ExternalName", "externalName": "example.com"}]
-)
-def test_a_preview_service_without_an_address_rejects_no_commit(apps: Fleet, spec: Object) -> None:
-    app = apps["headless"]
-    put(app, "services", service("headless-preview", **spec), "headless")
-    said = refusal(app)
-    assert said == "Service headless-preview has no cluster IP; delete it, and it is made anew"
-    # as the deployment's end may have swept it away
-    app.fleet.cluster.store.remove("services", app.namespace, "headless-preview")
-
-
-def test_a_live_service_of_another_app_gets_no_claim_and_no_label(apps: Fleet) -> None:
-    app = apps["live"]
-    before = put(app, "services", service("live"))
-    assert refusal(app) == "Service live belongs to app evil; delete or rename it"
-    assert stands(app, "services", "live") == before
-
-
-def test_a_live_service_that_leads_to_another_app_is_not_taken_over(apps: Fleet) -> None:
-    app = apps["led"]
-    item = service("led", selector={"gitops-hook/app": "evil", "version": "blue"})
-    item["metadata"]["namespace"] = app.namespace
-    app.fleet.cluster.store.create("services", item)
-    before = stands(app, "services", "led")
-    assert refusal(app) == "Service led belongs to app evil; delete or rename it"
-    assert stands(app, "services", "led") == before
