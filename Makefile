@@ -287,7 +287,7 @@ demo: $(INSTALLED) ## Watch pushes being tested, built, switched and switched ba
 	@$(BIN)/python -m tests.demo
 
 test: $(INSTALLED) ## Run the quick tests, which take a minute or two (ARGS='-k webhook -x', SEED=7: in random order)
-	@$(MEASURED) $(BIN)/python -m pytest -m 'not cluster' -n 2 --dist loadfile $(SHUFFLED) $(ARGS)
+	@$(MEASURED) $(BIN)/python -m pytest -m 'not cluster' -n 3 --dist loadfile $(SHUFFLED) $(ARGS)
 
 cluster: $(INSTALLED) ## Run the slow tests: the daemon on the stand-in cluster, and that itself
 	@$(MEASURED) $(BIN)/python -m pytest -m cluster -n 2 --dist loadfile $(SHUFFLED) $(ARGS)

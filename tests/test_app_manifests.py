@@ -484,6 +484,7 @@ def test_150_files_of_comments_are_refused_in_little_memory(tmp_path: Path) -> N
     assert peak < 150
 
 
+@pytest.mark.cluster
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.text(alphabet=" \n-:{}[]&*!|>#'\"%@,?a1\t~<", max_size=60), max_size=5))
 def test_any_texts_are_read_or_refused(texts: list[str]) -> None:
@@ -1559,6 +1560,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("where", PLACES)
 def test_a_field_of_the_wrong_type_ends_the_run_or_is_left_to_the_api_server(
     tmp_path: Path, where: str

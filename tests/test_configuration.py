@@ -914,6 +914,7 @@ def test_the_value_of_a_variable_is_masked_by_its_name(secrets: hook.Secrets) ->
     assert secrets.mask(plain) == plain
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     "piece",
     [
