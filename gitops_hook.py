@@ -182,7 +182,7 @@ LABEL_APP = "gitops-hook/app"
 LABEL_RUN = "gitops-hook/run"
 LABEL_STAGE = "gitops-hook/stage"
 LABEL_WORKER = "gitops-hook/worker"  # on a worker's pods: a hash of their template
-LABEL_BESIDE = "gitops-hook/beside"  # on pods beside an app that repel each other: the app
+LABEL_BESIDE = "gitops-hook/beside"  # on pods beside an app: the app
 LABEL_VERSION = "version"  # the colour of a pod
 LABEL_SERVICE = "kubernetes.io/service-name"  # of an EndpointSlice
 LABEL_COLOUR = "gitops-hook/colour"  # of a pod whose app uses the label `version` itself
@@ -2148,7 +2148,6 @@ OUTPUT_BYTES = 16 * 2**20  # of one call, or of one line of a watch; parsing tak
 STDERR_BYTES = 2**20
 API_PATHS = {  # of what is listed in pages, or followed
     "configmaps": "/api/v1",
-    "cronjobs": "/apis/batch/v1",
     "deployments": "/apis/apps/v1",
     "endpointslices": "/apis/discovery.k8s.io/v1",
     "jobs": "/apis/batch/v1",
@@ -3911,6 +3910,7 @@ MOST_COMPANIONS = 50  # of an app in an environment
 # Of one: what was written last is an annotation, of 256 KiB at most; and of all of an app.
 COMPANION_BYTES = 128 * 1024
 COMPANIONS_BYTES = 1024 * 1024
+PODS_BYTES = 64 * 1024 * 1024  # of the pods of an app in an environment, which the API server keeps
 OLD_APIS = ("extensions/v1beta1", "apps/v1beta1", "apps/v1beta2")
 CONFIGMAP_DATA = ("data", "binaryData")
 ACCOUNT_FIELDS = ("spec.serviceAccountName", "spec.serviceAccount")
@@ -3923,6 +3923,7 @@ SIZES = {  # fields that hold a number of pods; the last ones are those of KEDA
     *("jobTargetRef.parallelism", "jobTargetRef.completions"),
     *("spec.minReplicaCount", "spec.maxReplicaCount", "spec.idleReplicaCount", "fallback.replicas"),
 }
+NUMBERS = {name.rpartition(".")[2] for name in SIZES}
 MIN_READY_SECONDS = 10  # that a pod must have been ready for, if the app does not say it
 LONGEST_DEADLINE = 86_400  # seconds that a rollout may take, whatever the app says
 EXTERNAL_TYPES = ("NodePort", "LoadBalancer")
@@ -4481,7 +4482,7 @@ def check_objects(
     return chosen.objects(faults)
 
 
-def name_faults(objects: AppObjects, others: Sequence[App]) -> Iterator[str]:
+def name_faults(objects: AppObjects, own: str, others: Sequence[App]) -> Iterator[str]:
     """Yield which objects of an app would have a name that another app of its environment needs.
 
     The other one may not have made that object yet. The names of its immutable ConfigMaps cannot be
@@ -4489,12 +4490,46 @@ def name_faults(objects: AppObjects, others: Sequence[App]) -> Iterator[str]:
     """
     needed = {reference: app.name for app in others for reference in needed_names(app)}
     named = [(item["kind"], item["metadata"]["name"]) for item in objects.companions]
+    names = {app.name for app in others}
     for kind, name in [*named, *(("ConfigMap", name) for name in objects.configmaps)]:
         where = f"{clip(kind, 60)} {clip(name, 60)}"
         if owner := needed.get((kind, name)):
             yield f"{where} has a name that app {owner} needs. Rename it."
+        elif (kind, name) in named and (owner := owner_by_name(name, own, names)) in names:
+            yield f"{where} has a name that begins with that of app {owner}. Rename it."
         elif others and kind == "ConfigMap" and (kind, name) in named and RECORD.search(name):
             yield f"{where} has the form of names of records, which every app needs. Rename it."
+
+
+def owner_by_name(name: str, own: str, others: Iterable[str]) -> str:
+    """Return the app with whose name that of an object begins, the longest one; "" for none."""
+    fitting = [other for other in others if name.startswith(f"{other}-")]
+    return max(
+        [*fitting, *([own] if f"{name}-".startswith(f"{own}-") else [])], key=len, default=""
+    )
+
+
+def share_faults(objects: AppObjects, own: str) -> Iterator[str]:
+    """Yield what pods may not say where other apps are in the environment, with what to do.
+
+    The name of a pod by its subdomain, and that of a Service, are looked up by pods of all apps.
+    """
+    for item in (objects.deployment, *objects.companions):
+        subdomain = pod_of(item).get("subdomain")
+        if subdomain and not f"{subdomain}-".startswith(f"{own}-"):
+            where = f"{clip(item['kind'], 60)} {clip(item['metadata']['name'], 60)}"
+            yield f"{where}: its subdomain does not begin with {own}. Rename it and its Service."
+
+
+def without_service_links(objects: AppObjects) -> None:
+    """Let pods get no variables of Services, which may be other apps', if they do not ask for it.
+
+    Such a variable takes the place of one that the image sets: SERVER_PORT, say.
+    """
+    for item in (objects.deployment, *objects.companions):
+        pod = pod_of(item)
+        if pod and pod.get("enableServiceLinks") is None:
+            pod["enableServiceLinks"] = False
 
 
 def needed_names(app: App) -> Iterator[tuple[str, str]]:
@@ -4928,7 +4963,7 @@ def render(app: App, run: Run, image: str, placement: Placement, objects: AppObj
     faults.require_none()
     rendered = (deployment, [*copies.values()], service, companions)
     release = Release(run.id, run.commit, image, placement.colour, selector, *rendered)
-    release.configmap(app.name)  # refuses what is too large before anything changes
+    require_storable(release, app.name, objects.size_limits)
     return release
 
 
@@ -4948,6 +4983,24 @@ def rendered_deployment(
     where = f"Deployment {clip(written['metadata']['name'], 60)}"
     bind_terms(terms, labels, spec["selector"]["matchLabels"], where)
     return {**deployment, "spec": spec}
+
+
+def require_storable(release: Release, app: str, limits: SizeLimits | None) -> None:
+    """Raise ManifestError if a release, or all its pods together, are too large to be kept."""
+    release.configmap(app)
+    companions = release.companions or []
+    numbers = {scaled_by(item): part_of(item, "spec").get("maxReplicas") for item in companions}
+    total = 0
+    for item in (release.deployment, *companions):
+        scaled = numbers.get(item["metadata"]["name"])
+        most = limits.most if limits and item is release.deployment else scaled
+        asked = [most, *(value for key, value in walk("", item) if key in NUMBERS)]
+        number = max((n for n in asked if type(n) is int), default=1)
+        templates = [part_of(item, "spec", *path) for path in TEMPLATES]
+        total += number * max(json_bytes(template) for template in templates)
+    if total > PODS_BYTES:
+        advice = "Ask for fewer, or make their templates smaller."
+        refuse(f"All pods together have more than {PODS_BYTES >> 20} MiB. {advice}")
 
 
 def rendered_companions(
@@ -10777,12 +10830,68 @@ class Standing:
         self, wanted: Iterable[Object], records: Mapping[Identity, CompanionRecord]
     ) -> list[Companion]:
         """Return what is wanted, then what else is recorded, but not what could not be read."""
-        by_identity = {identity_of(item): item for item in wanted}
+        by_identity = kept_apart({identity_of(item): item for item in wanted}, self.objects)
         return [
             Companion(i, by_identity.get(i, {}), self.objects.get(i, {}), records.get(i))
             for i in dict.fromkeys([*by_identity, *records])
             if i not in self.unread
         ]
+
+
+def kept_apart(
+    wanted: Mapping[Identity, Object], standing: Mapping[Identity, Object]
+) -> dict[Identity, Object]:
+    """Return what is wanted so that workers and their Services select no pods of other apps.
+
+    A label says whose pods they are. A worker that stands gets it with its next change, so that no
+    pod restarts for it, and keeps its selector, which cannot be changed. A Service asks for the
+    label once all pods have it, so that none is without its pods meanwhile.
+    """
+    apart = dict(wanted)
+    workers = [identity for identity, item in wanted.items() if worker_label(item)]
+    for identity in workers:
+        apart[identity] = own_worker(wanted[identity], standing.get(identity, {}))
+    for identity, item in wanted.items():
+        if not is_companion(item, "Service"):
+            continue
+        aimed = [worker for worker in workers if is_aimed_at(item, wanted[worker])]
+        there = standing.get(identity, {})
+        if aimed and all(are_own_pods(standing.get(worker, {}), there) for worker in aimed):
+            selector = {**part_of(item, "spec", "selector"), **own_label(item)}
+            apart[identity] = {**item, "spec": {**item["spec"], "selector": selector}}
+    return apart
+
+
+def own_label(item: Object) -> dict[str, str]:
+    """Return the label that says for which app the pods of a companion are."""
+    return {LABEL_BESIDE: str(part_of(item, "metadata", "labels").get(LABEL_APP, ""))}
+
+
+def own_worker(worker: Object, standing: Object) -> Object:
+    """Return a worker whose pods have the label of their app, if they change or have it already."""
+    own = own_label(worker)
+    labels = ("spec", "template", "metadata", "labels")
+    chosen = ("spec", "selector", "matchLabels")
+    has_label = part_of(standing, *labels).items() >= own.items()
+    if standing and not has_label and worker_label(standing) == worker_label(worker):
+        return worker
+    worker = copy.deepcopy(worker)
+    worker["spec"]["template"]["metadata"]["labels"] |= own
+    if not standing or part_of(standing, *chosen).items() >= own.items():
+        selector = worker["spec"].get("selector") or {}
+        matched = {**part_of(selector, "matchLabels"), **own}
+        worker["spec"]["selector"] = {**selector, "matchLabels": matched}
+    return worker
+
+
+def are_own_pods(worker: Object, service: Object) -> bool:
+    """Whether all pods of a worker that stands have the label of their app; none stands as well.
+
+    Once its Service asks for the label, each of its pods has it, also during a rollout.
+    """
+    has_label = LABEL_BESIDE in part_of(worker, "spec", "template", "metadata", "labels")
+    asks = LABEL_BESIDE in part_of(service, "spec", "selector")
+    return not worker or (has_label and (asks or has_one_template(worker)))
 
 
 class Companions:
@@ -11274,6 +11383,11 @@ def is_worker_ready(worker: Object, deployment: Object | None) -> bool:
     """Whether the Deployment of a worker has only pods of this template, and all are ready."""
     if deployment is None or worker_label(deployment) != worker_label(worker):
         return False
+    return has_one_template(deployment)
+
+
+def has_one_template(deployment: Object) -> bool:
+    """Whether a Deployment has only pods of its present template, all that it wants, and ready."""
     status = deployment.get("status") or {}
     wanted = replicas_of(deployment)
     counts = ("updatedReplicas", "availableReplicas", "replicas")
@@ -11427,10 +11541,10 @@ class Operations:
 
 
 class PodLabels:
-    """Keeps the traffic of an app away from the pods of others, which may have any labels.
+    """Keeps the pods of an app out of the live Services of others, which select by labels alone.
 
-    A Service selects by nothing else. Those of a worker, and the live one of an app that was not
-    deployed from here yet, select as someone has written them.
+    One that was not deployed from here yet selects as someone has written it, and does so again
+    when it is given back.
     """
 
     def __init__(self, doors: Doors) -> None:
@@ -11439,61 +11553,35 @@ class PodLabels:
 
     @partial(retried, while_head=True)
     def require_apart(self, task: Task, release: Release, others: Sequence[App]) -> None:
-        """Raise ManifestError where a Service of one app would select the pods of another.
+        """Raise ManifestError where the live Service of another app selects pods of a release.
 
-        The app is compared with what others have by now; they are compared with it when they are
-        deployed themselves. Raises KubectlError.
+        Raises KubectlError.
         """
-        if not others:
+        owners = {f"service/{other.service_name}": other.name for other in others}
+        if not owners:
             return
-        taken = [*self.selected_by_others(task, release, others)]
-        taken += self.selected_of_others(task, release)
-        if taken:
-            raise ManifestError([*map(Fault, taken)])
-
-    def selected_by_others(
-        self, task: Task, release: Release, others: Sequence[App]
-    ) -> Iterator[str]:
-        """Yield which pods of a release a Service of another app selects."""
-        own = [release.deployment, *(release.companions or ())]
-        live = {other.service_name: other.name for other in others}
-        for service in self.of_others(task, "services"):
-            meta = service["metadata"]
-            owner = part_of(meta, "labels").get(LABEL_APP) or live.get(meta["name"])
-            for item in own if owner else ():
-                if is_selected(item, service):
-                    where = f"Service {meta['name']} of app {clip(str(owner), 40)}"
-                    advice = "Give these pods other labels."
-                    yield f"{object_words(item)}: {where} selects its pods. {advice}"
-
-    def selected_of_others(self, task: Task, release: Release) -> Iterator[str]:
-        """Yield which Services of a release select pods of another app."""
-        companions = release.companions or ()
-        services = [c for c in companions if is_companion(c, "Service") and release.workers_of(c)]
-        if not services:
-            return
-        deployments = self.of_others(task, "deployments")
-        for item in itertools.chain(deployments, self.of_others(task, "cronjobs")):
-            owner = part_of(item, "metadata", "labels").get(LABEL_APP)
-            for service in services if owner else ():
-                if is_selected(item, service):
-                    where = f"{object_words(item)} of app {clip(str(owner), 40)}"
-                    advice = "Let it select by another label."
-                    yield f"{object_words(service)} selects the pods of {where}. {advice}"
-
-    def of_others(self, task: Task, resource: str) -> Iterator[Object]:
-        """Yield the objects that are not labelled as the app's own, some at a time."""
-        address = list_address(resource, task.namespace, f"{LABEL_APP}!={task.app.name}")
-        for page in self.kubectl.pages(address, task.namespace):
-            yield from page["items"]
+        services = self.kubectl.get_each(task.namespace, *owners)
+        pods = [release.deployment, *(release.companions or ())]
+        faults = [
+            Fault(
+                f"{object_words(item)}: Service {service['metadata']['name']} of app {owner}"
+                " selects its pods. Give these pods other labels."
+            )
+            for owner, service in zip(owners.values(), services, strict=True)
+            for item in pods
+            if service and may_be_selected(item, Service(service))
+        ]
+        if faults:
+            raise ManifestError(faults)
 
 
-def is_selected(item: Object, service: Object) -> bool:
-    """Whether a Service selects the pods that an object makes."""
-    selector = {"matchLabels": part_of(service, "spec", "selector")}
+def may_be_selected(item: Object, service: Service) -> bool:
+    """Whether a live Service selects the pods that an object makes, or did before its adoption."""
+    adopted = [entry for entry in service.history if entry.outcome == ADOPTED]
+    selectors = [service.selector, *(e.selector for e in adopted), *(e.was for e in adopted)]
     templates = (part_of(item, "spec", *path) for path in TEMPLATES)
     labels = [part_of(template, "metadata", "labels") for template in templates]
-    return any(selects(selector, each) for each in labels)
+    return any(selects({"matchLabels": s}, each) for s in selectors for each in labels)
 
 
 def object_words(item: Object) -> str:
@@ -11947,7 +12035,10 @@ class Deployer:
         faults = Faults()
         manifests = read_manifests(checkout, task.app.deploy.folder(task.environment))
         objects = check_objects(task.app, task.namespace, manifests, task.environment, faults)
-        faults.add(Fault(fault) for fault in name_faults(objects, self.others(task)))
+        if others := self.others(task):
+            faults.add(map(Fault, name_faults(objects, task.app.name, others)))
+            faults.add(map(Fault, share_faults(objects, task.app.name)))
+            without_service_links(objects)
         with faults.collect():
             unbuilt_release(task, objects)
         faults.require_none()
@@ -15315,7 +15406,6 @@ APP_RIGHTS |= {"apps/replicasets": "list", "discovery.k8s.io/endpointslices": "l
 APP_RIGHTS |= {"/configmaps": "get list create update delete", "/events": "list create"}
 BESIDE = ("autoscaling/horizontalpodautoscalers", "policy/poddisruptionbudgets", "batch/cronjobs")
 APP_RIGHTS |= dict.fromkeys(BESIDE, "get create update delete")
-APP_RIGHTS["batch/cronjobs"] += " list"
 
 
 @dataclass(frozen=True, slots=True)

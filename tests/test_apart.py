@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -165,15 +166,6 @@ def labelled_pods(kind: str, labels: Labels) -> Callable[[dict[str, Object]], No
     return change
 
 
-def mail_service(name: str, namespace: str, owner: str) -> Object:
-    """Return a Service that selects the pods of MAIL, as it stands in a cluster."""
-    item = service(name, selector=MAIL)
-    item["metadata"] |= {"namespace": namespace}
-    if owner:
-        item["metadata"]["labels"] = hook.companion_labels(owner)
-    return item
-
-
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
@@ -182,70 +174,51 @@ def mail_service(name: str, namespace: str, owner: str) -> Object:
         ("cronjob", "CronJob guest-night"),
     ],
 )
-@pytest.mark.parametrize(
-    ("name", "owner"),
-    [("mail", "later"), ("later", "")],
-    ids=["of a worker", "not deployed from here yet"],
-)
-def test_pods_that_a_service_of_another_app_selects_are_refused(
-    apps: Fleet, kind: str, said: str, name: str, owner: str
+@pytest.mark.parametrize("adopted", [False, True], ids=["not deployed from here", "narrowed"])
+def test_pods_that_the_live_service_of_another_app_selects_are_refused(
+    apps: Fleet, kind: str, said: str, adopted: bool
 ) -> None:
     guest = apps["guest"]
-    store = apps.cluster.store
-    store.create("services", mail_service(name, guest.namespace, owner))
+    item = service("later", selector=MAIL)
+    item["metadata"]["namespace"] = guest.namespace
+    if adopted:
+        narrow = {**MAIL, "pod-template-hash": "5d8f"}
+        before = {"outcome": "adopted", "selector": narrow, "was": MAIL, "at": 1.0, "run": ""}
+        item["metadata"]["annotations"] = {"gitops-hook/history": json.dumps([before])}
+        item["spec"]["selector"] = narrow
+    apps.cluster.store.create("services", item)
     try:
         line = apps.ended(guest.go("v1", change=labelled_pods(kind, MAIL)))
     finally:
-        store.remove("services", guest.namespace, name)
+        apps.cluster.store.remove("services", guest.namespace, "later")
     assert (line["outcome"], line["reason"]) == ("failed", "ManifestRefused")
-    advice = f"Service {name} of app later selects its pods. Give these pods other labels."
+    advice = "Service later of app later selects its pods. Give these pods other labels."
     assert line["detail"] == f"{said}: {advice}"
     assert not guest.objects("deployments")
 
 
-@pytest.mark.parametrize("resource", ["deployments", "cronjobs"])
-def test_a_service_that_selects_pods_of_another_app_is_refused(apps: Fleet, resource: str) -> None:
-    host = apps["host"]
-    labels = {**MAIL, "tier": "host"}
-    objects: dict[str, Object] = {}
-    labelled_pods("worker" if resource == "deployments" else "cronjob", labels)(objects)
-    (item,) = objects.values()
-    put(host, resource, item, "guest")
-
-    def change(added: dict[str, Object]) -> None:
-        labelled_pods("worker", labels)(added)
-        added["worker"]["metadata"]["name"] = "host-worker"
-        added["peers"] = service("host-peers", selector=labels)
-
-    try:
-        line = apps.ended(host.go("v1", change=change))
-    finally:
-        apps.cluster.store.remove(resource, host.namespace, item["metadata"]["name"])
-    assert (line["outcome"], line["reason"]) == ("failed", "ManifestRefused")
-    where = f"{item['kind']} {item['metadata']['name']} of app guest"
-    advice = "Let it select by another label."
-    assert line["detail"] == f"Service host-peers selects the pods of {where}. {advice}"
-    assert host.deployed("v1", change=change)["outcome"] == "deployed"
-
-
-def test_what_selects_other_pods_keeps_nothing_out(apps: Fleet) -> None:
-    free = apps["free"]
+def test_the_service_of_a_worker_selects_pods_of_its_own_app_only(apps: Fleet) -> None:
+    free, host = apps["free"], apps["host"]
     labels = {**MAIL, "tier": "free"}
-    selectors = {"near": {**labels, "tier": "front"}, "none": None, "nobodys": labels}
-    for name, selector in selectors.items():
-        item = service(name, selector=selector)
-        item["metadata"]["namespace"] = free.namespace
-        if name != "nobodys":
-            item["metadata"]["labels"] = hook.companion_labels("later")
-        apps.cluster.store.create("services", item)
 
-    def change(added: dict[str, Object]) -> None:
-        labelled_pods("worker", labels)(added)
-        added["worker"]["metadata"]["name"] = "free-worker"
-        added["peers"] = service("free-peers", selector=labels)
+    def deployed(app: Member, version: str) -> None:
+        def change(added: dict[str, Object]) -> None:
+            labelled_pods("worker", labels)(added)
+            added["worker"]["metadata"]["name"] = f"{app.name}-worker"
+            added["peers"] = service(f"{app.name}-peers", selector=labels)
 
-    try:
-        assert free.deployed("v1", change=change)["outcome"] == "deployed"
-    finally:
-        for name in selectors:
-            apps.cluster.store.remove("services", free.namespace, name)
+        assert app.deployed(version, change=change)["outcome"] == "deployed"
+
+    for version in ("v1", "v2"):
+        for app in (free, host):
+            deployed(app, version)
+    for app in (free, host):
+        own = {**labels, "gitops-hook/beside": app.name}
+        assert app.service(f"{app.name}-peers")["spec"]["selector"] == own
+        listed = apps.cluster.store.list("pods", app.namespace)
+        pods = [pod for pod in listed if own.items() <= pod["metadata"]["labels"].items()]
+        owners = {pod["metadata"]["ownerReferences"][0]["name"].rpartition("-")[0] for pod in pods}
+        assert owners == {f"{app.name}-worker"}
+        worker_of = apps.cluster.store.find("deployments", app.namespace, f"{app.name}-worker")
+        assert worker_of
+        assert worker_of["spec"]["selector"]["matchLabels"] == own

@@ -272,6 +272,52 @@ def test_all_that_stands_beside_an_app_together_is_bounded_as_well() -> None:
     )
 
 
+def with_large_pods(*beside_: Object, size: int, number: int, kilobytes: int) -> Release:
+    """The release of a commit whose first companion, or the app itself, has such pods."""
+    items = [copy.deepcopy(i) for i in (*objects(), *beside_)]
+    large = [{"name": "A", "value": "a" * kilobytes * 1000}]
+    target = items[size]
+    hook.pod_of(target)["containers"][0]["env"] = large
+    if target["kind"] == "CronJob":
+        target["spec"]["jobTemplate"]["spec"]["parallelism"] = number
+    elif not any(hook.scaled_by(i) == target["metadata"]["name"] for i in beside_):
+        target["spec"]["replicas"] = number
+    manifests = [Manifest(f"app.json: {i['kind']} {i['metadata']['name']}", i) for i in items]
+    app = app_of()
+    return render(
+        app, RUN, BUILT, Placement("green", 0), checked_objects(app, "production", manifests)
+    )
+
+
+def front_of(items: list[Object]) -> int:
+    """The place of the app's own Deployment."""
+    return [i["kind"] for i in items].index("Deployment")
+
+
+@pytest.mark.parametrize(
+    "kind", ["the app", "the app, scaled", "a worker", "a worker, scaled", "a cronjob"]
+)
+def test_all_pods_of_a_commit_together_are_bounded(kind: str) -> None:
+    front = front_of(objects())
+    last = len(objects())
+    name = objects()[front]["metadata"]["name"]
+    rows: dict[str, tuple[int, list[Object]]] = {
+        "the app": (front, []),
+        "the app, scaled": (front, [scaler(target=name, maxReplicas=900)]),
+        "a worker": (last, [second()]),
+        "a worker, scaled": (
+            last,
+            [second(), scaler(target=second()["metadata"]["name"], maxReplicas=900)],
+        ),
+        "a cronjob": (last, [cronjob()]),
+    }
+    place, more = rows[kind]
+    with_large_pods(*more, size=place, number=900, kilobytes=60)
+    assert fault(lambda: with_large_pods(*more, size=place, number=900, kilobytes=90))[1] == (
+        "All pods together have more than 64 MiB. Ask for fewer, or make their templates smaller."
+    )
+
+
 def repelling(selector: Any, field: str = "podAntiAffinity") -> Object:
     """An affinity of pods that must be apart from others."""
     term = {"topologyKey": "kubernetes.io/os", "labelSelector": selector}

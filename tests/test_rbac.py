@@ -33,8 +33,6 @@ USER = "system:serviceaccount:orchestration:orchestration-sa"
 RUNS, LIVE, STATE = ("test", "build"), ("staging", "production"), ("orchestration",)
 NAMESPACES = (*RUNS, *LIVE, *STATE)
 OURS = "app.kubernetes.io/managed-by=gitops-hook"
-OTHERS = "gitops-hook/app!=shop"
-OF_OTHERS = ("services", "deployments", "cronjobs")
 Object = dict[str, Any]
 Grant = tuple[str, str]  # resource, verb
 
@@ -315,7 +313,6 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "services: get, deployments: get",
             ),
             page("our colours", "deployments"),
-            *(page(f"what {each} others have", each, OTHERS) for each in OF_OTHERS),
             command(
                 "a colour's first time",
                 "create -f -",
@@ -605,15 +602,8 @@ CALLS = (
     r'kubectl\.(get|list|patch|delete|run|stream)\(\s*"(\w+)"(?:,\s*"(\w+)")?',
     r'\bargs = \(\s*"(\w+)",\s*"(\w+)"()',
     r'\bWatch\(\s*(?:self\.)?(kubectl),\s*"(\w+)"()',
-    r'\bself\.(of_others)\(task,\s*"(\w+)"()',
 )
-METHODS = {
-    "list": "get",
-    "kubectl": "get",
-    "of_others": "get",
-    "create_each": "create",
-    "put": "replace",
-}
+METHODS = {"list": "get", "kubectl": "get", "create_each": "create", "put": "replace"}
 METHODS |= {"read": "get -f", "delete_exactly": "delete --raw"}
 SINGULAR = re.compile(r"s$")
 
@@ -676,8 +666,6 @@ def shape(argv: Sequence[str]) -> str:
 RARE: dict[tuple[str, Grant], str] = {
     ("test", ("events", "list")): "a released Job that has no pod after seconds: quota",
     ("build", ("events", "list")): "a released Job that has no pod after seconds: quota",
-    ("staging", ("cronjobs", "list")): "a worker with a Service, in an environment of several apps",
-    ("production", ("cronjobs", "list")): "the same",
     ("staging", ("events", "list")): "a pod that is not ready after seconds",
     ("production", ("events", "list")): "a pod that is not ready after seconds",
     ("build", ("events", "create")): "a build that fails, or waits for something",

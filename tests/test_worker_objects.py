@@ -108,6 +108,83 @@ def test_what_is_for_a_worker_gets_no_colour() -> None:
     assert release.wanted == 2, "the app's own size is as its Deployment has it"
 
 
+OWN = {"gitops-hook/beside": "shop"}
+
+
+def apart(release: Release, *standing: Object) -> dict[str, Object]:
+    """What is wanted of a release beside what stands, by name."""
+    by_identity = {hook.identity_of(one): one for one in release.companions_for("shop")}
+    there = {hook.identity_of(one): one for one in standing}
+    wanted = hook.kept_apart(by_identity, there)
+    return {one["metadata"]["name"]: one for one in wanted.values()}
+
+
+def stands(item: Object, **status: int) -> Object:
+    """A Deployment as it stands, rolled out but for what the status says."""
+    rolled_out = dict.fromkeys(("replicas", "updatedReplicas", "availableReplicas"), 2)
+    generation = {**item["metadata"], "generation": 2}
+    counts = {**rolled_out, "observedGeneration": 2, **status}
+    return {**item, "metadata": generation, "status": counts}
+
+
+def selector_of(item: Object) -> Object:
+    """What a Service selects."""
+    return dict(item["spec"]["selector"])
+
+
+def pod_labels(worker: Object) -> Object:
+    """The labels of a worker's pods, but for that of its template."""
+    labels = worker["spec"]["template"]["metadata"]["labels"]
+    return {key: value for key, value in labels.items() if key != "gitops-hook/worker"}
+
+
+def test_a_new_worker_and_its_service_select_pods_of_their_app_only() -> None:
+    new = apart(released(worker(), peers("work-peers", selector=SELECTOR)))
+    assert selector_of(new["work-peers"]) == {**SELECTOR, **OWN}
+    assert new["work"]["spec"]["selector"] == {"matchLabels": {**SELECTOR, **OWN}}
+    assert pod_labels(new["work"]) == {**SELECTOR, **OWN}
+    again = apart(released(worker(), peers("work-peers", selector=SELECTOR)), *new.values())
+    assert again == new
+
+
+def test_a_worker_that_stood_before_gets_the_label_of_its_app_with_its_next_change() -> None:
+    first = released(worker(), peers("work-peers", selector=SELECTOR))
+    before = stands(named(first, "Deployment", "work"))
+    plain = named(first, "Service", "work-peers")
+    same = apart(first, before, plain)
+    assert same["work"] == named(first, "Deployment", "work"), "no pod restarts for a label"
+    assert selector_of(same["work-peers"]) == SELECTOR
+
+    second = released(
+        worker(), peers("work-peers", selector=SELECTOR), image=BUILT.replace("0", "1")
+    )
+    changed = apart(second, before, plain)
+    assert pod_labels(changed["work"]) == {**SELECTOR, **OWN}
+    assert changed["work"]["spec"]["selector"] == {"matchLabels": SELECTOR}, "it cannot change"
+    assert selector_of(changed["work-peers"]) == SELECTOR, "no pod has the label yet"
+
+    rolling = stands(changed["work"], updatedReplicas=1)
+    assert selector_of(apart(second, rolling, plain)["work-peers"]) == SELECTOR
+    done = apart(second, stands(changed["work"]), plain)
+    assert selector_of(done["work-peers"]) == {**SELECTOR, **OWN}
+    back = apart(first, stands(done["work"], updatedReplicas=0), done["work-peers"])
+    assert pod_labels(back["work"]) == {**SELECTOR, **OWN}, "it is not taken away again"
+    assert selector_of(back["work-peers"]) == {**SELECTOR, **OWN}
+
+
+def test_a_service_of_two_workers_asks_for_the_label_when_the_pods_of_both_have_it() -> None:
+    release = released(worker(), worker("second"), peers("work-peers", selector=SELECTOR))
+    plain = named(release, "Deployment", "second")
+    wanted = apart(release, stands(plain))
+    assert selector_of(wanted["work-peers"]) == SELECTOR
+    assert selector_of(apart(release)["work-peers"]) == {**SELECTOR, **OWN}
+
+
+def test_what_is_not_for_workers_selects_as_before() -> None:
+    release = released(worker(), peers("peers"))
+    assert apart(release)["peers"] == named(release, "Service", "peers")
+
+
 OTHERS = {"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["shop", "evil"]}]}
 
 
