@@ -2766,6 +2766,9 @@ CREDENTIAL_REFUSED = re.compile(
 # A line of file git-credentials: scheme, user and password, host, path of a project or a group.
 CREDENTIAL = re.compile(r"(https?)://([^/\s]+:[^/\s]*)@([^/@\s?#]+)(/[^\s?#]*)?")
 SERVER_URL = re.compile(r"(https?)://(?:[^/?#]*@)?([^/?#]*)([^?#]*)")
+# What libcurl or a server may resolve to another path than the one that is written. No path of a
+# project in GitLab has such.
+LEADS_ELSEWHERE = re.compile(r"[%\\]|//|/\.\.?(?![^/])")
 PUBLIC_AUTHORITIES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
 CA_BYTES = 2**20  # as much as a ConfigMap holds
 HEADS_BYTES = 4 * 2**20  # of a list of branches: some 40,000 with names of usual length
@@ -2799,7 +2802,10 @@ class Credential:
         match = SERVER_URL.match(url)
         if match is None or (self.scheme, self.host) != (match[1], host_of(match[1], match[2])):
             return False
-        return not self.path or f"{project_path(match[3])}/".startswith(f"{self.path}/")
+        if not self.path:
+            return True
+        within = f"{project_path(match[3])}/".startswith(f"{self.path}/")
+        return within and not LEADS_ELSEWHERE.search(match[3])
 
 
 def host_of(scheme: str, netloc: str) -> str:
