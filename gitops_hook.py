@@ -15289,6 +15289,8 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitr
         if self.completed:
             return len(data)
         taken = int(super().received(data))
+        if self.error:
+            self.expect_continue = False  # else waitress waits for more, and never answers
         if self.cut or self.error:
             return len(data)  # what follows is no other request
         body = self.body_rcv

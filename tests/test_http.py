@@ -871,6 +871,17 @@ def test_a_sender_that_waits_for_100_continue_gets_it(served: Served) -> None:
         assert replies(raw, 1)[0][0] == 401
 
 
+@pytest.mark.parametrize("length", ["x", "5, 5", "-1", "5\r\nContent-Length: 5", "9" * 5000])
+def test_a_sender_that_waits_for_100_continue_gets_the_answer_to_a_length_that_is_none(
+    served: Served, length: str
+) -> None:
+    with served.connect() as raw:
+        head = f"Expect: 100-continue\r\nContent-Length: {length}\r\n\r\n"
+        raw.sendall(FORGED + head.encode())
+        assert replies(raw, 1)[0][0] == 400
+        assert raw.recv(1) == b""
+
+
 # What the daemon itself calls pushes that GitLab did not announce; 0.1.0 did so without a blank.
 OWN = [name.strip() for name in hook.UNANNOUNCED if name]
 
