@@ -14846,6 +14846,7 @@ HELD_BYTES = 64 * 2**20  # that all connections of a port have received or are y
 HEADER_BYTES = 16384  # of one request
 HEADER_LINES = 100  # of one request
 REQUESTS_AT_ONCE = 16  # that one connection sends without waiting for answers
+EMPTY_REQUESTS = 4  # in a row, each of two line ends: RFC 9112 lets them be ignored
 ACCEPTS_AT_ONCE = 32  # new connections, before those that are open have their turn
 # Seconds in which each must arrive; `more` is the next request on a connection.
 ARRIVAL = {"headers": 5.0, "body": 20.0, "more": 20.0}
@@ -15161,11 +15162,16 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
     used = False  # whether a request has arrived
     paused = False  # whether the next request waits until the last answer is sent
     lingering = False  # whether all is answered, and the other side is waited for to close
+    empty = 0  # how many empty requests came since the last one that says something
     newest: Request | None = None
 
     def parser_class(self, adjustments: Any) -> Request:
         """Return a request that begins to arrive."""
+        # waitress drops an empty one without an answer, so that `requests` does not count it
+        self.empty = self.empty + 1 if self.newest and self.newest.empty else 0
         request = self.newest = Request(adjustments, self.server.site)
+        if self.empty > EMPTY_REQUESTS:
+            request.refuse("too many empty lines")
         if len(self.requests) >= REQUESTS_AT_ONCE:
             request.refuse("too many requests at once")
         return request

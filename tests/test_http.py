@@ -938,6 +938,25 @@ def test_requests_sent_without_waiting_are_answered_in_order_and_bounded(served:
     assert answer.count(b" 400 Bad Request") == 1
 
 
+def test_a_few_empty_lines_between_requests_are_ignored_and_many_end_the_connection(
+    served: Served,
+) -> None:
+    empty, asking = b"\r\n\r\n", b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with served.connect() as raw:
+        for _ in range(4):
+            raw.sendall(empty * hook.EMPTY_REQUESTS + asking)
+            assert replies(raw, 1)[0][0] == 200
+        raw.sendall(empty * (hook.EMPTY_REQUESTS + 1) + asking)
+        assert replies(raw, 1)[0][0] == 400
+        assert raw.recv(1) == b""
+    for parts in (1, 8):  # however they arrive
+        with served.connect() as raw:
+            for _ in range(parts):
+                raw.sendall(empty * (2048 // parts))
+            assert replies(raw, 1)[0][0] == 400
+            assert raw.recv(1) == b""
+
+
 def test_headers_have_less_time_than_a_body(served: Served) -> None:
     assert hook.ARRIVAL["headers"] == 5
     assert hook.ARRIVAL["body"] == 20
