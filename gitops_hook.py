@@ -14906,7 +14906,8 @@ class Site:
             page = answer.body.encode()
             start_response(line, [*PAGE_HEADERS, ("Content-Length", str(len(page)))])
             return [page] * (environ["REQUEST_METHOD"] != "HEAD")
-        headers = [("Content-Type", "application/json")]
+        content = json.dumps(answer.body).encode() + b"\n"
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
         if route and answer.status == http.HTTPStatus.METHOD_NOT_ALLOWED:
             headers.append(("Allow", route.methods))
         if route and path == "/webhook":
@@ -14916,7 +14917,8 @@ class Site:
             details |= {key: answer.body.get(key) for key in ("runs", "text")}
             (info if answer.status < http.HTTPStatus.BAD_REQUEST else warn)("delivery", **details)
         start_response(line, headers)
-        return [json.dumps(answer.body).encode() + b"\n"]
+        # a body after HEAD would be read as the beginning of the next answer
+        return [content] * (environ["REQUEST_METHOD"] != "HEAD")
 
     def answer(self, environ: WSGIEnvironment, route: Route | None) -> Answer:
         """Return what a route answers, or why there is no such answer."""
