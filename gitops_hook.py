@@ -3115,7 +3115,7 @@ SUBMODULE_LEVELS = 8
 PATHS_SHOWN = 3
 OLDER_SECONDS = 5.0
 POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
-SUBMODULE_PATH = re.compile(r"submodule\.(.*)\.path\n(.*)", re.DOTALL)
+SUBMODULE_URL = re.compile(r"submodule\.[^\n]*\.url\n(.*)", re.DOTALL)
 # All files come, also those that .lfsconfig leaves out; without one of them nothing is checked out.
 LFS_OPTIONS = (
     *("-c", "lfs.fetchinclude=", "-c", "lfs.fetchexclude="),
@@ -3217,9 +3217,8 @@ class Cloner:
         if self._submodules > SUBMODULES or levels == 0:
             most = f"{SUBMODULES} submodules, or {SUBMODULE_LEVELS} levels of them"
             raise RefusedError(f"The commit has more than {most}.")
-        names = self._submodule_names(directory)
         for path in paths:
-            source = self._submodule_url(directory, path, names.get(path, ""))
+            source = self._submodule_url(directory, path)
             if not SERVER_URL.match(source) and (SERVER_URL.match(url) or not is_local(source)):
                 raise self._unusable(path, "its URL is neither http nor https")
             update = ("submodule", "--quiet", "update", "--checkout", "--depth=1", "--", path)
@@ -3231,24 +3230,25 @@ class Cloner:
                 raise self._unusable(path, "git did not fetch it")
             self._complete(source, inner, levels - 1)
 
-    def _submodule_names(self, directory: Path) -> dict[str, str]:
-        """Return the name of each submodule in .gitmodules by its path."""
-        ask = ("config", "--null", "--blob", "HEAD:.gitmodules", "--get-regexp", r"\.path$")
-        try:
-            entries = self.git.run(*ask, directory=directory).split("\0")
-        except GitError:  # there is no such file, or nothing in it
-            return {}
-        matches = [match for entry in entries if (match := SUBMODULE_PATH.fullmatch(entry))]
-        return {match[2]: match[1] for match in matches}
+    def _submodule_url(self, directory: Path, path: str) -> str:
+        """Return the full URL from which git will fetch a submodule; raises RefusedError.
 
-    def _submodule_url(self, directory: Path, path: str, name: str) -> str:
-        """Return the full URL of a submodule, which git accepts; raises RefusedError."""
+        It is the one that git writes into its own configuration for this path. Whoever reads
+        .gitmodules again may get another: attributes make the file differ from the commit's, and
+        it can say several things of one path.
+        """
+        listing = ("config", "--local", "--null", "--list")
         try:
+            before = self.git.run(*listing, directory=directory).split("\0")
             self.git.run(LITERAL, "submodule", "--quiet", "init", "--", path, directory=directory)
-            key = f"submodule.{name}.url"
-            return self.git.run("config", "--get", key, directory=directory).removesuffix("\n")
+            entries = self.git.run(*listing, directory=directory).split("\0")
         except GitError as failure:
             raise self._unusable(path, failure.said) from failure
+        new = map(SUBMODULE_URL.fullmatch, {*entries} - {*before})
+        urls = [match[1] for match in new if match]
+        if len(urls) != 1:
+            raise self._unusable(path, "git has no URL that is for this path only")
+        return urls[0]
 
     def _unusable(self, path: str, why: str) -> RefusedError:
         """Return the error for a submodule that cannot be fetched whatever the server does."""
