@@ -3449,6 +3449,7 @@ spec:
       enableServiceLinks: false
       terminationGracePeriodSeconds: 5  # a shell as process 1 ignores SIGTERM anyway
       securityContext: {runAsNonRoot: true, runAsUser: 65532, runAsGroup: 65532, fsGroup: 65532,
+                        fsGroupChangePolicy: OnRootMismatch,  # a cache may have very many files
                         seccompProfile: {type: RuntimeDefault}}
       volumes:
       - {name: workspace, emptyDir: {}}  # each with the size of what the main container may write
