@@ -801,6 +801,7 @@ NEVER_COMPANIONS = {
     *("Secret", "Job", "Pod", "Deployment", "ReplicaSet", "DaemonSet", "PersistentVolumeClaim"),
     *("Role", "RoleBinding", "ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Namespace"),
     *("CustomResourceDefinition", "PersistentVolume", "ResourceQuota", "LimitRange", "Endpoints"),
+    *("EndpointSlice", "ReplicationController"),
 }
 KIND = matching(r"[A-Z]\w{0,99}", "a Kind (e.g. Ingress)")
 CHOICE = matching("|[Tt]rue|[Ff]alse", "true, false or empty", parse_choice, (str, bool))
