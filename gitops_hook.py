@@ -12619,10 +12619,15 @@ class Intake:
     def create_jobs(self, app: App, wanted: Mapping[str, Sequence[Run]]) -> set[Run]:
         """Create suspended Jobs by run id, each for the newest of equal pushes.
 
-        Returns the pushes that are done with.
+        Returns the pushes that are done with. Who pushed and the title are masked from here on:
+        the Jobs are what others may read, and what a run is read from after a restart.
         """
         newest = {id_: max(pushes, key=lambda run: run.received) for id_, pushes in wanted.items()}
-        runs = [replace(run, id=id_) for id_, run in newest.items()]
+        mask = self.context.doors.secrets.mask
+        runs = [
+            replace(run, id=id_, title=mask(run.title), by=mask(run.by))
+            for id_, run in newest.items()
+        ]
         runs.sort(key=lambda run: run.received)
         jobs = [test_job(self.context.config, app, run) for run in runs]
         namespace = self.context.config.namespaces["test"]
