@@ -801,6 +801,7 @@ NEVER_COMPANIONS = {
     *("Secret", "Job", "Pod", "Deployment", "ReplicaSet", "DaemonSet", "PersistentVolumeClaim"),
     *("Role", "RoleBinding", "ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Namespace"),
     *("CustomResourceDefinition", "PersistentVolume", "ResourceQuota", "LimitRange", "Endpoints"),
+    *("EndpointSlice", "ReplicationController"),
 }
 KIND = matching(r"[A-Z]\w{0,99}", "a Kind (e.g. Ingress)")
 CHOICE = matching("|[Tt]rue|[Ff]alse", "true, false or empty", parse_choice, (str, bool))
@@ -2765,6 +2766,9 @@ CREDENTIAL_REFUSED = re.compile(
 # A line of file git-credentials: scheme, user and password, host, path of a project or a group.
 CREDENTIAL = re.compile(r"(https?)://([^/\s]+:[^/\s]*)@([^/@\s?#]+)(/[^\s?#]*)?")
 SERVER_URL = re.compile(r"(https?)://(?:[^/?#]*@)?([^/?#]*)([^?#]*)")
+# What libcurl or a server may resolve to another path than the one that is written. No path of a
+# project in GitLab has such.
+LEADS_ELSEWHERE = re.compile(r"[%\\]|//|/\.\.?(?![^/])")
 PUBLIC_AUTHORITIES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
 CA_BYTES = 2**20  # as much as a ConfigMap holds
 HEADS_BYTES = 4 * 2**20  # of a list of branches: some 40,000 with names of usual length
@@ -2798,7 +2802,10 @@ class Credential:
         match = SERVER_URL.match(url)
         if match is None or (self.scheme, self.host) != (match[1], host_of(match[1], match[2])):
             return False
-        return not self.path or f"{project_path(match[3])}/".startswith(f"{self.path}/")
+        if not self.path:
+            return True
+        within = f"{project_path(match[3])}/".startswith(f"{self.path}/")
+        return within and not LEADS_ELSEWHERE.search(match[3])
 
 
 def host_of(scheme: str, netloc: str) -> str:
@@ -3108,7 +3115,7 @@ SUBMODULE_LEVELS = 8
 PATHS_SHOWN = 3
 OLDER_SECONDS = 5.0
 POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
-SUBMODULE_PATH = re.compile(r"submodule\.(.*)\.path\n(.*)", re.DOTALL)
+SUBMODULE_URL = re.compile(r"submodule\.[^\n]*\.url\n(.*)", re.DOTALL)
 # All files come, also those that .lfsconfig leaves out; without one of them nothing is checked out.
 LFS_OPTIONS = (
     *("-c", "lfs.fetchinclude=", "-c", "lfs.fetchexclude="),
@@ -3210,9 +3217,8 @@ class Cloner:
         if self._submodules > SUBMODULES or levels == 0:
             most = f"{SUBMODULES} submodules, or {SUBMODULE_LEVELS} levels of them"
             raise RefusedError(f"The commit has more than {most}.")
-        names = self._submodule_names(directory)
         for path in paths:
-            source = self._submodule_url(directory, path, names.get(path, ""))
+            source = self._submodule_url(directory, path)
             if not SERVER_URL.match(source) and (SERVER_URL.match(url) or not is_local(source)):
                 raise self._unusable(path, "its URL is neither http nor https")
             update = ("submodule", "--quiet", "update", "--checkout", "--depth=1", "--", path)
@@ -3224,24 +3230,25 @@ class Cloner:
                 raise self._unusable(path, "git did not fetch it")
             self._complete(source, inner, levels - 1)
 
-    def _submodule_names(self, directory: Path) -> dict[str, str]:
-        """Return the name of each submodule in .gitmodules by its path."""
-        ask = ("config", "--null", "--blob", "HEAD:.gitmodules", "--get-regexp", r"\.path$")
-        try:
-            entries = self.git.run(*ask, directory=directory).split("\0")
-        except GitError:  # there is no such file, or nothing in it
-            return {}
-        matches = [match for entry in entries if (match := SUBMODULE_PATH.fullmatch(entry))]
-        return {match[2]: match[1] for match in matches}
+    def _submodule_url(self, directory: Path, path: str) -> str:
+        """Return the full URL from which git will fetch a submodule; raises RefusedError.
 
-    def _submodule_url(self, directory: Path, path: str, name: str) -> str:
-        """Return the full URL of a submodule, which git accepts; raises RefusedError."""
+        It is the one that git writes into its own configuration for this path. Whoever reads
+        .gitmodules again may get another: attributes make the file differ from the commit's, and
+        it can say several things of one path.
+        """
+        listing = ("config", "--local", "--null", "--list")
         try:
+            before = self.git.run(*listing, directory=directory).split("\0")
             self.git.run(LITERAL, "submodule", "--quiet", "init", "--", path, directory=directory)
-            key = f"submodule.{name}.url"
-            return self.git.run("config", "--get", key, directory=directory).removesuffix("\n")
+            entries = self.git.run(*listing, directory=directory).split("\0")
         except GitError as failure:
             raise self._unusable(path, failure.said) from failure
+        new = map(SUBMODULE_URL.fullmatch, {*entries} - {*before})
+        urls = [match[1] for match in new if match]
+        if len(urls) != 1:
+            raise self._unusable(path, "git has no URL that is for this path only")
+        return urls[0]
 
     def _unusable(self, path: str, why: str) -> RefusedError:
         """Return the error for a submodule that cannot be fetched whatever the server does."""
@@ -3442,6 +3449,7 @@ spec:
       enableServiceLinks: false
       terminationGracePeriodSeconds: 5  # a shell as process 1 ignores SIGTERM anyway
       securityContext: {runAsNonRoot: true, runAsUser: 65532, runAsGroup: 65532, fsGroup: 65532,
+                        fsGroupChangePolicy: OnRootMismatch,  # a cache may have very many files
                         seccompProfile: {type: RuntimeDefault}}
       volumes:
       - {name: workspace, emptyDir: {}}  # each with the size of what the main container may write
@@ -12702,10 +12710,15 @@ class Intake:
     def create_jobs(self, app: App, wanted: Mapping[str, Sequence[Run]]) -> set[Run]:
         """Create suspended Jobs by run id, each for the newest of equal pushes.
 
-        Returns the pushes that are done with.
+        Returns the pushes that are done with. Who pushed and the title are masked from here on:
+        the Jobs are what others may read, and what a run is read from after a restart.
         """
         newest = {id_: max(pushes, key=lambda run: run.received) for id_, pushes in wanted.items()}
-        runs = [replace(run, id=id_) for id_, run in newest.items()]
+        mask = self.context.doors.secrets.mask
+        runs = [
+            replace(run, id=id_, title=mask(run.title), by=mask(run.by))
+            for id_, run in newest.items()
+        ]
         runs.sort(key=lambda run: run.received)
         jobs = [test_job(self.context.config, app, run) for run in runs]
         namespace = self.context.config.namespaces["test"]
@@ -14931,6 +14944,7 @@ HELD_BYTES = 64 * 2**20  # that all connections of a port have received or are y
 HEADER_BYTES = 16384  # of one request
 HEADER_LINES = 100  # of one request
 REQUESTS_AT_ONCE = 16  # that one connection sends without waiting for answers
+EMPTY_REQUESTS = 4  # in a row, each of two line ends: RFC 9112 lets them be ignored
 ACCEPTS_AT_ONCE = 32  # new connections, before those that are open have their turn
 # Seconds in which each must arrive; `more` is the next request on a connection.
 ARRIVAL = {"headers": 5.0, "body": 20.0, "more": 20.0}
@@ -14990,7 +15004,8 @@ class Site:
             page = answer.body.encode()
             start_response(line, [*PAGE_HEADERS, ("Content-Length", str(len(page)))])
             return [page] * (environ["REQUEST_METHOD"] != "HEAD")
-        headers = [("Content-Type", "application/json")]
+        content = json.dumps(answer.body).encode() + b"\n"
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
         if route and answer.status == http.HTTPStatus.METHOD_NOT_ALLOWED:
             headers.append(("Allow", route.methods))
         if route and path == "/webhook":
@@ -15000,7 +15015,8 @@ class Site:
             details |= {key: answer.body.get(key) for key in ("runs", "text")}
             (info if answer.status < http.HTTPStatus.BAD_REQUEST else warn)("delivery", **details)
         start_response(line, headers)
-        return [json.dumps(answer.body).encode() + b"\n"]
+        # a body after HEAD would be read as the beginning of the next answer
+        return [content] * (environ["REQUEST_METHOD"] != "HEAD")
 
     def answer(self, environ: WSGIEnvironment, route: Route | None) -> Answer:
         """Return what a route answers, or why there is no such answer."""
@@ -15246,11 +15262,16 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
     used = False  # whether a request has arrived
     paused = False  # whether the next request waits until the last answer is sent
     lingering = False  # whether all is answered, and the other side is waited for to close
+    empty = 0  # how many empty requests came since the last one that says something
     newest: Request | None = None
 
     def parser_class(self, adjustments: Any) -> Request:
         """Return a request that begins to arrive."""
+        # waitress drops an empty one without an answer, so that `requests` does not count it
+        self.empty = self.empty + 1 if self.newest and self.newest.empty else 0
         request = self.newest = Request(adjustments, self.server.site)
+        if self.empty > EMPTY_REQUESTS:
+            request.refuse("too many empty lines")
         if len(self.requests) >= REQUESTS_AT_ONCE:
             request.refuse("too many requests at once")
         return request
@@ -15374,6 +15395,8 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitr
         if self.completed:
             return len(data)
         taken = int(super().received(data))
+        if self.error:
+            self.expect_continue = False  # else waitress waits for more, and never answers
         if self.cut or self.error:
             return len(data)  # what follows is no other request
         body = self.body_rcv

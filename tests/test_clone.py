@@ -332,6 +332,33 @@ def test_hooks_in_a_submodule_are_files(
     assert not (pod.root / "proof").exists()
 
 
+def test_the_url_that_is_checked_is_the_one_that_git_fetches(
+    pod: Pod, shop: Repository, library: Repository, repositories: Path, server: GitServer
+) -> None:
+    private = Repository(repositories / "private.git")
+    heads = {"a": library.git("rev-parse", "HEAD"), "b$Id$": private.commit(code="private")}
+    # in the work tree `$Id$` gets an id, so that only A has this path there
+    modules = f'[submodule "A"]\n path = b$I""d$\n url = {address(server, "private.git")}\n'
+    modules += '[submodule "B"]\n path = b$Id$\n path = a\n'
+    modules += f" url = {address(server, 'library.git')}\n"
+    shop.commit(**{".gitattributes": ".gitmodules ident\n", ".gitmodules": modules})
+    for path, head in heads.items():
+        shop.git("update-index", "--add", "--cacheinfo", f"160000,{head},{path}")
+    shop.git("commit", "-qm", "links")
+    commit = shop.git("rev-parse", "HEAD")
+    server.logins = {name: {"a:group"} for name in ("library.git", "private.git")}
+    pod.credentials.write_text(server.line("a:group", "/library.git/.git"))
+    assert pod.clone(address(server), commit, CLONE_SUBMODULES="true").returncode == 1
+    assert "could not read Username" in pod.said()
+    assert {login for path, login in server.seen if "library" in path} == {"", "a:group"}
+    assert {login for path, login in server.seen if "private" in path} == {""}
+    pod.credentials.write_text(server.line("a:group"))
+    done = pod.clone(address(server), commit, CLONE_SUBMODULES="true")
+    assert done.returncode == 0, pod.said()
+    assert (pod.src / "a/code").read_text() == "of the library"
+    assert (pod.src / "b$Id$/code").read_text() == "private"
+
+
 def test_submodules_are_counted(tmp_path: Path, shop: Repository) -> None:
     commit = with_links(shop, 201)
     cloner = hook.Cloner(Git(tmp_path / "none"), "shop", clone_settings(submodules=True))

@@ -392,7 +392,11 @@ def test_two_autoscalers_and_more_objects_than_are_possible_are_refused() -> Non
     assert fault(lambda: checked(*many))[1].startswith("51 objects stand beside the app, but 50 ")
 
 
-@pytest.mark.parametrize("kind", ["Secret", "Job", "RoleBinding", "PersistentVolumeClaim", "Pod"])
+@pytest.mark.parametrize(
+    "kind",
+    ["Secret", "Job", "RoleBinding", "PersistentVolumeClaim", "Pod", "ReplicaSet",
+     "ReplicationController", "Endpoints", "EndpointSlice"],
+)  # fmt: skip
 def test_no_setting_lets_such_a_kind_be_applied(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"deploy.companions: {kind} is never applied"):
         app_of(deploy={"companions": [kind]})

@@ -1153,6 +1153,13 @@ def test_slots_are_granted_fairly(
     assert slots == {*granted.split()}
 
 
+def test_tests_that_began_while_nobody_waited_keep_all_slots_but_one() -> None:
+    running = pushed("a1 a2 a3")
+    assert granted_slots(running, [], {}, 4) == {"a1", "a2", "a3"}
+    assert granted_slots(pushed("b1 a4"), running, {}, 4) == set()
+    assert granted_slots(pushed("b1 B2"), running, {}, 4) == {"B2"}
+
+
 def test_an_app_whose_tests_are_pushed_all_the_time_keeps_no_other_from_its_turn() -> None:
     served, last = {"flood": 0.0, "calm": 0.0}, list[str]()
     for second in range(1, 9):

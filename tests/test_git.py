@@ -743,6 +743,35 @@ def test_a_path_is_compared_as_the_server_does(path: str, url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "rest",
+    ["/../private.git", "/..", "/./x", "/.", "/x/../../private", "/%2e%2e/private", "/%2E./private",
+     "/..%2fprivate", "/..\\private", "\\..\\private", "//x", "/x//../private", "/../?x", "/..#x"],
+)  # fmt: skip
+def test_a_line_with_a_path_is_not_shown_for_a_url_that_may_lead_out_of_it(rest: str) -> None:
+    confined = Credential.parse(b"https://a:b@git.example.com/group/shop")
+    whole = Credential.parse(b"https://a:b@git.example.com")
+    assert confined is not None
+    assert whole is not None
+    assert not confined.fits(f"https://git.example.com/group/shop{rest}")
+    assert whole.fits(f"https://git.example.com/group/shop{rest}")
+
+
+@pytest.mark.parametrize("rest", ["/x.git", "/.x", "/..x/y.", "/...", "/x/.git", "/x/", "/x?a=%2e"])
+def test_dots_in_names_of_projects_lead_nowhere_else(rest: str) -> None:
+    confined = Credential.parse(b"https://a:b@git.example.com/group/shop")
+    assert confined is not None
+    assert confined.fits(f"https://git.example.com/group/shop{rest}")
+
+
+def test_git_gets_no_login_of_one_project_on_the_way_through_it_to_another(
+    git: Git, shops: GitServer
+) -> None:
+    line = shops.line("hook:good2", "/one")
+    assert asked(shops, git, "one/../two", line) == ["refused"]
+    assert {path.split("/")[1] for path, _ in shops.seen} == {"two"}
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "http://git.example.com/group/shop.git",

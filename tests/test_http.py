@@ -505,7 +505,7 @@ def test_fewer_bytes_than_declared_are_not_authentic(receiver: Receiver) -> None
 # === Routes ===
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"])
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"])
 def test_another_method_on_webhook_is_refused_or_a_redirect_would_look_like_success(
     receiver: Receiver, method: str
 ) -> None:
@@ -871,6 +871,35 @@ def test_a_sender_that_waits_for_100_continue_gets_it(served: Served) -> None:
         assert replies(raw, 1)[0][0] == 401
 
 
+@pytest.mark.parametrize("length", ["x", "5, 5", "-1", "5\r\nContent-Length: 5", "9" * 5000])
+def test_a_sender_that_waits_for_100_continue_gets_the_answer_to_a_length_that_is_none(
+    served: Served, length: str
+) -> None:
+    with served.connect() as raw:
+        head = f"Expect: 100-continue\r\nContent-Length: {length}\r\n\r\n"
+        raw.sendall(FORGED + head.encode())
+        assert replies(raw, 1)[0][0] == 400
+        assert raw.recv(1) == b""
+
+
+def test_an_answer_to_head_has_no_body_that_could_be_read_as_the_next_answer(
+    served: Served,
+) -> None:
+    for path, status in (("/webhook", 405), ("/nowhere", 404), ("/readyz", 405)):
+        with served.connect() as raw:
+            raw.sendall(f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            head = raw.recv(4096)
+            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            with raw.makefile("rb") as file:
+                second = file.read()
+        assert head.startswith(b"HTTP/1.1 %d " % status)
+        length = int(head.partition(b"Content-Length: ")[2].partition(b"\r\n")[0])
+        assert length > 0
+        assert head.endswith(b"\r\n\r\n")
+        assert (b"\r\nAllow: " in head) is (status == 405)
+        assert second.startswith(b"HTTP/1.1 ")
+
+
 # What the daemon itself calls pushes that GitLab did not announce; 0.1.0 did so without a blank.
 OWN = [name.strip() for name in hook.UNANNOUNCED if name]
 
@@ -925,6 +954,25 @@ def test_requests_sent_without_waiting_are_answered_in_order_and_bounded(served:
         answer = b"".join(iter(lambda: raw.recv(4096), b""))
     assert answer.count(b"HTTP/1.1 404 ") == 16
     assert answer.count(b" 400 Bad Request") == 1
+
+
+def test_a_few_empty_lines_between_requests_are_ignored_and_many_end_the_connection(
+    served: Served,
+) -> None:
+    empty, asking = b"\r\n\r\n", b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with served.connect() as raw:
+        for _ in range(4):
+            raw.sendall(empty * hook.EMPTY_REQUESTS + asking)
+            assert replies(raw, 1)[0][0] == 200
+        raw.sendall(empty * (hook.EMPTY_REQUESTS + 1) + asking)
+        assert replies(raw, 1)[0][0] == 400
+        assert raw.recv(1) == b""
+    for parts in (1, 8):  # however they arrive
+        with served.connect() as raw:
+            for _ in range(parts):
+                raw.sendall(empty * (2048 // parts))
+            assert replies(raw, 1)[0][0] == 400
+            assert raw.recv(1) == b""
 
 
 def test_headers_have_less_time_than_a_body(served: Served) -> None:

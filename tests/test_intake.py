@@ -90,6 +90,24 @@ def test_what_one_app_has_recorded_neither_stops_nor_delays_another_app(
     assert sample(controller, "waiting", waiting) == 0
 
 
+def test_no_job_shows_a_secret_of_a_commits_title_or_of_who_pushed_it(
+    controller: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "webhook-tokens").write_text("correct horse\n")
+    token = "glpat-0123456789abcdef"
+    push = a_run(
+        NEW, f"refs/heads/{token}", title=f"use {token}, not correct horse", by=f"bot:{token}"
+    )
+    synced(controller)
+    controller.intake.admit(push.app, [push])
+    (job,) = [o for o in controller.context.kubectl.objects.values() if o.get("kind") == "Job"]
+    notes = job["metadata"]["annotations"]
+    assert (notes["gitops-hook/title"], notes["gitops-hook/by"]) == ("use ***, not ***", "bot:***")
+    again = hook.run_of_job(job)  # as a daemon reads it that was started anew
+    assert (again.title, again.by) == ("use ***, not ***", "bot:***")
+    assert (again.ref, again.commit, again.id) == (push.ref, NEW, push.id)
+
+
 def test_a_disk_from_which_nothing_can_be_removed_holds_up_no_other_app(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

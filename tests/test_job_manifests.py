@@ -313,6 +313,12 @@ def test_no_pod_has_a_token_or_the_addresses_of_services(make: Make) -> None:
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
 
 
+@BOTH
+def test_a_volume_whose_files_have_the_right_group_is_mounted_without_a_walk(make: Make) -> None:
+    context = pod(make(config(test={"cache": "pip-cache"})))["securityContext"]
+    assert (context["fsGroup"], context["fsGroupChangePolicy"]) == (65532, "OnRootMismatch")
+
+
 def test_every_container_of_a_test_is_locked_up() -> None:
     spec = pod(of_test(config()))
     assert spec["serviceAccountName"] == "test-runner-sa"
