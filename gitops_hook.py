@@ -182,7 +182,8 @@ LABEL_APP = "gitops-hook/app"
 LABEL_RUN = "gitops-hook/run"
 LABEL_STAGE = "gitops-hook/stage"
 LABEL_WORKER = "gitops-hook/worker"  # on a worker's pods: a hash of their template
-LABEL_BESIDE = "gitops-hook/beside"  # on pods beside an app: the app
+LABEL_BESIDE = "gitops-hook/beside"  # on pods beside an app that repel each other: the app
+LABEL_WORKER_OF = "gitops-hook/worker-of"  # on a worker's pods: the app
 LABEL_VERSION = "version"  # the colour of a pod
 LABEL_SERVICE = "kubernetes.io/service-name"  # of an EndpointSlice
 LABEL_COLOUR = "gitops-hook/colour"  # of a pod whose app uses the label `version` itself
@@ -3918,6 +3919,7 @@ MOST_COMPANIONS = 50  # of an app in an environment
 # Of one: what was written last is an annotation, of 256 KiB at most; and of all of an app.
 COMPANION_BYTES = 128 * 1024
 COMPANIONS_BYTES = 1024 * 1024
+POD_BYTES = 16 * 1024  # of a pod with its status, at least
 PODS_BYTES = 64 * 1024 * 1024  # of the pods of an app in an environment, which the API server keeps
 OLD_APIS = ("extensions/v1beta1", "apps/v1beta1", "apps/v1beta2")
 CONFIGMAP_DATA = ("data", "binaryData")
@@ -4511,20 +4513,18 @@ def name_faults(objects: AppObjects, own: str, others: Sequence[App]) -> Iterato
 
 def owner_by_name(name: str, own: str, others: Iterable[str]) -> str:
     """Return the app with whose name that of an object begins, the longest one; "" for none."""
-    fitting = [other for other in others if name.startswith(f"{other}-")]
-    return max(
-        [*fitting, *([own] if f"{name}-".startswith(f"{own}-") else [])], key=len, default=""
-    )
+    fitting = (app for app in (own, *others) if f"{name}-".startswith(f"{app}-"))
+    return max(fitting, key=len, default="")
 
 
-def share_faults(objects: AppObjects, own: str) -> Iterator[str]:
+def share_faults(objects: AppObjects, own: str, others: Sequence[App]) -> Iterator[str]:
     """Yield what pods may not say where other apps are in the environment, with what to do.
 
     The name of a pod by its subdomain, and that of a Service, are looked up by pods of all apps.
     """
     for item in (objects.deployment, *objects.companions):
         subdomain = pod_of(item).get("subdomain")
-        if subdomain and not f"{subdomain}-".startswith(f"{own}-"):
+        if subdomain and owner_by_name(str(subdomain), own, (app.name for app in others)) != own:
             where = f"{clip(item['kind'], 60)} {clip(item['metadata']['name'], 60)}"
             yield f"{where}: its subdomain does not begin with {own}. Rename it and its Service."
 
@@ -5005,7 +5005,8 @@ def require_storable(release: Release, app: str, limits: SizeLimits | None) -> N
         asked = [most, *(value for key, value in walk("", item) if key in NUMBERS)]
         number = max((n for n in asked if type(n) is int), default=1)
         templates = [part_of(item, "spec", *path) for path in TEMPLATES]
-        total += number * max(json_bytes(template) for template in templates)
+        sizes = [max(POD_BYTES, json_bytes(template)) for template in templates if template]
+        total += number * max(sizes, default=0)
     if total > PODS_BYTES:
         advice = "Ask for fewer, or make their templates smaller."
         refuse(f"All pods together have more than {PODS_BYTES >> 20} MiB. {advice}")
@@ -10745,6 +10746,8 @@ SETTLE_ROUNDS = 5  # in which the companions must come to what is wanted
 FREE_HANDS = ("", MANAGER, "kubectl", "kustomize")
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 REVISION = "deployment.kubernetes.io/revision"
+POD_LABELS = ("spec", "template", "metadata", "labels")
+SELECTED_LABELS = ("spec", "selector", "matchLabels")
 EXTERNAL_FIELDS = (*CONFIRMED_FIELDS, "healthCheckNodePort", "allocateLoadBalancerNodePorts")
 
 
@@ -10856,7 +10859,7 @@ def kept_apart(
     label once all pods have it, so that none is without its pods meanwhile.
     """
     apart = dict(wanted)
-    workers = [identity for identity, item in wanted.items() if worker_label(item)]
+    workers = [i for i, item in wanted.items() if is_companion(item, "Deployment")]
     for identity in workers:
         apart[identity] = own_worker(wanted[identity], standing.get(identity, {}))
     for identity, item in wanted.items():
@@ -10864,42 +10867,51 @@ def kept_apart(
             continue
         aimed = [worker for worker in workers if is_aimed_at(item, wanted[worker])]
         there = standing.get(identity, {})
-        if aimed and all(are_own_pods(standing.get(worker, {}), there) for worker in aimed):
-            selector = {**part_of(item, "spec", "selector"), **own_label(item)}
+        labels = [part_of(apart[worker], *POD_LABELS) for worker in aimed]
+        have_label = labels and all(LABEL_WORKER_OF in each for each in labels)
+        if have_label and all(are_own_pods(standing.get(w, {}), there) for w in aimed):
+            own = {LABEL_WORKER_OF: labels[0][LABEL_WORKER_OF]}
+            selector = {**part_of(item, "spec", "selector"), **own}
             apart[identity] = {**item, "spec": {**item["spec"], "selector": selector}}
     return apart
 
 
-def own_label(item: Object) -> dict[str, str]:
-    """Return the label that says for which app the pods of a companion are."""
-    return {LABEL_BESIDE: str(part_of(item, "metadata", "labels").get(LABEL_APP, ""))}
-
-
 def own_worker(worker: Object, standing: Object) -> Object:
-    """Return a worker whose pods have the label of their app, if they change or have it already."""
-    own = own_label(worker)
-    labels = ("spec", "template", "metadata", "labels")
-    chosen = ("spec", "selector", "matchLabels")
-    has_label = part_of(standing, *labels).items() >= own.items()
-    if standing and not has_label and worker_label(standing) == worker_label(worker):
+    """Return a worker whose pods have the label of their app, if they change or have it already.
+
+    One that is given back as it was before the app is not changed, unless it stands with a selector
+    of ours.
+    """
+    app = part_of(standing, *SELECTED_LABELS).get(LABEL_WORKER_OF)
+    own = {LABEL_WORKER_OF: app or part_of(worker, "metadata", "labels").get(LABEL_APP, "")}
+    has_label = LABEL_WORKER_OF in part_of(standing, *POD_LABELS)
+    same = standing and not has_label and worker_label(standing) == worker_label(worker)
+    if same or not (worker_label(worker) or app):
         return worker
-    worker = copy.deepcopy(worker)
-    worker["spec"]["template"]["metadata"]["labels"] |= own
-    if not standing or part_of(standing, *chosen).items() >= own.items():
-        selector = worker["spec"].get("selector") or {}
-        matched = {**part_of(selector, "matchLabels"), **own}
-        worker["spec"]["selector"] = {**selector, "matchLabels": matched}
-    return worker
+    spec = worker["spec"]
+    meta = part_of(spec, "template", "metadata")
+    labelled = {**meta, "labels": {**part_of(meta, "labels"), **own}}
+    template = {**spec["template"], "metadata": labelled}
+    selector = part_of(spec, "selector")
+    # one that says nothing is for the API server to refuse
+    says = part_of(selector, "matchLabels") or selector.get("matchExpressions")
+    if says and (app or not standing):
+        selector = {**selector, "matchLabels": {**part_of(selector, "matchLabels"), **own}}
+        return {**worker, "spec": {**spec, "selector": selector, "template": template}}
+    return {**worker, "spec": {**spec, "template": template}}
 
 
 def are_own_pods(worker: Object, service: Object) -> bool:
-    """Whether all pods of a worker that stands have the label of their app; none stands as well.
+    """Whether all pods that a Service leads to have the label of their app, or will have it.
 
-    Once its Service asks for the label, each of its pods has it, also during a rollout.
+    Once it asks for the label, each of them has it, also during a rollout. While no such worker
+    stands, it may lead to the pods of one with another name.
     """
-    has_label = LABEL_BESIDE in part_of(worker, "spec", "template", "metadata", "labels")
-    asks = LABEL_BESIDE in part_of(service, "spec", "selector")
-    return not worker or (has_label and (asks or has_one_template(worker)))
+    asks = LABEL_WORKER_OF in part_of(service, "spec", "selector")
+    if not worker:
+        return asks or not service
+    has_label = LABEL_WORKER_OF in part_of(worker, *POD_LABELS)
+    return has_label and ((asks and is_aimed_at(service, worker)) or has_one_template(worker))
 
 
 class Companions:
@@ -11548,11 +11560,29 @@ class Operations:
         self.companions = Companions(self.live)
 
 
-class PodLabels:
-    """Keeps the pods of an app out of the live Services of others, which select by labels alone.
+@dataclass(frozen=True, slots=True)
+class Selecting:
+    """An object of an app that selects pods, and by which selectors."""
 
-    One that was not deployed from here yet selects as someone has written it, and does so again
-    when it is given back.
+    item: Object
+    owner: str
+    selectors: list[Object]
+
+    def __str__(self) -> str:
+        return f"{object_words(self.item)} of app {clip(self.owner, 40)}"
+
+    def reaches(self, other: Object) -> bool:
+        """Whether it selects the pods that another object makes."""
+        templates = (part_of(other, "spec", *path) for path in TEMPLATES)
+        labels = [part_of(template, "metadata", "labels") for template in templates]
+        return any(selects(s, each) for s in self.selectors for each in labels)
+
+
+class PodLabels:
+    """Keeps the pods of an app from being selected by what others have, if that asks for no app.
+
+    A live Service that was not deployed from here yet selects as someone has written it, and does
+    so again when it is given back. A worker that stood before keeps the selector that it had.
     """
 
     def __init__(self, doors: Doors) -> None:
@@ -11561,35 +11591,41 @@ class PodLabels:
 
     @partial(retried, while_head=True)
     def require_apart(self, task: Task, release: Release, others: Sequence[App]) -> None:
-        """Raise ManifestError where the live Service of another app selects pods of a release.
+        """Raise ManifestError where something of another app selects the pods of a release.
 
         Raises KubectlError.
         """
-        owners = {f"service/{other.service_name}": other.name for other in others}
-        if not owners:
-            return
-        services = self.kubectl.get_each(task.namespace, *owners)
-        pods = [release.deployment, *(release.companions or ())]
+        selecting = [*self.live_services(task, others), *self.workers(task)] if others else []
+        advice = "Give these pods other labels."
         faults = [
-            Fault(
-                f"{object_words(item)}: Service {service['metadata']['name']} of app {owner}"
-                " selects its pods. Give these pods other labels."
-            )
-            for owner, service in zip(owners.values(), services, strict=True)
-            for item in pods
-            if service and may_be_selected(item, Service(service))
+            Fault(f"{object_words(item)}: {other} selects its pods. {advice}")
+            for other in selecting
+            for item in (release.deployment, *(release.companions or ()))
+            if other.reaches(item)
         ]
         if faults:
             raise ManifestError(faults)
 
+    def live_services(self, task: Task, others: Sequence[App]) -> Iterator[Selecting]:
+        """Yield the live Services of other apps, with what they selected before their adoption."""
+        owners = {f"service/{other.service_name}": other.name for other in others}
+        services = self.kubectl.get_each(task.namespace, *owners)
+        for owner, item in zip(owners.values(), services, strict=True):
+            if item:
+                service = Service(item)
+                adopted = [entry for entry in service.history if entry.outcome == ADOPTED]
+                before = (s for entry in adopted for s in (entry.selector, entry.was))
+                selectors = [{"matchLabels": s} for s in (service.selector, *before)]
+                yield Selecting(item, owner, selectors)
 
-def may_be_selected(item: Object, service: Service) -> bool:
-    """Whether a live Service selects the pods that an object makes, or did before its adoption."""
-    adopted = [entry for entry in service.history if entry.outcome == ADOPTED]
-    selectors = [service.selector, *(e.selector for e in adopted), *(e.was for e in adopted)]
-    templates = (part_of(item, "spec", *path) for path in TEMPLATES)
-    labels = [part_of(template, "metadata", "labels") for template in templates]
-    return any(selects({"matchLabels": s}, each) for s in selectors for each in labels)
+    def workers(self, task: Task) -> Iterator[Selecting]:
+        """Yield the workers of other apps, which may be scaled by what their selector reaches."""
+        address = list_address("deployments", task.namespace, f"{LABEL_APP}!={task.app.name}")
+        for page in self.kubectl.pages(address, task.namespace):
+            for item in page["items"]:
+                owner = part_of(item, "metadata", "labels").get(LABEL_APP)
+                if owner and LABEL_WORKER_OF not in part_of(item, *SELECTED_LABELS):
+                    yield Selecting(item, str(owner), [part_of(item, "spec", "selector")])
 
 
 def object_words(item: Object) -> str:
@@ -12045,7 +12081,7 @@ class Deployer:
         objects = check_objects(task.app, task.namespace, manifests, task.environment, faults)
         if others := self.others(task):
             faults.add(map(Fault, name_faults(objects, task.app.name, others)))
-            faults.add(map(Fault, share_faults(objects, task.app.name)))
+            faults.add(map(Fault, share_faults(objects, task.app.name, others)))
             without_service_links(objects)
         with faults.collect():
             unbuilt_release(task, objects)

@@ -213,7 +213,7 @@ def test_the_service_of_a_worker_selects_pods_of_its_own_app_only(apps: Fleet) -
         for app in (free, host):
             deployed(app, version)
     for app in (free, host):
-        own = {**labels, "gitops-hook/beside": app.name}
+        own = {**labels, "gitops-hook/worker-of": app.name}
         assert app.service(f"{app.name}-peers")["spec"]["selector"] == own
         listed = apps.cluster.store.list("pods", app.namespace)
         pods = [pod for pod in listed if own.items() <= pod["metadata"]["labels"].items()]
@@ -222,3 +222,19 @@ def test_the_service_of_a_worker_selects_pods_of_its_own_app_only(apps: Fleet) -
         worker_of = apps.cluster.store.find("deployments", app.namespace, f"{app.name}-worker")
         assert worker_of
         assert worker_of["spec"]["selector"]["matchLabels"] == own
+
+
+def test_pods_that_a_worker_of_another_app_selects_are_refused(apps: Fleet) -> None:
+    guest = apps["guest"]
+    labels = {**MAIL, "tier": "queue"}
+    item = worker("queue")
+    item["spec"]["template"]["metadata"]["labels"] = labels
+    item["spec"]["selector"]["matchLabels"] = labels
+    put(guest, "deployments", item, "host")
+    try:
+        line = apps.ended(guest.go("v1", change=labelled_pods("worker", labels)))
+    finally:
+        apps.cluster.store.remove("deployments", guest.namespace, "queue")
+    assert (line["outcome"], line["reason"]) == ("failed", "ManifestRefused")
+    advice = "Deployment queue of app host selects its pods. Give these pods other labels."
+    assert line["detail"] == f"Deployment guest-worker: {advice}"

@@ -49,6 +49,7 @@ TAKEN = [
     companion("ConfigMap", "log-shop-1a2b3c4d-0123456789", data={"a": "b"}),
     # What the other app may have one day, or had before it was deployed from here.
     worker("shop-worker"),
+    service("shop"),
     service("shop-peers", clusterIP="None"),
     companion("ConfigMap", "shop-config", data={"a": "b"}),
 ]
@@ -58,7 +59,6 @@ FREE = [
     worker("evil-shop-worker"),
     service("evil-peers", clusterIP="None"),
     service("peers", clusterIP="None"),
-    service("shop"),
     companion("ConfigMap", "web", data={"a": "b"}),
     companion("ConfigMap", "releases", data={"a": "b"}),
     companion("ConfigMap", "settings-5f7g8h9k2m", data={"a": "b"}),
@@ -131,6 +131,7 @@ def test_of_two_apps_the_one_whose_longer_name_begins_an_objects_name_has_it() -
     assert hook.owner_by_name("shop-api-cache", "shop-api", ["shop"]) == "shop-api"
     assert hook.owner_by_name("shop-api", "shop-api", ["shop"]) == "shop-api"
     assert hook.owner_by_name("shop-worker", "shop", ["shop-api"]) == "shop"
+    assert hook.owner_by_name("shop-api", "shop", ["shop-api"]) == "shop-api"
     assert hook.owner_by_name("cache", "shop", ["shop-api"]) == ""
 
 

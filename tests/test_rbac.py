@@ -313,6 +313,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "services: get, deployments: get",
             ),
             page("our colours", "deployments"),
+            page("workers of others", "deployments", "gitops-hook/app!=shop"),
             command(
                 "a colour's first time",
                 "create -f -",

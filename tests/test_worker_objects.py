@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -108,7 +109,7 @@ def test_what_is_for_a_worker_gets_no_colour() -> None:
     assert release.wanted == 2, "the app's own size is as its Deployment has it"
 
 
-OWN = {"gitops-hook/beside": "shop"}
+OWN = {"gitops-hook/worker-of": "shop"}
 
 
 def apart(release: Release, *standing: Object) -> dict[str, Object]:
@@ -178,6 +179,52 @@ def test_a_service_of_two_workers_asks_for_the_label_when_the_pods_of_both_have_
     wanted = apart(release, stands(plain))
     assert selector_of(wanted["work-peers"]) == SELECTOR
     assert selector_of(apart(release)["work-peers"]) == {**SELECTOR, **OWN}
+
+
+def test_a_service_keeps_the_pods_of_a_renamed_worker_until_the_new_ones_are_ready() -> None:
+    first = released(worker(), peers("work-peers", selector=SELECTOR))
+    plain = named(first, "Service", "work-peers")
+    before = stands(named(first, "Deployment", "work"))
+    second = released(worker("renamed"), peers("work-peers", selector=SELECTOR))
+    assert selector_of(apart(second, before, plain)["work-peers"]) == SELECTOR
+    new = apart(second, before, plain)["renamed"]
+    assert selector_of(apart(second, stands(new, replicas=3), plain)["work-peers"]) == SELECTOR
+    assert selector_of(apart(second, stands(new), plain)["work-peers"]) == {**SELECTOR, **OWN}
+
+
+def test_a_service_that_is_pointed_at_another_worker_waits_until_its_pods_have_the_label() -> None:
+    other = {"app": "other"}
+    second = worker("second", selector={"matchLabels": other})
+    second["spec"]["template"]["metadata"] = {"labels": other}
+    first = released(worker(), copy.deepcopy(second), peers("work-peers", selector=SELECTOR))
+    asking = apart(first)["work-peers"]
+    assert selector_of(asking) == {**SELECTOR, **OWN}
+    again = released(
+        worker(), second, peers("work-peers", selector=other), image=BUILT.replace("0", "1")
+    )
+    labelled = apart(again)["second"]
+    rolling = stands(labelled, updatedReplicas=1)
+    assert selector_of(apart(again, rolling, asking)["work-peers"]) == other
+    assert selector_of(apart(again, stands(labelled), asking)["work-peers"]) == {**other, **OWN}
+
+
+def test_what_is_given_back_keeps_the_selector_that_it_stands_with() -> None:
+    release = released(worker(), peers("work-peers", selector=SELECTOR))
+    new = apart(release)
+    back = {**worker(), "metadata": {"name": "work", "labels": {}}}
+    wanted = {hook.identity_of(back): back}
+    (kept,) = hook.kept_apart(wanted, {hook.identity_of(back): stands(new["work"])}).values()
+    assert kept["spec"]["selector"] == new["work"]["spec"]["selector"]
+    assert pod_labels(kept) == {**SELECTOR, **OWN}
+    plain = stands(named(release, "Deployment", "work"))
+    assert hook.kept_apart(wanted, {hook.identity_of(back): plain}) == wanted
+    assert hook.kept_apart(wanted, {}) == wanted
+
+
+@pytest.mark.parametrize("selector", ["text", [], ["a"], 7, None, {}, {"matchLabels": None}])
+def test_a_worker_without_a_selector_is_for_the_api_server_to_refuse(selector: Any) -> None:
+    kept = apart(released(worker(selector=selector)))["work"]
+    assert kept["spec"]["selector"] == selector
 
 
 def test_what_is_not_for_workers_selects_as_before() -> None:
