@@ -11593,9 +11593,11 @@ class PodLabels:
     def require_apart(self, task: Task, release: Release, others: Sequence[App]) -> None:
         """Raise ManifestError where something of another app selects the pods of a release.
 
-        Raises KubectlError.
+        What cannot be read of others, as it is too large, holds up nobody: it is not compared, and
+        that is logged. Raises KubectlError where the API server does not answer.
         """
-        selecting = [*self.live_services(task, others), *self.workers(task)] if others else []
+        selecting = [one for other in others for one in self.live_service(task, other)]
+        selecting += self.workers(task) if others else []
         advice = "Give these pods other labels."
         faults = [
             Fault(f"{object_words(item)}: {other} selects its pods. {advice}")
@@ -11606,26 +11608,41 @@ class PodLabels:
         if faults:
             raise ManifestError(faults)
 
-    def live_services(self, task: Task, others: Sequence[App]) -> Iterator[Selecting]:
-        """Yield the live Services of other apps, with what they selected before their adoption."""
-        owners = {f"service/{other.service_name}": other.name for other in others}
-        services = self.kubectl.get_each(task.namespace, *owners)
-        for owner, item in zip(owners.values(), services, strict=True):
-            if item:
-                service = Service(item)
-                adopted = [entry for entry in service.history if entry.outcome == ADOPTED]
-                before = (s for entry in adopted for s in (entry.selector, entry.was))
-                selectors = [{"matchLabels": s} for s in (service.selector, *before)]
-                yield Selecting(item, owner, selectors)
+    def live_service(self, task: Task, other: App) -> list[Selecting]:
+        """Return the live Service of another app, with what it selected before its adoption."""
+        item: Object | None = None
+        with self.uncompared(task):
+            item = self.kubectl.get("service", other.service_name, task.namespace)
+        if item is None:
+            return []
+        service = Service(item)
+        adopted = [entry for entry in service.history if entry.outcome == ADOPTED]
+        before = (s for entry in adopted for s in (entry.selector, entry.was))
+        selectors = [{"matchLabels": s} for s in (service.selector, *before)]
+        return [Selecting(item, other.name, selectors)]
 
-    def workers(self, task: Task) -> Iterator[Selecting]:
-        """Yield the workers of other apps, which may be scaled by what their selector reaches."""
+    def workers(self, task: Task) -> list[Selecting]:
+        """Return the workers of other apps, which may be scaled by what their selector reaches."""
         address = list_address("deployments", task.namespace, f"{LABEL_APP}!={task.app.name}")
-        for page in self.kubectl.pages(address, task.namespace):
-            for item in page["items"]:
-                owner = part_of(item, "metadata", "labels").get(LABEL_APP)
-                if owner and LABEL_WORKER_OF not in part_of(item, *SELECTED_LABELS):
-                    yield Selecting(item, str(owner), [part_of(item, "spec", "selector")])
+        workers = []
+        with self.uncompared(task):
+            for page in self.kubectl.pages(address, task.namespace):
+                for item in page["items"]:
+                    owner = part_of(item, "metadata", "labels").get(LABEL_APP)
+                    if owner and LABEL_WORKER_OF not in part_of(item, *SELECTED_LABELS):
+                        chosen = part_of(item, "spec", "selector")
+                        workers.append(Selecting(item, str(owner), [chosen]))
+        return workers
+
+    @contextmanager
+    def uncompared(self, task: Task) -> Iterator[None]:
+        """Go on after the block where what others have cannot be read, and log that."""
+        try:
+            yield
+        except KubectlError as failed:
+            if failed.kind in UNCERTAIN:
+                raise
+            warn("pods are not compared with others", detail=failed.said, **task.words)
 
 
 def object_words(item: Object) -> str:
