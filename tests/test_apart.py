@@ -95,7 +95,11 @@ def refusal(app: Member, version: str = "v1") -> str:
 
 def test_a_worker_of_another_app_in_a_colour_is_named_and_stays_as_it_is(apps: Fleet) -> None:
     app = apps["worker"]
-    before = put(app, "deployments", worker("worker-green"))
+    item = worker("worker-green")
+    # of pods that it shares with nobody, which would be another reason
+    item["spec"]["template"]["metadata"]["labels"] = {"app": "evil-worker"}
+    item["spec"]["selector"]["matchLabels"] = {"app": "evil-worker"}
+    before = put(app, "deployments", item)
     assert app.deployed("v1")["outcome"] == "deployed"
     said = refusal(app, "v2")
     assert said == "Deployment worker-green belongs to app evil; delete or rename it"
