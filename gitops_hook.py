@@ -3933,7 +3933,7 @@ SIZES = {  # fields that hold a number of pods; the last ones are those of KEDA
     *("jobTargetRef.parallelism", "jobTargetRef.completions"),
     *("spec.minReplicaCount", "spec.maxReplicaCount", "spec.idleReplicaCount", "fallback.replicas"),
 }
-NUMBERS = {name.rpartition(".")[2] for name in SIZES}
+NUMBERS = {name.rpartition(".")[2] for name in SIZES}  # without what the field is in
 MIN_READY_SECONDS = 10  # that a pod must have been ready for, if the app does not say it
 LONGEST_DEADLINE = 86_400  # seconds that a rollout may take, whatever the app says
 EXTERNAL_TYPES = ("NodePort", "LoadBalancer")
@@ -4492,6 +4492,11 @@ def check_objects(
     return chosen.objects(faults)
 
 
+def object_words(item: Object) -> str:
+    """Return the kind and the name of an object."""
+    return f"{clip(item['kind'], 60)} {clip(item['metadata']['name'], 60)}"
+
+
 def name_faults(objects: AppObjects, own: str, others: Sequence[App]) -> Iterator[str]:
     """Yield which objects of an app would have a name that another app of its environment needs.
 
@@ -4525,8 +4530,8 @@ def share_faults(objects: AppObjects, own: str, others: Sequence[App]) -> Iterat
     for item in (objects.deployment, *objects.companions):
         subdomain = pod_of(item).get("subdomain")
         if subdomain and owner_by_name(str(subdomain), own, (app.name for app in others)) != own:
-            where = f"{clip(item['kind'], 60)} {clip(item['metadata']['name'], 60)}"
-            yield f"{where}: its subdomain does not begin with {own}. Rename it and its Service."
+            advice = "Rename it and its Service."
+            yield f"{object_words(item)}: its subdomain does not begin with {own}. {advice}"
 
 
 def without_service_links(objects: AppObjects) -> None:
@@ -5049,7 +5054,7 @@ def rendered_companion(app: App, written: Object) -> Object:
     """Return one of them; raises StageError where it cannot be applied."""
     item = copy.deepcopy(written)
     meta = item["metadata"]
-    where = f"{clip(item['kind'], 60)} {clip(meta['name'], 60)}"
+    where = object_words(item)
     labels = {**(meta.get("labels") or {}), **companion_labels(app.name)}
     item["metadata"] = {"name": meta["name"], "labels": labels}
     if meta.get("annotations"):
@@ -11594,7 +11599,7 @@ class PodLabels:
         """Raise ManifestError where something of another app selects the pods of a release.
 
         What cannot be read of others, as it is too large, holds up nobody: it is not compared, and
-        that is logged. Raises KubectlError where the API server does not answer.
+        that is logged. Raises KubectlError where it does not answer, or the account may not read.
         """
         selecting = [one for other in others for one in self.live_service(task, other)]
         selecting += self.workers(task) if others else []
@@ -11640,14 +11645,9 @@ class PodLabels:
         try:
             yield
         except KubectlError as failed:
-            if failed.kind in UNCERTAIN:
+            if failed.kind in UNCERTAIN or failed.kind == "Forbidden":
                 raise
             warn("pods are not compared with others", detail=failed.said, **task.words)
-
-
-def object_words(item: Object) -> str:
-    """Return the kind and the name of an object."""
-    return f"{clip(item['kind'], 60)} {clip(item['metadata']['name'], 60)}"
 
 
 # === bake =========================================================================================
