@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import resource
+import signal
 import socket
 import threading
 import time
@@ -543,6 +544,47 @@ def test_a_step_before_the_switch_is_not_tried_for_ever_once_the_branch_has_anot
     with pytest.raises(hook.SupersededError, match="another head"):
         made.steady.claims.take(task(), a_release({"metadata": {}, "spec": {}}))
     assert heads == []
+
+
+OTHERS = loaded(f"apps: [{{{APP}}}, {{{APP.replace('shop', 'blog')}}}]").apps[1:]
+
+
+@pytest.mark.parametrize(
+    ("answer", "ends_as"),
+    {
+        "it may not be read": (
+            "echo 'Error from server (Forbidden): services \"blog\" is forbidden' >&2; exit 1",
+            "Forbidden",
+        ),
+        "it is larger than kubectl may print": (f"kill -{int(signal.SIGXFSZ)} $$", ""),
+    }.values(),
+    ids=["no-right", "too-large"],
+)
+@pytest.mark.parametrize("place", ["*service*", "*deployments*"], ids=["live-service", "workers"])
+def test_only_what_is_too_large_is_not_compared_with_pods_and_that_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str, answer: str, ends_as: str
+) -> None:
+    made = deployer(tmp_path, [])
+    script = tmp_path / "kubectl"
+    nothing = """echo '{"kind": "DeploymentList", "items": []}'"""
+    script.write_text(
+        f"""#!/bin/sh
+case "$*" in
+{place}) {answer} ;;
+*deployments*) {nothing} ;;
+esac
+"""
+    )
+    labels = hook.PodLabels(made.doors)
+    release = a_release({"kind": "Deployment", **named("shop-blue")})
+    if ends_as:
+        with pytest.raises(hook.KubectlError) as raised:
+            labels.require_apart(task(), release, OTHERS)
+        assert raised.value.kind == ends_as
+    else:
+        labels.require_apart(task(), release, OTHERS)
+    logged = [one for one in caplog.messages if "not compared with others" in one]
+    assert len(logged) == (0 if ends_as else 1)
 
 
 def take_back(operations: hook.Operations, health: hook.PodHealth | None) -> str:
