@@ -11599,7 +11599,7 @@ class PodLabels:
         """Raise ManifestError where something of another app selects the pods of a release.
 
         What cannot be read of others, as it is too large, holds up nobody: it is not compared, and
-        that is logged. Raises KubectlError where it does not answer, or the account may not read.
+        that is logged. Raises KubectlError where kubectl fails for any other reason.
         """
         selecting = [one for other in others for one in self.live_service(task, other)]
         selecting += self.workers(task) if others else []
@@ -11641,11 +11641,11 @@ class PodLabels:
 
     @contextmanager
     def uncompared(self, task: Task) -> Iterator[None]:
-        """Go on after the block where what others have cannot be read, and log that."""
+        """Go on after the block where what others have is too large to be read, and log that."""
         try:
             yield
         except KubectlError as failed:
-            if failed.kind in UNCERTAIN or failed.kind == "Forbidden":
+            if failed.code != -signal.SIGXFSZ:
                 raise
             warn("pods are not compared with others", detail=failed.said, **task.words)
 

@@ -556,9 +556,10 @@ OTHERS = loaded(f"apps: [{{{APP}}}, {{{APP.replace('shop', 'blog')}}}]").apps[1:
             "echo 'Error from server (Forbidden): services \"blog\" is forbidden' >&2; exit 1",
             "Forbidden",
         ),
+        "nobody knows why it failed": ("echo 'error: what is that' >&2; exit 1", "Unknown"),
         "it is larger than kubectl may print": (f"kill -{int(signal.SIGXFSZ)} $$", ""),
     }.values(),
-    ids=["no-right", "too-large"],
+    ids=["no-right", "unknown", "too-large"],
 )
 @pytest.mark.parametrize("place", ["*service*", "*deployments*"], ids=["live-service", "workers"])
 def test_only_what_is_too_large_is_not_compared_with_pods_and_that_is_logged(
