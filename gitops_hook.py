@@ -9761,7 +9761,11 @@ class SelectorGuard:
 
     def read_selected(self, task: Task) -> Service:
         """Return the live Service, with its history, while it selects the run; raises else."""
-        service = self.require_selected(task, self.live.read(task))
+        return self.require_selected_history(task, self.live.read(task))
+
+    def require_selected_history(self, task: Task, service: Service | None) -> Service:
+        """Return the live Service, with its history, while it selects the run; raises else."""
+        service = self.require_selected(task, service)
         if not service.live:
             self.repair(task)
             raise NotNowError("the history of the live Service was lost, and is put back first")
@@ -10266,7 +10270,7 @@ class Traffic:
         entry = service.entry(task.run.id)
         if entry and Ended(entry.outcome, entry.reason, entry.detail) == ended:
             return True
-        service = self.guard.read_selected(task)
+        service = self.guard.require_selected_history(task, service)
         live = service.live
         target = service.switch_back_target
         if not target and service.annotation(ANNOTATION_PREVIOUS, {}):
@@ -10485,8 +10489,11 @@ class Rollout:
 
     def smoke_test(
         self, task: Task, release: Release, pods: Informer[Pod], preview: HealthCheck
-    ) -> None:
-        """Ask the new pods, and the preview Service, too; raises StageError SmokeFailed."""
+    ) -> HealthCheck:
+        """Ask the new pods, and the preview Service, too; raises StageError SmokeFailed.
+
+        Returns how the preview Service was asked last, when it answered as healthy.
+        """
         clock = self.doors.clock
         health = task.app.deploy.health
         check = release.checks(health).pods
@@ -10512,6 +10519,7 @@ class Rollout:
             if refusal:  # someone may have deleted or changed it
                 preview = self.preview(task, release)
             self.doors.pause(HEALTH_INTERVAL if refusal else 0.05)
+        return preview
 
     @retried
     def preview(self, task: Task, release: Release) -> HealthCheck:
@@ -11696,10 +11704,15 @@ class Bake:
             workers=WorkersSeen(waits="nobody has looked yet" if release.workers else ""),
         )
 
-    def run(self, service: Service, *, resumed: bool) -> None:
-        """Return when the version is confirmed; raises RunError when it is not going to be."""
+    def run(self, service: Service, preview: HealthCheck | None) -> None:
+        """Return when the version is confirmed; raises RunError when it is not going to be.
+
+        `preview`: whom to ask for health, so that nothing is waited for; None where another process
+        has switched to the version. Then the preview Service is looked for.
+        """
+        self.look = replace(self.look, preview=preview)
         rest = seconds_of(service.annotation(ANNOTATION_BAKE, 0.0)) - self.clock.now()
-        if resumed:  # nobody knows what was judged before this process
+        if preview is None:  # nobody knows what was judged before this process
             self.judged_seconds_needed = min(self.judged_seconds_needed, max(rest, REBAKE_SECONDS))
         self.switched_at = service.live.at
         steps = (self.check_health, self.observe_cluster)
@@ -11956,6 +11969,14 @@ def unbuilt_release(task: Task, objects: AppObjects) -> Release:
     return render(task.app, task.run, UNBUILT, Placement(COLOURS[0], 1), objects)
 
 
+@dataclass(frozen=True, slots=True)
+class Switched:
+    """A release that this process has switched to, and how its preview is asked about health."""
+
+    release: Release
+    preview: HealthCheck
+
+
 class LastObjects:
     """Keeps what the manifests of the last commits hold, until these are deployed.
 
@@ -12023,8 +12044,8 @@ class Deployer:
                 self.steady.companions.follow(task)
                 raise
 
-    def promote(self, task: Task, pods: Informer[Pod]) -> Release:
-        """Do everything up to the switch, and switch; return the release that is live then."""
+    def promote(self, task: Task, pods: Informer[Pod]) -> Switched:
+        """Do everything up to the switch, and switch; return what is live then."""
         objects = self.objects.get(task)
         if objects is None:
             with self.checkout(task.app, task.run.commit) as checkout:
@@ -12044,7 +12065,7 @@ class Deployer:
             # before the pods are there, so that the preview's endpoints come with them
             preview = self.steady.rollout.preview(task, release)
             self.steady.rollout.wait(task, release, pods)
-            self.steady.rollout.smoke_test(task, release, pods, preview)
+            preview = self.steady.rollout.smoke_test(task, release, pods, preview)
             if objects.follows_size:
                 release = self.as_large_as_live(task, release, claimed, pods, objects.size_limits)
         except HookError:
@@ -12054,7 +12075,7 @@ class Deployer:
         self.steady.traffic.switch(task, release, claimed)
         more = {"colour": release.colour, "commit": release.commit}
         self.doors.report(task, State.SWITCHED, more)
-        return release
+        return Switched(release, preview)
 
     def require_accepted(self, task: Task, release: Release) -> None:
         """Raise HookError where others, or the API server, do not let a release in."""
@@ -12127,7 +12148,7 @@ class Deployer:
         return {name: [*faults[name], *shared] for name in faults}
 
     def verify_and_bake(
-        self, task: Task, pods: Informer[Pod], switched: Release | None = None
+        self, task: Task, pods: Informer[Pod], switched: Switched | None = None
     ) -> None:
         """Verify the switch, bake in the last environment, write the outcome.
 
@@ -12137,11 +12158,11 @@ class Deployer:
         entry = service.live
         if entry.outcome:
             return
-        release = switched or self.live_release(task, service)
+        release = switched.release if switched else self.live_release(task, service)
         with self.steady.companions.following(task):
             if task.last or release.workers:
                 bake = Bake(self.steady, self.urgent, task, release, pods)
-                bake.run(service, resumed=switched is None)
+                bake.run(service, switched.preview if switched else None)
             else:
                 self.steady.traffic.verify(task, release, entry.at)
                 self.steady.traffic.confirm(task, release)

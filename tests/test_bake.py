@@ -30,10 +30,11 @@ class Baking:
     service: hook.Service
     confirm: Callable[[], object]
     reported: list[str]
+    preview: hook.HealthCheck | None  # None for a bake that another process began
 
     def run(self) -> None:
         """Go through it to its end."""
-        self.bake.run(self.service, resumed=False)
+        self.bake.run(self.service, self.preview)
 
     def turn_unhealthy(self) -> None:
         """Let the version answer as unhealthy from now on, and wait until this is seen."""
@@ -57,7 +58,7 @@ def baking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Baking]:
         bake = hook.Bake(made.steady, made.urgent, run, release, pods)
         service = made.steady.live.read(run)
         assert service is not None
-        one = Baking(bake, made.urgent.traffic, parts, service, lambda: None, [])
+        one = Baking(bake, made.urgent.traffic, parts, service, lambda: None, [], ready_at(port))
         made.doors.reports.sinks.append(lambda transition: one.reported.append(transition.state))
 
         def confirm(_task: Any, _release: Any, proof: Callable[[], bool], **_: Any) -> bool:
@@ -67,7 +68,7 @@ def baking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Baking]:
             return proven
 
         there = hook.EndpointState(converged=True, reacted=True)
-        monkeypatch.setattr(made.urgent.rollout, "preview", lambda *_: ready_at(port))
+        monkeypatch.setattr(made.urgent.rollout, "preview", must_not_be_looked_for)
         monkeypatch.setattr(made.urgent.traffic, "endpoints_converge", lambda *_: True)
         monkeypatch.setattr(made.urgent.workloads, "endpoints", lambda *_: there)
         monkeypatch.setattr(made.steady.traffic, "confirm", confirm)
@@ -81,6 +82,35 @@ def test_a_version_that_turns_unhealthy_after_its_confirmation_is_not_switched_b
     monkeypatch.setattr(baking.traffic, "switch_back_if_worse", must_not_be_called)
     baking.run()
     assert baking.bake.look.confirmed_at is not None
+
+
+def test_a_version_is_asked_for_health_from_the_start_whatever_the_api_server_does(
+    baking: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise hook.KubectlError(["get"], 1, "Unable to connect to the server")
+
+    baking.parts[:] = [BUSY]
+    monkeypatch.setattr(baking.traffic, "endpoints_converge", refuse)
+    monkeypatch.setattr(baking.traffic, "switch_back_if_worse", must_not_be_called)
+    with pytest.raises(hook.StageError, match="UnhealthyAfterSwitch"):
+        baking.run()
+
+
+def test_a_bake_that_another_process_began_looks_for_the_preview_service_first(
+    baking: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, baking.preview = baking.preview, None
+    monkeypatch.setattr(baking.bake.urgent.rollout, "preview", lambda *_: here)
+    monkeypatch.setattr(hook, "REBAKE_SECONDS", 0.2)
+    baking.run()
+    assert baking.bake.look.preview == here
+    assert baking.bake.judged_seconds_needed == 0.2
+    assert baking.bake.look.confirmed_at is not None
+
+
+def must_not_be_looked_for(*_: Any) -> None:
+    raise hook.StageError(hook.Reason.VANISHED, "the preview Service")
 
 
 def must_not_be_called(*_: Any) -> None:

@@ -531,6 +531,37 @@ def test_a_switch_back_is_counted_only_when_it_was_one(tmp_path: Path) -> None:
     assert not (tmp_path / "other" / "done").exists()
 
 
+def test_nothing_is_read_twice_before_traffic_is_switched_back(tmp_path: Path) -> None:
+    made = history(tmp_path, two_pods(2), [])
+    script = tmp_path / "kubectl"
+    record = 'echo "$*" >> commands\ncase "$*" in'
+    script.write_text(script.read_text().replace('case "$*" in', record, 1))
+    assert switches_back(made) == 1
+    commands = (tmp_path / "commands").read_text().splitlines()
+    assert sum("service" in command and "patch" not in command for command in commands) == 1
+    assert "patch" in commands[-1]
+
+
+def test_a_smoke_test_returns_where_the_preview_service_is_at_its_end(tmp_path: Path) -> None:
+    pods = two_pods(2)
+    for pod in pods:
+        pod["status"]["podIP"] = "127.0.0.1"
+    with answering([OK + b"\r\n"]) as port, socket.create_server(("127.0.0.1", 0)) as deleted:
+        gone = ready_at(deleted.getsockname()[1])
+        deleted.close()
+        made = history(tmp_path, two_pods(2), pods)
+        labels = {hook.LABEL_MANAGED: hook.MANAGER, hook.LABEL_APP: "shop"}
+        preview: Object = {"metadata": {"name": "shop-preview", "labels": labels}}
+        preview["spec"] = {"selector": NEW, "clusterIP": "127.0.0.1"}
+        (tmp_path / "service").write_text(json.dumps(preview))
+        spec = {"replicas": 2, "template": {"spec": {"containers": [{"name": "web"}]}}}
+        ports = [{"port": port, "targetPort": port}]
+        release = replace(a_release({"spec": spec}), service={"spec": {"ports": ports}})
+        informer = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
+        asked = made.steady.rollout.smoke_test(task(), release, informer, gone)
+    assert (asked.host, asked.port) == ("127.0.0.1", port)
+
+
 def test_a_step_before_the_switch_is_not_tried_for_ever_once_the_branch_has_another_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
