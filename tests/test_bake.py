@@ -109,6 +109,35 @@ def test_a_bake_that_another_process_began_looks_for_the_preview_service_first(
     assert baking.bake.look.confirmed_at is not None
 
 
+def test_a_preview_service_that_was_deleted_after_the_switch_is_made_again(
+    baking: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = baking.preview
+    monkeypatch.setattr(baking.bake.urgent.rollout, "preview", lambda *_: here)
+    monkeypatch.setattr(baking.traffic, "switch_back_if_worse", lambda *_: None)
+    with answering([BUSY]) as other:
+        baking.preview = ready_at(other)
+        baking.run()
+    assert baking.bake.look.preview == here
+    assert baking.reported == []
+
+
+def test_a_preview_service_that_someone_else_made_after_the_switch_is_no_reason_to_end_at_once(
+    baking: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def switch_back(_task: Any, _outcome: Any, reason: hook.Reason, detail: str) -> None:
+        raise hook.StageError(reason, detail)
+
+    versions = hook.Versions(hook.HistoryEntry(run="shop-old"), WELL, WELL)
+    monkeypatch.setattr(baking.traffic, "switch_back_if_worse", lambda *_: None)
+    monkeypatch.setattr(baking.traffic, "compare_versions", lambda *_, **__: versions)
+    monkeypatch.setattr(baking.traffic, "switch_back", switch_back)
+    with answering([BUSY]) as other:
+        baking.preview = ready_at(other)
+        with pytest.raises(hook.StageError, match="could not be judged"):
+            baking.run()
+
+
 def must_not_be_looked_for(*_: Any) -> None:
     raise hook.StageError(hook.Reason.VANISHED, "the preview Service")
 
