@@ -73,7 +73,7 @@ import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import KW_ONLY, asdict, dataclass, fields, is_dataclass, replace
 from dataclasses import field as dataclass_field
 from datetime import UTC, datetime
@@ -10524,6 +10524,10 @@ class Rollout:
     @retried
     def preview(self, task: Task, release: Release) -> HealthCheck:
         """Point the preview Service at a release; return how it is asked about health."""
+        return self.try_preview(task, release)
+
+    def try_preview(self, task: Task, release: Release) -> HealthCheck:
+        """Do the same once, whether or not it is answered."""
         name = f"{task.app.name}-preview"
         ports = ports_like(release.ports)
         service = self.kubectl.get("service", name, task.namespace)
@@ -11707,8 +11711,8 @@ class Bake:
     def run(self, service: Service, preview: HealthCheck | None) -> None:
         """Return when the version is confirmed; raises RunError when it is not going to be.
 
-        `preview`: whom to ask for health, so that nothing is waited for; None where another process
-        has switched to the version. Then the preview Service is looked for.
+        `preview`: whom to ask for health from the start; None where another process has switched to
+        the version. Then nobody is asked before the preview Service was looked for.
         """
         self.look = replace(self.look, preview=preview)
         rest = seconds_of(service.annotation(ANNOTATION_BAKE, 0.0)) - self.clock.now()
@@ -11743,22 +11747,13 @@ class Bake:
             began_at = self.clock.monotonic()
             with suppress(OSError):  # no more files: nothing was learned
                 if preview := self.look.preview:
-                    refusal = health_refusal(preview) or self.refusal_of_a_pod(preview)
+                    refusal = health_refusal(preview)
+                    refusal = refusal or refusal_of_a_pod(self.look, self.checks.asked)
                     now = self.clock.monotonic()
                     look = self.look
                     clear = look.is_complete(now) and not look.workers.waits
                     self.checks = self.checks.after(now, refusal, clear=clear)
             took = self.clock.monotonic() - began_at
-
-    def refusal_of_a_pod(self, preview: HealthCheck) -> str | None:
-        """Return why the next pod is not healthy, where the Service does not lead to what is asked.
-
-        One after the other, as a Service would lead to them.
-        """
-        checks = self.look.checks
-        if preview.path or not (checks and checks[0].path):
-            return None
-        return health_refusal(checks[self.checks.asked % len(checks)])
 
     # The second thread: the API server.
 
@@ -11776,20 +11771,20 @@ class Bake:
             return
 
     def observe(self) -> None:
-        """Let health be asked for, see the endpoints come, then look at pods and workers."""
-        # where its pods answer after all, someone may have deleted or changed the preview Service
-        is_doubted = bool(self.excused and self.checks.failures)
-        if self.look.preview is None or is_doubted:
-            with suppress(StageError) if is_doubted else nullcontext():
-                preview = self.urgent.rollout.preview(self.task, self.release)
-                self.look = replace(self.look, preview=preview)
+        """See the preview Service and the endpoints come, then look at pods and workers."""
         if self.look.endpoints_came is None:
             release = self.release
+            # again, since someone may have changed it after the smoke test
+            preview = self.urgent.rollout.preview(self.task, release)
+            self.look = replace(self.look, preview=preview)
             converge = self.urgent.traffic.endpoints_converge
             came = converge(self.task, release.selector, release.wanted, self.switched_at)
             self.look = replace(self.look, endpoints_came=came)
         self.read_pods()
         self.attempt(self.read_workers)  # without it the version can still be given up, and stay
+        doubted = self.excused and self.checks.failures
+        if doubted and self.look.is_complete(self.clock.monotonic()):
+            self.attempt(self.repair_preview)
         if self.verdict is Verdict.CONFIRM:
             confirm = self.steady.traffic.confirm
             if confirm(self.task, self.release, self.proof, unjudged=bool(self.gave_up)):
@@ -11811,6 +11806,14 @@ class Bake:
     def read_workers(self) -> None:
         """See how the workers of the version are."""
         self.look = replace(self.look, workers=self.watch.look(self.switched_at))
+
+    def repair_preview(self) -> None:
+        """Make the preview Service again, or point it again: the checks through it alone fail."""
+        try:
+            preview = self.urgent.rollout.try_preview(self.task, self.release)
+        except StageError as foreign:  # no reason to end the bake
+            raise HookError(str(foreign)) from foreign
+        self.look = replace(self.look, preview=preview)
 
     def proof(self) -> bool:
         """Whether the version may be confirmed now: its endpoints are there, and it is healthy."""
@@ -11959,6 +11962,18 @@ class Bake:
             self.steady.doors.pause(0.5)
             return False
         return True
+
+
+def refusal_of_a_pod(look: BakeLook, asked: int) -> str | None:
+    """Return why the next pod is not healthy, where the preview does not lead to what is asked.
+
+    One after the other, as a Service would lead to them, after so many that were asked.
+    """
+    checks = look.checks
+    led = look.preview is not None and look.preview.path
+    if led or not (checks and checks[0].path):
+        return None
+    return health_refusal(checks[asked % len(checks)])
 
 
 # === deploy =======================================================================================

@@ -68,7 +68,7 @@ def baking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Baking]:
             return proven
 
         there = hook.EndpointState(converged=True, reacted=True)
-        monkeypatch.setattr(made.urgent.rollout, "preview", must_not_be_looked_for)
+        monkeypatch.setattr(made.urgent.rollout, "preview", lambda *_: ready_at(port))
         monkeypatch.setattr(made.urgent.traffic, "endpoints_converge", lambda *_: True)
         monkeypatch.setattr(made.urgent.workloads, "endpoints", lambda *_: there)
         monkeypatch.setattr(made.steady.traffic, "confirm", confirm)
@@ -87,21 +87,21 @@ def test_a_version_that_turns_unhealthy_after_its_confirmation_is_not_switched_b
 def test_a_version_is_asked_for_health_from_the_start_whatever_the_api_server_does(
     baking: Baking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> None:
-        raise hook.KubectlError(["get"], 1, "Unable to connect to the server")
-
     baking.parts[:] = [BUSY]
-    monkeypatch.setattr(baking.traffic, "endpoints_converge", refuse)
+    monkeypatch.setattr(baking.bake.urgent.rollout, "preview", refuse)
     monkeypatch.setattr(baking.traffic, "switch_back_if_worse", must_not_be_called)
     with pytest.raises(hook.StageError, match="UnhealthyAfterSwitch"):
         baking.run()
+
+
+def refuse(*_: Any) -> None:
+    raise hook.KubectlError(["get"], 1, "Unable to connect to the server")
 
 
 def test_a_bake_that_another_process_began_looks_for_the_preview_service_first(
     baking: Baking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, baking.preview = baking.preview, None
-    monkeypatch.setattr(baking.bake.urgent.rollout, "preview", lambda *_: here)
     monkeypatch.setattr(hook, "REBAKE_SECONDS", 0.2)
     baking.run()
     assert baking.bake.look.preview == here
@@ -109,37 +109,75 @@ def test_a_bake_that_another_process_began_looks_for_the_preview_service_first(
     assert baking.bake.look.confirmed_at is not None
 
 
-def test_a_preview_service_that_was_deleted_after_the_switch_is_made_again(
+def test_a_preview_service_that_was_changed_before_the_bake_is_pointed_at_the_version_again(
     baking: Baking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = baking.preview
-    monkeypatch.setattr(baking.bake.urgent.rollout, "preview", lambda *_: here)
-    monkeypatch.setattr(baking.traffic, "switch_back_if_worse", lambda *_: None)
-    with answering([BUSY]) as other:
+    with answering([ANSWER]) as other:
         baking.preview = ready_at(other)
         baking.run()
     assert baking.bake.look.preview == here
-    assert baking.reported == []
 
 
-def test_a_preview_service_that_someone_else_made_after_the_switch_is_no_reason_to_end_at_once(
-    baking: Baking, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def switch_back(_task: Any, _outcome: Any, reason: hook.Reason, detail: str) -> None:
-        raise hook.StageError(reason, detail)
-
-    versions = hook.Versions(hook.HistoryEntry(run="shop-old"), WELL, WELL)
+@pytest.fixture
+def misled(baking: Baking, monkeypatch: pytest.MonkeyPatch) -> Iterator[Baking]:
+    """A bake through whose preview Service another answers; the version's own pods are healthy."""
     monkeypatch.setattr(baking.traffic, "switch_back_if_worse", lambda *_: None)
-    monkeypatch.setattr(baking.traffic, "compare_versions", lambda *_, **__: versions)
-    monkeypatch.setattr(baking.traffic, "switch_back", switch_back)
     with answering([BUSY]) as other:
-        baking.preview = ready_at(other)
-        with pytest.raises(hook.StageError, match="could not be judged"):
-            baking.run()
+        monkeypatch.setattr(baking.bake.urgent.rollout, "preview", lambda *_: ready_at(other))
+        yield baking
 
 
-def must_not_be_looked_for(*_: Any) -> None:
-    raise hook.StageError(hook.Reason.VANISHED, "the preview Service")
+def test_a_preview_service_that_was_changed_in_the_bake_is_repaired(
+    misled: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = misled.preview
+    monkeypatch.setattr(misled.bake.urgent.rollout, "try_preview", lambda *_: here)
+    monkeypatch.setattr(misled.bake, "settings", replace(misled.bake.settings, rollout_timeout=20))
+    misled.run()
+    assert misled.bake.look.preview == here
+    assert misled.reported == []
+
+
+@pytest.mark.parametrize("failed", ["someone-else's", "not-answered"])
+def test_a_preview_service_that_cannot_be_repaired_ends_no_bake_and_hides_no_pods(
+    misled: Baking, monkeypatch: pytest.MonkeyPatch, failed: str
+) -> None:
+    tries = []
+
+    def fail(*_: Any) -> None:
+        tries.append(misled.bake.look.read_at)
+        if failed == "not-answered":
+            refuse()
+        raise hook.StageError(hook.Reason.ADOPTION_REFUSED, "it belongs to someone else")
+
+    def give_up(*_: Any, **__: Any) -> None:
+        raise hook.StageError(hook.Reason.UNJUDGED, "it could not be judged")
+
+    monkeypatch.setattr(hook, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(misled.bake.urgent.rollout, "try_preview", fail)
+    monkeypatch.setattr(misled.traffic, "compare_versions", give_up)
+    with pytest.raises(hook.StageError, match="it could not be judged"):
+        misled.run()
+    assert misled.bake.look.read_at >= tries[-1] > tries[0], "pods are read in between"
+
+
+def test_a_preview_service_is_not_suspected_while_pods_are_taken_away(
+    misled: Baking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def give_up(*_: Any, **__: Any) -> None:
+        raise hook.StageError(hook.Reason.UNJUDGED, "it could not be judged")
+
+    monkeypatch.setattr(hook, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(misled.bake.urgent.workloads, "size", lambda *_: 3)
+    monkeypatch.setattr(misled.bake.urgent.rollout, "try_preview", lambda *_: tries.append(1))
+    monkeypatch.setattr(misled.traffic, "compare_versions", give_up)
+    with pytest.raises(hook.StageError, match="it could not be judged"):
+        misled.run()
+    assert misled.bake.excused
+    assert tries == []
 
 
 def must_not_be_called(*_: Any) -> None:

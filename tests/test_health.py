@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,10 @@ from tests.test_app_manifests import WEB, app_of, changed, fault, pod, released
 from tests.test_deploy_parts import (
     OK,
     SLOW,
-    a_release,
     answering,
     history,
     ready_pod,
     take_back,
-    task,
-    two_pods,
 )
 
 Object = dict[str, Any]
@@ -450,19 +448,11 @@ def test_pods_are_asked_as_their_release_says_whatever_was_added_to_them(
 # A bake whose Service does not lead to the port of management.
 
 
-def test_a_bake_asks_the_pods_in_turn_where_the_service_leads_to_another_port(
-    tmp_path: Path,
-) -> None:
+def test_a_bake_asks_the_pods_in_turn_where_the_service_leads_to_another_port() -> None:
     with answering([b"HTTP/1.1 503 Busy\r\n\r\n"]) as sick, answering([OK + b"\r\n"]) as well:
-        made = history(tmp_path, two_pods(1), two_pods(1))
-        pods = hook.Informer(made.doors.kubectl, "pods", "production", hook.Pod, "")
-        release = a_release({"metadata": {}, "spec": {"replicas": 2}})
-        bake = hook.Bake(made.steady, made.urgent, task(), release, pods)
-        bake.look = hook.BakeLook(checks=(here(sick), here(well)))
         through = hook.HealthCheck(host="127.0.0.1", port=well)
-        answers = []
-        for asked in range(4):
-            bake.checks = hook.HealthChecks(asked=asked)
-            answers.append(bake.refusal_of_a_pod(through))
+        look = hook.BakeLook(checks=(here(sick), here(well)), preview=through)
+        answers = [hook.refusal_of_a_pod(look, asked) for asked in range(4)]
         assert answers == ["status 503", None] * 2
-        assert bake.refusal_of_a_pod(here(well)) is None, "the Service leads to it"
+        led = replace(look, preview=here(well))
+        assert hook.refusal_of_a_pod(led, 0) is None, "the Service leads to it"

@@ -55,7 +55,7 @@ APPS: dict[str, Object] = {
     name: {"health": {"successes": 2, "timeout": "3s"}, "bake": "2s"}
     for name in ("host", "managed", "encrypted", "tcp", "exec", "grpc", "none", "paths")
 }
-for name in ("managed", "paths"):
+for name in ("managed", "none", "paths"):
     APPS[name]["bake"] = "5s"
 APPS["overridden"] = {"health": {"path": "/healthz", "port": 9090, "successes": 2, "timeout": "3s"}}
 ADMIN = {"name": "admin", "containerPort": 9090}
@@ -190,3 +190,15 @@ def test_each_version_is_asked_as_its_own_probe_says(apps: Fleet) -> None:
     assert (ended["outcome"], ended["reason"]) == ("switched-back", "UnhealthyAfterSwitch")
     assert "/two failed 3 times in a row" in ended["detail"]
     eventually(lambda: paths.selector["version"] == "blue", 10, "the version before is live")
+
+
+def test_a_version_whose_preview_service_is_deleted_in_its_bake_is_confirmed_all_the_same(
+    apps: Fleet, first: dict[str, str]
+) -> None:
+    without = deployed_first(apps, first, "none")
+    run = without.go("v2", modes="deaf", change=CHANGES["none"])
+    with apps.held("list", "endpointslices"):  # what the bake asks for next
+        apps.kubectl("delete", "-n", without.namespace, "service", "none-preview")
+    assert apps.ended(run, PATIENCE)["outcome"] == "deployed"
+    preview = apps.kubectl("get", "-n", without.namespace, "service", "none-preview", "-o", "name")
+    assert preview.out.strip() == "service/none-preview"
