@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import gitops_hook as hook
 from tests.fleet import Fleet, Member, fleet, variable
 from tests.services import Change
 from tests.world import Object, eventually
@@ -99,12 +100,7 @@ def working(app: Member, name: str = "worker") -> list[str]:
     pods = app.fleet.cluster.store.list("pods", app.namespace)
     own = [p for p in pods if p["metadata"]["labels"].get("app") == label]
     stays = [p for p in own if "deletionTimestamp" not in p["metadata"]]
-    conditions = [{c["type"]: c["status"] for c in p["status"]["conditions"]} for p in stays]
-    return [
-        variable(pod, "VERSION")
-        for pod, c in zip(stays, conditions, strict=True)
-        if c.get("Ready") == "True"
-    ]
+    return [variable(pod, "VERSION") for pod in stays if hook.Pod(pod).ready]
 
 
 def works(app: Member, version: str) -> None:
