@@ -9764,7 +9764,7 @@ class SelectorGuard:
         return self.require_selected_history(task, self.live.read(task))
 
     def require_selected_history(self, task: Task, service: Service | None) -> Service:
-        """Return the live Service, with its history, while it selects the run; raises else."""
+        """Return a live Service that was read, as `read_selected` does."""
         service = self.require_selected(task, service)
         if not service.live:
             self.repair(task)
@@ -10492,7 +10492,7 @@ class Rollout:
     ) -> HealthCheck:
         """Ask the new pods, and the preview Service, too; raises StageError SmokeFailed.
 
-        Returns how the preview Service was asked last, when it answered as healthy.
+        The check of the preview Service that passed last is returned.
         """
         clock = self.doors.clock
         health = task.app.deploy.health
@@ -10527,7 +10527,7 @@ class Rollout:
         return self.try_preview(task, release)
 
     def try_preview(self, task: Task, release: Release) -> HealthCheck:
-        """Do the same once, whether or not it is answered."""
+        """Do that in one try; raises KubectlError where the API server does not answer."""
         name = f"{task.app.name}-preview"
         ports = ports_like(release.ports)
         service = self.kubectl.get("service", name, task.namespace)
@@ -11965,13 +11965,13 @@ class Bake:
 
 
 def refusal_of_a_pod(look: BakeLook, asked: int) -> str | None:
-    """Return why the next pod is not healthy, where the preview does not lead to what is asked.
+    """Return why a pod is not healthy, where its preview Service does not lead to the port asked.
 
-    One after the other, as a Service would lead to them, after so many that were asked.
+    The pods take turns, as they would behind a Service: `asked` counts the checks until now.
     """
     checks = look.checks
-    led = look.preview is not None and look.preview.path
-    if led or not (checks and checks[0].path):
+    is_led_there = look.preview is not None and look.preview.path
+    if is_led_there or not (checks and checks[0].path):
         return None
     return health_refusal(checks[asked % len(checks)])
 
