@@ -1440,6 +1440,7 @@ GITLAB_TOKENS = "gitlab-token"
 SECRET_FILES = (SIGNING_TOKENS, PLAIN_TOKENS, GIT_CREDENTIALS, GITLAB_TOKENS)
 SECRET_OF_MODE = {"signature": SIGNING_TOKENS, "token": PLAIN_TOKENS, "hmac": PLAIN_TOKENS}
 KEY_BYTES = 32  # of a decoded signing token
+WORDS_SECONDS = 1.0  # after which a secret that nobody has used yet is masked, too
 
 
 class Secrets:
@@ -1449,9 +1450,10 @@ class Secrets:
         self.directory = directory
         # each delivery asks for the state of all files, and to put a path together takes longer
         self._paths = {name: directory / name for name in SECRET_FILES}
-        # what was read or computed last, by what it was made of
+        # what was read last, by the state of the file
         self._files: dict[str, dict[tuple[int, int, int], list[bytes]]] = {}
-        self._words: dict[tuple[bytes, ...], list[str]] = {}
+        self._words: list[str] = []
+        self._words_until = 0.0  # when the files are looked at again for them
 
     def keys(self, mode: str) -> list[bytes]:
         """Return the keys to verify deliveries with; raises ConfigError if one is unusable."""
@@ -1469,13 +1471,17 @@ class Secrets:
         return masked
 
     def words(self) -> list[str]:
-        """Return what `mask_value` is not to show: every secret, and the passwords in URLs."""
-        lines = tuple(line for name in SECRET_FILES for line in self.lines(name))
-        words = self._words.get(lines)
-        if words is None:
-            words = secret_words(line.decode("utf-8", "replace") for line in lines)
-            self._words = {lines: words}
-        return words
+        """Return what `mask_value` is not to show: every secret, and the passwords in URLs.
+
+        A new secret is among them once it is read for any use, and a second later at the latest:
+        every line of the log asks, and to look at the files each time would take longer than it.
+        """
+        now = time.monotonic()
+        if now >= self._words_until or not self._words:
+            self._words_until = now + WORDS_SECONDS  # first, so that a file read meanwhile counts
+            lines = [line for name in SECRET_FILES for line in self.lines(name)]
+            self._words = secret_words(line.decode("utf-8", "replace") for line in lines)
+        return self._words
 
     def lines(self, name: str) -> list[bytes]:
         """Return the secrets in a file, without white space around them; none if it is absent."""
@@ -1489,6 +1495,7 @@ class Secrets:
                 lines = [line.strip(b" \t\r") for line in path.read_bytes().split(b"\n")]
                 lines = [line for line in lines if line]
                 self._files[name] = {state: lines}
+                self._words_until = 0.0
         except OSError:
             return []
         return lines
@@ -1976,13 +1983,8 @@ class Spool:
             self._of_apps.update(run.app for run in paths.values())
         try:
             for path, run in paths.items():
-                part = Path(f"{path}.tmp")
-                with part.open("xb") as file:
-                    record = {each.name: getattr(run, each.name) for each in fields(run)}
-                    file.write(json.dumps(record).encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                part.rename(path)
+                record = {each.name: getattr(run, each.name) for each in fields(run)}
+                write_durably(path, json.dumps(record).encode())
             os.fsync(self._folder)
         except OSError as refused:
             for path in paths:
@@ -2117,6 +2119,22 @@ class Accepted:
             os.close(self.handle)
         self.handle = handle
         self._lines = len(self.times)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file under another name, sync it and give it its name; raises OSError.
+
+    Whoever has a request answered waits for this, and a file object would take three calls more.
+    """
+    part = Path(f"{path}.tmp")
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        while content:
+            content = content[os.write(handle, content) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    part.rename(path)
 
 
 def read_plain(path: Path) -> bytes:
