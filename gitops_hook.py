@@ -7769,20 +7769,21 @@ def parse_record(kind: type[Record], text: Any, **more: Any) -> Record:
     hints = RECORD_TYPES[kind]
     values = {k: v for k, v in {**json.loads(text), **more}.items() if k in hints}
     for name, value in values.items():
-        number = type(value) in (int, float) and math.isfinite(value)
-        fits = {float: number, int: type(value) is int, str: type(value) is str}
-        if not fits[hints[name]]:
+        number = hints[name] is float and type(value) in (int, float) and math.isfinite(value)
+        if not (number or (type(value) is hints[name] and hints[name] is not float)):
             raise ValueError(f"{name} has another type")
     return kind(**values)
 
 
 def record_text(record: AnyRecord) -> str:
     """Return a record as it is stored, its detail cut until it has the size of one."""
-    content = {f.name: getattr(record, f.name) for f in fields(record)} | {"v": RECORD_VERSION}
-    kept = {k: v for k, v in content.items() if v not in ("", 0) and k != "id"}
-    while len(json.dumps(kept, ensure_ascii=False).encode()) > RECORD_BYTES and kept.get("detail"):
+    content = {name: getattr(record, name) for name in RECORD_TYPES[type(record)] if name != "id"}
+    kept = {k: v for k, v in {**content, "v": RECORD_VERSION}.items() if v not in ("", 0)}
+    text = json.dumps(kept, ensure_ascii=False)
+    while len(text.encode()) > RECORD_BYTES and kept.get("detail"):
         kept["detail"] = shortened(kept["detail"])
-    return json.dumps(kept, ensure_ascii=False)
+        text = json.dumps(kept, ensure_ascii=False)
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -7837,6 +7838,19 @@ class AppState:
             old = migrated(app, text)
             if old and self.runs.setdefault(old.id, old) is old:
                 self.repairs[old.key] = record_text(old)
+
+    def changed(self, app: App, data: Mapping[str, str | None]) -> AppState:
+        """Return its runs, rejections and statuses after a change by key; None removes an entry."""
+        state = AppState(runs={**self.runs}, rejected={**self.rejected}, statuses={**self.statuses})
+        kinds: dict[str, dict[str, Any]] = {"run": state.runs, "rejected": state.rejected}
+        kinds["statuses"] = state.statuses
+        for key, text in data.items():
+            kind, _, name = key.partition("-")
+            if kind in kinds:
+                kinds[kind].pop(name, None)
+                if text is not None:
+                    state._take(app, key, text)
+        return state
 
     def companions_in(self, environment: str) -> dict[Identity, CompanionRecord]:
         """Return the companions that stand in an environment, or may, by identity."""
@@ -7975,12 +7989,8 @@ class StateStore:
         """Merge a change into the ConfigMap that a state was read from, or create it."""
         name = f"{MANAGER}-{app.name}"
         data = {**state.repairs, **change}
-        records: list[AnyRecord] = [*state.runs.values(), *state.rejected.values()]
-        records += state.statuses.values()
-        texts = {record.key: record_text(record) for record in records}
-        after = {k: v for k, v in {**texts, **data}.items() if v is not None}
-        merged = AppState.from_configmap(app, {"data": after})
-        data |= dict.fromkeys(forgotten(merged, app.deploy_ref, with_job))
+        after = state.changed(app, data)
+        data |= dict.fromkeys(forgotten(after, app.deploy_ref, with_job))
         if not data:
             return
         if state.version:
