@@ -888,22 +888,51 @@ def test_every_text_within_a_value_is_masked_and_the_rest_is_left(secrets: hook.
     assert masked == {"a": ["token=***", 5, None, True, 1.5], "b": {"c": ["***", "/x"]}}
 
 
-def test_a_secret_that_changes_is_masked_at_once(secrets: hook.Secrets) -> None:
-    assert secrets.mask("zebra stripes") == "zebra stripes"
+class Later:
+    """A monotonic clock that goes on when it is told so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+def test_a_secret_that_changes_is_masked_a_second_later(
+    secrets: hook.Secrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Later(monkeypatch)
+
+    def masked(text: str) -> str:
+        clock.now += hook.WORDS_SECONDS
+        return secrets.mask(text)
+
+    assert masked("zebra stripes") == "zebra stripes"
     write(secrets, "webhook-tokens", "zebra\n")
-    assert secrets.mask("zebra stripes") == "*** stripes"
+    assert masked("zebra stripes") == "*** stripes"
     # as a kubelet does it: a link is put in the place of another
     for folder, content in (("one", "zebra"), ("two", "other")):
         (secrets.directory / folder).mkdir()
         (secrets.directory / folder / "webhook-tokens").write_text(content)
     (secrets.directory / "webhook-tokens").unlink()
     (secrets.directory / "webhook-tokens").symlink_to("..data/webhook-tokens")
-    for folder, masked in (("one", "*** other"), ("two", "zebra ***")):
+    for folder, expected in (("one", "*** other"), ("two", "zebra ***")):
         (secrets.directory / "next").symlink_to(folder)
         (secrets.directory / "next").rename(secrets.directory / "..data")
-        assert secrets.mask("zebra other") == masked
+        assert masked("zebra other") == expected
     (secrets.directory / "webhook-tokens").unlink()
-    assert secrets.mask("zebra other") == "zebra other"
+    assert masked("zebra other") == "zebra other"
+
+
+def test_a_new_secret_is_masked_at_once_where_it_is_used(
+    secrets: hook.Secrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Later(monkeypatch)  # which stands still
+    write(secrets, "webhook-tokens", "zebra\n")
+    for _ in range(2):  # the first reads the file anew
+        assert secrets.mask("zebra stripes other") == "*** stripes other"
+    write(secrets, "webhook-tokens", "stripes\n")
+    assert secrets.mask("zebra stripes other") == "*** stripes other"
+    assert secrets.keys("token") == [b"stripes"]
+    assert secrets.mask("zebra stripes other") == "zebra *** other"
 
 
 def test_the_value_of_a_variable_is_masked_by_its_name(secrets: hook.Secrets) -> None:

@@ -256,7 +256,16 @@ def test_pushes_that_could_not_be_written_are_no_part_of_a_share(
     spool.store([run(1)], only_tested=True)
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_push_that_the_disk_takes_in_pieces_is_stored_as_a_whole(
+    spool: hook.Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda handle, content: real(handle, content[:10]))
+    spool.store([run(1)])
+    assert [stored for _, stored in spool.read()] == [run(1)]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
 def test_a_disk_that_refuses_leaves_nothing_behind_and_no_count(
     spool: hook.Spool, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
