@@ -2142,8 +2142,11 @@ def read_plain(path: Path) -> bytes:
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError("not a plain file")
     # not blocking: what has taken the file's place since must not hold the program up either
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
-        return file.read(SPOOL_RECORD + 1)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        return os.read(handle, SPOOL_RECORD + 1)
+    finally:
+        os.close(handle)
 
 
 def parse_run(content: bytes) -> Run:
