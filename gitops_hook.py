@@ -1453,7 +1453,7 @@ class Secrets:
         # what was read last, by the state of the file
         self._files: dict[str, dict[tuple[int, int, int], list[bytes]]] = {}
         self._words: list[str] = []
-        self._words_until = 0.0  # when the files are looked at again for them
+        self._words_until = 0.0  # when the files are looked at again, by the monotonic clock
 
     def keys(self, mode: str) -> list[bytes]:
         """Return the keys to verify deliveries with; raises ConfigError if one is unusable."""
@@ -1473,8 +1473,8 @@ class Secrets:
     def words(self) -> list[str]:
         """Return what `mask_value` is not to show: every secret, and the passwords in URLs.
 
-        A new secret is among them once it is read for any use, and a second later at the latest:
-        every line of the log asks, and to look at the files each time would take longer than it.
+        Every line of the log needs them, so the files are looked at once in a second. A new secret
+        is among them as soon as it is read for any use, at the latest one second after the change.
         """
         now = time.monotonic()
         if now >= self._words_until or not self._words:
@@ -2124,7 +2124,7 @@ class Accepted:
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file under another name, sync it and give it its name; raises OSError.
 
-    Whoever has a request answered waits for this, and a file object would take three calls more.
+    The answer to a push waits for this, and a file object would take three calls more.
     """
     part = Path(f"{path}.tmp")
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -7772,8 +7772,10 @@ def parse_record(kind: type[Record], text: Any, **more: Any) -> Record:
     hints = RECORD_TYPES[kind]
     values = {k: v for k, v in {**json.loads(text), **more}.items() if k in hints}
     for name, value in values.items():
-        number = hints[name] is float and type(value) in (int, float) and math.isfinite(value)
-        if not (number or (type(value) is hints[name] and hints[name] is not float)):
+        fits = type(value) is hints[name]
+        if hints[name] is float:
+            fits = type(value) in (int, float) and math.isfinite(value)
+        if not fits:
             raise ValueError(f"{name} has another type")
     return kind(**values)
 
@@ -7808,16 +7810,20 @@ class AppState:
         """Return what a ConfigMap records; what cannot be read is dropped, with an error."""
         meta = (configmap or {}).get("metadata") or {}
         state = cls(str(meta.get("resourceVersion", "")))
+        state._take_all(app, (configmap or {}).get("data") or {})
+        return state
+
+    def _take_all(self, app: App, entries: Mapping[str, Any]) -> None:
+        """Take entries over by key; drop what cannot be read, with an error."""
         dropped = []
-        for key, text in ((configmap or {}).get("data") or {}).items():
+        for key, text in entries.items():
             try:
-                state._take(app, key, text)
+                self._take(app, key, text)
             except SHAPE_ERRORS as wrong:
                 dropped.append(clip(f"{key}: {wrong}", 120))
-                state.repairs[key] = None
+                self.repairs[key] = None
         if dropped:
             error("records dropped", app=app.name, count=len(dropped), detail=dropped[0])
-        return state
 
     def _take(self, app: App, key: str, text: Any) -> None:
         """Take one entry over; raises what reading it raises."""
@@ -7847,12 +7853,11 @@ class AppState:
         state = AppState(runs={**self.runs}, rejected={**self.rejected}, statuses={**self.statuses})
         kinds: dict[str, dict[str, Any]] = {"run": state.runs, "rejected": state.rejected}
         kinds["statuses"] = state.statuses
-        for key, text in data.items():
+        for key in data:
             kind, _, name = key.partition("-")
-            if kind in kinds:
-                kinds[kind].pop(name, None)
-                if text is not None:
-                    state._take(app, key, text)
+            kinds.get(kind, {}).pop(name, None)
+        entries = {k: v for k, v in data.items() if v is not None and k.partition("-")[0] in kinds}
+        state._take_all(app, entries)
         return state
 
     def companions_in(self, environment: str) -> dict[Identity, CompanionRecord]:

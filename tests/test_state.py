@@ -380,6 +380,17 @@ def test_a_ledger_of_version_0_1_that_fills_its_configmap_is_taken_over(shelf: S
     assert len(shelf.data()) == hook.RUNS_LENGTH
 
 
+def test_an_entry_of_version_0_1_that_becomes_too_large_holds_up_no_write(shelf: Shelf) -> None:
+    room = 4 * hook.RECORD_BYTES - len(old_entry(MAIN, "a" * 40, "deployed", by=""))
+    shelf.put("shop", **{"ref-1": old_entry(MAIN, "a" * 40, "deployed", by="x" * room)})
+    store = hook.StateStore(shelf, hook.Clock())
+    [old] = store.read(APP).runs.values()
+    with pytest.raises(ValueError, match="not a text of a record's size"):
+        hook.parse_record(hook.RunRecord, hook.record_text(old), id=old.id)
+    store.reject(APP, "c" * 40, "x")
+    assert [*store.read(APP).rejected] == ["c" * 40]
+
+
 # Finding
 
 
