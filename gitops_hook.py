@@ -1454,6 +1454,8 @@ class Secrets:
         self._files: dict[str, dict[tuple[int, int, int], list[bytes]]] = {}
         self._words: list[str] = []
         self._words_until = 0.0  # when the files are looked at again, by the monotonic clock
+        # by one thread at a time: a slow one would put the words of before over those of now
+        self._looking = threading.RLock()
 
     def keys(self, mode: str) -> list[bytes]:
         """Return the keys to verify deliveries with; raises ConfigError if one is unusable."""
@@ -1476,12 +1478,17 @@ class Secrets:
         Every line of the log needs them, so the files are looked at once in a second. A new secret
         is among them as soon as it is read for any use, at the latest one second after the change.
         """
-        now = time.monotonic()
-        if now >= self._words_until or not self._words:
-            self._words_until = now + WORDS_SECONDS  # first, so that a file read meanwhile counts
-            lines = [line for name in SECRET_FILES for line in self.lines(name)]
-            self._words = secret_words(line.decode("utf-8", "replace") for line in lines)
+        if self._words_are_old():
+            with self._looking:
+                if self._words_are_old():
+                    # first, so that a file which is read meanwhile counts
+                    self._words_until = time.monotonic() + WORDS_SECONDS
+                    lines = [line for name in SECRET_FILES for line in self.lines(name)]
+                    self._words = secret_words(line.decode("utf-8", "replace") for line in lines)
         return self._words
+
+    def _words_are_old(self) -> bool:
+        return time.monotonic() >= self._words_until or not self._words
 
     def lines(self, name: str) -> list[bytes]:
         """Return the secrets in a file, without white space around them; none if it is absent."""
@@ -1497,6 +1504,7 @@ class Secrets:
                 self._files[name] = {state: lines}
                 self._words_until = 0.0
         except OSError:
+            self._files.pop(name, None)  # so that it counts as new when it is back
             return []
         return lines
 
@@ -15574,17 +15582,16 @@ class Tools:
         process = Process.from_environ(environ)
         config = load_config(read_config(process.config, bool(environ.get("GITOPS_HOOK_CONFIG"))))
         metrics = Metrics()
-        secrets = Secrets(process.secrets)
         refs = {(a.repository, a.deploy_ref) for a in config.apps}
         deployed = {url: [ref for u, ref in refs if u == url] for url, _ in refs}
-        credentials = secrets.directory / GIT_CREDENTIALS
+        credentials = process.secrets / GIT_CREDENTIALS
         surroundings = Surroundings(variables=config.job_env, ca=process.ca)
         limit = config.limits.checkout
         git = Git(credentials, limit=limit, deployed_refs=deployed, surroundings=surroundings)
         doors = Doors(
             kubectl=Kubectl(metrics, config.limits.kubectl),
             git=git,
-            secrets=secrets,
+            secrets=git.secrets,  # one for all: what git reads is masked everywhere at once
             clock=Clock(),
             reports=Reports(metrics),
             stop=threading.Event(),
@@ -16371,7 +16378,7 @@ def clone(environ: Mapping[str, str]) -> int:
     try:
         cloner.clone(environ["CLONE_URL"], environ["CLONE_COMMIT"], directory)
     except (GitError, RefusedError) as failure:
-        text = Secrets(git.credentials.parent).mask(str(failure))
+        text = git.secrets.mask(str(failure))
         Path(environ["TERMINATION_LOG"]).write_text(text)
         kind = RefusedError if isinstance(failure, RefusedError) else HookError
         raise kind(text) from failure

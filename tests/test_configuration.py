@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -933,6 +934,80 @@ def test_a_new_secret_is_masked_at_once_where_it_is_used(
     assert secrets.mask("zebra stripes other") == "*** stripes other"
     assert secrets.keys("token") == [b"stripes"]
     assert secrets.mask("zebra stripes other") == "zebra *** other"
+
+
+def test_a_secret_whose_file_was_away_for_a_moment_is_masked_at_once_where_it_is_used(
+    secrets: hook.Secrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Later(monkeypatch)
+    write(secrets, "webhook-tokens", "zebra\n")
+    write(secrets, "gitlab-token", "other\n")
+    path = secrets.directory / "webhook-tokens"
+    assert secrets.mask("zebra other") == "*** ***"
+    path.rename(secrets.directory / "away")
+    clock.now += hook.WORDS_SECONDS
+    assert secrets.mask("zebra other") == "zebra ***"
+    (secrets.directory / "away").rename(path)
+    assert secrets.keys("token") == [b"zebra"]
+    assert secrets.mask("zebra other") == "*** ***"
+
+
+def test_the_login_that_git_reads_is_masked_at_once_wherever_a_person_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Later(monkeypatch)  # which stands still
+    url = "https://127.0.0.1:1/shop.git"
+    config = {"apps": [{"name": "shop", "repository": url, "build": {"image": "r.io/shop"}}]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    environ = {
+        "GITOPS_HOOK_CONFIG": str(tmp_path / "config.yaml"),
+        "GITOPS_HOOK_SECRETS": str(tmp_path),
+    }
+    doors = hook.Tools.load(environ).doors
+    write(doors.secrets, "git-credentials", "https://hook:zebra@127.0.0.1:1\n")
+    assert [doors.secrets.mask("zebra stripes") for _ in range(2)] == ["*** stripes"] * 2
+    write(doors.secrets, "git-credentials", "https://hook:stripes@127.0.0.1:1\n")
+    with pytest.raises(hook.GitError):
+        doors.git.heads(url)
+    assert doors.secrets.mask("zebra stripes") == "zebra ***"
+
+
+class HeldSecrets(hook.Secrets):
+    """Secrets, held in the thread "slow" when it has read the last of the files."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.has_read = threading.Event()
+        self.goes_on = threading.Event()
+
+    def lines(self, name: str) -> list[bytes]:
+        """Return the secrets in a file."""
+        lines = super().lines(name)
+        if threading.current_thread().name == "slow" and name == hook.SECRET_FILES[-1]:
+            self.has_read.set()
+            assert self.goes_on.wait(10)
+        return lines
+
+
+def test_a_thread_that_reads_slowly_does_not_show_a_secret_again_that_another_has_masked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, secrets = Later(monkeypatch), HeldSecrets(tmp_path)
+    write(secrets, "webhook-tokens", "zebra\n")
+    assert [secrets.mask("zebra stripes") for _ in range(2)] == ["*** stripes"] * 2
+    clock.now += hook.WORDS_SECONDS
+    slow = threading.Thread(target=secrets.words, name="slow")
+    quick = threading.Thread(target=secrets.words)
+    slow.start()
+    assert secrets.has_read.wait(10)
+    write(secrets, "webhook-tokens", "stripes\n")
+    assert secrets.keys("token") == [b"stripes"]
+    quick.start()
+    quick.join(0.3)  # it is done by now, or waits for the slow one
+    secrets.goes_on.set()
+    slow.join()
+    quick.join()
+    assert secrets.mask("zebra stripes") == "zebra ***"
 
 
 def test_the_value_of_a_variable_is_masked_by_its_name(secrets: hook.Secrets) -> None:
