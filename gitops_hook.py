@@ -2147,14 +2147,20 @@ def write_durably(path: Path, content: bytes) -> None:
 
 def read_plain(path: Path) -> bytes:
     """Return what a stored push may hold; ValueError for a link, a pipe, a folder or the like."""
-    if not stat.S_ISREG(path.lstat().st_mode):
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a plain file")
+    size = min(status.st_size, SPOOL_RECORD + 1)
+    content = b""
     # not blocking: what has taken the file's place since must not hold the program up either
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     try:
-        return os.read(handle, SPOOL_RECORD + 1)
+        # a failing disk gives what it has read first, and its error only at the next call
+        while len(content) < size and (part := os.read(handle, size - len(content))):
+            content += part
     finally:
         os.close(handle)
+    return content
 
 
 def parse_run(content: bytes) -> Run:

@@ -265,6 +265,32 @@ def test_a_push_that_the_disk_takes_in_pieces_is_stored_as_a_whole(
     assert [stored for _, stored in spool.read()] == [run(1)]
 
 
+def test_a_push_that_the_disk_gives_in_pieces_is_read_as_a_whole(
+    spool: hook.Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool.store([run(1)])
+    real = os.read
+    monkeypatch.setattr(os, "read", lambda handle, size: real(handle, min(size, 10)))
+    assert [stored for _, stored in spool.read()] == [run(1)]
+
+
+def test_a_push_of_which_the_disk_gives_a_part_only_stays_until_it_can_be_read(
+    spool: hook.Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool.store([run(1)])
+    real, calls = os.read, iter([False, True])
+
+    def failing(handle: int, size: int) -> bytes:
+        if next(calls, False):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(handle, min(size, 10))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "read", failing)
+        assert spool.read() == []
+    assert [stored for _, stored in spool.read()] == [run(1)]
+
+
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])
 def test_a_disk_that_refuses_leaves_nothing_behind_and_no_count(
     spool: hook.Spool, monkeypatch: pytest.MonkeyPatch, call: str
