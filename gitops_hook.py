@@ -7776,6 +7776,7 @@ def identity_of(item: Object) -> Identity:
 
 AnyRecord = RunRecord | Rejection | StatusRecord | CompanionRecord
 Record = TypeVar("Record", RunRecord, Rejection, StatusRecord, CompanionRecord)
+LARGEST_NUMBER = 2**53  # in a record; whole numbers above it are not exact as a float
 RECORD_TYPES = {kind: get_type_hints(kind) for kind in typing.get_args(AnyRecord)}
 
 
@@ -7786,11 +7787,11 @@ def parse_record(kind: type[Record], text: Any, **more: Any) -> Record:
     hints = RECORD_TYPES[kind]
     values = {k: v for k, v in {**json.loads(text), **more}.items() if k in hints}
     for name, value in values.items():
-        fits = type(value) is hints[name]
-        if hints[name] is float:
-            fits = type(value) in (int, float) and math.isfinite(value)
-        if not fits:
+        if type(value) is not hints[name] and (hints[name], type(value)) != (float, int):
             raise ValueError(f"{name} has another type")
+        # the comparison is false for NaN, too
+        if isinstance(value, (int, float)) and not abs(value) < LARGEST_NUMBER:
+            raise ValueError(f"{name} is out of range")
     return kind(**values)
 
 

