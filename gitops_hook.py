@@ -1454,7 +1454,7 @@ class Secrets:
         self._files: dict[str, dict[tuple[int, int, int], list[bytes]]] = {}
         self._words: list[str] = []
         self._words_until = 0.0  # when the files are looked at again, by the monotonic clock
-        # by one thread at a time: a slow one would put the words of before over those of now
+        # held while words are read, so that a slow thread does not replace newer ones with older
         self._looking = threading.RLock()
 
     def keys(self, mode: str) -> list[bytes]:
