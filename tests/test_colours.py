@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.fleet import Fleet, Member, fleet
+from tests.fleet import Fleet, Member, Traffic, fleet
 from tests.world import Object, eventually
 
 COLOUR = "gitops-hook/colour"
@@ -17,7 +17,7 @@ OWN = "gitops-hook/app"
 def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Applications on one cluster, none of them deployed yet."""
     settings: Object = {"bake": "1s", "rollout_timeout": "20s"}
-    names = {"meshed": settings, "failing": settings}
+    names = {"meshed": settings, "returning": settings, "failing": settings}
     with fleet(tmp_path_factory.mktemp("colours"), names) as made:
         yield made
 
@@ -40,6 +40,11 @@ def deploy(app: Member, version: str, *, label: str = "", **content: str) -> Obj
         app.quiet()
     assert traffic.failures == []
     return ended
+
+
+def answers_with(traffic: Traffic, version: str) -> None:
+    """Wait until the visitors get a version."""
+    eventually(lambda: traffic.versions[-1:] == [version], 20, f"{version} answers")
 
 
 def colour_labels(app: Member, colour: str) -> Object:
@@ -68,26 +73,24 @@ def test_a_commit_that_adds_the_label_and_one_that_drops_it_are_deployed(apps: F
     assert app.answer()["version"] == "v4"
 
 
-@pytest.mark.parametrize(
-    ("version", "labels"),
-    [
-        ("v3", {OWN: "meshed", COLOUR: "blue"}),  # it stands there
-        ("v1", {OWN: "meshed", "version": "green"}),  # in the colour that is idle by now
-        ("v2", {OWN: "meshed", COLOUR: "blue"}),
-    ],
-)
-def test_a_rollback_goes_to_versions_of_both_forms(
-    apps: Fleet, version: str, labels: Object
-) -> None:
-    app = apps["meshed"]
+def test_a_rollback_goes_to_versions_of_both_forms(apps: Fleet) -> None:
+    app = apps["returning"]
+    for version, label in (("v1", ""), ("v2", "mesh-2"), ("v3", "mesh-3"), ("v4", "")):
+        change = labelled(label) if label else None
+        assert app.deployed(version, change=change)["outcome"] == "deployed"
     runs = [entry["run"] for entry in reversed(app.note("history"))]
-    run = dict(zip(["v1", "v2", "v3", "v4"], dict.fromkeys(runs), strict=True))[version]
-    with app.traffic() as traffic:
-        done = apps.command("rollback", "meshed", "--to", run)
-        assert done.returncode == 0, done
-        eventually(lambda: traffic.versions[-1:] == [version], 20, f"{version} answers")
-    assert traffic.failures == []
-    assert live_labels(app) == labels
+    run = dict(zip(["v1", "v2", "v3", "v4"], dict.fromkeys(runs), strict=True))
+    for version, labels in (
+        ("v3", {OWN: "returning", COLOUR: "blue"}),  # it stands there
+        ("v1", {OWN: "returning", "version": "green"}),  # in the colour that is idle by now
+        ("v2", {OWN: "returning", COLOUR: "blue"}),
+    ):
+        with app.traffic() as traffic:
+            done = apps.command("rollback", app.name, "--to", run[version])
+            assert done.returncode == 0, done
+            answers_with(traffic, version)
+        assert traffic.failures == []
+        assert live_labels(app) == labels
 
 
 def test_a_failed_deployment_of_the_other_form_gives_the_colour_back(apps: Fleet) -> None:
