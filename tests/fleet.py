@@ -396,12 +396,15 @@ class Fleet(World):
         return self.cluster.faults.add(Fault(action, verb, resource, user=DAEMON, **more))
 
     @contextmanager
-    def held(self, verb: str, resource: str, **more: Any) -> Iterator[None]:
-        """Hold the daemon in one call, from when it makes it until the block ends."""
+    def held(self, verb: str, resource: str, **more: Any) -> Iterator[Callable[[], bool]]:
+        """Hold the daemon in one call, from when it makes it until the block ends.
+
+        What the block gets tells whether the call is still held: kubectl gives up after 30 s.
+        """
         fault = self.fault("hang", verb, resource, **more)
         try:
             eventually(lambda: self.cluster.faults.holds(fault), 40, f"the daemon meets {fault}")
-            yield
+            yield lambda: self.cluster.faults.holds(fault)
         finally:
             self.cluster.faults.lift(fault)
 

@@ -23,6 +23,7 @@ APPS: dict[str, Object] = {
     "again": {"bake": "3s"},
     "broken": {"bake": "3s"},
     "quick": {"rollout_timeout": "5s"},
+    "hasty": {"rollout_timeout": "60s"},
     "forth": {"bake": "1s", "rollout_timeout": "5s"},
     "slow": {"bake": "20s"},
     "further": {"bake": "8s"},
@@ -435,6 +436,27 @@ def test_rollback_right_after_a_failed_deployment_switches_first_and_puts_the_ta
     assert (traffic.failures, traffic.versions[-1]) == ([], old)
     assert live.ended(run)["reason"] == "NeverReady"
     quick.quiet()
+
+
+def test_rollback_while_its_target_is_overwritten_switches_before_it_puts_the_target_back(
+    live: Fleet,
+) -> None:
+    hasty = live["hasty"]
+    target = hasty.selector
+    assert hasty.deployed("v2")["outcome"] == "deployed"
+    hasty.quiet()
+    run = hasty.go("v3", modes="never-ready")
+    eventually(lambda: hasty.pods("v3"), 30, "it is being rolled out over the target")
+    with hasty.traffic() as traffic:
+        asked = threading.Thread(target=live.command, args=("rollback", "hasty"))
+        asked.start()
+        with live.held("update", "deployments", name=f"hasty-{target['version']}") as held:
+            eventually(lambda: hasty.selector == target, 20, "traffic goes back")
+            assert held()  # nobody waited for the call to end
+        asked.join(30)
+        hasty.stands(target["version"], "v1")
+    assert (traffic.failures, traffic.versions) == ([], ["v2", "v1"])
+    assert live.ended(run)["reason"] == "ClaimLost"
 
 
 def recorded(live: Fleet, app: str) -> Object:
