@@ -505,25 +505,25 @@ def test_two_branches_whose_short_ids_are_equal_are_both_tested(crowd: Fleet) ->
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"], ids=ascii)
 def test_a_branch_that_only_looks_like_the_deployed_one_is_never_deployed(
-    apps: Fleet, mark: str
+    crowd: Fleet, mark: str
 ) -> None:
-    poll = apps["poll"]
+    calm = crowd["calm"]
     name = f"main{mark}x"
-    good = poll.release("good")
-    evil = poll.release("evil", branch=name)
-    answer = apps.deliver(poll.repository.bare, f"refs/heads/{name}", evil)
+    good = calm.release("good")
+    evil = calm.release("evil", branch=name)
+    answer = crowd.deliver(calm.repository.bare, f"refs/heads/{name}", evil)
     assert (answer.status_code, answer.json()["reason"]) == (200, "OtherRef")
-    run = poll.push(good)
-    assert apps.ended(run)["outcome"] == "deployed"
-    assert apps.stop() == 0
-    apps.start()
-    eventually(lambda: apps.said("ignored branches with unsupported names"), 20)
-    poll.repository.git("checkout", "-q", "main")
-    assert poll.deployed("better")["outcome"] == "deployed"
-    commits = {j["metadata"]["annotations"]["gitops-hook/commit"] for j in apps.jobs().values()}
+    run = calm.push(good)
+    assert crowd.ended(run)["outcome"] == "deployed"
+    assert crowd.stop() == 0
+    crowd.start()
+    eventually(lambda: crowd.said("ignored branches with unsupported names"), 20)
+    calm.repository.git("checkout", "-q", "main")
+    assert calm.deployed("better")["outcome"] == "deployed"
+    commits = {j["metadata"]["annotations"]["gitops-hook/commit"] for j in crowd.jobs().values()}
     assert good in commits
     assert evil not in commits
-    poll.repository.git("push", "-q", "origin", f":{name}")
+    calm.repository.git("push", "-q", "origin", f":{name}")
 
 
 # Killed.
