@@ -453,6 +453,26 @@ def test_an_app_is_deployed_while_another_ones_test_branches_are_pushed_all_the_
         flooding.result(30)
 
 
+def test_the_only_slot_goes_to_a_deploy_branch_before_another_apps_newer_test_branches(
+    tmp_path: Path,
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    named: dict[str, Object] = {"flood": {"test": gate.command}, "calm": {"bake": "1s"}}
+    with fleet(tmp_path / "fleet", named, limits={"max_running": 1}) as apps:
+        announce(apps, "flood", "refs/heads/f0", f"{1:040x}")
+        eventually(lambda: apps.cluster.store.list("pods", "test"), what="the only slot is taken")
+        run = apps["calm"].go("v1")
+        for number in range(1, 21):
+            announce(apps, "flood", f"refs/heads/f{number}", f"{number + 1:040x}")
+        eventually(lambda: len(apps.jobs()) == 22, what="all are queued")
+        assert not unsuspended(apps, run)
+        gate.open()
+        assert apps.ended(run)["outcome"] == "deployed"
+        waiting = [name for name, one in apps.jobs().items() if one["spec"].get("suspend")]
+        assert len(waiting) >= 19
+        assert not [name for name in waiting if "flood" not in name]
+
+
 def test_200_branches_with_long_names_stop_no_other_app_also_after_a_restart(crowd: Fleet) -> None:
     for number in range(200):
         announce(crowd, "flood", f"refs/heads/{LONG * 480}{number:06}", "a" * 40)
@@ -512,9 +532,9 @@ def test_a_branch_that_only_looks_like_the_deployed_one_is_never_deployed(
     good = calm.release("good")
     evil = calm.release("evil", branch=name)
     answer = crowd.deliver(calm.repository.bare, f"refs/heads/{name}", evil)
-    assert (answer.status_code, answer.json()["reason"]) == (200, "OtherRef")
     run = calm.push(good)
     assert crowd.ended(run)["outcome"] == "deployed"
+    assert (answer.status_code, answer.json()["reason"]) == (200, "OtherRef")
     assert crowd.stop() == 0
     crowd.start()
     eventually(lambda: crowd.said("ignored branches with unsupported names"), 20)
