@@ -567,6 +567,15 @@ def test_the_daemon_starts_without_cluster_and_kubectl_and_says_what_it_waits_fo
     assert "kubectl" in line["detail"]
 
 
+def test_a_pipe_among_the_stored_pushes_does_not_keep_the_daemon_from_starting(
+    place: Place,
+) -> None:
+    place.spool.mkdir()
+    os.mkfifo(place.spool / "00-x.json")
+    daemon = place.serve()
+    assert deliver(daemon, seconds=GITLAB_WAITS).status_code == 202
+
+
 # The daemon among strangers
 
 FORGED = b"POST /webhook HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

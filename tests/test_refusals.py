@@ -12,6 +12,19 @@ from tests.world import Object, eventually
 
 NAMES = ("ten", "killed", "gitless", "twice", "branch")
 BOTH = ["staging", "production"]
+PODS = ("Deployment", "spec", "template", "spec")
+TOKEN_OF_POD: Object = {"sources": [{"serviceAccountToken": {"path": "token"}}]}
+OWNER = {"apiVersion": "v1", "kind": "Pod", "name": "of-others", "uid": "of-others"}
+# What a deploy commit could do to others, by the application that tries it: where, and with what.
+HARMFUL: dict[str, tuple[Sequence[str], Object]] = {
+    "addresses": (("Service", "spec"), {"externalIPs": ["10.0.0.1"]}),
+    "not-ready": (("Service", "spec"), {"publishNotReadyAddresses": True}),
+    "owners": (("Deployment", "spec", "template", "metadata"), {"ownerReferences": [OWNER]}),
+    "finalizers": (("Deployment", "spec", "template", "metadata"), {"finalizers": ["x.io/y"]}),
+    "node": (PODS, {"nodeName": "node-1"}),
+    "priority": (PODS, {"priorityClassName": "system-cluster-critical"}),
+    "token": (PODS, {"volumes": [{"name": "token", "projected": TOKEN_OF_POD}]}),
+}
 TEN_FAULTS = (
     "staging: deploy/app.yaml: Service ten: metadata.namespace is not 'staging'",
     "production: deploy/app.yaml: Deployment ten: metadata.namespace is not 'production'",
@@ -39,6 +52,8 @@ def apps(tmp_path_factory: pytest.TempPathFactory, gates: dict[str, Gate]) -> It
     plain: Object = {"bake": "1s", "environments": BOTH}
     named = {name: {**plain, "test": gate.command} for name, gate in gates.items()}
     named["quick"] = plain
+    named |= {name: {**plain, "environments": ["production"]} for name in HARMFUL}
+    named["quotes"] = {**plain, "environments": ["production"]}
     with fleet(tmp_path_factory.mktemp("refusals"), named) as running:
         yield running
 
@@ -215,3 +230,45 @@ def test_the_manifests_of_a_branch_that_is_only_tested_are_not_read(
     run = apps["branch"].go("v1", branch="feature/x", change=one_fault)
     gates["branch"].open()
     assert apps.ended(run, 60)["outcome"] == "tested"
+
+
+# What a deploy commit could do to others.
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_a_first_deployment_that_could_harm_others_is_refused_and_makes_nothing(
+    apps: Fleet, name: str
+) -> None:
+    def harm(objects: dict[str, Object]) -> None:
+        path, fields = HARMFUL[name]
+        place: Object = objects
+        for key in path:
+            place = place[key]
+        place |= fields
+
+    line = apps[name].deployed("v1", change=harm)
+    assert (line["outcome"], line["reason"]) == ("failed", "ManifestRefused"), line
+    assert not apps[name].leftovers()
+
+
+def test_an_invalid_manifest_that_quotes_an_outage_is_red_and_its_correction_deployed(
+    apps: Fleet,
+) -> None:
+    def quote(objects: dict[str, Object]) -> None:
+        labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
+        labels["why"] = "dial tcp 10.0.0.1:443: connect: connection refused"
+
+    quotes = apps["quotes"]
+    line = quotes.deployed("v1", change=quote)
+    assert line["outcome"] == "failed", line
+    assert quotes.deployed("v2")["outcome"] == "deployed"
+
+
+def test_every_container_of_a_test_has_a_limit_of_disk(apps: Fleet) -> None:
+    run = apps["quick"].go("disk", branch="disk")
+    eventually(lambda: f"test-{run}" in apps.jobs(), what="its Job is there")
+    pod = apps.jobs()[f"test-{run}"]["spec"]["template"]["spec"]
+    containers = [*pod.get("initContainers", ()), *pod["containers"]]
+    limits = [container["resources"].get("limits", {}) for container in containers]
+    assert all("ephemeral-storage" in limit for limit in limits), limits
+    assert apps.ended(run)["outcome"] == "tested"
