@@ -84,6 +84,7 @@ def test_a_namespace_of_others_is_refused_before_anything_is_applied(desk: Desk,
     desk.namespace(name)
     version = desk.store.version
     done = desk.make("apply")
+    assert desk.store.version == version, done
     assert done.returncode == 2
     said, end, _ = done.stderr.splitlines()
     assert said.startswith(f"make apply: namespace {name} exists and was not made by make apply")
@@ -91,7 +92,6 @@ def test_a_namespace_of_others_is_refused_before_anything_is_applied(desk: Desk,
     assert choose in said
     assert f"kubectl label namespace {name} {OURS}" in said
     assert end == "make apply: nothing was applied"
-    assert desk.store.version == version
 
 
 def test_every_namespace_of_others_is_named_at_once(desk: Desk) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 
@@ -53,7 +54,7 @@ def apps(tmp_path_factory: pytest.TempPathFactory, gates: dict[str, Gate]) -> It
     named = {name: {**plain, "test": gate.command} for name, gate in gates.items()}
     named["quick"] = plain
     named |= {name: {**plain, "environments": ["production"]} for name in HARMFUL}
-    named["quotes"] = {**plain, "environments": ["production"]}
+    named |= {name: {**plain, "environments": ["production"]} for name in ("quotes", "talks")}
     with fleet(tmp_path_factory.mktemp("refusals"), named) as running:
         yield running
 
@@ -262,6 +263,20 @@ def test_an_invalid_manifest_that_quotes_an_outage_is_red_and_its_correction_dep
     line = quotes.deployed("v1", change=quote)
     assert line["outcome"] == "failed", line
     assert quotes.deployed("v2")["outcome"] == "deployed"
+
+
+def test_what_a_crashing_version_prints_is_in_no_place_where_others_may_look(apps: Fleet) -> None:
+    words = "the value of a Secret, hunter2"
+
+    def talk(objects: dict[str, Object]) -> None:
+        (web,) = objects["Deployment"]["spec"]["template"]["spec"]["containers"]
+        web["command"] = ["sh", "-c", f"echo {words}; exit 7"]
+
+    line = apps["talks"].deployed("v1", change=talk)
+    assert (line["outcome"], line["reason"]) == ("failed", "CrashLoop"), line
+    assert "hunter2" not in apps.log.read_text()
+    assert "hunter2" not in apps.command("status", "--output", "json").stdout
+    assert "hunter2" not in json.dumps([*apps.jobs().values()])
 
 
 def test_every_container_of_a_test_has_a_limit_of_disk(apps: Fleet) -> None:
