@@ -26,6 +26,7 @@ APPS: dict[str, Object] = {
     "hasty": {"rollout_timeout": "60s"},
     "forth": {"bake": "1s", "rollout_timeout": "5s"},
     "slow": {"bake": "20s"},
+    "raced": {"bake": "20s"},
     "further": {"bake": "8s"},
     "emptied": {"bake": "1s", "retain": 0},
     "both": {"bake": "1s", "environments": ["staging", "production"]},
@@ -552,6 +553,25 @@ def test_a_version_whose_record_was_deleted_is_watched_after_a_restart_too(live:
     slow.tell("v2", "/turn-sick")
     assert live.ended(run)["outcome"] == "switched-back"
     eventually(lambda: slow.answer()["version"] == old, 10, "the version before serves")
+
+
+def test_a_switch_back_that_someone_else_has_made_is_neither_counted_nor_logged(
+    live: Fleet,
+) -> None:
+    raced = live["raced"]
+    run = raced.go("v2")
+    raced.switched(run)
+    raced.tell("v2", "/turn-sick")
+    before = raced.note("history")[1]["selector"]
+    back = {"spec": {"selector": before}}
+    with live.held("patch", "services", name="raced"):
+        patch = ("patch", "service", "raced", "-n", raced.namespace, "--type=merge", "-p")
+        assert live.kubectl(*patch, json.dumps(back)).code == 0
+    assert live.ended(run)["outcome"] != "deployed"
+    assert raced.selector == before
+    labels = {"app": "raced", "environment": "production", "direction": "back"}
+    assert live.metric("gitops_hook_switches_total", **labels) == 0
+    assert not live.said("switched back", run=run)
 
 
 def test_a_version_that_is_live_again_is_not_drained_although_that_was_due(live: Fleet) -> None:
