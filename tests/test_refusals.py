@@ -13,8 +13,8 @@ from tests.world import Object, eventually
 
 NAMES = ("ten", "killed", "gitless", "twice", "branch")
 BOTH = ["staging", "production"]
-PODS = ("Deployment", "spec", "template", "spec")
-TOKEN_OF_POD: Object = {"sources": [{"serviceAccountToken": {"path": "token"}}]}
+POD_SPEC = ("Deployment", "spec", "template", "spec")
+OWN_TOKEN: Object = {"sources": [{"serviceAccountToken": {"path": "token"}}]}
 OWNER = {"apiVersion": "v1", "kind": "Pod", "name": "of-others", "uid": "of-others"}
 # What a deploy commit could do to others, by the application that tries it: where, and with what.
 HARMFUL: dict[str, tuple[Sequence[str], Object]] = {
@@ -22,9 +22,9 @@ HARMFUL: dict[str, tuple[Sequence[str], Object]] = {
     "not-ready": (("Service", "spec"), {"publishNotReadyAddresses": True}),
     "owners": (("Deployment", "spec", "template", "metadata"), {"ownerReferences": [OWNER]}),
     "finalizers": (("Deployment", "spec", "template", "metadata"), {"finalizers": ["x.io/y"]}),
-    "node": (PODS, {"nodeName": "node-1"}),
-    "priority": (PODS, {"priorityClassName": "system-cluster-critical"}),
-    "token": (PODS, {"volumes": [{"name": "token", "projected": TOKEN_OF_POD}]}),
+    "node": (POD_SPEC, {"nodeName": "node-1"}),
+    "priority": (POD_SPEC, {"priorityClassName": "system-cluster-critical"}),
+    "token": (POD_SPEC, {"volumes": [{"name": "token", "projected": OWN_TOKEN}]}),
 }
 TEN_FAULTS = (
     "staging: deploy/app.yaml: Service ten: metadata.namespace is not 'staging'",
@@ -250,6 +250,7 @@ def test_a_first_deployment_that_could_harm_others_is_refused_and_makes_nothing(
     line = apps[name].deployed("v1", change=harm)
     assert (line["outcome"], line["reason"]) == ("failed", "ManifestRefused"), line
     assert not apps[name].leftovers()
+    assert not apps[name].service()
 
 
 def test_an_invalid_manifest_that_quotes_an_outage_is_red_and_its_correction_deployed(
